@@ -1,0 +1,136 @@
+"""Reading the published Keras weights."""
+
+import builtins
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from know_hf.configuration_known import KNOWNConfig
+from know_hf.modeling_known import KNOWNModel
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+FILES = {"conv": "KNOWN_Conv.h5", "fc": "KNOWN_FC.h5", "bias": "KNOWN_Bias.h5"}
+SHAPES = [
+    *[(5, 64), (64, 8), (8, 64), (8, 64), (8, 64), (64, 32)],
+    *[(4, 64), (64, 8), (8, 64), (8, 64), (8, 64), (64, 32)],
+    (64, 1),
+]
+
+
+@pytest.mark.skipif(not (REFERENCE / "golden.npz").is_file(), reason="the published weights are not at hand")
+def test_agrees_with_the_original_program():
+    known = KNOWNModel.from_keras(REFERENCE)
+    assert not known.training
+    with np.load(REFERENCE / "golden.npz") as golden, torch.inference_mode():
+        history = torch.from_numpy(golden["W"])
+        assert history.shape == (803, 5)
+        for role, key in (("conv", "Conv"), ("fc", "FC"), ("bias", "Bias")):
+            residual = known(history=history, role=role).residual
+            assert np.abs(residual.numpy() - golden[key]).max() <= 5e-7
+
+
+def test_agrees_with_an_independent_program(keras_folder):
+    folder, weights = keras_folder
+    known = KNOWNModel.from_keras(folder)
+    history = np.random.default_rng(1).normal(scale=0.3, size=(50, 5)).astype(np.float32)
+    with torch.inference_mode():
+        for role in FILES:
+            residual = known(history=torch.from_numpy(history), role=role).residual.numpy()
+            np.testing.assert_allclose(residual, numpy_known(weights[role], history), atol=2e-6)
+
+
+def test_missing_file_and_folder(keras_folder, tmp_path):
+    folder, _ = keras_folder
+    (folder / "KNOWN_FC.h5").unlink()
+    with pytest.raises(FileNotFoundError, match=r"KNOWN_FC\.h5 not found: from_keras needs KNOWN_Conv\.h5"):
+        KNOWNModel.from_keras(folder)
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*KNOWN_Conv\.h5 not found"):
+        KNOWNModel.from_keras(tmp_path / "nowhere")
+
+
+def test_file_that_is_not_hdf5(keras_folder):
+    folder, _ = keras_folder
+    (folder / "KNOWN_Bias.h5").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"KNOWN_Bias\.h5 is not a readable HDF5 file"):
+        KNOWNModel.from_keras(folder)
+
+
+def test_missing_dataset(keras_folder):
+    folder, _ = keras_folder
+    with h5py.File(folder / "KNOWN_Bias.h5", "a") as file:
+        del file["dense_7/dense_7/bias:0"]
+    with pytest.raises(ValueError, match=r"KNOWN_Bias\.h5 has no dataset 'dense_7/dense_7/bias:0'"):
+        KNOWNModel.from_keras(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((64, 8), np.float32), r"'dense_2/dense_2/kernel:0' of .*KNOWN_FC\.h5 is float32 of shape \(64, 8\)"),
+        (np.zeros((8, 64), np.int64), r"'dense_2/dense_2/kernel:0' of .*KNOWN_FC\.h5 is int64"),
+        (np.full((8, 64), np.nan, np.float32), r"'dense_2/dense_2/kernel:0' of .*KNOWN_FC\.h5 .*not finite"),
+    ],
+)
+def test_wrong_dataset(keras_folder, values, message):
+    folder, _ = keras_folder
+    with h5py.File(folder / "KNOWN_FC.h5", "a") as file:
+        del file["dense_2/dense_2/kernel:0"]
+        file["dense_2/dense_2/kernel:0"] = values
+    with pytest.raises(ValueError, match=message):
+        KNOWNModel.from_keras(folder)
+
+
+def test_config_of_another_size(keras_folder):
+    folder, _ = keras_folder
+    with pytest.raises(ValueError, match=r"'dense/dense/kernel:0'.*\(5, 64\), expected floats of shape \(3, 64\)"):
+        KNOWNModel.from_keras(folder, KNOWNConfig(num_states=3))
+
+
+def test_without_h5py(keras_folder, monkeypatch):
+    real_import = builtins.__import__
+
+    def import_without_h5py(name, *args, **kwargs):
+        if name == "h5py":
+            raise ImportError("No module named 'h5py'")
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", import_without_h5py)
+    with pytest.raises(ImportError, match=r'pip install "know_hf\[keras\]"'):
+        KNOWNModel.from_keras(keras_folder[0])
+
+
+@pytest.fixture
+def keras_folder(tmp_path):
+    """Files in the layout of the published ones, and their arrays: `{role: [(kernel, bias), …]}`."""
+    rng = np.random.default_rng(0)
+    weights = {}
+    for role, name in FILES.items():
+        weights[role] = [
+            (rng.normal(scale=0.2, size=shape).astype("f4"), rng.normal(scale=0.1, size=shape[1]).astype("f4"))
+            for shape in SHAPES
+        ]
+        with h5py.File(tmp_path / name, "w") as file:
+            for number, (kernel, bias) in enumerate(weights[role]):
+                layer = f"dense_{number}" if number else "dense"
+                file[f"{layer}/{layer}/kernel:0"] = kernel
+                file[f"{layer}/{layer}/bias:0"] = bias
+    return tmp_path, weights
+
+
+def numpy_known(layers, history):
+    """The published formula in float64, written without PyTorch."""
+    streams = []
+    for inputs, first in ((history, 0), (np.diff(history, axis=1), 6)):
+        expand, squeeze, shift, scale, exponent, contract = (
+            lambda x, kernel=kernel, bias=bias: x.astype("f8") @ kernel + bias
+            for kernel, bias in layers[first : first + 6]
+        )
+        x = expand(inputs)
+        z = np.maximum(squeeze(x), 0)
+        y = contract(shift(z) + scale(z) * np.exp(exponent(z) * x))
+        streams.append(np.where(y > 0, y, 0.3 * y))
+    kernel, bias = layers[12]
+    return np.tanh(np.concatenate(streams, axis=1) @ kernel + bias)[:, 0]

@@ -1,0 +1,151 @@
+"""KNOWN: sizes, arithmetic, initialisation, saving and errors."""
+
+import math
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModel
+
+from know_hf.configuration_known import KNOWNConfig
+from know_hf.modeling_known import KNOWNModel, KNOWNOutput
+
+
+@pytest.fixture
+def known() -> KNOWNModel:
+    torch.manual_seed(0)
+    return KNOWNModel(KNOWNConfig()).eval()
+
+
+def test_parameters_per_role(known):
+    sizes = {role: sum(p.numel() for p in network.parameters()) for role, network in known.networks.items()}
+    assert sizes == {"conv": 9425, "fc": 9425, "bias": 9425}
+    assert known.num_parameters() == 3 * 9425
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_adds_the_residual_to_the_last_state(known, dtype):
+    history = torch.randn(7, 5, dtype=dtype)
+    labels = torch.randn(7, dtype=dtype)
+    output = known.to(dtype)(history=history, role="fc", labels=labels)
+    assert isinstance(output, KNOWNOutput)
+    assert output.residual.shape == output.prediction.shape == (7,)
+    assert output.residual.dtype == output.prediction.dtype == dtype
+    assert torch.equal(output.prediction, history[:, -1] + output.residual)
+    assert torch.equal(output.loss, torch.nn.functional.l1_loss(output.prediction, labels))
+    plain = known(history=history, role="fc", return_dict=False)
+    assert isinstance(plain, tuple) and torch.equal(plain[0], output.residual) and len(plain) == 2
+
+
+def test_rows_roles_and_order_matter_as_they_should(known):
+    history = torch.randn(6, 5)
+    residual = known(history=history, role="conv").residual
+    torch.testing.assert_close(known(history=history[2:3], role="conv").residual, residual[2:3])
+    assert not torch.allclose(known(history=history, role="bias").residual, residual)
+    assert not torch.allclose(known(history=history.flip(1), role="conv").residual, residual)
+    assert known(history=history[:0], role="conv").prediction.shape == (0,)
+
+
+def test_double_network_agrees_with_single(known):
+    history = torch.randn(100, 5)
+    single = known(history=history, role="conv").residual
+    double = known.double()(history=history.double(), role="conv").residual
+    torch.testing.assert_close(single, double.float(), atol=1e-6, rtol=0)
+
+
+def test_initialisation_is_the_published_one():
+    torch.manual_seed(0)
+    known = KNOWNModel(KNOWNConfig())
+    for network in known.networks.values():
+        for stream, inputs in ((network.history_stream, 5), (network.difference_stream, 4)):
+            assert stream.expand.in_features == inputs
+            for layer in (stream.expand, stream.contract):
+                limit = math.sqrt(3 * 0.1 / layer.in_features)
+                assert 0.95 * limit < layer.weight.abs().max() <= limit
+            for layer in (stream.activation.squeeze, stream.activation.shift):
+                limit = math.sqrt(6 / (layer.in_features + layer.out_features))
+                assert 0.95 * limit < layer.weight.abs().max() <= limit
+        assert all((p == 0).all() for name, p in network.named_parameters() if name.endswith("bias"))
+
+
+def test_regularization_is_the_published_one(known):
+    stream = known.networks["conv"].history_stream
+    with torch.no_grad():
+        stream.expand.bias.fill_(0.5)
+    kernels = sum(
+        layer.weight.abs().sum()
+        for stream in (known.networks["conv"].history_stream, known.networks["conv"].difference_stream)
+        for layer in (stream.expand, stream.contract)
+    )
+    expected = 1e-6 * kernels + 0.1 * 64 * 0.5
+    torch.testing.assert_close(known.regularization("conv"), expected)
+    total = sum(known.regularization(role) for role in known.config.roles)
+    torch.testing.assert_close(known.regularization(), total)
+
+
+def test_round_trip_is_bit_equal_also_through_auto_classes(known, tmp_path):
+    known.config.trained_on = {"trajectories": 48, "architectures": ["cnn"], "largest_displacement": 0.25}
+    known.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, KNOWNConfig) and config.trained_on == known.config.trained_on
+    for loaded in (KNOWNModel.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert isinstance(loaded, KNOWNModel) and not loaded.training
+        assert loaded.state_dict().keys() == known.state_dict().keys()
+        assert all(torch.equal(tensor, known.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_other_sizes(tmp_path):
+    known = KNOWNModel(KNOWNConfig(num_states=3, hidden_size=16, bottleneck_size=4, stream_size=8))
+    known.save_pretrained(tmp_path)
+    assert KNOWNModel.from_pretrained(tmp_path)(history=torch.randn(4, 3), role="bias").residual.shape == (4,)
+
+
+def test_learns_linear_motion():
+    torch.manual_seed(0)
+    known = KNOWNModel(KNOWNConfig()).train()
+    start, slope = 0.1 * torch.randn(2048, 1), 0.02 * torch.randn(2048, 1)
+    states = start + slope * torch.arange(6)
+    history, labels = states[:, :5], states[:, 5]
+    no_change = (history[:, -1] - labels).abs().mean().item()
+    optimizer = torch.optim.Adam(known.networks["conv"].parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (known(history=history, role="conv", labels=labels).loss + known.regularization("conv")).backward()
+        optimizer.step()
+    assert known(history=history, role="conv", labels=labels).loss.item() < 0.25 * no_change
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"role": "norm"}, r"role 'norm' has no network; choose one of conv, fc, bias"),
+        ({"history": torch.zeros(5, 3, 3)}, r"shape \(5, 3, 3\), expected \(N, 5\).*flatten\(1\)\.T"),
+        ({"history": torch.zeros(2, 4)}, r"4 states.*this KNOWN takes 5.*num_states=4"),
+        ({"history": torch.zeros(2, 5, dtype=torch.int64)}, r"dtype torch\.int64"),
+        ({"labels": torch.zeros(3)}, r"labels have shape \(3,\), expected \(2,\)"),
+        ({"labels": torch.zeros(2, 1)}, r"labels have shape \(2, 1\), expected \(2,\)"),
+    ],
+)
+def test_wrong_inputs(known, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        known(**{"history": torch.zeros(2, 5), "role": "fc", **inputs})
+
+
+def test_regularization_of_unknown_role(known):
+    with pytest.raises(ValueError, match="role 'norm' has no network"):
+        known.regularization("norm")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_states": 1}, "num_states=1: a history has at least 2 states"),
+        ({"bottleneck_size": 0}, "bottleneck_size=0: a layer needs at least 1 unit"),
+        ({"leaky_slope": 1.5}, "leaky_slope=1.5: choose a slope in"),
+        ({"initializer_scale": 0.0}, "initializer_scale=0.0: choose a scale above 0"),
+        ({"num_states": "5"}, "num_states.*expected int, got str"),
+    ],
+)
+def test_wrong_config(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        KNOWNConfig(**fields)
