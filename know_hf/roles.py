@@ -1,0 +1,97 @@
+"""The role of every tensor of a model: which of KNOWN's networks predicts it, or why none does.
+
+KNOWN has one network each for convolution kernels (`conv`), matrices (`fc`) and additive vectors (`bias`). The
+published table goes by shape alone: 3×3 kernels are conv, every other tensor of two or more axes is fc, one axis is
+bias. Here the module that owns a tensor decides, so that it holds for any model, and what a network was never meant
+for is left alone: `norm` (parameters of normalisation layers), `kept` (other parameters) and `copied` (buffers).
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+PREDICTED_ROLES = ("conv", "fc", "bias")
+ROLES = (*PREDICTED_ROLES, "norm", "kept", "copied")
+
+
+@dataclass(frozen=True)
+class TensorRole:
+    """Role of one tensor, one of `ROLES`, and the reason in words."""
+
+    role: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise TypeError(f"unknown role {self.role!r}; the roles are {', '.join(ROLES)}")
+
+
+def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
+    """Role of every tensor of the model's state dict.
+
+    Tied tensors are listed under each of their names, all but the first with the reason `tied to …`; a checkpoint on
+    disk holds them once.
+
+    Args:
+        model (`nn.Module`): Any module.
+
+    Returns:
+        `dict[str, TensorRole]`: from the names of `model.state_dict()`, in its order.
+    """
+    owners = dict(model.named_modules(remove_duplicate=False))
+    first_name: dict[int, str] = {}
+    roles = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        path, _, attribute = name.rpartition(".")
+        role = _role(owners.get(path), name, attribute, tensor)
+        source = first_name.setdefault(id(tensor), name)
+        roles[name] = role if source == name else TensorRole(roles[source].role, f"tied to {source}")
+    return roles
+
+
+def role_by_shape(name: str, num_axes: int, is_floating_point: bool) -> TensorRole:
+    """Role of a tensor whose owner isn't known, by name and shape, for checkpoints whose names differ from memory's.
+
+    Args:
+        name (`str`): Its name in the checkpoint.
+        num_axes (`int`): Its number of axes.
+        is_floating_point (`bool`): Whether its dtype is a floating-point one.
+    """
+    attribute = name.rpartition(".")[2]
+    if not is_floating_point:
+        return TensorRole("copied", "integer tensor, owner unknown")
+    if num_axes >= 2:
+        return TensorRole("fc", f"{num_axes} axes, owner unknown")
+    if num_axes == 1 and "bias" in attribute and "norm" not in name.lower():
+        return TensorRole("bias", "one axis, named bias, owner unknown")
+    return TensorRole("kept", f"{num_axes} axes, owner unknown")
+
+
+def _role(owner: nn.Module | None, name: str, attribute: str, tensor: object) -> TensorRole:
+    kind = type(owner).__name__
+    if not isinstance(tensor, nn.Parameter):
+        return TensorRole("copied", f"buffer of {kind}")
+    if not tensor.is_floating_point():
+        return TensorRole("copied", f"integer parameter of {kind}")
+    if "norm" in kind.lower():
+        return TensorRole("norm", f"{attribute} of {kind}")
+    if ".parametrizations." in f".{name}":
+        return TensorRole("kept", "part of a parametrization: no network was trained on factors of a weight")
+    if tensor.ndim == 0:
+        return TensorRole("kept", f"scalar of {kind}")
+    if tensor.ndim == 1:
+        if "bias" in attribute:
+            return TensorRole("bias", f"{attribute} of {kind}")
+        return TensorRole("kept", f"vector {attribute!r} of {kind} is no bias: it may scale instead of shift")
+    if isinstance(owner, _ConvNd):
+        taps = "×".join(map(str, owner.kernel_size))
+        if all(size == 1 for size in owner.kernel_size):
+            return TensorRole("fc", f"{taps} kernel of {kind}: a matrix at every place")
+        return TensorRole("conv", f"{taps} kernel of {kind}")
+    if isinstance(owner, Conv1D):
+        return TensorRole("fc", "weight of transformers' Conv1D: a transposed Linear")
+    if isinstance(owner, nn.Embedding):
+        return TensorRole("fc", f"table of {kind}")
+    return TensorRole("fc", f"{attribute} of {kind}, {tensor.ndim} axes")
