@@ -137,8 +137,8 @@ def predict_overflowed_weights(
     needed = chosen.num_states or 2
     if trajectory.num_states < needed:
         raise ValueError(
-            f"{trajectory.path} has {trajectory.num_states} states, {type(chosen).__name__} needs {needed}; record with"
-            f" ForgettingSchedule(num_states={needed})"
+            f"{trajectory.path} has {trajectory.num_states} states, {type(chosen).__name__} needs {needed}; record"
+            f" with ForgettingSchedule(num_states={needed})"
         )
     _refuse_quantised(trajectory)
     trajectory.verify()
@@ -163,8 +163,8 @@ def predict_overflowed_weights(
                     residual = _residual(chosen, history, network, steps)
                     if not torch.isfinite(residual).all():
                         raise ValueError(
-                            f"the prediction of tensor {name!r} of {trajectory.path} is not finite after {steps} step(s)"
-                            f"; its largest value is {float(history.abs().max()):.3g}: use fewer steps"
+                            f"the prediction of tensor {name!r} of {trajectory.path} is not finite after {steps}"
+                            f" step(s); its largest value is {float(history.abs().max()):.3g}: use fewer steps"
                         )
             elif role != "copied":
                 _check_finite(original[None], name, trajectory)
@@ -183,9 +183,8 @@ def _predictor(known: KNOWNModel | str | Path | None, predictor: Predictor | str
         if known is not None:
             raise ValueError("give either known or predictor, not both: a predictor is used instead of KNOWN")
         return get_predictor(predictor) if isinstance(predictor, str) else predictor
-    if not isinstance(known, KNOWNModel):
-        known = KNOWNModel.from_pretrained(SHIPPED_KNOWN if known is None else known)
-    return KNOWNPredictor(known.eval())
+    model = known if isinstance(known, KNOWNModel) else KNOWNModel.from_pretrained(known or SHIPPED_KNOWN)
+    return KNOWNPredictor(model)
 
 
 def _residual(predictor: Predictor, history: torch.Tensor, role: str, steps: int) -> torch.Tensor:

@@ -54,8 +54,8 @@ class WeightTransitionCallback(TrainerCallback):
             self.trajectory = WeightTrajectory(output_dir)
             if schedule is not None and self.trajectory.schedule != schedule:
                 raise ValueError(
-                    f"{output_dir} was recorded with {self.trajectory.schedule}, not with {schedule}; continue with the"
-                    " same schedule or record to another folder"
+                    f"{output_dir} was recorded with {self.trajectory.schedule}, not with {schedule}; continue with"
+                    " the same schedule or record to another folder"
                 )
         else:
             self.trajectory = WeightTrajectory.create(output_dir, schedule)
@@ -67,8 +67,8 @@ class WeightTransitionCallback(TrainerCallback):
         size, last = _num_examples(kwargs), self.trajectory.states[-1:]
         if last and size >= last[0].num_examples:
             raise ValueError(
-                f"state {self.trajectory.num_states} of {self.trajectory.path} would be trained on {size} examples, but"
-                f" state {last[0].index} saw {last[0].num_examples}; every stage trains on fewer examples"
+                f"state {self.trajectory.num_states} of {self.trajectory.path} would be trained on {size} examples,"
+                f" but state {last[0].index} saw {last[0].num_examples}; every stage trains on fewer examples"
             )
 
     def on_train_end(
@@ -89,7 +89,7 @@ class WeightTransitionCallback(TrainerCallback):
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(
-                    f"tensor {name!r} is not finite at the end of the training of state {index}: the training diverged;"
+                    f"tensor {name!r} is not finite at the end of the training of state {index}: it diverged;"
                     f" lower its learning rate. The {index} states before it are kept in {self.trajectory.path}."
                 )
         return self.trajectory.record(model, subset_fingerprint=self.subset_fingerprint, **kwargs)
@@ -103,13 +103,13 @@ def induce_forgetting(
 ) -> WeightTrajectory:
     """Trains a model on ever smaller nested subsets of its data and records every state (KNOW paper, §3).
 
-    Each stage starts from the weights of the stage before, with a fresh optimizer and scheduler made from the trainer's
-    own arguments, and is seeded with `trainer.args.seed + state`. Finished states are never trained again: called again
-    with the same folder, the run goes on with the first state that is missing, and ends in the same weights as a run
-    that was never interrupted. Where the trainer has an `eval_dataset`, every state is evaluated.
+    Each stage starts from the weights of the stage before, with a fresh optimizer and scheduler made from the
+    trainer's own arguments, and is seeded with `trainer.args.seed + state`. Finished states are never trained again:
+    called again with the same folder, the run goes on with the first state that is missing, and ends in the same
+    weights as a run that was never interrupted. Where the trainer has an `eval_dataset`, every state is evaluated.
 
-    Afterwards the trainer has its own dataset, arguments and callbacks again, and its model holds Θ0, the weights after
-    training on all data.
+    Afterwards the trainer has its own dataset, arguments and callbacks again, and its model holds Θ0, the weights
+    after training on all data.
 
     Args:
         trainer (`Trainer`): With a map-style `train_dataset`, on one process.
@@ -123,8 +123,8 @@ def induce_forgetting(
         [`WeightTrajectory`]: with `schedule.num_states` states.
 
     Raises:
-        `ValueError`: when the subsets are too small, the dataset can't be divided, the trainer's optimizer can't be made
-            afresh, a state is not finite, or the folder holds a trajectory of another schedule or other data.
+        `ValueError`: when the subsets are too small, the dataset can't be divided, the trainer's optimizer can't be
+            made afresh, a state is not finite, or the folder holds a trajectory of another schedule or other data.
     """
     if start not in ("train", "current"):
         raise ValueError(f"start must be 'train' or 'current', got {start!r}")
@@ -138,8 +138,8 @@ def induce_forgetting(
     for state in trajectory.states:
         if state.subset_fingerprint != fingerprints[state.index]:
             raise ValueError(
-                f"state {state.index} of {trajectory.path} was trained on other data: {state.num_examples} examples with"
-                f" fingerprint {state.subset_fingerprint}, now {len(members[state.index])} with"
+                f"state {state.index} of {trajectory.path} was trained on other data: {state.num_examples} examples"
+                f" with fingerprint {state.subset_fingerprint}, now {len(members[state.index])} with"
                 f" {fingerprints[state.index]}; give the same dataset or record to another folder"
             )
 
@@ -168,8 +168,8 @@ def induce_forgetting(
 def _check(trainer: Trainer) -> Any:
     if trainer.args.world_size > 1 or trainer.args.n_gpu > 1:
         raise ValueError(
-            f"recording runs on one process and device for now, this is one of {trainer.args.world_size} processes with"
-            f" {trainer.args.n_gpu} devices; launch with --num_processes 1 and CUDA_VISIBLE_DEVICES=0"
+            f"recording runs on one process and device for now, this is one of {trainer.args.world_size} processes"
+            f" with {trainer.args.n_gpu} devices; launch with --num_processes 1 and CUDA_VISIBLE_DEVICES=0"
         )
     if type(trainer.model).__module__.startswith("peft."):
         raise ValueError(

@@ -42,7 +42,7 @@ def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
     """
     owners = dict(model.named_modules(remove_duplicate=False))
     first_name: dict[int, str] = {}
-    roles = {}
+    roles: dict[str, TensorRole] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         path, _, attribute = name.rpartition(".")
         role = _role(owners.get(path), name, attribute, tensor)

@@ -7,6 +7,7 @@ balance to within one example a class.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class ForgettingSchedule:
                 f" {batch_size}. Use more data, a smaller batch, fewer states than {self.num_states}, or a ratio above"
                 f" {self.ratio}."
             )
-        if any(small >= large for large, small in zip(sizes, sizes[1:], strict=False)):
+        if any(small >= large for large, small in pairwise(sizes)):
             raise ValueError(
                 f"the subsets of {num_examples} examples have sizes {sizes}, which do not shrink at every stage."
                 f" Use more data, fewer states than {self.num_states}, or a ratio below {self.ratio}."

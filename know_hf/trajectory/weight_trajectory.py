@@ -33,8 +33,8 @@ _LIBRARIES = ("know_hf", "torch", "transformers", "datasets", "accelerate", "pef
 class WeightTrajectory:
     """Opens a trajectory.
 
-    State 0 is the full-data state Θ0, state k the one after training on the k-th smaller subset. Only [`history`] turns
-    this order round.
+    State 0 is the full-data state Θ0, state k the one after training on the k-th smaller subset. Only [`history`]
+    turns this order round.
 
     Args:
         path (`str` or `Path`): The folder with `trajectory.json`.
@@ -150,8 +150,8 @@ class WeightTrajectory:
         """Reads every file once and compares it with what was recorded.
 
         Raises:
-            `TrajectoryError`: when a file is missing or not the one recorded (size, SHA-256), or when the states do not
-                have the same tensors; names file or tensor and state.
+            `TrajectoryError`: when a file is missing or not the one recorded (size, SHA-256), or when the states do
+                not have the same tensors; names file or tensor and state.
         """
         self._check_files(hashes=True)
         self.__dict__.pop("_readers", None)
