@@ -1,0 +1,109 @@
+"""Tiny real models, a real `Trainer` and one recorded trajectory that the tests share."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import gc
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
+
+
+NUM_EXAMPLES = 64
+SCHEDULE = ForgettingSchedule(ratio=0.5, num_states=5, stratify_by="labels")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_process() -> None:
+    torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects garbage at the start of every training: what was imported needs no look
+
+
+def make_resnet(seed: int = 0) -> ResNetForImageClassification:
+    set_seed(seed)
+    config = ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4
+    )
+    return ResNetForImageClassification(config)
+
+
+def make_images(num_examples: int = NUM_EXAMPLES, seed: int = 0) -> Dataset:
+    """Noise around four class means, 8×8, classes of equal size."""
+    random = np.random.RandomState(seed)
+    labels = np.arange(num_examples) % 4
+    means = np.random.RandomState(1).randn(4, 1, 8, 8)
+    pixels = (means[labels] + random.randn(num_examples, 1, 8, 8)).astype(np.float32)
+    return Dataset.from_dict({"pixel_values": pixels, "labels": labels}).with_format("torch")
+
+
+def make_trainer(output_dir: Path, model: torch.nn.Module | None = None, **arguments: object) -> Trainer:
+    options = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    args = TrainingArguments(str(output_dir), **{**options, **arguments})
+    return Trainer(
+        model if model is not None else make_resnet(),
+        args,
+        train_dataset=make_images(),
+        eval_dataset=make_images(16, seed=7),
+    )
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a trajectory of five states of the tiny ResNet; never changed, see `trajectory_copy`."""
+    folder = tmp_path_factory.mktemp("recorded")
+    induce_forgetting(make_trainer(folder / "out"), SCHEDULE, folder / "trajectory")
+    return folder / "trajectory"
+
+
+@pytest.fixture
+def trajectory(recorded: Path) -> WeightTrajectory:
+    return WeightTrajectory(recorded)
+
+
+@pytest.fixture
+def trajectory_copy(recorded: Path, tmp_path: Path) -> Path:
+    """A copy of the recorded trajectory to damage."""
+    return shutil.copytree(recorded, tmp_path / "trajectory")
+
+
+@pytest.fixture
+def record_states(tmp_path: Path) -> Callable[..., WeightTrajectory]:
+    """Records a model with its weights moved at random a little before every state but the first."""
+
+    def record(model: PreTrainedModel, num_states: int = 5, name: str = "states") -> WeightTrajectory:
+        trajectory = WeightTrajectory.create(tmp_path / name)
+        generator = torch.Generator().manual_seed(0)
+        for state in range(num_states):
+            trajectory.record(model, num_examples=2 ** (num_states - state), steps=1)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        return trajectory
+
+    return record

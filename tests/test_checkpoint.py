@@ -1,0 +1,128 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from know_hf.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    CheckpointWriter,
+    atomic_folder,
+    file_sha256,
+    replace_tensors,
+    write_json,
+)
+
+
+TENSORS = {
+    "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+    "b.weight": torch.ones(5, dtype=torch.bfloat16),
+    "c.count": torch.tensor(7),
+}
+
+
+def write(folder: Path, max_shard_size: int) -> None:
+    writer = CheckpointWriter(folder, max_shard_size)
+    for name, tensor in TENSORS.items():
+        writer.add(name, tensor)
+    writer.close()
+
+
+@pytest.mark.parametrize(("max_shard_size", "num_files"), [(10**6, 1), (60, 2), (1, 3)])
+def test_tensors_come_back_bit_for_bit(tmp_path, max_shard_size, num_files):
+    write(tmp_path, max_shard_size)
+    assert len(list(tmp_path.glob("*.safetensors"))) == num_files
+    reader = CheckpointReader.from_folder(tmp_path)
+    assert reader.names == sorted(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert reader.shape(name) == tuple(tensor.shape)
+        assert reader.dtype(name) == tensor.dtype
+        assert torch.equal(reader.tensor(name), tensor)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_index_names_shards_and_sizes(tmp_path):
+    write(tmp_path, max_shard_size=60)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 48 + 10 + 8, "total_parameters": 12 + 5 + 1}
+    assert index["weight_map"]["a.weight"] == "model-00001-of-00002.safetensors"
+    assert set(index["weight_map"]) == set(TENSORS)
+
+
+def test_a_checkpoint_of_no_tensors_is_a_file(tmp_path):
+    CheckpointWriter(tmp_path).close()
+    assert CheckpointReader.from_folder(tmp_path).names == []
+
+
+def test_replaced_tensors_leave_the_others(tmp_path):
+    write(tmp_path, max_shard_size=60)
+    before = file_sha256(tmp_path / "model-00001-of-00002.safetensors")
+    replace_tensors(tmp_path, {"c.count": torch.tensor(9)})
+    reader = CheckpointReader.from_folder(tmp_path)
+    assert reader.tensor("c.count").item() == 9
+    assert torch.equal(reader.tensor("b.weight"), TENSORS["b.weight"])
+    assert file_sha256(tmp_path / "model-00001-of-00002.safetensors") == before
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    write(tmp_path, 10**6)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors can't be read .* truncated"):
+        CheckpointReader([path])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors can't be read"):
+        CheckpointReader.from_folder(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_an_error(tmp_path):
+    write(tmp_path, 10**6)
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(CheckpointError, match=r"'a\.weight' .* second file"):
+        CheckpointReader([path, path])
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="half-way"), atomic_folder(target) as work:
+        (work / "a").write_text("1")
+        raise RuntimeError("half-way")
+    assert list(tmp_path.iterdir()) == []
+    with atomic_folder(target) as work:
+        (work / "sub").mkdir()
+        (work / "sub/a").write_text("2")
+        assert not target.exists()
+    assert (target / "sub/a").read_text() == "2"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_is_not_empty_is_kept(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine").write_text("precious")
+    with pytest.raises(FileExistsError, match="overwrite=True"), atomic_folder(target):
+        pass
+    assert (target / "mine").read_text() == "precious"
+    with atomic_folder(target, overwrite=True) as work:
+        (work / "new").write_text("")
+    assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_an_error_while_overwriting_keeps_the_old_folder(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine").write_text("precious")
+    with pytest.raises(RuntimeError), atomic_folder(target, overwrite=True):
+        raise RuntimeError
+    assert (target / "mine").read_text() == "precious"
+
+
+def test_json_that_can_not_be_written_keeps_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}

@@ -1,0 +1,303 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import make_images, make_resnet
+from safetensors.torch import load_file
+from test_trajectory import edit_manifest, rewrite_state
+from torch import nn
+from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM, ResNetForImageClassification
+
+from know_hf import KNOWNConfig, KNOWNModel, WeightTrajectory, predict_overflowed_weights
+from know_hf.trajectory import TrajectoryError
+
+
+CONV = "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
+FC = "classifier.1.weight"
+BIAS = "classifier.1.bias"
+NORM = "resnet.embedder.embedder.normalization.bias"
+MEAN = "resnet.embedder.embedder.normalization.running_mean"
+
+
+@dataclass
+class Constant:
+    """Predicts the same residual for every weight and notes what it was asked."""
+
+    value: float = 0.0
+    num_states: int | None = None
+
+    def __post_init__(self):
+        self.asked = []
+
+    def residual(self, history, role):
+        self.asked.append((role, history.clone()))
+        return torch.full((len(history),), self.value)
+
+
+@pytest.fixture(scope="module")
+def known() -> KNOWNModel:
+    torch.manual_seed(0)
+    return KNOWNModel(KNOWNConfig())
+
+
+def weights(folder):
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def test_zero_residual_gives_the_full_data_state_bit_for_bit(trajectory, tmp_path):
+    result = predict_overflowed_weights(trajectory, predictor=Constant(0.0), output_dir=tmp_path / "out", steps=3)
+    before = trajectory.path / "state-0/model.safetensors"
+    assert (result.path / "model.safetensors").read_bytes() == before.read_bytes()
+
+
+def test_negative_zero_stays(record_states, tmp_path):
+    module = nn.Linear(2, 2)
+    module.weight.data.fill_(-0.0)
+    trajectory = record_states(module, num_states=2)
+    predict_overflowed_weights(trajectory, predictor=Constant(0.0), output_dir=tmp_path / "out")
+    assert torch.signbit(weights(tmp_path / "out")["weight"]).all()
+
+
+def test_each_role_is_predicted_by_its_network(trajectory, known, tmp_path):
+    predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "out")
+    out = weights(tmp_path / "out")
+    for name, role in ((CONV, "conv"), (FC, "fc"), (BIAS, "bias")):
+        history = trajectory.history(name)
+        with torch.no_grad():
+            expected = known(history=history.reshape(5, -1).T, role=role).prediction.reshape(history.shape[1:])
+        torch.testing.assert_close(out[name], expected, rtol=0, atol=1e-6)
+        assert not torch.equal(out[name], trajectory.tensor(name))
+
+
+def test_norms_and_buffers_are_those_of_the_full_data_state(trajectory, known, tmp_path):
+    predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "out")
+    out = weights(tmp_path / "out")
+    for name, role in trajectory.roles.items():
+        if role.role in ("norm", "copied"):
+            assert torch.equal(out[name], trajectory.tensor(name)), name
+
+
+def test_norms_can_be_predicted_as_biases_are(trajectory, tmp_path):
+    predictor = Constant(0.5)
+    predict_overflowed_weights(trajectory, predictor=predictor, norm="predict", output_dir=tmp_path / "out")
+    out = weights(tmp_path / "out")
+    assert torch.equal(out[NORM], trajectory.tensor(NORM) + 0.5)
+    assert torch.equal(out[MEAN], trajectory.tensor(MEAN))
+    assert {role for role, _ in predictor.asked} == {"conv", "fc", "bias"}
+
+
+def test_steps_are_a_recursion_with_the_full_data_last(trajectory, tmp_path):
+    predictor = Constant(0.25, num_states=3)
+    predict_overflowed_weights(trajectory, predictor=predictor, steps=3, output_dir=tmp_path / "out")
+    history = trajectory.history(BIAS)
+    first, second, third = (window for role, window in predictor.asked if role == "bias")
+    assert torch.equal(first, history[-3:].T)
+    assert torch.equal(second, torch.stack([history[3], history[4], history[4] + 0.25], dim=1))
+    assert torch.equal(third[:, 1:], torch.stack([history[4] + 0.25, history[4] + 0.5], dim=1))
+    assert torch.equal(weights(tmp_path / "out")[BIAS], trajectory.tensor(BIAS) + 0.75)
+
+
+def test_the_checkpoint_is_an_ordinary_one(trajectory, known, tmp_path):
+    result = predict_overflowed_weights(trajectory.path, known, output_dir=tmp_path / "out")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert isinstance(model, ResNetForImageClassification)
+    assert torch.equal(model.classifier[1].weight, weights(tmp_path / "out")[FC])
+    assert torch.equal(result.load_model().classifier[1].weight, model.classifier[1].weight)
+    batch = make_images(4)[:]
+    assert torch.isfinite(model(**batch).loss)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config == json.loads((trajectory.path / "config.json").read_text())
+
+
+def test_the_report_says_what_happened(trajectory, tmp_path):
+    result = predict_overflowed_weights(trajectory, predictor=Constant(0.5), steps=2, output_dir=tmp_path / "out")
+    report = result.report
+    assert {role: r.tensors for role, r in report.items()} == {"bias": 1, "conv": 5, "copied": 18, "fc": 2, "norm": 12}
+    assert report["fc"].parameters == 4 * 16 + 16 * 8
+    assert report["fc"].mean_residual == report["fc"].largest_residual == 1.0
+    total = sum(float(trajectory.tensor(n).abs().sum()) for n, r in trajectory.roles.items() if r.role == "fc")
+    assert report["fc"].mean_ratio == pytest.approx(192 / total)
+    assert report["norm"].mean_residual == 0
+    lines = str(result).splitlines()
+    assert lines[0].split() == ["role", "tensors", "parameters", "unchanged", "mean", "|res|", "max", "|res|"]
+    assert lines[4].split() == ["fc", "2", "192", "0", "1", "1"]
+
+
+def test_frozen_tensors_are_copied_and_not_asked_for(record_states, tmp_path):
+    model = make_resnet()
+    model.resnet.requires_grad_(False)
+    trajectory = record_states(model)
+    predictor = Constant(0.5)
+    result = predict_overflowed_weights(trajectory, predictor=predictor, output_dir=tmp_path / "out")
+    assert [role for role, _ in predictor.asked] == ["bias", "fc"]
+    assert torch.equal(weights(tmp_path / "out")[CONV], trajectory.tensor(CONV))
+    assert result.report["conv"].unchanged == 5
+    assert result.report["conv"].mean_residual == 0
+    assert result.report["fc"].unchanged == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_dtype_on_disk_is_kept(record_states, tmp_path, dtype):
+    trajectory = record_states(nn.Linear(8, 8).to(dtype), num_states=3)
+    predict_overflowed_weights(trajectory, predictor=Constant(0.5), output_dir=tmp_path / "out")
+    out = weights(tmp_path / "out")["weight"]
+    assert out.dtype == dtype
+    assert torch.equal(out, (trajectory.tensor("weight").double() + 0.5).to(dtype))
+
+
+def test_tied_weights_are_predicted_once_and_tied_in_the_output(record_states, tmp_path):
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        tie_word_embeddings=True, pad_token_id=0,
+    )  # fmt: skip
+    trajectory = record_states(LlamaForCausalLM(config), num_states=2)
+    result = predict_overflowed_weights(trajectory, predictor=Constant(0.5), output_dir=tmp_path / "out")
+    model = result.load_model()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, trajectory.tensor("model.embed_tokens.weight") + 0.5)
+
+
+def test_shards_change_nothing(trajectory, known, tmp_path):
+    predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "one")
+    predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "many", max_shard_size=5000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    one, many = weights(tmp_path / "one"), weights(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "many")
+    assert torch.equal(model.classifier[1].weight, one[FC])
+
+
+def test_batch_norm_statistics_are_those_of_the_predicted_weights(trajectory, tmp_path):
+    batch = {"pixel_values": make_images()[:]["pixel_values"]}
+    result = predict_overflowed_weights(
+        trajectory, predictor="shrink", recalibrate_with=[batch], output_dir=tmp_path / "out"
+    )
+    model = result.load_model()
+    with torch.no_grad():
+        features = model.resnet.embedder.embedder.convolution(batch["pixel_values"])
+    statistics = model.resnet.embedder.embedder.normalization
+    torch.testing.assert_close(statistics.running_mean, features.mean((0, 2, 3)))
+    assert not torch.equal(statistics.running_mean, trajectory.tensor(MEAN))
+    assert torch.equal(weights(tmp_path / "out")[MEAN], statistics.running_mean)
+
+
+def test_a_predictor_by_name(trajectory, tmp_path):
+    predict_overflowed_weights(trajectory, predictor="average", output_dir=tmp_path / "out")
+    expected = trajectory.history(FC).mean(dim=0)
+    torch.testing.assert_close(weights(tmp_path / "out")[FC], expected, rtol=0, atol=1e-6)
+
+
+def test_a_known_of_ones_own_by_path(trajectory, known, tmp_path):
+    known.save_pretrained(tmp_path / "known")
+    for name, given in (("a", known), ("b", tmp_path / "known"), ("c", str(tmp_path / "known"))):
+        predict_overflowed_weights(trajectory, given, output_dir=tmp_path / name)
+    a, b, c = (weights(tmp_path / name)[FC] for name in "abc")
+    assert torch.equal(a, b)
+    assert torch.equal(a, c)
+
+
+def test_the_shipped_weights_are_the_default(trajectory, tmp_path):
+    predict_overflowed_weights(trajectory, output_dir=tmp_path / "out")
+    predict_overflowed_weights(trajectory, KNOWNModel.from_pretrained(shipped()), output_dir=tmp_path / "same")
+    assert torch.equal(weights(tmp_path / "out")[FC], weights(tmp_path / "same")[FC])
+
+
+def shipped():
+    from know_hf.prediction import SHIPPED_KNOWN
+
+    return SHIPPED_KNOWN
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [CONV, NORM])
+def test_values_that_are_not_finite_name_tensor_and_state(trajectory_copy, known, tmp_path, value, name):
+    state = 2 if name == CONV else 0
+    rewrite_state(trajectory_copy, state, lambda tensors: tensors[name].view(-1)[0].fill_(value))
+    with pytest.raises(TrajectoryError, match=rf"'{name}' of state {state} .* has 1 values that are NaN or infinite"):
+        predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prediction_that_is_not_finite_names_the_tensor(trajectory, tmp_path):
+    with pytest.raises(ValueError, match=r"prediction of tensor 'classifier\.1\.bias' .* not finite after 2 step"):
+        predict_overflowed_weights(trajectory, predictor=Constant(float("nan")), steps=2, output_dir=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reversed_states_are_refused(trajectory_copy, known, tmp_path):
+    edit_manifest(trajectory_copy, lambda content: content["states"].reverse())
+    with pytest.raises(TrajectoryError, match="state at position 0 has index 4"):
+        predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
+
+
+def test_swapped_state_folders_are_refused(trajectory_copy, known, tmp_path):
+    (trajectory_copy / "state-0").rename(trajectory_copy / "x")
+    (trajectory_copy / "state-1").rename(trajectory_copy / "state-0")
+    (trajectory_copy / "x").rename(trajectory_copy / "state-1")
+    with pytest.raises(TrajectoryError, match="of state 0 is not the file that was recorded"):
+        predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
+
+
+def test_a_truncated_state_is_refused(trajectory_copy, known, tmp_path):
+    path = trajectory_copy / "state-4/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(TrajectoryError, match="of state 4 has .* truncated"):
+        predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
+
+
+def test_a_missing_tensor_is_refused(trajectory_copy, known, tmp_path):
+    rewrite_state(trajectory_copy, 1, lambda tensors: tensors.pop(FC))
+    with pytest.raises(TrajectoryError, match=r"state 1 .* has no tensor 'classifier\.1\.weight'"):
+        predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
+
+
+def test_too_few_states_name_the_schedule(record_states, known, tmp_path):
+    trajectory = record_states(make_resnet(), num_states=3)
+    with pytest.raises(ValueError, match=r"has 3 states, KNOWNPredictor needs 5; record with .*num_states=5"):
+        predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "out")
+
+
+def test_quantised_weights_are_refused(trajectory_copy, known, tmp_path):
+    config = trajectory_copy / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"bits": 4}}))
+    edit_manifest(trajectory_copy, lambda content: content["files"][0].update(size=config.stat().st_size))
+    with pytest.raises(TrajectoryError, match=r"config\.json says that the weights are quantised.*dequantize"):
+        predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": 1.5}, "got 1.5"),
+        ({"norm": "drop"}, "norm must be 'keep' or 'predict', got 'drop'"),
+        ({"predictor": "shrink"}, "give either known or predictor"),
+    ],
+)
+def test_bad_arguments_are_refused(trajectory, known, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "out", **arguments)
+
+
+def test_an_output_that_exists_is_kept_unless_told(trajectory, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("precious")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        predict_overflowed_weights(trajectory, predictor="shrink", output_dir=tmp_path / "out")
+    assert (tmp_path / "out/mine").exists()
+    predict_overflowed_weights(trajectory, predictor="shrink", output_dir=tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out/mine").exists()
+
+
+def test_processor_files_come_along(record_states, known, tmp_path):
+    from transformers import ViTImageProcessorPil
+
+    trajectory = WeightTrajectory.create(tmp_path / "t")
+    for state in range(2):
+        processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+        trajectory.record(make_resnet(state), num_examples=4 - state, steps=1, processing_class=processor)
+    predict_overflowed_weights(trajectory, predictor="shrink", output_dir=tmp_path / "out")
+    name = "preprocessor_config.json"
+    assert (tmp_path / "out" / name).read_bytes() == (trajectory.path / name).read_bytes()

@@ -1,0 +1,293 @@
+import shutil
+
+import pytest
+import torch
+from conftest import NUM_EXAMPLES, SCHEDULE, make_images, make_resnet, make_trainer
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import TensorDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
+
+
+SHORT = ForgettingSchedule(num_states=3, stratify_by="labels")
+
+
+class Spy(TrainerCallback):
+    """Notes what each training started with, and can stop the one of a given number as a crash would."""
+
+    def __init__(self, crash_at: int | None = None):
+        self.starts = []
+        self.crash_at = crash_at
+
+    def on_train_begin(self, args, state, control, model, optimizer, train_dataloader, **kwargs):
+        self.starts.append(
+            {
+                "examples": len(train_dataloader.dataset),
+                "epochs": args.num_train_epochs,
+                "optimizer": id(optimizer),
+                "optimizer_steps": len(getattr(optimizer, "optimizer", optimizer).state),
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "weights": model.classifier[1].weight.detach().clone(),
+            }
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.crash_at == len(self.starts):
+            raise KeyboardInterrupt
+
+
+def all_states(trajectory):
+    return [
+        {name: trajectory.tensor(name, state) for name in trajectory.names} for state in range(trajectory.num_states)
+    ]
+
+
+def assert_same_states(first, second):
+    for state, (ours, theirs) in enumerate(zip(all_states(first), all_states(second), strict=True)):
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), (state, name)
+
+
+def test_each_stage_goes_on_from_the_last_with_a_fresh_optimizer(tmp_path):
+    spy = Spy()
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(spy)
+    trajectory = induce_forgetting(trainer, SCHEDULE, tmp_path / "trajectory")
+    assert [start["examples"] for start in spy.starts] == SCHEDULE.sizes(NUM_EXAMPLES)
+    assert [start["epochs"] for start in spy.starts] == [2, 1, 1, 1, 1]
+    assert [start["optimizer_steps"] for start in spy.starts] == [0] * 5
+    assert [start["learning_rate"] for start in spy.starts] == [0.01] * 5
+    for state, start in enumerate(spy.starts[1:]):
+        assert torch.equal(start["weights"], trajectory.tensor("classifier.1.weight", state))
+    assert [state.steps for state in trajectory.states] == [32, 8, 4, 2, 1]
+
+
+def test_the_first_state_is_what_plain_training_gives(tmp_path, trajectory):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    assert torch.equal(trainer.model.classifier[1].weight, trajectory.tensor("classifier.1.weight", 0))
+
+
+def test_every_state_is_evaluated(trajectory):
+    for state in trajectory.states:
+        assert set(state.metrics) == {"eval_loss"}
+    assert len({state.metrics["eval_loss"] for state in trajectory.states}) == 5
+
+
+def test_the_trainer_is_as_it_was_and_holds_the_first_state(tmp_path):
+    trainer = make_trainer(tmp_path)
+    names = ("args", "train_dataset", "eval_dataset", "optimizer", "lr_scheduler", "state", "model_init")
+    before = {name: getattr(trainer, name) for name in names}
+    arguments = trainer.args.to_dict()
+    callbacks = list(trainer.callback_handler.callbacks)
+    trajectory = induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert all(getattr(trainer, name) is value for name, value in before.items())
+    assert trainer.args.to_dict() == arguments
+    assert trainer.callback_handler.callbacks == callbacks
+    assert torch.equal(trainer.model.classifier[1].weight, trajectory.tensor("classifier.1.weight", 0))
+
+
+def test_an_interrupted_run_ends_in_the_same_weights_and_trains_no_state_twice(tmp_path, trajectory):
+    folder = tmp_path / "trajectory"
+    for crash_at, finished in ((1, 0), (3, 2), (2, 3)):
+        trainer = make_trainer(tmp_path)
+        trainer.add_callback(Spy(crash_at))
+        train_dataset, args = trainer.train_dataset, trainer.args
+        with pytest.raises(KeyboardInterrupt):
+            induce_forgetting(trainer, SCHEDULE, folder)
+        assert trainer.train_dataset is train_dataset
+        assert trainer.args is args
+        assert (WeightTrajectory(folder).num_states if finished else int(folder.exists())) == finished
+    spy = Spy()
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(spy)
+    resumed = induce_forgetting(trainer, SCHEDULE, folder)
+    assert [start["examples"] for start in spy.starts] == [8, 4]
+    assert_same_states(resumed, trajectory)
+    assert [s.metrics for s in resumed.states] == [s.metrics for s in trajectory.states]
+    resumed.verify()
+
+
+def test_a_finished_trajectory_is_not_trained_again(tmp_path, trajectory_copy):
+    spy = Spy()
+    trainer = make_trainer(tmp_path, make_resnet(seed=9))
+    trainer.add_callback(spy)
+    trajectory = induce_forgetting(trainer, SCHEDULE, trajectory_copy)
+    assert spy.starts == []
+    assert torch.equal(trainer.model.classifier[1].weight, trajectory.tensor("classifier.1.weight", 0))
+
+
+def test_start_current_takes_the_weights_as_they_are(tmp_path):
+    spy = Spy()
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(spy)
+    trajectory = induce_forgetting(trainer, SHORT, tmp_path / "trajectory", start="current")
+    assert [start["examples"] for start in spy.starts] == [32, 16]
+    assert [state.steps for state in trajectory.states] == [0, 8, 4]
+    assert torch.equal(trajectory.tensor("classifier.1.weight", 0), make_resnet().classifier[1].weight)
+    assert torch.equal(trainer.model.classifier[1].weight, make_resnet().classifier[1].weight)
+
+
+def test_a_trainer_that_was_trained_before_goes_on(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    weight = trainer.model.classifier[1].weight.detach().clone()
+    trajectory = induce_forgetting(trainer, SHORT, tmp_path / "trajectory", start="current")
+    assert torch.equal(trajectory.tensor("classifier.1.weight", 0), weight)
+
+
+def test_max_steps_is_for_the_first_state_only(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trajectory = induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert [state.steps for state in trajectory.states] == [3, 8, 4]
+
+
+def test_another_schedule_is_refused(tmp_path, trajectory_copy):
+    with pytest.raises(ValueError, match=r"ratio=0\.5.* not with ForgettingSchedule\(ratio=0\.6"):
+        induce_forgetting(make_trainer(tmp_path), ForgettingSchedule(ratio=0.6), trajectory_copy)
+
+
+def test_other_data_is_refused_and_both_fingerprints_shown(tmp_path, trajectory_copy):
+    trainer = make_trainer(tmp_path)
+    trainer.train_dataset = make_images(seed=1)
+    fingerprint = WeightTrajectory(trajectory_copy).states[0].subset_fingerprint
+    with pytest.raises(ValueError, match=f"other data: 64 examples with fingerprint {fingerprint}, now 64 with"):
+        induce_forgetting(trainer, SCHEDULE, trajectory_copy)
+
+
+def test_the_fingerprint_does_not_depend_on_transforms(tmp_path, trajectory_copy):
+    trainer = make_trainer(tmp_path)
+    trainer.train_dataset.set_transform(lambda batch: {key: torch.rand(()) for key in batch})
+    assert induce_forgetting(trainer, SCHEDULE, trajectory_copy).num_states == 5
+
+
+def test_an_optimizer_of_ones_own_is_refused(tmp_path):
+    model = make_resnet()
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), use_cpu=True),
+        train_dataset=make_images(),
+        optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None),
+    )
+    with pytest.raises(ValueError, match=r"its own SGD.*optimizer_cls_and_kwargs"):
+        induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+
+
+def test_an_optimizer_class_is_made_afresh(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.1})
+    spy = Spy()
+    trainer.add_callback(spy)
+    induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert [start["learning_rate"] for start in spy.starts] == [0.1] * 3
+
+
+def test_a_training_that_diverges_names_the_tensor(tmp_path):
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args, state, control, model, train_dataloader, **kwargs):
+            if len(train_dataloader.dataset) == 32 and state.global_step == state.max_steps:
+                model.classifier[1].bias.data[0] = float("nan")
+
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(Diverge())
+    with pytest.raises(ValueError, match=r"'classifier\.1\.bias' is not finite .* state 1.* The 1 states before it"):
+        induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert WeightTrajectory(tmp_path / "trajectory").num_states == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: setattr(t, "train_dataset", None), "no train_dataset"),
+        (lambda t: setattr(t, "train_dataset", make_images().to_iterable_dataset()), "IterableDataset has no length"),
+        (lambda t: setattr(t, "train_dataset", make_images(12)), r"\[12, 6, 3\]; the last is smaller"),
+        (lambda t: setattr(t.args, "per_device_train_batch_size", 32), r"smaller than one batch of 32"),
+        (lambda t: setattr(t.args, "gradient_accumulation_steps", 8), r"smaller than one batch of 32"),
+    ],
+)
+def test_bad_trainers_are_refused_before_training(tmp_path, change, message):
+    trainer = make_trainer(tmp_path)
+    change(trainer)
+    with pytest.raises(ValueError, match=message):
+        induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert not (tmp_path / "trajectory").exists()
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no column 'label' to stratify by; it has \['pixel_values', 'labels'\]"):
+        induce_forgetting(make_trainer(tmp_path), ForgettingSchedule(stratify_by="label"), tmp_path / "trajectory")
+
+
+def test_start_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="start must be 'train' or 'current', got 'here'"):
+        induce_forgetting(make_trainer(tmp_path), SHORT, tmp_path / "trajectory", start="here")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+def test_peft_models_are_refused_for_now(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make_resnet(), LoraConfig(target_modules=["classifier.1"]))
+    with pytest.raises(ValueError, match="recording adapters .* is not there yet"):
+        induce_forgetting(make_trainer(tmp_path, model), SHORT, tmp_path / "trajectory")
+
+
+def test_the_callback_alone_records_a_loop_of_ones_own(tmp_path):
+    model, dataset = make_resnet(), make_images()
+    callback = WeightTransitionCallback(tmp_path / "trajectory", SHORT)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True, seed=5)
+    for indices in SHORT.indices(len(dataset), dataset["labels"][:]):
+        Trainer(model, args, train_dataset=dataset.select(indices), callbacks=[callback]).train()
+    trajectory = WeightTrajectory(tmp_path / "trajectory")
+    assert [(s.num_examples, s.steps, s.seed) for s in trajectory.states] == [(64, 24, 5), (32, 12, 5), (16, 6, 5)]
+    assert torch.equal(trajectory.tensor("classifier.1.weight", 2), model.classifier[1].weight)
+    with pytest.raises(ValueError, match=r"state 3 .* would be trained on 64 examples, but state 2 saw 16"):
+        Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
+
+
+def test_a_torch_dataset_and_a_plain_module(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x, labels):
+            logits = self.linear(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    class Rows(TensorDataset):
+        def __getitem__(self, index):
+            x, labels = super().__getitem__(index)
+            return {"x": x, "labels": labels}
+
+    data = Rows(torch.randn(64, 3), torch.arange(64) % 2)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, dataloader_pin_memory=False, save_strategy="no")
+    trainer = Trainer(Net(), args, train_dataset=data)
+    trajectory = induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert trajectory.names == ["linear.bias", "linear.weight"]
+    assert [state.num_examples for state in trajectory.states] == [64, 32, 16]
+    assert torch.equal(trainer.model.linear.weight, trajectory.tensor("linear.weight", 0))
+
+
+def test_the_processor_is_kept_with_the_trajectory(tmp_path):
+    from transformers import ViTImageProcessorPil
+
+    trainer = make_trainer(tmp_path)
+    trainer.processing_class = trainer.callback_handler.processing_class = ViTImageProcessorPil(
+        size={"height": 8, "width": 8}
+    )
+    trajectory = induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert {path.name for path in trajectory.model_files} == {"config.json", "preprocessor_config.json"}
+    assert not list(trajectory.path.glob("state-*/preprocessor_config.json"))
+
+
+def test_a_dataset_of_strings_can_be_stratified(tmp_path):
+    dataset = make_images()
+    dataset = Dataset.from_dict({**dataset.with_format(None)[:], "kind": ["even", "odd"] * 32}).with_format("torch")
+    trainer = make_trainer(tmp_path)
+    trainer.train_dataset = dataset
+    schedule = ForgettingSchedule(num_states=2, stratify_by="kind")
+    assert induce_forgetting(trainer, schedule, tmp_path / "trajectory").num_states == 2
+    shutil.rmtree(tmp_path / "trajectory")

@@ -1,0 +1,162 @@
+import pytest
+import torch
+from conftest import make_resnet
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.pytorch_utils import Conv1D
+
+from know_hf import tensor_roles
+from know_hf.roles import TensorRole, role_by_shape
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.Conv1d(2, 3, 5), {"weight": "conv", "bias": "bias"}),
+        (nn.Conv2d(2, 3, 3), {"weight": "conv", "bias": "bias"}),
+        (nn.Conv3d(2, 3, (1, 3, 3)), {"weight": "conv", "bias": "bias"}),
+        (nn.Conv2d(4, 4, 3, groups=4, bias=False), {"weight": "conv"}),
+        (nn.Conv2d(2, 3, 1), {"weight": "fc", "bias": "bias"}),
+        (nn.ConvTranspose2d(2, 3, 2), {"weight": "conv", "bias": "bias"}),
+        (nn.Linear(2, 3), {"weight": "fc", "bias": "bias"}),
+        (Conv1D(3, 2), {"weight": "fc", "bias": "bias"}),
+        (nn.Embedding(4, 2), {"weight": "fc"}),
+        (nn.LayerNorm(4), {"weight": "norm", "bias": "norm"}),
+        (nn.GroupNorm(2, 4), {"weight": "norm", "bias": "norm"}),
+        (nn.RMSNorm(4), {"weight": "norm"}),
+        (
+            nn.BatchNorm2d(3),
+            {
+                "weight": "norm",
+                "bias": "norm",
+                "running_mean": "copied",
+                "running_var": "copied",
+                "num_batches_tracked": "copied",
+            },
+        ),
+        (nn.PReLU(4), {"weight": "kept"}),
+        (
+            nn.MultiheadAttention(4, 2),
+            {"in_proj_weight": "fc", "in_proj_bias": "bias", "out_proj.weight": "fc", "out_proj.bias": "bias"},
+        ),
+        (
+            nn.LSTM(2, 3),
+            {"weight_ih_l0": "fc", "weight_hh_l0": "fc", "bias_ih_l0": "bias", "bias_hh_l0": "bias"},
+        ),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)),
+            {
+                "bias": "bias",
+                "parametrizations.weight.original0": "kept",
+                "parametrizations.weight.original1": "kept",
+            },
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_roles_of_torch_modules(module, expected):
+    assert {name: role.role for name, role in tensor_roles(module).items()} == expected
+
+
+def test_a_scalar_parameter_is_kept():
+    module = nn.Module()
+    module.logit_scale = nn.Parameter(torch.tensor(2.0))
+    assert tensor_roles(module) == {"logit_scale": TensorRole("kept", "scalar of Module")}
+
+
+def test_reasons_name_the_owner():
+    roles = tensor_roles(make_resnet())
+    assert roles["resnet.embedder.embedder.convolution.weight"].reason == "7×7 kernel of Conv2d"
+    assert roles["resnet.encoder.stages.1.layers.0.shortcut.convolution.weight"].role == "fc"
+    assert roles["classifier.1.bias"].reason == "bias of Linear"
+
+
+def small_models():
+    text = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    yield (
+        BertModel(BertConfig(**text, intermediate_size=8)),
+        {
+            "embeddings.word_embeddings.weight": "fc",
+            "embeddings.LayerNorm.weight": "norm",
+            "encoder.layer.0.attention.self.query.bias": "bias",
+        },
+    )
+    yield (
+        GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)),
+        {
+            "transformer.wte.weight": "fc",
+            "transformer.h.0.attn.c_attn.weight": "fc",
+            "transformer.h.0.ln_1.bias": "norm",
+            "lm_head.weight": "fc",
+        },
+    )
+    yield (
+        LlamaForCausalLM(LlamaConfig(**text, intermediate_size=8, tie_word_embeddings=True)),
+        {
+            "model.norm.weight": "norm",
+            "model.layers.0.mlp.gate_proj.weight": "fc",
+            "lm_head.weight": "fc",
+        },
+    )
+    yield (
+        T5ForConditionalGeneration(
+            T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        ),
+        {
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "fc",
+            "encoder.final_layer_norm.weight": "norm",
+        },
+    )
+    yield (
+        ViTForImageClassification(
+            ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8)
+        ),
+        {
+            "vit.embeddings.cls_token": "fc",
+            "vit.embeddings.position_embeddings": "fc",
+            "vit.embeddings.patch_embeddings.projection.weight": "conv",
+            "vit.layernorm.bias": "norm",
+        },
+    )
+
+
+@pytest.mark.parametrize(("model", "expected"), list(small_models()), ids=lambda value: type(value).__name__)
+def test_roles_of_transformers_models(model, expected):
+    roles = tensor_roles(model)
+    assert list(roles) == list(model.state_dict())
+    assert {name: roles[name].role for name in expected} == expected
+
+
+def test_tied_weights_name_their_source():
+    llama = next(model for model, _ in small_models() if isinstance(model, LlamaForCausalLM))
+    assert tensor_roles(llama)["lm_head.weight"] == TensorRole("fc", "tied to model.embed_tokens.weight")
+
+
+def test_an_unknown_role_is_refused():
+    with pytest.raises(TypeError, match="unknown role 'convolution'; the roles are conv, fc"):
+        TensorRole("convolution", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_axes", "floating", "role"),
+    [
+        ("experts.0.w1.weight", 2, True, "fc"),
+        ("experts.0.bias", 1, True, "bias"),
+        ("experts.0.norm.bias", 1, True, "kept"),
+        ("scale", 1, True, "kept"),
+        ("position_ids", 2, False, "copied"),
+    ],
+)
+def test_role_by_shape(name, num_axes, floating, role):
+    assert role_by_shape(name, num_axes, floating).role == role

@@ -1,0 +1,260 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import NUM_EXAMPLES, SCHEDULE, make_resnet
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, ResNetForImageClassification
+
+from know_hf import WeightTrajectory
+from know_hf.checkpoint import file_sha256
+from know_hf.trajectory import TrajectoryError
+
+
+NAME = "classifier.1.weight"
+
+
+def edit_manifest(folder, edit):
+    path = folder / "trajectory.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def rewrite_state(folder, state, edit):
+    """Edits the tensors of a state and records the new file, as a program with a mistake would."""
+    path = folder / f"state-{state}/model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+    def enter(content):
+        for record in content["states"][state]["files"]:
+            if record["path"].endswith(".safetensors"):
+                record.update(size=path.stat().st_size, sha256=file_sha256(path))
+
+    edit_manifest(folder, enter)
+
+
+def test_what_the_manifest_says(trajectory):
+    assert [state.num_examples for state in trajectory.states] == SCHEDULE.sizes(NUM_EXAMPLES)
+    assert trajectory.schedule == SCHEDULE
+    assert trajectory.roles[NAME].role == "fc"
+    content = json.loads((trajectory.path / "trajectory.json").read_text())
+    assert content["format_version"] == "1.0"
+    assert {"know_hf", "torch", "transformers", "safetensors"} <= set(content["library_versions"])
+    record = content["states"][2]["files"][-1]
+    path = trajectory.path / record["path"]
+    assert (record["path"], record["size"]) == ("state-2/model.safetensors", path.stat().st_size)
+    assert record["sha256"] == file_sha256(path)
+
+
+def test_history_has_the_full_data_state_last(trajectory):
+    history = trajectory.history(NAME)
+    assert history.shape == (5, 4, 16)
+    assert history.dtype == torch.float32
+    for position, state in enumerate([4, 3, 2, 1, 0]):
+        weights = load_file(trajectory.path / f"state-{state}/model.safetensors")
+        assert torch.equal(history[position], weights[NAME])
+    assert not torch.equal(history[0], history[-1])
+
+
+def test_every_state_loads_as_an_ordinary_checkpoint(trajectory):
+    for state in (0, 4):
+        model = ResNetForImageClassification.from_pretrained(trajectory.path, subfolder=f"state-{state}")
+        assert torch.equal(model.classifier[1].weight, trajectory.tensor(NAME, state))
+        assert torch.equal(trajectory.load_model(state).classifier[1].weight, model.classifier[1].weight)
+
+
+def test_load_into_a_model_in_memory(trajectory):
+    model = make_resnet(seed=5)
+    trajectory.load_into(model, 3)
+    assert torch.equal(model.classifier[1].weight, trajectory.tensor(NAME, 3))
+
+
+def test_verify_passes_on_a_whole_trajectory(trajectory):
+    trajectory.verify()
+
+
+def test_states_in_reversed_order(trajectory_copy):
+    def reverse(content):
+        content["states"] = [{**s, "index": 4 - s["index"]} for s in reversed(content["states"])]
+
+    edit_manifest(trajectory_copy, reverse)
+    with pytest.raises(TrajectoryError, match=r"state 1 was trained on 8 examples, state 0 on 4.*reversed order"):
+        WeightTrajectory(trajectory_copy)
+
+
+def test_state_indices_out_of_order(trajectory_copy):
+    edit_manifest(trajectory_copy, lambda content: content["states"].reverse())
+    with pytest.raises(TrajectoryError, match="state at position 0 has index 4"):
+        WeightTrajectory(trajectory_copy)
+
+
+def test_swapped_folders_do_not_verify(trajectory_copy):
+    (trajectory_copy / "state-0").rename(trajectory_copy / "x")
+    (trajectory_copy / "state-4").rename(trajectory_copy / "state-0")
+    (trajectory_copy / "x").rename(trajectory_copy / "state-4")
+    with pytest.raises(TrajectoryError, match=r"state-0/model\.safetensors of state 0 is not the file .* recorded"):
+        WeightTrajectory(trajectory_copy).verify()
+
+
+def test_a_truncated_file(trajectory_copy):
+    path = trajectory_copy / "state-2/model.safetensors"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(TrajectoryError, match=rf"state 2 has {size - 100} bytes, {size} were recorded.*truncated"):
+        WeightTrajectory(trajectory_copy)
+
+
+def test_a_missing_file(trajectory_copy):
+    (trajectory_copy / "state-3/model.safetensors").unlink()
+    with pytest.raises(TrajectoryError, match=r"state-3/model\.safetensors of state 3 is missing"):
+        WeightTrajectory(trajectory_copy)
+
+
+def test_a_damaged_byte_is_found_by_verify(trajectory_copy):
+    path = trajectory_copy / "state-1/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    trajectory = WeightTrajectory(trajectory_copy)
+    with pytest.raises(TrajectoryError, match="of state 1 is not the file that was recorded"):
+        trajectory.verify()
+
+
+def test_a_missing_tensor(trajectory_copy):
+    rewrite_state(trajectory_copy, 3, lambda tensors: tensors.pop(NAME))
+    with pytest.raises(TrajectoryError, match=r"state 3 .* has no tensor 'classifier\.1\.weight' that state 0 has"):
+        _ = WeightTrajectory(trajectory_copy).names
+
+
+def test_a_tensor_too_many(trajectory_copy):
+    rewrite_state(trajectory_copy, 1, lambda tensors: tensors.update(extra=torch.zeros(1)))
+    with pytest.raises(TrajectoryError, match=r"state 1 .* has a tensor 'extra' that state 0 has not"):
+        _ = WeightTrajectory(trajectory_copy).names
+
+
+def test_a_tensor_of_another_shape(trajectory_copy):
+    rewrite_state(trajectory_copy, 2, lambda tensors: tensors.update({NAME: torch.zeros(5, 16)}))
+    with pytest.raises(TrajectoryError, match=r"'classifier\.1\.weight' is \(5, 16\) .* in state 2 .* \(4, 16\)"):
+        _ = WeightTrajectory(trajectory_copy).names
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(format_version="2.0"), "format version 2.0, this know_hf reads up to 1.0"),
+        (lambda c: c.update(format_version="new"), "the format version 'new'"),
+        (lambda c: c.pop("states"), "does not have the fields"),
+        (lambda c: c.update(states=[1]), "does not have the fields"),
+        (lambda c: c["roles"].update({NAME: {"role": "matrix", "reason": ""}}), "unknown role 'matrix'"),
+        (lambda c: c["states"][0]["files"][0].update(path="../../secret"), "outside of its folder"),
+    ],
+)
+def test_a_manifest_that_can_not_be_read(trajectory_copy, edit, message):
+    edit_manifest(trajectory_copy, edit)
+    with pytest.raises(TrajectoryError, match=message):
+        WeightTrajectory(trajectory_copy)
+
+
+def test_a_newer_minor_version_is_read(trajectory_copy):
+    edit_manifest(trajectory_copy, lambda c: c.update(format_version="1.9", something_new=1))
+    assert WeightTrajectory(trajectory_copy).num_states == 5
+
+
+def test_half_a_manifest(trajectory_copy):
+    path = trajectory_copy / "trajectory.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(TrajectoryError, match="is not JSON"):
+        WeightTrajectory(trajectory_copy)
+
+
+def test_no_trajectory(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no trajectory\.json"):
+        WeightTrajectory(tmp_path)
+
+
+def test_create_refuses_a_folder_with_a_trajectory(trajectory):
+    with pytest.raises(FileExistsError, match="already holds a trajectory"):
+        WeightTrajectory.create(trajectory.path)
+
+
+def test_a_trajectory_without_states_says_so(tmp_path):
+    with pytest.raises(TrajectoryError, match="no finished state yet"):
+        _ = WeightTrajectory.create(tmp_path / "new").names
+    assert not (tmp_path / "new").exists()
+
+
+def test_record_refuses_a_subset_that_does_not_shrink(record_states):
+    trajectory = record_states(make_resnet(), num_states=2)
+    with pytest.raises(TrajectoryError, match="state 2 was trained on 2 examples, state 1 on 2"):
+        trajectory.record(make_resnet(), num_examples=2, steps=1)
+    assert WeightTrajectory(trajectory.path).num_states == 2
+
+
+def test_record_refuses_another_head(record_states):
+    trajectory = record_states(make_resnet(), num_states=2)
+    other = make_resnet()
+    other.classifier[1] = nn.Linear(16, 7)
+    with pytest.raises(TrajectoryError, match=r"'classifier\.1\.bias' is \(7,\) .* was the head replaced"):
+        trajectory.record(other, num_examples=1, steps=1)
+    assert WeightTrajectory(trajectory.path).num_states == 2
+    assert not (trajectory.path / "state-2").exists()
+
+
+def test_a_state_that_was_not_entered_is_written_again(record_states):
+    trajectory = record_states(make_resnet(), num_states=2)
+    shutil.copytree(trajectory.path / "state-1", trajectory.path / "state-2")  # killed before trajectory.json
+    (trajectory.path / "state-2/model.safetensors").write_bytes(b"half")
+    again = WeightTrajectory(trajectory.path)
+    assert again.num_states == 2
+    again.record(make_resnet(seed=3), num_examples=1, steps=1)
+    WeightTrajectory(trajectory.path).verify()
+    assert torch.equal(again.tensor(NAME, 2), make_resnet(seed=3).classifier[1].weight)
+
+
+def test_metrics_can_be_added_later(record_states):
+    trajectory = record_states(make_resnet(), num_states=2)
+    trajectory.update_metrics(0, {"eval_loss": 0.5})
+    trajectory.update_metrics(0, {"eval_accuracy": 1.0})
+    again = WeightTrajectory(trajectory.path)
+    assert [state.metrics for state in again.states] == [{"eval_loss": 0.5, "eval_accuracy": 1.0}, {}]
+
+
+def test_a_plain_module_is_recorded_and_loaded(record_states):
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    module[2].weight = module[1].weight
+    trajectory = record_states(module, num_states=3)
+    assert trajectory.tied_weights == {"2.weight": "1.weight"}
+    assert {name: role.role for name, role in trajectory.roles.items()} == {
+        "0.weight": "fc", "0.bias": "bias", "1.weight": "fc", "1.bias": "bias", "2.bias": "bias"
+    }  # fmt: skip
+    trajectory.load_into(module, 0)
+    assert torch.equal(module[2].weight, trajectory.tensor("1.weight", 0))
+    with pytest.raises(TrajectoryError, match=r"no config\.json: it is of a plain module"):
+        trajectory.load_model()
+
+
+def test_tied_weights_are_stored_once(record_states):
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        tie_word_embeddings=True, pad_token_id=0,
+    )  # fmt: skip
+    trajectory = record_states(LlamaForCausalLM(config), num_states=2)
+    assert "lm_head.weight" not in trajectory.names
+    assert trajectory.tied_weights == {"lm_head.weight": "model.embed_tokens.weight"}
+    model = trajectory.load_model(1)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_unknown_architecture_asks_for_its_class(record_states):
+    class MyResNet(ResNetForImageClassification):
+        pass
+
+    trajectory = record_states(MyResNet(make_resnet().config), num_states=2)
+    with pytest.raises(TrajectoryError, match="no class 'MyResNet'.*pass model_class="):
+        trajectory.load_model()
+    assert isinstance(trajectory.load_model(model_class=MyResNet), MyResNet)
