@@ -80,8 +80,8 @@ class CheckpointReader:
         """Names of all tensors, sorted."""
         return sorted(self._file_of)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file_of[name].get_slice(name).get_shape())
+    def shape(self, name: str) -> torch.Size:
+        return torch.Size(self._file_of[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         dtype = self._file_of[name].get_slice(name).get_dtype()

@@ -2,7 +2,6 @@
 
 import os
 
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import gc
@@ -24,7 +23,6 @@ from transformers import (
 )
 
 from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
-
 
 NUM_EXAMPLES = 64
 SCHEDULE = ForgettingSchedule(ratio=0.5, num_states=5, stratify_by="labels")

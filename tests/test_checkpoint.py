@@ -14,7 +14,6 @@ from know_hf.checkpoint import (
     write_json,
 )
 
-
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
     "b.weight": torch.ones(5, dtype=torch.bfloat16),

@@ -12,7 +12,6 @@ from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForC
 from know_hf import KNOWNConfig, KNOWNModel, WeightTrajectory, predict_overflowed_weights
 from know_hf.trajectory import TrajectoryError
 
-
 CONV = "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
 FC = "classifier.1.weight"
 BIAS = "classifier.1.bias"
@@ -243,7 +242,7 @@ def test_swapped_state_folders_are_refused(trajectory_copy, known, tmp_path):
 def test_a_truncated_state_is_refused(trajectory_copy, known, tmp_path):
     path = trajectory_copy / "state-4/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(TrajectoryError, match="of state 4 has .* truncated"):
+    with pytest.raises(TrajectoryError, match=r"of state 4 has .* truncated"):
         predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
 
 

@@ -10,7 +10,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
 
-
 SHORT = ForgettingSchedule(num_states=3, stratify_by="labels")
 
 
@@ -230,7 +229,7 @@ def test_peft_models_are_refused_for_now(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(make_resnet(), LoraConfig(target_modules=["classifier.1"]))
-    with pytest.raises(ValueError, match="recording adapters .* is not there yet"):
+    with pytest.raises(ValueError, match=r"recording adapters .* is not there yet"):
         induce_forgetting(make_trainer(tmp_path, model), SHORT, tmp_path / "trajectory")
 
 

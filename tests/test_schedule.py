@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ def test_relative_cost_is_the_sum_of_the_powers():
 def test_each_subset_lies_inside_the_one_before():
     subsets = ForgettingSchedule(ratio=0.6, num_states=6, seed=3).indices(500)
     assert np.array_equal(subsets[0], np.arange(500))
-    for larger, smaller in zip(subsets, subsets[1:], strict=False):
+    for larger, smaller in pairwise(subsets):
         assert set(smaller) < set(larger)
         assert np.array_equal(smaller, np.unique(smaller))
 

@@ -12,7 +12,6 @@ from know_hf import WeightTrajectory
 from know_hf.checkpoint import file_sha256
 from know_hf.trajectory import TrajectoryError
 
-
 NAME = "classifier.1.weight"
 
 
@@ -255,6 +254,6 @@ def test_an_unknown_architecture_asks_for_its_class(record_states):
         pass
 
     trajectory = record_states(MyResNet(make_resnet().config), num_states=2)
-    with pytest.raises(TrajectoryError, match="no class 'MyResNet'.*pass model_class="):
+    with pytest.raises(TrajectoryError, match=r"no class 'MyResNet'.*pass model_class="):
         trajectory.load_model()
     assert isinstance(trajectory.load_model(model_class=MyResNet), MyResNet)

@@ -125,7 +125,7 @@ class WeightTrajectory:
         """Names of all tensors on disk, sorted."""
         return self._readers[0].names
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> torch.Size:
         return self._readers[0].shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -355,8 +355,8 @@ def _check_same_tensors(path: Path, state: int, reader: CheckpointReader, first:
     for name in sorted(names - expected):
         raise TrajectoryError(f"state {state} of {path} has a tensor {name!r} that state 0 has not; {hint}")
     for name in sorted(names):
-        here = (reader.shape(name), reader.dtype(name))
-        if here != (there := (first.shape(name), first.dtype(name))):
+        here = (tuple(reader.shape(name)), reader.dtype(name))
+        if here != (there := (tuple(first.shape(name)), first.dtype(name))):
             raise TrajectoryError(
                 f"tensor {name!r} is {here[0]} {here[1]} in state {state} of {path} and {there[0]} {there[1]} in state"
                 f" 0; {hint}"

@@ -1,0 +1,93 @@
+"""`know-hf`: every command is a thin cover of a public function. Heavy imports wait until a command runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Arguments after the program's name; those of the process by default.
+
+    Returns:
+        `int`: 0, or 1 when the command ended with an error, which is then told on standard error.
+    """
+    args = make_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.stderr.write(f"know-hf {args.command}: {error}\n")
+        return 1
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="know-hf", description="Record forgetting, run it backwards, see whether it helped."
+    )
+    parser.add_argument("--version", action="version", version=f"know_hf {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    quickstart = commands.add_parser(
+        "quickstart", help="the whole way on real images, in minutes, without network: record, predict, compare"
+    )
+    quickstart.add_argument("--output-dir", required=True, metavar="DIR", help="where everything is written")
+    quickstart.add_argument("--seed", type=int, default=0, help="first seed of the comparison (default: 0)")
+    quickstart.set_defaults(run=_quickstart)
+
+    inspect = commands.add_parser("inspect", help="states, sizes, roles and displacement of a trajectory")
+    inspect.add_argument("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
+    inspect.add_argument("--roles", action="store_true", help="list every tensor with its role and the reason")
+    inspect.set_defaults(run=_inspect)
+
+    predict = commands.add_parser("predict", help="write the retrodicted checkpoint of a trajectory")
+    predict.add_argument("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
+    predict.add_argument("--steps", type=int, default=1, help="steps back, each standing for 1/ratio times the data")
+    predict.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the enhanced checkpoint")
+    predict.add_argument("--known", metavar="ID", help="KNOWN weights, folder or Hub id (default: the shipped ones)")
+    predict.add_argument("--predictor", metavar="NAME", help="another predictor instead of KNOWN, such as average")
+    predict.add_argument("--norm", choices=("keep", "predict"), default="keep", help="normalisation layers")
+    predict.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    predict.set_defaults(run=_predict)
+    return parser
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from .quickstart import run_quickstart
+
+    run_quickstart(args.output_dir, seed=args.seed)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from .inspection import inspect_trajectory
+    from .trajectory import WeightTrajectory
+
+    trajectory = WeightTrajectory(args.trajectory)
+    _say(str(inspect_trajectory(trajectory)))
+    if args.roles:
+        _say("")
+        for name, role in trajectory.roles.items():
+            _say(f"{role.role:7} {'×'.join(map(str, trajectory.shape(name))):>16}  {name}: {role.reason}")
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from .prediction import predict_overflowed_weights
+
+    result = predict_overflowed_weights(
+        args.trajectory,
+        args.known,
+        args.steps,
+        output_dir=args.output_dir,
+        predictor=args.predictor,
+        norm=args.norm,
+        overwrite=args.overwrite,
+    )
+    _say(f"{result}\n\nwritten to {result.path}")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
