@@ -1,4 +1,4 @@
-"""BatchNorm statistics of changed weights: running means and variances belong to the weights they were measured with."""
+"""BatchNorm statistics belong to the weights they were measured with; here they are measured anew."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -256,18 +255,20 @@ class WeightTrajectory:
         )
 
     def _write_model_files(self, state_folder: Path, processing_class: Any) -> tuple[FileRecord, ...]:
-        with TemporaryDirectory(dir=self.path, prefix=".") as scratch:
-            work = Path(scratch)
-            for path in state_folder.iterdir():
-                if not path.name.endswith((".safetensors", ".index.json")):
-                    shutil.copy2(path, work)
-            if processing_class is not None:
-                processing_class.save_pretrained(work)
-            names = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
-            for name in names:
-                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-                fsync(work / name)
-                (work / name).replace(self.path / name)
+        work = self.path / ".model-files.partial"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        for path in state_folder.iterdir():
+            if not path.name.endswith((".safetensors", ".index.json")):
+                shutil.copy2(path, work)
+        if processing_class is not None:
+            processing_class.save_pretrained(work)
+        names = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
+        for name in names:
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            fsync(work / name)
+            (work / name).replace(self.path / name)
+        shutil.rmtree(work)
         return tuple(FileRecord.of(self.path / name, name) for name in names)
 
     def _enter(self, manifest: Manifest) -> None:

@@ -1,0 +1,47 @@
+"""The README is kept true: its Python runs against the package as far as it can without a model, its commands parse."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import know_hf
+from know_hf.cli import make_parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("recipes/*/README.md")), *sorted(ROOT.glob("model_cards/*.md"))]
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_python_is_valid_and_imports_names_that_exist(document):
+    for block in blocks(document.read_text(encoding="utf-8"), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "know_hf":
+                for name in node.names:
+                    assert name.name in know_hf.__all__
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_of_know_hf_parse(document):
+    commands = re.findall(r"know-hf ((?:quickstart|inspect|predict)[^\n`|&]*)", document.read_text(encoding="utf-8"))
+    for command in commands:
+        make_parser().parse_args(shlex.split(command.split("#")[0]))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_that_are_named_exist(document):
+    for path in re.findall(r"(?:recipes|know_hf|model_cards|tests)/[\w/.-]*\w", document.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_readme_has_the_commands_and_the_five_lines():
+    assert 'pip install -c constraints.txt ".[demo]" && know-hf quickstart' in README
+    assert 'pip install -c constraints.txt ".[test]" && pytest' in README
+    assert "induce_forgetting(trainer, schedule, " in README
