@@ -259,7 +259,7 @@ class WeightTrajectory:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         for path in state_folder.iterdir():
-            if not path.name.endswith((".safetensors", ".index.json")):
+            if path.is_file() and not path.name.endswith((".safetensors", ".index.json")):
                 shutil.copy2(path, work)
         if processing_class is not None:
             processing_class.save_pretrained(work)
