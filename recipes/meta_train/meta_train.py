@@ -1,4 +1,4 @@
-"""Meta-trains KNOWN on a folder of trajectories and reports its skill on held-out ones.
+r"""Meta-trains KNOWN on a folder of trajectories and reports its skill on held-out ones.
 
 python recipes/meta_train/meta_train.py --config recipes/meta_train/known_base.yaml \
     --trajectories known_data --output_dir known-base
