@@ -13,7 +13,9 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -116,8 +118,13 @@ def _run(
         with ProcessPoolExecutor(min(workers, len(waiting)), get_context("spawn"), _start_worker) as pool:
             while running or (waiting and not broken):
                 while waiting and not broken and len(running) < workers:
-                    recipe = waiting.pop()
-                    running[pool.submit(_record, recipe, sources[recipe.dataset], output_dir)] = recipe.name
+                    recipe = waiting[-1]
+                    try:
+                        future = pool.submit(_record, recipe, sources[recipe.dataset], output_dir)
+                    except BrokenProcessPool:
+                        broken = True
+                    else:
+                        running[future] = waiting.pop().name
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     error = future.exception()
                     broken = broken or isinstance(error, BrokenProcessPool)
@@ -125,6 +132,8 @@ def _run(
 
 
 def _start_worker() -> None:
+    # A worker whose main process was killed would wait for work for ever, and hold its trajectory's lock.
+    Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported; the one bar is the main process's
     import datasets
     import torch
@@ -133,6 +142,13 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # safe at any moment: a state counts only once it is written whole
 
 
 def _record(recipe: "Recipe", source: dict[str, str], output_dir: Path) -> None:

@@ -170,7 +170,7 @@ def _draw(value: Any, stream: str) -> Any:
     number = random.Random(stream).random()
     if kind == "choice":
         return bounds[int(number * len(bounds))]
-    low, high = bounds
+    low, high = (float(bound) if isinstance(bound, str) else bound for bound in bounds)  # YAML 1.1 reads 1e-5 as text
     if kind == "uniform":
         drawn = low + (high - low) * number
     elif kind == "log_uniform":
