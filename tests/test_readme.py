@@ -30,9 +30,9 @@ def test_python_is_valid_and_imports_names_that_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_commands_of_know_hf_parse(document):
-    commands = re.findall(r"know-hf ((?:quickstart|inspect|predict)[^\n`|&]*)", document.read_text(encoding="utf-8"))
-    for command in commands:
-        make_parser().parse_args(shlex.split(command.split("#")[0]))
+    for block in blocks(document.read_text(encoding="utf-8"), "bash"):
+        for command in re.findall(r"know-hf ([^\n&]*)", block):
+            make_parser().parse_args(shlex.split(command, comments=True))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
