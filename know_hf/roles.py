@@ -8,8 +8,11 @@ for is left alone: `norm` (parameters of normalisation layers), `kept` (other pa
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 PREDICTED_ROLES = ("conv", "fc", "bias")
@@ -51,22 +54,46 @@ def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
     return roles
 
 
-def role_by_shape(name: str, num_axes: int, is_floating_point: bool) -> TensorRole:
-    """Role of a tensor whose owner isn't known, by name and shape, for checkpoints whose names differ from memory's.
+def names_on_disk(model: nn.Module) -> dict[str, str]:
+    """Names that `save_pretrained` gives to the tensors of the state dict, where it only renames them.
+
+    transformers keeps the names of old checkpoints on disk while modules in memory may have others (ViT, Mixtral, …).
+    Tensors that saving splits or merges have no counterpart and are left out.
+
+    Args:
+        model (`nn.Module`): Any module; one that is no `PreTrainedModel` keeps its names.
+
+    Returns:
+        `dict[str, str]`: from the names of `model.state_dict()` to those on disk.
+    """
+    markers = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    if not isinstance(model, PreTrainedModel):
+        return {name: name for name in markers}
+    in_memory = {id(marker): name for name, marker in markers.items()}
+    saved = revert_weight_conversion(model, dict(markers))
+    return {in_memory[id(marker)]: name for name, marker in saved.items() if id(marker) in in_memory}
+
+
+def role_by_shape(name: str, shape: tuple[int, ...], is_floating_point: bool) -> TensorRole:
+    """Role of a tensor whose owner isn't known, for those that saving splits or merges.
 
     Args:
         name (`str`): Its name in the checkpoint.
-        num_axes (`int`): Its number of axes.
+        shape (`tuple[int, ...]`): Its shape there.
         is_floating_point (`bool`): Whether its dtype is a floating-point one.
     """
     attribute = name.rpartition(".")[2]
     if not is_floating_point:
         return TensorRole("copied", "integer tensor, owner unknown")
-    if num_axes >= 2:
-        return TensorRole("fc", f"{num_axes} axes, owner unknown")
-    if num_axes == 1 and "bias" in attribute and "norm" not in name.lower():
+    if len(shape) > 3 and any(size > 1 for size in shape[2:]):
+        return TensorRole("conv", f"{len(shape)} axes, owner unknown")
+    if len(shape) >= 2:
+        return TensorRole("fc", f"{len(shape)} axes, owner unknown")
+    if "norm" in name.lower():
+        return TensorRole("norm", "named norm, owner unknown")
+    if len(shape) == 1 and "bias" in attribute:
         return TensorRole("bias", "one axis, named bias, owner unknown")
-    return TensorRole("kept", f"{num_axes} axes, owner unknown")
+    return TensorRole("kept", f"{len(shape)} axes, owner unknown")
 
 
 def _role(owner: nn.Module | None, name: str, attribute: str, tensor: object) -> TensorRole:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import make_resnet
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -17,7 +18,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from know_hf import tensor_roles
-from know_hf.roles import TensorRole, role_by_shape
+from know_hf.roles import TensorRole, names_on_disk, role_by_shape
 
 
 @pytest.mark.parametrize(
@@ -149,14 +150,28 @@ def test_an_unknown_role_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "num_axes", "floating", "role"),
+    ("name", "shape", "floating", "role"),
     [
-        ("experts.0.w1.weight", 2, True, "fc"),
-        ("experts.0.bias", 1, True, "bias"),
-        ("experts.0.norm.bias", 1, True, "kept"),
-        ("scale", 1, True, "kept"),
-        ("position_ids", 2, False, "copied"),
+        ("experts.0.w1.weight", (4, 8), True, "fc"),
+        ("experts.w1", (2, 4, 8), True, "fc"),
+        ("patch.weight", (4, 3, 16, 16), True, "conv"),
+        ("shortcut.weight", (4, 3, 1, 1), True, "fc"),
+        ("experts.0.bias", (4,), True, "bias"),
+        ("experts.0.norm.bias", (4,), True, "norm"),
+        ("scale", (4,), True, "kept"),
+        ("position_ids", (1, 8), False, "copied"),
     ],
 )
-def test_role_by_shape(name, num_axes, floating, role):
-    assert role_by_shape(name, num_axes, floating).role == role
+def test_role_by_shape(name, shape, floating, role):
+    assert role_by_shape(name, shape, floating).role == role
+
+
+def test_names_on_disk_follow_what_saving_renames(tmp_path):
+    for model, _ in small_models():
+        names = names_on_disk(model)
+        model.save_pretrained(tmp_path)
+        saved = set(load_file(tmp_path / "model.safetensors"))
+        assert saved <= set(names.values())
+    vit = next(model for model, _ in small_models() if isinstance(model, ViTForImageClassification))
+    assert names_on_disk(vit)["vit.layers.0.mlp.fc1.weight"] == "vit.encoder.layer.0.intermediate.dense.weight"
+    assert names_on_disk(nn.Linear(2, 2)) == {"weight": "weight", "bias": "bias"}

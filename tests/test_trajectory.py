@@ -6,7 +6,15 @@ import torch
 from conftest import NUM_EXAMPLES, SCHEDULE, make_resnet
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, ResNetForImageClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from know_hf import WeightTrajectory
 from know_hf.checkpoint import file_sha256
@@ -247,6 +255,31 @@ def test_tied_weights_are_stored_once(record_states):
     assert trajectory.tied_weights == {"lm_head.weight": "model.embed_tokens.weight"}
     model = trajectory.load_model(1)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_roles_are_those_of_the_names_on_disk(record_states):
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
+    roles = record_states(ViTForImageClassification(config), num_states=2).roles
+    assert roles["vit.encoder.layer.0.layernorm_before.bias"].reason == "bias of LayerNorm"
+    assert roles["vit.encoder.layer.0.intermediate.dense.weight"].reason == "weight of Linear, 2 axes"
+    assert not [name for name, role in roles.items() if "unknown" in role.reason]
+
+
+def test_experts_that_are_split_on_disk_are_matrices(record_states):
+    config = MixtralConfig(
+        vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    trajectory = record_states(MixtralForCausalLM(config), num_states=2)
+    assert trajectory.roles["model.layers.0.block_sparse_moe.experts.1.w2.weight"].role == "fc"
+    assert trajectory.roles["model.layers.0.block_sparse_moe.gate.weight"].role == "fc"
+    model = MixtralForCausalLM(config)
+    trajectory.load_into(model, 1)
+    trajectory.record(model, num_examples=1, steps=1)
+    for name in trajectory.names:
+        assert torch.equal(trajectory.tensor(name, 1), trajectory.tensor(name, 2))
 
 
 def test_an_unknown_architecture_asks_for_its_class(record_states):

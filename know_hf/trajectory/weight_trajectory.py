@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import WEIGHTS_NAME, CheckpointError, CheckpointReader, atomic_folder, file_sha256, fsync
-from ..roles import TensorRole, role_by_shape, tensor_roles
+from ..roles import TensorRole, names_on_disk, role_by_shape, tensor_roles
 from ..schedule import ForgettingSchedule
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord, TrajectoryError
 
@@ -232,15 +232,15 @@ class WeightTrajectory:
         self._enter(replace(self._manifest, states=(*self.states[:state], record, *self.states[state + 1 :])))
 
     def _describe(self, model: nn.Module, reader: CheckpointReader, folder: Path, processing_class: Any) -> Manifest:
-        in_memory = tensor_roles(model)
+        on_disk = names_on_disk(model)
+        owned = {on_disk[name]: role for name, role in tensor_roles(model).items() if name in on_disk}
         roles = {
-            name: in_memory.get(name)
-            or role_by_shape(name, len(reader.shape(name)), reader.dtype(name).is_floating_point)
+            name: owned.get(name) or role_by_shape(name, reader.shape(name), reader.dtype(name).is_floating_point)
             for name in reader.names
         }
         tied = {
-            name: role.reason.removeprefix("tied to ")
-            for name, role in in_memory.items()
+            name: on_disk[role.reason.removeprefix("tied to ")]
+            for name, role in owned.items()
             if role.reason.startswith("tied to ") and name not in roles
         }
         config = getattr(model, "config", None)
