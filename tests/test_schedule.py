@@ -85,3 +85,84 @@ def test_stratified_without_labels_is_refused():
         ForgettingSchedule(stratify_by="label").indices(100)
     with pytest.raises(ValueError, match="3 labels for 100 examples"):
         ForgettingSchedule(stratify_by="label").indices(100, [0, 1, 2])
+
+
+def test_a_schedule_written_before_groups_and_steps_still_loads():
+    old = {"ratio": 0.5, "num_states": 5, "epochs_per_stage": 1, "stratify_by": None, "seed": 0}
+    assert ForgettingSchedule(**old) == ForgettingSchedule()
+    assert ForgettingSchedule(0.33, 3, 2, "label", 7) == ForgettingSchedule(
+        ratio=0.33, num_states=3, epochs_per_stage=2, stratify_by="label", seed=7
+    )
+    schedule = ForgettingSchedule(group_by="doc", steps_per_stage=10)
+    assert ForgettingSchedule(**schedule.to_dict()) == schedule
+
+
+def make_groups(num_groups: int = 200, largest: int = 20) -> np.ndarray:
+    random = np.random.RandomState(5)
+    groups = np.repeat(np.arange(num_groups), random.randint(1, largest + 1, num_groups))
+    return groups[random.permutation(len(groups))]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_grouped_subsets_are_nested_whole_groups_of_the_sizes_asked_for(seed):
+    groups = make_groups()
+    schedule = ForgettingSchedule(group_by="doc", seed=seed)
+    subsets = schedule.indices(len(groups), groups=groups)
+    sizes = [len(subset) for subset in subsets]
+    assert np.abs(np.subtract(sizes, schedule.sizes(len(groups)))).max() <= 1  # many small groups nearly always fit
+    for larger, smaller in pairwise(subsets):
+        assert set(smaller) < set(larger)
+        assert np.array_equal(smaller, np.unique(smaller))
+        outside = np.setdiff1d(np.arange(len(groups)), smaller)
+        assert not set(groups[smaller]) & set(groups[outside])
+
+
+def test_large_groups_come_as_near_as_they_can():
+    groups = np.repeat(np.arange(10), 10)
+    assert [len(s) for s in ForgettingSchedule(0.33, 3, group_by="d").indices(100, groups=groups)] == [100, 30, 10]
+    assert [len(s) for s in ForgettingSchedule(0.37, 3, group_by="d").indices(100, groups=groups)] == [100, 40, 10]
+
+
+def test_groups_are_chosen_evenly():
+    groups = np.repeat(np.arange(40), 5)
+    times = np.zeros(40)
+    for seed in range(200):
+        times[np.unique(groups[ForgettingSchedule(num_states=2, seed=seed).indices(200, groups=groups)[1]])] += 1
+    assert times.min() > 100 - 30  # binomial, σ = 7
+    assert times.max() < 100 + 30
+
+
+def test_the_grouped_members_are_the_same_on_every_machine_and_for_every_name_of_a_group():
+    groups = [3, 3, 1, 1, 1, 7, 9, 9, 9, 9, 4, 4, 4, 2, 2, 2]
+    schedule = ForgettingSchedule(num_states=3, group_by="doc")
+    expected = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 10, 11, 12]]
+    assert [subset.tolist() for subset in schedule.indices(16, groups=groups)[1:]] == expected
+    for names in (np.array(groups), [str(group) for group in groups], [f"{10 - group}" for group in groups]):
+        assert [subset.tolist() for subset in schedule.indices(16, groups=names)[1:]] == expected
+
+
+def test_groups_too_large_for_a_subset_are_named():
+    with pytest.raises(ValueError, match=r"100 examples in 2 whole groups of 'doc', the largest of 50, have sizes "):
+        ForgettingSchedule(group_by="doc").indices(100, groups=[0, 1] * 50)
+    with pytest.raises(ValueError, match=r"grouped by 'doc', but no groups"):
+        ForgettingSchedule(group_by="doc").indices(100)
+    with pytest.raises(ValueError, match="3 groups for 100 examples"):
+        ForgettingSchedule(group_by="doc").indices(100, groups=[0, 1, 2])
+    with pytest.raises(ValueError, match="both labels and groups"):
+        ForgettingSchedule(group_by="doc").indices(100, [0] * 100, groups=[0] * 100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps_per_stage": 0}, "steps_per_stage must be a whole number of at least 1, got 0"),
+        ({"steps_per_stage": 2.0}, r"steps_per_stage must be a whole number of at least 1, got 2\.0"),
+        ({"steps_per_stage": True}, "got True"),
+        ({"steps_per_stage": 5, "epochs_per_stage": 2}, "steps_per_stage=5 and epochs_per_stage=2; leave one"),
+        ({"group_by": "doc", "stratify_by": "label"}, "group_by='doc' and stratify_by='label'"),
+        ({"group_by": "doc", "key_column": "id"}, "group_by='doc' and key_column='id'"),
+    ],
+)
+def test_lengths_and_columns_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ForgettingSchedule(**arguments)
