@@ -1,10 +1,12 @@
 """`know-hf`: every command is a thin cover of a public function. Heavy imports wait until a command runs."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .task_arguments import add_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +41,17 @@ def make_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--seed", type=int, default=0, help="first seed of the comparison (default: 0)")
     quickstart.set_defaults(run=_quickstart)
 
+    record = commands.add_parser(
+        "record",
+        help="fine-tune any model on any dataset for a common task, make it forget, keep every state",
+        description="Fine-tunes a model on ever smaller subsets of a dataset and records every state. Flags go before"
+        " the YAML file. Run again, it goes on with the first state that is missing.",
+    )
+    record.add_argument("--config", metavar="FILE", help="YAML file; its keys are the flags below, with _ for -")
+    record.add_argument("--plan", action="store_true", help="load everything, print steps, cost and disk, and stop")
+    add_flags(record)
+    record.set_defaults(run=_record)
+
     inspect = commands.add_parser("inspect", help="states, sizes, roles and displacement of a trajectory")
     inspect.add_argument("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
     inspect.add_argument("--roles", action="store_true", help="list every tensor with its role and the reason")
@@ -60,6 +73,28 @@ def _quickstart(args: argparse.Namespace) -> None:
     from .quickstart import run_quickstart
 
     run_quickstart(args.output_dir, seed=args.seed)
+
+
+def _record(args: argparse.Namespace) -> None:
+    from .task_arguments import read_flags
+
+    arguments = read_flags(args)  # before the heavy imports: mistyped keys are told at once
+
+    from accelerate import PartialState
+
+    from .inspection import inspect_trajectory
+    from .tasks import plan_task, record_task
+
+    if args.plan:
+        plan = plan_task(arguments)
+        if PartialState().is_main_process:
+            _say(str(plan))
+        return
+    trajectory = record_task(arguments)
+    if PartialState().is_main_process:
+        enhanced = trajectory.path.with_name("enhanced")
+        _say(f"{inspect_trajectory(trajectory)}\n\nrecorded in {trajectory.path}; next:")
+        _say(shlex.join(["know-hf", "predict", str(trajectory.path), "--output-dir", str(enhanced)]))
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -5,8 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import know_hf.tasks
+from know_hf import WeightTrajectory
 from know_hf.cli import main, make_parser
 from know_hf.inspection import inspect_trajectory
+from know_hf.task_arguments import RecordArguments, read_flags
+from know_hf.tasks import RecordingPlan
 
 
 def run_python(code):
@@ -19,6 +23,8 @@ def run_python(code):
         "import know_hf; dir(know_hf)",
         "from know_hf.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from know_hf.cli import main\ntry: main(['quickstart', '--help'])\nexcept SystemExit: pass",
+        "from know_hf.cli import main\ntry: main(['record', '--help'])\nexcept SystemExit: pass",
+        "from know_hf.cli import main\nassert main(['record', '--task', 'unknown']) == 1",
         "from know_hf import ForgettingSchedule; ForgettingSchedule().indices(100)",
     ],
 )
@@ -81,6 +87,95 @@ def test_predict_writes_the_checkpoint(recorded, tmp_path, capsys):
     assert printed.endswith(f"written to {out}\n")
     before = load_file(recorded / "state-0/model.safetensors")["classifier.1.weight"]
     torch.testing.assert_close(load_file(out / "model.safetensors")["classifier.1.weight"], 0.8 * before)
+
+
+CONFIG = """
+task: causal-lm
+model: some/model
+dataset: some/dataset
+output_dir: out
+epochs: 2
+lora: {r: 4, use_dora: true}
+training: {learning_rate: 1.0e-5, warmup_steps: 10}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def parse_record(*flags):
+    return read_flags(make_parser().parse_args(["record", *flags]))
+
+
+def test_flags_of_record_go_before_its_yaml(config):
+    flags = "--epochs 4 --max-length 128 --pack --eval-split none --training learning_rate=5e-4 fp16=true --lora r=16"
+    args = parse_record("--config", config, *flags.split())
+    assert (args.task, args.model, args.epochs, args.max_length, args.pack) == (
+        "causal-lm",
+        "some/model",
+        4,
+        128,
+        True,
+    )
+    assert args.eval_split is None
+    assert args.training == {"learning_rate": 5e-4, "warmup_steps": 10, "fp16": True}
+    assert (args.lora.r, args.lora.use_dora, args.lora.target_modules) == (16, True, "all-linear")
+    assert parse_record("--config", config, "--lora", "none").lora is None
+    assert parse_record("--config", config) == RecordArguments.from_yaml(config)
+
+
+def test_flags_of_record_need_no_yaml(config):
+    flags = ["--task", "causal-lm", "--model", "some/model", "--dataset", "some/dataset", "--output-dir", "out"]
+    flags += ["--epochs", "2", "--lora", "r=4", "use_dora=true", "--training", "learning_rate=1e-5", "warmup_steps=10"]
+    assert parse_record(*flags) == RecordArguments.from_yaml(config)
+    assert parse_record(*flags[:8], "--lora", "target_modules=[q_proj, v_proj]").lora.target_modules == [
+        "q_proj",
+        "v_proj",
+    ]
+
+
+def test_mistyped_keys_of_record_are_told_in_one_line(tmp_path, config, capsys):
+    path = tmp_path / "typo.yaml"
+    path.write_text(CONFIG.replace("epochs", "epoch"))
+    assert main(["record", "--config", str(path)]) == 1
+    error = f"know-hf record: {path}: unknown key 'epoch'; did you mean 'epochs'?\n"
+    assert capsys.readouterr().err == error
+    assert main(["record", "--config", config, "--training", "fp16"]) == 1
+    assert capsys.readouterr().err == "know-hf record: --training fp16: give KEY=VALUE\n"
+    assert main(["record", "--config", config, "--lora", "rank=3"]) == 1
+    assert "unknown key 'rank'; known are r, alpha" in capsys.readouterr().err
+
+
+def test_record_says_what_was_recorded_and_what_comes_next(config, recorded, monkeypatch, capsys):
+    monkeypatch.setattr(know_hf.tasks, "record_task", lambda args: WeightTrajectory(recorded))
+    assert main(["record", "--config", config]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["state", "examples", "steps"]
+    assert lines[-2:] == [
+        f"recorded in {recorded}; next:",
+        f"know-hf predict {recorded} --output-dir {recorded.with_name('enhanced')}",
+    ]
+    make_parser().parse_args(lines[-1].split()[1:])
+
+
+def test_record_can_only_plan(config, monkeypatch, capsys):
+    plan = RecordingPlan([100, 50], [20, 5], [2, 1], 250, 1.5, 3_000_000, 12_000_000, 10**9)
+    monkeypatch.setattr(know_hf.tasks, "plan_task", lambda args: plan)
+    monkeypatch.setattr(know_hf.tasks, "record_task", None)
+    assert main(["record", "--config", config, "--plan"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "state    examples  epochs      steps",
+        "    0         100       2         20",
+        "    1          50       1          5",
+        "",
+        "cost: 25 steps, 250 examples seen: 2.50 epochs on all data, 1.25 times the training of state 0 alone"
+        " (Σ r^k = 1.50)",
+        "disk: 2 states of 12.0 MB (3,000,000 parameters) = 24.0 MB, 1.0 GB free",
+    ]
 
 
 def test_errors_are_told_in_one_line(tmp_path, capsys):
