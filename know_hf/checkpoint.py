@@ -4,6 +4,7 @@ Nothing is computed here and nothing is unpickled. A folder appears under its na
 ([`atomic_folder`]), and a JSON file is replaced in one step ([`write_json`]).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 WEIGHTS_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
@@ -46,13 +48,15 @@ class CheckpointReader:
 
     Args:
         files (`Sequence[Path]`): The safetensors files; each tensor stands in exactly one of them.
+        elsewhere (`Mapping[str, CheckpointReader]`, *optional*): Tensors that another checkpoint holds for this one.
 
     Raises:
         `CheckpointError`: when a file is missing, truncated or not safetensors, or a tensor stands in two files.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._file_of: dict[str, Any] = {}
+    def __init__(self, files: Sequence[Path], elsewhere: "Mapping[str, CheckpointReader] | None" = None) -> None:
+        self._file_of: dict[str, Any] = {name: reader._file_of[name] for name, reader in (elsewhere or {}).items()}
+        self._path_of: dict[str, Path] = {name: reader._path_of[name] for name, reader in (elsewhere or {}).items()}
         for path in files:
             try:
                 handle = safe_open(path, framework="pt")
@@ -65,6 +69,7 @@ class CheckpointReader:
                 if name in self._file_of:
                     raise CheckpointError(f"tensor {name!r} of {path} stands in a second file of the same checkpoint")
                 self._file_of[name] = handle
+                self._path_of[name] = path
 
     @classmethod
     def from_folder(cls, folder: Path) -> "CheckpointReader":
@@ -75,10 +80,17 @@ class CheckpointReader:
         weight_map = json.loads(index.read_text())["weight_map"]
         return cls([folder / name for name in sorted(set(weight_map.values()))])
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
     @property
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
         return sorted(self._file_of)
+
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._path_of[name]
 
     def shape(self, name: str) -> torch.Size:
         return torch.Size(self._file_of[name].get_slice(name).get_shape())
@@ -103,11 +115,14 @@ class CheckpointWriter:
     Args:
         folder (`Path`): An existing folder, best one of [`atomic_folder`].
         max_shard_size (`int`, *optional*, defaults to `5_000_000_000`): Bytes; a larger tensor gets its own shard.
+        adapter (`bool`, *optional*, defaults to `False`): Whether it is an adapter, one `adapter_model.safetensors`
+            whatever its size.
     """
 
-    def __init__(self, folder: Path, max_shard_size: int = DEFAULT_SHARD_SIZE) -> None:
+    def __init__(self, folder: Path, max_shard_size: int = DEFAULT_SHARD_SIZE, adapter: bool = False) -> None:
         self.folder = folder
         self.max_shard_size = max_shard_size
+        self.adapter = adapter
         self._shard: dict[str, torch.Tensor] = {}
         self._shard_bytes = 0
         self._shard_names: list[list[str]] = []
@@ -117,7 +132,7 @@ class CheckpointWriter:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Adds one tensor; it must not be changed before the writer is closed."""
         size = tensor.numel() * tensor.element_size()
-        if self._shard and self._shard_bytes + size > self.max_shard_size:
+        if self._shard and not self.adapter and self._shard_bytes + size > self.max_shard_size:
             self._flush()
         self._shard[name] = tensor.detach().cpu().contiguous()
         self._shard_bytes += size
@@ -129,7 +144,7 @@ class CheckpointWriter:
         self._flush()
         count = len(self._shard_names)
         if count == 1:
-            self._shard_path(0).rename(self.folder / WEIGHTS_NAME)
+            self._shard_path(0).rename(self.folder / (ADAPTER_NAME if self.adapter else WEIGHTS_NAME))
             return
         weight_map = {}
         for number, names in enumerate(self._shard_names):
@@ -194,6 +209,20 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         _remove(work)
         raise
+
+
+def check_free_disk(path: Path, needed: int) -> None:
+    """Raises an `OSError` that says how many bytes are needed and free, when the disk of `path` has too few."""
+    place = next(
+        folder for folder in (Path(os.path.abspath(path)), *Path(os.path.abspath(path)).parents) if folder.exists()
+    )
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{path} needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; make room, record to another"
+            " disk, or store a smaller dtype",
+        )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -63,6 +63,22 @@ def inspect_trajectory(trajectory: WeightTrajectory) -> TrajectorySummary:
     return summary
 
 
+def displacement(trajectory: WeightTrajectory, state: int) -> float:
+    """`‖Θk − Θ0‖₂ / ‖Θ0‖₂` over all parameters together; 0 for state 0.
+
+    Args:
+        trajectory ([`WeightTrajectory`]): The recorded states.
+        state (`int`): The index k.
+    """
+    moved = length = 0.0
+    for name, role in trajectory.roles.items():
+        if state and role.role != "copied":
+            first = trajectory.tensor(name).double()
+            moved += float((trajectory.tensor(name, state).double() - first).square().sum())
+            length += float(first.square().sum())
+    return (moved / max(length, 1e-60)) ** 0.5
+
+
 def _table(rows: list[list[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -71,9 +71,9 @@ class PredictionResult:
     report: dict[str, RoleReport]
     model_class: type[PreTrainedModel] | None = None
 
-    def load_model(self) -> PreTrainedModel:
-        """The enhanced model, of the class that was recorded."""
-        return load_pretrained(self.path, self.model_class)
+    def load_model(self, base_model: PreTrainedModel | None = None) -> PreTrainedModel:
+        """The enhanced model, of the class that was recorded; an adapter on the base model given."""
+        return load_pretrained(self.path, self.model_class, base_model)
 
     def __str__(self) -> str:
         lines = [f"{'role':8}{'tensors':>9}{'parameters':>13}{'unchanged':>11}{'mean |res|':>13}{'max |res|':>13}"]
@@ -140,6 +140,11 @@ def predict_overflowed_weights(
             f"{trajectory.path} has {trajectory.num_states} states, {type(chosen).__name__} needs {needed}; record"
             f" with ForgettingSchedule(num_states={needed})"
         )
+    if recalibrate_with is not None and trajectory.is_adapter:
+        raise ValueError(
+            f"{trajectory.path} is one of adapters, which hold no BatchNorm statistics: recalibrate the model they are"
+            " loaded on with recalibrate_batch_norm(model, batches)"
+        )
     _refuse_quantised(trajectory)
     trajectory.verify()
 
@@ -149,13 +154,13 @@ def predict_overflowed_weights(
             target = work / path.relative_to(trajectory.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target)
-        writer = CheckpointWriter(work, max_shard_size)
+        writer = CheckpointWriter(work, max_shard_size, adapter=trajectory.is_adapter)
         for name in tqdm(trajectory.names, desc=f"predicting {steps} step(s)", unit="tensor"):
             original = trajectory.tensor(name)
             role = trajectory.roles[name].role
             network = "bias" if role == "norm" and norm == "predict" else role
-            residual, unchanged = None, False
-            if network in PREDICTED_ROLES and original.is_floating_point():
+            residual, unchanged = None, trajectory.is_unchanged(name)
+            if network in PREDICTED_ROLES and original.is_floating_point() and not unchanged:
                 history = trajectory.history(name)
                 _check_finite(history, name, trajectory)
                 unchanged = bool((history == history[-1]).all())

@@ -5,25 +5,23 @@
 """
 
 import copy
-import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
-import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from .checkpoint import check_free_disk
+from .distributed import check_gathering, gather_state_dict, is_sharded, on_main_process
+from .inspection import displacement
 from .schedule import ForgettingSchedule
-from .trajectory import StateRecord, WeightTrajectory
-
-_FINGERPRINT_ROWS = 64
+from .subsets import Subset, divide
+from .trajectory import StateRecord, WeightTrajectory, state_nbytes
 
 
 class WeightTransitionCallback(TrainerCallback):
@@ -37,19 +35,33 @@ class WeightTransitionCallback(TrainerCallback):
         Trainer(model, args, train_dataset=dataset.select(indices), callbacks=[callback]).train()
     ```
 
+    The weights are copied, and where the schedule has more states to come, a thread writes them while the training
+    goes on. An error of the writing is logged at once and raised when the next training begins or ends, or the
+    trajectory is read.
+
     Args:
         output_dir (`str` or `Path`): The trajectory's folder; one that holds a trajectory is continued.
         schedule ([`ForgettingSchedule`], *optional*): Kept in `trajectory.json` and compared when continuing.
+        trainer (`Trainer`, *optional*): Needed where no process holds the whole weights (FSDP, ZeRO-3).
+        dtype (`torch.dtype`, *optional*): Floating-point dtype to store, such as `torch.bfloat16`; by default that of
+            each weight. A run that resumes goes on from what was stored.
 
     Attributes:
-        trajectory ([`WeightTrajectory`]): The states recorded so far.
+        trajectory ([`WeightTrajectory`]): The states recorded so far. Only the main process writes.
 
     Raises:
         `ValueError`: when the folder's trajectory was recorded with another schedule; before a training, when its
             subset is not smaller than that of the last state; after it, when a weight is not finite.
     """
 
-    def __init__(self, output_dir: str | Path, schedule: ForgettingSchedule | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: str | Path,
+        schedule: ForgettingSchedule | None = None,
+        *,
+        trainer: Trainer | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if WeightTrajectory.exists(output_dir):
             self.trajectory = WeightTrajectory(output_dir)
             if schedule is not None and self.trajectory.schedule != schedule:
@@ -59,40 +71,74 @@ class WeightTransitionCallback(TrainerCallback):
                 )
         else:
             self.trajectory = WeightTrajectory.create(output_dir, schedule)
-        self.subset_fingerprint: str | None = None
+        self.trainer = trainer
+        self.dtype = dtype
+        self._sizes = [state.num_examples for state in self.trajectory.states]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        size, last = _num_examples(kwargs), self.trajectory.states[-1:]
-        if last and size >= last[0].num_examples:
+        if not state.is_world_process_zero:
+            return
+        self.trajectory.check()
+        size, last = _num_examples(kwargs), self._sizes[-1] if self._sizes else None
+        if size is not None and last is not None and size >= last:
             raise ValueError(
-                f"state {self.trajectory.num_states} of {self.trajectory.path} would be trained on {size} examples,"
-                f" but state {last[0].index} saw {last[0].num_examples}; every stage trains on fewer examples"
+                f"state {len(self._sizes)} of {self.trajectory.path} would be trained on {size} examples, but state"
+                f" {len(self._sizes) - 1} saw {last}; every stage trains on fewer examples"
             )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        state_dict = gather_state_dict(kwargs["model"], self.trainer)  # takes every process
         if state.is_world_process_zero:
             self.record(
                 kwargs["model"],
+                state_dict=state_dict,
                 num_examples=_num_examples(kwargs),
                 steps=state.global_step,
                 seed=args.seed,
                 processing_class=kwargs.get("processing_class"),
             )
 
-    def record(self, model: nn.Module, **kwargs: Any) -> StateRecord:
-        """Records the model as it is as the next state; arguments as [`WeightTrajectory.record`]."""
-        index = self.trajectory.num_states
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"tensor {name!r} is not finite at the end of the training of state {index}: it diverged;"
-                    f" lower its learning rate. The {index} states before it are kept in {self.trajectory.path}."
-                )
-        return self.trajectory.record(model, subset_fingerprint=self.subset_fingerprint, **kwargs)
+    def record(self, model: nn.Module, **facts: Any) -> None:
+        """Copies the weights and lets a thread write the next state; arguments as [`WeightTrajectory.record`].
+
+        The last state of the schedule is waited for, and so is every state without one: what comes after the loop
+        finds the trajectory whole.
+        """
+        schedule = self.trajectory.schedule
+        more = schedule is not None and len(self._sizes) + 1 < schedule.num_states
+        self.trajectory.record(model, dtype=self.dtype, background=more, **facts)
+        self._sizes.append(facts["num_examples"])
+
+
+class _StageCallback(WeightTransitionCallback):
+    """The callback as [`induce_forgetting`] uses it: told what a stage is, its errors kept for all processes."""
+
+    def __init__(self, output_dir: str | Path, schedule: ForgettingSchedule, **options: Any) -> None:
+        super().__init__(output_dir, schedule, **options)
+        self.subset: Subset | None = None
+        self.on_written: Callable[[StateRecord], object] | None = None
+        self.failure: Exception | None = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """The sizes were looked at before the first stage."""
+
+    def record(self, model: nn.Module, **facts: Any) -> None:
+        assert self.subset is not None
+        facts |= {"num_examples": self.subset.num_examples, "fraction": self.subset.fraction}
+        facts |= {"subset_fingerprint": self.subset.fingerprint, "on_written": self.on_written}
+        try:
+            super().record(model, **facts)
+        except Exception as error:
+            self.failure = error
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self.trajectory.check()
 
 
 def induce_forgetting(
@@ -100,6 +146,8 @@ def induce_forgetting(
     schedule: ForgettingSchedule,
     output_dir: str | Path,
     start: Literal["train", "current"] = "train",
+    *,
+    dtype: torch.dtype | None = None,
 ) -> WeightTrajectory:
     """Trains a model on ever smaller nested subsets of its data and records every state (KNOW paper, §3).
 
@@ -107,17 +155,22 @@ def induce_forgetting(
     trainer's own arguments, and is seeded with `trainer.args.seed + state`. Finished states are never trained again:
     called again with the same folder, the run goes on with the first state that is missing, and ends in the same
     weights as a run that was never interrupted. Where the trainer has an `eval_dataset`, every state is evaluated.
+    Size, displacement and metrics of every state go to the trainer's loggers under `forgetting/`.
+
+    To be called on every process of a distributed training; the main one writes, and its errors come out on all.
 
     Afterwards the trainer has its own dataset, arguments and callbacks again, and its model holds Θ0, the weights
-    after training on all data.
+    after training on all data (under FSDP and ZeRO-3 it keeps those of the last state).
 
     Args:
-        trainer (`Trainer`): With a map-style `train_dataset`, on one process.
+        trainer (`Trainer`): Any trainer of transformers' kind with a `train_dataset`. Of a `PeftModel` the adapter is
+            recorded.
         schedule ([`ForgettingSchedule`]): The subsets.
         output_dir (`str` or `Path`): The trajectory's folder.
         start (`"train"` or `"current"`, *optional*, defaults to `"train"`):
             `"train"` makes Θ0 by training on all data, just as `trainer.train()` would; `"current"` takes the weights
             that the model has.
+        dtype (`torch.dtype`, *optional*): Floating-point dtype to store, see [`WeightTransitionCallback`].
 
     Returns:
         [`WeightTrajectory`]: with `schedule.num_states` states.
@@ -125,63 +178,51 @@ def induce_forgetting(
     Raises:
         `ValueError`: when the subsets are too small, the dataset can't be divided, the trainer's optimizer can't be
             made afresh, a state is not finite, or the folder holds a trajectory of another schedule or other data.
+        `OSError`: before the training, when the disk has not the space that all states need.
+        `RuntimeError`: when another process records to the folder.
     """
     if start not in ("train", "current"):
         raise ValueError(f"start must be 'train' or 'current', got {start!r}")
-    dataset = _check(trainer)
-    labels = _labels(dataset, schedule.stratify_by)
-    batch_size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-    members = schedule.indices(len(dataset), labels, batch_size)
-    callback = WeightTransitionCallback(output_dir, schedule)
+    _check(trainer)
+    batch_size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    subsets = divide(trainer.train_dataset, schedule, batch_size)
+    callback = _StageCallback(output_dir, schedule, trainer=trainer, dtype=dtype)
     trajectory = callback.trajectory
-    fingerprints = [_fingerprint(dataset, indices) for indices in members]
-    for state in trajectory.states:
-        if state.subset_fingerprint != fingerprints[state.index]:
-            raise ValueError(
-                f"state {state.index} of {trajectory.path} was trained on other data: {state.num_examples} examples"
-                f" with fingerprint {state.subset_fingerprint}, now {len(members[state.index])} with"
-                f" {fingerprints[state.index]}; give the same dataset or record to another folder"
-            )
-
-    if trajectory.num_states:
-        trajectory.load_into(trainer.model, trajectory.num_states - 1)
-    with (
-        _borrowed(trainer),
-        tqdm(total=schedule.num_states, initial=trajectory.num_states, desc="forgetting", unit="state") as bar,
-    ):
-        _evaluate(trainer, trajectory)
-        for index in range(trajectory.num_states, schedule.num_states):
-            bar.set_postfix_str(f"state {index}: {len(members[index])} examples")
-            callback.subset_fingerprint = fingerprints[index]
+    with ExitStack() as stack:
+        done = on_main_process(trainer, lambda: _begin(stack, trajectory, subsets, trainer.model, dtype))
+        if done:
+            trajectory.load_into(trainer.model, done - 1)
+        stack.enter_context(_borrowed(trainer))
+        progress = stack.enter_context(_Progress(trainer, trajectory, schedule.num_states))
+        callback.on_written = progress.written
+        if done and on_main_process(trainer, lambda: not trajectory.states[-1].metrics):
+            progress.evaluate(done - 1)
+        for index in range(done, schedule.num_states):
+            callback.subset = subsets[index]
+            progress.begin(index, subsets[index])
             if index == 0 and start == "current":
-                callback.record(
-                    trainer.model, num_examples=len(dataset), steps=0, processing_class=trainer.processing_class
-                )
+                state_dict = gather_state_dict(trainer.model, trainer)
+                if trainer.accelerator.is_main_process:
+                    callback.record(
+                        trainer.model, state_dict=state_dict, steps=0, processing_class=trainer.processing_class
+                    )
             else:
-                _train_stage(trainer, index, schedule, _subset(dataset, members[index]), callback)
-            _evaluate(trainer, trajectory)
-            bar.update()
-    trajectory.load_into(trainer.model, 0)
+                _train_stage(trainer, index, schedule, subsets[index], callback)
+            on_main_process(trainer, callback.raise_failure)
+            progress.evaluate(index)
+        on_main_process(trainer, progress.finish)
+    trajectory = WeightTrajectory(output_dir)
+    if not is_sharded(trainer):
+        trajectory.load_into(trainer.model, 0)
     return trajectory
 
 
-def _check(trainer: Trainer) -> Any:
-    if trainer.args.world_size > 1 or trainer.args.n_gpu > 1:
+def _check(trainer: Trainer) -> None:
+    check_gathering(trainer)
+    if getattr(trainer.model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"recording runs on one process and device for now, this is one of {trainer.args.world_size} processes"
-            f" with {trainer.args.n_gpu} devices; launch with --num_processes 1 and CUDA_VISIBLE_DEVICES=0"
-        )
-    if type(trainer.model).__module__.startswith("peft."):
-        raise ValueError(
-            f"recording adapters ({type(trainer.model).__name__}) is not there yet; merge the adapter with"
-            " merge_and_unload() and record the whole model"
-        )
-    dataset = trainer.train_dataset
-    if dataset is None:
-        raise ValueError("the trainer has no train_dataset; structured forgetting needs one to divide")
-    if isinstance(dataset, IterableDataset | datasets.IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError(
-            f"the trainer's {type(dataset).__name__} has no length and no index; give a map-style train_dataset"
+            f"the {type(trainer.model).__name__} has an adapter inside (add_adapter); wrap the model with"
+            " peft.get_peft_model instead, so that the trajectory is one of the adapter"
         )
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if optimizer is not None:
@@ -193,33 +234,24 @@ def _check(trainer: Trainer) -> Any:
                 f"the trainer was given its own {type(optimizer).__name__}, but each stage needs a fresh one; pass"
                 " optimizer_cls_and_kwargs=(class, options) to the Trainer instead of optimizers="
             )
-    return dataset
 
 
-def _labels(dataset: Any, column: str | None) -> np.ndarray | None:
-    if column is None:
-        return None
-    if isinstance(dataset, datasets.Dataset):
-        if column not in dataset.column_names:
-            raise ValueError(f"the dataset has no column {column!r} to stratify by; it has {dataset.column_names}")
-        return np.asarray(dataset.with_format(None)[column][:])
-    return np.asarray([dataset[index][column] for index in range(len(dataset))])
-
-
-def _subset(dataset: Any, indices: np.ndarray) -> Any:
-    return dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices.tolist())
-
-
-def _fingerprint(dataset: Any, indices: np.ndarray) -> str:
-    digest = hashlib.sha256(indices.astype("<i8").tobytes())
-    digest.update(str(len(dataset)).encode())
-    if isinstance(dataset, datasets.Dataset):
-        # Stored rows, not transformed ones: the same whatever a random transform does, and the dataset's own
-        # fingerprint is random when a transform can't be pickled.
-        rows = np.unique(np.linspace(0, len(dataset) - 1, _FINGERPRINT_ROWS).astype(int))
-        for batch in dataset.select(rows).with_format("arrow")[:].to_pylist():
-            digest.update(repr(sorted(batch.items())).encode())
-    return digest.hexdigest()[:16]
+def _begin(
+    stack: ExitStack, trajectory: WeightTrajectory, subsets: list[Subset], model: nn.Module, dtype: torch.dtype | None
+) -> int:
+    """Whether the run can go on and end, told before anything is trained; returns the number of finished states."""
+    stack.enter_context(trajectory.recording())
+    for state, subset in zip(trajectory.states, subsets, strict=False):
+        if state.subset_fingerprint != subset.fingerprint:
+            raise ValueError(
+                f"state {state.index} of {trajectory.path} was trained on other data: {state.size} with fingerprint"
+                f" {state.subset_fingerprint}, now {_size(subset)} with {subset.fingerprint}; give the same dataset or"
+                " record to another folder"
+            )
+    first, further = state_nbytes(model, dtype)
+    missing = len(subsets) - trajectory.num_states
+    check_free_disk(trajectory.path, missing * further + (0 if trajectory.num_states else first - further))
+    return trajectory.num_states
 
 
 @contextmanager
@@ -236,17 +268,17 @@ def _borrowed(trainer: Trainer) -> Iterator[None]:
 
 
 def _train_stage(
-    trainer: Trainer, index: int, schedule: ForgettingSchedule, subset: Any, callback: WeightTransitionCallback
+    trainer: Trainer, index: int, schedule: ForgettingSchedule, subset: Subset, callback: _StageCallback
 ) -> None:
     args = trainer.args
     stage = copy.copy(args)
     stage.seed = args.seed + index
     if index:
         stage.num_train_epochs = schedule.epochs_per_stage
-        stage.max_steps = -1
+        stage.max_steps = schedule.steps_per_stage or -1
         stage.save_strategy = SaveStrategy.NO
         stage.load_best_model_at_end = False
-    trainer.args, trainer.train_dataset = stage, subset
+    trainer.args, trainer.train_dataset = stage, subset.dataset
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.add_callback(callback)
     set_seed(stage.seed)
@@ -257,14 +289,70 @@ def _train_stage(
         trainer.args = args
 
 
-def _evaluate(trainer: Trainer, trajectory: WeightTrajectory) -> None:
-    if trainer.eval_dataset is None or not trajectory.states or trajectory.states[-1].metrics:
-        return
-    metrics: Mapping[str, Any] = trainer.evaluate()
-    timing = ("_runtime", "_per_second")
-    kept = {k: float(v) for k, v in metrics.items() if k.startswith("eval_") and not k.endswith(timing)}
-    trajectory.update_metrics(trajectory.num_states - 1, kept)
+class _Progress:
+    """Bar, evaluation and logs of the stages."""
+
+    def __init__(self, trainer: Trainer, trajectory: WeightTrajectory, num_states: int) -> None:
+        self._trainer, self._trajectory = trainer, trajectory
+        self._steps = {state.index: state.steps for state in trajectory.states}
+        self._metrics: dict[int, dict[str, float]] = {}
+        self._written: dict[int, dict[str, float]] = {}
+        self._moved = ""
+        main = trainer.accelerator.is_main_process
+        self._bar = tqdm(
+            total=num_states, initial=trajectory.num_states, desc="forgetting", unit="state", disable=not main
+        )
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def begin(self, index: int, subset: Subset) -> None:
+        self._log()
+        self._bar.set_postfix_str(f"state {index}: {_size(subset)}{self._moved}")
+
+    def written(self, record: StateRecord) -> None:
+        """Called by the thread that wrote a state."""
+        moved = displacement(self._trajectory, record.index)
+        values = {"state": record.index, "displacement": moved, "num_examples": record.num_examples}
+        self._steps[record.index] = record.steps
+        self._moved = f", state {record.index} moved by {moved:.1%}" if record.index else ""
+        self._written[record.index] = {key: value for key, value in values.items() if value is not None}
+        self._bar.update()
+
+    def evaluate(self, index: int) -> None:
+        """Evaluates the state that the model holds, while it is being written."""
+        if self._trainer.eval_dataset is None:
+            return
+        timing = ("_runtime", "_per_second", "_preparation_time")
+        found: Mapping[str, Any] = self._trainer.evaluate()
+        metrics = {k: float(v) for k, v in found.items() if k.startswith("eval_") and not k.endswith(timing)}
+        self._metrics[index] = metrics
+        on_main_process(self._trainer, lambda: self._trajectory.update_metrics(index, metrics))
+        self._log()
+
+    def finish(self) -> None:
+        """Waits for the last state, and raises what went wrong with it."""
+        self._trajectory.check(wait=True)
+        self._log()
+
+    def _log(self) -> None:
+        state = self._trainer.state
+        step = state.global_step
+        for index in sorted(self._written):
+            values = {**self._written.pop(index), **self._metrics.pop(index, {})}
+            # every stage counts its steps from 0; loggers want them to rise
+            state.global_step = sum(self._steps[k] for k in range(index + 1))
+            self._trainer.log({f"forgetting/{name}": value for name, value in values.items()})
+        state.global_step = step
 
 
-def _num_examples(kwargs: Mapping[str, Any]) -> int:
-    return len(kwargs["train_dataloader"].dataset)
+def _size(subset: Subset) -> str:
+    return f"{subset.fraction:.3g} of the stream" if subset.num_examples is None else f"{subset.num_examples} examples"
+
+
+def _num_examples(kwargs: Mapping[str, Any]) -> int | None:
+    dataset = kwargs["train_dataloader"].dataset
+    return len(dataset) if hasattr(dataset, "__len__") else None

@@ -7,6 +7,7 @@ for is left alone: `norm` (parameters of normalisation layers), `kept` (other pa
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,23 +55,35 @@ def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
     return roles
 
 
+def is_adapter(model: nn.Module) -> bool:
+    """Whether a module is a `PeftModel`, of which only the adapter is saved."""
+    return type(model).__module__.startswith("peft.") and hasattr(model, "peft_config")
+
+
 def names_on_disk(model: nn.Module) -> dict[str, str]:
     """Names that `save_pretrained` gives to the tensors of the state dict, where it only renames them.
 
     transformers keeps the names of old checkpoints on disk while modules in memory may have others (ViT, Mixtral, …).
-    Tensors that saving splits or merges have no counterpart and are left out.
+    Of a `PeftModel` only the adapter is saved. Tensors that saving splits or merges, or doesn't save, are left out.
 
     Args:
-        model (`nn.Module`): Any module; one that is no `PreTrainedModel` keeps its names.
+        model (`nn.Module`): Any module; one of neither transformers nor peft keeps its names.
 
     Returns:
         `dict[str, str]`: from the names of `model.state_dict()` to those on disk.
     """
     markers = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel):
+        saved = revert_weight_conversion(model, dict(markers))
+    elif is_adapter(model):
+        from peft import get_peft_model_state_dict
+
+        adapter: Any = model
+        name = next(iter(adapter.peft_config))
+        saved = get_peft_model_state_dict(adapter, state_dict=dict(markers), adapter_name=name)
+    else:
         return {name: name for name in markers}
     in_memory = {id(marker): name for name, marker in markers.items()}
-    saved = revert_weight_conversion(model, dict(markers))
     return {in_memory[id(marker)]: name for name, marker in saved.items() if id(marker) in in_memory}
 
 

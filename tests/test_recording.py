@@ -1,4 +1,5 @@
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,9 +7,10 @@ from conftest import NUM_EXAMPLES, SCHEDULE, make_images, make_resnet, make_trai
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import TensorDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
+from know_hf.inspection import displacement
 
 SHORT = ForgettingSchedule(num_states=3, stratify_by="labels")
 
@@ -98,7 +100,7 @@ def test_an_interrupted_run_ends_in_the_same_weights_and_trains_no_state_twice(t
             induce_forgetting(trainer, SCHEDULE, folder)
         assert trainer.train_dataset is train_dataset
         assert trainer.args is args
-        assert (WeightTrajectory(folder).num_states if finished else int(folder.exists())) == finished
+        assert (WeightTrajectory(folder).num_states if WeightTrajectory.exists(folder) else 0) == finished
     spy = Spy()
     trainer = make_trainer(tmp_path)
     trainer.add_callback(spy)
@@ -152,7 +154,7 @@ def test_other_data_is_refused_and_both_fingerprints_shown(tmp_path, trajectory_
     trainer = make_trainer(tmp_path)
     trainer.train_dataset = make_images(seed=1)
     fingerprint = WeightTrajectory(trajectory_copy).states[0].subset_fingerprint
-    with pytest.raises(ValueError, match=f"other data: 64 examples with fingerprint {fingerprint}, now 64 with"):
+    with pytest.raises(ValueError, match=f"other data: 64 examples with fingerprint {fingerprint}, now 64"):
         induce_forgetting(trainer, SCHEDULE, trajectory_copy)
 
 
@@ -200,7 +202,10 @@ def test_a_training_that_diverges_names_the_tensor(tmp_path):
     ("change", "message"),
     [
         (lambda t: setattr(t, "train_dataset", None), "no train_dataset"),
-        (lambda t: setattr(t, "train_dataset", make_images().to_iterable_dataset()), "IterableDataset has no length"),
+        (
+            lambda t: setattr(t, "train_dataset", make_images().to_iterable_dataset()),
+            "IterableDataset is a stream",
+        ),
         (lambda t: setattr(t, "train_dataset", make_images(12)), r"\[12, 6, 3\]; the last is smaller"),
         (lambda t: setattr(t.args, "per_device_train_batch_size", 32), r"smaller than one batch of 32"),
         (lambda t: setattr(t.args, "gradient_accumulation_steps", 8), r"smaller than one batch of 32"),
@@ -224,13 +229,74 @@ def test_start_is_checked(tmp_path):
         induce_forgetting(make_trainer(tmp_path), SHORT, tmp_path / "trajectory", start="here")
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
-def test_peft_models_are_refused_for_now(tmp_path):
-    from peft import LoraConfig, get_peft_model
+def test_an_adapter_inside_a_model_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.model._hf_peft_config_loaded = True
+    with pytest.raises(ValueError, match=r"has an adapter inside .*peft\.get_peft_model"):
+        induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
 
-    model = get_peft_model(make_resnet(), LoraConfig(target_modules=["classifier.1"]))
-    with pytest.raises(ValueError, match=r"recording adapters .* is not there yet"):
-        induce_forgetting(make_trainer(tmp_path, model), SHORT, tmp_path / "trajectory")
+
+def test_a_disk_without_room_is_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
+    spy = Spy()
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(spy)
+    with pytest.raises(OSError, match=r"needs 0\.00 GB, its disk has 0\.00 GB free; make room"):
+        induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert spy.starts == []
+
+
+def test_states_can_be_stored_in_a_smaller_dtype(tmp_path, trajectory):
+    stored = induce_forgetting(make_trainer(tmp_path), SCHEDULE, tmp_path / "trajectory", dtype=torch.bfloat16)
+    for name in trajectory.names:
+        expected = trajectory.tensor(name)
+        if expected.is_floating_point():
+            assert stored.dtype(name) == torch.bfloat16
+        assert torch.equal(stored.tensor(name, 0), expected.to(stored.dtype(name)))
+    assert stored.load_model(2).num_labels == 4
+
+
+def test_frozen_weights_are_stored_once(tmp_path):
+    model = make_resnet()
+    model.resnet.requires_grad_(False)
+    trajectory = induce_forgetting(make_trainer(tmp_path, model), SHORT, tmp_path / "trajectory")
+    name = "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
+    assert trajectory.states[2].unchanged[name] == 0
+    assert trajectory.is_unchanged(name)
+    assert not trajectory.is_unchanged("classifier.1.weight")
+    sizes = [sum(path.stat().st_size for path in trajectory.path.glob(f"state-{k}/*.safetensors")) for k in range(3)]
+    assert sizes[1] == sizes[2] < sizes[0] / 3
+    for state in range(3):
+        assert torch.equal(trajectory.tensor(name, state), trajectory.tensor(name, 0))
+        for loaded in (trajectory.load_model(state), AutoModelForImageClassification.from_pretrained(
+            trajectory.path, subfolder=f"state-{state}"
+        )):  # fmt: skip
+            weights = loaded.state_dict()
+            assert all(torch.equal(weights[key], trajectory.tensor(key, state)) for key in trajectory.names)
+    trajectory.verify()
+
+
+def test_the_forgetting_goes_to_the_logs(tmp_path):
+    class Logs(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            if "forgetting/state" in logs:
+                self.seen.append((state.global_step, {key: value for key, value in logs.items() if key != "epoch"}))
+
+    logs = Logs()
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(logs)
+    trajectory = induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert [step for step, _ in logs.seen] == [32, 40, 44]
+    for index, (_, values) in enumerate(logs.seen):
+        state = trajectory.states[index]
+        assert values["forgetting/state"] == index
+        assert values["forgetting/num_examples"] == state.num_examples
+        assert values["forgetting/eval_loss"] == state.metrics["eval_loss"]
+        assert values["forgetting/displacement"] == pytest.approx(displacement(trajectory, index))
+    assert logs.seen[0][1]["forgetting/displacement"] == 0 < logs.seen[2][1]["forgetting/displacement"]
 
 
 def test_the_callback_alone_records_a_loop_of_ones_own(tmp_path):

@@ -32,7 +32,7 @@ def edit_manifest(folder, edit):
 
 def rewrite_state(folder, state, edit):
     """Edits the tensors of a state and records the new file, as a program with a mistake would."""
-    path = folder / f"state-{state}/model.safetensors"
+    (path,) = folder.glob(f"state-{state}/*.safetensors")
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     edit(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
@@ -243,6 +243,72 @@ def test_a_plain_module_is_recorded_and_loaded(record_states):
     assert torch.equal(module[2].weight, trajectory.tensor("1.weight", 0))
     with pytest.raises(TrajectoryError, match=r"no config\.json: it is of a plain module"):
         trajectory.load_model()
+
+
+def test_unchanged_tensors_are_read_from_the_state_that_has_them(tmp_path):
+    model, trajectory = make_resnet(), WeightTrajectory.create(tmp_path / "trajectory")
+    moved = [(), ("classifier", "stages.1"), ("classifier",), ("classifier", "stages.1")]
+    expected = []
+    for state, parts in enumerate(moved):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if any(part in name for part in parts):
+                    parameter += 0.1
+        expected.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        trajectory.record(model, num_examples=8 - state, steps=1)
+    inner = "resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"
+    outer = "resnet.embedder.embedder.convolution.weight"
+    assert [state.unchanged.get(inner) for state in trajectory.states] == [None, None, 1, None]
+    assert [state.unchanged.get(outer) for state in trajectory.states] == [None, 0, 0, 0]
+    again = WeightTrajectory(trajectory.path)
+    again.verify()
+    for state, weights in enumerate(expected):
+        loaded = ResNetForImageClassification.from_pretrained(again.path, subfolder=f"state-{state}").state_dict()
+        for name, tensor in weights.items():
+            assert torch.equal(again.tensor(name, state), tensor)
+            assert torch.equal(loaded[name], tensor)
+    assert again.is_unchanged(outer)
+    assert not again.is_unchanged(inner)
+
+
+@pytest.mark.parametrize(("origin", "message"), [(3, "takes 'classifier.1.weight' from state 3, none before it")])
+def test_an_unchanged_tensor_comes_from_an_earlier_state(trajectory_copy, origin, message):
+    edit_manifest(trajectory_copy, lambda c: c["states"][2].update(unchanged={NAME: origin}))
+    with pytest.raises(TrajectoryError, match=message):
+        WeightTrajectory(trajectory_copy)
+
+
+def test_an_error_of_the_background_writing_is_not_lost(tmp_path, monkeypatch):
+    trajectory = WeightTrajectory.create(tmp_path / "trajectory")
+    trajectory.record(make_resnet(), num_examples=3, steps=1, background=True)
+    trajectory.check(wait=True)
+    diverged = make_resnet()
+    diverged.classifier[1].bias.data[0] = float("nan")
+    trajectory.record(diverged, num_examples=2, steps=1, background=True)
+    with pytest.raises(TrajectoryError, match=r"'classifier\.1\.bias' is not finite at the end .* state 1"):
+        trajectory.record(make_resnet(), num_examples=1, steps=1)
+    trajectory.record(make_resnet(seed=1), num_examples=2, steps=1)
+    assert WeightTrajectory(trajectory.path).num_states == 2
+
+
+def test_weights_are_copied_before_the_training_goes_on(tmp_path):
+    trajectory = WeightTrajectory.create(tmp_path / "trajectory")
+    model = make_resnet()
+    trajectory.record(model, num_examples=3, steps=1, background=True)
+    model.classifier[1].weight.data.zero_()
+    assert torch.equal(trajectory.tensor(NAME), make_resnet().classifier[1].weight)
+
+
+def test_a_second_recorder_is_refused(tmp_path):
+    first = WeightTrajectory.create(tmp_path / "trajectory")
+    second = WeightTrajectory.create(tmp_path / "trajectory")
+    with first.recording():
+        with pytest.raises(RuntimeError, match="another process is recording to"):
+            second.record(make_resnet(), num_examples=3, steps=1)
+        first.record(make_resnet(), num_examples=3, steps=1)
+    with pytest.raises(RuntimeError, match="holds 1 states, 0 were expected"):
+        second.record(make_resnet(), num_examples=3, steps=1)
+    assert WeightTrajectory(first.path).num_states == 1
 
 
 def test_tied_weights_are_stored_once(record_states):

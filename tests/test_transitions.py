@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from test_trajectory import rewrite_state
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -119,7 +120,8 @@ def test_too_few_states(tmp_path):
 
 
 def test_value_that_is_not_finite(tmp_path):
-    record(tmp_path / "diverged", num_states=6, broken=("fc.weight", 2))
+    record(tmp_path / "diverged", num_states=6)
+    rewrite_state(tmp_path / "diverged", 2, lambda tensors: tensors["fc.weight"][0].fill_(float("nan")))
     with pytest.raises(
         ValueError, match=r"tensor 'fc.weight' of state 2 of .*diverged has values that are not finite"
     ):
@@ -154,7 +156,7 @@ class Net(nn.Module):
         self.fc = nn.Linear(width, 3)
 
 
-def record(path, num_states, width=4, seed=0, frozen=(), broken=None):
+def record(path, num_states, width=4, seed=0, frozen=()):
     """A trajectory whose weights take a random step from state to state."""
     generator = torch.Generator().manual_seed(seed)
     model, trajectory = Net(width), WeightTrajectory.create(path)
@@ -163,8 +165,4 @@ def record(path, num_states, width=4, seed=0, frozen=(), broken=None):
             for name, parameter in model.named_parameters():
                 if name not in frozen:
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-                if broken == (name, state):
-                    parameter.view(-1)[1] = float("nan")
         trajectory.record(model, num_examples=1000 - state, steps=1)
-        if broken is not None:
-            model.load_state_dict({name: tensor.nan_to_num() for name, tensor in model.state_dict().items()})

@@ -1,6 +1,8 @@
 """The record on disk of how weights changed: [`WeightTrajectory`] and what `trajectory.json` says."""
 
+from .loading import load_pretrained
 from .manifest import FileRecord, StateRecord, TrajectoryError
-from .weight_trajectory import WeightTrajectory, load_pretrained
+from .saving import state_nbytes
+from .weight_trajectory import WeightTrajectory
 
-__all__ = ["FileRecord", "StateRecord", "TrajectoryError", "WeightTrajectory", "load_pretrained"]
+__all__ = ["FileRecord", "StateRecord", "TrajectoryError", "WeightTrajectory", "load_pretrained", "state_nbytes"]

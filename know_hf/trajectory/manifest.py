@@ -35,22 +35,40 @@ class StateRecord:
 
     Attributes:
         index (`int`): k; 0 is the state trained on all data.
-        num_examples (`int`): |Dk|, the size of the subset its stage trained on.
+        num_examples (`int`, *optional*): |Dk|, the size of the subset its stage trained on, where it is known.
         steps (`int`): Optimizer steps of its stage, 0 where the weights were taken as they were.
-        files (`tuple[FileRecord]`): All files of the state. Its tensors are those of the safetensors files among them;
-            a file may belong to several states.
+        files (`tuple[FileRecord]`): All files of the state. Its tensors are those of the safetensors files among them
+            and those of `unchanged`.
+        fraction (`float`, *optional*): Share of the data its stage trained on, where the schedule said it.
         subset_fingerprint (`str`, *optional*): Hash of the subset's data and members.
         seed (`int`, *optional*): Seed of the stage's training.
         metrics (`dict[str, float]`): What the state's evaluation gave.
+        unchanged (`dict[str, int]`): Tensors that are stored once: from the name to the earlier state whose files hold
+            it, bit for bit the same.
     """
 
     index: int
-    num_examples: int
+    num_examples: int | None
     steps: int
     files: tuple[FileRecord, ...]
+    fraction: float | None = None
     subset_fingerprint: str | None = None
     seed: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    unchanged: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def size(self) -> str:
+        """Size of the subset in words."""
+        if self.num_examples is not None:
+            return f"{self.num_examples} examples"
+        return "a stream" if self.fraction is None else f"{self.fraction:.3g} of the stream"
+
+    def smaller_than(self, other: "StateRecord") -> bool:
+        """Whether this state's subset is smaller than another's, by what is known of both."""
+        if self.num_examples is not None and other.num_examples is not None:
+            return self.num_examples < other.num_examples
+        return self.fraction is not None and other.fraction is not None and self.fraction < other.fraction
 
 
 @dataclass(frozen=True)
@@ -109,12 +127,17 @@ class Manifest:
                     f"{path}: the state at position {position} has index {state.index}; states stand in the order of"
                     " their index, the full-data state (index 0) first"
                 )
+            for name, origin in state.unchanged.items():
+                if not 0 <= origin < position:
+                    raise TrajectoryError(
+                        f"{path}: state {position} takes {name!r} from state {origin}, none before it"
+                    )
             before = self.states[position - 1]
-            if position and state.num_examples >= before.num_examples:
+            if position and not state.smaller_than(before):
                 raise TrajectoryError(
-                    f"{path}: state {position} was trained on {state.num_examples} examples, state {position - 1} on"
-                    f" {before.num_examples}; every state must have seen fewer than the one before. Are the states in"
-                    " reversed order? Index 0 is the full-data state."
+                    f"{path}: state {position} was trained on {state.size}, state {position - 1} on {before.size};"
+                    " every state must have seen fewer than the one before. Are the states in reversed order? Index 0"
+                    " is the full-data state."
                 )
 
     @classmethod
@@ -125,12 +148,14 @@ class Manifest:
         states = tuple(
             StateRecord(
                 index=int(state["index"]),
-                num_examples=int(state["num_examples"]),
+                num_examples=None if state["num_examples"] is None else int(state["num_examples"]),
+                fraction=state.get("fraction"),
                 steps=int(state["steps"]),
                 files=files(state["files"]),
                 subset_fingerprint=state.get("subset_fingerprint"),
                 seed=state.get("seed"),
                 metrics={str(name): float(value) for name, value in state.get("metrics", {}).items()},
+                unchanged={str(name): int(origin) for name, origin in state.get("unchanged", {}).items()},
             )
             for state in content["states"]
         )

@@ -9,7 +9,8 @@ trajectory/
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -17,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from filelock import FileLock, Timeout
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import WEIGHTS_NAME, CheckpointError, CheckpointReader, atomic_folder, file_sha256, fsync
-from ..roles import TensorRole, names_on_disk, role_by_shape, tensor_roles
+from ..checkpoint import CheckpointError, CheckpointReader, atomic_folder, file_sha256, fsync
+from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
+from .background import BackgroundWriter
+from .loading import check_same_tensors, load_into, load_pretrained
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord, TrajectoryError
+from .saving import Snapshot, roles_on_disk
 
 _LIBRARIES = ("know_hf", "torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "numpy")
 
@@ -54,6 +58,7 @@ class WeightTrajectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._manifest = Manifest.read(self.path)
+        self._prepare()
         self._check_files(hashes=False)
 
     @classmethod
@@ -73,7 +78,12 @@ class WeightTrajectory:
         trajectory = cls.__new__(cls)
         trajectory.path = path
         trajectory._manifest = Manifest(schedule=schedule.to_dict() if schedule else None)
+        trajectory._prepare()
         return trajectory
+
+    def _prepare(self) -> None:
+        self._writer = BackgroundWriter()
+        self._lock = FileLock(self.path / ".lock", timeout=0, thread_local=False)
 
     @staticmethod
     def exists(path: str | Path) -> bool:
@@ -86,11 +96,12 @@ class WeightTrajectory:
 
     @property
     def states(self) -> tuple[StateRecord, ...]:
+        self._writer.wait()
         return self._manifest.states
 
     @property
     def num_states(self) -> int:
-        return len(self._manifest.states)
+        return len(self.states)
 
     @property
     def schedule(self) -> ForgettingSchedule | None:
@@ -134,6 +145,15 @@ class WeightTrajectory:
         """One tensor of one state, `(*shape)`, in the dtype it is stored in."""
         return self._readers[state].tensor(name)
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the states are adapters (peft) instead of models."""
+        return any(path.name == "adapter_config.json" for path in self.model_files)
+
+    def is_unchanged(self, name: str) -> bool:
+        """Whether the recording found a tensor to be the same in all states; what it says needs no reading."""
+        return all(name in state.unchanged for state in self.states[1:])
+
     def history(self, name: str) -> torch.Tensor:
         """All states of one tensor in the order KNOWN reads them.
 
@@ -156,24 +176,27 @@ class WeightTrajectory:
         self.__dict__.pop("_readers", None)
         _ = self._readers
 
-    def load_model(self, state: int = 0, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    def load_model(
+        self,
+        state: int = 0,
+        model_class: type[PreTrainedModel] | None = None,
+        base_model: PreTrainedModel | None = None,
+    ) -> nn.Module:
         """The model with the weights of one state.
 
         Args:
             state (`int`, *optional*, defaults to `0`): Index of the state.
             model_class (`type`, *optional*): Its class; by default the one transformers has under the name that
                 `config.json` gives.
+            base_model (`PreTrainedModel`, *optional*): For a trajectory of adapters, the model they belong to.
         """
-        return load_pretrained(self.path / _state_folder(state), model_class)
+        self._writer.wait()
+        return load_pretrained(self.path / _state_folder(state), model_class, base_model)
 
     def load_into(self, model: nn.Module, state: int = 0) -> None:
         """Copies the weights of one state into a model of the recorded architecture, whatever its device and dtype."""
-        folder = self.path / _state_folder(state)
-        if isinstance(model, PreTrainedModel):
-            # from_pretrained knows the way from the names on disk to those in memory
-            model.load_state_dict(type(model).from_pretrained(folder).state_dict())
-        else:
-            load_model(model, folder / WEIGHTS_NAME)
+        self._writer.wait()
+        load_into(model, self.path / _state_folder(state), dict.fromkeys(self.names, self._readers[state].tensor))
 
     # Writing
 
@@ -181,78 +204,143 @@ class WeightTrajectory:
         self,
         model: nn.Module,
         *,
-        num_examples: int,
+        num_examples: int | None,
         steps: int,
+        fraction: float | None = None,
         subset_fingerprint: str | None = None,
         seed: int | None = None,
         metrics: Mapping[str, float] | None = None,
         processing_class: Any = None,
-    ) -> StateRecord:
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        background: bool = False,
+        on_written: Callable[[StateRecord], object] | None = None,
+    ) -> None:
         """Writes the model's weights as the next state.
 
         The state is written to a folder of its own, renamed, and only then entered in `trajectory.json`: a crash at
-        any moment leaves the states before it whole.
+        any moment leaves the states before it whole. Of a `PeftModel` the adapter alone is recorded. Tensors that are
+        bit for bit those of the state before are stored once, where they are more than 1 % of it.
 
         Args:
-            model (`nn.Module`): A `PreTrainedModel`, or any module without its wrappers.
-            num_examples (`int`): Number of examples its stage trained on; fewer than the state before.
+            model (`nn.Module`): A `PreTrainedModel`, a `PeftModel` or any module, without its wrappers.
+            num_examples (`int`, *optional*): Number of examples its stage trained on, fewer than the state before;
+                `None` where a stream doesn't tell.
             steps (`int`): Optimizer steps of its stage.
+            fraction (`float`, *optional*): Share of the data its stage trained on.
             subset_fingerprint (`str`, *optional*): Hash of the subset.
             seed (`int`, *optional*): Seed of the stage.
             metrics (`Mapping[str, float]`, *optional*): Evaluation of the state.
             processing_class (*optional*): Tokenizer or processor, saved with the first state.
-
-        Returns:
-            [`StateRecord`]: what was entered.
+            state_dict (`Mapping[str, torch.Tensor]`, *optional*): The whole weights, by their names in memory, where
+                the model holds only a part of them (FSDP, ZeRO-3).
+            dtype (`torch.dtype`, *optional*): Floating-point dtype to store; by default that of each tensor.
+            background (`bool`, *optional*, defaults to `False`): Whether to return as soon as the weights are copied
+                and to write in a thread. Its error is raised by whatever is called next on this trajectory.
+            on_written (`Callable[[StateRecord], object]`, *optional*): Called when the state has been entered.
 
         Raises:
             `TrajectoryError`: when the subset does not shrink or the tensors are not those of state 0; the state is
                 then not entered.
+            `RuntimeError`: when another process records to this folder.
         """
-        index = self.num_states
-        state = StateRecord(index, num_examples, steps, (), subset_fingerprint, seed, dict(metrics or {}))
+        state = StateRecord(
+            index=self.num_states,
+            num_examples=num_examples,
+            steps=steps,
+            files=(),
+            fraction=fraction,
+            subset_fingerprint=subset_fingerprint,
+            seed=seed,
+            metrics=dict(metrics or {}),
+        )
         replace(self._manifest, states=(*self.states, state)).check_order(self.path)
-        folder = self.path / _state_folder(index)
-        with atomic_folder(folder, overwrite=True) as work:
-            _save(model, work)
-            names = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
-            files = tuple(replace(FileRecord.of(work / n, n), path=f"{folder.name}/{n}") for n in names)
-            reader = CheckpointReader([work / name for name in names if name.endswith(".safetensors")])
-            if index:
-                _check_same_tensors(self.path, index, reader, self._readers[0])
-        manifest = self._manifest if index else self._describe(model, reader, folder, processing_class)
-        state = replace(state, files=files)
-        self._enter(replace(manifest, states=(*self.states, state)))
-        return state
+        snapshot = Snapshot.of(model, state_dict, dtype)
+
+        def write() -> None:
+            with self.recording():
+                written = self._write(snapshot, state, processing_class)
+            if on_written is not None:
+                on_written(written)
+
+        if background:
+            self._writer.submit(write)
+        else:
+            write()
+
+    def check(self, wait: bool = False) -> None:
+        """Raises the error of a background writing that has failed; waits for one that goes on only when told so."""
+        if wait:
+            self._writer.wait()
+        else:
+            self._writer.check()
 
     def update_metrics(self, state: int, metrics: Mapping[str, float]) -> None:
         """Adds evaluation results to a finished state."""
         record = self.states[state]
         record = replace(record, metrics={**record.metrics, **metrics})
-        self._enter(replace(self._manifest, states=(*self.states[:state], record, *self.states[state + 1 :])))
+        with self.recording():
+            self._enter(replace(self._manifest, states=(*self.states[:state], record, *self.states[state + 1 :])))
 
-    def _describe(self, model: nn.Module, reader: CheckpointReader, folder: Path, processing_class: Any) -> Manifest:
-        on_disk = names_on_disk(model)
-        owned = {on_disk[name]: role for name, role in tensor_roles(model).items() if name in on_disk}
-        roles = {
-            name: owned.get(name) or role_by_shape(name, reader.shape(name), reader.dtype(name).is_floating_point)
-            for name in reader.names
-        }
-        tied = {
-            name: on_disk[role.reason.removeprefix("tied to ")]
-            for name, role in owned.items()
-            if role.reason.startswith("tied to ") and name not in roles
-        }
-        config = getattr(model, "config", None)
-        return replace(
-            self._manifest,
-            roles=roles,
-            tied_weights=tied,
-            base_model=getattr(config, "_name_or_path", None) or None,
-            base_revision=getattr(config, "_commit_hash", None),
-            files=self._write_model_files(folder, processing_class),
-            library_versions=_library_versions(),
-        )
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keeps other processes from recording to this folder while the block runs; waits for the writing at its end.
+
+        Raises:
+            `RuntimeError`: when another one does so now, or did so since this object read the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._lock:
+                known, found = self._manifest.states, Manifest.read(self.path).states if self.exists(self.path) else ()
+                if len(known) != len(found):
+                    raise RuntimeError(
+                        f"{self.path} holds {len(found)} states, {len(known)} were expected: another process records"
+                        " to it, or has; record to another folder, or open the trajectory again to go on from there"
+                    )
+                try:
+                    yield
+                finally:
+                    self._writer.join()
+        except Timeout as error:
+            raise RuntimeError(
+                f"another process is recording to {self.path}; wait for it to end, or record to another folder"
+            ) from error
+
+    def _write(self, snapshot: Snapshot, state: StateRecord, processing_class: Any) -> StateRecord:
+        index, entered = state.index, self._manifest.states
+        folder = self.path / _state_folder(index)
+        previous = self._readers[-1] if index else None
+        snapshot.check_finite(self.path, index)
+        with atomic_folder(folder, overwrite=True) as work:
+            left_out = snapshot.save(work, previous)
+            for record in self._manifest.files:  # one model, one config: saving notes more the second time
+                if (work / record.path).exists():
+                    shutil.copy2(self.path / record.path, work / record.path)
+            names = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
+            files = tuple(replace(FileRecord.of(work / n, n), path=f"{folder.name}/{n}") for n in names)
+            origin = entered[-1].unchanged if index else {}
+            unchanged = {name: origin.get(name, index - 1) for name in sorted(left_out)}
+            elsewhere = {name: self._readers[source] for name, source in unchanged.items()}
+            reader = CheckpointReader([work / name for name in names if name.endswith(".safetensors")], elsewhere)
+            if index:
+                check_same_tensors(self.path, index, reader, self._readers[0])
+        manifest = self._manifest
+        if not index:
+            roles, tied = roles_on_disk(snapshot, reader)
+            config = getattr(snapshot.model, "config", None)
+            manifest = replace(
+                manifest,
+                roles=roles,
+                tied_weights=tied,
+                base_model=getattr(config, "_name_or_path", None) or None,
+                base_revision=getattr(config, "_commit_hash", None),
+                files=self._write_model_files(folder, processing_class),
+                library_versions=_library_versions(),
+            )
+        state = replace(state, files=files, unchanged=unchanged)
+        self._enter(replace(manifest, states=(*entered, state)))
+        return state
 
     def _write_model_files(self, state_folder: Path, processing_class: Any) -> tuple[FileRecord, ...]:
         work = self.path / ".model-files.partial"
@@ -282,14 +370,15 @@ class WeightTrajectory:
     def _readers(self) -> list[CheckpointReader]:
         if not self.states:
             raise TrajectoryError(f"{self.path} has no finished state yet; record one first")
-        readers = []
+        readers: list[CheckpointReader] = []
         for state in self.states:
             files = [self.path / record.path for record in state.files if record.path.endswith(".safetensors")]
+            elsewhere = {name: readers[origin] for name, origin in state.unchanged.items()}
             try:
-                readers.append(CheckpointReader(files))
-            except CheckpointError as error:
+                readers.append(CheckpointReader(files, elsewhere))
+            except (CheckpointError, KeyError) as error:
                 raise TrajectoryError(f"state {state.index} of {self.path}: {error}") from error
-            _check_same_tensors(self.path, state.index, readers[-1], readers[0])
+            check_same_tensors(self.path, state.index, readers[-1], readers[0])
         return readers
 
     def _check_files(self, hashes: bool) -> None:
@@ -314,54 +403,8 @@ class WeightTrajectory:
                 )
 
 
-def load_pretrained(folder: Path, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """Loads a checkpoint with the class its `config.json` names, or with the one given.
-
-    Raises:
-        `TrajectoryError`: when the folder has no config, or transformers no class of that name.
-    """
-    import transformers
-
-    if model_class is None:
-        config = folder / "config.json"
-        if not config.exists():
-            raise TrajectoryError(
-                f"{folder} has no config.json: it is of a plain module; load it with load_into(model)"
-            )
-        architecture = (transformers.PreTrainedConfig.get_config_dict(folder)[0].get("architectures") or ["none"])[0]
-        model_class = getattr(transformers, architecture, None)
-        if model_class is None:
-            raise TrajectoryError(
-                f"transformers has no class {architecture!r}, the architecture of {config}; pass model_class="
-            )
-    return model_class.from_pretrained(folder)
-
-
 def _state_folder(index: int) -> str:
     return f"state-{index}"
-
-
-def _save(model: nn.Module, folder: Path) -> None:
-    if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder)
-    else:
-        save_model(model, str(folder / WEIGHTS_NAME), metadata={"format": "pt"})
-
-
-def _check_same_tensors(path: Path, state: int, reader: CheckpointReader, first: CheckpointReader) -> None:
-    names, expected = set(reader.names), set(first.names)
-    hint = "was the head replaced between stages?"
-    for name in sorted(expected - names):
-        raise TrajectoryError(f"state {state} of {path} has no tensor {name!r} that state 0 has; {hint}")
-    for name in sorted(names - expected):
-        raise TrajectoryError(f"state {state} of {path} has a tensor {name!r} that state 0 has not; {hint}")
-    for name in sorted(names):
-        here = (tuple(reader.shape(name)), reader.dtype(name))
-        if here != (there := (tuple(first.shape(name)), first.dtype(name))):
-            raise TrajectoryError(
-                f"tensor {name!r} is {here[0]} {here[1]} in state {state} of {path} and {there[0]} {there[1]} in state"
-                f" 0; {hint}"
-            )
 
 
 def _library_versions() -> dict[str, str]:

@@ -1,0 +1,93 @@
+"""What recording needs to know of several processes: who writes, how an error reaches all, who holds the weights."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch import nn
+from transformers import Trainer
+
+T = TypeVar("T")
+
+
+def on_main_process(trainer: Trainer, action: Callable[[], T]) -> T:
+    """Runs an action on the main process; its result, or its error, comes out on every process.
+
+    Args:
+        trainer (`Trainer`): Any trainer; on one process the action is just run.
+        action (`Callable[[], T]`): Called on the main process; what it returns is sent to the others.
+
+    Returns:
+        What the action returned.
+
+    Raises:
+        The action's error on the main process, a `RuntimeError` with its text on the others: no process is left
+        waiting for one that failed.
+    """
+    if trainer.accelerator.num_processes == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    failure: Exception | None = None
+    if trainer.accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            failure = error
+            outcome[1] = f"{type(error).__name__}: {error}"
+    broadcast_object_list(outcome, from_process=0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise RuntimeError(f"the main process failed with {outcome[1]}")
+    return outcome[0]
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether each process holds only a part of the weights."""
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    return trainer.accelerator.distributed_type == DistributedType.FSDP
+
+
+def check_gathering(trainer: Trainer) -> None:
+    """Fails before the training where ZeRO-3 could not give its weights after it.
+
+    Raises:
+        `ValueError`: when gathering is switched off in the DeepSpeed config.
+    """
+    if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED or not is_sharded(trainer):
+        return
+    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    name = "stage3_gather_16bit_weights_on_model_save"
+    if not config.get("zero_optimization", {}).get(name, False):
+        raise ValueError(
+            f"ZeRO-3 does not gather its weights: zero_optimization.{name} is off in the DeepSpeed config, so no state"
+            " could be recorded; set it to true"
+        )
+
+
+def gather_state_dict(model: nn.Module, trainer: Trainer | None) -> dict[str, torch.Tensor] | None:
+    """The whole weights where each process holds a part of them; to be called on every process.
+
+    Args:
+        model (`nn.Module`): The model as a callback gets it.
+        trainer (`Trainer`, *optional*): Its trainer.
+
+    Returns:
+        `dict[str, torch.Tensor]` on the main process (elsewhere it may be empty), or `None` where the model itself
+        holds all of its weights.
+
+    Raises:
+        `ValueError`: when the weights are in parts and no trainer was given.
+    """
+    if trainer is None:
+        if type(model).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
+            raise ValueError(
+                f"no process holds the whole weights of this {type(model).__name__}; give the callback its trainer:"
+                " WeightTransitionCallback(output_dir, trainer=trainer)"
+            )
+        return None
+    if not is_sharded(trainer):
+        return None
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped, unwrap=False)

@@ -1,0 +1,181 @@
+"""From a model in memory to the files of a state: a copy of its weights that training can't change, then files."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader, write_json
+from ..roles import TensorRole, is_adapter, names_on_disk, role_by_shape, tensor_roles
+from .manifest import TrajectoryError
+
+WORTH_SHARING = 0.01  # share of a state's bytes below which its folder rather holds everything itself
+
+
+@dataclass
+class Snapshot:
+    """A model's weights as they were, on the CPU.
+
+    Attributes:
+        model (`nn.Module`): The model, for its config and its way of saving; its weights may have moved on.
+        state_dict (`dict[str, torch.Tensor]`): Copies of what belongs to a state, by their names in memory. Tensors
+            that share memory in the model share it here.
+        on_disk (`dict[str, str]`): From the names in memory to those on disk, where saving only renames.
+    """
+
+    model: nn.Module
+    state_dict: dict[str, torch.Tensor]
+    on_disk: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Snapshot":
+        """Copies the weights.
+
+        Args:
+            model (`nn.Module`): The model without its wrappers.
+            state_dict (`Mapping[str, torch.Tensor]`, *optional*): Its weights where they are not in the model itself
+                (FSDP, ZeRO-3), whole and by the names in memory.
+            dtype (`torch.dtype`, *optional*): Floating-point dtype to store; by default that of each tensor.
+        """
+        on_disk = names_on_disk(model)
+        source = model.state_dict() if state_dict is None else state_dict
+        copies: dict[tuple[Any, ...], torch.Tensor] = {}
+        copied = {}
+        for name, tensor in source.items():
+            if is_adapter(model) and name not in on_disk:
+                continue
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+            if place not in copies:
+                kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                copies[place] = tensor.detach().to("cpu", kind, copy=True)
+            copied[name] = copies[place]
+        return cls(model, copied, on_disk)
+
+    def check_finite(self, path: Path, index: int) -> None:
+        """Raises a `TrajectoryError` that names the first tensor with a value that is NaN or infinite."""
+        for name, tensor in self.state_dict.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise TrajectoryError(
+                    f"tensor {name!r} is not finite at the end of the training of state {index}: it diverged; lower"
+                    f" its learning rate. The {index} states before it are kept in {path}."
+                )
+
+    def save(self, folder: Path, previous: CheckpointReader | None = None) -> set[str]:
+        """Writes config and weights as `save_pretrained` does, but tensors equal to the previous state's only once.
+
+        Args:
+            folder (`Path`): An existing, empty folder beside that of the state before.
+            previous ([`CheckpointReader`], *optional*): The state before.
+
+        Returns:
+            `set[str]`: names on disk of the tensors left out. A `model.safetensors.index.json` then leads
+            `from_pretrained` to the files that hold them.
+        """
+        unchanged = self._equal_to(previous) if previous is not None else set()
+        out = {id(self.state_dict[name]) for name, saved in self.on_disk.items() if saved in unchanged}
+        kept = {name: tensor for name, tensor in self.state_dict.items() if id(tensor) not in out}
+        if isinstance(self.model, PreTrainedModel):
+            self.model.save_pretrained(folder, state_dict=kept)
+        elif is_adapter(self.model):
+            _save_adapter(self.model, kept, folder)
+        else:
+            save_torch_state_dict(kept, folder, metadata={"format": "pt"})
+        if previous is not None and unchanged and not is_adapter(self.model):
+            _write_index(folder, {name: previous.path(name) for name in unchanged})
+        return unchanged
+
+    def _equal_to(self, previous: CheckpointReader) -> set[str]:
+        """Names on disk of the tensors that are those of the state before, where leaving them out is worth it."""
+        equal, size = set(), 0
+        for name, tensor in self.state_dict.items():
+            saved = self.on_disk.get(name)
+            if saved is None or saved not in previous or saved in equal:
+                continue
+            if (previous.shape(saved), previous.dtype(saved)) == (tensor.shape, tensor.dtype):
+                if torch.equal(_bytes(previous.tensor(saved)), _bytes(tensor)):
+                    equal.add(saved)
+                    size += tensor.nbytes
+        return equal if size > WORTH_SHARING * self.nbytes else set()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, those that share memory counted once."""
+        return sum(tensor.nbytes for tensor in {id(t): t for t in self.state_dict.values()}.values())
+
+
+def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[int, int]:
+    """Bytes that the first state and each further one take on disk, from shapes and dtypes.
+
+    Args:
+        model (`nn.Module`): The model, whatever its weights.
+        dtype (`torch.dtype`, *optional*): Floating-point dtype to store.
+    """
+    on_disk = names_on_disk(model)
+    sizes: dict[int, tuple[int, bool]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in on_disk or not is_adapter(model):
+            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+            sizes[id(tensor)] = (tensor.numel() * kind.itemsize, frozen)
+    total = sum(size for size, _ in sizes.values())
+    frozen_bytes = sum(size for size, frozen in sizes.values() if frozen)
+    return total, total - frozen_bytes if frozen_bytes > WORTH_SHARING * total else total
+
+
+def roles_on_disk(snapshot: Snapshot, reader: CheckpointReader) -> tuple[dict[str, TensorRole], dict[str, str]]:
+    """Roles of the tensors on disk, and the names that are tied to them: from names to names, both as on disk."""
+    on_disk = snapshot.on_disk
+    owned = {on_disk[name]: role for name, role in tensor_roles(snapshot.model).items() if name in on_disk}
+    roles = {
+        name: owned.get(name) or role_by_shape(name, reader.shape(name), reader.dtype(name).is_floating_point)
+        for name in reader.names
+    }
+    tied = {
+        name: on_disk[role.reason.removeprefix("tied to ")]
+        for name, role in owned.items()
+        if role.reason.startswith("tied to ") and name not in roles
+    }
+    return roles, tied
+
+
+def _write_index(folder: Path, elsewhere: Mapping[str, Path]) -> None:
+    """Leads `from_pretrained` to the files of a state and to those of earlier states beside it."""
+    index = folder / INDEX_NAME
+    if index.exists():
+        files = json.loads(index.read_text())["weight_map"]
+    else:
+        # from_pretrained reads an index only where there is no model.safetensors
+        shard = "model-00001-of-00001.safetensors"
+        (folder / WEIGHTS_NAME).rename(folder / shard)
+        files = dict.fromkeys(CheckpointReader([folder / shard]).names, shard)
+    files |= {name: f"../{path.parent.name}/{path.name}" for name, path in elsewhere.items()}
+    write_json(index, {"metadata": {}, "weight_map": dict(sorted(files.items()))})
+
+
+def _save_adapter(model: Any, state_dict: dict[str, torch.Tensor], folder: Path) -> None:
+    adapters = list(model.peft_config)
+    if len(adapters) > 1:
+        raise ValueError(
+            f"the model has the adapters {', '.join(adapters)}; a trajectory records one: delete the others"
+        )
+    model.save_pretrained(folder, state_dict=state_dict)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's card, the same for every state
+    if (named := folder / adapters[0]).is_dir():  # where peft puts an adapter that isn't called default
+        for path in named.iterdir():
+            path.rename(folder / path.name)
+        named.rmdir()
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)

@@ -1,0 +1,102 @@
+"""Trajectories of adapters: only the adapter is recorded, whatever its kind."""
+
+import pytest
+import torch
+from conftest import SCHEDULE, make_resnet, make_trainer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from test_prediction import Constant
+
+from know_hf import ForgettingSchedule, induce_forgetting, predict_overflowed_weights
+from know_hf.trajectory import TrajectoryError
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+
+SHORT = ForgettingSchedule(num_states=3, stratify_by="labels")
+KINDS = {
+    "lora": {"target_modules": ["shortcut.convolution", "classifier.1"]},
+    "rslora": {"target_modules": ["shortcut.convolution", "classifier.1"], "use_rslora": True},
+    "dora": {"target_modules": ["classifier.1"], "use_dora": True},
+    "modules_to_save": {"target_modules": ["shortcut.convolution"], "modules_to_save": ["classifier"]},
+}
+
+
+def make_adapter(kind, name="default"):
+    torch.manual_seed(1)
+    return get_peft_model(make_resnet(), LoraConfig(r=2, **KINDS[kind]), adapter_name=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_recorded_reloaded_and_predicted(tmp_path, kind):
+    trainer = make_trainer(tmp_path, make_adapter(kind))
+    trajectory = induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert all("lora" in name or "classifier" in name for name in trajectory.names)
+    assert (trajectory.path / "adapter_config.json").exists()
+    assert not [role for role in trajectory.roles.values() if "unknown" in role.reason]
+    for name, role in trajectory.roles.items():
+        expected = "kept" if "magnitude" in name else "bias" if name.endswith("bias") else "fc"
+        assert role.role == expected, name
+
+    images = {"pixel_values": torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        expected = trainer.model.eval()(**images).logits
+        for reloaded in (
+            PeftModel.from_pretrained(make_resnet(), trajectory.path / "state-0"),
+            trajectory.load_model(base_model=make_resnet()),
+        ):
+            for module, source in zip(reloaded.modules(), trainer.model.modules(), strict=False):
+                if isinstance(module, torch.nn.BatchNorm2d):  # no part of an adapter, moved by the training
+                    module.load_state_dict(source.state_dict())
+            torch.testing.assert_close(reloaded.eval()(**images).logits, expected)
+
+    result = predict_overflowed_weights(trajectory, predictor=Constant(0.0), output_dir=tmp_path / "zero")
+    before = trajectory.path / "state-0/adapter_model.safetensors"
+    assert (result.path / "adapter_model.safetensors").read_bytes() == before.read_bytes()
+    assert not (result.path / "model.safetensors").exists()
+    predict_overflowed_weights(trajectory, predictor=Constant(0.5), output_dir=tmp_path / "half")
+    moved = load_file(tmp_path / "half/adapter_model.safetensors")
+    for name, role in trajectory.roles.items():
+        assert torch.equal(moved[name], trajectory.tensor(name) + (0.5 if role.role in ("fc", "bias") else 0)), name
+    loaded = result.load_model(make_resnet())
+    assert isinstance(loaded, PeftModel)
+
+
+def test_a_resumed_adapter_ends_in_the_same_weights(tmp_path):
+    from test_recording import Spy, assert_same_states
+
+    class Stop(Spy):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.starts.append(None)
+
+    whole = induce_forgetting(make_trainer(tmp_path, make_adapter("dora")), SHORT, tmp_path / "whole")
+    trainer = make_trainer(tmp_path, make_adapter("dora"))
+    trainer.add_callback(Stop(crash_at=3))
+    with pytest.raises(KeyboardInterrupt):
+        induce_forgetting(trainer, SHORT, tmp_path / "resumed")
+    # BatchNorm statistics are no part of an adapter: an eval mode without them is what a real LoRA run has
+    resumed = induce_forgetting(make_trainer(tmp_path, make_adapter("dora")), SHORT, tmp_path / "resumed")
+    assert_same_states(resumed, whole)
+
+
+def test_an_adapter_of_another_name(tmp_path):
+    trainer = make_trainer(tmp_path, make_adapter("lora", name="mine"))
+    trajectory = induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert not [name for name in trajectory.names if "mine" in name]
+    assert {path.name for path in (trajectory.path / "state-1").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_two_adapters_are_refused(tmp_path):
+    model = make_adapter("lora")
+    model.add_adapter("second", LoraConfig(r=2, **KINDS["lora"]))
+    with pytest.raises(ValueError, match="has the adapters default, second; a trajectory records one: delete"):
+        induce_forgetting(make_trainer(tmp_path, model), SHORT, tmp_path / "trajectory")
+
+
+def test_an_adapter_without_its_base_says_so(tmp_path):
+    trajectory = induce_forgetting(make_trainer(tmp_path, make_adapter("lora")), SHORT, tmp_path / "trajectory")
+    with pytest.raises(TrajectoryError, match="holds an adapter; pass base_model="):
+        trajectory.load_model()
+    assert trajectory.num_states == SHORT.num_states != SCHEDULE.num_states
