@@ -116,6 +116,9 @@ class RecordArguments:
     )
     epochs: float = field(default=3.0, metadata={"help": "epochs on all of the data"})
     epochs_per_stage: float = field(default=1.0, metadata={"help": "epochs on each smaller subset"})
+    steps_per_stage: int | None = field(
+        default=None, metadata={"help": "optimizer steps on each smaller subset, instead of epochs_per_stage"}
+    )
     ratio: float = field(default=0.5, metadata={"help": "share of the examples that each stage keeps"})
     num_states: int = field(default=5, metadata={"help": "states to record, that of all of the data among them"})
     start: str = field(
@@ -167,6 +170,7 @@ class RecordArguments:
             epochs_per_stage=self.epochs_per_stage,
             stratify_by=LABELS if stratify else None,
             seed=self.seed,
+            steps_per_stage=self.steps_per_stage,
         )
 
     @classmethod

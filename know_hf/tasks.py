@@ -110,7 +110,7 @@ class RecordingPlan:
         for state, (examples, epochs, steps) in enumerate(
             zip(self.num_examples, self.epochs, self.steps, strict=True)
         ):
-            rows.append(f"{state:>5}  {examples:>10,}  {epochs:>6g}  {steps:>9,}")
+            rows.append(f"{state:>5}  {examples:>10,}  {epochs:>6.3g}  {steps:>9,}")
         times = self.examples_seen / self.num_examples[0]
         cost = f"cost: {sum(self.steps):,} steps, {self.examples_seen:,} examples seen: {times:.2f} epochs on all data"
         if first := self.epochs[0]:
@@ -162,11 +162,14 @@ def plan_task(args: RecordArguments) -> RecordingPlan:
     training, schedule = parts.args, args.schedule
     batch = training.train_batch_size * training.world_size
     sizes = schedule.sizes(len(parts.train_dataset), batch * training.gradient_accumulation_steps)
-    epochs = [args.epochs if args.start == "train" else 0.0] + [args.epochs_per_stage] * (args.num_states - 1)
-    steps = [_steps(size, length, batch, training) for size, length in zip(sizes, epochs, strict=True)]
-    if args.start == "train" and training.max_steps > 0:
-        per_epoch = _steps(sizes[0], 1, batch, training)
-        steps[0], epochs[0] = training.max_steps, training.max_steps / per_epoch
+    per_epoch = [_steps_per_epoch(size, batch, training) for size in sizes]
+    lengths = [(args.epochs, training.max_steps)] + [(args.epochs_per_stage, args.steps_per_stage or -1)] * (
+        args.num_states - 1
+    )
+    if args.start == "current":
+        lengths[0] = (0.0, -1)
+    steps = [most if most > 0 else math.ceil(n * each) for (n, most), each in zip(lengths, per_epoch, strict=True)]
+    epochs = [most / each if most > 0 else n for (n, most), each in zip(lengths, per_epoch, strict=True)]
     weights = _recorded_weights(parts.model)
     return RecordingPlan(
         num_examples=sizes,
@@ -342,9 +345,9 @@ def _arg_max(logits: Any, labels: torch.Tensor) -> torch.Tensor:
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
-def _steps(size: int, epochs: float, batch: int, training: TrainingArguments) -> int:
+def _steps_per_epoch(size: int, batch: int, training: TrainingArguments) -> int:
     batches = size // batch if training.dataloader_drop_last else math.ceil(size / batch)
-    return math.ceil(epochs * max(math.ceil(batches / training.gradient_accumulation_steps), 1))
+    return max(math.ceil(batches / training.gradient_accumulation_steps), 1)
 
 
 def _recorded_weights(model: nn.Module) -> list[torch.Tensor]:

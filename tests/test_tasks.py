@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
     set_seed,
 )
 
+from know_hf.inspection import inspect_trajectory
 from know_hf.task_arguments import LoraArguments, RecordArguments, check_keys
 from know_hf.task_data import CausalCollator, load_splits, tokenize
 from know_hf.tasks import plan_task, prepare_task, record_task
@@ -194,6 +196,7 @@ def test_text_classification_is_recorded_as_planned(text_arguments):
     model = trajectory.load_model()
     assert model.config.id2label == {0: "bad", 1: "good"}
     assert AutoTokenizer.from_pretrained(trajectory.path).tokenize("good film") == ["good", "film"]
+    assert (output_dir / "forgetting.png").stat().st_size > 0
     assert json.loads((output_dir / "record.json").read_text())["model"] == text_arguments.model
 
 
@@ -278,6 +281,22 @@ def test_an_adapter_and_the_new_head_are_trained(request, task, lora, trained):
     assert plan_task(args).parameters == sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+@pytest.mark.parametrize("task", ["text", "image", "lm"])
+def test_an_adapter_is_recorded(request, task):
+    args = replace(request.getfixturevalue(f"{task}_arguments"), lora=LoraArguments(r=2))
+    plan = plan_task(args)
+    trajectory = record_task(args)
+    assert (trajectory.path / "adapter_config.json").exists()
+    assert all("lora_" in name or "classifier" in name for name in trajectory.names)
+    assert plan.parameters == sum(trajectory.shape(name).numel() for name in trajectory.names)
+    assert [state.steps for state in trajectory.states] == plan.steps
+    base = prepare_task(replace(args, lora=None)).model
+    assert isinstance(trajectory.load_model(base_model=base), PeftModel)
+    moved = inspect_trajectory(trajectory).displacement["fc"]
+    assert moved[0] == 0 < moved[1]
+
+
 def test_columns_and_splits_that_are_not_clear_are_named(text_arguments, image_arguments, tmp_path):
     folder = tmp_path / "odd"
     folder.mkdir()
@@ -333,6 +352,16 @@ def test_current_weights_are_planned_and_recorded_without_a_first_training(lm_ar
     assert [state.steps for state in trajectory.states] == [0, 4, 2]
     before = AutoModelForCausalLM.from_pretrained(args.model).state_dict()["model.embed_tokens.weight"]
     assert torch.equal(trajectory.tensor("model.embed_tokens.weight"), before)
+
+
+def test_lengths_in_steps_are_planned_and_recorded(lm_arguments):
+    training = {**QUICK, "max_steps": 3, "gradient_accumulation_steps": 2}
+    args = replace(lm_arguments, epochs_per_stage=1, steps_per_stage=2, training=training)
+    plan = plan_task(args)
+    assert plan.steps == [3, 2, 2]
+    assert plan.epochs == [3 / 4, 1, 2]
+    assert plan.examples_seen == 24 + 16 + 16
+    assert [state.steps for state in record_task(args).states] == plan.steps
 
 
 def test_training_arguments_are_checked_by_name(text_arguments):
