@@ -39,6 +39,7 @@ class Snapshot:
         model: nn.Module,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         dtype: torch.dtype | None = None,
+        reuse: Mapping[str, torch.Tensor] | None = None,
     ) -> "Snapshot":
         """Copies the weights.
 
@@ -47,6 +48,8 @@ class Snapshot:
             state_dict (`Mapping[str, torch.Tensor]`, *optional*): Its weights where they are not in the model itself
                 (FSDP, ZeRO-3), whole and by the names in memory.
             dtype (`torch.dtype`, *optional*): Floating-point dtype to store; by default that of each tensor.
+            reuse (`Mapping[str, torch.Tensor]`, *optional*): The `state_dict` of a snapshot that is done with: its
+                memory is written over, several times faster than new memory is.
         """
         on_disk = names_on_disk(model)
         source = model.state_dict() if state_dict is None else state_dict
@@ -58,7 +61,10 @@ class Snapshot:
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
             if place not in copies:
                 kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                copies[place] = tensor.detach().to("cpu", kind, copy=True)
+                old = (reuse or {}).get(name)
+                if old is None or old.shape != tensor.shape or old.dtype != kind:
+                    old = torch.empty(tensor.shape, dtype=kind)
+                copies[place] = old.copy_(tensor.detach())
             copied[name] = copies[place]
         return cls(model, copied, on_disk)
 

@@ -83,6 +83,7 @@ class WeightTrajectory:
 
     def _prepare(self) -> None:
         self._writer = BackgroundWriter()
+        self._copies: dict[str, torch.Tensor] = {}
         self._lock = FileLock(self.path / ".lock", timeout=0, thread_local=False)
 
     @staticmethod
@@ -255,7 +256,8 @@ class WeightTrajectory:
             metrics=dict(metrics or {}),
         )
         replace(self._manifest, states=(*self.states, state)).check_order(self.path)
-        snapshot = Snapshot.of(model, state_dict, dtype)
+        snapshot = Snapshot.of(model, state_dict, dtype, self._copies)
+        self._copies = snapshot.state_dict if background else {}
 
         def write() -> None:
             with self.recording():
