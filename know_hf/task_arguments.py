@@ -153,6 +153,10 @@ class RecordArguments:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no meaning for {self.task}; leave it out")
         if self.task == LM and self.stratify:
             raise ValueError(f"stratify=True has no meaning for {LM}, which has no classes; leave it out")
+        if self.lora is not None and self.start == "current":
+            raise ValueError(
+                "start='current' has no meaning with lora: a new adapter is trained on nothing; use 'train'"
+            )
         for name in self.training:
             if name in _RESERVED:
                 raise ValueError(f"training may not hold {name!r}: {_RESERVED[name]}")

@@ -31,7 +31,7 @@ from transformers import (
 from know_hf.inspection import inspect_trajectory
 from know_hf.task_arguments import LoraArguments, RecordArguments, check_keys
 from know_hf.task_data import CausalCollator, load_splits, tokenize
-from know_hf.tasks import plan_task, prepare_task, record_task
+from know_hf.tasks import _plot, plan_task, prepare_task, record_task
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "record"
 WORDS = ["good", "bad", "film", "a", "the", "was", "this"]
@@ -196,8 +196,14 @@ def test_text_classification_is_recorded_as_planned(text_arguments):
     model = trajectory.load_model()
     assert model.config.id2label == {0: "bad", 1: "good"}
     assert AutoTokenizer.from_pretrained(trajectory.path).tokenize("good film") == ["good", "film"]
-    assert (output_dir / "forgetting.png").stat().st_size > 0
     assert json.loads((output_dir / "record.json").read_text())["model"] == text_arguments.model
+
+
+def test_the_forgetting_curve_is_drawn(trajectory, tmp_path):
+    pytest.importorskip("know_hf.plotting")
+    pytest.importorskip("matplotlib")
+    _plot(trajectory, tmp_path / "curve.png")
+    assert Image.open(tmp_path / "curve.png").size[0] > 500
 
 
 def test_the_same_arguments_go_on_and_others_are_refused(text_arguments):
@@ -407,6 +413,7 @@ REQUIRED = {"task": "causal-lm", "model": "m", "dataset": "d", "output_dir": "o"
         ({"max_length": 0}, "max_length=0: choose at least 1"),
         ({"ratio": 1.5}, "ratio must lie strictly between 0 and 1, got 1.5"),
         ({"start": "now"}, "start='now': choose one of train, current"),
+        ({"start": "current", "lora": {}}, "start='current' has no meaning with lora"),
         ({"stratify": True}, "stratify=True has no meaning for causal-lm"),
         ({"image_column": "img"}, "image_column='img' has no meaning for causal-lm"),
         ({"training": {"num_train_epochs": 1}}, "training may not hold 'num_train_epochs': give epochs"),
