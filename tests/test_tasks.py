@@ -203,7 +203,8 @@ def test_the_forgetting_curve_is_drawn(trajectory, tmp_path):
     pytest.importorskip("know_hf.plotting")
     pytest.importorskip("matplotlib")
     _plot(trajectory, tmp_path / "curve.png")
-    assert Image.open(tmp_path / "curve.png").size[0] > 500
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.size[0] > 500
 
 
 def test_the_same_arguments_go_on_and_others_are_refused(text_arguments):
