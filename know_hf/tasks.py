@@ -296,6 +296,10 @@ def _model(args: RecordArguments, classes: list[str] | None) -> tuple[PreTrained
         output_loading_info=True,
         **options,
     )
+    if classes is not None:
+        # These models take the Trainer's count of examples but do not divide by it: their loss would be multiplied by
+        # the number of processes and of accumulated batches.
+        model.accepts_loss_kwargs = False
     new = sorted({*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])})
     if new and args.start == "current":
         raise ValueError(

@@ -361,6 +361,23 @@ def test_current_weights_are_planned_and_recorded_without_a_first_training(lm_ar
     assert torch.equal(trajectory.tensor("model.embed_tokens.weight"), before)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+@pytest.mark.parametrize("lora", [None, LoraArguments(r=2)])
+def test_accumulated_batches_are_averaged(text_arguments, lora):
+    losses = []
+    for batch_size, accumulated in ((8, 1), (2, 4)):
+        training = {**QUICK, "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulated}
+        training |= {"max_steps": 1, "logging_steps": 1}
+        trainer = prepare_task(replace(text_arguments, training=training, lora=lora)).make_trainer()
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer.train()
+        losses.append(trainer.state.log_history[0])
+    assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-4)
+    assert losses[1]["grad_norm"] == pytest.approx(losses[0]["grad_norm"], rel=1e-4)
+
+
 def test_lengths_in_steps_are_planned_and_recorded(lm_arguments):
     training = {**QUICK, "max_steps": 3, "gradient_accumulation_steps": 2}
     args = replace(lm_arguments, epochs_per_stage=1, steps_per_stage=2, training=training)
