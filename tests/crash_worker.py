@@ -1,0 +1,187 @@
+"""Forks one recording for every line of JSON that it reads, kills it when told to, and answers how it ended.
+
+The imports take seconds, a fork takes milliseconds: this is what makes many kills cheap. A request has the fields of
+[`Request`]; the answer has the signal or the code that the recording ended with and its seconds.
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from conftest import make_resnet, make_trainer
+from torch import nn
+from transformers import TrainerCallback
+
+from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
+
+SCHEDULE = ForgettingSchedule(num_states=3, stratify_by="labels")
+
+
+@dataclass
+class Request:
+    """What to record and how it ends.
+
+    Attributes:
+        task (`str`): Name of one of `TASKS`.
+        folder (`str`): The trajectory's.
+        notes (`str`): A folder outside of it. There `trainings` gets a line with the index at the start of every
+            training, `output` is what was printed, `changes` the number of changes to the trajectory's files.
+        kill_after (`float`, *optional*): Seconds after which it gets `signal`.
+        kill_at (`int`, *optional*): Number of the change to the folder's files before which it kills itself.
+        signal (`int`, *optional*, defaults to `SIGKILL`)
+        trouble (`str`, *optional*): Name of one of `TROUBLES`, which the training of state 2 starts with.
+    """
+
+    task: str
+    folder: str
+    notes: str
+    kill_after: float | None = None
+    kill_at: int | None = None
+    signal: int = signal.SIGKILL
+    trouble: str | None = None
+
+    def begin(self, index: int) -> None:
+        with self.note("trainings").open("a") as log:
+            log.write(f"{index}\n")
+        if self.trouble is not None and index == 2:
+            TROUBLES[self.trouble](self)
+
+    def note(self, name: str) -> Path:
+        return Path(self.notes, name)
+
+
+class Begin(TrainerCallback):
+    def __init__(self, request: Request, sizes: list[int]):
+        self.request = request
+        self.sizes = sizes
+
+    def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
+        self.request.begin(self.sizes.index(len(train_dataloader.dataset)))
+
+
+def record_with_trainer(request: Request) -> None:
+    trainer = make_trainer(request.note("trainer"), num_train_epochs=1)
+    trainer.add_callback(Begin(request, SCHEDULE.sizes(len(trainer.train_dataset))))
+    induce_forgetting(trainer, SCHEDULE, request.folder)
+
+
+def record_in_a_loop(request: Request, model: nn.Module, sizes: tuple[int, ...]) -> None:
+    if WeightTrajectory.exists(request.folder):
+        trajectory = WeightTrajectory(request.folder)
+        trajectory.load_into(model, trajectory.num_states - 1)
+    else:
+        trajectory = WeightTrajectory.create(request.folder)
+    for index in range(trajectory.num_states, len(sizes)):
+        request.begin(index)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+        trajectory.record(model, num_examples=sizes[index], steps=1, metrics={"loss": 1 / (index + 1)})
+
+
+def large_module() -> nn.Module:
+    """12 MB, so that the writing takes most of the time."""
+    torch.manual_seed(0)
+    return nn.Linear(3000, 1000)
+
+
+TASKS: dict[str, Callable[[Request], None]] = {
+    "trainer": record_with_trainer,
+    "loop": lambda request: record_in_a_loop(request, make_resnet(), (4, 2)),
+    "large": lambda request: record_in_a_loop(request, large_module(), (8, 4, 2)),
+}
+
+
+def limit_file_size(request: Request) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def fill_disk(request: Request) -> None:
+    with Path(request.folder).with_name("ballast").open("wb", buffering=0) as ballast, suppress(OSError):
+        while ballast.write(bytes(2**20)):
+            pass
+
+
+def pause(request: Request) -> None:
+    request.note("paused").touch()
+    while not request.note("go").exists():
+        time.sleep(0.005)
+
+
+TROUBLES: dict[str, Callable[[Request], None]] = {
+    "limit_file_size": limit_file_size,
+    "fill_disk": fill_disk,
+    "pause": pause,
+}
+
+
+def watch(request: Request) -> Callable[[], int]:
+    """Counts the changes to the folder's files, those of every thread, and dies before the one that was asked for."""
+    changes = 0
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal changes
+        if event == "open":
+            counts = bool(args[2] & writing)
+        else:
+            counts = event in (
+                "os.mkdir",
+                "os.rename",
+                "os.remove",
+                "os.rmdir",
+                "os.link",
+                "os.symlink",
+                "os.truncate",
+            )
+        path = os.fsdecode(args[0]) if counts else ""
+        if path.startswith(request.folder + "/") and not path.endswith(".lock"):
+            changes += 1
+            if changes == request.kill_at:
+                os.kill(os.getpid(), request.signal)
+
+    sys.addaudithook(hook)
+    return lambda: changes
+
+
+def child(request: Request) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    output = os.open(request.note("output"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    changes = watch(request)
+    TASKS[request.task](request)
+    request.note("changes").write_text(str(changes()))
+
+
+def answer(request: Request) -> dict[str, float]:
+    start = time.monotonic()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(request,))
+    process.start()
+    process.join(request.kill_after)
+    if process.exitcode is None and process.pid is not None:
+        os.kill(process.pid, request.signal)
+    process.join()
+    return {"code": process.exitcode, "seconds": time.monotonic() - start}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    gc.freeze()
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(answer(Request(**json.loads(line)))) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The rules for several processes, on stand-ins for what only a launched run has; tests/test_recording_processes.py
+launches real ones."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+
+from know_hf.distributed import check_gathering, gather_state_dict, is_sharded, on_main_process
+
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+
+
+def make_trainer(distributed_type, zero_stage=0, **zero_optimization):
+    plugin = SimpleNamespace(zero_stage=zero_stage, deepspeed_config={"zero_optimization": zero_optimization})
+    weights = {"weight": torch.ones(2)}
+    accelerator = SimpleNamespace(
+        distributed_type=distributed_type,
+        num_processes=1,
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+        get_state_dict=lambda model, unwrap: weights if model == "wrapped" and not unwrap else None,
+    )
+    return SimpleNamespace(accelerator=accelerator, model_wrapped="wrapped")
+
+
+@pytest.mark.parametrize(
+    ("distributed_type", "zero_stage", "sharded"),
+    [
+        (DistributedType.NO, 0, False),
+        (DistributedType.MULTI_CPU, 0, False),
+        (DistributedType.MULTI_GPU, 0, False),
+        (DistributedType.FSDP, 0, True),
+        (DistributedType.DEEPSPEED, 2, False),
+        (DistributedType.DEEPSPEED, 3, True),
+    ],
+)
+def test_who_holds_the_weights(distributed_type, zero_stage, sharded):
+    trainer = make_trainer(distributed_type, zero_stage, **{GATHER: True})
+    assert is_sharded(trainer) == sharded
+    gathered = gather_state_dict(nn.Linear(2, 2), trainer)
+    assert gathered == (trainer.accelerator.get_state_dict("wrapped", unwrap=False) if sharded else None)
+
+
+@pytest.mark.parametrize("options", [{}, {GATHER: False}])
+def test_zero_3_that_does_not_gather_is_refused_before_training(options):
+    with pytest.raises(ValueError, match=f"ZeRO-3 does not gather its weights: zero_optimization.{GATHER} is off"):
+        check_gathering(make_trainer(DistributedType.DEEPSPEED, 3, **options))
+
+
+def test_zero_2_and_a_gathering_zero_3_are_fine():
+    check_gathering(make_trainer(DistributedType.DEEPSPEED, 2))
+    check_gathering(make_trainer(DistributedType.DEEPSPEED, 3, **{GATHER: True}))
+    check_gathering(make_trainer(DistributedType.MULTI_GPU))
+
+
+def test_weights_in_parts_without_a_trainer_are_refused():
+    class FSDPLinear(nn.Linear):
+        pass
+
+    with pytest.raises(ValueError, match=r"whole weights of this FSDPLinear; .* trainer=trainer"):
+        gather_state_dict(FSDPLinear(2, 2), None)
+    assert gather_state_dict(nn.Linear(2, 2), None) is None
+
+
+def test_one_process_runs_the_action_itself():
+    assert on_main_process(make_trainer(DistributedType.NO), lambda: 7) == 7
