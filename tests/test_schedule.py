@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from know_hf import ForgettingSchedule
+from know_hf.schedule import _nearest
 
 
 def test_sizes_are_rounded_powers_of_the_ratio():
@@ -121,6 +122,12 @@ def test_large_groups_come_as_near_as_they_can():
     groups = np.repeat(np.arange(10), 10)
     assert [len(s) for s in ForgettingSchedule(0.33, 3, group_by="d").indices(100, groups=groups)] == [100, 30, 10]
     assert [len(s) for s in ForgettingSchedule(0.37, 3, group_by="d").indices(100, groups=groups)] == [100, 40, 10]
+
+
+def test_groups_that_fit_are_taken_and_else_the_smallest_that_brings_nearer():
+    assert _nearest([3, 9, 4], 11) == [0, 2]  # 7, as 16 is further
+    assert _nearest([2, 20, 9, 1], 8) == [0, 2, 3]  # 12, not 3 or 23, and in the order as given
+    assert _nearest([5, 5, 5], 10) == [0, 1]
 
 
 def test_groups_are_chosen_evenly():

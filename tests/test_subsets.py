@@ -221,7 +221,7 @@ def test_format_features_and_rows_of_a_stream_stay():
     assert fingerprints(parts) == fingerprints(divide(make_stream(), STREAM))
 
 
-def make_pictures(format="PNG"):
+def make_pictures(format="PNG", **options):
     from PIL import Image as PilImage
 
     features = Features({"image": Image(), "label": Value("int64")})
@@ -229,7 +229,7 @@ def make_pictures(format="PNG"):
     for index in range(80):
         buffer = io.BytesIO()
         pixels = (np.random.RandomState(index).rand(8, 8) * 255).astype(np.uint8)
-        PilImage.fromarray(pixels).save(buffer, format)
+        PilImage.fromarray(pixels).save(buffer, format, **options)
         pictures.append({"bytes": buffer.getvalue(), "path": f"/home/someone/{index}.{format}"})
     return Dataset.from_dict({"image": pictures, "label": list(range(80))}, features=features)
 
@@ -248,6 +248,13 @@ def test_images_count_as_stored_and_come_decoded(change):
     again = divide(change(moved.to_iterable_dataset(num_shards=2)), STREAM)
     assert fingerprints(again) == fingerprints(parts)
     assert [row["label"] for row in again[2].dataset] == [row["label"] for row in parts[2].dataset]
+
+
+def test_images_are_not_decoded_to_choose():
+    first, second = (
+        divide(make_pictures(compress_level=level).to_iterable_dataset(), STREAM) for level in (0, 9)
+    )  # the same pixels in other bytes
+    assert fingerprints(first) != fingerprints(second)
 
 
 def test_images_that_a_filter_decoded_count_by_their_pixels():
@@ -444,6 +451,14 @@ def test_content_does_not_depend_on_the_kind_of_number_or_the_order_of_columns()
     assert content_hash(np.arange(3, dtype="<f4")) == content_hash(np.arange(3, dtype=">f4"))
     assert content_hash(torch.ones(2, dtype=torch.bfloat16)) == content_hash(torch.ones(2))
     assert content_hash({"text": "ä", "ids": [1, 2], "none": None}).hex() == "15c04d5cc77a8ab963e943e8460d7f38"
+
+
+def test_stored_media_count_by_their_bytes_or_else_by_the_name_of_their_file():
+    def media(data, path):
+        return content_hash({"bytes": data, "path": path})
+
+    assert media(b"1", "/a/x.png") == media(b"1", None) != media(b"2", "/a/x.png")
+    assert media(None, "/a/x.png") == media(None, "C:\\b\\x.png") != media(None, "/a/y.png")
 
 
 def test_different_content_has_different_hashes():
