@@ -12,6 +12,8 @@ _PUBLIC = {
     "ForgettingSchedule": "schedule",
     "WeightTransitionCallback": "recording",
     "induce_forgetting": "recording",
+    "RecordArguments": "task_arguments",
+    "record_task": "tasks",
     "WeightTrajectory": "trajectory",
     "tensor_roles": "roles",
     "KNOWNConfig": "configuration_known",
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from .recording import induce_forgetting as induce_forgetting
     from .roles import tensor_roles as tensor_roles
     from .schedule import ForgettingSchedule as ForgettingSchedule
+    from .task_arguments import RecordArguments as RecordArguments
+    from .tasks import record_task as record_task
     from .trajectory import WeightTrajectory as WeightTrajectory
 
 
