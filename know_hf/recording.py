@@ -245,7 +245,7 @@ def _begin(
         if state.subset_fingerprint != subset.fingerprint:
             raise ValueError(
                 f"state {state.index} of {trajectory.path} was trained on other data: {state.size} with fingerprint"
-                f" {state.subset_fingerprint}, now {_size(subset)} with {subset.fingerprint}; give the same dataset or"
+                f" {state.subset_fingerprint}, now {subset.size} with {subset.fingerprint}; give the same dataset or"
                 " record to another folder"
             )
     first, further = state_nbytes(model, dtype)
@@ -311,7 +311,7 @@ class _Progress:
 
     def begin(self, index: int, subset: Subset) -> None:
         self._log()
-        self._bar.set_postfix_str(f"state {index}: {_size(subset)}{self._moved}")
+        self._bar.set_postfix_str(f"state {index}: {subset.size}{self._moved}")
 
     def written(self, record: StateRecord) -> None:
         """Called by the thread that wrote a state."""
@@ -347,10 +347,6 @@ class _Progress:
             state.global_step = sum(self._steps[k] for k in range(index + 1))
             self._trainer.log({f"forgetting/{name}": value for name, value in values.items()})
         state.global_step = step
-
-
-def _size(subset: Subset) -> str:
-    return f"{subset.fraction:.3g} of the stream" if subset.num_examples is None else f"{subset.num_examples} examples"
 
 
 def _num_examples(kwargs: Mapping[str, Any]) -> int | None:

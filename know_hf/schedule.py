@@ -214,3 +214,10 @@ def _nearest(counts: list[int], size: int) -> list[int]:
     if larger is not None and total + counts[larger] - size < size - total:
         taken.append(larger)
     return sorted(taken)
+
+
+def size_in_words(num_examples: int | None, fraction: float | None) -> str:
+    """`64 examples`, or for streams `0.25 of the stream`."""
+    if num_examples is not None:
+        return f"{num_examples} examples"
+    return "a stream" if fraction is None else f"{fraction:.3g} of the stream" if fraction < 1 else "the whole stream"

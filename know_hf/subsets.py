@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset
 from torch.utils.data import Subset as TorchSubset
 
 from .content import NoContentError, content_hash
-from .schedule import ForgettingSchedule
+from .schedule import ForgettingSchedule, size_in_words
 
 _FINGERPRINT_ROWS = 64
 _PATIENCE = 1_000_000  # rows read at least before the last subset of a stream is called empty
@@ -45,6 +45,11 @@ class Subset:
     num_examples: int | None
     fraction: float
     fingerprint: str
+
+    @property
+    def size(self) -> str:
+        """Its size in words."""
+        return size_in_words(self.num_examples, self.fraction)
 
 
 def divide(dataset: Any, schedule: ForgettingSchedule, batch_size: int = 1) -> list[Subset]:

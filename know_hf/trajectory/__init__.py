@@ -5,4 +5,12 @@ from .manifest import FileRecord, StateRecord, TrajectoryError
 from .saving import state_nbytes
 from .weight_trajectory import WeightTrajectory
 
-__all__ = ["FileRecord", "StateRecord", "TrajectoryError", "WeightTrajectory", "load_pretrained", "state_nbytes"]
+__all__ = [
+    "FileRecord",
+    "StateRecord",
+    "TrajectoryError",
+    "WeightTrajectory",
+    "load_pretrained",
+    "size_in_words",
+    "state_nbytes",
+]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..checkpoint import file_sha256, write_json
 from ..roles import TensorRole
+from ..schedule import size_in_words
 
 MANIFEST_NAME = "trajectory.json"
 FORMAT_VERSION = "1.0"
@@ -60,9 +61,7 @@ class StateRecord:
     @property
     def size(self) -> str:
         """Size of the subset in words."""
-        if self.num_examples is not None:
-            return f"{self.num_examples} examples"
-        return "a stream" if self.fraction is None else f"{self.fraction:.3g} of the stream"
+        return size_in_words(self.num_examples, self.fraction)
 
     def smaller_than(self, other: "StateRecord") -> bool:
         """Whether this state's subset is smaller than another's, by what is known of both."""
