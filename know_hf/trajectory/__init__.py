@@ -11,6 +11,5 @@ __all__ = [
     "TrajectoryError",
     "WeightTrajectory",
     "load_pretrained",
-    "size_in_words",
     "state_nbytes",
 ]
