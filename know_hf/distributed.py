@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
 T = TypeVar("T")
@@ -91,3 +92,17 @@ def gather_state_dict(model: nn.Module, trainer: Trainer | None) -> dict[str, to
     if not is_sharded(trainer):
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped, unwrap=False)
+
+
+def reshard(model: nn.Module) -> None:
+    """Gives each process its part of the weights again, where FSDP2 has put them together.
+
+    The outermost weights stay whole after an evaluation; an optimizer made then would train these copies, and the
+    model would keep its old weights.
+
+    Args:
+        model (`nn.Module`): Any model; one without FSDP2 is left as it is.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

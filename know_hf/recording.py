@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import SaveStrategy
 
 from .checkpoint import check_free_disk
-from .distributed import check_gathering, gather_state_dict, is_sharded, on_main_process
+from .distributed import check_gathering, gather_state_dict, is_sharded, on_main_process, reshard
 from .inspection import displacement
 from .schedule import ForgettingSchedule
 from .subsets import Subset, divide
@@ -280,6 +280,7 @@ def _train_stage(
         stage.load_best_model_at_end = False
     trainer.args, trainer.train_dataset = stage, subset.dataset
     trainer.optimizer = trainer.lr_scheduler = None
+    reshard(trainer.model)
     trainer.add_callback(callback)
     set_seed(stage.seed)
     try:

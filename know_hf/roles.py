@@ -110,7 +110,7 @@ def role_by_shape(name: str, shape: tuple[int, ...], is_floating_point: bool) ->
 
 
 def _role(owner: nn.Module | None, name: str, attribute: str, tensor: object) -> TensorRole:
-    kind = type(owner).__name__
+    kind = type(owner).__name__.removeprefix("FSDP")  # fully_shard makes a subclass of that name
     if not isinstance(tensor, nn.Parameter):
         return TensorRole("copied", f"buffer of {kind}")
     if not tensor.is_floating_point():

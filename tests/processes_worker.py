@@ -3,14 +3,20 @@
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from conftest import make_trainer
-from transformers import TrainerCallback
+from test_recording_models import OPTIONS, StopAfter, next_tokens, tiny_llama
+from test_recording_models import SCHEDULE as SHARDED_SCHEDULE
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from know_hf import ForgettingSchedule, induce_forgetting
+from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
 
 SCHEDULE = ForgettingSchedule(num_states=3, stratify_by="labels")
 
@@ -46,6 +52,62 @@ def error_of(trainer: Any, folder: Path) -> str:
     return "none"
 
 
+@contextmanager
+def sharding() -> Iterator[None]:
+    """accelerate makes FSDP of several GPUs only; once it is told that this is FSDP, it shards on CPUs with gloo."""
+    init = AcceleratorState.__init__
+
+    def init_sharding(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    before = PartialState().distributed_type
+    AcceleratorState._reset_state()
+    AcceleratorState.__init__ = init_sharding
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = init
+        AcceleratorState._reset_state()
+        PartialState._shared_state["distributed_type"] = before
+
+
+def make_sharded_trainer(root: Path) -> Trainer:
+    set_seed(0)
+    data = next_tokens()
+    args = TrainingArguments(
+        str(root / "out"),
+        fsdp=True,
+        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"},
+        **{**OPTIONS, "per_device_train_batch_size": 4},
+    )
+    return Trainer(tiny_llama(), args, train_dataset=data, eval_dataset=data.select(range(8)))
+
+
+def record_interrupted(make: Callable[[Path], Trainer], schedule: ForgettingSchedule, root: Path, name: str) -> None:
+    """All processes stop in the training of state 2 and come back."""
+    trainer = make(root)
+    trainer.add_callback(StopAfter(2))
+    with suppress(KeyboardInterrupt):
+        induce_forgetting(trainer, schedule, root / name)
+    assert WeightTrajectory(root / name).num_states == 2
+    induce_forgetting(make(root), schedule, root / name)
+
+
+def record_sharded(root: Path) -> dict[str, Any]:
+    with sharding():
+        trainer = make_sharded_trainer(root)
+        trajectory = induce_forgetting(trainer, SHARDED_SCHEDULE, root / "sharded")
+        record_interrupted(make_sharded_trainer, SHARDED_SCHEDULE, root, "sharded_interrupted")
+        return {
+            "distributed_type": trainer.accelerator.distributed_type,
+            "model": type(trainer.model_wrapped).__name__,
+            "num_states": trajectory.num_states,
+        }
+
+
 def main() -> None:
     root = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -64,12 +126,15 @@ def main() -> None:
     induce_forgetting(trainer, SCHEDULE, root / "trajectory")
     notes["written_again"] = sorted(written)
 
+    record_interrupted(lambda root: make_trainer(root / "out"), SCHEDULE, root, "interrupted")
+
     notes["bad_folder"] = error_of(make_trainer(root / "out"), root / "file" / "trajectory")
 
     trainer = make_trainer(root / "out")
     if rank == 0:
         trainer.model.classifier[1].bias.data[0] = float("nan")  # DDP gives it to all
     notes["diverged"] = error_of(trainer, root / "diverged")
+    notes["sharded"] = record_sharded(root)
     (root / f"rank-{rank}.json").write_text(json.dumps(notes))
 
     trainer = make_trainer(root / "out")

@@ -195,6 +195,7 @@ def test_a_full_disk_leaves_the_states_before(whole, recording):
     run = recording("large")
     run.run(trouble="limit_file_size")
     assert run.codes == [1]
+    assert f"OSError: state 2 could not be written to {run.folder} " in run.output
     assert "File too large" in run.output
     assert run.finished == 2
     WeightTrajectory(run.folder).verify()
@@ -217,6 +218,7 @@ def test_a_full_tmpfs_leaves_the_states_before(whole, recording, small_disk):
     run = recording("large", parent=small_disk)
     run.run(trouble="fill_disk")
     assert run.codes == [1]
+    assert f"OSError: state 2 could not be written to {run.folder} " in run.output
     assert "No space left on device" in run.output
     assert run.finished == 2
     (small_disk / "ballast").unlink()

@@ -13,6 +13,9 @@ import pytest
 import torch
 from conftest import NUM_EXAMPLES, make_trainer
 from processes_worker import SCHEDULE
+from test_recording_models import SCHEDULE as SHARDED_SCHEDULE
+from test_recording_models import hashes, llama
+from transformers import LlamaForCausalLM, set_seed
 
 from know_hf import WeightTrajectory, induce_forgetting
 
@@ -99,6 +102,31 @@ def test_an_error_of_the_first_process_comes_out_on_all(launched):
     first, second = (notes["diverged"] for notes in launched.notes)
     assert re.match(r"TrajectoryError: tensor '.*' is not finite at the end of the training of state 0", first)
     assert second == f"RuntimeError: the main process failed with {first}"
+
+
+@pytest.mark.parametrize(("whole", "resumed"), [("trajectory", "interrupted"), ("sharded", "sharded_interrupted")])
+def test_an_interrupted_recording_goes_on_to_the_same_bytes(launched, whole, resumed):
+    assert hashes(launched.root / resumed) == hashes(launched.root / whole)
+
+
+def test_sharded_weights_are_recorded_whole(launched, tmp_path):
+    """FSDP2: each process holds a part of every weight."""
+    assert [notes["sharded"] for notes in launched.notes] == [
+        {"distributed_type": "FSDP", "model": "FSDPLlamaForCausalLM", "num_states": 3}
+    ] * 2
+    trajectory = WeightTrajectory(launched.root / "sharded")
+    trajectory.verify()
+    set_seed(0)
+    whole = induce_forgetting(llama(tmp_path), SHARDED_SCHEDULE, tmp_path / "trajectory")
+    assert files(trajectory.path) == files(whole.path)
+    assert trajectory.roles == whole.roles
+    assert trajectory.tied_weights == whole.tied_weights == {"lm_head.weight": "model.embed_tokens.weight"}
+    for name in whole.names:
+        assert (trajectory.shape(name), trajectory.dtype(name)) == (whole.shape(name), whole.dtype(name))
+        # the same batches, each split in two, so that only rounding and Adam's epsilon differ
+        torch.testing.assert_close(trajectory.history(name), whole.history(name), rtol=0, atol=2e-3)
+    assert [state.steps for state in trajectory.states] == [state.steps for state in whole.states]
+    assert isinstance(trajectory.load_model(), LlamaForCausalLM)
 
 
 def test_when_another_process_fails_none_is_left_waiting(launched):

@@ -27,11 +27,13 @@ class Snapshot:
         state_dict (`dict[str, torch.Tensor]`): Copies of what belongs to a state, by their names in memory. Tensors
             that share memory in the model share it here.
         on_disk (`dict[str, str]`): From the names in memory to those on disk, where saving only renames.
+        roles (`dict[str, TensorRole]`): Role of every tensor, by the names in memory.
     """
 
     model: nn.Module
     state_dict: dict[str, torch.Tensor]
     on_disk: dict[str, str]
+    roles: dict[str, TensorRole]
 
     @classmethod
     def of(
@@ -51,22 +53,29 @@ class Snapshot:
             reuse (`Mapping[str, torch.Tensor]`, *optional*): The `state_dict` of a snapshot that is done with: its
                 memory is written over, several times faster than new memory is.
         """
-        on_disk = names_on_disk(model)
+        # Here and not where the files are written: under FSDP state_dict() gathers and reshards, which must not happen
+        # in a thread while the training does the same.
+        on_disk, roles = names_on_disk(model), tensor_roles(model)
         source = model.state_dict() if state_dict is None else state_dict
         copies: dict[tuple[Any, ...], torch.Tensor] = {}
-        copied = {}
+        copied: dict[str, torch.Tensor] = {}
         for name, tensor in source.items():
             if is_adapter(model) and name not in on_disk:
+                continue
+            reason = roles[name].reason if name in roles else ""
+            if reason.startswith("tied to ") and (owner := reason.removeprefix("tied to ")) in copied:
+                copied[name] = copied[owner]  # gathering gave each its own tensor
                 continue
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
             if place not in copies:
                 kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                 old = (reuse or {}).get(name)
-                if old is None or old.shape != tensor.shape or old.dtype != kind:
+                taken = any(old is copy for copy in copies.values())
+                if old is None or taken or old.shape != tensor.shape or old.dtype != kind:
                     old = torch.empty(tensor.shape, dtype=kind)
                 copies[place] = old.copy_(tensor.detach())
             copied[name] = copies[place]
-        return cls(model, copied, on_disk)
+        return cls(model, copied, on_disk, roles)
 
     def check_finite(self, path: Path, index: int) -> None:
         """Raises a `TrajectoryError` that names the first tensor with a value that is NaN or infinite."""
@@ -142,7 +151,7 @@ def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[in
 def roles_on_disk(snapshot: Snapshot, reader: CheckpointReader) -> tuple[dict[str, TensorRole], dict[str, str]]:
     """Roles of the tensors on disk, and the names that are tied to them: from names to names, both as on disk."""
     on_disk = snapshot.on_disk
-    owned = {on_disk[name]: role for name, role in tensor_roles(snapshot.model).items() if name in on_disk}
+    owned = {on_disk[name]: role for name, role in snapshot.roles.items() if name in on_disk}
     roles = {
         name: owned.get(name) or role_by_shape(name, reader.shape(name), reader.dtype(name).is_floating_point)
         for name in reader.names

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -243,6 +244,7 @@ class WeightTrajectory:
         Raises:
             `TrajectoryError`: when the subset does not shrink or the tensors are not those of state 0; the state is
                 then not entered.
+            `OSError`: when a file can't be written; the states before are kept.
             `RuntimeError`: when another process records to this folder.
         """
         state = StateRecord(
@@ -260,8 +262,14 @@ class WeightTrajectory:
         self._copies = snapshot.state_dict if background else {}
 
         def write() -> None:
-            with self.recording():
-                written = self._write(snapshot, state, processing_class)
+            try:
+                with self.recording():
+                    written = self._write(snapshot, state, processing_class)
+            except (OSError, SafetensorError) as error:
+                raise OSError(
+                    f"state {state.index} could not be written to {self.path} ({error}); the {state.index} states"
+                    " before it are kept: free the disk and record again, it goes on from there"
+                ) from error
             if on_written is not None:
                 on_written(written)
 
