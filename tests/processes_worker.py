@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from conftest import make_trainer
 from test_recording_models import OPTIONS, StopAfter, next_tokens, tiny_llama
 from test_recording_models import SCHEDULE as SHARDED_SCHEDULE
+from test_recording_peft import make_adapter
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
@@ -127,6 +128,9 @@ def main() -> None:
     notes["written_again"] = sorted(written)
 
     record_interrupted(lambda root: make_trainer(root / "out"), SCHEDULE, root, "interrupted")
+
+    adapter = make_trainer(root / "out", make_adapter("lora"))
+    notes["adapter_states"] = induce_forgetting(adapter, SCHEDULE, root / "adapter").num_states
 
     notes["bad_folder"] = error_of(make_trainer(root / "out"), root / "file" / "trajectory")
 

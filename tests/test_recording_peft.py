@@ -10,7 +10,8 @@ from test_prediction import Constant
 from know_hf import ForgettingSchedule, induce_forgetting, predict_overflowed_weights
 from know_hf.trajectory import TrajectoryError
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+PEFT_WARNING = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # its own
+pytestmark = PEFT_WARNING
 
 SHORT = ForgettingSchedule(num_states=3, stratify_by="labels")
 KINDS = {

@@ -15,11 +15,13 @@ from conftest import NUM_EXAMPLES, make_trainer
 from processes_worker import SCHEDULE
 from test_recording_models import SCHEDULE as SHARDED_SCHEDULE
 from test_recording_models import hashes, llama
+from test_recording_peft import PEFT_WARNING, make_adapter
 from transformers import LlamaForCausalLM, set_seed
 
 from know_hf import WeightTrajectory, induce_forgetting
 
 TESTS = Path(__file__).parent
+pytestmark = PEFT_WARNING
 
 
 @dataclass
@@ -93,6 +95,19 @@ def test_every_process_ends_with_the_full_data_state(launched):
     for notes in launched.notes:
         assert notes["num_states"] == 3
         assert torch.equal(torch.tensor(notes["weight"]), weight.flatten())
+
+
+def test_an_adapter_is_recorded_as_by_one_process(launched, tmp_path):
+    trainer = make_trainer(tmp_path / "out", make_adapter("lora"))
+    alone, together = (
+        induce_forgetting(trainer, SCHEDULE, tmp_path / "alone"),
+        WeightTrajectory(launched.root / "adapter"),
+    )
+    assert [notes["adapter_states"] for notes in launched.notes] == [3, 3]
+    together.verify()
+    assert (together.names, together.roles) == (alone.names, alone.roles)
+    assert files(together.path) == files(alone.path)
+    assert not torch.equal(together.history(alone.names[0])[0], together.history(alone.names[0])[-1])
 
 
 def test_an_error_of_the_first_process_comes_out_on_all(launched):
