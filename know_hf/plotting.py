@@ -72,7 +72,7 @@ def plot_forgetting(
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="best")
     return figure
 
 

@@ -3,12 +3,23 @@
 A small ResNet learns five of the ten digits, forgets them on ever smaller nested subsets, and KNOWN predicts the
 weights that 2, 4 and 8 times the images would have given. Two questions are asked of these and of the other arms: how
 good are the weights as they are on unseen images of the same digits, and how good a start are they for the other five
-digits with ten labelled images each?
+digits with twenty labelled images each?
 
-The sizes were chosen with the naive, random and oracle arms alone, on seeds 1000 to 1011, so that the demo is able to
-show a gain: naive must beat random initialisation, the oracle (really twice the images) must beat naive, and the
-states must get worse from Θ0 to Θ4, or "forgetting" would be more training.
-@@SIZING@@
+How the sizes were chosen: with the naive, random and oracle arms alone, so that the demo is able to show a gain. Naive
+must beat random initialisation, the oracle (really twice the images) must beat naive, and the states must get worse
+from Θ0 to Θ4, or "forgetting" would be more training. Scans that fill the image are too easy: 128 of them give Θ0 all
+that there is to learn. So each stands at a place of its own in a frame four times as large. Width, numbers of images
+and labels, and steps were then tuned on seeds 1000 to 1015 (learning rates so that the best on average lies inside of
+the grid for each of the three); seeds 1200 to 1213 only checked the outcome. An earlier size, 160 images and ten
+labels, had been run with all arms on the default seeds; it was given up for the oracle's unsure lead in transfer on
+seeds 1000 to 1011. Accuracy in %, with 95% intervals over 14 seeds, from
+`run_quickstart(folder, seed, arms=(NAIVE, RANDOM, ORACLE), settings=QuickstartSettings(frame=…))`:
+
+| seed, frame | source: naive | oracle − naive | Θ0 … Θ4 | transfer: naive | naive − random | oracle − naive |
+| --- | --- | --- | --- | --- | --- | --- |
+| 1000, 8 | 98.1 | 1.0 [0.7, 1.4] | 98.1 98.0 96.6 96.6 96.7 | 93.5 | 1.2 [0.3, 2.0] | −0.1 [−1.0, 0.7] |
+| 1000, 16 (default) | 86.4 | 8.9 [6.8, 11.0] | 86.4 84.3 81.3 78.9 76.5 | 64.3 | 8.3 [5.5, 11.1] | 5.5 [2.7, 8.2] |
+| 1200, 16 (default) | 85.9 | 10.0 [9.1, 10.9] | 85.9 83.5 81.3 78.3 76.5 | 62.5 | 6.3 [3.5, 9.1] | 4.1 [1.8, 6.5] |
 """
 
 import os
@@ -28,7 +39,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 from .batch_norm import recalibrate_batch_norm
-from .checkpoint import file_sha256
+from .checkpoint import file_sha256, write_json
 from .evaluation import (
     AVERAGE,
     NAIVE,
@@ -46,7 +57,6 @@ from .evaluation import (
     known_arm,
     run_cells,
     shrink_arm,
-    write_json,
 )
 from .plotting import plot_forgetting, save_figure
 from .prediction import SHIPPED_KNOWN
@@ -82,12 +92,12 @@ class QuickstartSettings:
     frame: int = 16
     embedding_size: int = 24
     hidden_sizes: tuple[int, ...] = (24, 48)
-    source_images: int = 160
-    batch_size: int = 10
+    source_images: int = 128
+    batch_size: int = 8
     epochs: int = 25
     learning_rate: float = 3e-3
     epochs_per_stage: float = 10
-    labels_per_digit: int = 10
+    labels_per_digit: int = 20
     validation_images: int = 200
     few_shot: FewShot = field(default_factory=lambda: FewShot((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), steps=20))
 
@@ -117,7 +127,7 @@ def run_quickstart(
     output_dir: str | Path,
     seed: int = 0,
     *,
-    num_seeds: int = 16,
+    num_seeds: int = 14,
     arms: Sequence[Arm] = ARMS,
     settings: QuickstartSettings | None = None,
     known: str | Path | None = None,
@@ -131,7 +141,7 @@ def run_quickstart(
     Args:
         output_dir (`str` or `Path`): Where everything is written.
         seed (`int`, *optional*, defaults to `0`): First of the seeds. `trajectory/` and `enhanced/` are its.
-        num_seeds (`int`, *optional*, defaults to `16`): Number of seeds, at least 2.
+        num_seeds (`int`, *optional*, defaults to `14`): Number of seeds, at least 2.
         arms (sequence of [`Arm`], *optional*): What is compared, naive among them.
         settings ([`QuickstartSettings`], *optional*): Sizes.
         known (`str` or `Path`, *optional*): KNOWN weights, folder or Hub id; by default the shipped ones.

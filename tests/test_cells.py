@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -9,22 +10,24 @@ from know_hf.evaluation.store import CellStore
 
 def whose(cell, advance):
     advance(f"cell {cell}")
+    sys.stderr.write("this is not seen in a worker\n")
     if cell == "bad":
         raise KeyError("planted")
     if cell == "dead":
         os._exit(3)
-    return os.getpid(), torch.get_num_threads(), os.environ.get("TQDM_DISABLE")
+    return os.getpid(), torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
 
 
-def test_cells_run_in_other_processes_and_an_error_there_is_told():
-    results = []
+def test_cells_run_in_other_processes_and_an_error_there_is_told(capfd):
+    results, before = [], os.environ.get("OMP_NUM_THREADS")
     with pytest.raises(RuntimeError, match=r"(?s)cell 2 failed in its process.*planted"):
         for result in run_cells(whose, ["a", "b", "bad"], num_processes=2):
             results.append(result)
     assert results  # the third cell was handed out when one of the first two had ended
-    for index, (process, threads, disabled) in results:
-        assert index in (0, 1) and process != os.getpid() and (threads, disabled) == (1, "1")
-    assert "TQDM_DISABLE" not in os.environ
+    for index, (process, threads, variable) in results:
+        assert index in (0, 1) and process != os.getpid() and (threads, variable) == (1, "1")
+    assert os.environ.get("OMP_NUM_THREADS") == before
+    assert "not seen" not in capfd.readouterr().err
 
 
 def test_a_process_that_dies_is_told():
@@ -34,7 +37,7 @@ def test_a_process_that_dies_is_told():
 
 def test_one_process_runs_the_cells_here_on_one_thread():
     before = torch.get_num_threads()
-    assert list(run_cells(whose, ["a"])) == [(0, (os.getpid(), 1, None))]
+    assert list(run_cells(whose, ["a"])) == [(0, (os.getpid(), 1, os.environ.get("OMP_NUM_THREADS")))]
     assert torch.get_num_threads() == before
     with pytest.raises(KeyError, match="planted"):
         list(run_cells(whose, ["bad"]))

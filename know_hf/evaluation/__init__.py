@@ -14,7 +14,7 @@ from .protocols import (
     with_new_head,
 )
 from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
-from .store import CellStore, write_json
+from .store import CellStore
 
 __all__ = [
     "AVERAGE",
@@ -43,5 +43,4 @@ __all__ = [
     "run_cells",
     "shrink_arm",
     "with_new_head",
-    "write_json",
 ]

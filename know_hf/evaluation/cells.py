@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeVar
 
@@ -14,7 +14,7 @@ Cell = TypeVar("Cell", contravariant=True)
 Result = TypeVar("Result", covariant=True)
 
 # One thread a process: the same sums in the same order however many processes there are.
-_WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+_WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class CellFunction(Protocol[Cell, Result]):
@@ -115,17 +115,19 @@ def _work(function: CellFunction[Cell, Result], connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    while True:
-        try:
+    try:
+        while True:
             cell = connection.recv()
-        except EOFError:
-            return
-        try:
-            result = function(cell, lambda what: connection.send(("advance", what)))
-        except Exception:
-            connection.send(("error", traceback.format_exc()))
-            return
-        connection.send(("result", result))
+            try:
+                # Bars of several processes would run over each other; an error's traceback goes by the connection.
+                with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+                    result = function(cell, lambda what: connection.send(("advance", what)))
+            except Exception:
+                connection.send(("error", traceback.format_exc()))
+                return
+            connection.send(("result", result))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # there is no more to do, or nobody to do it for
 
 
 def _advance(bar: Any, what: str) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import write_json
+
 
 class CellStore:
     """A folder of a comparison with one JSON file a finished cell.
@@ -37,6 +39,7 @@ class CellStore:
                 f"{self.path} is not empty and holds no {self.IDENTITY_NAME}; give an output folder of its own"
             )
         else:
+            (self.path / "cells").mkdir(parents=True, exist_ok=True)
             write_json(kept, wanted)
 
     def read(self, cell: str) -> dict[str, Any] | None:
@@ -50,11 +53,3 @@ class CellStore:
 
     def _file(self, cell: str) -> Path:
         return self.path / "cells" / f"{cell}.json"
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes JSON by way of a rename, so that no half file is ever read; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=2) + "\n")
-    partial.replace(path)
