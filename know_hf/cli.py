@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _quickstart(args: argparse.Namespace) -> None:
     from .quickstart import run_quickstart
 
-    run_quickstart(args.output_dir, seed=args.seed)
+    _say(str(run_quickstart(args.output_dir, seed=args.seed)))
 
 
 def _record(args: argparse.Namespace) -> None:

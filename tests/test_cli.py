@@ -178,6 +178,15 @@ def test_record_can_only_plan(config, monkeypatch, capsys):
     ]
 
 
+def test_quickstart_prints_its_tables(tmp_path, capsys, monkeypatch):
+    def run_quickstart(output_dir, seed):
+        return f"tables of {output_dir} from seed {seed}"
+
+    monkeypatch.setattr("know_hf.quickstart.run_quickstart", run_quickstart)
+    assert main(["quickstart", "--output-dir", str(tmp_path), "--seed", "3"]) == 0
+    assert capsys.readouterr().out == f"tables of {tmp_path} from seed 3\n"
+
+
 def test_errors_are_told_in_one_line(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 1
     error = capsys.readouterr().err
