@@ -1,5 +1,6 @@
 """One of several processes that record together, started by `torchrun`; notes what it saw for the test to read."""
 
+import gc
 import json
 import os
 import sys
@@ -12,9 +13,9 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import make_trainer
-from test_recording_models import OPTIONS, StopAfter, next_tokens, tiny_llama
+from test_recording_models import CASES, OPTIONS, StopAfter, next_tokens, tiny_llama
 from test_recording_models import SCHEDULE as SHARDED_SCHEDULE
-from test_recording_peft import make_adapter
+from test_recording_peft import TARGETS, adapt, make_adapter
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
@@ -112,6 +113,7 @@ def record_sharded(root: Path) -> dict[str, Any]:
 def main() -> None:
     root = Path(sys.argv[1])
     torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects garbage at the start of every training
     trainer = make_trainer(root / "out")
     rank = trainer.accelerator.process_index
     written = watch_writes(root / "trajectory")
@@ -131,6 +133,12 @@ def main() -> None:
 
     adapter = make_trainer(root / "out", make_adapter("lora"))
     notes["adapter_states"] = induce_forgetting(adapter, SCHEDULE, root / "adapter").num_states
+
+    for name in TARGETS:
+        for kind, wrap in (("full", lambda trainer: trainer), ("lora", adapt)):
+            set_seed(0)
+            trainer = wrap(CASES[name][0](root / "out"))
+            induce_forgetting(trainer, ForgettingSchedule(num_states=2), root / f"{name}-{kind}")
 
     notes["bad_folder"] = error_of(make_trainer(root / "out"), root / "file" / "trajectory")
 

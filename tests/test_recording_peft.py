@@ -3,9 +3,11 @@
 import pytest
 import torch
 from conftest import SCHEDULE, make_resnet, make_trainer
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_prediction import Constant
+from test_recording_models import CASES
+from transformers import set_seed
 
 from know_hf import ForgettingSchedule, induce_forgetting, predict_overflowed_weights
 from know_hf.trajectory import TrajectoryError
@@ -101,3 +103,34 @@ def test_an_adapter_without_its_base_says_so(tmp_path):
     with pytest.raises(TrajectoryError, match="holds an adapter; pass base_model="):
         trajectory.load_model()
     assert trajectory.num_states == SHORT.num_states != SCHEDULE.num_states
+
+
+TARGETS = {"bert": "query", "llama": "q_proj", "gpt2": "c_attn", "vit": "q_proj", "t5": "q", "sft": "q_proj"}
+
+
+def adapt(trainer):
+    """Puts an adapter around the model that a trainer was made with."""
+    kind = type(trainer.model).__name__
+    target = next(target for name, target in TARGETS.items() if kind.lower().startswith(name))
+    config = LoraConfig(r=2, target_modules=[target], fan_in_fan_out=target == "c_attn")
+    torch.manual_seed(1)
+    trainer.model = trainer.model_wrapped = get_peft_model(trainer.model, config)
+    return trainer
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_adapters_of_other_trainers_and_models(tmp_path, name):
+    set_seed(0)
+    trainer = adapt(CASES[name][0](tmp_path / "out"))
+    trajectory = induce_forgetting(trainer, ForgettingSchedule(num_states=3), tmp_path / "trajectory")
+    assert trajectory.is_adapter
+    assert all("lora_" in tensor for tensor in trajectory.names)
+    assert {role.role for role in trajectory.roles.values()} == {"fc"}
+    history = trajectory.history(trajectory.names[0])
+    assert not torch.equal(history[0], history[-1])
+    result = predict_overflowed_weights(trajectory, predictor=Constant(0.0), output_dir=tmp_path / "zero")
+    before = trajectory.path / "state-0/adapter_model.safetensors"
+    assert (result.path / "adapter_model.safetensors").read_bytes() == before.read_bytes()
+    reloaded = result.load_model(trainer.model.unload())
+    weights = get_peft_model_state_dict(reloaded)
+    assert all(torch.equal(weights[tensor], trajectory.tensor(tensor)) for tensor in trajectory.names)

@@ -13,12 +13,13 @@ import pytest
 import torch
 from conftest import NUM_EXAMPLES, make_trainer
 from processes_worker import SCHEDULE
+from test_recording_models import CASES, hashes, llama
 from test_recording_models import SCHEDULE as SHARDED_SCHEDULE
-from test_recording_models import hashes, llama
-from test_recording_peft import PEFT_WARNING, make_adapter
+from test_recording_peft import PEFT_WARNING, TARGETS, adapt, make_adapter
 from transformers import LlamaForCausalLM, set_seed
 
 from know_hf import WeightTrajectory, induce_forgetting
+from know_hf.roles import names_on_disk
 
 TESTS = Path(__file__).parent
 pytestmark = PEFT_WARNING
@@ -108,6 +109,20 @@ def test_an_adapter_is_recorded_as_by_one_process(launched, tmp_path):
     assert (together.names, together.roles) == (alone.names, alone.roles)
     assert files(together.path) == files(alone.path)
     assert not torch.equal(together.history(alone.names[0])[0], together.history(alone.names[0])[-1])
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_other_trainers_and_models_are_recorded_whole(launched, tmp_path, name, kind):
+    set_seed(0)
+    trainer = CASES[name][0](tmp_path)
+    model = adapt(trainer).model if kind == "lora" else trainer.model
+    trajectory = WeightTrajectory(launched.root / f"{name}-{kind}")
+    trajectory.verify()
+    assert [state.num_examples for state in trajectory.states] == [32, 16]
+    assert set(trajectory.names) | set(trajectory.tied_weights) == set(names_on_disk(model).values())
+    moved = [tensor for tensor in trajectory.names if not torch.equal(*trajectory.history(tensor))]
+    assert len(moved) > len(trajectory.names) / 2
 
 
 def test_an_error_of_the_first_process_comes_out_on_all(launched):
