@@ -102,6 +102,11 @@ class WeightTransitionCallback(TrainerCallback):
                 processing_class=kwargs.get("processing_class"),
             )
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        reshard(kwargs["model"])  # the optimizer of the next training is made before any event of it
+
     def record(self, model: nn.Module, **facts: Any) -> None:
         """Copies the weights and lets a thread write the next state; arguments as [`WeightTrajectory.record`].
 

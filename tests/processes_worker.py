@@ -18,7 +18,7 @@ from test_recording_models import SCHEDULE as SHARDED_SCHEDULE
 from test_recording_peft import TARGETS, adapt, make_adapter
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
+from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
 
 SCHEDULE = ForgettingSchedule(num_states=3, stratify_by="labels")
 
@@ -98,11 +98,24 @@ def record_interrupted(make: Callable[[Path], Trainer], schedule: ForgettingSche
     induce_forgetting(make(root), schedule, root / name)
 
 
+def record_in_a_loop(root: Path) -> None:
+    """The callback alone, in a loop that evaluates between its trainings."""
+    trainer = make_sharded_trainer(root)
+    data = trainer.train_dataset
+    trainer.add_callback(WeightTransitionCallback(root / "sharded_loop", SHARDED_SCHEDULE, trainer=trainer))
+    for indices in SHARDED_SCHEDULE.indices(len(data)):
+        trainer.train_dataset = data.select(indices)
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.train()
+        trainer.evaluate()
+
+
 def record_sharded(root: Path) -> dict[str, Any]:
     with sharding():
         trainer = make_sharded_trainer(root)
         trajectory = induce_forgetting(trainer, SHARDED_SCHEDULE, root / "sharded")
         record_interrupted(make_sharded_trainer, SHARDED_SCHEDULE, root, "sharded_interrupted")
+        record_in_a_loop(root)
         return {
             "distributed_type": trainer.accelerator.distributed_type,
             "model": type(trainer.model_wrapped).__name__,

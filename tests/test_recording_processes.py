@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,15 @@ def test_sharded_weights_are_recorded_whole(launched, tmp_path):
         torch.testing.assert_close(trajectory.history(name), whole.history(name), rtol=0, atol=2e-3)
     assert [state.steps for state in trajectory.states] == [state.steps for state in whole.states]
     assert isinstance(trajectory.load_model(), LlamaForCausalLM)
+
+
+def test_the_callback_alone_records_sharded_weights_that_all_move(launched):
+    trajectory = WeightTrajectory(launched.root / "sharded_loop")
+    trajectory.verify()
+    assert trajectory.num_states == SHARDED_SCHEDULE.num_states
+    for name in trajectory.names:
+        history = trajectory.history(name)
+        assert all(not torch.equal(before, after) for before, after in pairwise(history)), name
 
 
 def test_when_another_process_fails_none_is_left_waiting(launched):
