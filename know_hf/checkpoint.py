@@ -93,9 +93,11 @@ class CheckpointReader:
         return self._path_of[name]
 
     def shape(self, name: str) -> torch.Size:
+        """Shape of a tensor, from the header alone."""
         return torch.Size(self._file_of[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
+        """Dtype a tensor is stored in, from the header alone; a `CheckpointError` for one that torch does not read."""
         dtype = self._file_of[name].get_slice(name).get_dtype()
         if dtype not in _DTYPES:
             raise CheckpointError(f"tensor {name!r} is stored as {dtype}, which know_hf does not read")

@@ -81,6 +81,21 @@ def test_a_resumed_adapter_ends_in_the_same_weights(tmp_path):
     assert_same_states(resumed, whole)
 
 
+def test_each_state_of_an_adapter_is_whole_whatever_is_frozen(tmp_path):
+    model = make_adapter("lora")
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    trajectory = induce_forgetting(make_trainer(tmp_path, model), SHORT, tmp_path / "trajectory")
+    for state in range(3):  # peft reads one file, and takes what isn't there as new
+        saved = load_file(trajectory.path / f"state-{state}/adapter_model.safetensors")
+        assert sorted(saved) == trajectory.names
+        assert all(torch.equal(saved[name], trajectory.tensor(name, state)) for name in saved)
+    frozen = next(name for name in trajectory.names if "lora_A" in name)
+    result = predict_overflowed_weights(trajectory, predictor=Constant(0.5), output_dir=tmp_path / "out")
+    assert torch.equal(load_file(result.path / "adapter_model.safetensors")[frozen], trajectory.tensor(frozen))
+
+
 def test_an_adapter_of_another_name(tmp_path):
     trainer = make_trainer(tmp_path, make_adapter("lora", name="mine"))
     trajectory = induce_forgetting(trainer, SHORT, tmp_path / "trajectory")

@@ -291,6 +291,17 @@ def test_an_error_of_the_background_writing_is_not_lost(tmp_path, monkeypatch):
     assert WeightTrajectory(trajectory.path).num_states == 2
 
 
+def test_buffers_may_be_infinite_but_not_nan(tmp_path):
+    module = nn.Linear(2, 2)
+    module.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1))
+    trajectory = WeightTrajectory.create(tmp_path / "trajectory")
+    trajectory.record(module, num_examples=3, steps=1)
+    assert torch.equal(trajectory.tensor("mask"), module.mask)
+    module.mask[0, 0] = float("nan")
+    with pytest.raises(TrajectoryError, match=r"'mask' is not finite .* state 1"):
+        trajectory.record(module, num_examples=2, steps=1)
+
+
 def test_weights_are_copied_before_the_training_goes_on(tmp_path):
     trajectory = WeightTrajectory.create(tmp_path / "trajectory")
     model = make_resnet()

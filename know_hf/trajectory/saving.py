@@ -59,8 +59,10 @@ class Snapshot:
         source = model.state_dict() if state_dict is None else state_dict
         copies: dict[tuple[Any, ...], torch.Tensor] = {}
         copied: dict[str, torch.Tensor] = {}
+        taken: set[int] = set()  # memory written over by this call
+        adapter = is_adapter(model)
         for name, tensor in source.items():
-            if is_adapter(model) and name not in on_disk:
+            if adapter and name not in on_disk:
                 continue
             reason = roles[name].reason if name in roles else ""
             if reason.startswith("tied to ") and (owner := reason.removeprefix("tied to ")) in copied:
@@ -70,17 +72,23 @@ class Snapshot:
             if place not in copies:
                 kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                 old = (reuse or {}).get(name)
-                taken = any(old is copy for copy in copies.values())
-                if old is None or taken or old.shape != tensor.shape or old.dtype != kind:
+                if old is None or id(old) in taken or old.shape != tensor.shape or old.dtype != kind:
                     old = torch.empty(tensor.shape, dtype=kind)
                 copies[place] = old.copy_(tensor.detach())
+                taken.add(id(old))
             copied[name] = copies[place]
         return cls(model, copied, on_disk, roles)
 
     def check_finite(self, path: Path, index: int) -> None:
-        """Raises a `TrajectoryError` that names the first tensor with a value that is NaN or infinite."""
+        """Raises a `TrajectoryError` that names the first tensor with a value that is NaN or infinite.
+
+        Buffers may be infinite, as attention masks are.
+        """
         for name, tensor in self.state_dict.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not tensor.is_floating_point():
+                continue
+            is_buffer = name in self.roles and self.roles[name].role == "copied"
+            if tensor.isnan().any() if is_buffer else not tensor.isfinite().all():
                 raise TrajectoryError(
                     f"tensor {name!r} is not finite at the end of the training of state {index}: it diverged; lower"
                     f" its learning rate. The {index} states before it are kept in {path}."
@@ -97,7 +105,8 @@ class Snapshot:
             `set[str]`: names on disk of the tensors left out. A `model.safetensors.index.json` then leads
             `from_pretrained` to the files that hold them.
         """
-        unchanged = self._equal_to(previous) if previous is not None else set()
+        # an adapter is one file, and peft takes what is not in it as new: nothing may be left out
+        unchanged = set() if previous is None or is_adapter(self.model) else self._equal_to(previous)
         out = {id(self.state_dict[name]) for name, saved in self.on_disk.items() if saved in unchanged}
         kept = {name: tensor for name, tensor in self.state_dict.items() if id(tensor) not in out}
         if isinstance(self.model, PreTrainedModel):
@@ -106,7 +115,7 @@ class Snapshot:
             _save_adapter(self.model, kept, folder)
         else:
             save_torch_state_dict(kept, folder, metadata={"format": "pt"})
-        if previous is not None and unchanged and not is_adapter(self.model):
+        if previous is not None and unchanged:
             _write_index(folder, {name: previous.path(name) for name in unchanged})
         return unchanged
 
@@ -144,7 +153,7 @@ def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[in
             frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
             sizes[id(tensor)] = (tensor.numel() * kind.itemsize, frozen)
     total = sum(size for size, _ in sizes.values())
-    frozen_bytes = sum(size for size, frozen in sizes.values() if frozen)
+    frozen_bytes = 0 if is_adapter(model) else sum(size for size, frozen in sizes.values() if frozen)
     return total, total - frozen_bytes if frozen_bytes > WORTH_SHARING * total else total
 
 

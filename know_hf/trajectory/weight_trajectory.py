@@ -138,9 +138,11 @@ class WeightTrajectory:
         return self._readers[0].names
 
     def shape(self, name: str) -> torch.Size:
+        """Shape of a tensor, the same in all states."""
         return self._readers[0].shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Dtype that a tensor is stored in, the same in all states."""
         return self._readers[0].dtype(name)
 
     def tensor(self, name: str, state: int = 0) -> torch.Tensor:
@@ -196,7 +198,16 @@ class WeightTrajectory:
         return load_pretrained(self.path / _state_folder(state), model_class, base_model)
 
     def load_into(self, model: nn.Module, state: int = 0) -> None:
-        """Copies the weights of one state into a model of the recorded architecture, whatever its device and dtype."""
+        """Copies the weights of one state into a model of the recorded architecture, whatever its device and dtype.
+
+        Args:
+            model (`nn.Module`): The model, without its wrappers.
+            state (`int`, *optional*, defaults to `0`): Index of the state.
+
+        Raises:
+            `TrajectoryError`, or torch's `RuntimeError` for a `PreTrainedModel`: when state and model don't have the
+                same tensors.
+        """
         self._writer.wait()
         load_into(model, self.path / _state_folder(state), dict.fromkeys(self.names, self._readers[state].tensor))
 
@@ -222,7 +233,7 @@ class WeightTrajectory:
 
         The state is written to a folder of its own, renamed, and only then entered in `trajectory.json`: a crash at
         any moment leaves the states before it whole. Of a `PeftModel` the adapter alone is recorded. Tensors that are
-        bit for bit those of the state before are stored once, where they are more than 1 % of it.
+        bit for bit those of the state before are stored once, where they are more than 1 % of a model.
 
         Args:
             model (`nn.Module`): A `PreTrainedModel`, a `PeftModel` or any module, without its wrappers.
