@@ -271,6 +271,19 @@ def test_unchanged_tensors_are_read_from_the_state_that_has_them(tmp_path):
     assert not again.is_unchanged(inner)
 
 
+@pytest.mark.parametrize("make", [make_resnet, lambda: nn.Linear(2, 2)])
+def test_a_state_in_which_nothing_moved_is_whole(tmp_path, make):
+    model, trajectory = make(), WeightTrajectory.create(tmp_path / "trajectory")
+    for num_examples in (3, 2):
+        trajectory.record(model, num_examples=num_examples, steps=0)
+    trajectory.verify()
+    assert trajectory.states[1].unchanged == {}
+    other = make()
+    trajectory.load_into(other, 1)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+
+
 @pytest.mark.parametrize(("origin", "message"), [(3, "takes 'classifier.1.weight' from state 3, none before it")])
 def test_an_unchanged_tensor_comes_from_an_earlier_state(trajectory_copy, origin, message):
     edit_manifest(trajectory_copy, lambda c: c["states"][2].update(unchanged={NAME: origin}))

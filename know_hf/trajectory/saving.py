@@ -109,6 +109,8 @@ class Snapshot:
         unchanged = set() if previous is None or is_adapter(self.model) else self._equal_to(previous)
         out = {id(self.state_dict[name]) for name, saved in self.on_disk.items() if saved in unchanged}
         kept = {name: tensor for name, tensor in self.state_dict.items() if id(tensor) not in out}
+        if not kept:  # nothing moved at all: a state of no file could not be loaded
+            unchanged, kept = set(), self.state_dict
         if isinstance(self.model, PreTrainedModel):
             self.model.save_pretrained(folder, state_dict=kept)
         elif is_adapter(self.model):
