@@ -3,11 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from know_hf.checkpoint import (
     CheckpointError,
     CheckpointReader,
     CheckpointWriter,
+    TensorSpec,
     atomic_folder,
     file_sha256,
     replace_tensors,
@@ -21,10 +23,15 @@ TENSORS = {
 }
 
 
-def write(folder: Path, max_shard_size: int) -> None:
-    writer = CheckpointWriter(folder, max_shard_size)
-    for name, tensor in TENSORS.items():
-        writer.add(name, tensor)
+def specs(tensors=TENSORS):
+    return {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def write(folder: Path, max_shard_size: int, tensors=TENSORS) -> None:
+    writer = CheckpointWriter(folder, specs(tensors), max_shard_size)
+    writer.create()
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
     writer.close()
 
 
@@ -41,6 +48,68 @@ def test_tensors_come_back_bit_for_bit(tmp_path, max_shard_size, num_files):
     assert not list(tmp_path.glob("*.partial"))
 
 
+MANY = {
+    **TENSORS,
+    'ünï \\ "quoted"\n\x01': torch.rand(3, 2, dtype=torch.float64),
+    "Z": torch.tensor([], dtype=torch.float16),
+    "a.b": torch.rand(7).half(),
+    "flags": torch.tensor([True, False, True]),
+    "bytes": torch.arange(5, dtype=torch.uint8),
+    "f8": torch.ones(3).to(torch.float8_e4m3fn),
+    "f8b": torch.ones(3).to(torch.float8_e5m2),
+    "i16": torch.arange(3, dtype=torch.int16),
+    "u64": torch.arange(3).to(torch.uint64),
+    "c64": torch.ones(2, dtype=torch.complex64),
+    "i32": torch.arange(3, dtype=torch.int32),
+}
+
+
+def test_the_file_is_that_of_the_library(tmp_path):
+    write(tmp_path, 10**6, MANY)
+    save_file(MANY, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
+    reader = CheckpointReader.from_folder(tmp_path)
+    for name, tensor in load_file(tmp_path / "theirs").items():
+        assert reader.dtype(name) == tensor.dtype
+        assert reader.tensor(name).shape == tensor.shape
+        assert bytes(reader.tensor(name).view(-1).view(torch.uint8)) == bytes(tensor.view(-1).view(torch.uint8))
+
+
+def test_pieces_in_any_order_make_the_tensor(tmp_path):
+    tensor = torch.rand(5, 7)
+    writers = [CheckpointWriter(tmp_path, {"x": TensorSpec(tensor.dtype, tensor.shape)}) for _ in range(2)]
+    writers[0].create()
+    for number, start in enumerate((30, 0, 20, 10)):
+        writers[number % 2].write("x", tensor.flatten()[start : start + 10], start)
+    with pytest.raises(RuntimeError, match="60 of the 140 bytes"):
+        writers[0].close()
+    writers[0].close(sum(writer.bytes_written for writer in writers))
+    reader = CheckpointReader.from_folder(tmp_path)
+    assert torch.equal(reader.tensor("x"), tensor)
+    assert torch.equal(reader.read("x", 3, 12), tensor.flatten()[3:12])
+    assert reader.read("x", 35).shape == (0,)
+
+
+def test_a_dtype_that_safetensors_does_not_have(tmp_path):
+    with pytest.raises(CheckpointError, match=r"'x' has dtype torch\.complex128"):
+        CheckpointWriter(tmp_path, {"x": TensorSpec(torch.complex128, torch.Size([1]))})
+
+
+def test_a_piece_of_another_dtype_is_refused(tmp_path):
+    writer = CheckpointWriter(tmp_path, specs())
+    writer.create()
+    with pytest.raises(TypeError, match=r"'b\.weight' is laid out as torch\.bfloat16, its piece is torch\.float32"):
+        writer.write("b.weight", torch.ones(5))
+
+
+def test_a_file_that_shrinks_while_it_is_open_is_named(tmp_path):
+    write(tmp_path, 10**6)
+    reader = CheckpointReader.from_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(OSError, match=r"model\.safetensors ended at byte .* another program wrote"):
+        reader.tensor("a.weight")
+
+
 def test_the_index_names_shards_and_sizes(tmp_path):
     write(tmp_path, max_shard_size=60)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -50,7 +119,7 @@ def test_the_index_names_shards_and_sizes(tmp_path):
 
 
 def test_a_checkpoint_of_no_tensors_is_a_file(tmp_path):
-    CheckpointWriter(tmp_path).close()
+    write(tmp_path, 10**6, {})
     assert CheckpointReader.from_folder(tmp_path).names == []
 
 
@@ -80,7 +149,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_tensor_in_two_files_is_an_error(tmp_path):
     write(tmp_path, 10**6)
     path = tmp_path / "model.safetensors"
-    with pytest.raises(CheckpointError, match=r"'a\.weight' .* second file"):
+    with pytest.raises(CheckpointError, match=r"second file of the same"):
         CheckpointReader([path, path])
 
 

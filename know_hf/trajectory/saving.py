@@ -118,7 +118,7 @@ class Snapshot:
         else:
             save_torch_state_dict(kept, folder, metadata={"format": "pt"})
         if previous is not None and unchanged:
-            _write_index(folder, {name: previous.path(name) for name in unchanged})
+            _write_index(folder, {name: Path(previous.file(name)) for name in unchanged})
         return unchanged
 
     def _equal_to(self, previous: CheckpointReader) -> set[str]:

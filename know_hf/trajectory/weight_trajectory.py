@@ -167,16 +167,41 @@ class WeightTrajectory:
         Returns:
             `torch.Tensor` of shape `(S, *shape)`, float32: most forgotten state first, full data LAST.
         """
-        return torch.stack([reader.tensor(name).to(torch.float32) for reader in reversed(self._readers)])
+        return self.read_history(name).reshape(self.num_states, *self.shape(name))
 
-    def verify(self) -> None:
+    def read_history(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """A piece of a tensor's [`history`], of which nothing else is read.
+
+        Args:
+            name (`str`): Name of the tensor on disk.
+            start (`int`, *optional*, defaults to `0`): First element, counted through the tensor row by row.
+            stop (`int`, *optional*): One after the last element; by default the tensor's end.
+
+        Returns:
+            `torch.Tensor` of shape `(S, stop - start)`, float32: most forgotten state first, full data LAST.
+        """
+        stop = self.shape(name).numel() if stop is None else stop
+        history = torch.empty(self.num_states, stop - start, dtype=torch.float32)
+        for row, reader in zip(history, reversed(self._readers), strict=True):
+            row.copy_(reader.read(name, start, stop))
+        return history
+
+    def read(self, name: str, start: int, stop: int, state: int = 0) -> torch.Tensor:
+        """Elements `start` to `stop - 1` of one tensor of one state, `(stop - start,)`, in the dtype it is stored in."""
+        return self._readers[state].read(name, start, stop)
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
         """Reads every file once and compares it with what was recorded.
+
+        Args:
+            part, parts (`int`, *optional*): Only every `parts`-th file from number `part` on, where several processes
+                share the reading.
 
         Raises:
             `TrajectoryError`: when a file is missing or not the one recorded (size, SHA-256), or when the states do
                 not have the same tensors; names file or tensor and state.
         """
-        self._check_files(hashes=True)
+        self._check_files(hashes=True, part=part, parts=parts)
         self.__dict__.pop("_readers", None)
         _ = self._readers
 
@@ -402,11 +427,11 @@ class WeightTrajectory:
             check_same_tensors(self.path, state.index, readers[-1], readers[0])
         return readers
 
-    def _check_files(self, hashes: bool) -> None:
+    def _check_files(self, hashes: bool, part: int = 0, parts: int = 1) -> None:
         root = self.path.resolve()
         records = {r.path: (r, "the model's files") for r in self._manifest.files}
         records |= {r.path: (r, f"state {state.index}") for state in self.states for r in state.files}
-        for record, owner in records.values():
+        for record, owner in list(records.values())[part::parts]:
             path = self.path / record.path
             if not path.resolve().is_relative_to(root):
                 raise TrajectoryError(f"{MANIFEST_NAME} of {self.path} names {record.path!r}, outside of its folder")

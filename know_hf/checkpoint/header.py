@@ -1,0 +1,191 @@
+"""The header of a safetensors file: name, dtype, shape and place of every tensor in it.
+
+A file is 8 bytes with the header's length N (little endian), N bytes of JSON, then the bytes of all tensors without a
+gap (https://huggingface.co/docs/safetensors, "Format"). The library reads and writes whole tensors only; knowing the
+places, any piece of one can be. Headers are refused wherever the library refuses them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .sources import ByteSource
+
+MAX_HEADER_SIZE = 100_000_000  # the library's own limit
+
+# In the order of the library's enumeration: within a file it sorts tensors by it, last first, and then by name.
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+_RANKS = {dtype: (rank, name) for rank, (name, dtype) in enumerate(DTYPES.items())}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint on disk is damaged, incomplete or not of a kind that can be read."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Dtype and shape of a tensor."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: its dtype as the header names it, its shape, and its bytes `start` to `stop - 1` of the
+    file."""
+
+    dtype: str
+    shape: torch.Size
+    start: int
+    stop: int
+
+
+def read_header(source: ByteSource) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file.
+
+    Args:
+        source ([`ByteSource`]): The file.
+
+    Returns:
+        `dict[str, TensorEntry]`: in the order of the header.
+
+    Raises:
+        `CheckpointError`: when the file is not safetensors, is truncated, or its header contradicts itself; names the
+            file and the tensor.
+        `OSError`: when it can't be read.
+    """
+    try:
+        return _parse(source)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(
+            f"{source.name} can't be read as safetensors ({error}); it is truncated or damaged: restore it from a"
+            " copy, or delete its checkpoint and write it again"
+        ) from error
+
+
+def make_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, TensorEntry]]:
+    """The header of a file with these tensors, as the library writes it.
+
+    Args:
+        tensors (`Mapping[str, TensorSpec]`): The tensors; their order does not matter.
+
+    Returns:
+        `tuple[bytes, dict[str, TensorEntry]]`: the bytes before the first tensor, and where each tensor goes.
+
+    Raises:
+        `CheckpointError`: for a dtype that safetensors does not have.
+    """
+    for name, spec in tensors.items():
+        if spec.dtype not in _RANKS:
+            raise CheckpointError(f"tensor {name!r} has dtype {spec.dtype}, which safetensors can't store")
+    ordered = sorted(tensors.items(), key=lambda item: (-_RANKS[item[1].dtype][0], item[0].encode()))
+    places: dict[str, TensorEntry] = {}
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in ordered:
+        places[name] = TensorEntry(_RANKS[spec.dtype][1], spec.shape, offset, offset + spec.nbytes)
+        offset += spec.nbytes
+        content[name] = {
+            "dtype": places[name].dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [places[name].start, places[name].stop],
+        }
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    placed = {name: TensorEntry(e.dtype, e.shape, base + e.start, base + e.stop) for name, e in places.items()}
+    return len(text).to_bytes(8, "little") + text, placed
+
+
+def _parse(source: ByteSource) -> dict[str, TensorEntry]:
+    if source.size < 8:
+        raise ValueError(f"it has {source.size} bytes, a header alone has more")
+    length = int.from_bytes(_bytes(source, 0, 8), "little")
+    if length > min(MAX_HEADER_SIZE, source.size - 8):
+        raise ValueError(f"its header should have {length} bytes, the file has {source.size}")
+    text = _bytes(source, 8, length)
+    if not text.startswith(b"{"):
+        raise ValueError("its header is no JSON object")
+    content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    metadata = content.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise ValueError("its __metadata__ is not a mapping of strings")
+    base = 8 + length
+    entries = {name: _entry(name, entry, base) for name, entry in content.items()}
+    end = base
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise ValueError(
+                f"tensor {name!r} starts at byte {entry.start - base}, the one before ends at {end - base}"
+            )
+        end = entry.stop
+    if end != source.size:
+        raise ValueError(f"its tensors end at byte {end}, the file has {source.size} bytes")
+    return entries
+
+
+def _entry(name: str, entry: Any, base: int) -> TensorEntry:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has dtype {dtype!r:.50}, shape {shape!r:.50}, data_offsets {offsets!r:.50}")
+    start, stop = offsets
+    if start > stop:
+        raise ValueError(f"tensor {name!r} ends at byte {stop}, before its start {start}")
+    if dtype in DTYPES:
+        needed = DTYPES[dtype].itemsize
+        for size in shape:
+            needed *= size
+        if needed != stop - start:
+            raise ValueError(f"tensor {name!r} of shape {shape!r:.50} and dtype {dtype} has {stop - start} bytes")
+    return TensorEntry(dtype, torch.Size(shape), base + start, base + stop)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return content
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"its header holds {name}, which is no JSON")
+
+
+def _bytes(source: ByteSource, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    source.read_into(memoryview(buffer), offset)
+    return bytes(buffer)
