@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .batch_norm import recalibrate_batch_norm
-from .checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, atomic_folder, replace_tensors
+from .checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, TensorSpec, atomic_folder, replace_tensors
 from .modeling_known import KNOWNModel
 from .predictors import KNOWNPredictor, Predictor, get_predictor
 from .roles import PREDICTED_ROLES
@@ -154,7 +154,9 @@ def predict_overflowed_weights(
             target = work / path.relative_to(trajectory.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target)
-        writer = CheckpointWriter(work, max_shard_size, adapter=trajectory.is_adapter)
+        specs = {name: TensorSpec(trajectory.dtype(name), trajectory.shape(name)) for name in trajectory.names}
+        writer = CheckpointWriter(work, specs, max_shard_size, adapter=trajectory.is_adapter)
+        writer.create()
         for name in tqdm(trajectory.names, desc=f"predicting {steps} step(s)", unit="tensor"):
             original = trajectory.tensor(name)
             role = trajectory.roles[name].role
@@ -173,7 +175,7 @@ def predict_overflowed_weights(
                         )
             elif role != "copied":
                 _check_finite(original[None], name, trajectory)
-            writer.add(name, original if residual is None else _plus(original, residual))
+            writer.write(name, original if residual is None else _plus(original, residual))
             entry = report.setdefault(role, RoleReport())
             entry.add(original, residual)
             entry.unchanged += unchanged

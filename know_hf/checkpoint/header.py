@@ -143,9 +143,7 @@ def _parse(source: ByteSource) -> dict[str, TensorEntry]:
     end = base
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
-            raise ValueError(
-                f"tensor {name!r} starts at byte {entry.start - base}, the one before ends at {end - base}"
-            )
+            raise ValueError(f"tensor {name!r} starts at byte {entry.start}, the one before ends at {end}")
         end = entry.stop
     if end != source.size:
         raise ValueError(f"its tensors end at byte {end}, the file has {source.size} bytes")

@@ -97,5 +97,5 @@ class CheckpointReader:
         dtype = self.dtype(name)
         piece = torch.empty((entry.shape.numel() if stop is None else stop) - start, dtype=dtype)
         if piece.numel():
-            source.read_into(memoryview(piece.view(torch.uint8).numpy()), entry.start + start * dtype.itemsize)
+            source.read_into(piece.view(torch.uint8).numpy().data, entry.start + start * dtype.itemsize)
         return piece

@@ -1,4 +1,4 @@
-"""Writing: shards laid out before the first tensor is there, then filled piece by piece, by any number of processes."""
+"""Writing: shards laid out before the first tensor is there, then filled piece by piece, by one process or several."""
 
 import os
 from collections.abc import Mapping
@@ -42,6 +42,7 @@ class CheckpointWriter:
         adapter: bool = False,
     ) -> None:
         self.folder = folder
+        self._tensors = tensors
         self.bytes_written = 0
         self.total_bytes = sum(spec.nbytes for spec in tensors.values())
         self._total_parameters = sum(spec.shape.numel() for spec in tensors.values())
@@ -79,14 +80,19 @@ class CheckpointWriter:
             name (`str`): Name of the tensor.
             piece (`torch.Tensor`): Its elements from `start` on, in the tensor's dtype and of any shape.
             start (`int`, *optional*, defaults to `0`): First element, counted through the tensor row by row.
+
+        Raises:
+            `TypeError`: when the piece is not of the tensor's dtype.
         """
         file, entry = self._places[name]
+        if piece.dtype != self._tensors[name].dtype:
+            raise TypeError(f"tensor {name!r} is laid out as {self._tensors[name].dtype}, its piece is {piece.dtype}")
         if not piece.numel():
             return
         piece = piece.detach().cpu().contiguous().flatten()
         with (self.folder / file).open("r+b", buffering=0) as handle:
             handle.seek(entry.start + start * piece.element_size())
-            remaining = memoryview(piece.view(torch.uint8).numpy())
+            remaining = piece.view(torch.uint8).numpy().data
             while remaining:
                 remaining = remaining[handle.write(remaining) :]
         self.bytes_written += piece.nbytes

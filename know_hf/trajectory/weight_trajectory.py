@@ -187,7 +187,7 @@ class WeightTrajectory:
         return history
 
     def read(self, name: str, start: int, stop: int, state: int = 0) -> torch.Tensor:
-        """Elements `start` to `stop - 1` of one tensor of one state, `(stop - start,)`, in the dtype it is stored in."""
+        """Elements `start` to `stop - 1` of one tensor of one state, in the dtype it is stored in."""
         return self._readers[state].read(name, start, stop)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
