@@ -28,7 +28,7 @@ from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
 from .background import BackgroundWriter
 from .loading import check_same_tensors, load_into, load_pretrained
-from .manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord, TrajectoryError
+from .manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord, TrajectoryError, leads_outside, recordable
 from .saving import Snapshot, roles_on_disk
 
 _LIBRARIES = ("know_hf", "torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "numpy")
@@ -78,7 +78,7 @@ class WeightTrajectory:
             raise FileExistsError(f"{path} already holds a trajectory; open it with WeightTrajectory({str(path)!r})")
         trajectory = cls.__new__(cls)
         trajectory.path = path
-        trajectory._manifest = Manifest(schedule=schedule.to_dict() if schedule else None)
+        trajectory._manifest = Manifest(states=(), schedule=schedule)
         trajectory._prepare()
         return trajectory
 
@@ -107,7 +107,7 @@ class WeightTrajectory:
 
     @property
     def schedule(self) -> ForgettingSchedule | None:
-        return ForgettingSchedule(**self._manifest.schedule) if self._manifest.schedule else None
+        return self._manifest.schedule
 
     @property
     def roles(self) -> dict[str, TensorRole]:
@@ -363,7 +363,7 @@ class WeightTrajectory:
             for record in self._manifest.files:  # one model, one config: saving notes more the second time
                 if (work / record.path).exists():
                     shutil.copy2(self.path / record.path, work / record.path)
-            names = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
+            names = recordable(work)
             files = tuple(replace(FileRecord.of(work / n, n), path=f"{folder.name}/{n}") for n in names)
             origin = entered[-1].unchanged if index else {}
             unchanged = {name: origin.get(name, index - 1) for name in sorted(left_out)}
@@ -397,7 +397,7 @@ class WeightTrajectory:
                 shutil.copy2(path, work)
         if processing_class is not None:
             processing_class.save_pretrained(work)
-        names = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
+        names = recordable(work)
         for name in names:
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             fsync(work / name)
@@ -428,13 +428,14 @@ class WeightTrajectory:
         return readers
 
     def _check_files(self, hashes: bool, part: int = 0, parts: int = 1) -> None:
-        root = self.path.resolve()
         records = {r.path: (r, "the model's files") for r in self._manifest.files}
         records |= {r.path: (r, f"state {state.index}") for state in self.states for r in state.files}
         for record, owner in list(records.values())[part::parts]:
             path = self.path / record.path
-            if not path.resolve().is_relative_to(root):
-                raise TrajectoryError(f"{MANIFEST_NAME} of {self.path} names {record.path!r}, outside of its folder")
+            if leads_outside(self.path, path):
+                raise TrajectoryError(
+                    f"{path} of {owner} is a link that leads outside of its folder; put a copy there"
+                )
             if not path.is_file():
                 raise TrajectoryError(f"{path} of {owner} is missing; restore it from a copy or record it again")
             if path.stat().st_size != record.size:
@@ -447,6 +448,8 @@ class WeightTrajectory:
                     f"{path} of {owner} is not the file that was recorded (its SHA-256 differs): it is damaged or was"
                     " replaced; restore it from a copy or record it again"
                 )
+        if hashes:
+            self._manifest.check_what_is_loaded(self.path)
 
 
 def _state_folder(index: int) -> str:
