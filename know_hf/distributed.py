@@ -1,10 +1,11 @@
-"""What recording needs to know of several processes: who writes, how an error reaches all, who holds the weights."""
+"""Several processes: who writes, how an error of one reaches all, and who holds the weights."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
@@ -12,11 +13,11 @@ from transformers import Trainer
 T = TypeVar("T")
 
 
-def on_main_process(trainer: Trainer, action: Callable[[], T]) -> T:
+def on_main_process(accelerator: Accelerator | None, action: Callable[[], T]) -> T:
     """Runs an action on the main process; its result, or its error, comes out on every process.
 
     Args:
-        trainer (`Trainer`): Any trainer; on one process the action is just run.
+        accelerator (`Accelerator`, *optional*): Says which processes there are; on one the action is just run.
         action (`Callable[[], T]`): Called on the main process; what it returns is sent to the others.
 
     Returns:
@@ -26,11 +27,11 @@ def on_main_process(trainer: Trainer, action: Callable[[], T]) -> T:
         The action's error on the main process, a `RuntimeError` with its text on the others: no process is left
         waiting for one that failed.
     """
-    if trainer.accelerator.num_processes == 1:
+    if accelerator is None or accelerator.num_processes == 1:
         return action()
     outcome: list[Any] = [None, None]
     failure: Exception | None = None
-    if trainer.accelerator.is_main_process:
+    if accelerator.is_main_process:
         try:
             outcome[0] = action()
         except Exception as error:
@@ -42,6 +43,37 @@ def on_main_process(trainer: Trainer, action: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise RuntimeError(f"the main process failed with {outcome[1]}")
     return outcome[0]
+
+
+def on_every_process(accelerator: Accelerator | None, action: Callable[[], T]) -> list[T]:
+    """Runs an action on every process at once; all results, or an error where any failed, come out on every process.
+
+    Args:
+        accelerator (`Accelerator`, *optional*): Says which processes there are; on one the action is just run.
+        action (`Callable[[], T]`): Called on each process.
+
+    Returns:
+        `list[T]`: What the action returned on each process, in the order of their ranks.
+
+    Raises:
+        The action's error on the processes where it failed, a `RuntimeError` with the text of the first on the others.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return [action()]
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    text = None if failure is None else f"{type(failure).__name__}: {failure}"
+    outcomes: list[tuple[T, str | None]] = gather_object([(result, text)])
+    if failure is not None:
+        raise failure
+    for rank, (_, text) in enumerate(outcomes):
+        if text is not None:
+            raise RuntimeError(f"process {rank} failed with {text}")
+    return [result for result, _ in outcomes]
 
 
 def is_sharded(trainer: Trainer) -> bool:

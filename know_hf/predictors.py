@@ -97,10 +97,13 @@ class KNOWNPredictor:
         chunk_size (`int`, *optional*, defaults to `4096`):
             Rows a forward pass. The default was the fastest of 256 … 524,288 on a CPU core (about 0.4 µs a row); from
             65,536 on, one pass is 4 to 13 times slower, as its activations leave the cache.
+        kernel (`str`, *optional*, defaults to `"auto"`):
+            Which form of the network computes.
     """
 
     model: "KNOWNModel"
     chunk_size: int = 4096
+    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
@@ -109,6 +112,16 @@ class KNOWNPredictor:
     @property
     def num_states(self) -> int:
         return self.model.config.num_states
+
+    @property
+    def device(self) -> torch.device:
+        """Where histories are best handed over."""
+        return self.model.device
+
+    @property
+    def trained_on(self) -> dict[str, Any] | None:
+        """What the weights were meta-trained on, see [`KNOWNConfig`]."""
+        return self.model.config.trained_on
 
     def residual(self, history: torch.Tensor, role: str) -> torch.Tensor:
         residual = torch.empty(len(history), dtype=torch.float32, device=history.device)

@@ -194,13 +194,13 @@ def induce_forgetting(
     callback = _StageCallback(output_dir, schedule, trainer=trainer, dtype=dtype)
     trajectory = callback.trajectory
     with ExitStack() as stack:
-        done = on_main_process(trainer, lambda: _begin(stack, trajectory, subsets, trainer.model, dtype))
+        done = on_main_process(trainer.accelerator, lambda: _begin(stack, trajectory, subsets, trainer.model, dtype))
         if done:
             trajectory.load_into(trainer.model, done - 1)
         stack.enter_context(_borrowed(trainer))
         progress = stack.enter_context(_Progress(trainer, trajectory, schedule.num_states))
         callback.on_written = progress.written
-        if done and on_main_process(trainer, lambda: not trajectory.states[-1].metrics):
+        if done and on_main_process(trainer.accelerator, lambda: not trajectory.states[-1].metrics):
             progress.evaluate(done - 1)
         for index in range(done, schedule.num_states):
             callback.subset = subsets[index]
@@ -213,9 +213,9 @@ def induce_forgetting(
                     )
             else:
                 _train_stage(trainer, index, schedule, subsets[index], callback)
-            on_main_process(trainer, callback.raise_failure)
+            on_main_process(trainer.accelerator, callback.raise_failure)
             progress.evaluate(index)
-        on_main_process(trainer, progress.finish)
+        on_main_process(trainer.accelerator, progress.finish)
     trajectory = WeightTrajectory(output_dir)
     if not is_sharded(trainer):
         trajectory.load_into(trainer.model, 0)
@@ -336,7 +336,7 @@ class _Progress:
         found: Mapping[str, Any] = self._trainer.evaluate()
         metrics = {k: float(v) for k, v in found.items() if k.startswith("eval_") and not k.endswith(timing)}
         self._metrics[index] = metrics
-        on_main_process(self._trainer, lambda: self._trajectory.update_metrics(index, metrics))
+        on_main_process(self._trainer.accelerator, lambda: self._trajectory.update_metrics(index, metrics))
         self._log()
 
     def finish(self) -> None:

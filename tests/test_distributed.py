@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from know_hf.distributed import check_gathering, gather_state_dict, is_sharded, on_main_process
+from know_hf.distributed import check_gathering, gather_state_dict, is_sharded, on_every_process, on_main_process
 
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 
@@ -65,4 +65,6 @@ def test_weights_in_parts_without_a_trainer_are_refused():
 
 
 def test_one_process_runs_the_action_itself():
-    assert on_main_process(make_trainer(DistributedType.NO), lambda: 7) == 7
+    for accelerator in (None, make_trainer(DistributedType.NO).accelerator):
+        assert on_main_process(accelerator, lambda: 7) == 7
+        assert on_every_process(accelerator, lambda: 7) == [7]

@@ -1,0 +1,225 @@
+"""[`predict_overflowed_weights`]: the trajectory in, the enhanced checkpoint out, whole or not at all."""
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..batch_norm import recalibrate_batch_norm
+from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, atomic_folder, replace_tensors
+from ..distributed import on_every_process, on_main_process
+from ..modeling_known import KNOWNModel
+from ..predictors import Predictor
+from ..trajectory import WeightTrajectory, load_pretrained
+from .planning import PredictionPlan, plan_prediction
+from .report import ResidualReport, range_warnings, table
+from .running import run
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PredictionResult:
+    """An enhanced checkpoint.
+
+    Attributes:
+        path (`Path`): Its folder.
+        tensors (`dict[str, ResidualReport]`): From the name of every tensor to what happened to it.
+        roles (`dict[str, str]`): From the name of every tensor to its role.
+        warnings (`list[str]`): Where the histories were unlike those the predictor was trained on.
+        model_class (`type`, *optional*): The model's class, where transformers has none of its name.
+    """
+
+    path: Path
+    tensors: dict[str, ResidualReport]
+    roles: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
+    model_class: type[PreTrainedModel] | None = None
+
+    @property
+    def report(self) -> dict[str, ResidualReport]:
+        """From role to what happened to its tensors, all together."""
+        by_role: dict[str, ResidualReport] = {}
+        for name, report in self.tensors.items():
+            by_role[self.roles[name]] = by_role.get(self.roles[name], ResidualReport()) + report
+        return dict(sorted(by_role.items()))
+
+    def load_model(self, base_model: PreTrainedModel | None = None) -> PreTrainedModel:
+        """The enhanced model, of the class that was recorded; an adapter on the base model given."""
+        return load_pretrained(self.path, self.model_class, base_model)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report, JSON values only."""
+        return {
+            "roles": {role: report.to_dict() for role, report in self.report.items()},
+            "tensors": {name: {"role": self.roles[name], **r.to_dict()} for name, r in self.tensors.items()},
+            "warnings": self.warnings,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([table(self.report, "role"), *(f"warning: {text}" for text in self.warnings)])
+
+
+def predict_overflowed_weights(
+    trajectory: WeightTrajectory | str | Path,
+    known: KNOWNModel | str | Path | None = None,
+    steps: int = 1,
+    *,
+    output_dir: str | Path,
+    predictor: Predictor | str | None = None,
+    predictor_options: Mapping[str, Any] | None = None,
+    norm: Literal["keep", "predict"] = "keep",
+    recalibrate_with: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    model_class: type[PreTrainedModel] | None = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    kernel: str = "auto",
+    accelerator: Accelerator | None = None,
+    overwrite: bool = False,
+) -> PredictionResult:
+    """Runs the forgetting of a trajectory backwards and writes the retrodicted weights as an ordinary checkpoint.
+
+    Each step predicts Θ̂(-1) = Θ0 + residual(W) for each scalar weight from its history W (KNOW paper, §3); the next
+    step appends the prediction to the history and drops its most forgotten state. With ratio r, `steps` stand for
+    r^(-steps) times the data. Convolution kernels, matrices and biases are predicted; normalisation layers, buffers
+    and other parameters are those of Θ0; tensors that are equal in all states are copied bit for bit.
+
+    Tensors are read, predicted and written in pieces, all at the same time: memory does not grow with the model
+    ([`plan_prediction`] says how much is needed). The recorded files are compared with their SHA-256 meanwhile.
+
+    Args:
+        trajectory ([`WeightTrajectory`], `str` or `Path`): The recorded states.
+        known ([`KNOWNModel`], `str` or `Path`, *optional*): The hyper-model, or where it is; by default the one that
+            know_hf ships. It is used on the device that it is on.
+        steps (`int`, *optional*, defaults to `1`): Number of recursive predictions.
+        output_dir (`str` or `Path`): Where the checkpoint goes; it appears whole or not at all.
+        predictor ([`Predictor`] or `str`, *optional*): Used instead of KNOWN, by name or as an object.
+        predictor_options (`Mapping`, *optional*): Fields of a predictor given by its name, such as `{"factor": 0.9}`.
+        norm (`"keep"` or `"predict"`, *optional*, defaults to `"keep"`): Whether weights and biases of normalisation
+            layers are those of Θ0 or are predicted as biases are.
+        recalibrate_with (iterable of batches, *optional*): Batches (keyword arguments of the model) of the source data
+            from which BatchNorm statistics are computed anew for the predicted weights; by default they are Θ0's.
+        model_class (`type`, *optional*): The model's class, where transformers has none of its name.
+        max_shard_size (`int`, *optional*, defaults to `5_000_000_000`): Bytes of one safetensors file.
+        kernel (`str`, *optional*, defaults to `"auto"`): Which form of KNOWN computes, see [`know_hf.kernels`].
+        accelerator (`Accelerator`, *optional*): Where given, its processes share the work, on a disk that they share;
+            to be called on each of them. The files are those that one process writes, byte for byte.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether an existing `output_dir` may be replaced.
+
+    Returns:
+        [`PredictionResult`]: with the path, `load_model()` and a report for each tensor and role; the same on every
+        process.
+
+    Raises:
+        `TrajectoryError`: when a file is not the one recorded, states are out of order or differ in their tensors, a
+            value is not finite, or weights are quantised; names tensor and state.
+        `ValueError`: when the trajectory has fewer states than the predictor needs, or an argument is off.
+        `FileExistsError`: when `output_dir` is not empty and `overwrite` is off.
+        `OSError`: before the work, when the disk has not the space that the checkpoint needs.
+        `RuntimeError`: on the other processes, when one failed.
+    """
+    plan = plan_prediction(
+        trajectory,
+        known,
+        steps,
+        predictor=predictor,
+        predictor_options=predictor_options,
+        norm=norm,
+        kernel=kernel,
+        estimate_time=False,
+    )
+    trajectory = plan.trajectory
+    if recalibrate_with is not None and trajectory.is_adapter:
+        raise ValueError(
+            f"{trajectory.path} is one of adapters, which hold no BatchNorm statistics: recalibrate the model they are"
+            " loaded on with recalibrate_batch_norm(model, batches)"
+        )
+    part, parts = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            work = stack.enter_context(atomic_folder(Path(output_dir), overwrite))
+            for path in trajectory.model_files:
+                target = work / path.relative_to(trajectory.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, target)
+            make_writer(work).create()
+            return work
+
+        def make_writer(work: Path) -> CheckpointWriter:
+            return CheckpointWriter(work, plan.specs, max_shard_size, adapter=trajectory.is_adapter)
+
+        def work_on_my_part() -> tuple[dict[str, ResidualReport], int]:
+            with _verified(trajectory, part, parts):
+                reports = run(plan, writer, plan.pieces(part, parts), progress=part == 0)
+            return reports, writer.bytes_written
+
+        def finish() -> None:
+            writer.close(sum(count for _, count in done))
+            if recalibrate_with is not None:
+                _recalibrate(work, recalibrate_with, trajectory, model_class)
+            stack.close()
+
+        work = on_main_process(accelerator, begin)
+        writer = make_writer(work)
+        done = on_every_process(accelerator, work_on_my_part)
+        on_main_process(accelerator, finish)
+    tensors = _added_up([reports for reports, _ in done])
+    warnings = _warnings(plan, tensors)
+    if part == 0:
+        for text in warnings:
+            logger.warning(text)
+    roles = {name: tensor.role for name, tensor in plan.tensors.items()}
+    return PredictionResult(Path(output_dir), tensors, roles, warnings, model_class)
+
+
+@contextmanager
+def _verified(trajectory: WeightTrajectory, part: int, parts: int) -> Iterator[None]:
+    """Compares the files with their hashes while the block runs. What is found there explains any other error."""
+    with ThreadPoolExecutor(1, thread_name_prefix="know_hf-verifying") as pool:
+        checked = pool.submit(trajectory.verify, part, parts)
+        try:
+            yield
+        except Exception as error:
+            if (damage := checked.exception()) is not None:
+                raise damage from error
+            raise
+        checked.result()
+
+
+def _added_up(parts: Sequence[Mapping[str, ResidualReport]]) -> dict[str, ResidualReport]:
+    total: dict[str, ResidualReport] = {}
+    for reports in parts:
+        for name, report in reports.items():
+            total[name] = total.get(name, ResidualReport()) + report
+    return dict(sorted(total.items()))
+
+
+def _warnings(plan: PredictionPlan, tensors: Mapping[str, ResidualReport]) -> list[str]:
+    found = []
+    for network in sorted({tensor.network for tensor in plan.tensors.values() if tensor.network}):
+        trained_on = plan.trained_on(network)
+        mine = {name: tensors[name] for name, tensor in plan.tensors.items() if tensor.network == network}
+        if trained_on is not None:
+            found += range_warnings(network, mine, trained_on)
+    return found
+
+
+def _recalibrate(
+    folder: Path, batches: Any, trajectory: WeightTrajectory, model_class: type[PreTrainedModel] | None
+) -> None:
+    model = load_pretrained(folder, model_class)
+    recalibrate_batch_norm(model, batches)
+    state = model.state_dict()
+    replace_tensors(
+        folder,
+        {name: state[name] for name, role in trajectory.roles.items() if role.role == "copied" and name in state},
+    )
