@@ -235,6 +235,7 @@ class _Handler(Endpoints, BaseHTTPRequestHandler):
         self.close_connection = True
         if self.fault and self.fault.reset:  # closing without lingering sends a reset
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
 
 
 @pytest.fixture
