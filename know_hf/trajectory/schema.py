@@ -1,7 +1,7 @@
 """From JSON that a stranger wrote to dataclasses: their annotations are the schema.
 
-Nothing is converted but whole numbers where a float is due, nothing is guessed. Fields that a dataclass doesn't have
-are passed over, so that a newer minor version can add some.
+Nothing is converted, so that what was read is written again byte for byte, and nothing is guessed. Fields that a
+dataclass doesn't have are passed over, so that a newer minor version can add some.
 """
 
 import json
@@ -109,7 +109,7 @@ def _build(kind: Any, value: Any, where: tuple[Any, ...]) -> Any:
     holds, words = _PLAIN[kind]
     if not holds(value):
         raise _unexpected(where, value, words)
-    return kind(value)
+    return value
 
 
 def _build_dataclass(kind: Any, value: Any, where: tuple[Any, ...]) -> Any:
