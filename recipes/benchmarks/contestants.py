@@ -1,0 +1,250 @@
+"""What is timed, each in a process of its own: forms of one function in PyTorch, the peer, and the machine itself.
+
+Nothing heavy is imported before a process has started, so that imports, thread pools, compilers and memory of one
+can't touch another, and a crash ends only itself.
+"""
+
+import multiprocessing
+import resource
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+CHECKED_ROWS = 1 << 16
+ROLES = ("conv", "fc", "bias")
+TIMED_ROLE = "fc"
+
+Run = Callable[[], dict[str, Any]]
+
+
+class Contestant:
+    """A process that prepares itself and then runs when told to.
+
+    Args:
+        prepare (`Callable`): Called in the process with `arguments`; returns what to run and what to tell at once.
+        arguments: Of `prepare`; they must be picklable.
+
+    Attributes:
+        facts (`dict[str, Any]`): What `prepare` told.
+        failure (`str`, *optional*): Why it can't run, in a line; nothing is run any more then.
+        details (`str`): The traceback of the failure.
+    """
+
+    def __init__(self, prepare: Callable[..., tuple[Run, dict[str, Any]]], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.failure: str | None = None
+        self.details = ""
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, prepare, arguments))
+        self._process.start()
+        theirs.close()
+        self.facts = self._receive()
+
+    def run(self) -> dict[str, Any]:
+        """Runs once more and returns what was measured; an empty dictionary when it failed."""
+        if self.failure is None:
+            self._connection.send("run")
+            return self._receive()
+        return {}
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join()
+
+    def __enter__(self) -> "Contestant":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            self._process.terminate()
+        self.close()
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            self.failure = self.details = f"its process ended with code {self._process.exitcode}"
+            return {}
+        if "failure" in answer:
+            self.failure, self.details = answer["failure"], answer["details"]
+            return {}
+        return answer
+
+
+def _serve(connection: Connection, prepare: Callable[..., tuple[Run, dict[str, Any]]], arguments: tuple) -> None:
+    try:
+        run, facts = prepare(*arguments)
+        connection.send(facts)
+        while connection.recv():
+            connection.send(run())
+    except EOFError:
+        pass  # the benchmark is done with this contestant
+    except (
+        Exception
+    ) as error:  # whatever it is that a kernel or a compiler can't do here is told, and the others go on
+        reason = " ".join(str(error).split()) or type(error).__name__
+        connection.send({"failure": reason, "details": traceback.format_exc()})
+
+
+def prepare_inputs(
+    folder: Path, peer_weights: Path | None, rows: int, threads: int, sizes: list[str], disk: Path
+) -> tuple[Run, dict[str, Any]]:
+    """Checks the disk, then writes what all read: KNOWN, a history, and what eager PyTorch gives for it."""
+    import numpy as np
+    import torch
+    import transformers
+    from trajectories import plan
+
+    from know_hf import KNOWNModel
+    from know_hf.checkpoint import check_free_disk
+    from know_hf.prediction import SHIPPED_KNOWN
+
+    plans = {size: plan(size) for size in sizes}
+    check_free_disk(disk, max((content["disk_bytes"] for content in plans.values()), default=0))
+    torch.set_num_threads(threads)
+    if peer_weights is None:
+        model = KNOWNModel.from_pretrained(SHIPPED_KNOWN)
+    else:
+        model = KNOWNModel.from_keras(peer_weights)
+    model.save_pretrained(folder / "known")
+    np.savez(folder / "weights.npz", **{name: weight.numpy() for name, weight in model.state_dict().items()})
+    generator = torch.Generator().manual_seed(0)
+    # sizes as in trained networks: weights of about 0.05 that move by about a hundredth of that in a stage
+    history = 0.05 * torch.randn(rows, 1, generator=generator)
+    history = history + 0.0005 * torch.randn(rows, model.config.num_states, generator=generator).cumsum(dim=1)
+    np.save(folder / "history.npy", history.numpy())
+    with torch.inference_mode():
+        expected = {role: model(history=history[:CHECKED_ROWS], role=role).residual.numpy() for role in ROLES}
+    np.savez(folder / "expected.npz", **expected)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+    return dict, {"plans": plans, "config": model.config.to_dict(), "versions": versions}
+
+
+def prepare_kernel(kernel: str, folder: Path, device: str, threads: int, seconds: float) -> tuple[Run, dict[str, Any]]:
+    """One form of KNOWN in PyTorch, by its name in `know_hf.kernels`."""
+    import numpy as np
+    import torch
+
+    from know_hf import KNOWNModel
+    from know_hf.kernels import residual
+
+    torch.set_num_threads(threads)
+    model = KNOWNModel.from_pretrained(folder / "known").to(device)
+    history = torch.from_numpy(np.load(folder / "history.npy")).to(device)
+    base = _memory(device, peak=False)
+    expected = np.load(folder / "expected.npz")
+    difference = 0.0
+    for role in ROLES:
+        found = residual(model, history[:CHECKED_ROWS], role=role, kernel=kernel).float().cpu().numpy()
+        difference = max(difference, float(np.abs(found - expected[role]).max()))
+
+    def once() -> None:
+        residual(model, history, role=TIMED_ROLE, kernel=kernel)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    once()
+
+    def run() -> dict[str, Any]:
+        measured = seconds_per_row(once, len(history), seconds)
+        return {"seconds": measured, "memory_bytes": max(0, _memory(device, peak=True) - base)}
+
+    return run, {"difference": difference}
+
+
+def prepare_batch_size(mode: str, folder: Path, threads: int) -> tuple[Run, dict[str, Any]]:
+    """The batch size that serves the peer best; sought in a process of its own, as trying the others takes memory."""
+    import numpy as np
+    from tensorflow_peer import Peer
+
+    peer = Peer(dict(np.load(folder / "weights.npz")), TIMED_ROLE, mode, threads)
+    history = np.load(folder / "history.npy")
+    return dict, {"batch_size": peer.best_batch_size(history[: 1 << 18]), "versions": peer.versions}
+
+
+def prepare_peer(mode: str, folder: Path, batch_size: int, threads: int, seconds: float) -> tuple[Run, dict[str, Any]]:
+    """The published network on TensorFlow; see `tensorflow_peer.MODES`."""
+    import numpy as np
+    from tensorflow_peer import Peer
+
+    history = np.load(folder / "history.npy")
+    expected = np.load(folder / "expected.npz")
+    weights = dict(np.load(folder / "weights.npz"))
+    peers = {role: Peer(weights, role, mode, threads) for role in ROLES}
+    base = _memory("cpu", peak=False)
+    found = {role: peer.residual(history[:CHECKED_ROWS], batch_size) for role, peer in peers.items()}
+    difference = max(float(np.abs(found[role] - expected[role]).max()) for role in ROLES)
+    if difference > 5e-7:
+        raise ValueError(f"its outputs differ from eager PyTorch's by {difference:.1e}, more than 5e-7")
+
+    def once() -> None:
+        peers[TIMED_ROLE].residual(history, batch_size)
+
+    once()
+
+    def run() -> dict[str, Any]:
+        measured = seconds_per_row(once, len(history), seconds)
+        return {"seconds": measured, "memory_bytes": max(0, _memory("cpu", peak=True) - base)}
+
+    return run, {"difference": difference}
+
+
+def prepare_matrix_product(device: str, threads: int) -> tuple[Run, dict[str, Any]]:
+    """The machine's peak: a large square matrix product, in FLOP/s."""
+    import torch
+
+    torch.set_num_threads(threads)
+    size = 2048 if device == "cpu" else 8192
+    factors = {
+        str(dtype).removeprefix("torch."): torch.randn(size, size, device=device).to(dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+
+    def run() -> dict[str, Any]:
+        measured = {}
+        for name, factor in factors.items():
+            duration = float("inf")
+            for _ in range(6):
+                start = time.perf_counter()
+                torch.mm(factor, factor)
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                duration = min(duration, time.perf_counter() - start)
+            measured[name] = 2 * size**3 / duration
+        return measured
+
+    run()
+    return run, {"device": torch.cuda.get_device_name() if device != "cpu" else ""}
+
+
+def seconds_per_row(function: Callable[[], object], rows: int, seconds: float) -> float:
+    """Calls a function of `rows` rows until `seconds` have passed, at least once."""
+    start, calls = time.perf_counter(), 0
+    while not calls or time.perf_counter() - start < seconds:
+        function()
+        calls += 1
+    return (time.perf_counter() - start) / (calls * rows)
+
+
+def _memory(device: str, peak: bool) -> int:
+    """Bytes of this process, or of the device where it is not the CPU: at present, or at most so far."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    return peak_memory() if peak else current_memory()
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def current_memory() -> int:
+    """Resident set of this process, in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

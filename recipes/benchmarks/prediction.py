@@ -1,0 +1,242 @@
+"""How fast KNOWN predicts, against the published network on TensorFlow in the same run on the same machine.
+
+    python recipes/benchmarks/prediction.py
+    python recipes/benchmarks/prediction.py --peer-weights FOLDER --json results.json
+    python recipes/benchmarks/prediction.py --device cuda --kernels eager folded triton
+
+First the function alone: seconds a parameter and step of every kernel of `know_hf.kernels` and of the peer, as medians
+over repetitions in which all take turns, FLOP/s, and their share of what a large matrix product reaches in the same
+turns. Then `predict_overflowed_weights` from end to end, a fresh process each time, on trajectories of random weights
+that it records itself and deletes again. Prints Markdown. The peer needs `pip install tensorflow-cpu`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from contestants import (
+    Contestant,
+    prepare_batch_size,
+    prepare_inputs,
+    prepare_kernel,
+    prepare_matrix_product,
+    prepare_peer,
+)
+from trajectories import SIZES, prepare_prediction, prepare_trajectory
+
+PEERS = {"graph": "peer: Keras graph", "predict": "peer: `Model.predict`", "xla": "peer: with XLA"}
+LONG = 60  # seconds of predictions of one size after which they are not repeated
+
+
+def main(args: argparse.Namespace) -> None:
+    threads = args.threads or len(os.sched_getaffinity(0))
+    # read by the thread pools when their libraries are loaded, in the processes started from here
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+    rows = args.rows or (1 << 20 if args.device == "cpu" else 1 << 24)
+    results: dict[str, Any] = {"machine": machine(args, threads), "rows": rows, "function": {}, "end_to_end": {}}
+    with tempfile.TemporaryDirectory(dir=args.output_dir, prefix="benchmark-") as name:
+        folder = Path(name)
+        tell("writing inputs")
+        with Contestant(prepare_inputs, folder, args.peer_weights, rows, threads, args.sizes, folder) as inputs:
+            stop_at_failure(inputs)
+        for size, content in inputs.facts["plans"].items():
+            tell(f"{size}: {content['parameters']:,} parameters, {content['disk_bytes'] / 1e9:.2f} GB of disk")
+        results["machine"]["versions"] |= inputs.facts["versions"]
+        results["flops"] = {form: flops(inputs.facts["config"], form == "folded") for form in ("published", "folded")}
+        results["exponentials"] = 2 * inputs.facts["config"]["hidden_size"]
+        time_function(args, folder, threads, results)
+        for size, content in inputs.facts["plans"].items():
+            results["end_to_end"][size] = content | time_prediction(args, size, folder, threads)
+    print("\n".join([*machine_lines(results), "", *function_table(results), "", *end_to_end_table(results)]))
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+
+
+def time_function(args: argparse.Namespace, folder: Path, threads: int, results: dict[str, Any]) -> None:
+    """Fills `results` with the function alone; the contestants take turns, so that none has a quieter machine."""
+    with ExitStack() as stack:
+        tell("preparing the matrix product")
+        product = stack.enter_context(Contestant(prepare_matrix_product, args.device, threads))
+        stop_at_failure(product)
+        contestants: dict[str, Contestant | str] = {}
+        for kernel in args.kernels:
+            tell(f"preparing {kernel}")
+            contestants[kernel] = stack.enter_context(
+                Contestant(prepare_kernel, kernel, folder, args.device, threads, args.seconds)
+            )
+        for mode in args.peers:
+            tell(f"preparing the peer: {mode}")
+            if find_spec("tensorflow") is None:
+                contestants[mode] = "tensorflow is not installed"
+            elif args.device != "cpu":
+                contestants[mode] = "the peer is timed on the CPU"
+            else:
+                with Contestant(prepare_batch_size, mode, folder, threads) as search:
+                    stop_at_failure(search)
+                contestants[mode] = stack.enter_context(
+                    Contestant(prepare_peer, mode, folder, search.facts["batch_size"], threads, args.seconds)
+                )
+                contestants[mode].facts |= search.facts
+        peaks, runs = [], {name: [] for name in contestants}
+        for repetition in range(args.repetitions):
+            tell(f"the function alone, repetition {repetition + 1} of {args.repetitions}")
+            peaks.append(product.run())
+            for name, contestant in contestants.items():
+                time.sleep(0.2)  # threads of the one before still look for work for a while
+                if isinstance(contestant, Contestant) and (measured := contestant.run()):
+                    runs[name].append(measured)
+        results["machine"]["device"] = product.facts["device"] or results["machine"]["device"]
+        results["peak"] = {dtype: max(peak[dtype] for peak in peaks) for dtype in peaks[0]}
+        for name, contestant in contestants.items():
+            failure = contestant if isinstance(contestant, str) else contestant.failure
+            if failure:
+                results["function"][name] = {"not_run": failure}
+                continue
+            results["machine"]["versions"] |= contestant.facts.pop("versions", {})
+            results["function"][name] = contestant.facts | summary(runs[name])
+            form = "published" if name == "eager" or name in PEERS else "folded"
+            rate = results["flops"][form] / results["function"][name]["seconds"]
+            results["function"][name] |= {"flops_per_second": rate, "share_of_peak": rate / results["peak"]["float32"]}
+
+
+def time_prediction(args: argparse.Namespace, size: str, folder: Path, threads: int) -> dict[str, Any]:
+    """Records a trajectory and predicts from it, a fresh process each time."""
+    tell(f"{size}: recording a trajectory")
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        trajectory, runs, start = Path(name, "trajectory"), [], time.perf_counter()
+        with Contestant(prepare_trajectory, size, trajectory, threads) as recording:
+            stop_at_failure(recording)
+        recorded = time.perf_counter() - start
+        start = time.perf_counter()
+        while len(runs) < args.repetitions and (not runs or time.perf_counter() - start < LONG):
+            tell(f"{size}: prediction {len(runs) + 1}")
+            with tempfile.TemporaryDirectory(dir=name) as target:
+                arguments = (trajectory, folder / "known", Path(target, "predicted"), args.device, threads)
+                with Contestant(prepare_prediction, *arguments) as prediction:
+                    runs.append(prediction.run())
+                    stop_at_failure(prediction)
+    return {"recording_seconds": recorded, "runs": len(runs)} | summary(runs)
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of what was measured, the largest memory, and the shortest time."""
+    medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    return medians | {
+        "best_seconds": min(run["seconds"] for run in runs),
+        "memory_bytes": max(run["memory_bytes"] for run in runs),
+    }
+
+
+def flops(config: dict[str, Any], folded: bool) -> int:
+    """FLOPs for one parameter and step, without the exponentials.
+
+    Additions and multiplications count one each, so a layer of n inputs and a bias has 2 n for each output; so do
+    each relu, leaky relu and tanh. Folded, the first two layers are one to the bottleneck, and the additive branch is
+    one from it to the features.
+    """
+    states, hidden = config["num_states"], config["hidden_size"]
+    bottleneck, stream = config["bottleneck_size"], config["stream_size"]
+    total = states - 1  # the differences
+    for inputs in (states, states - 1):
+        total += 2 * inputs * hidden + 2 * hidden * stream + stream
+        total += 2 * 2 * bottleneck * hidden + 2 * hidden + bottleneck  # scale, exponent and the products with them
+        total += 2 * inputs * bottleneck if folded else 2 * hidden * bottleneck
+        total += 2 * bottleneck * stream + stream if folded else 2 * bottleneck * hidden + hidden
+    return total + 2 * 2 * stream + 1
+
+
+def machine(args: argparse.Namespace, threads: int) -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "device": names[0] if names else "CPU",
+        "threads": threads,
+        "load_average": os.getloadavg()[0],
+        "versions": {"python": sys.version.split()[0]},
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def machine_lines(results: dict[str, Any]) -> list[str]:
+    facts, peak = results["machine"], results["peak"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return [
+        f"{facts['device']}, {facts['threads']} threads, load average before {facts['load_average']:.1f}; {versions}.",
+        f"Matrix product: {peak['float32'] / 1e9:,.0f} GFLOP/s in float32, {peak['bfloat16'] / 1e9:,.0f} in bfloat16.",
+        f"A parameter and step: {results['flops']['published']:,} FLOP as published, {results['flops']['folded']:,}"
+        f" folded, and {results['exponentials']} exponentials.",
+    ]
+
+
+def function_table(results: dict[str, Any]) -> list[str]:
+    peer = results["function"].get("graph", {}).get("seconds")
+    lines = [
+        f"| function alone, {results['rows']:,} parameters | seconds a parameter (best) | GFLOP/s"
+        " | share of float32 peak | times the peer | difference to eager | extra memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in results["function"].items():
+        title = PEERS.get(name, name) + (f", batches of {row['batch_size']:,}" if "batch_size" in row else "")
+        if "not_run" in row:
+            lines.append(f"| {title} | not run: {row['not_run']} | – | – | – | – | – |")
+            continue
+        ratio = f"{peer / row['seconds']:.2f}" if peer else "–"
+        lines.append(
+            f"| {title} | {row['seconds']:.2e} ({row['best_seconds']:.2e}) | {row['flops_per_second'] / 1e9:,.0f}"
+            f" | {row['share_of_peak']:.0%} | {ratio}"
+            f" | {row['difference']:.1e} | {row['memory_bytes'] / 1e6:,.0f} MB |"
+        )
+    return lines
+
+
+def end_to_end_table(results: dict[str, Any]) -> list[str]:
+    lines = [
+        "| end to end | parameters | states | seconds (best, runs) | seconds a parameter | extra memory | written |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in results["end_to_end"].values():
+        lines.append(
+            f"| {row['title']} | {row['parameters']:,} | {row['dtype']}"
+            f" | {row['seconds']:.2f} ({row['best_seconds']:.2f}, {row['runs']})"
+            f" | {row['seconds'] / row['parameters']:.2e} | {row['memory_bytes'] / 1e6:,.0f} MB"
+            f" | {row['written_bytes'] / row['seconds'] / 1e6:,.0f} MB/s |"
+        )
+    return lines
+
+
+def stop_at_failure(contestant: Contestant) -> None:
+    if contestant.failure:
+        raise SystemExit(contestant.details)
+
+
+def tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--sizes", nargs="*", choices=SIZES, default=["resnet18", "bert", "1b"], help="models to predict end to end")
+    add("--kernels", nargs="*", default=["eager", "folded", "cpu", "triton"], help="names in know_hf.kernels")
+    add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="ways to run the published network")
+    add("--peer-weights", type=Path, help="folder with the published KNOWN_*.h5, used by all; else the shipped ones")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--threads", type=int, default=0, help="of every process; by default as many as there are cores")
+    add("--output-dir", default=None, help="disk to write to, by default that of temporary files; emptied again")
+    add("--repetitions", type=int, default=3, help=f"end to end no more after {LONG} s (default: %(default)s)")
+    add("--rows", type=int, default=0, help="parameters for the function alone; by default 2^20, on a GPU 2^24")
+    add("--seconds", type=float, default=1.0, help="of one repetition of the function alone (default: %(default)s)")
+    add("--json", default=None, metavar="FILE", help="file for all numbers")
+    return parser
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())
