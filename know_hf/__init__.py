@@ -21,6 +21,7 @@ _PUBLIC = {
     "TransitionDataset": "meta_learning",
     "meta_train": "meta_learning",
     "get_predictor": "predictors",
+    "plan_prediction": "prediction",
     "predict_overflowed_weights": "prediction",
     "recalibrate_batch_norm": "batch_norm",
 }
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .meta_learning import TransitionDataset as TransitionDataset
     from .meta_learning import meta_train as meta_train
     from .modeling_known import KNOWNModel as KNOWNModel
+    from .prediction import plan_prediction as plan_prediction
     from .prediction import predict_overflowed_weights as predict_overflowed_weights
     from .predictors import get_predictor as get_predictor
     from .recording import WeightTransitionCallback as WeightTransitionCallback

@@ -1,9 +1,11 @@
 """`know-hf`: every command is a thin cover of a public function. Heavy imports wait until a command runs."""
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
 from .task_arguments import add_flags
@@ -63,7 +65,13 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the enhanced checkpoint")
     predict.add_argument("--known", metavar="ID", help="KNOWN weights, folder or Hub id (default: the shipped ones)")
     predict.add_argument("--predictor", metavar="NAME", help="another predictor instead of KNOWN, such as average")
+    predict.add_argument(
+        "--predictor-options", type=_json_object, metavar="JSON", help="its fields, such as '{\"factor\": 0.9}'"
+    )
     predict.add_argument("--norm", choices=("keep", "predict"), default="keep", help="normalisation layers")
+    predict.add_argument("--kernel", default="auto", metavar="NAME", help="form of KNOWN that computes")
+    predict.add_argument("--dry-run", action="store_true", help="print roles, memory, disk and time, and stop")
+    predict.add_argument("--report", metavar="FILE", help="write the report on every tensor to this JSON file")
     predict.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     predict.set_defaults(run=_predict)
     return parser
@@ -110,18 +118,45 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from .prediction import predict_overflowed_weights
+    from pathlib import Path
 
+    from accelerate import Accelerator
+
+    from .checkpoint import write_json
+    from .prediction import plan_prediction, predict_overflowed_weights
+
+    shared = {
+        "trajectory": args.trajectory,
+        "known": args.known,
+        "steps": args.steps,
+        "predictor": args.predictor,
+        "predictor_options": args.predictor_options,
+        "norm": args.norm,
+        "kernel": args.kernel,
+    }
+    accelerator = Accelerator()
+    if args.dry_run:
+        plan = plan_prediction(**shared, device=accelerator.device)
+        if accelerator.is_main_process:
+            _say(str(plan))
+        return
     result = predict_overflowed_weights(
-        args.trajectory,
-        args.known,
-        args.steps,
-        output_dir=args.output_dir,
-        predictor=args.predictor,
-        norm=args.norm,
-        overwrite=args.overwrite,
+        **shared, output_dir=args.output_dir, overwrite=args.overwrite, accelerator=accelerator
     )
-    _say(f"{result}\n\nwritten to {result.path}")
+    if accelerator.is_main_process:
+        if args.report:
+            write_json(Path(args.report), result.to_dict())
+        _say(f"{result}\n\nwritten to {result.path}")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, write it like '{{\"factor\": 0.9}}'")
+    return content
 
 
 def _say(text: str) -> None:

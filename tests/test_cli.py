@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -77,6 +78,30 @@ def test_displacement_is_relative_to_the_full_data_state(trajectory):
     assert summary.displacement["fc"] == pytest.approx(expected)
     assert summary.displacement["fc"][0] == 0 < summary.displacement["fc"][4]
     assert "copied" not in summary.displacement
+
+
+def test_predict_dry_run_writes_nothing(recorded, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["predict", str(recorded), "--steps", "2", "--output-dir", str(out), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "fc              2            192  predicted as fc" in printed and "steps     2" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predict_takes_options_and_reports_every_tensor(recorded, tmp_path):
+    options = ["--predictor", "shrink", "--predictor-options", '{"factor": 0.5}']
+    report = tmp_path / "report.json"
+    command = ["predict", str(recorded), *options, "--output-dir", str(tmp_path / "out"), "--report", str(report)]
+    assert main(command) == 0
+    tensors = json.loads(report.read_text())["tensors"]
+    assert tensors["classifier.1.weight"]["shrink_factor"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{factor}", "is not JSON"), ("[0.5]", "is no JSON object")])
+def test_predictor_options_that_are_no_object(text, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "t", "--output-dir", str(tmp_path), "--predictor", "shrink", "--predictor-options", text])
+    assert message in capsys.readouterr().err
 
 
 def test_predict_writes_the_checkpoint(recorded, tmp_path, capsys):

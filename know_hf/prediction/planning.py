@@ -16,7 +16,7 @@ from ..roles import PREDICTED_ROLES
 from ..trajectory import TrajectoryError, WeightTrajectory
 
 SHIPPED_KNOWN = Path(__file__).parent.parent / "weights" / "known-base"
-PIECE_SIZE = 2**20  # elements: large enough that reading and writing cost nothing beside computing
+PIECE_SIZE = 2**19  # elements: large enough that reading and writing cost nothing beside computing
 READ_AHEAD, WRITE_BEHIND = 2, 2  # pieces
 TRIAL_SIZE = 2**16  # rows of the trial that the estimated time comes from
 COPIED_COST = 0.02  # of a piece that is copied, relative to one that is predicted for one step
@@ -154,12 +154,14 @@ def plan_prediction(
     predictor_options: Mapping[str, Any] | None = None,
     norm: Literal["keep", "predict"] = "keep",
     kernel: str = "auto",
+    device: torch.device | str | None = None,
     estimate_time: bool = True,
 ) -> PredictionPlan:
     """What [`predict_overflowed_weights`] would do with the same arguments; only the files' headers are read.
 
     Args:
         trajectory, known, steps, predictor, predictor_options, norm, kernel: As of [`predict_overflowed_weights`].
+        device (`torch.device` or `str`, *optional*): Where KNOWN is put; by default it stays where it is.
         estimate_time (`bool`, *optional*, defaults to `True`): Whether to try the predictor on random rows.
 
     Returns:
@@ -174,7 +176,7 @@ def plan_prediction(
         raise ValueError(f"norm must be 'keep' or 'predict', got {norm!r}")
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
-    chosen = _predictor(known, predictor, predictor_options, kernel)
+    chosen = _predictor(known, predictor, predictor_options, kernel, device)
     needed = chosen.num_states or 2
     if trajectory.num_states < needed:
         raise ValueError(
@@ -201,6 +203,7 @@ def _predictor(
     predictor: Predictor | str | None,
     options: Mapping[str, Any] | None,
     kernel: str,
+    device: torch.device | str | None,
 ) -> Predictor:
     if predictor is not None and known is not None:
         raise ValueError("give either known or predictor, not both: a predictor is used instead of KNOWN")
@@ -209,6 +212,8 @@ def _predictor(
     if predictor is not None and predictor != "known":
         return get_predictor(predictor, **(options or {})) if isinstance(predictor, str) else predictor
     model = known if isinstance(known, KNOWNModel) else KNOWNModel.from_pretrained(known or SHIPPED_KNOWN)
+    if device is not None:
+        model.to(device)
     return KNOWNPredictor(model, kernel=kernel, **(options or {}))
 
 

@@ -97,7 +97,7 @@ def predict_overflowed_weights(
     Args:
         trajectory ([`WeightTrajectory`], `str` or `Path`): The recorded states.
         known ([`KNOWNModel`], `str` or `Path`, *optional*): The hyper-model, or where it is; by default the one that
-            know_hf ships. It is used on the device that it is on.
+            know_hf ships. It is used on the device that it is on, or on that of the accelerator.
         steps (`int`, *optional*, defaults to `1`): Number of recursive predictions.
         output_dir (`str` or `Path`): Where the checkpoint goes; it appears whole or not at all.
         predictor ([`Predictor`] or `str`, *optional*): Used instead of KNOWN, by name or as an object.
@@ -133,6 +133,7 @@ def predict_overflowed_weights(
         predictor_options=predictor_options,
         norm=norm,
         kernel=kernel,
+        device=None if accelerator is None else accelerator.device,
         estimate_time=False,
     )
     trajectory = plan.trajectory

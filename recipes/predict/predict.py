@@ -1,0 +1,15 @@
+"""Writes the retrodicted checkpoint of a trajectory, on one process or several.
+
+    accelerate launch recipes/predict/predict.py trajectory/ --steps 2 --output-dir enhanced/
+    accelerate launch recipes/predict/predict.py trajectory/ --steps 2 --output-dir enhanced/ --dry-run
+    accelerate launch recipes/predict/predict.py --help
+
+The same as `know-hf predict`, as a script for `accelerate launch`.
+"""
+
+import sys
+
+from know_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["predict", *sys.argv[1:]]))

@@ -1,0 +1,173 @@
+"""How a prediction is cut into pieces, read, written and shared changes nothing in what it writes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_resnet
+from safetensors.torch import load_file
+from test_prediction import CONV, FC, Constant, known, weights  # noqa: F401
+from test_trajectory import rewrite_state
+from torch import nn
+
+from know_hf import plan_prediction, predict_overflowed_weights
+from know_hf.checkpoint import file_sha256
+from know_hf.prediction import planning
+from know_hf.trajectory import TrajectoryError
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("size", [7, 64, 1000])
+@pytest.mark.parametrize("predictor", ["known", "task_vector", "linear", "log", "average", "ema", "shrink", "lines"])
+def test_the_size_of_a_piece_changes_nothing(trajectory, tmp_path, monkeypatch, size, predictor):
+    predict_overflowed_weights(trajectory, predictor=predictor, steps=2, output_dir=tmp_path / "whole")
+    monkeypatch.setattr(planning, "PIECE_SIZE", size)
+    result = predict_overflowed_weights(trajectory, predictor=predictor, steps=2, output_dir=tmp_path / "pieces")
+    whole, pieces = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
+    for name in whole:
+        torch.testing.assert_close(pieces[name], whole[name], rtol=0, atol=2e-7, msg=name)
+    tensors = {role: report.tensors for role, report in result.report.items()}
+    assert tensors == {"bias": 1, "conv": 5, "copied": 18, "fc": 2, "norm": 12}
+    assert result.report["fc"].parameters == 4 * 16 + 16 * 8
+
+
+def test_processes_share_pieces_of_about_the_same_cost(trajectory, monkeypatch):
+    monkeypatch.setattr(planning, "PIECE_SIZE", 100)
+    plan = plan_prediction(trajectory, steps=2)
+    whole = plan.pieces()
+    for parts in (2, 3, 7):
+        shares = [plan.pieces(part, parts) for part in range(parts)]
+        assert [piece for share in shares for piece in share] == whole
+        sizes = [sum(p.stop - p.start for p in share if plan.tensors[p.name].network) for share in shares]
+        assert max(sizes) - min(sizes) <= 200
+    covered = dict.fromkeys(plan.tensors, 0)
+    for piece in whole:
+        assert piece.start == covered[piece.name]
+        covered[piece.name] = piece.stop
+    assert covered == {name: tensor.spec.shape.numel() for name, tensor in plan.tensors.items()}
+
+
+def test_a_tensor_that_moves_only_in_its_last_piece_is_predicted_whole(record_states, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "PIECE_SIZE", 10)
+    trajectory = record_states(nn.Linear(8, 8, bias=False), num_states=2)
+
+    def move_last(by):
+        def change(tensors):
+            tensors["weight"] = load_file(trajectory.path / "state-0/model.safetensors")["weight"].clone()
+            tensors["weight"][-1, -1] += by
+
+        rewrite_state(trajectory.path, 1, change)
+
+    move_last(by=1)
+    result = predict_overflowed_weights(trajectory.path, predictor=Constant(0.5), output_dir=tmp_path / "out")
+    assert torch.equal(weights(tmp_path / "out")["weight"], trajectory.tensor("weight") + 0.5)
+    assert result.report["fc"].predicted == 64
+
+    move_last(by=0)
+    predictor = Constant(0.5)
+    result = predict_overflowed_weights(trajectory.path, predictor=predictor, output_dir=tmp_path / "still")
+    assert predictor.asked == [] and result.report["fc"].unchanged == 1 and result.report["fc"].predicted == 0
+    assert torch.equal(weights(tmp_path / "still")["weight"], trajectory.tensor("weight"))
+
+
+def test_damage_that_shows_as_another_error_is_named_as_damage(trajectory_copy, tmp_path):
+    path = trajectory_copy / "state-2/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4:] = b"\xff\xff\xff\xff"  # a NaN
+    path.write_bytes(content)
+    with pytest.raises(TrajectoryError, match="of state 2 is not the file that was recorded"):
+        predict_overflowed_weights(trajectory_copy, predictor="shrink", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_full_disk_is_told_before_the_work(trajectory, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    predictor = Constant(0.5)
+    with pytest.raises(OSError, match=r"needs 0\.00 GB, its disk has 0\.00 GB free; make room"):
+        predict_overflowed_weights(trajectory, predictor=predictor, output_dir=tmp_path / "out")
+    assert predictor.asked == [] and list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_writing_leaves_nothing(trajectory, tmp_path, monkeypatch):
+    def fail(self, name, piece, start=0):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("know_hf.checkpoint.CheckpointWriter.write", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        predict_overflowed_weights(trajectory, predictor="shrink", output_dir=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_write_the_bytes_of_one(tmp_path, record_states):
+    trajectory = record_states(make_resnet(), name="trajectory")
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(TESTS / "prediction_worker.py"), str(tmp_path)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+    )  # fmt: skip
+    notes = [tmp_path / f"rank-{rank}.txt" for rank in range(2)]
+    assert all(note.exists() for note in notes), done.stdout
+    alone = predict_overflowed_weights(trajectory, steps=2, output_dir=tmp_path / "alone", max_shard_size=5000)
+    files = {p.name: file_sha256(p) for p in (tmp_path / "alone").iterdir()}
+    assert len(files) > 3
+    assert {p.name: file_sha256(p) for p in (tmp_path / "together").iterdir()} == files
+    for note in notes:
+        lines = note.read_text().splitlines()
+        assert lines[0] == str({role: r.parameters for role, r in alone.report.items()})
+        assert float(lines[1]) == pytest.approx(alone.report["conv"].mean_residual)
+    errors = [note.read_text().splitlines()[2] for note in notes]
+    assert errors[0] == "RuntimeError: process 1 failed with ValueError: rank 1 fails on purpose"
+    assert errors[1] == "ValueError: rank 1 fails on purpose"
+    assert not (tmp_path / "failed").exists() and not list(tmp_path.glob(".failed*"))
+
+
+CAPPED = """
+import resource, sys
+import torch
+from know_hf import WeightTrajectory, predict_overflowed_weights
+from know_hf.predictors import get_predictor
+torch.set_num_threads(1)
+predict_overflowed_weights(sys.argv[1] + "/small", predictor="linear", output_dir=sys.argv[1] + "/warm")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+cap = used + int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
+predict_overflowed_weights(sys.argv[1] + "/large", predictor="linear", output_dir=sys.argv[1] + "/out")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited and measured on Linux only")
+def test_memory_does_not_grow_with_the_model(tmp_path, record_states):
+    record_states(nn.Linear(4, 4), num_states=2, name="small")
+    model = nn.Sequential(*(nn.Linear(4000, 4000, bias=False) for _ in range(3))).to(torch.bfloat16)
+    trajectory = record_states(model, num_states=2, name="large")
+    cap = plan_prediction(trajectory, predictor="linear").memory + 30 * 10**6  # stacks of three threads
+    assert trajectory.states[0].files[-1].size > cap
+    done = subprocess.run(
+        [sys.executable, "-c", CAPPED, str(tmp_path), str(cap)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    expected = (2 * trajectory.tensor("1.weight").float() - trajectory.tensor("1.weight", 1).float()).bfloat16()
+    torch.testing.assert_close(weights(tmp_path / "out")["1.weight"], expected, rtol=0.01, atol=1e-6)
+
+
+def test_the_plan_says_what_will_be_done(trajectory):
+    plan = plan_prediction(trajectory, steps=2)
+    assert plan.predicted == sum(
+        trajectory.shape(name).numel() for name, r in trajectory.roles.items() if r.role in ("conv", "fc", "bias")
+    )
+    assert plan.disk == sum(trajectory.tensor(name).nbytes for name in trajectory.names)
+    assert plan.seconds > 0
+    lines = str(plan).splitlines()
+    assert lines[0].split() == ["role", "tensors", "parameters", "what", "happens"]
+    assert "fc              2            192  predicted as fc" in lines
+    assert "norm           12            144  copied" in lines
+    text = str(plan_prediction(trajectory, predictor="shrink", norm="predict", estimate_time=False))
+    assert "norm           12            144  predicted as bias" in text and "time" not in text

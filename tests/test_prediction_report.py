@@ -1,0 +1,110 @@
+"""The report of a prediction: what a residual is made of, and whether its inputs were like those trained on."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from test_prediction import BIAS, CONV
+
+from know_hf import KNOWNConfig, KNOWNModel, predict_overflowed_weights
+from know_hf.prediction import ResidualReport
+
+torch.manual_seed(0)
+HISTORY = torch.randn(5, 1000)
+
+
+def test_a_residual_that_only_shrinks():
+    report = ResidualReport.of(HISTORY, -0.25 * HISTORY[-1])
+    assert report.shrink_factor == pytest.approx(0.75)
+    assert report.shrink_share == pytest.approx(1)
+    assert report.mean_ratio == pytest.approx(0.25)
+
+
+def test_a_residual_that_only_extrapolates():
+    report = ResidualReport.of(HISTORY, 2 * (HISTORY[-1] - HISTORY[-2]))
+    assert report.extrapolation_factor == pytest.approx(2)
+    assert report.extrapolation_share == pytest.approx(1)
+    # independent normal states: half of the difference lies along the last one
+    assert report.shrink_share == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_residual_of_neither():
+    report = ResidualReport.of(HISTORY, torch.randn(1000))
+    assert report.shrink_share < 0.02 and report.extrapolation_share < 0.02
+
+
+def test_reports_of_pieces_add_up_to_that_of_the_whole():
+    residual = 0.1 * torch.randn(1000)
+    whole = ResidualReport.of(HISTORY, residual)
+    parts = ResidualReport.of(HISTORY[:, :300], residual[:300]) + ResidualReport.of(HISTORY[:, 300:], residual[300:])
+    assert parts.to_dict() == pytest.approx(whole.to_dict())
+    assert whole.predicted == 1000
+    assert whole.mean_residual == pytest.approx(float(residual.abs().mean()))
+    assert whole.largest_residual == pytest.approx(float(residual.abs().max()))
+    assert whole.largest_weight == pytest.approx(float(HISTORY.abs().max()))
+    assert whole.largest_move == pytest.approx(float(HISTORY.diff(dim=0).abs().max()))
+    assert whole.mean_move == pytest.approx(float((HISTORY[-1] - HISTORY[-2]).abs().mean()))
+
+
+@pytest.mark.parametrize("history", [torch.zeros(5, 4), torch.zeros(5, 0)])
+def test_zeros_divide_nothing(history):
+    report = ResidualReport.of(history, torch.zeros(history.shape[1]))
+    assert report.mean_ratio == report.shrink_share == report.extrapolation_share == report.mean_residual == 0
+    assert report.shrink_factor == 1
+
+
+def test_inputs_outside_of_the_trained_range_are_counted():
+    history = torch.zeros(5, 10)
+    history[2, 3] = -3.0  # a weight too large, and so are its two moves
+    history[:, 4] = 0.9
+    history[-1, 5] = 0.7  # a move too large
+    trained_on = {"largest_weight": 1.0, "largest_displacement": 0.5, "mean_displacement": 0.1}
+    report = ResidualReport.of(history, torch.zeros(10), trained_on)
+    assert report.outside == 2
+
+
+@dataclass
+class Trained:
+    """Adds nothing; trained on what it is told."""
+
+    roles: dict = field(default_factory=dict)
+    num_states = None
+
+    @property
+    def trained_on(self):
+        return {"roles": self.roles}
+
+    def residual(self, history, role):
+        return torch.zeros(len(history))
+
+
+def test_warnings_name_role_share_tensor_and_range(trajectory, tmp_path, caplog):
+    wide = {"largest_weight": 100.0, "largest_displacement": 100.0, "mean_displacement": 1e-3}
+    roles = {"conv": wide, "fc": {**wide, "largest_weight": 1e-3}, "bias": {**wide, "mean_displacement": 10.0}}
+    result = predict_overflowed_weights(trajectory, predictor=Trained(roles), output_dir=tmp_path / "out")
+    bias, fc = result.warnings
+    assert fc.startswith("fc: ") and "weights up to 0.001, moves up to 100" in fc
+    worst = max((n for n in result.tensors if result.roles[n] == "fc"), key=lambda n: result.tensors[n].outside)
+    assert f"most of them in {worst!r}" in fc
+    moved = float((trajectory.tensor(BIAS) - trajectory.tensor(BIAS, 1)).abs().mean())
+    assert f"bias: weights moved by {moved:.2g} on average" in bias and "trained on moves of 10" in bias
+    assert str(result).endswith(f"warning: {bias}\nwarning: {fc}")
+    assert result.to_dict()["warnings"] == result.warnings
+
+
+def test_weights_of_unknown_training_warn_of_nothing(trajectory, tmp_path):
+    torch.manual_seed(0)
+    result = predict_overflowed_weights(trajectory, KNOWNModel(KNOWNConfig()), output_dir=tmp_path / "out")
+    assert result.warnings == []
+
+
+def test_there_is_a_report_of_every_tensor(trajectory, tmp_path):
+    result = predict_overflowed_weights(
+        trajectory, predictor="shrink", predictor_options={"factor": 0.5}, output_dir=tmp_path / "out"
+    )
+    assert list(result.tensors) == trajectory.names
+    report = result.to_dict()
+    assert report["tensors"][CONV]["role"] == "conv"
+    assert report["tensors"][CONV]["shrink_factor"] == pytest.approx(0.5)
+    assert report["roles"]["conv"]["tensors"] == 5
+    assert result.report["fc"].shrink_share == pytest.approx(1)
