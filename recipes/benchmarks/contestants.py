@@ -134,14 +134,17 @@ def prepare_kernel(kernel: str, folder: Path, device: str, threads: int, seconds
 
     torch.set_num_threads(threads)
     model = KNOWNModel.from_pretrained(folder / "known").to(device)
-    history = torch.from_numpy(np.load(folder / "history.npy")).to(device)
+    # state by state in memory, as prediction reads it from the files
+    history = torch.from_numpy(np.load(folder / "history.npy")).to(device).T.contiguous().T
     base = _memory(device, peak=False)
     expected = np.load(folder / "expected.npz")
     difference = 0.0
     for role in ROLES:
-        found = residual(model, history[:CHECKED_ROWS], role=role, kernel=kernel).float().cpu().numpy()
+        with torch.inference_mode():
+            found = residual(model, history[:CHECKED_ROWS], role=role, kernel=kernel).float().cpu().numpy()
         difference = max(difference, float(np.abs(found - expected[role]).max()))
 
+    @torch.inference_mode()
     def once() -> None:
         residual(model, history, role=TIMED_ROLE, kernel=kernel)
         if device != "cpu":

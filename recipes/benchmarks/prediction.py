@@ -39,9 +39,9 @@ LONG = 60  # seconds of predictions of one size after which they are not repeate
 def main(args: argparse.Namespace) -> None:
     threads = args.threads or len(os.sched_getaffinity(0))
     # read by the thread pools when their libraries are loaded, in the processes started from here
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     rows = args.rows or (1 << 20 if args.device == "cpu" else 1 << 24)
-    results: dict[str, Any] = {"machine": machine(args, threads), "rows": rows, "function": {}, "end_to_end": {}}
+    results: dict[str, Any] = {"machine": machine(args, threads), "rows": rows, "function": {}, "end_to_end": []}
     with tempfile.TemporaryDirectory(dir=args.output_dir, prefix="benchmark-") as name:
         folder = Path(name)
         tell("writing inputs")
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         results["exponentials"] = 2 * inputs.facts["config"]["hidden_size"]
         time_function(args, folder, threads, results)
         for size, content in inputs.facts["plans"].items():
-            results["end_to_end"][size] = content | time_prediction(args, size, folder, threads)
+            results["end_to_end"] += [content | row for row in time_prediction(args, size, folder, threads)]
     print("\n".join([*machine_lines(results), "", *function_table(results), "", *end_to_end_table(results)]))
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
@@ -107,23 +107,25 @@ def time_function(args: argparse.Namespace, folder: Path, threads: int, results:
             results["function"][name] |= {"flops_per_second": rate, "share_of_peak": rate / results["peak"]["float32"]}
 
 
-def time_prediction(args: argparse.Namespace, size: str, folder: Path, threads: int) -> dict[str, Any]:
-    """Records a trajectory and predicts from it, a fresh process each time."""
+def time_prediction(args: argparse.Namespace, size: str, folder: Path, threads: int) -> list[dict[str, Any]]:
+    """Records a trajectory and predicts from it with each kernel, a fresh process each time."""
     tell(f"{size}: recording a trajectory")
+    rows = []
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        trajectory, runs, start = Path(name, "trajectory"), [], time.perf_counter()
+        trajectory = Path(name, "trajectory")
         with Contestant(prepare_trajectory, size, trajectory, threads) as recording:
             stop_at_failure(recording)
-        recorded = time.perf_counter() - start
-        start = time.perf_counter()
-        while len(runs) < args.repetitions and (not runs or time.perf_counter() - start < LONG):
-            tell(f"{size}: prediction {len(runs) + 1}")
-            with tempfile.TemporaryDirectory(dir=name) as target:
-                arguments = (trajectory, folder / "known", Path(target, "predicted"), args.device, threads)
-                with Contestant(prepare_prediction, *arguments) as prediction:
-                    runs.append(prediction.run())
-                    stop_at_failure(prediction)
-    return {"recording_seconds": recorded, "runs": len(runs)} | summary(runs)
+        for kernel in args.predict_with:
+            runs, start = [], time.perf_counter()
+            while len(runs) < args.repetitions and (not runs or time.perf_counter() - start < LONG):
+                tell(f"{size}: prediction {len(runs) + 1} with {kernel}")
+                with tempfile.TemporaryDirectory(dir=name) as target:
+                    paths = (trajectory, folder / "known", Path(target, "predicted"))
+                    with Contestant(prepare_prediction, *paths, kernel, args.device, threads) as prediction:
+                        runs.append(prediction.run())
+                        stop_at_failure(prediction)
+            rows.append({"kernel": kernel, "runs": len(runs)} | recording.facts | summary(runs))
+    return rows
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -199,12 +201,12 @@ def function_table(results: dict[str, Any]) -> list[str]:
 
 def end_to_end_table(results: dict[str, Any]) -> list[str]:
     lines = [
-        "| end to end | parameters | states | seconds (best, runs) | seconds a parameter | extra memory | written |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| end to end | kernel | parameters | states | seconds (best, runs) | seconds a parameter | extra memory | written |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in results["end_to_end"].values():
+    for row in results["end_to_end"]:
         lines.append(
-            f"| {row['title']} | {row['parameters']:,} | {row['dtype']}"
+            f"| {row['title']} | {row['kernel']} | {row['parameters']:,} | {row['dtype']}"
             f" | {row['seconds']:.2f} ({row['best_seconds']:.2f}, {row['runs']})"
             f" | {row['seconds'] / row['parameters']:.2e} | {row['memory_bytes'] / 1e6:,.0f} MB"
             f" | {row['written_bytes'] / row['seconds'] / 1e6:,.0f} MB/s |"
@@ -226,6 +228,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--sizes", nargs="*", choices=SIZES, default=["resnet18", "bert", "1b"], help="models to predict end to end")
     add("--kernels", nargs="*", default=["eager", "folded", "cpu", "triton"], help="names in know_hf.kernels")
+    add("--predict-with", nargs="*", default=["auto"], metavar="KERNEL", help="for end to end (default: auto)")
     add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="ways to run the published network")
     add("--peer-weights", type=Path, help="folder with the published KNOWN_*.h5, used by all; else the shipped ones")
     add("--device", choices=["cpu", "cuda"], default="cpu")

@@ -85,11 +85,11 @@ def prepare_trajectory(size: str, folder: Path, threads: int) -> tuple[Callable,
         for parameter in model.parameters():
             _add_noise(parameter.data, 0.001 if state else 0.05, generator)
         trajectory.record(model, num_examples=1 << (NUM_STATES - state), steps=1)
-    return dict, {"seconds": time.perf_counter() - start}
+    return dict, {"recording_seconds": time.perf_counter() - start}
 
 
 def prepare_prediction(
-    trajectory: Path, known: Path, output_dir: Path, device: str, threads: int
+    trajectory: Path, known: Path, output_dir: Path, kernel: str, device: str, threads: int
 ) -> tuple[Callable[[], dict[str, Any]], dict[str, Any]]:
     """One step of `predict_overflowed_weights`, timed without imports, with all else that it does."""
     import torch
@@ -102,7 +102,7 @@ def prepare_prediction(
 
     def run() -> dict[str, Any]:
         start = time.perf_counter()
-        predict_overflowed_weights(trajectory, model, steps=1, output_dir=output_dir)
+        predict_overflowed_weights(trajectory, model, steps=1, output_dir=output_dir, kernel=kernel)
         seconds = time.perf_counter() - start
         written = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
         return {"seconds": seconds, "memory_bytes": max(0, peak_memory() - base), "written_bytes": written}
