@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "trajectory.json"
 FORMAT_VERSION = "1.0"
-MAX_BYTES = 64_000_000  # that of 5 states of 100,000 tensors, all but a few stored once, has 46 MB
+MAX_BYTES = 64_000_000  # that of 5 states with 100,000 tensors, most of them stored once, has 39 MB
 MAX_STATES = 1000
 
 # What save_pretrained of models, adapters, tokenizers and processors writes. All else is refused, above all what can
