@@ -1,5 +1,6 @@
 """What a prediction did, in numbers: how large the residual is, what it is made of, how familiar its inputs were."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -57,11 +58,11 @@ class ResidualReport:
             largest_residual=_largest(residual),
             largest_weight=_largest(history),
             largest_move=_largest(moves),
-            _residual_sum=float(residual.abs().sum(dtype=torch.float64)),
-            _weight_sum=float(weight.abs().sum(dtype=torch.float64)),
-            _move_sum=float(moves[-1].abs().sum(dtype=torch.float64)),
+            _residual_sum=float(residual.abs().sum()),
+            _weight_sum=float(weight.abs().sum()),
+            _move_sum=float(moves[-1].abs().sum()),
         )
-        products = torch.stack([residual, weight, moves[-1]]).double()
+        products = torch.stack([residual, weight, moves[-1]])
         gram = (products @ products.T).tolist()
         report._residual_square, report._weight_square, report._move_square = (gram[i][i] for i in range(3))
         report._residual_weight, report._residual_move = gram[0][1], gram[0][2]
@@ -174,7 +175,13 @@ def range_warnings(role: str, tensors: Mapping[str, ResidualReport], trained_on:
     return warnings
 
 
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; several times faster than `torch.isfinite`, which makes a tensor."""
+    return math.isfinite(_largest(values))
+
+
 def _largest(values: torch.Tensor) -> float:
+    """Largest |value|, NaN where one is."""
     if not values.numel():
         return 0.0
     low, high = values.aminmax()

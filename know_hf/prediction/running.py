@@ -15,7 +15,7 @@ from ..depth import relative_depths
 from ..predictors import Predictor
 from ..trajectory import TrajectoryError, WeightTrajectory
 from .planning import READ_AHEAD, WRITE_BEHIND, Piece, PredictionPlan
-from .report import ResidualReport
+from .report import ResidualReport, is_finite
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ class _Predicting:
             return original, report
         _check_finite(history, piece.name, trajectory)
         residual = self._residual(history, piece.name, tensor.network or "")
-        if not torch.isfinite(residual).all():
+        if not is_finite(residual):
             raise ValueError(
                 f"the prediction of tensor {piece.name!r} of {trajectory.path} is not finite after {self.plan.steps}"
                 f" step(s); its largest value is {float(history.abs().max()):.3g}: use fewer steps"
@@ -180,11 +180,11 @@ def _plus(tensor: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 
 
 def _check_finite(history: torch.Tensor, name: str, trajectory: WeightTrajectory) -> None:
-    finite = torch.isfinite(history).all(dim=1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
+    if not is_finite(history):
+        infinite = ~torch.isfinite(history)
+        row = int(infinite.any(dim=1).nonzero()[0])
         state = len(history) - 1 - row
-        count = int((~torch.isfinite(history[row])).sum())
+        count = int(infinite[row].sum())
         raise TrajectoryError(
             f"tensor {name!r} of state {state} of {trajectory.path} has {count} values that are NaN or infinite: its"
             " training diverged; record the trajectory again with a lower learning rate"
