@@ -69,6 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--predictor-options", type=_json_object, metavar="JSON", help="its fields, such as '{\"factor\": 0.9}'"
     )
     predict.add_argument("--norm", choices=("keep", "predict"), default="keep", help="normalisation layers")
+    predict.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="write weights in this dtype")
     predict.add_argument("--kernel", default="auto", metavar="NAME", help="form of KNOWN that computes")
     predict.add_argument("--dry-run", action="store_true", help="print roles, memory, disk and time, and stop")
     predict.add_argument("--report", metavar="FILE", help="write the report on every tensor to this JSON file")
@@ -120,6 +121,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     from pathlib import Path
 
+    import torch
     from accelerate import Accelerator
 
     from .checkpoint import write_json
@@ -132,6 +134,7 @@ def _predict(args: argparse.Namespace) -> None:
         "predictor": args.predictor,
         "predictor_options": args.predictor_options,
         "norm": args.norm,
+        "dtype": getattr(torch, args.dtype) if args.dtype else None,
         "kernel": args.kernel,
     }
     accelerator = Accelerator()

@@ -145,6 +145,31 @@ def test_the_dtype_on_disk_is_kept(record_states, tmp_path, dtype):
     assert torch.equal(out, (trajectory.tensor("weight").double() + 0.5).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_dtype_to_write_can_be_chosen(trajectory, tmp_path, dtype):
+    result = predict_overflowed_weights(trajectory, predictor=Constant(0.5), dtype=dtype, output_dir=tmp_path / "out")
+    out = weights(tmp_path / "out")
+    assert torch.equal(out[FC], (trajectory.tensor(FC) + 0.5).to(dtype))
+    assert torch.equal(out[NORM], trajectory.tensor(NORM).to(dtype))
+    assert {t.dtype for name, t in out.items() if "num_batches" not in name} == {dtype}
+    assert result.load_model().dtype == dtype
+    with pytest.raises(ValueError, match=r"dtype must be one of floating point, .* got torch\.int8"):
+        predict_overflowed_weights(trajectory, predictor="shrink", dtype=torch.int8, output_dir=tmp_path / "no")
+
+
+def test_residuals_below_the_rounding_are_told(record_states, tmp_path):
+    trajectory = record_states(nn.Linear(8, 8).to(torch.bfloat16), num_states=2)
+    trajectory = WeightTrajectory(trajectory.path)
+    result = predict_overflowed_weights(trajectory, predictor=Constant(1e-7), output_dir=tmp_path / "out")
+    assert sum(report.lost for report in result.report.values()) == 72
+    assert result.warnings[0].startswith("100% of the residuals are smaller than the rounding")
+    result = predict_overflowed_weights(
+        trajectory, predictor=Constant(1e-4), dtype=torch.float32, output_dir=tmp_path / "single"
+    )
+    assert result.warnings == []
+    assert torch.equal(weights(tmp_path / "single")["weight"], trajectory.tensor("weight").float() + 1e-4)
+
+
 def test_tied_weights_are_predicted_once_and_tied_in_the_output(record_states, tmp_path):
     config = LlamaConfig(
         vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,

@@ -27,7 +27,7 @@ class PlannedTensor:
     """One tensor of the checkpoint.
 
     Attributes:
-        spec ([`TensorSpec`]): Its dtype and shape.
+        spec ([`TensorSpec`]): Its dtype and shape in the checkpoint.
         role (`str`): Its role.
         network (`str`, *optional*): The role whose network predicts it; `None` when it is copied.
     """
@@ -153,6 +153,7 @@ def plan_prediction(
     predictor: Predictor | str | None = None,
     predictor_options: Mapping[str, Any] | None = None,
     norm: Literal["keep", "predict"] = "keep",
+    dtype: torch.dtype | None = None,
     kernel: str = "auto",
     device: torch.device | str | None = None,
     estimate_time: bool = True,
@@ -160,7 +161,8 @@ def plan_prediction(
     """What [`predict_overflowed_weights`] would do with the same arguments; only the files' headers are read.
 
     Args:
-        trajectory, known, steps, predictor, predictor_options, norm, kernel: As of [`predict_overflowed_weights`].
+        trajectory, known, steps, predictor, predictor_options, norm, dtype, kernel: As of
+            [`predict_overflowed_weights`].
         device (`torch.device` or `str`, *optional*): Where KNOWN is put; by default it stays where it is.
         estimate_time (`bool`, *optional*, defaults to `True`): Whether to try the predictor on random rows.
 
@@ -174,6 +176,8 @@ def plan_prediction(
         raise ValueError(f"steps must be a whole number of at least 1, got {steps}")
     if norm not in ("keep", "predict"):
         raise ValueError(f"norm must be 'keep' or 'predict', got {norm!r}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be one of floating point, such as torch.bfloat16, got {dtype}")
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
     chosen = _predictor(known, predictor, predictor_options, kernel, device)
@@ -186,7 +190,8 @@ def plan_prediction(
     _refuse_quantised(trajectory)
     tensors = {}
     for name in trajectory.names:
-        spec = TensorSpec(trajectory.dtype(name), trajectory.shape(name))
+        stored = trajectory.dtype(name)
+        spec = TensorSpec(dtype if dtype and stored.is_floating_point else stored, trajectory.shape(name))
         role = trajectory.roles[name].role
         network: str | None = "bias" if role == "norm" and norm == "predict" else role
         if network not in PREDICTED_ROLES or not spec.dtype.is_floating_point or trajectory.is_unchanged(name):

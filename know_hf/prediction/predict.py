@@ -1,5 +1,6 @@
 """[`predict_overflowed_weights`]: the trajectory in, the enhanced checkpoint out, whole or not at all."""
 
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..batch_norm import recalibrate_batch_norm
-from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, atomic_folder, replace_tensors
+from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, atomic_folder, replace_tensors, write_json
 from ..distributed import on_every_process, on_main_process
 from ..modeling_known import KNOWNModel
 from ..predictors import Predictor
@@ -79,6 +80,7 @@ def predict_overflowed_weights(
     norm: Literal["keep", "predict"] = "keep",
     recalibrate_with: Iterable[Mapping[str, torch.Tensor]] | None = None,
     model_class: type[PreTrainedModel] | None = None,
+    dtype: torch.dtype | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     kernel: str = "auto",
     accelerator: Accelerator | None = None,
@@ -107,6 +109,8 @@ def predict_overflowed_weights(
         recalibrate_with (iterable of batches, *optional*): Batches (keyword arguments of the model) of the source data
             from which BatchNorm statistics are computed anew for the predicted weights; by default they are Θ0's.
         model_class (`type`, *optional*): The model's class, where transformers has none of its name.
+        dtype (`torch.dtype`, *optional*): Floating-point dtype to write; by default that of each tensor as recorded.
+            Arithmetic is float32 in any case.
         max_shard_size (`int`, *optional*, defaults to `5_000_000_000`): Bytes of one safetensors file.
         kernel (`str`, *optional*, defaults to `"auto"`): Which form of KNOWN computes, see [`know_hf.kernels`].
         accelerator (`Accelerator`, *optional*): Where given, its processes share the work, on a disk that they share;
@@ -132,6 +136,7 @@ def predict_overflowed_weights(
         predictor=predictor,
         predictor_options=predictor_options,
         norm=norm,
+        dtype=dtype,
         kernel=kernel,
         device=None if accelerator is None else accelerator.device,
         estimate_time=False,
@@ -152,6 +157,9 @@ def predict_overflowed_weights(
                 target = work / path.relative_to(trajectory.path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, target)
+            if dtype is not None and (config := work / "config.json").exists():
+                name = str(dtype).removeprefix("torch.")
+                write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "dtype": name})
             make_writer(work).create()
             return work
 
@@ -211,6 +219,12 @@ def _warnings(plan: PredictionPlan, tensors: Mapping[str, ResidualReport]) -> li
         mine = {name: tensors[name] for name, tensor in plan.tensors.items() if tensor.network == network}
         if trained_on is not None:
             found += range_warnings(network, mine, trained_on)
+    total = sum(tensors.values(), ResidualReport())
+    if total.lost > total.predicted / 2:
+        found.append(
+            f"{total.lost / total.predicted:.0%} of the residuals are smaller than the rounding of what is written and"
+            " changed nothing; write float32 with dtype=torch.float32, or record with dtype=torch.float32 already"
+        )
     return found
 
 

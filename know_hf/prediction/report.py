@@ -21,6 +21,7 @@ class ResidualReport:
         largest_residual (`float`): Largest |Θ̂ − Θ0|, in units of the weights.
         largest_weight, largest_move (`float`): Largest |W| and |dW| of the histories that were predicted from.
         outside (`int`): Scalar weights with a |W| or |dW| larger than any that the predictor was trained on.
+        lost (`int`): Scalar weights whose residual is smaller than the rounding of the dtype that is written.
     """
 
     tensors: int = 0
@@ -28,6 +29,7 @@ class ResidualReport:
     unchanged: int = 0
     predicted: int = 0
     outside: int = 0
+    lost: int = 0
     largest_residual: float = 0.0
     largest_weight: float = 0.0
     largest_move: float = 0.0

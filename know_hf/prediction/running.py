@@ -77,7 +77,7 @@ class _Predicting:
         if tensor.network:
             history = trajectory.read_history(piece.name, piece.start, piece.stop)
             if self._tensor_moves(piece, history):
-                if tensor.spec.dtype == torch.float32:
+                if trajectory.dtype(piece.name) == torch.float32:
                     return history[-1], history
                 return trajectory.read(piece.name, piece.start, piece.stop), history
         return trajectory.read(piece.name, piece.start, piece.stop), None
@@ -96,7 +96,7 @@ class _Predicting:
         if history is None:
             if tensor.role != "copied":
                 _check_finite(original[None], piece.name, trajectory)
-            return original, report
+            return original.to(tensor.spec.dtype), report
         _check_finite(history, piece.name, trajectory)
         residual = self._residual(history, piece.name, tensor.network or "")
         if not is_finite(residual):
@@ -106,7 +106,12 @@ class _Predicting:
             )
         used = history[-self.plan.num_states :]
         trained_on = self.plan.trained_on(tensor.network or "")
-        return _plus(original, residual), report + ResidualReport.of(used, residual, trained_on)
+        unchanged = original.to(tensor.spec.dtype)
+        result = _plus(original, residual, unchanged)
+        report += ResidualReport.of(used, residual, trained_on)
+        if result.dtype != torch.float32:
+            report.lost = int(((residual != 0) & (result == unchanged)).sum())
+        return result, report
 
     def _residual(self, history: torch.Tensor, name: str, network: str) -> torch.Tensor:
         """Sum of the residuals of all steps, `(N,)` float32 on the CPU, from a history `(S, N)`."""
@@ -173,10 +178,10 @@ def _ahead(pieces: Iterable[Piece], read: Callable[[Piece], T]) -> Iterator[tupl
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _plus(tensor: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def _plus(tensor: torch.Tensor, residual: torch.Tensor, unchanged: torch.Tensor) -> torch.Tensor:
     total = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + residual
     # -0.0 + 0.0 is +0.0: without the choice a zero residual would not be bit-identical
-    return torch.where(residual == 0, tensor, total.to(tensor.dtype))
+    return torch.where(residual == 0, unchanged, total.to(unchanged.dtype))
 
 
 def _check_finite(history: torch.Tensor, name: str, trajectory: WeightTrajectory) -> None:
