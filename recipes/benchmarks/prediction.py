@@ -65,7 +65,8 @@ def time_function(args: argparse.Namespace, folder: Path, threads: int, results:
     with ExitStack() as stack:
         tell("preparing the matrix product")
         product = stack.enter_context(Contestant(prepare_matrix_product, args.device, threads))
-        stop_at_failure(product)
+        if product.failure:
+            raise SystemExit(f"not run on {args.device}: {product.failure}")
         contestants: dict[str, Contestant | str] = {}
         for kernel in args.kernels:
             tell(f"preparing {kernel}")
@@ -201,7 +202,8 @@ def function_table(results: dict[str, Any]) -> list[str]:
 
 def end_to_end_table(results: dict[str, Any]) -> list[str]:
     lines = [
-        "| end to end | kernel | parameters | states | seconds (best, runs) | seconds a parameter | extra memory | written |",
+        "| end to end | kernel | parameters | states | seconds (best, runs) | seconds a parameter | extra memory"
+        " | written |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in results["end_to_end"]:
