@@ -1,0 +1,355 @@
+"""Merging trajectories of adapters: the merged model is what peft's own forward gives, state by state."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import SCHEDULE, make_resnet
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
+from test_prediction import Constant
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
+
+from know_hf import WeightTrajectory, predict_overflowed_weights
+from know_hf.merging import merge_adapters
+from know_hf.trajectory import TrajectoryError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's own
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),  # of get_peft_model
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),  # of the recording
+]
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9]])
+IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def llama(tie=False, dtype=torch.float32):
+    set_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=tie, initializer_range=0.1, **SIZES)).to(
+        dtype
+    )
+
+
+def tied_llama():
+    return llama(tie=True)
+
+
+def gpt2():
+    set_seed(0)
+    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=2)
+    return GPT2LMHeadModel(config)
+
+
+def bert():
+    set_seed(0)
+    return BertForSequenceClassification(BertConfig(vocab_size=32, num_labels=4, **SIZES))
+
+
+def mixtral():
+    set_seed(0)
+    sizes = {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=32, **SIZES, **sizes))
+
+
+def t5():
+    set_seed(0)
+    return T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+
+
+def lora(*targets, **options):
+    return LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False, **options)
+
+
+@pytest.fixture
+def record(record_states):
+    """Records three states of an adapter, with weights of its own in each."""
+
+    def record(base, config, name="adapters"):
+        torch.manual_seed(1)
+        model = get_peft_model(base, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn(parameter.shape).to(parameter)
+        return record_states(model, num_states=3, name=name)
+
+    return record
+
+
+@torch.no_grad()
+def logits(model):
+    model.eval()
+    if model.config.is_encoder_decoder:
+        return model(TOKENS, decoder_input_ids=TOKENS).logits
+    return model(IMAGES if hasattr(model.config, "num_channels") else TOKENS).logits
+
+
+CASES = {
+    "lora": (llama, lora("q_proj", "down_proj")),
+    "rslora": (llama, lora("q_proj", "down_proj", use_rslora=True)),
+    "dora": (llama, lora("q_proj", "down_proj", use_dora=True)),
+    "ranks": (llama, lora("q_proj", "v_proj", rank_pattern={"v_proj": 4}, alpha_pattern={"q_proj": 3})),
+    "biases": (bert, lora("query", "dense", bias="all", task_type=TaskType.SEQ_CLS)),
+    "modules_to_save": (bert, lora("query", modules_to_save=["classifier", "pooler"])),
+    "convolution": (make_resnet, lora("convolution", "classifier.1")),
+    "convolution_dora": (make_resnet, lora("shortcut.convolution", use_dora=True)),
+    "transposed": (gpt2, lora("c_attn", "c_fc", fan_in_fan_out=True)),
+    "transposed_dora": (gpt2, lora("c_attn", "c_proj", fan_in_fan_out=True, use_dora=True)),
+    "embeddings": (llama, lora("embed_tokens", "lm_head", "q_proj")),
+    "tied_embeddings": (tied_llama, lora("embed_tokens", "q_proj")),
+    "tied_embeddings_of_gpt2": (gpt2, lora("wte", "c_attn", fan_in_fan_out=True)),
+    "tied_head": (tied_llama, lora("lm_head")),
+    "tied_together": (tied_llama, lora("embed_tokens", ensure_weight_tying=True)),
+    "tied_saved": (tied_llama, lora("q_proj", modules_to_save=["embed_tokens"])),
+    "tied_saved_together": (tied_llama, lora("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "tied_elsewhere": (tied_llama, lora("q_proj")),
+    "tokens": (tied_llama, lora("q_proj", trainable_token_indices=[1, 3])),
+    "experts": (mixtral, lora("q_proj", target_parameters=["mlp.experts.gate_up_proj"])),
+    "encoder_decoder": (t5, lora("q", "wo")),
+    "ia3": (llama, IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "loha": (llama, LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_states_are_what_peft_computes(tmp_path, record, case):
+    make, config = CASES[case]
+    trajectory = record(make(), config)
+    base = make()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    merged = merge_adapters(trajectory, base, output_dir=tmp_path / "merged")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    assert not merged.is_adapter and merged.num_states == 3
+    assert not any("lora" in name for name in merged.names)
+
+    plain, last = logits(make()), None
+    for state in range(3):
+        expected = logits(PeftModel.from_pretrained(make(), trajectory.path / f"state-{state}"))
+        model = merged.load_model(state)
+        assert type(model) is type(base)
+        assert (plain - expected).abs().max() > 1e-3 and (last is None or (last - expected).abs().max() > 3e-4)
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+        last = expected
+    if hasattr(base.config, "tie_word_embeddings") and make is tied_llama:
+        stays = case in ("tied_together", "tied_saved_together", "tied_elsewhere", "tokens")
+        assert model.config.tie_word_embeddings is stays
+        assert ("lm_head.weight" in merged.names) is not stays
+
+
+def test_what_no_adapter_touches_is_stored_once_and_stays(tmp_path, record):
+    trajectory = record(llama(), lora("q_proj", "gate_proj"))
+    merged = merge_adapters(trajectory, llama(), output_dir=tmp_path / "merged")
+    moved = {name for name in merged.names if not merged.is_unchanged(name)}
+    assert moved == {name for name in merged.names if "q_proj" in name or "gate_proj" in name} != set()
+    on_disk = {name: tensor for name, tensor in llama().state_dict().items() if name not in moved}
+    assert all(torch.equal(merged.tensor(name, 2), tensor) for name, tensor in on_disk.items())
+    assert {role.role for name, role in merged.roles.items() if name in moved} == {"fc"}
+
+    result = predict_overflowed_weights(merged, predictor=Constant(0.5), output_dir=tmp_path / "out")
+    predicted = result.load_model()
+    for name, tensor in predicted.state_dict().items():
+        assert torch.equal(tensor, merged.tensor(name) + 0.5 if name in moved else merged.tensor(name)), name
+    assert logits(predicted).shape == (1, 6, 32)
+
+
+def test_records_of_the_states_are_kept(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), eos_token="a")
+    base = bert()
+    base.config._name_or_path, base.config._commit_hash = "someone/base", "a" * 40
+    model = get_peft_model(base, lora("query"))
+    source = WeightTrajectory.create(tmp_path / "adapters", SCHEDULE)
+    facts = [
+        {"num_examples": 8, "steps": 5, "fraction": 1.0, "subset_fingerprint": "f0", "seed": 3},
+        {"num_examples": 4, "steps": 2, "fraction": 0.5, "subset_fingerprint": "f1", "seed": 4},
+    ]
+    for state, fact in enumerate(facts):
+        source.record(model, metrics={"loss": 0.5 + state}, processing_class=tokenizer, **fact)
+    merged = merge_adapters(source.path, base.__class__(base.config), output_dir=tmp_path / "merged")
+    for state, fact in zip(merged.states, facts, strict=True):
+        assert {name: getattr(state, name) for name in fact} == fact
+        assert state.metrics == {"loss": 0.5 + state.index}
+    assert merged.schedule == SCHEDULE
+    assert (merged.base_model, merged.base_revision) == ("someone/base", "a" * 40)
+    names = {path.name for path in merged.model_files}
+    assert names == {path.name for path in source.model_files} - {"adapter_config.json"} | {"config.json"}
+    assert "tokenizer.json" in names
+    merged.verify()
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (llama, lora("q_proj")),
+        (llama, lora("q_proj", task_type=TaskType.CAUSAL_LM)),
+        (bert, lora("query", task_type=TaskType.SEQ_CLS)),
+    ],
+)
+def test_a_base_model_by_its_folder(tmp_path, record, make, config):
+    make().bfloat16().save_pretrained(tmp_path / "base")
+    base = make().from_pretrained(tmp_path / "base")
+    trajectory = record(base, config)
+    by_name = merge_adapters(trajectory, output_dir=tmp_path / "by-name")
+    assert trajectory.base_model == by_name.base_model == str(tmp_path / "base")
+    by_object = merge_adapters(trajectory, make().bfloat16(), output_dir=tmp_path / "by-object")
+    for state in range(3):
+        expected = by_object.load_model(state).state_dict()
+        assert {tensor.dtype for tensor in expected.values()} == {torch.float32}
+        found = by_name.load_model(state).state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_float32_keeps_what_bfloat16_loses(tmp_path, record, caplog):
+    trajectory = record(llama(), lora("q_proj", lora_alpha=0.001))
+    fine = merge_adapters(trajectory, llama(dtype=torch.bfloat16), output_dir=tmp_path / "fine")
+    coarse = merge_adapters(trajectory, llama(), output_dir=tmp_path / "coarse", dtype=torch.bfloat16)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert fine.dtype(name) == torch.float32 and coarse.dtype(name) == torch.bfloat16
+    assert (fine.history(name).diff(dim=0) != 0).float().mean() > 0.9
+    assert (coarse.history(name).diff(dim=0) != 0).float().mean() < 0.1
+    assert "Merging in torch.bfloat16: changes below 0.004 of a weight are rounded away" in caplog.text
+
+
+def test_a_head_that_the_adapters_do_not_hold(tmp_path, record):
+    model = bert()
+    model.bert.save_pretrained(tmp_path / "base")  # its classifier is new, drawn at random
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, "id2label": None, "label2id": None}))
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=4)
+    with_head = record(base, lora("query", modules_to_save=["classifier"]), name="with-head")
+    with pytest.raises(
+        ValueError, match=r"(?s)does not fit the BertForSequenceClassification.*size mismatch.*base_model="
+    ):
+        merge_adapters(with_head, output_dir=tmp_path / "merged")  # of two classes by default
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    merged = merge_adapters(with_head, output_dir=tmp_path / "merged")
+    assert torch.equal(merged.tensor("classifier.bias", 1), with_head.tensor("base_model.model.classifier.bias", 1))
+    without = record(BertForSequenceClassification.from_pretrained(tmp_path / "base"), lora("query"), name="without")
+    with pytest.raises(ValueError, match=r"has no 'classifier.bias', which is then newly initialised.*base_model="):
+        merge_adapters(without, output_dir=tmp_path / "lost")
+    assert not (tmp_path / "lost").exists() and not list(tmp_path.glob(".lost*"))
+    kept = merge_adapters(without, base.__class__.from_pretrained(tmp_path / "base"), output_dir=tmp_path / "kept")
+    assert kept.num_states == 3
+
+
+def test_a_plain_module(tmp_path, record_states):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    model = get_peft_model(make(), lora("0"))
+    trajectory = record_states(model, num_states=2)
+    merged = merge_adapters(trajectory, make(), output_dir=tmp_path / "merged")
+    restored, inputs = make(), torch.randn(3, 4)
+    merged.load_into(restored, 1)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(make(), trajectory.path / "state-1")(inputs)
+        torch.testing.assert_close(restored(inputs), expected)
+
+
+def test_wrong_trajectories_and_bases(tmp_path, record, recorded):
+    out = tmp_path / "merged"
+    with pytest.raises(ValueError, match="is a trajectory of whole models already"):
+        merge_adapters(recorded, make_resnet(), output_dir=out)
+    trajectory = record(llama(), lora("q_proj"))
+    with pytest.raises(ValueError, match="does not say which model its adapters belong to; pass base_model="):
+        merge_adapters(trajectory, output_dir=out)
+    with pytest.raises(ValueError, match=r"PeftModel given as base_model has an adapter; .*model.unload\(\)"):
+        merge_adapters(trajectory, get_peft_model(llama(), lora("q_proj")), output_dir=out)
+    with pytest.raises(ValueError, match=r"state 0 of .* does not fit the GPT2LMHeadModel"):
+        merge_adapters(trajectory, gpt2(), output_dir=out)
+    deeper = LlamaForCausalLM(LlamaConfig(vocab_size=32, **{**SIZES, "num_hidden_layers": 3}))
+    with (
+        pytest.warns(UserWarning, match="missing adapter keys"),
+        pytest.raises(ValueError, match=r"tensor '.*layers\.2\..*lora_A\.weight' is not both in .*base_model="),
+    ):
+        merge_adapters(trajectory, deeper, output_dir=out)
+    quantised = llama()
+    quantised.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(ValueError, match=r"base model LlamaForCausalLM is quantised.*model.dequantize\(\)"):
+        merge_adapters(trajectory, quantised, output_dir=out)
+    llama().save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ValueError, match=r"base model .*base is quantised"):
+        merge_adapters(trajectory, tmp_path / "base", output_dir=out)
+    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["MyLlama"]}))
+    adapter = trajectory.path / "adapter_config.json"
+    adapter.write_text(json.dumps({**json.loads(adapter.read_text()), "auto_mapping": None}))
+    with pytest.raises(ValueError, match=r"transformers has none of the classes .*\(MyLlama\); pass the model itself"):
+        merge_adapters(trajectory, tmp_path / "base", output_dir=out)
+    with pytest.raises(TrajectoryError, match=r"adapter_config.json of .* was replaced"):
+        merge_adapters(trajectory, llama(), output_dir=out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "message"),
+    [
+        (llama, PromptTuningConfig(num_virtual_tokens=2, task_type=TaskType.CAUSAL_LM), "of the kind PROMPT_TUNING"),
+        (llama, PrefixTuningConfig(num_virtual_tokens=2, task_type=TaskType.CAUSAL_LM), "of the kind PREFIX_TUNING"),
+        (
+            llama,
+            lora("q_proj", alora_invocation_tokens=[1], task_type=TaskType.CAUSAL_LM),
+            r"of the kind LORA .*NotImplementedError: aLoRA",
+        ),
+        (t5, lora("shared"), "change 'shared.weight', which is tied to .*lm_head.weight.* in T5For"),
+    ],
+)
+def test_adapters_that_cannot_be_merged(tmp_path, record, make, config, message):
+    trajectory = record(make(), config)
+    with pytest.raises(ValueError, match=message):
+        merge_adapters(trajectory, make(), output_dir=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_it_appears_whole_or_not_at_all(tmp_path, record, monkeypatch):
+    trajectory, out = record(llama(), lora("q_proj")), tmp_path / "merged"
+    whole = WeightTrajectory.record
+
+    def fail(self, model, **facts):
+        if self.num_states == 2:
+            raise OSError("no space left on device")
+        whole(self, model, **facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightTrajectory, "record", fail)
+        with pytest.raises(OSError, match="no space left"):
+            merge_adapters(trajectory, llama(), output_dir=out)
+    assert not out.exists() and not list(tmp_path.glob(".merged*"))
+    merge_adapters(trajectory, llama(), output_dir=out)
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        merge_adapters(trajectory, llama(), output_dir=out)
+    assert merge_adapters(trajectory, llama(), output_dir=out, overwrite=True).num_states == 3
+    monkeypatch.setattr("know_hf.checkpoint.files.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
+    with pytest.raises(OSError, match=r"needs .* GB, its disk has 0.00 GB free"):
+        merge_adapters(trajectory, llama(), output_dir=tmp_path / "full")
