@@ -21,6 +21,7 @@ _PUBLIC = {
     "TransitionDataset": "meta_learning",
     "meta_train": "meta_learning",
     "get_predictor": "predictors",
+    "merge_adapters": "merging",
     "plan_prediction": "prediction",
     "predict_overflowed_weights": "prediction",
     "recalibrate_batch_norm": "batch_norm",
@@ -31,6 +32,7 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 if TYPE_CHECKING:
     from .batch_norm import recalibrate_batch_norm as recalibrate_batch_norm
     from .configuration_known import KNOWNConfig as KNOWNConfig
+    from .merging import merge_adapters as merge_adapters
     from .meta_learning import TransitionDataset as TransitionDataset
     from .meta_learning import meta_train as meta_train
     from .modeling_known import KNOWNModel as KNOWNModel

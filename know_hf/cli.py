@@ -10,6 +10,8 @@ from typing import Any
 from . import __version__
 from .task_arguments import add_flags
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -59,6 +61,14 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--roles", action="store_true", help="list every tensor with its role and the reason")
     inspect.set_defaults(run=_inspect)
 
+    merge = commands.add_parser("merge", help="make a trajectory of whole models from one of adapters")
+    merge.add_argument("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
+    merge.add_argument("--base-model", metavar="ID", help="Hub id or folder (default: the one that was recorded)")
+    merge.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the new trajectory")
+    merge.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (default: float32)")
+    merge.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    merge.set_defaults(run=_merge)
+
     predict = commands.add_parser("predict", help="write the retrodicted checkpoint of a trajectory")
     predict.add_argument("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
     predict.add_argument("--steps", type=int, default=1, help="steps back, each standing for 1/ratio times the data")
@@ -69,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--predictor-options", type=_json_object, metavar="JSON", help="its fields, such as '{\"factor\": 0.9}'"
     )
     predict.add_argument("--norm", choices=("keep", "predict"), default="keep", help="normalisation layers")
-    predict.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="write weights in this dtype")
+    predict.add_argument("--dtype", choices=_DTYPES, help="write weights in this dtype")
     predict.add_argument("--kernel", default="auto", metavar="NAME", help="form of KNOWN that computes")
     predict.add_argument("--dry-run", action="store_true", help="print roles, memory, disk and time, and stop")
     predict.add_argument("--report", metavar="FILE", help="write the report on every tensor to this JSON file")
@@ -116,6 +126,21 @@ def _inspect(args: argparse.Namespace) -> None:
         _say("")
         for name, role in trajectory.roles.items():
             _say(f"{role.role:7} {'×'.join(map(str, trajectory.shape(name))):>16}  {name}: {role.reason}")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    import torch
+
+    from .merging import merge_adapters
+
+    merged = merge_adapters(
+        args.trajectory,
+        args.base_model,
+        output_dir=args.output_dir,
+        dtype=getattr(torch, args.dtype),
+        overwrite=args.overwrite,
+    )
+    _say(f"{merged.num_states} states of whole models, written to {merged.path}")
 
 
 def _predict(args: argparse.Namespace) -> None:

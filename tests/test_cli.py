@@ -4,6 +4,8 @@ import sys
 
 import pytest
 import torch
+from conftest import make_resnet
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import know_hf.tasks
@@ -78,6 +80,23 @@ def test_displacement_is_relative_to_the_full_data_state(trajectory):
     assert summary.displacement["fc"] == pytest.approx(expected)
     assert summary.displacement["fc"][0] == 0 < summary.displacement["fc"][4]
     assert "copied" not in summary.displacement
+
+
+def test_merge_makes_whole_models_of_adapters(tmp_path, capsys):
+    base = make_resnet()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(target_modules=["1"], r=2))
+    trajectory = WeightTrajectory.create(tmp_path / "adapters")
+    for num_examples in (4, 2):
+        trajectory.record(model, num_examples=num_examples, steps=1)
+        torch.nn.init.constant_(model.base_model.model.classifier[1].lora_B["default"].weight, 0.1)
+    command = ["merge", str(tmp_path / "adapters"), "--base-model", str(tmp_path / "base")]
+    assert main([*command, "--output-dir", str(tmp_path / "merged")]) == 0
+    assert f"2 states of whole models, written to {tmp_path / 'merged'}" in capsys.readouterr().out
+    merged = WeightTrajectory(tmp_path / "merged")
+    assert not merged.is_adapter
+    assert torch.equal(merged.tensor("classifier.1.weight"), make_resnet().classifier[1].weight)
+    assert not torch.equal(merged.tensor("classifier.1.weight", 1), merged.tensor("classifier.1.weight"))
 
 
 def test_predict_dry_run_writes_nothing(recorded, tmp_path, capsys):

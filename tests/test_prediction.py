@@ -298,11 +298,20 @@ def test_quantised_weights_are_refused(trajectory_copy, known, tmp_path):
         ({"steps": 1.5}, "got 1.5"),
         ({"norm": "drop"}, "norm must be 'keep' or 'predict', got 'drop'"),
         ({"predictor": "shrink"}, "give either known or predictor"),
+        (
+            {"predictor_options": {"factor": 1}},
+            r"predictor_options=\{'factor': 1\} are for a predictor given by its name",
+        ),
+        ({"known": None, "predictor": "shrnk"}, "unknown predictor 'shrnk'"),
+        (
+            {"known": None, "predictor": "shrink", "predictor_options": {"fraction": 1}},
+            r"'shrink' takes \(factor.*unexpected keyword argument 'fraction'",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(trajectory, known, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "out", **arguments)
+        predict_overflowed_weights(trajectory, **{"known": known, "output_dir": tmp_path / "out", **arguments})
 
 
 def test_an_output_that_exists_is_kept_unless_told(trajectory, tmp_path):

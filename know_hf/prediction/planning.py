@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint import TensorSpec
 from ..modeling_known import KNOWNModel
-from ..predictors import KNOWNPredictor, Predictor, get_predictor
+from ..predictors import Predictor, get_predictor
 from ..roles import PREDICTED_ROLES
 from ..trajectory import TrajectoryError, WeightTrajectory
 
@@ -214,12 +214,16 @@ def _predictor(
         raise ValueError("give either known or predictor, not both: a predictor is used instead of KNOWN")
     if options and not isinstance(predictor, str):
         raise ValueError(f"predictor_options={dict(options)} are for a predictor given by its name, got {predictor!r}")
-    if predictor is not None and predictor != "known":
-        return get_predictor(predictor, **(options or {})) if isinstance(predictor, str) else predictor
-    model = known if isinstance(known, KNOWNModel) else KNOWNModel.from_pretrained(known or SHIPPED_KNOWN)
-    if device is not None:
-        model.to(device)
-    return KNOWNPredictor(model, kernel=kernel, **(options or {}))
+    if predictor is not None and not isinstance(predictor, str):
+        return predictor
+    fields = dict(options or {})
+    if predictor in (None, "known"):
+        model = known if isinstance(known, KNOWNModel) else KNOWNModel.from_pretrained(known or SHIPPED_KNOWN)
+        fields |= {"model": model if device is None else model.to(device), "kernel": kernel}
+    try:
+        return get_predictor(predictor or "known", **fields)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _refuse_quantised(trajectory: WeightTrajectory) -> None:
