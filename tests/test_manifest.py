@@ -416,7 +416,7 @@ def test_recordable_warns_of_what_it_leaves_out(tmp_path, monkeypatch):
 def test_the_vocabularies_of_transformers_can_be_recorded(tmp_path):
     names = {
         "tokenizer.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "merges.txt", "bpe.codes",
-        "source.spm", "prophetnet.tokenizer", "qwen.tiktoken", "tokenizer.model.v3", "chat_template.jinja", "README.md",
+        "source.spm", "prophetnet.tokenizer", "qwen.tiktoken", "tokenizer.model.v3", "chat_template.jinja",
     }  # fmt: skip
     for name in names:
         (tmp_path / name).touch()

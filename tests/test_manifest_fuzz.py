@@ -1,0 +1,234 @@
+"""Whatever the bytes of `trajectory.json` are: a valid trajectory or an error that says so, and nothing outside."""
+
+import copy
+import io
+import json
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_resnet
+
+from know_hf import ForgettingSchedule, WeightTrajectory
+from know_hf.checkpoint import file_sha256
+from know_hf.trajectory import TrajectoryError
+from know_hf.trajectory.manifest import Manifest
+
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import configuration, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+configuration.set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), "hypothesis"))  # not into the repository
+
+HOSTILE_PATHS = [
+    "../secret.json", "state-0/../../secret.json", "state-1/..", "..", ".", "", "/", "//", "./config.json",
+    "C:\\secret.json", "c:secret.json", "..\\secret.json", "state-0\\model.safetensors", "state-0/model.safetensors",
+    "state-1/model.safetensors", "state-0/pytorch_model.bin", "state-0/x.py", "config.json", "trajectory.json",
+    "state-0/config.json\x00.bin", "\ud800.json", "a" * 300 + ".json", "a/" * 2500 + "a.json", "nul.json", ".lock",
+]  # fmt: skip
+HOSTILE_VALUES = [
+    None, True, False, 0, -1, 1, 2, 3, 2**31, 2**63, 2**64, 10**400, -(10**400), 0.0, -0.0, 0.5, 1e308, float("inf"),
+    float("nan"), "", "0", "1.0", "1.9", "2.0", "fc", "é\u202e", "\x1b[2J", "\u2028", "x" * 10_000, [], {}, [[]], [{}],
+    {"": {}}, {"role": "fc", "reason": ""},
+]  # fmt: skip
+
+keys = st.sampled_from(["states", "files", "path", "size", "index", "role", "unchanged", "ratio"]) | st.text(
+    max_size=8
+)
+scalars = st.sampled_from(HOSTILE_VALUES + HOSTILE_PATHS) | st.integers() | st.floats() | st.text(max_size=20)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4), max_leaves=8
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two states of a tiny ResNet, with a secret beside the folder that paths lead to."""
+    home = tmp_path_factory.mktemp("fuzz")
+    trajectory = WeightTrajectory.create(home / "states", ForgettingSchedule())
+    model = make_resnet()
+    for state in range(2):
+        trajectory.record(model, num_examples=8 >> state, steps=1, seed=state, metrics={"eval_loss": 0.5})
+        with torch.no_grad():
+            model.classifier[1].weight += 1
+    (home / "secret.json").write_text("{}")
+    return trajectory.path
+
+
+@pytest.fixture(scope="module")
+def valid(folder):
+    return json.loads((folder / "trajectory.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def opened(folder):
+    """Every path that Python opens while the tests of this module run."""
+    paths = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (io, os):
+            original = module.open
+
+            def watch(path, *args, _original=original, **kwargs):
+                paths.append(path)
+                return _original(path, *args, **kwargs)
+
+            patch.setattr(module, "open", watch)
+        yield paths
+
+
+def open_bytes(folder, opened, data):
+    """Opens a trajectory of these bytes and returns what came of it: `"refused"`, `"read"` or `"whole"`."""
+    path = folder / "trajectory.json"
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+    files = tree(folder.parent)
+    opened.clear()
+    outcome = "refused"
+    try:
+        manifest = Manifest.read(folder)
+    except TrajectoryError as error:
+        assert str(error).startswith(str(path))
+        assert len(str(error)) < 1500 + len(str(path))
+    else:
+        outcome = "read"
+        assert tree(folder.parent) == files
+        manifest.write(folder)
+        assert Manifest.read(folder) == manifest
+        try:
+            trajectory = WeightTrajectory(folder)
+            trajectory.verify()
+            outcome = "whole"
+        except TrajectoryError:
+            pass
+    outside = [p for p in opened if isinstance(p, str | Path) and not Path(os.path.realpath(p)).is_relative_to(folder)]
+    assert not outside
+    assert {name for name in tree(folder.parent) if name != path} == {name for name in files if name != path}
+    return outcome
+
+
+def tree(home):
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in home.rglob("*") if path.is_file()}
+
+
+def check(max_examples):
+    return settings(max_examples=max_examples, derandomize=True, deadline=None, database=None)
+
+
+def test_the_watch_sees_what_is_opened(folder, opened, valid):
+    assert open_bytes(folder, opened, json.dumps(valid).encode()) == "whole"
+    names = {Path(path).name for path in opened if isinstance(path, str | Path)}
+    assert {"trajectory.json", "model.safetensors"} <= names
+
+
+def test_random_bytes(folder, opened):
+    @check(200)
+    @given(st.binary(max_size=200) | st.text(alphabet='[]{}",:\\u0123456789.eE-+ntrf al\n', max_size=60))
+    def run(data):
+        assert open_bytes(folder, opened, data if isinstance(data, bytes) else data.encode()) == "refused"
+
+    run()
+
+
+def test_random_json(folder, opened):
+    outcomes = Counter()
+
+    @check(80)
+    @given(values, st.dictionaries(keys, values, max_size=3))
+    def run(value, more):
+        outcomes[open_bytes(folder, opened, json.dumps(value).encode())] += 1
+        content = {"format_version": "1.0", "states": value, **more}
+        outcomes[open_bytes(folder, opened, json.dumps(content).encode())] += 1
+
+    run()
+    assert outcomes["refused"] > 80
+
+
+@st.composite
+def mutations(draw):
+    """A function that changes a valid manifest in one place that is drawn at random, level by level."""
+    turns = draw(st.lists(st.integers(0, 1000), min_size=1, max_size=5))
+    kind = draw(st.sampled_from(["replace", "replace", "replace", "delete", "twice", "add"]))
+    value = draw(values)
+
+    def change(content):
+        node, key = None, None
+        child = content
+        for turn in turns:
+            if not isinstance(child, dict | list) or not child:
+                break
+            node = child
+            key = turn % len(node) if isinstance(node, list) else list(node)[turn % len(node)]
+            child = node[key]
+        if node is None:
+            return
+        if kind == "replace":
+            node[key] = value
+        elif kind == "delete":
+            del node[key]
+        elif isinstance(node, list):
+            node.insert(turns[0] % (len(node) + 1), copy.deepcopy(child) if kind == "twice" else value)
+        else:
+            node[f"{key}+" if kind == "twice" else str(value)[:20]] = (
+                copy.deepcopy(child) if kind == "twice" else value
+            )
+
+    return change
+
+
+def test_a_valid_manifest_with_random_changes(folder, opened, valid):
+    outcomes = Counter()
+
+    @check(250)
+    @given(st.lists(mutations(), min_size=1, max_size=2))
+    def run(changes):
+        content = copy.deepcopy(valid)
+        for change in changes:
+            change(content)
+        outcomes[open_bytes(folder, opened, json.dumps(content).encode())] += 1
+
+    run()
+    assert min(outcomes["refused"], outcomes["read"] + outcomes["whole"], outcomes["whole"]) > 20, outcomes
+
+
+def test_a_valid_manifest_with_random_edits_of_its_text(folder, opened, valid):
+    text = json.dumps(valid).encode()
+    outcomes = Counter()
+
+    @check(200)
+    @given(
+        st.integers(0, len(text)),
+        st.integers(0, 6),
+        st.sampled_from(
+            [b"", b"{", b"[", b"]", b'"', b"\\", b"\xff", b"0", b"1e999", b"NaN", b"-", b"\x00", b'"a":1,']
+        )
+        | st.binary(max_size=4),
+    )
+    def run(place, length, inserted):
+        outcomes[open_bytes(folder, opened, text[:place] + inserted + text[place + length :])] += 1
+
+    run()
+    assert outcomes["refused"] > 100
+
+
+def test_every_key_that_stands_twice(folder, opened, valid):
+    text = json.dumps(valid)
+    for name in sorted({*valid, *valid["schedule"], *valid["states"][0], *valid["states"][0]["files"][0]}):
+        twice = text.replace(f'"{name}":', f'"{name}": null, "{name}":', 1)
+        with pytest.raises(TrajectoryError, match=f"the key '{name}' stands twice"):
+            (folder / "trajectory.json").write_text(twice)
+            Manifest.read(folder)
+
+
+def test_every_path_is_a_hostile_one(folder, opened, valid):
+    """With the size and hash of the file that it leads to, as an attacker who knows it would write."""
+    secret = folder.parent / "secret.json"
+    for path in HOSTILE_PATHS:
+        record = {"path": path, "size": secret.stat().st_size, "sha256": file_sha256(secret)}
+        for place in (valid, valid["states"][0], valid["states"][1]):
+            content = copy.deepcopy(valid)
+            target = content if place is valid else content["states"][place["index"]]
+            target["files"].append(record)
+            assert open_bytes(folder, opened, json.dumps(content).encode()) != "whole"
