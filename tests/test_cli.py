@@ -85,7 +85,7 @@ def test_displacement_is_relative_to_the_full_data_state(trajectory):
 def test_merge_makes_whole_models_of_adapters(tmp_path, capsys):
     base = make_resnet()
     base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(base, LoraConfig(target_modules=["1"], r=2))
+    model = get_peft_model(base, LoraConfig(target_modules=["classifier.1"], r=2))
     trajectory = WeightTrajectory.create(tmp_path / "adapters")
     for num_examples in (4, 2):
         trajectory.record(model, num_examples=num_examples, steps=1)
