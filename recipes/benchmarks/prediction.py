@@ -33,6 +33,7 @@ from contestants import (
 from trajectories import SIZES, prepare_prediction, prepare_trajectory
 
 PEERS = {"graph": "peer: Keras graph", "predict": "peer: `Model.predict`", "xla": "peer: with XLA"}
+STARTED = time.perf_counter()
 LONG = 60  # seconds of predictions of one size after which they are not repeated
 
 
@@ -173,7 +174,8 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return [
         f"{facts['device']}, {facts['threads']} threads, load average before {facts['load_average']:.1f}; {versions}.",
-        f"Matrix product: {peak['float32'] / 1e9:,.0f} GFLOP/s in float32, {peak['bfloat16'] / 1e9:,.0f} in bfloat16.",
+        f"Matrix product: {peak['float32'] / 1e9:,.0f} GFLOP/s in float32 (torch.mm {peak['torch.mm'] / 1e9:,.0f}),"
+        f" {peak['bfloat16'] / 1e9:,.0f} in bfloat16.",
         f"A parameter and step: {results['flops']['published']:,} FLOP as published, {results['flops']['folded']:,}"
         f" folded, and {results['exponentials']} exponentials.",
     ]
@@ -222,7 +224,7 @@ def stop_at_failure(contestant: Contestant) -> None:
 
 
 def tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(f"{time.perf_counter() - STARTED:4.0f} s  {message}", file=sys.stderr, flush=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
