@@ -8,6 +8,7 @@ scale-equivariant and its input is not normalised, both as published.
 import math
 import os
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -152,8 +153,8 @@ class KNOWNModel(KNOWNPreTrainedModel):
             `ValueError`: when a file is not HDF5, or a dataset in it is missing, not of floats, not finite or of
             another shape.
         """
-        from .conversion import read_keras_weights
-
+        # not an import statement: transformers would then load conversion.py, and h5py, with every trust_remote_code
+        read_keras_weights = import_module("know_hf.conversion").read_keras_weights
         model = cls(KNOWNConfig() if config is None else config)
         model.load_state_dict(read_keras_weights(folder, model))
         return model.eval()

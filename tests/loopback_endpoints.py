@@ -61,7 +61,7 @@ class Endpoints:
     def _check_write(self, namespace: str, as_member: bool = True) -> Account:
         if (account := self._account()) is None:
             raise HubError(401, "Invalid username or password.")
-        if account.role == "read":
+        if account.role == "read" or (account.role == "fineGrained" and not account.may_write(namespace)):
             raise HubError(403, "Forbidden: you must use a write token to upload to a repository.")
         if as_member and not account.can_write(namespace):
             raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
@@ -143,6 +143,12 @@ class Endpoints:
         found = [commit.tree[path].info(path) for path in paths if path in commit.tree]
         folders = {p for p in paths if any(name.startswith(f"{p}/") for name in commit.tree)}
         return found + [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in sorted(folders)]
+
+    def auth_check(self, body: bytes, kind: str, repo_id: str, write: str) -> Any:
+        self._repo(kind, repo_id)
+        if write:
+            self._check_write(repo_id.split("/")[0])
+        return {}
 
     def refs(self, body: bytes, kind: str, repo_id: str) -> Any:
         repo = self._repo(kind, repo_id)
@@ -327,6 +333,7 @@ _ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("GET", rf"{_API}(?:/revision/([^/]+))?", Endpoints.repo_info),
     ("GET", rf"{_API}/tree/([^/]+)(/.*)?", Endpoints.tree),
     ("POST", rf"{_API}/paths-info/([^/]+)", Endpoints.paths_info),
+    ("GET", rf"{_API}/auth-check(/write)?", Endpoints.auth_check),
     ("GET", rf"{_API}/refs", Endpoints.refs),
     ("POST", rf"{_API}/branch/([^/]+)", Endpoints.create_branch),
     ("POST", rf"{_API}/tag/([^/]+)", Endpoints.create_tag),

@@ -101,6 +101,10 @@ class Account:
     def can_write(self, namespace: str) -> bool:
         return namespace == self.name or self.orgs.get(namespace) in ("write", "admin")
 
+    def may_write(self, namespace: str) -> bool:
+        """Of a fine-grained token."""
+        return any(s["entity"]["name"] == namespace and "repo.write" in s["permissions"] for s in self.scopes)
+
     def whoami(self) -> dict[str, Any]:
         access = {"displayName": "test", "role": self.role, "createdAt": DATE}
         if self.role == "fineGrained":

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import CheckpointError, CheckpointReader, atomic_folder, file_sha256, fsync
+from ..checkpoint import ByteSource, CheckpointError, CheckpointReader, atomic_folder, file_sha256, fsync
 from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
 from .background import BackgroundWriter
@@ -81,6 +81,29 @@ class WeightTrajectory:
         trajectory._manifest = Manifest(states=(), schedule=schedule)
         trajectory._prepare()
         return trajectory
+
+    @classmethod
+    def from_hub(
+        cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None
+    ) -> WeightTrajectory:
+        """Opens a trajectory on the Hub without downloading its weights.
+
+        Tensors, or pieces of them, are read as ranges of bytes when they are asked for; what [`load_model`] and
+        `model_files` need is downloaded to the Hub cache. All is of one commit, the last one now. Whoever reads most
+        of a trajectory is faster with `know_hf.hub.pull`.
+
+        Args:
+            repo_id (`str`): Id of the model repo.
+            revision (`str`, *optional*): Branch, tag or commit; by default `main`.
+            token (`str` or `bool`, *optional*): Of an account that may read it; by default the one logged in.
+
+        Raises:
+            `TrajectoryError`: when the repo holds no trajectory, half of one, or another file than was recorded.
+            `HubError`: when it can't be read; says what to do.
+        """
+        from .remote import RemoteTrajectory
+
+        return RemoteTrajectory(repo_id, revision, token)
 
     def _prepare(self) -> None:
         self._writer = BackgroundWriter()
@@ -418,7 +441,7 @@ class WeightTrajectory:
             raise TrajectoryError(f"{self.path} has no finished state yet; record one first")
         readers: list[CheckpointReader] = []
         for state in self.states:
-            files = [self.path / record.path for record in state.files if record.path.endswith(".safetensors")]
+            files = [self._source(record) for record in state.files if record.path.endswith(".safetensors")]
             elsewhere = {name: readers[origin] for name, origin in state.unchanged.items()}
             try:
                 readers.append(CheckpointReader(files, elsewhere))
@@ -426,6 +449,9 @@ class WeightTrajectory:
                 raise TrajectoryError(f"state {state.index} of {self.path}: {error}") from error
             check_same_tensors(self.path, state.index, readers[-1], readers[0])
         return readers
+
+    def _source(self, record: FileRecord) -> Path | ByteSource:
+        return self.path / record.path
 
     def _check_files(self, hashes: bool, part: int = 0, parts: int = 1) -> None:
         records = {r.path: (r, "the model's files") for r in self._manifest.files}

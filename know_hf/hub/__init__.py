@@ -1,0 +1,20 @@
+"""The Hub: enhanced checkpoints, trajectories and KNOWN weights are pushed whole and pulled whole, or not at all."""
+
+from ..hub_client import DamagedError, HubError
+from .checking import check_push
+from .known import push_known
+from .pulling import pull, pull_checkpoint, pull_trajectory
+from .pushing import push, push_checkpoint, push_trajectory
+
+__all__ = [
+    "DamagedError",
+    "HubError",
+    "check_push",
+    "pull",
+    "pull_checkpoint",
+    "pull_trajectory",
+    "push",
+    "push_checkpoint",
+    "push_known",
+    "push_trajectory",
+]

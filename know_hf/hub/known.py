@@ -1,0 +1,97 @@
+"""Pushing KNOWN weights, with the code that loads them where know_hf is not installed."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from .. import configuration_known, modeling_known
+from ..cards import known_card
+from ..checkpoint import write_json
+from ..configuration_known import KNOWNConfig
+from ..hub_client import Token
+from ..modeling_known import KNOWNModel
+from .contents import checkpoint_files, is_weights
+from .pushing import push_checkpoint
+
+_CARD, _RESULTS = "README.md", "results.json"
+_AUTO_MAP = {"AutoConfig": "configuration_known.KNOWNConfig", "AutoModel": "modeling_known.KNOWNModel"}
+
+
+def push_known(
+    model: KNOWNModel | str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: Token = None,
+) -> str:
+    """Pushes KNOWN weights with their card in one commit.
+
+    They are loaded with `KNOWNModel.from_pretrained(repo_id)`; with `AutoModel.from_pretrained(repo_id)` once
+    `know_hf.KNOWNModel` has been imported; and where know_hf is not installed with
+    `AutoModel.from_pretrained(repo_id, trust_remote_code=True)`, for which the two modules are pushed with them.
+
+    Args:
+        model ([`KNOWNModel`], `str` or `Path`): The weights, or their folder. The folder's `README.md` is the card;
+            where there is none it is made from the config and `results.json`.
+        repo_id, private, revision, create_pr, commit_message, token: See [`push_checkpoint`].
+
+    Returns:
+        `str`: address of the commit, or of the pull request.
+
+    Raises:
+        `ValueError`: when the folder holds no KNOWN weights; or see [`push_checkpoint`].
+        `HubError`: when it can't be pushed; says what to do.
+    """
+    with tempfile.TemporaryDirectory(prefix="know_hf-") as made:
+        folder = Path(made)
+        if isinstance(model, KNOWNModel):
+            model.save_pretrained(folder)
+        else:
+            _copy(Path(model), folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write_json(folder / "config.json", {**config, "auto_map": _AUTO_MAP})
+        for module in (configuration_known, modeling_known):
+            shutil.copy2(str(module.__file__), folder)
+        if not (folder / _CARD).exists():
+            _write_card(folder, repo_id)
+        return push_checkpoint(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Add KNOWN weights",
+            token=token,
+        )
+
+
+def is_known(folder: Path) -> bool:
+    """Whether a folder's `config.json` is one of KNOWN."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return False
+    content = json.loads(config.read_text(encoding="utf-8"))
+    return isinstance(content, dict) and content.get("model_type") == KNOWNConfig.model_type
+
+
+def _copy(source: Path, folder: Path) -> None:
+    if not is_known(source):
+        raise ValueError(f"{source} holds no KNOWN weights; push a checkpoint with push_checkpoint")
+    for name, path in checkpoint_files(source).items():
+        if is_weights(name) or name in ("config.json", _RESULTS, _CARD) or name.endswith((".png", ".svg")):
+            shutil.copy2(path, folder)
+
+
+def _write_card(folder: Path, repo_id: str) -> None:
+    results = folder / _RESULTS
+    card = known_card(
+        KNOWNConfig.from_pretrained(folder),
+        json.loads(results.read_text(encoding="utf-8")) if results.exists() else None,
+        title=repo_id.split("/")[-1],
+        path=repo_id,
+    )
+    (folder / _CARD).write_text(str(card), encoding="utf-8")
