@@ -36,6 +36,9 @@ DTYPES = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
+# Bits of an element, also of the dtypes that torch has not or packs several of into one.
+_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
+_BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 _RANKS = {dtype: (rank, name) for rank, (name, dtype) in enumerate(DTYPES.items())}
 
 
@@ -132,12 +135,16 @@ def _parse(source: ByteSource) -> dict[str, TensorEntry]:
     text = _bytes(source, 8, length)
     if not text.startswith(b"{"):
         raise ValueError("its header is no JSON object")
-    content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    content = json.loads(
+        text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_natural
+    )
     metadata = content.pop("__metadata__", None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
         raise ValueError("its __metadata__ is not a mapping of strings")
+    for string in (*content, *(metadata or {}).keys(), *(metadata or {}).values()):
+        string.encode()  # refuses halves of surrogate pairs, which escapes may stand for
     base = 8 + length
     entries = {name: _entry(name, entry, base) for name, entry in content.items()}
     end = base
@@ -159,12 +166,15 @@ def _entry(name: str, entry: Any, base: int) -> TensorEntry:
     start, stop = offsets
     if start > stop:
         raise ValueError(f"tensor {name!r} ends at byte {stop}, before its start {start}")
-    if dtype in DTYPES:
-        needed = DTYPES[dtype].itemsize
-        for size in shape:
-            needed *= size
-        if needed != stop - start:
-            raise ValueError(f"tensor {name!r} of shape {shape!r:.50} and dtype {dtype} has {stop - start} bytes")
+    if dtype not in _BITS:
+        raise ValueError(f"tensor {name!r} has dtype {dtype!r:.50}, which safetensors does not have")
+    count = 1
+    for size in shape:
+        count *= size
+        if count >= 2**64:  # refused even where a 0 follows; and a long shape takes no quadratic time
+            break
+    if count * _BITS[dtype] != 8 * (stop - start):
+        raise ValueError(f"tensor {name!r} of shape {shape!r:.50} and dtype {dtype} has {stop - start} bytes")
     return TensorEntry(dtype, torch.Size(shape), base + start, base + stop)
 
 
@@ -177,6 +187,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         raise ValueError("a name stands twice in its header")
     return content
+
+
+def _natural(digits: str) -> int:
+    if digits.startswith("-"):
+        raise ValueError(f"its header holds {digits:.50}, a negative number")
+    return int(digits)
 
 
 def _no_constant(name: str) -> Any:
