@@ -465,6 +465,19 @@ def test_what_know_hf_record_was_told_is_in_the_card(trajectory_copy, prediction
     assert checkpoint_card(WeightTrajectory(trajectory_copy), prediction, shipped, 2).data.datasets is None
 
 
+def test_what_a_card_does_not_know_is_refused(trajectory):
+    with pytest.raises(ValueError, match="unknown key 'dataset'; did you mean 'datasets'"):
+        trajectory_card(trajectory, dataset={"ylecun/mnist": None})
+    with pytest.raises(ValueError, match="me/x/y"):
+        trajectory_card(trajectory, repo_id="me/x/y")
+
+
+def test_a_stream_has_no_number_of_examples(trajectory, prediction, shipped):
+    card = CheckpointCard.of(trajectory, prediction, shipped, 1)
+    card.states[0] |= {"num_examples": None, "size": "the whole stream"}
+    assert "| Θ0 | the whole stream | 32 |" in str(card.render())
+
+
 def test_a_state_that_was_taken_as_it_was_has_no_training_to_count(trajectory, prediction, shipped):
     card = CheckpointCard.of(trajectory, prediction, shipped, 1)
     card.states[0]["steps"] = 0
@@ -514,7 +527,9 @@ def test_no_name_breaks_a_card(trajectory, prediction, shipped, name):
             state["metrics"] = {name: 1.0}
         opened = TrajectoryCard.of(trajectory, **about)
         opened.schedule["key_column"] = name
-        known = known_card(KNOWNConfig(), title=name, path=name, description=name, limits=[name], commands=name)
+        known = known_card(
+            KNOWNConfig(), title=name, path=f"{name}/./", description=name, limits=[name], commands=name
+        )
         return str(card.render()), str(opened.render()), str(known)
 
     for hostile, harmless in zip(render(name), render("x"), strict=True):

@@ -215,7 +215,7 @@ def checkpoint_card(
         `ModelCard`: `str(card)` is the README.md, `card.data` its front matter.
 
     Raises:
-        `ValueError`: for a comparison or a gate that lacks what the card needs.
+        `ValueError`: for a comparison or a gate that lacks what the card needs, or an id that the Hub does not take.
     """
     card = CheckpointCard.of(
         trajectory,

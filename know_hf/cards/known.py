@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_known import KNOWN_ROLES, KNOWNConfig
+from .provenance import source
 from .rendering import Card, Table
 
 
@@ -38,6 +39,10 @@ class KNOWNCard(Card):
     description: str | None = None
     commands: str | None = None
     limits: list[str] = field(default_factory=list)
+
+    @property
+    def is_on_hub(self) -> bool:
+        return source(self.path)["on_hub"]
 
     @property
     def roles(self) -> list[str]:
@@ -88,7 +93,7 @@ class KNOWNCard(Card):
         return f"{sentence}, and {against_best} the best predictor without learning ({best}, {rivals[best]:+.4f})."
 
     def data(self) -> ModelCardData:
-        return ModelCardData(library_name="know_hf", tags=["know_hf", "weight-prediction", *self.tags], **self.license)
+        return ModelCardData(library_name="know_hf", tags=["know_hf", "weight-prediction"], **self.license)
 
 
 def known_card(

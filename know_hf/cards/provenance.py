@@ -12,7 +12,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import logging
 
 from ..schedule import ForgettingSchedule
-from ..task_arguments import RecordArguments
+from ..task_arguments import RecordArguments, check_keys
 from .rendering import Card, Table, clean, code, python_call
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger: python_logging.Logger = logging.get_logger(__name__)
 
-_RECORD_NAME = "record.json"
+_RECORD_NAME, _TRAJECTORY_NAME = "record.json", "trajectory"
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 # Class that loads an architecture, transformers' table that says so, task on the Hub; the first that has it counts.
@@ -94,8 +94,7 @@ class RecordedCard(Card):
         base_model ([`Source`], *optional*): What the training started from.
         datasets (`list[Source]`): The source data.
         schedule (`dict`, *optional*): Fields of the [`ForgettingSchedule`].
-        states (`list[dict]`): Full data first: `index`, `num_examples`, `size` in words, `steps`,
-            `metrics`, `bytes`.
+        states (`list[dict]`): Full data first: `index`, `num_examples`, `size` in words, `steps`, `metrics`, `bytes`.
         architecture (`str`, *optional*): Class of the model.
         load_with (`str`, *optional*): Class of transformers that loads it, of an adapter the class of its base.
         pipeline_tag (`str`, *optional*): Its task on the Hub.
@@ -144,7 +143,9 @@ class RecordedCard(Card):
 
     @property
     def losses(self) -> tuple[float, float] | None:
-        """Evaluation loss of the first and of the last state."""
+        """Evaluation loss of the first and of the last state, where there is more than one and both are known."""
+        if len(self.states) < 2:
+            return None
         first, last = (state["metrics"].get("eval_loss") for state in (self.states[0], self.states[-1]))
         return None if first is None or last is None else (first, last)
 
@@ -166,7 +167,7 @@ class RecordedCard(Card):
             base_model=base_model,
             datasets=[source["name"] for source in self.datasets if source["on_hub"]] or None,
             library_name=library_name,
-            tags=["know_hf", *tags, *([clean(self.adapter_type).lower()] if is_adapter else []), *self.tags],
+            tags=["know_hf", *tags, *([clean(self.adapter_type).lower()] if is_adapter else [])],
             **self.license,
             **more,
         )
@@ -179,11 +180,17 @@ def recorded_fields(trajectory: "WeightTrajectory", about: About, kind: str) -> 
         trajectory ([`WeightTrajectory`]): With at least one state.
         about ([`About`]): What it can't say.
         kind (`str`): What the card is of, for its title.
+
+    Raises:
+        `ValueError`: for a key that [`About`] does not have, or an id that the Hub does not take.
     """
     from ..trajectory.manifest import Manifest
 
+    check_keys(about, tuple(About.__annotations__), "the card")
+    for repo_id in (about.get("repo_id"), about.get("trajectory_id")):
+        validate_repo_id(repo_id)
     adapter = _read_json(trajectory.path / "adapter_config.json")
-    arguments = _record_arguments(trajectory.path.parent / _RECORD_NAME)
+    arguments = _record_arguments(trajectory.path.resolve())
     base_model = about.get("base_model") or trajectory.base_model or adapter.get("base_model_name_or_path")
     revision = about.get("base_revision") or trajectory.base_revision or adapter.get("revision")
     datasets = about.get("datasets")
@@ -249,8 +256,10 @@ def _other_than_default(instance: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != defaults[name]}
 
 
-def _record_arguments(path: Path) -> RecordArguments | None:
-    content = _read_json(path)
+def _record_arguments(trajectory: Path) -> RecordArguments | None:
+    """What stands beside a trajectory in the folder of `know-hf record`."""
+    path = trajectory.with_name(_RECORD_NAME)
+    content = _read_json(path) if trajectory.name == _TRAJECTORY_NAME else {}
     try:
         return RecordArguments.from_dict(content, str(path)) if content else None
     except ValueError as error:

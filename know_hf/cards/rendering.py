@@ -37,7 +37,6 @@ class Card(ABC):
         title (`str`): Heading of the card.
         repo_id (`str`, *optional*): Where the files are or will be on the Hub; without it, examples name a folder.
         license (`dict[str, str]`, *optional*): `license`, and `license_name` and `license_link` where it is `other`.
-        tags (`list[str]`, *optional*): Tags beside those that follow from the kind of the card.
     """
 
     template: ClassVar[str]
@@ -45,7 +44,6 @@ class Card(ABC):
     title: str
     repo_id: str | None = None
     license: dict[str, Any] = field(default_factory=dict)
-    tags: list[str] = field(default_factory=list)
 
     @abstractmethod
     def data(self) -> ModelCardData:

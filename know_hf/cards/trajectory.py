@@ -96,5 +96,6 @@ def trajectory_card(
 
     Raises:
         `TrajectoryError`: when the trajectory has no state.
+        `ValueError`: for an id that the Hub does not take.
     """
     return TrajectoryCard.of(trajectory, summary, **about).render()
