@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -95,6 +96,7 @@ def open_bytes(folder, opened, data):
     else:
         outcome = "read"
         assert tree(folder.parent) == files
+        assert all(math.isfinite(value) for state in manifest.states for value in state.metrics.values())
         manifest.write(folder)
         assert Manifest.read(folder) == manifest
         try:
