@@ -5,6 +5,7 @@
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
 
 from .checkpoint import check_free_disk
 from .distributed import check_gathering, gather_state_dict, is_sharded, on_main_process, reshard
@@ -22,6 +24,8 @@ from .inspection import displacement
 from .schedule import ForgettingSchedule
 from .subsets import Subset, divide
 from .trajectory import StateRecord, WeightTrajectory, state_nbytes
+
+logger = logging.get_logger(__name__)
 
 
 class WeightTransitionCallback(TrainerCallback):
@@ -335,6 +339,8 @@ class _Progress:
         timing = ("_runtime", "_per_second", "_preparation_time")
         found: Mapping[str, Any] = self._trainer.evaluate()
         metrics = {k: float(v) for k, v in found.items() if k.startswith("eval_") and not k.endswith(timing)}
+        for name in [name for name, value in metrics.items() if not math.isfinite(value)]:
+            logger.warning(f"{name} of state {index} is {metrics.pop(name)}, no finite number, and is not recorded")
         self._metrics[index] = metrics
         on_main_process(self._trainer.accelerator, lambda: self._trajectory.update_metrics(index, metrics))
         self._log()

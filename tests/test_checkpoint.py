@@ -194,3 +194,26 @@ def test_json_that_can_not_be_written_keeps_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_json_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "elsewhere").write_text("precious")
+    (tmp_path / ".x.json.partial").symlink_to(tmp_path / "elsewhere")
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert (tmp_path / "elsewhere").read_text() == "precious"
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"weight_map": {"a": "../b.safetensors"}}', r"names '\.\./b\.safetensors', which is not in its folder"),
+        ('{"weight_map": ["a"]}', "is no index of shards"),
+        ('{"a": 1, "a": 2}', "the key 'a' stands twice"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path, content, message):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointReader.from_folder(tmp_path)

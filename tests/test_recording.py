@@ -356,3 +356,10 @@ def test_a_dataset_of_strings_can_be_stratified(tmp_path):
     schedule = ForgettingSchedule(num_states=2, stratify_by="kind")
     assert induce_forgetting(trainer, schedule, tmp_path / "trajectory").num_states == 2
     shutil.rmtree(tmp_path / "trajectory")
+
+
+def test_a_metric_that_is_not_finite_is_left_out(tmp_path, monkeypatch, caplog):
+    trainer = make_trainer(tmp_path / "out", num_train_epochs=1)
+    monkeypatch.setattr(trainer, "evaluate", lambda: {"eval_loss": float("nan"), "eval_accuracy": 0.5})
+    trajectory = induce_forgetting(trainer, ForgettingSchedule(num_states=2), tmp_path / "t")
+    assert [state.metrics for state in trajectory.states] == [{"eval_accuracy": 0.5}] * 2

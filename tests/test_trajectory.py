@@ -380,3 +380,22 @@ def test_an_unknown_architecture_asks_for_its_class(record_states):
     with pytest.raises(TrajectoryError, match=r"no class 'MyResNet'.*pass model_class="):
         trajectory.load_model()
     assert isinstance(trajectory.load_model(model_class=MyResNet), MyResNet)
+
+
+def test_a_tensor_without_a_role_is_named(trajectory_copy):
+    edit_manifest(trajectory_copy, lambda content: content["roles"].pop("classifier.1.bias"))
+    with pytest.raises(TrajectoryError, match=r"names no role for tensor 'classifier\.1\.bias'"):
+        _ = WeightTrajectory(trajectory_copy).names
+
+
+def test_the_revision_of_the_base_is_that_of_the_only_snapshot_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("know_hf.trajectory.weight_trajectory.HF_HUB_CACHE", str(tmp_path / "cache"))
+    model = make_resnet()
+    model.config._name_or_path = "someone/base"
+    revisions = []
+    for commit in ("a" * 40, "b" * 40):
+        (tmp_path / "cache/models--someone--base/snapshots" / commit).mkdir(parents=True)
+        trajectory = WeightTrajectory.create(tmp_path / commit)
+        trajectory.record(model, num_examples=1, steps=1)
+        revisions.append(trajectory.base_revision)
+    assert revisions == ["a" * 40, None]

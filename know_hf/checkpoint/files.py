@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,30 @@ def check_free_disk(path: Path, needed: int) -> None:
         )
 
 
+def parse_json(data: bytes, parse_int: Callable[[str], Any] = int) -> Any:
+    """The content of JSON that a stranger may have written.
+
+    Args:
+        data (`bytes`): All of it.
+        parse_int (`Callable[[str], Any]`, *optional*): What makes a number of digits.
+
+    Raises:
+        `ValueError`: when it is not UTF-8, not JSON, nested too deeply, has a key twice, or holds NaN or Infinity,
+            which are no JSON.
+    """
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=parse_int
+        )
+    except (RecursionError, MemoryError) as error:
+        raise ValueError("it is nested too deeply, or does not fit into memory") from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Replaces `path` by `content` as JSON in one step: a crash leaves the old file or the new one, never half."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as handle:
+    partial.unlink(missing_ok=True)  # a link that a stranger put there would lead elsewhere
+    with partial.open("x", encoding="utf-8") as handle:
         json.dump(content, handle, indent=2, allow_nan=False, ensure_ascii=False)
         handle.write("\n")
         handle.flush()
@@ -84,6 +105,19 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = sorted(name for name, _ in pairs)
+        twice = next(name for name, following in pairwise(names) if name == following)
+        raise ValueError(f"the key {twice!r:.60} stands twice in one object")
+    return content
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _remove(folder: Path) -> None:

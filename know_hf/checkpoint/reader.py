@@ -1,11 +1,11 @@
 """Reading: one tensor, or a piece of one, from the files of a checkpoint."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from .files import parse_json
 from .header import DTYPES, CheckpointError, TensorEntry, read_header
 from .sources import ByteSource, LocalFile
 
@@ -49,8 +49,13 @@ class CheckpointReader:
         index = folder / INDEX_NAME
         if not index.exists():
             return cls([folder / WEIGHTS_NAME])
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return cls([folder / name for name in sorted(set(weight_map.values()))])
+        try:
+            files = {str(name) for name in parse_json(index.read_bytes())["weight_map"].values()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is no index of shards ({error!r}); restore it from a copy") from error
+        if any(Path(name).name != name for name in files):
+            raise CheckpointError(f"{index} names {min(files)!r}, which is not in its folder; restore it from a copy")
+        return cls([folder / name for name in sorted(files)])
 
     def __contains__(self, name: str) -> bool:
         return name in self._places

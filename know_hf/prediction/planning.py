@@ -1,6 +1,5 @@
 """What a prediction will do, from the files' headers alone: which tensors, how they are cut, memory, disk and time."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..checkpoint import TensorSpec
+from ..checkpoint import TensorSpec, parse_json
 from ..modeling_known import KNOWNModel
 from ..predictors import Predictor, get_predictor
 from ..roles import PREDICTED_ROLES
@@ -228,7 +227,10 @@ def _predictor(
 
 def _refuse_quantised(trajectory: WeightTrajectory) -> None:
     config = trajectory.path / "config.json"
-    if config.exists() and json.loads(config.read_text()).get("quantization_config"):
+    content = parse_json(config.read_bytes()) if config.exists() else {}
+    if not isinstance(content, dict):
+        raise TrajectoryError(f"{config} is no JSON object; restore it from a copy")
+    if content.get("quantization_config"):
         raise TrajectoryError(
             f"{config} says that the weights are quantised; their scalars are no weights that can be extrapolated."
             " Record the model dequantised (model.dequantize())"

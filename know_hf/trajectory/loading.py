@@ -46,7 +46,7 @@ def load_pretrained(
             raise TrajectoryError(
                 f"transformers has no class {architecture!r}, the architecture of {config}; pass model_class="
             )
-    return model_class.from_pretrained(folder)
+    return model_class.from_pretrained(folder, use_safetensors=True)
 
 
 def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[str], torch.Tensor]]) -> None:
@@ -59,7 +59,7 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
     """
     if isinstance(model, PreTrainedModel):
         # from_pretrained knows the way from the names on disk to those in memory
-        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+        model.load_state_dict(type(model).from_pretrained(folder, use_safetensors=True).state_dict())
         return
     state_dict = {name: read(name) for name, read in tensors.items()}
     if is_adapter(model):

@@ -4,17 +4,17 @@ Nothing is converted, so that what was read is written again byte for byte, and 
 dataclass doesn't have are passed over, so that a newer minor version can add some.
 """
 
-import json
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from reprlib import Repr
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ..checkpoint import parse_json
 
 T = TypeVar("T")
 
@@ -60,11 +60,9 @@ def read_json(path: Path, max_bytes: int) -> Any:
     if len(data) > max_bytes:
         raise SchemaError(f"it has more than {max_bytes / 1e6:.0f} MB")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return parse_json(data)
     except ValueError as error:
         raise SchemaError(f"it is not JSON ({error})") from error
-    except (RecursionError, MemoryError) as error:
-        raise SchemaError("it is nested too deeply, or does not fit into memory") from error
 
 
 def build(kind: type[T], value: Any) -> T:
@@ -167,16 +165,3 @@ def _place(where: tuple[Any, ...]) -> str:
         else:
             text += f"[{part}]" if isinstance(part, int) else f".{part}"
     return text.removeprefix(".")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = sorted(name for name, _ in pairs)
-        twice = next(name for name, following in pairwise(names) if name == following)
-        raise ValueError(f"the key {shorten(twice)} stands twice in one object")
-    return content
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -402,8 +404,8 @@ class WeightTrajectory:
                 manifest,
                 roles=roles,
                 tied_weights=tied,
-                base_model=getattr(config, "_name_or_path", None) or None,
-                base_revision=getattr(config, "_commit_hash", None),
+                base_model=(base_model := getattr(config, "_name_or_path", None) or None),
+                base_revision=getattr(config, "_commit_hash", None) or _cached_revision(base_model),
                 files=self._write_model_files(folder, processing_class),
                 library_versions=_library_versions(),
             )
@@ -448,6 +450,10 @@ class WeightTrajectory:
             except (CheckpointError, KeyError) as error:
                 raise TrajectoryError(f"state {state.index} of {self.path}: {error}") from error
             check_same_tensors(self.path, state.index, readers[-1], readers[0])
+        if (unknown := sorted(set(readers[0].names) - set(self.roles))):
+            raise TrajectoryError(
+                f"{MANIFEST_NAME} of {self.path} names no role for tensor {unknown[0]!r}; restore it from a copy"
+            )
         return readers
 
     def _source(self, record: FileRecord) -> Path | ByteSource:
@@ -480,6 +486,15 @@ class WeightTrajectory:
 
 def _state_folder(index: int) -> str:
     return f"state-{index}"
+
+
+def _cached_revision(repo_id: str | None) -> str | None:
+    """Commit of a Hub id in the Hub cache; `None` where several are there, as a config doesn't say which it is of."""
+    if not repo_id or Path(repo_id).exists():
+        return None
+    snapshots = Path(HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
+    commits = [path.name for path in snapshots.iterdir()] if snapshots.is_dir() else []
+    return commits[0] if len(commits) == 1 else None
 
 
 def _library_versions() -> dict[str, str]:
