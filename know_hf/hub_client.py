@@ -230,7 +230,14 @@ def _cause(error: BaseException) -> BaseException:
 
 def _passes(error: BaseException) -> bool:
     status = _status(error)
-    return status in _PASSING if status else isinstance(error, _HTTPError | DamagedError | json.JSONDecodeError)
+    if status:
+        return status in _PASSING
+    return isinstance(error, _HTTPError | DamagedError | json.JSONDecodeError) or _is_told_by_client(error)
+
+
+def _is_told_by_client(error: BaseException) -> bool:
+    """Whether it is an error of huggingface_hub's own, such as of a file that arrived with another size."""
+    return type(error) is OSError and error.errno is None
 
 
 def _status(error: BaseException) -> int | None:
@@ -254,6 +261,8 @@ def _mend(error: BaseException) -> str | None:
     ):
         if isinstance(error, kind):
             return text
+    if _is_told_by_client(error):
+        return f"{str(error).splitlines()[0]}; run it again"
     status = _status(error)
     if status is None:
         is_network = isinstance(error, (_HTTPError, ConnectionError, TimeoutError))

@@ -2,6 +2,7 @@
 
 from ..hub_client import DamagedError, HubError
 from .checking import check_push
+from .contents import architecture_of
 from .known import push_known
 from .pulling import pull, pull_checkpoint, pull_trajectory
 from .pushing import push, push_checkpoint, push_trajectory
@@ -9,6 +10,7 @@ from .pushing import push, push_checkpoint, push_trajectory
 __all__ = [
     "DamagedError",
     "HubError",
+    "architecture_of",
     "check_push",
     "pull",
     "pull_checkpoint",

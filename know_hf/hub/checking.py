@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ..hub_client import HubError, RemoteRepo, Token, check_names, retried
 from .contents import Kind, architecture_of, kind_of
@@ -81,7 +81,8 @@ def check_target(target: PushTarget, token: Token) -> tuple[str, RemoteRepo | No
     check_names(target.repo_id, token)
     _check_revision(target)
     account = retried(lambda: HfApi(token=token).whoami(), f"nothing can be pushed to {target.repo_id}")
-    if (access := account.get("auth", {}).get("accessToken", {})).get("role") == "read":
+    access = _access(account)
+    if access.get("role") == "read":
         raise HubError(
             f"the token {access.get('displayName')!r} of {account['name']} can only read; make one that can write at"
             " https://huggingface.co/settings/tokens"
@@ -155,24 +156,30 @@ def _open_revision(repo: RemoteRepo, revision: str, token: Token) -> RemoteRepo:
 
 def _check_write(account: dict[str, Any], repo_id: str, token: Token) -> None:
     """Raises a `HubError` when an account may not write to a repo that is there."""
-    if "write" not in inspect.signature(HfApi.auth_check).parameters:  # huggingface_hub 1
-        _check_namespace(account, repo_id)
-        return
-    try:
-        retried(lambda: HfApi(token=token).auth_check(repo_id, write=True), f"the rights to {repo_id} can't be read")
-    except HubError as error:
-        cause = error.__cause__
-        refused = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
-        if not (refused or isinstance(cause, RepositoryNotFoundError)):
-            raise
-        raise HubError(_may_not_write(account, repo_id)) from error
+    if "write" in inspect.signature(HfApi.auth_check).parameters:  # not in huggingface_hub 1
+        api = HfApi(token=token)
+        try:
+            retried(lambda: api.auth_check(repo_id, write=True), f"the rights to {repo_id} can't be read")
+            return
+        except HubError as error:
+            status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+            if status in (401, 403) or isinstance(error.__cause__, RepositoryNotFoundError):
+                raise HubError(_may_not_write(account, repo_id)) from error
+            if status != 404:  # which is said by a Hub that does not have the question
+                raise
+    _check_namespace(account, repo_id)
+
+
+def _access(account: dict[str, Any]) -> dict[str, Any]:
+    """What the token itself may do, where the Hub tells."""
+    return account.get("auth", {}).get("accessToken") or {}
 
 
 def _check_namespace(account: dict[str, Any], repo_id: str) -> None:
     """Raises a `HubError` when an account may not make a repo in its namespace."""
     namespace = repo_id.split("/")[0]
     roles = {org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])} | {account["name"]: "admin"}
-    access = account.get("auth", {}).get("accessToken", {})
+    access = _access(account)
     scopes = access.get("fineGrained", {}).get("scoped") if access.get("role") == "fineGrained" else None
     allowed = scopes is None or any(
         scope.get("entity", {}).get("name") in (namespace, repo_id) and "repo.write" in scope.get("permissions", [])

@@ -11,6 +11,7 @@ from ..trajectory.schema import SchemaError, read_json
 
 Kind = Literal["checkpoint", "adapter", "trajectory"]
 
+CARD = "README.md"
 MAX_CONFIG_BYTES = 10_000_000
 
 # What save_pretrained and the cards write. All else in a folder was not meant for others: caches, optimizers, pickles.
@@ -29,7 +30,7 @@ def kind_of(names: Collection[str]) -> Kind | None:
         return "trajectory"
     if "adapter_config.json" in names or "adapter_model.safetensors" in names:
         return "adapter"
-    if any(name == "config.json" or name.startswith(("model", "pytorch_model")) for name in names):
+    if any(name == "config.json" or is_weights(name) or name.startswith("pytorch_model") for name in names):
         return "checkpoint"
     return None
 

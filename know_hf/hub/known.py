@@ -11,10 +11,10 @@ from ..checkpoint import write_json
 from ..configuration_known import KNOWNConfig
 from ..hub_client import Token
 from ..modeling_known import KNOWNModel
-from .contents import checkpoint_files, is_weights
+from .contents import CARD, checkpoint_files, is_weights
 from .pushing import push_checkpoint
 
-_CARD, _RESULTS = "README.md", "results.json"
+_RESULTS = "results.json"
 _AUTO_MAP = {"AutoConfig": "configuration_known.KNOWNConfig", "AutoModel": "modeling_known.KNOWNModel"}
 
 
@@ -56,7 +56,7 @@ def push_known(
         write_json(folder / "config.json", {**config, "auto_map": _AUTO_MAP})
         for module in (configuration_known, modeling_known):
             shutil.copy2(str(module.__file__), folder)
-        if not (folder / _CARD).exists():
+        if not (folder / CARD).exists():
             _write_card(folder, repo_id)
         return push_checkpoint(
             folder,
@@ -82,7 +82,7 @@ def _copy(source: Path, folder: Path) -> None:
     if not is_known(source):
         raise ValueError(f"{source} holds no KNOWN weights; push a checkpoint with push_checkpoint")
     for name, path in checkpoint_files(source).items():
-        if is_weights(name) or name in ("config.json", _RESULTS, _CARD) or name.endswith((".png", ".svg")):
+        if is_weights(name) or name in ("config.json", _RESULTS, CARD) or name.endswith((".png", ".svg")):
             shutil.copy2(path, folder)
 
 
@@ -94,4 +94,4 @@ def _write_card(folder: Path, repo_id: str) -> None:
         title=repo_id.split("/")[-1],
         path=repo_id,
     )
-    (folder / _CARD).write_text(str(card), encoding="utf-8")
+    (folder / CARD).write_text(str(card), encoding="utf-8")

@@ -1,17 +1,19 @@
 """Pushing: a checkpoint in one commit; a trajectory state by state, and what makes it one last."""
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
+from ..cards import trajectory_card
 from ..hub_client import HubError, RemoteRepo, Token, retried
 from ..trajectory import TrajectoryError, WeightTrajectory
 from ..trajectory.manifest import MANIFEST_NAME, Manifest
 from ..trajectory.remote import RemoteTrajectory
 from .checking import PushTarget, check_target
-from .contents import architecture_of, checkpoint_files, is_card_file, is_state_file, is_weights, kind_of
+from .contents import CARD, architecture_of, checkpoint_files, is_card_file, is_state_file, is_weights, kind_of
 
 
 def push(
@@ -114,6 +116,7 @@ def push_trajectory(
 
     Args:
         trajectory ([`WeightTrajectory`], `str` or `Path`): The trajectory; every file is compared with its hash first.
+            Its folder's `README.md` is the card; one is made where there is none.
         repo_id, private, revision, create_pr, commit_message, token: See [`push_checkpoint`].
 
     Returns:
@@ -149,7 +152,11 @@ def push_trajectory(
     last = {record.path: folder / record.path for record in manifest.files}
     last |= {path.name: path for path in sorted(folder.iterdir()) if is_card_file(path.name)}
     last[MANIFEST_NAME] = folder / MANIFEST_NAME
-    pushed.commit(last, message, lambda name: is_state_file(name) and name not in named)
+    with tempfile.TemporaryDirectory(prefix="know_hf-") as made:
+        if CARD not in last:
+            last[CARD] = Path(made) / CARD
+            last[CARD].write_text(str(trajectory_card(trajectory, repo_id=checked[0])), encoding="utf-8")
+        pushed.commit(last, message, lambda name: is_state_file(name) and name not in named)
     return pushed.url
 
 
