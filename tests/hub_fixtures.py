@@ -43,12 +43,17 @@ def enhanced(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An enhanced checkpoint with a card; never changed."""
     folder = tmp_path_factory.mktemp("enhanced") / "enhanced"
     predict_overflowed_weights(recorded, output_dir=folder)
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# A card\n")
+    assert (folder / "README.md").exists()
     return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def without_card(folder: Path) -> dict[str, bytes]:
+    """All but the card, which says where things came from."""
+    return {path: content for path, content in contents(folder).items() if path != "README.md"}
 
 
 def stored(hub: LoopbackHub, folder: Path, repo_id: str) -> Repo:
