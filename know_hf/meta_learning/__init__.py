@@ -7,24 +7,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
-    "BalancedBatchSampler": "transitions",
+    "BalancedBatchSampler": "sampling",
+    "CollectedTrajectory": "collection",
     "MetaTrainingArguments": "arguments",
     "MetaTrainingResult": "training",
-    "RoleSkill": "training",
+    "RoleSkill": "skill",
     "TransitionDataset": "transitions",
     "meta_train": "training",
-    "retrodiction_skill": "training",
+    "read_collection": "collection",
+    "retrodiction_skill": "skill",
+    "split_collection": "collection",
+    "start_processes": "processes",
 }
 
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
     from .arguments import MetaTrainingArguments as MetaTrainingArguments
+    from .collection import CollectedTrajectory as CollectedTrajectory
+    from .collection import read_collection as read_collection
+    from .collection import split_collection as split_collection
+    from .processes import start_processes as start_processes
+    from .sampling import BalancedBatchSampler as BalancedBatchSampler
+    from .skill import RoleSkill as RoleSkill
+    from .skill import retrodiction_skill as retrodiction_skill
     from .training import MetaTrainingResult as MetaTrainingResult
-    from .training import RoleSkill as RoleSkill
     from .training import meta_train as meta_train
-    from .training import retrodiction_skill as retrodiction_skill
-    from .transitions import BalancedBatchSampler as BalancedBatchSampler
     from .transitions import TransitionDataset as TransitionDataset
 
 

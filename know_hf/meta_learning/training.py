@@ -1,52 +1,37 @@
-"""Meta-training of KNOWN, and how well a predictor runs recorded forgetting backwards."""
+"""Meta-training of KNOWN, on as many processes as there are."""
 
+import hashlib
 import logging as python_logging
 import math
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
-from torch.utils.data import DataLoader
+from accelerate.utils import send_to_device, tqdm
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from ..configuration_known import KNOWNConfig
 from ..modeling_known import KNOWNModel
-from ..predictors import KNOWNPredictor, Predictor, get_predictor
 from .arguments import MetaTrainingArguments
-from .transitions import BalancedBatchSampler, TransitionDataset
+from .checkpoints import CheckpointFolder, Progress
+from .objective import MetaObjective
+from .processes import make_accelerator
+from .sampling import BalancedBatchSampler
+from .skill import RoleSkill, retrodiction_skill
+from .transitions import TransitionDataset
 
 logger: python_logging.Logger = logging.get_logger(__name__)
 
-
-@dataclass(frozen=True)
-class RoleSkill:
-    """
-    How well one role's transitions were predicted.
-
-    Args:
-        skill (`float`):
-            `1 - Σ|Θ̂ - Θ(-1)| / Σ|Θ0 - Θ(-1)|` over all transitions: 1 is perfect, 0 is as good as predicting that
-            nothing changes, below 0 is worse than that.
-        error (`float`):
-            Mean `|Θ̂ - Θ(-1)|`, in units of the weights.
-        no_change (`float`):
-            Mean `|Θ0 - Θ(-1)|`, the error of predicting that nothing changes.
-        transitions (`int`):
-            Number of transitions.
-        by_trajectory (`dict[str, float]`):
-            The skill in each trajectory alone, by its path.
-    """
-
-    skill: float
-    error: float
-    no_change: float
-    transitions: int
-    by_trajectory: dict[str, float] = field(default_factory=dict)
+# What may differ when a training goes on from a checkpoint: the weights it ends in are the same.
+_FREE_ARGUMENTS = {"num_workers", "log_every", "report_to", "logging_dir"}
+_FREE_ARGUMENTS |= {"checkpoint_dir", "save_every", "keep_checkpoints"}
 
 
 @dataclass
@@ -56,47 +41,62 @@ class MetaTrainingResult:
 
     Args:
         model ([`KNOWNModel`]):
-            The trained model, in evaluation mode on the CPU.
+            The trained model, in evaluation mode on the CPU, the same on every process.
         losses (`list[dict[str, float]]`):
-            For every `log_every` steps `step` and the mean l1 loss of each role over them, regularisers excluded.
+            For every `log_every` steps, and at every checkpoint, `step` and the mean loss of each role since the last
+            report, over all processes, regularisers excluded.
+        validation (`list[dict[str, float]]`):
+            For every look at the validation split `step` and the skill of each role.
         train_skill (`dict[str, RoleSkill]`):
             Skill by role on the transitions trained on.
-        held_out_skill (`dict[str, RoleSkill]`):
-            Skill by role on the held-out transitions; empty without any.
+        held_out_skill (`dict[str, dict[str, RoleSkill]]`):
+            Skill by role on the transitions of every held-out split.
         seconds (`float`):
-            Wall-clock time of the training alone.
+            Wall-clock time of the training alone, without what was lost when it was ended.
+        num_processes (`int`):
+            Processes it ran on.
     """
 
     model: KNOWNModel
     losses: list[dict[str, float]]
+    validation: list[dict[str, float]]
     train_skill: dict[str, RoleSkill]
-    held_out_skill: dict[str, RoleSkill]
+    held_out_skill: dict[str, dict[str, RoleSkill]]
     seconds: float
+    num_processes: int
 
 
 def meta_train(
     known: KNOWNModel | KNOWNConfig | None,
     train: TransitionDataset,
-    held_out: TransitionDataset | None = None,
+    held_out: TransitionDataset | Mapping[str, TransitionDataset] | None = None,
     *,
+    validation: TransitionDataset | None = None,
     args: MetaTrainingArguments | None = None,
     progress: bool = True,
 ) -> MetaTrainingResult:
     """
     Trains KNOWN to predict the next less forgotten state: the l1 objective `mean |Θ0 + KNOWN(W, dW) - Θ(-1)|` and the
     published regularisers (arXiv 2508.05059), with Adam and a cosine schedule, on batches balanced over roles,
-    trajectories and tensors. One process of Accelerate, on its device.
+    trajectories and tensors.
 
-    The weights of the last step are returned: nothing is chosen on the held-out transitions, so their skill is an
-    honest estimate for new trajectories like these.
+    It runs on all processes that `torchrun` or `accelerate launch` started. They share every batch: a step sees the
+    same transitions on any number of them. With `args.checkpoint_dir` a training that was ended goes on, and ends
+    in the same weights: bit for bit on one process.
+
+    Nothing is chosen on the held-out splits, so their skill is an honest estimate for new trajectories like these. The
+    weights of the last step are returned, or, with `args.patience`, those that were best on the validation split.
 
     Args:
         known ([`KNOWNModel`] or [`KNOWNConfig`], *optional*):
             A model to train on, in place, or the sizes of a new one; `None` for the published sizes.
         train ([`TransitionDataset`]):
             Transitions to learn.
-        held_out ([`TransitionDataset`], *optional*):
-            Transitions of other trajectories, only evaluated.
+        held_out ([`TransitionDataset`] or `Mapping[str, TransitionDataset]`, *optional*):
+            Transitions of other trajectories, only evaluated: one split, called `"held_out"`, or several by their
+            names (other trajectories, architectures, datasets).
+        validation ([`TransitionDataset`], *optional*):
+            Transitions of yet other trajectories, to be looked at on the way.
         args ([`MetaTrainingArguments`], *optional*):
             Steps, batch size, learning rate and so on.
         progress (`bool`, *optional*, defaults to `True`):
@@ -106,121 +106,171 @@ def meta_train(
         [`MetaTrainingResult`]; the model's `config.trained_on` says what it was trained on.
 
     Raises:
-        `ValueError`: when a trajectory is in both datasets, or their histories do not have the model's length.
+        `ValueError`: when a trajectory is in two splits, their histories do not have the model's length, a checkpoint
+            is of another training, or the batch size is no multiple of the number of processes.
+        `RuntimeError`: when fewer processes train together than were asked for.
         `FloatingPointError`: when the loss is no longer finite.
     """
     args = args or MetaTrainingArguments()
+    splits = {"held_out": held_out} if isinstance(held_out, TransitionDataset) else dict(held_out or {})
     model = known if isinstance(known, KNOWNModel) else _new_model(known or KNOWNConfig(), args.seed)
-    _check_datasets(model, train, held_out)
-    accelerator = Accelerator()
+    _check_datasets(model, train, validation, splits, args)
+    accelerator = make_accelerator(args)
+    try:
+        _start_trackers(accelerator, args)
+        state = _train(accelerator, model, train, validation, args, progress)
+        if args.patience:
+            model.load_state_dict(state.best_weights)
+        model.requires_grad_(True)
+        model.eval().config.trained_on = {"trajectories": len(train.trajectories), "roles": train.describe()}
+        result = MetaTrainingResult(
+            model=model,
+            losses=state.losses,
+            validation=state.validation,
+            train_skill=retrodiction_skill(model, train, accelerator),
+            held_out_skill={name: retrodiction_skill(model, split, accelerator) for name, split in splits.items()},
+            seconds=state.seconds,
+            num_processes=accelerator.num_processes,
+        )
+        for name, by_role in result.held_out_skill.items():
+            accelerator.log({f"{name}/{role}": skill.skill for role, skill in by_role.items()}, step=state.step)
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    model.cpu()
+    return result
+
+
+def _train(
+    accelerator: Accelerator,
+    model: KNOWNModel,
+    train: TransitionDataset,
+    validation: TransitionDataset | None,
+    args: MetaTrainingArguments,
+    progress: bool,
+) -> Progress:
+    """Trains the model in place and returns what was seen on the way."""
+    run = _run(model, train, validation, args, accelerator.num_processes)
+    objective = MetaObjective(model, train, args)
+    optimizer = torch.optim.Adam(objective.trained_parameters(), lr=args.learning_rate)
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, args.steps)
+    prepared, optimizer, schedule = accelerator.prepare(objective.train(), optimizer, schedule)
+    checkpoints = None
+    state = Progress()
+    if args.checkpoint_dir is not None:
+        checkpoints = CheckpointFolder(Path(args.checkpoint_dir), args.keep_checkpoints, accelerator, run)
+        state = checkpoints.resume()
+    sampler = BalancedBatchSampler(
+        train,
+        args.batch_size,
+        args.steps,
+        seed=args.seed,
+        start=state.step,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    # Not prepared: accelerate would share out whole batches, here the processes share every one.
     loader = DataLoader(
         train,
-        batch_sampler=BalancedBatchSampler(train, args.batch_size, args.steps, seed=args.seed),
+        batch_sampler=cast("Sampler[list[int]]", sampler),
         collate_fn=_as_is,
+        num_workers=args.num_workers,
     )
-    optimizer = torch.optim.Adam(model.train().parameters(), lr=args.learning_rate)
-    schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, args.steps)
-    prepared, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-
-    losses: list[dict[str, float]] = []
     sums: dict[str, torch.Tensor] = {}
     since = 0
-    start = time.perf_counter()
-    bar = tqdm(loader, main_process_only=True, desc="meta-training", total=args.steps, disable=not progress)
-    for step, batch in enumerate(bar, start=1):
-        loss_of = {role: prepared(role=role, **transitions).loss for role, transitions in batch.items()}
-        regularization = sum(model.regularization(role, args.kernel_l1, args.bias_l1) for role in loss_of)
-        accelerator.backward(sum(loss_of.values()) + regularization)
-        # Each on its own: the networks have nothing in common, and one must not slow the others down.
-        for role in loss_of:
-            accelerator.clip_grad_norm_(model.networks[role].parameters(), args.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        sums = {role: sums.get(role, 0) + loss.detach() for role, loss in loss_of.items()}
-        since += 1
-        if since == args.log_every or step == args.steps:
-            losses.append({"step": step, **_means(sums, since, step)})
-            bar.set_postfix({role: f"{value:.2e}" for role, value in losses[-1].items() if role != "step"})
-            sums, since = {}, 0
-    seconds = time.perf_counter() - start
-
-    model = accelerator.unwrap_model(prepared).cpu().eval()
-    model.config.trained_on = {"trajectories": len(train.trajectories), "roles": train.describe()}
-    return MetaTrainingResult(
-        model=model,
-        losses=losses,
-        train_skill=retrodiction_skill(model, train),
-        held_out_skill=retrodiction_skill(model, held_out) if held_out is not None else {},
-        seconds=seconds,
-    )
-
-
-def retrodiction_skill(predictor: Predictor | KNOWNModel | str, dataset: TransitionDataset) -> dict[str, RoleSkill]:
-    """
-    Skill of a predictor against "nothing changed", by role, over all transitions of a dataset, each weighing the same.
-
-    Args:
-        predictor ([`Predictor`], [`KNOWNModel`] or `str`):
-            A predictor, the model, or the name of a registered predictor that needs no fields.
-        dataset ([`TransitionDataset`]):
-            The transitions; made with `max_per_tensor=None` it holds every scalar of its trajectories.
-
-    Returns:
-        `dict[str, RoleSkill]`, one entry for each role of the dataset.
-
-    Raises:
-        `ValueError`: when the predictor takes histories of another length than the dataset's.
-    """
-    if isinstance(predictor, KNOWNModel):
-        predictor = KNOWNPredictor(predictor)
-    elif isinstance(predictor, str):
-        predictor = get_predictor(predictor)
-    if predictor.num_states not in (None, dataset.num_states):
-        raise ValueError(
-            f"{type(predictor).__name__} takes {predictor.num_states} states, the dataset has num_states="
-            f"{dataset.num_states}; make it with num_states={predictor.num_states}"
-        )
-    sums: dict[str, dict[str, _Sums]] = defaultdict(lambda: defaultdict(_Sums))
-    for block in dataset.blocks:
-        history, labels = dataset.block(block)
-        residual = predictor.residual(history, block.role)
-        sums[block.role][block.trajectory].add(history[:, -1] + residual - labels, history[:, -1] - labels)
-    return {role: _role_skill(by_trajectory) for role, by_trajectory in sums.items()}
+    start = time.perf_counter() - state.seconds
+    with tqdm(
+        main_process_only=True, desc="meta-training", initial=state.step, total=args.steps, disable=not progress
+    ) as bar:
+        for batch in () if _is_stopped(state, args) else loader:
+            losses = prepared(send_to_device(batch, accelerator.device))
+            accelerator.backward(losses.pop("objective"))
+            accelerator.unscale_gradients()
+            # Each on its own: the networks have nothing in common, and one must not slow the others down.
+            for role in losses:
+                nn.utils.clip_grad_norm_(model.networks[role].parameters(), args.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            sums = {role: sums.get(role, 0) + loss.detach() for role, loss in losses.items()}
+            since += 1
+            state.step += 1
+            bar.update()
+            is_last = state.step == args.steps
+            is_look = validation is not None and (is_last or state.step % args.eval_every == 0)
+            if is_look and validation is not None:
+                _look(state, model, validation, accelerator)
+                is_last = is_last or _is_stopped(state, args)
+            is_checkpoint = checkpoints is not None and (is_last or state.step % args.save_every == 0)
+            if is_last or is_checkpoint or since == args.log_every:
+                means = _means(accelerator, sums, since, state.step)
+                state.losses.append({"step": state.step, **means})
+                rate = {"learning_rate": schedule.get_last_lr()[0]}
+                accelerator.log({f"loss/{role}": mean for role, mean in means.items()} | rate, step=state.step)
+                bar.set_postfix({role: f"{mean:.2e}" for role, mean in means.items()})
+                sums, since = {}, 0
+            state.seconds = time.perf_counter() - start
+            if is_checkpoint and checkpoints is not None:
+                checkpoints.save(state)
+            if is_last:
+                break
+    return state
 
 
-@dataclass
-class _Sums:
-    error: float = 0.0
-    no_change: float = 0.0
-    transitions: int = 0
-
-    def add(self, error: torch.Tensor, no_change: torch.Tensor) -> None:
-        self.error += error.abs().sum(dtype=torch.float64).item()
-        self.no_change += no_change.abs().sum(dtype=torch.float64).item()
-        self.transitions += len(error)
-
-    @property
-    def skill(self) -> float:
-        # Where nothing moved, only predicting exactly that is no loss.
-        if self.no_change == 0:
-            return 0.0 if self.error == 0 else -math.inf
-        return 1 - self.error / self.no_change
+def _look(state: Progress, model: KNOWNModel, validation: TransitionDataset, accelerator: Accelerator) -> None:
+    """Measures the validation skill and keeps the weights when it is the best so far."""
+    model.eval()
+    by_role = {role: found.skill for role, found in retrodiction_skill(model, validation, accelerator).items()}
+    model.train()
+    state.validation.append({"step": state.step, **by_role})
+    accelerator.log({f"validation/{role}": skill for role, skill in by_role.items()}, step=state.step)
+    mean = sum(by_role.values()) / len(by_role)
+    state.looks_since_best += 1
+    if state.best is None or mean > state.best:
+        state.best, state.looks_since_best = mean, 0
+        state.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
-def _role_skill(by_trajectory: dict[str, _Sums]) -> RoleSkill:
-    total = _Sums(
-        error=sum(sums.error for sums in by_trajectory.values()),
-        no_change=sum(sums.no_change for sums in by_trajectory.values()),
-        transitions=sum(sums.transitions for sums in by_trajectory.values()),
-    )
-    return RoleSkill(
-        skill=total.skill,
-        error=total.error / total.transitions,
-        no_change=total.no_change / total.transitions,
-        transitions=total.transitions,
-        by_trajectory={path: sums.skill for path, sums in by_trajectory.items()},
-    )
+def _is_stopped(state: Progress, args: MetaTrainingArguments) -> bool:
+    return state.step >= args.steps or 0 < args.patience <= state.looks_since_best
+
+
+def _means(accelerator: Accelerator, sums: dict[str, torch.Tensor], count: int, step: int) -> dict[str, float]:
+    totals = accelerator.reduce(torch.stack(list(sums.values())), "mean")
+    means = dict(zip(sums, (totals / count).tolist(), strict=True))
+    for role, mean in means.items():
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the loss of role {role!r} is {mean} before step {step}; choose a smaller learning_rate, or look for "
+                "very large weights with TransitionDataset.describe()"
+            )
+    return means
+
+
+def _start_trackers(accelerator: Accelerator, args: MetaTrainingArguments) -> None:
+    if accelerator.log_with:
+        config = {name: value for name, value in asdict(args).items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers("know_hf-meta_train", config=config)
+
+
+def _run(
+    model: KNOWNModel,
+    train: TransitionDataset,
+    validation: TransitionDataset | None,
+    args: MetaTrainingArguments,
+    num_processes: int,
+) -> dict[str, Any]:
+    """What has to be the same for a training to go on from a checkpoint."""
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode() + tensor.cpu().contiguous().numpy().data)
+    return {
+        **{f.name: getattr(args, f.name) for f in fields(args) if f.name not in _FREE_ARGUMENTS},
+        "num_processes": num_processes,
+        "initial_weights": weights.hexdigest(),
+        "train": train.fingerprint,
+        "validation": None if validation is None else validation.fingerprint,
+    }
 
 
 def _new_model(config: KNOWNConfig, seed: int) -> KNOWNModel:
@@ -229,31 +279,35 @@ def _new_model(config: KNOWNConfig, seed: int) -> KNOWNModel:
         return KNOWNModel(config)
 
 
-def _check_datasets(model: KNOWNModel, train: TransitionDataset, held_out: TransitionDataset | None) -> None:
-    for dataset in (train, held_out):
-        if dataset is not None and dataset.num_states != model.config.num_states:
+def _check_datasets(
+    model: KNOWNModel,
+    train: TransitionDataset,
+    validation: TransitionDataset | None,
+    held_out: dict[str, TransitionDataset],
+    args: MetaTrainingArguments,
+) -> None:
+    if args.patience and validation is None:
+        raise ValueError(f"patience={args.patience} needs a validation split to look at; give one, or patience=0")
+    datasets = {"trained on": train, "used for validation": validation}
+    datasets |= {f"held out ({name})": dataset for name, dataset in held_out.items()}
+    used: dict[str, str] = {}
+    for use, dataset in datasets.items():
+        if dataset is None:
+            continue
+        if dataset.num_states != model.config.num_states:
             raise ValueError(
                 f"the model takes {model.config.num_states} states, a dataset has num_states={dataset.num_states}; "
                 "make both with the same number"
             )
-    if held_out is not None and (shared := set(train.trajectories) & set(held_out.trajectories)):
-        raise ValueError(f"{', '.join(sorted(shared))} is trained on and held out; leave it out of one of the two")
+        for path in sorted({str(Path(path).resolve()) for path in dataset.trajectories}):
+            if path in used:
+                raise ValueError(f"{path} is {used[path]} and {use}; leave it out of one of the two")
+            used[path] = use
     if missing := [role for role in model.config.roles if role not in train.roles]:
         logger.warning(
             f"No transition of the role {', '.join(missing)} to train on: its network stays as it is. "
             "Predict only models without such tensors, or train on trajectories that have them."
         )
-
-
-def _means(sums: dict[str, torch.Tensor], count: int, step: int) -> dict[str, float]:
-    means = {role: (total / count).item() for role, total in sums.items()}
-    for role, mean in means.items():
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"the loss of role {role!r} is {mean} before step {step}; choose a smaller learning_rate, or look for "
-                "very large weights with TransitionDataset.describe()"
-            )
-    return means
 
 
 def _as_is(batch: Any) -> Any:

@@ -4,18 +4,25 @@ A trajectory of T states gives T - S transitions for each scalar weight: with T 
 the target Θ1, and Θ5 … Θ1 has Θ0.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from filelock import Timeout
+from numpy.lib.stride_tricks import sliding_window_view
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..roles import PREDICTED_ROLES
 from ..trajectory import WeightTrajectory
+from .samples import StateSample, sample_states
+from .sources import open_source
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class TransitionBlock:
         tensor (`str`): Name of the tensor.
         start (`int`): First item.
         stop (`int`): One after its last item.
+        share (`float`): Share of the tensor's scalars that was drawn.
+        no_change (`float`): Mean `|Θ0 - Θ(-1)|` of its transitions, the error of predicting that nothing changes.
     """
 
     role: str
@@ -36,27 +45,35 @@ class TransitionBlock:
     tensor: str
     start: int
     stop: int
+    share: float
+    no_change: float
 
 
 class TransitionDataset(Dataset):
     """
     All transitions of some trajectories, scalar by scalar: item i is
-    `{"history": (S,), "labels": (), "role": str}`, most forgotten state first.
+    `{"history": (S,), "labels": (), "no_change": (), "role": str}`, most forgotten state first.
 
-    Only tensors of the roles conv, fc and bias that move are taken; those equal in all states are left out. Every
-    tensor is read once, when the dataset is made; what is kept takes `4 * (S + 1) * (T - S)` bytes for each scalar, of
-    which there are at most `max_per_tensor` a tensor, so memory does not grow with the size of the nets. Items stand
-    role by role, and within a role tensor by tensor, as `blocks` says; [`BalancedBatchSampler`] draws from them.
+    Only tensors of the roles conv, fc and bias that move are taken: parameters of normalisation layers, and tensors
+    whose drawn scalars are equal in all states, are left out. At most `max_per_tensor` scalars of a tensor are drawn,
+    and of large tensors nothing else is read; what is drawn takes `4 * T` bytes a scalar, in memory or in the files
+    of `cache_dir`, which are mapped and not loaded. Items stand role by role, and within a role tensor by tensor, as
+    `blocks` says; [`BalancedBatchSampler`] draws from them.
 
     Args:
         trajectories (sequence of [`WeightTrajectory`], `str` or `Path`):
-            The trajectories, each with at least S + 1 states.
+            The trajectories, each with at least S + 1 states: objects, folders (recorded here or pulled from the Hub),
+            or `.h5` files in the layout of the published meta-dataset.
         num_states (`int`, *optional*, defaults to `5`):
             Length S of a history.
         max_per_tensor (`int`, *optional*, defaults to `4096`):
-            Scalars drawn from a tensor that has more; `None` takes all of them.
+            Scalars drawn from a tensor that has more; `None` takes all of them. Of tensors with more than 262,144
+            scalars runs of 16 neighbours are drawn.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of that draw.
+            Seed of that draw, together with the names of trajectory and tensor.
+        cache_dir (`str` or `Path`, *optional*):
+            Folder that keeps what was drawn, for other processes, other S and the next time. Processes that are made
+            at the same time share the drawing.
         progress (`bool`, *optional*, defaults to `True`):
             Whether a bar shows the reading.
 
@@ -64,10 +81,11 @@ class TransitionDataset(Dataset):
         trajectories (`list[str]`): Paths of the trajectories.
         blocks (`list[TransitionBlock]`): Where the transitions of each tensor are.
         roles (`list[str]`): The roles that have transitions.
+        fingerprint (`str`): The same for the same transitions in the same order, wherever they were read.
 
     Raises:
-        `ValueError`: when no trajectory is given, one has too few states or a value that is not finite, or nothing
-        moves in any of them; the message names trajectory, tensor and state.
+        `ValueError`: when no trajectory is given, one has too few states or a drawn value that is not finite, or
+            nothing moves in any of them; the message names trajectory, tensor and state.
     """
 
     def __init__(
@@ -76,38 +94,65 @@ class TransitionDataset(Dataset):
         num_states: int = 5,
         max_per_tensor: int | None = 4096,
         seed: int = 0,
+        cache_dir: str | Path | None = None,
         progress: bool = True,
     ) -> None:
         _check_arguments(trajectories, num_states, max_per_tensor)
-        opened = [t if isinstance(t, WeightTrajectory) else WeightTrajectory(t) for t in trajectories]
-        for trajectory in opened:
-            _check_length(trajectory, num_states)
         self.num_states = num_states
-        self.trajectories = [str(trajectory.path) for trajectory in opened]
-        rng = np.random.default_rng(seed)
-        tensors: dict[str, list[tuple[str, str, torch.Tensor]]] = {role: [] for role in PREDICTED_ROLES}
-        for trajectory in tqdm(opened, desc="reading trajectories", disable=not progress):
-            for name in trajectory.names:
-                role = trajectory.roles[name].role
-                if role in tensors and (states := _states(trajectory, name, max_per_tensor, rng)) is not None:
-                    windows = states.unfold(1, num_states + 1, 1).reshape(-1, num_states + 1)
-                    tensors[role].append((str(trajectory.path), name, windows))
-        self.blocks: list[TransitionBlock] = []
-        for role, entries in tensors.items():
-            for path, name, windows in entries:
-                start = self.blocks[-1].stop if self.blocks else 0
-                self.blocks.append(TransitionBlock(role, path, name, start, start + len(windows)))
+        self._samples = _sample_all(trajectories, num_states, max_per_tensor, seed, cache_dir, progress)
+        self.trajectories = [sample.path for sample in self._samples]
+        keys = [sample.key for sample in self._samples]
+        self.fingerprint = sha256(repr((num_states, keys)).encode()).hexdigest()
+        self._lay_out({role: role for role in PREDICTED_ROLES})
         if not self.blocks:
             raise ValueError(
                 f"no tensor of the roles {', '.join(PREDICTED_ROLES)} moves in {', '.join(self.trajectories)}; "
                 "were all weights frozen?"
             )
-        self._windows = torch.cat([windows for role in tensors for _, _, windows in tensors[role]])
+
+    def _lay_out(self, role_of: dict[str, str]) -> None:
+        """Gives every transition its item: role by role, trajectory by trajectory, tensor by tensor."""
+        found: dict[str, list[tuple[int, int, TransitionBlock]]] = {role: [] for role in PREDICTED_ROLES}
+        for number, sample in enumerate(self._samples):
+            first_row = 0
+            for tensor in sample.tensors:
+                steps = tensor.mean_steps[self.num_states - 1 :]
+                block = TransitionBlock(
+                    role=role_of[tensor.role],
+                    trajectory=sample.path,
+                    tensor=tensor.name,
+                    start=0,
+                    stop=tensor.rows * len(steps),
+                    share=tensor.rows / tensor.size,
+                    no_change=sum(steps) / len(steps),
+                )
+                found[block.role].append((number, first_row, block))
+                first_row += tensor.rows
+        self.blocks: list[TransitionBlock] = []
+        for *_, block in (entry for entries in found.values() for entry in entries):
+            start = len(self)
+            self.blocks.append(replace(block, start=start, stop=start + block.stop))
         self._ranges = {
             role: (min(b.start for b in blocks), max(b.stop for b in blocks))
             for role in PREDICTED_ROLES
             if (blocks := [block for block in self.blocks if block.role == role])
         }
+        self._starts = np.array([block.start for block in self.blocks], np.int64)
+        self._sample_of = np.array([number for entries in found.values() for number, *_ in entries], np.int64)
+        self._first_row = np.array([row for entries in found.values() for _, row, _ in entries], np.int64)
+        lengths = np.array([sample.num_states for sample in self._samples], np.int64)
+        self._lengths = lengths[self._sample_of] if self.blocks else lengths
+        self._no_change = np.array([block.no_change for block in self.blocks], np.float32)
+
+    def with_one_role(self, role: str) -> "TransitionDataset":
+        """The same transitions, all of one role, for one network that is to predict every tensor."""
+        if role not in PREDICTED_ROLES:
+            raise ValueError(f"unknown role {role!r}; choose one of {', '.join(PREDICTED_ROLES)}")
+        merged = TransitionDataset.__new__(TransitionDataset)
+        merged.__dict__.update(self.__dict__)
+        merged._lay_out(dict.fromkeys(PREDICTED_ROLES, role))
+        merged.fingerprint = sha256(f"{self.fingerprint} as {role}".encode()).hexdigest()
+        return merged
 
     @property
     def roles(self) -> list[str]:
@@ -118,16 +163,15 @@ class TransitionDataset(Dataset):
         return f"TransitionDataset({len(self.trajectories)} trajectories, num_states={self.num_states}, {counts})"
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return self.blocks[-1].stop if self.blocks else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of a dataset with {len(self)} transitions")
-        index %= len(self)
-        role = next(role for role, (start, stop) in self._ranges.items() if start <= index < stop)
-        return {"history": self._windows[index, :-1], "labels": self._windows[index, -1], "role": role}
+        ((role, transitions),) = self.__getitems__([index % len(self)]).items()
+        return {**{name: values[0] for name, values in transitions.items()}, "role": role}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, dict[str, torch.Tensor]]:
+    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
         """
         Many items at once, sorted by role; a `DataLoader` calls this for each batch of a batch sampler.
 
@@ -136,100 +180,112 @@ class TransitionDataset(Dataset):
                 Items.
 
         Returns:
-            `dict[str, dict[str, torch.Tensor]]`: from the role to `history` `(N_role, S)` and `labels` `(N_role,)`, in
-            the order of `indices`; roles without an item are left out.
+            `dict[str, dict[str, torch.Tensor]]`: from the role to `history` `(N_role, S)`, `labels` `(N_role,)` and
+            `no_change` `(N_role,)`, the mean `|Θ0 - Θ(-1)|` over the tensor that each transition is of, in the order
+            of `indices`; roles without an item are left out.
         """
-        items = torch.as_tensor(indices, dtype=torch.int64)
+        items = np.asarray(indices, np.int64)
+        block = np.searchsorted(self._starts, items, side="right") - 1
+        length = self._lengths[block]
+        row, window = np.divmod(items - self._starts[block], length - self.num_states)
+        first = (self._first_row[block] + row) * length + window
+        windows = self._read_windows(self._sample_of[block], first)
+        no_change = self._no_change[block]
         batch = {}
         for role, (start, stop) in self._ranges.items():
-            windows = self._windows[items[(items >= start) & (items < stop)]]
-            if len(windows):
-                batch[role] = {"history": windows[:, :-1], "labels": windows[:, -1]}
+            chosen = (items >= start) & (items < stop)
+            if chosen.any():
+                of_role = torch.from_numpy(windows[chosen])
+                batch[role] = {
+                    "history": of_role[:, :-1],
+                    "labels": of_role[:, -1],
+                    "no_change": torch.from_numpy(no_change[chosen]),
+                }
         return batch
 
+    def _read_windows(self, sample: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """The S + 1 numbers from `first` on of each item's sample, `(N, S + 1)`."""
+        places = first[:, None] + np.arange(self.num_states + 1)
+        order = np.argsort(sample, kind="stable")
+        numbers, starts = np.unique(sample[order], return_index=True)
+        windows = np.empty(places.shape, np.float32)
+        for number, chosen in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+            windows[chosen] = self._samples[number].values.reshape(-1).take(places[chosen])
+        return windows
+
     def block(self, block: TransitionBlock) -> tuple[torch.Tensor, torch.Tensor]:
-        """All transitions of one tensor: histories `(N, S)` and targets `(N,)`, views of the dataset's memory."""
-        windows = self._windows[block.start : block.stop]
-        return windows[:, :-1], windows[:, -1]
+        """All transitions of one tensor: histories `(N, S)` and targets `(N,)`."""
+        position = int(np.searchsorted(self._starts, block.start))
+        values = self._samples[self._sample_of[position]].values
+        windows_a_row = values.shape[1] - self.num_states
+        first = self._first_row[position]
+        rows = values[first : first + (block.stop - block.start) // windows_a_row]
+        windows = np.array(sliding_window_view(rows, self.num_states + 1, axis=1)).reshape(-1, self.num_states + 1)
+        return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, -1])
+
+    def mean_no_change(self) -> dict[str, float]:
+        """Mean `|Θ0 - Θ(-1)|` by role, every trajectory weighing the same, and so every tensor within one."""
+        means = {}
+        for role in self.roles:
+            by_trajectory: dict[str, list[float]] = defaultdict(list)
+            for block in self.blocks:
+                if block.role == role:
+                    by_trajectory[block.trajectory].append(block.no_change)
+            means[role] = mean(mean(errors) for errors in by_trajectory.values())
+        return means
 
     def describe(self) -> dict[str, dict[str, int | float]]:
         """
         What the dataset covers, by role, JSON values only: numbers of trajectories, tensors and transitions, the
         largest weight, and the largest and mean displacement `|target - full-data state|` of a scalar weight.
         """
+        tensors = {(sample.path, tensor.name): tensor for sample in self._samples for tensor in sample.tensors}
         description = {}
         for role, (start, stop) in self._ranges.items():
             blocks = [block for block in self.blocks if block.role == role]
-            windows = self._windows[start:stop]
-            displacement = (windows[:, -1] - windows[:, -2]).abs()
+            sampled = [tensors[block.trajectory, block.tensor] for block in blocks]
+            displacements = [block.no_change * (block.stop - block.start) for block in blocks]
             description[role] = {
                 "trajectories": len({block.trajectory for block in blocks}),
-                "tensors": len({(block.trajectory, block.tensor) for block in blocks}),
+                "tensors": len(blocks),
                 "transitions": stop - start,
-                "largest_weight": windows.abs().max().item(),
-                "largest_displacement": displacement.max().item(),
-                "mean_displacement": displacement.mean(dtype=torch.float64).item(),
+                "largest_weight": max(tensor.largest for tensor in sampled),
+                "largest_displacement": max(max(tensor.largest_steps[self.num_states - 1 :]) for tensor in sampled),
+                "mean_displacement": sum(displacements) / (stop - start),
             }
         return description
 
 
-class BalancedBatchSampler(Sampler[list[int]]):
-    """
-    Batches with the same number of transitions of every role; within a role every trajectory is as likely as any
-    other, within a trajectory every tensor, within a tensor every transition. Drawn with replacement.
-
-    The n-th batch depends on the dataset, `batch_size`, `seed` and n alone.
-
-    Args:
-        dataset ([`TransitionDataset`]):
-            Where the items are.
-        batch_size (`int`):
-            Transitions of each role in a batch.
-        num_batches (`int`):
-            Length of one pass.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draw; every pass gives the same batches.
-    """
-
-    def __init__(self, dataset: TransitionDataset, batch_size: int, num_batches: int, seed: int = 0) -> None:
-        self.batch_size = batch_size
-        self.num_batches = num_batches
-        self.seed = seed
-        self.drop_last = False
-        self._draws = [_Draw.of([block for block in dataset.blocks if block.role == role]) for role in dataset.roles]
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for number in range(self.num_batches):
-            rng = np.random.default_rng((self.seed, number))
-            yield np.concatenate([draw(rng, self.batch_size) for draw in self._draws]).tolist()
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """Draws items of one role: first a tensor by its probability, then one of its transitions."""
-
-    starts: np.ndarray
-    lengths: np.ndarray
-    cumulative: np.ndarray
-
-    @classmethod
-    def of(cls, blocks: list[TransitionBlock]) -> "_Draw":
-        tensors_of = {block.trajectory: 0 for block in blocks}
-        for block in blocks:
-            tensors_of[block.trajectory] += 1
-        probabilities = np.array([1 / (len(tensors_of) * tensors_of[block.trajectory]) for block in blocks])
-        return cls(
-            starts=np.array([block.start for block in blocks]),
-            lengths=np.array([block.stop - block.start for block in blocks]),
-            cumulative=probabilities.cumsum()[:-1],
-        )
-
-    def __call__(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        chosen = np.searchsorted(self.cumulative, rng.random(size), side="right")
-        return self.starts[chosen] + rng.integers(self.lengths[chosen])
+def _sample_all(
+    trajectories: Sequence[WeightTrajectory | str | Path],
+    num_states: int,
+    max_per_tensor: int | None,
+    seed: int,
+    cache_dir: str | Path | None,
+    progress: bool,
+) -> list[StateSample]:
+    folder = None if cache_dir is None else Path(cache_dir)
+    samples: dict[int, StateSample] = {}
+    with tqdm(total=len(trajectories), desc="reading trajectories", disable=not progress) as bar:
+        # What another process is drawing comes last: until then it will be there.
+        for wait in (False, True):
+            for number, trajectory in enumerate(trajectories):
+                if number in samples:
+                    continue
+                source = open_source(trajectory)
+                if source.num_states < num_states + 1:
+                    source.close()
+                    raise ValueError(
+                        f"{source.path} has {source.num_states} states, a transition needs {num_states + 1}: "
+                        f"{num_states} of history and a target; record it with ForgettingSchedule(num_states="
+                        f"{num_states + 1}) or more"
+                    )
+                try:
+                    samples[number] = sample_states(source, max_per_tensor, seed, folder, wait)
+                except Timeout:
+                    continue
+                bar.update()
+    return [samples[number] for number in range(len(trajectories))]
 
 
 def _check_arguments(trajectories: Sequence[Any], num_states: int, max_per_tensor: int | None) -> None:
@@ -241,32 +297,3 @@ def _check_arguments(trajectories: Sequence[Any], num_states: int, max_per_tenso
         raise ValueError(f"num_states={num_states}: a history has at least 2 states")
     if max_per_tensor is not None and max_per_tensor < 1:
         raise ValueError(f"max_per_tensor={max_per_tensor}: choose at least 1, or None for all scalars")
-
-
-def _check_length(trajectory: WeightTrajectory, num_states: int) -> None:
-    if trajectory.num_states < num_states + 1:
-        raise ValueError(
-            f"{trajectory.path} has {trajectory.num_states} states, a transition needs {num_states + 1}: "
-            f"{num_states} of history and a target; record it with ForgettingSchedule(num_states={num_states + 1}) or "
-            "more"
-        )
-
-
-def _states(
-    trajectory: WeightTrajectory, name: str, max_per_tensor: int | None, rng: np.random.Generator
-) -> torch.Tensor | None:
-    """The scalars of one tensor, sampled, `(N, T)`; `None` when the tensor is equal in all states."""
-    history = trajectory.history(name).flatten(1)
-    finite = history.isfinite().all(dim=1)
-    if not finite.all():
-        state = trajectory.num_states - 1 - int(finite.logical_not().nonzero()[0])
-        raise ValueError(
-            f"tensor {name!r} of state {state} of {trajectory.path} has values that are not finite; "
-            "leave this trajectory out, its training diverged"
-        )
-    if torch.equal(history, history[:1].expand_as(history)):
-        return None
-    if max_per_tensor is not None and history.shape[1] > max_per_tensor:
-        chosen = np.sort(rng.choice(history.shape[1], max_per_tensor, replace=False, shuffle=False))
-        history = history[:, torch.from_numpy(chosen)]
-    return history.T.contiguous()
