@@ -84,7 +84,22 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("--dry-run", action="store_true", help="print roles, memory, disk and time, and stop")
     predict.add_argument("--report", metavar="FILE", help="write the report on every tensor to this JSON file")
     predict.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    predict.add_argument("--push-to-hub", metavar="ID", help="push the checkpoint to this Hub repo")
+    _add_push_flags(predict)
     predict.set_defaults(run=_predict)
+
+    push = commands.add_parser("push", help="push a checkpoint, a trajectory or KNOWN weights to the Hub")
+    push.add_argument("path", metavar="PATH", help="their folder")
+    push.add_argument("repo_id", metavar="ID", help="Hub repo, made if it is not there")
+    push.add_argument("--message", metavar="TEXT", help="first line of the commit")
+    _add_push_flags(push)
+    push.set_defaults(run=_push)
+
+    pull = commands.add_parser("pull", help="pull a checkpoint, a trajectory or KNOWN weights from the Hub, whole")
+    pull.add_argument("repo_id", metavar="ID", help="Hub repo")
+    pull.add_argument("--output-dir", required=True, metavar="DIR", help="folder; it appears once all is there")
+    pull.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: main)")
+    pull.set_defaults(run=_pull)
     return parser
 
 
@@ -169,12 +184,45 @@ def _predict(args: argparse.Namespace) -> None:
             _say(str(plan))
         return
     result = predict_overflowed_weights(
-        **shared, output_dir=args.output_dir, overwrite=args.overwrite, accelerator=accelerator
+        **shared,
+        output_dir=args.output_dir,
+        overwrite=args.overwrite,
+        accelerator=accelerator,
+        push_to_hub=args.push_to_hub,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
     )
     if accelerator.is_main_process:
         if args.report:
             write_json(Path(args.report), result.to_dict())
-        _say(f"{result}\n\nwritten to {result.path}")
+        _say(f"{result}\n\nwritten to {result.path}" + (f", pushed: {result.url}" if result.url else ""))
+
+
+def _push(args: argparse.Namespace) -> None:
+    from .hub import push
+
+    url = push(
+        args.path,
+        args.repo_id,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        commit_message=args.message,
+    )
+    _say(f"pushed: {url}")
+
+
+def _pull(args: argparse.Namespace) -> None:
+    from .hub import pull
+
+    _say(f"pulled to {pull(args.repo_id, args.output_dir, revision=args.revision)}")
+
+
+def _add_push_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--private", action="store_true", default=None, help="make the repo private")
+    parser.add_argument("--revision", metavar="NAME", help="branch to push to (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -305,7 +305,12 @@ def test_a_card_can_be_kept_and_filled_later(trajectory, prediction, shipped):
     ("predictor", "options", "call", "command"),
     [
         ("average", None, 'predictor="average", steps=1', "--predictor average --output-dir"),
-        ("shrink", {"factor": 0.9}, 'predictor="shrink", predictor_options={"factor": 0.9}', None),
+        (
+            "shrink",
+            {"factor": 0.9},
+            'predictor="shrink", predictor_options={"factor": 0.9}',
+            """--predictor shrink --predictor-options '{"factor": 0.9}' --output-dir""",
+        ),
         (Shrink(factor=0.9), None, "predictor=Shrink(factor=0.9), steps=1", None),
     ],
 )

@@ -82,6 +82,7 @@ def test_displacement_is_relative_to_the_full_data_state(trajectory):
     assert "copied" not in summary.displacement
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 def test_merge_makes_whole_models_of_adapters(tmp_path, capsys):
     base = make_resnet()
     base.save_pretrained(tmp_path / "base")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import make_images, make_resnet
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_trajectory import edit_manifest, rewrite_state
 from torch import nn
@@ -107,6 +108,19 @@ def test_the_checkpoint_is_an_ordinary_one(trajectory, known, tmp_path):
     assert torch.isfinite(model(**batch).loss)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config == json.loads((trajectory.path / "config.json").read_text())
+
+
+def test_the_card_is_written_with_the_checkpoint(trajectory, tmp_path):
+    options = {"predictor": "shrink", "predictor_options": {"factor": 0.9}, "norm": "predict", "dtype": torch.bfloat16}
+    result = predict_overflowed_weights(trajectory, output_dir=tmp_path / "out", **options)
+    card = ModelCard.load(result.path / "README.md")
+    assert card.data.library_name == "transformers" and "know_hf" in card.data.tags
+    call = 'predictor="shrink", predictor_options={"factor": 0.9}, steps=1, norm="predict", dtype=torch.bfloat16'
+    assert call in card.text
+    flags = """--predictor shrink --predictor-options '{"factor": 0.9}' --norm predict --dtype bfloat16"""
+    assert flags in card.text
+    assert "No comparison was run" in card.text
+    assert (result.path / "forgetting.png").stat().st_size > 1000
 
 
 def test_the_report_says_what_happened(trajectory, tmp_path):

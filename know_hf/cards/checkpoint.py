@@ -51,6 +51,7 @@ class CheckpointCard(RecordedCard):
         predictor (`dict`): `name`, `module` (of a class that can be imported), `options`, and of KNOWN `known`: a
             [`Source`] with `shipped`, `sha256` and `trajectories`.
         norm (`str`): `"keep"` or `"predict"`.
+        dtype (`str`, *optional*): Floating-point dtype that was asked for.
         recalibrated (`bool`): Whether BatchNorm statistics were computed anew.
         has_batch_norm (`bool`): Whether there are any.
         roles (`list[dict]`): The figures of each role.
@@ -66,6 +67,7 @@ class CheckpointCard(RecordedCard):
     steps: int
     predictor: dict[str, Any]
     norm: str
+    dtype: str | None
     recalibrated: bool
     has_batch_norm: bool
     roles: list[dict[str, Any]]
@@ -83,6 +85,7 @@ class CheckpointCard(RecordedCard):
         steps: int,
         *,
         norm: str = "keep",
+        dtype: str | None = None,
         recalibrated: bool = False,
         predictor_options: Mapping[str, Any] | None = None,
         known_revision: str | None = None,
@@ -96,6 +99,7 @@ class CheckpointCard(RecordedCard):
             steps=steps,
             predictor=_described(predictor, predictor_options, known_revision),
             norm=norm,
+            dtype=dtype,
             recalibrated=recalibrated,
             has_batch_norm=any("BatchNorm" in role.reason for role in trajectory.roles.values()),
             roles=[
@@ -187,6 +191,7 @@ def checkpoint_card(
     *,
     predictor_options: Mapping[str, Any] | None = None,
     norm: str = "keep",
+    dtype: str | None = None,
     recalibrated: bool = False,
     known_revision: str | None = None,
     comparisons: Sequence["Comparison | Mapping[str, Any]"] = (),
@@ -203,6 +208,7 @@ def checkpoint_card(
         steps (`int`): Recursive predictions.
         predictor_options (`Mapping`, *optional*): Fields of a predictor given by its name.
         norm (`str`, *optional*, defaults to `"keep"`): As of [`predict_overflowed_weights`].
+        dtype (`str`, *optional*): Name of the dtype that was asked for, such as `"bfloat16"`.
         recalibrated (`bool`, *optional*, defaults to `False`): Whether BatchNorm statistics were computed anew.
         known_revision (`str`, *optional*): Revision of KNOWN weights that came from the Hub.
         comparisons (sequence of [`Comparison`] or `Mapping`, *optional*): What was measured, see
@@ -224,6 +230,7 @@ def checkpoint_card(
         steps,
         predictor_options=predictor_options,
         norm=norm,
+        dtype=dtype,
         recalibrated=recalibrated,
         known_revision=known_revision,
         **about,
@@ -238,14 +245,18 @@ def _described(
     predictor: "Predictor | KNOWNModel | str", options: Mapping[str, Any] | None, known_revision: str | None
 ) -> dict[str, Any]:
     if isinstance(predictor, str):
-        return {"name": predictor, "module": None, "options": dict(options or {}), "known": None}
+        return {"name": predictor, "module": None, "options": _given(options or {}), "known": None}
     model: Any = getattr(predictor, "model", predictor)
     if isinstance(getattr(model, "config", None), KNOWNConfig):
         return {"name": "known", "module": None, "options": {}, "known": _known(model.config, known_revision)}
     kind = type(predictor)
     values = {key.name: getattr(predictor, key.name) for key in fields(predictor)} if is_dataclass(predictor) else {}
-    plain = {name: value for name, value in values.items() if isinstance(value, str | int | float | None)}
+    plain = {name: value for name, value in values.items() if isinstance(value, str | int | float)}
     return {"name": kind.__name__, "module": kind.__module__, "options": plain, "known": None}
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _trajectory(trajectory: "WeightTrajectory", about: About) -> Source | None:

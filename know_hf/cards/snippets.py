@@ -1,5 +1,6 @@
 """The code that a card shows: how its weights are loaded, and how they are made again."""
 
+import json
 import shlex
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,9 @@ def prediction_code(card: "CheckpointCard") -> str:
     arguments.append(f"steps={card.steps}")
     if card.norm != "keep":
         arguments.append(f"norm={python(card.norm)}")
+    if card.dtype is not None:
+        others.append("import torch")
+        arguments.append(f"dtype=torch.{card.dtype}")
     if card.recalibrated:
         lines.append("# batches: keyword arguments of the model, made from the source data")
         arguments.append("recalibrate_with=batches")
@@ -97,19 +101,22 @@ def prediction_code(card: "CheckpointCard") -> str:
 
 def prediction_command(card: "CheckpointCard") -> str | None:
     """The prediction from a recorded trajectory as a command, where there is one."""
-    named = card.predictor["module"] is None and not card.predictor["options"]
-    if card.recalibrated or card.trajectory is not None or not named:
+    if card.recalibrated or card.trajectory is not None or card.predictor["module"] is not None:
         return None
     place = f"{RECORDING}/trajectory" if card.record_arguments else "trajectory/"
     words = ["know-hf", "predict", place, "--steps", str(card.steps)]
     if card.known is None:
         words += ["--predictor", card.predictor["name"]]
+        if card.predictor["options"]:
+            words += ["--predictor-options", json.dumps(card.predictor["options"])]
     elif card.known["revision"] is not None:
         return None
     elif not card.known["shipped"]:
         words += ["--known", card.known["name"]]
     if card.norm != "keep":
         words += ["--norm", card.norm]
+    if card.dtype is not None:
+        words += ["--dtype", card.dtype]
     return shlex.join([*words, "--output-dir", "enhanced/"])
 
 

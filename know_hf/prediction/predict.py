@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..batch_norm import recalibrate_batch_norm
+from ..cards import checkpoint_card, forgetting_picture
 from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, atomic_folder, replace_tensors, write_json
 from ..distributed import on_every_process, on_main_process
 from ..modeling_known import KNOWNModel
+from ..plotting import save_figure
 from ..predictors import Predictor
 from ..trajectory import WeightTrajectory, load_pretrained
 from .planning import PredictionPlan, plan_prediction
@@ -25,6 +27,8 @@ from .report import ResidualReport, range_warnings, table
 from .running import run
 
 logger = logging.get_logger(__name__)
+
+_PICTURE = "forgetting.png"
 
 
 @dataclass
@@ -37,6 +41,7 @@ class PredictionResult:
         roles (`dict[str, str]`): From the name of every tensor to its role.
         warnings (`list[str]`): Where the histories were unlike those the predictor was trained on.
         model_class (`type`, *optional*): The model's class, where transformers has none of its name.
+        url (`str`, *optional*): Address of the commit or the pull request, where it was pushed to the Hub.
     """
 
     path: Path
@@ -44,6 +49,7 @@ class PredictionResult:
     roles: dict[str, str]
     warnings: list[str] = field(default_factory=list)
     model_class: type[PreTrainedModel] | None = None
+    url: str | None = None
 
     @property
     def report(self) -> dict[str, ResidualReport]:
@@ -85,6 +91,11 @@ def predict_overflowed_weights(
     kernel: str = "auto",
     accelerator: Accelerator | None = None,
     overwrite: bool = False,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
 ) -> PredictionResult:
     """Runs the forgetting of a trajectory backwards and writes the retrodicted weights as an ordinary checkpoint.
 
@@ -116,6 +127,9 @@ def predict_overflowed_weights(
         accelerator (`Accelerator`, *optional*): Where given, its processes share the work, on a disk that they share;
             to be called on each of them. The files are those that one process writes, byte for byte.
         overwrite (`bool`, *optional*, defaults to `False`): Whether an existing `output_dir` may be replaced.
+        push_to_hub (`str`, *optional*): Hub id that the checkpoint is pushed to; whether it can be is found out before
+            the work.
+        private, revision, create_pr, token (*optional*): Of the push, see [`~know_hf.hub.push_checkpoint`].
 
     Returns:
         [`PredictionResult`]: with the path, `load_model()` and a report for each tensor and role; the same on every
@@ -127,6 +141,7 @@ def predict_overflowed_weights(
         `ValueError`: when the trajectory has fewer states than the predictor needs, or an argument is off.
         `FileExistsError`: when `output_dir` is not empty and `overwrite` is off.
         `OSError`: before the work, when the disk has not the space that the checkpoint needs.
+        `HubError`: when the checkpoint can't be pushed; if that shows only after the work, it is in `output_dir`.
         `RuntimeError`: on the other processes, when one failed.
     """
     plan = plan_prediction(
@@ -147,6 +162,9 @@ def predict_overflowed_weights(
             f"{trajectory.path} is one of adapters, which hold no BatchNorm statistics: recalibrate the model they are"
             " loaded on with recalibrate_batch_norm(model, batches)"
         )
+    hub: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
+    if push_to_hub is not None:
+        on_main_process(accelerator, lambda: _check_push(trajectory, push_to_hub, hub))
     part, parts = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
 
     with ExitStack() as stack:
@@ -171,23 +189,60 @@ def predict_overflowed_weights(
                 reports = run(plan, writer, plan.pieces(part, parts), progress=part == 0)
             return reports, writer.bytes_written
 
-        def finish() -> None:
+        def finish() -> str | None:
             writer.close(sum(count for _, count in done))
             if recalibrate_with is not None:
                 _recalibrate(work, recalibrate_with, trajectory, model_class)
+            by_name = predictor if isinstance(predictor, str) and predictor != "known" else None
+            picture = forgetting_picture(trajectory)
+            if picture is not None:
+                save_figure(picture, work / _PICTURE)
+            checkpoint_card(
+                trajectory,
+                result,
+                by_name or plan.predictor,
+                plan.steps,
+                predictor_options=predictor_options if by_name else None,
+                norm=norm,
+                dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+                recalibrated=recalibrate_with is not None,
+                repo_id=push_to_hub,
+                picture=None if picture is None else _PICTURE,
+            ).save(work / "README.md")
             stack.close()
+            return None if push_to_hub is None else _push(result.path, push_to_hub, hub)
 
         work = on_main_process(accelerator, begin)
         writer = make_writer(work)
         done = on_every_process(accelerator, work_on_my_part)
-        on_main_process(accelerator, finish)
-    tensors = _added_up([reports for reports, _ in done])
-    warnings = _warnings(plan, tensors)
+        tensors = _added_up([reports for reports, _ in done])
+        warnings = _warnings(plan, tensors)
+        roles = {name: tensor.role for name, tensor in plan.tensors.items()}
+        result = PredictionResult(Path(output_dir), tensors, roles, warnings, model_class)
+        result.url = on_main_process(accelerator, finish)
     if part == 0:
         for text in warnings:
             logger.warning(text)
-    roles = {name: tensor.role for name, tensor in plan.tensors.items()}
-    return PredictionResult(Path(output_dir), tensors, roles, warnings, model_class)
+    return result
+
+
+def _check_push(trajectory: WeightTrajectory, repo_id: str, hub: Mapping[str, Any]) -> None:
+    from ..hub import architecture_of, check_push
+
+    kind: Literal["adapter", "checkpoint"] = "adapter" if trajectory.is_adapter else "checkpoint"
+    architecture = None if trajectory.is_adapter else architecture_of(trajectory.path / "config.json")
+    check_push(repo_id, kind=kind, architecture=architecture, **hub)
+
+
+def _push(folder: Path, repo_id: str, hub: Mapping[str, Any]) -> str:
+    from ..hub import HubError, push_checkpoint
+
+    try:
+        return push_checkpoint(folder, repo_id, **hub)
+    except HubError as error:
+        raise HubError(
+            f"{error}. The checkpoint itself is whole, in {folder}: push it with know-hf push {folder} {repo_id}"
+        ) from error
 
 
 @contextmanager
