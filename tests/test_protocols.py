@@ -233,7 +233,7 @@ def test_a_comparison_finds_the_better_arm_and_says_so():
 def test_a_comparison_without_a_better_arm_says_so():
     comparison = compare_with_naive({k: v for k, v in SCORES.items() if k != "good"}, ["same", "bad"], "transfer")
     assert comparison.verdict().startswith(
-        "In transfer, none of same, bad is significantly better than naive; the highest is same with +0.0 points"
+        "In transfer, none of same, bad is significantly better than naive; the best is same with +0.0 points"
     )
     assert "significantly worse: bad" in comparison.verdict()
 
@@ -242,7 +242,7 @@ def test_a_suite_that_can_show_nothing_says_so():
     scores = {**SCORES, "random": SCORES["naive"][::-1]}
     validity = compare_with_naive(scores, ["same"]).validity()
     assert "naive does not clearly beat random" in validity
-    assert validity.endswith("take the verdict as no answer.")
+    assert validity.endswith("this shows nothing.")
 
 
 def test_the_table_has_a_line_an_arm_and_columns_in_line():

@@ -1,4 +1,10 @@
-"""How sure a comparison is: means with intervals, paired differences, correction for the number of arms."""
+"""How sure a comparison is: means with intervals, paired differences, correction for the number of arms.
+
+What is counted are trajectories. Several downstream draws of one trajectory share its weights and are not independent:
+they are averaged first ([`cluster_means`]), and the t-test is one over these means, with as many degrees of freedom as
+there are trajectories less one. With the same number of draws of each trajectory this is exactly the test of a mixed
+model with a random effect of the trajectory, and it needs no estimate of that effect.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,9 +36,16 @@ class PairedDifference(Estimate):
     """
     Attributes:
         p_value (`float`): Of the two-sided paired t-test against a mean difference of 0.
+        effect_size (`float`, *optional*): Cohen's d_z, the mean over the standard deviation of the differences; `None`
+            where all differences are equal.
+        minimum_detectable (`float`, *optional*): The smallest true difference that the design would have found with a
+            power of 80 %, in the units of the values, given the spread of the differences; see
+            [`minimum_detectable_effect`].
     """
 
     p_value: float
+    effect_size: float | None = None
+    minimum_detectable: float | None = None
 
 
 def mean_and_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
@@ -54,12 +67,16 @@ def mean_and_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half_width, mean + half_width)
 
 
-def paired_difference(values: Sequence[float], reference: Sequence[float], level: float = 0.95) -> PairedDifference:
+def paired_difference(
+    values: Sequence[float], reference: Sequence[float], level: float = 0.95, num_tests: int = 1
+) -> PairedDifference:
     """The mean of `values − reference` over seeds, its interval, and the p of a two-sided paired t-test.
 
     Args:
         values, reference (`Sequence[float]` of length n): One value a seed, in the same order of seeds.
         level (`float`, *optional*, defaults to `0.95`): Coverage of the interval.
+        num_tests (`int`, *optional*, defaults to `1`): Differences that are tested together. The smallest detectable
+            one is that at the level `(1 - level) / num_tests`, the strictest that Holm's correction can ask for.
 
     Raises:
         `ValueError`: when the lengths differ, and as [`mean_and_interval`].
@@ -71,12 +88,59 @@ def paired_difference(values: Sequence[float], reference: Sequence[float], level
         )
     difference = _finite(values) - _finite(reference)
     estimate = mean_and_interval(difference.tolist(), level)
-    error = difference.std(ddof=1) / np.sqrt(len(difference))
-    if error == 0:  # the same difference at every seed: t is 0/0 or infinite
-        p_value = float(estimate.mean == 0)
-    else:
-        p_value = float(2 * _scipy_stats().t.sf(abs(estimate.mean) / error, len(difference) - 1))
-    return PairedDifference(estimate.mean, estimate.low, estimate.high, p_value)
+    deviation = float(difference.std(ddof=1))
+    if deviation == 0:  # the same difference at every seed: t is 0/0 or infinite
+        return PairedDifference(estimate.mean, estimate.low, estimate.high, float(estimate.mean == 0), None, 0.0)
+    n = len(difference)
+    p_value = float(2 * _scipy_stats().t.sf(abs(estimate.mean) / deviation * np.sqrt(n), n - 1))
+    detectable = deviation * minimum_detectable_effect(n, (1 - level) / num_tests)
+    return PairedDifference(estimate.mean, estimate.low, estimate.high, p_value, estimate.mean / deviation, detectable)
+
+
+def minimum_detectable_effect(n: int, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The smallest effect, in standard deviations of the differences, that a paired t-test finds with a given power.
+
+    It is the d at which the noncentral t distribution with `n - 1` degrees of freedom and noncentrality `d √n` puts
+    `power` outside of the two-sided limits of the test (J. Cohen, *Statistical Power Analysis*, 1988).
+
+    Args:
+        n (`int`): Number of pairs, at least 2.
+        alpha (`float`, *optional*, defaults to `0.05`): Level of the two-sided test.
+        power (`float`, *optional*, defaults to `0.8`): Chance to find the effect.
+
+    Raises:
+        `ValueError`: for fewer than two pairs.
+        `ImportError`: when scipy is missing.
+    """
+    if n < 2:
+        raise ValueError(f"a paired test needs at least two pairs, got {n}")
+    stats = _scipy_stats()
+    from scipy.optimize import brentq
+
+    limit = float(stats.t.ppf(1 - alpha / 2, n - 1))
+
+    def lacking(noncentrality: float) -> float:
+        return float(stats.nct.sf(limit, n - 1, noncentrality)) - power
+
+    upper = limit + 1
+    while lacking(upper) < 0:
+        upper *= 2
+    return float(brentq(lacking, 0, upper)) / float(np.sqrt(n))
+
+
+def cluster_means(draws: Sequence[Sequence[float]]) -> list[float]:
+    """The mean over the draws of each trajectory, which is what the tests count.
+
+    Args:
+        draws (sequence of sequences): One sequence a trajectory, with a value for each of its draws.
+
+    Raises:
+        `ValueError`: for a trajectory without a draw.
+    """
+    for number, values in enumerate(draws):
+        if not len(values):
+            raise ValueError(f"trajectory number {number} has no draw to take a mean of")
+    return [float(np.mean(values)) for values in draws]
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
