@@ -178,8 +178,12 @@ class RemoteSource:
                         f" {given} was answered; pull the whole repo instead, with know_hf.hub.pull"
                     )
                 for chunk in response.iter_bytes():
+                    if len(chunk) > len(buffer) - filled:
+                        raise DamagedError(f"more bytes than {first}-{last} of {self.name} arrived")
                     buffer[filled : filled + len(chunk)] = chunk
                     filled += len(chunk)
+            if filled < len(buffer):
+                raise DamagedError(f"fewer bytes than {first}-{last} of {self.name} arrived")
 
         if buffer:
             retried(read, f"{self.name} can't be read")

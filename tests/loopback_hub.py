@@ -87,7 +87,7 @@ class LoopbackHub:
         Args:
             pattern (`str`): Regular expression searched in `METHOD path`, the path unquoted and without query.
             times (`int`, *optional*, defaults to `1`): How many requests it strikes.
-            **fault: Of [`Fault`]: `status` with `headers` and `message` is answered instead; `cut` closes the
+            **fault: Of [`Fault`]: `status` with `message` is answered instead; `headers` are added; `cut` closes the
                 connection after that many bytes of the body, of the request for PUT and POST and of the answer for
                 GET, with a reset unless `reset` is off; `lose_answer` does what was asked but closes the connection
                 instead of answering; `tamper` changes the bytes of the answer; `before` is called first.
@@ -179,7 +179,7 @@ class _Handler(Endpoints, BaseHTTPRequestHandler):
             return
         except HubError as error:
             status, content = error.status, json.dumps({"error": error.message}).encode()
-            headers = {"X-Error-Message": error.message, **(self.fault.headers if self.fault else {})}
+            headers = {"X-Error-Message": error.message}
             headers |= {"X-Error-Code": error.code} if error.code else {}
         self._answer(status, headers, content)
 
@@ -214,6 +214,7 @@ class _Handler(Endpoints, BaseHTTPRequestHandler):
     def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
         if self.fault and self.fault.tamper and status < 300:
             content = self.fault.tamper(content)
+        headers = {**headers, **(self.fault.headers if self.fault else {})}
         self.record.status = status
         self.send_response(status)
         for name, value in {

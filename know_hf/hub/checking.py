@@ -88,7 +88,7 @@ def check_target(target: PushTarget, token: Token) -> tuple[str, RemoteRepo | No
             " https://huggingface.co/settings/tokens"
         )
     repo_id = target.repo_id if "/" in target.repo_id else f"{account['name']}/{target.repo_id}"
-    repo = _open(repo_id, None, token)
+    repo = _open(repo_id, token)
     if repo is None:
         if target.create_pr or _is_pull_request(target.revision):
             raise HubError(f"{repo_id} is not there, or not to be seen: a pull request needs a repo; push without one")
@@ -129,9 +129,10 @@ def _is_pull_request(revision: str | None) -> bool:
     return revision is not None and re.fullmatch(r"refs/pr/\d+", revision) is not None
 
 
-def _open(repo_id: str, revision: str | None, token: Token) -> RemoteRepo | None:
+def _open(repo_id: str, token: Token) -> RemoteRepo | None:
+    """The repo, or nothing where there is none that may be seen."""
     try:
-        return RemoteRepo.open(repo_id, revision, token)
+        return RemoteRepo.open(repo_id, token=token)
     except HubError as error:
         cause = error.__cause__
         if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
