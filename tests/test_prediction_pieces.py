@@ -24,9 +24,10 @@ TESTS = Path(__file__).parent
 @pytest.mark.parametrize("size", [7, 64, 1000])
 @pytest.mark.parametrize("predictor", ["known", "task_vector", "linear", "log", "average", "ema", "shrink", "lines"])
 def test_the_size_of_a_piece_changes_nothing(trajectory, tmp_path, monkeypatch, size, predictor):
-    predict_overflowed_weights(trajectory, predictor=predictor, steps=2, output_dir=tmp_path / "whole")
+    options = {"predictor": predictor, "steps": 2, "card": False}
+    predict_overflowed_weights(trajectory, output_dir=tmp_path / "whole", **options)
     monkeypatch.setattr(planning, "PIECE_SIZE", size)
-    result = predict_overflowed_weights(trajectory, predictor=predictor, steps=2, output_dir=tmp_path / "pieces")
+    result = predict_overflowed_weights(trajectory, output_dir=tmp_path / "pieces", **options)
     whole, pieces = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
     for name in whole:
         torch.testing.assert_close(pieces[name], whole[name], rtol=0, atol=2e-7, msg=name)

@@ -91,6 +91,7 @@ def predict_overflowed_weights(
     kernel: str = "auto",
     accelerator: Accelerator | None = None,
     overwrite: bool = False,
+    card: bool = True,
     push_to_hub: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -127,6 +128,8 @@ def predict_overflowed_weights(
         accelerator (`Accelerator`, *optional*): Where given, its processes share the work, on a disk that they share;
             to be called on each of them. The files are those that one process writes, byte for byte.
         overwrite (`bool`, *optional*, defaults to `False`): Whether an existing `output_dir` may be replaced.
+        card (`bool`, *optional*, defaults to `True`): Whether to write `README.md`, the model card, with a picture of
+            the forgetting.
         push_to_hub (`str`, *optional*): Hub id that the checkpoint is pushed to; whether it can be is found out before
             the work.
         private, revision, create_pr, token (*optional*): Of the push, see [`~know_hf.hub.push_checkpoint`].
@@ -189,10 +192,7 @@ def predict_overflowed_weights(
                 reports = run(plan, writer, plan.pieces(part, parts), progress=part == 0)
             return reports, writer.bytes_written
 
-        def finish() -> str | None:
-            writer.close(sum(count for _, count in done))
-            if recalibrate_with is not None:
-                _recalibrate(work, recalibrate_with, trajectory, model_class)
+        def write_card(work: Path) -> None:
             by_name = predictor if isinstance(predictor, str) and predictor != "known" else None
             picture = forgetting_picture(trajectory)
             if picture is not None:
@@ -209,6 +209,13 @@ def predict_overflowed_weights(
                 repo_id=push_to_hub,
                 picture=None if picture is None else _PICTURE,
             ).save(work / "README.md")
+
+        def finish() -> str | None:
+            writer.close(sum(count for _, count in done))
+            if recalibrate_with is not None:
+                _recalibrate(work, recalibrate_with, trajectory, model_class)
+            if card:
+                write_card(work)
             stack.close()
             return None if push_to_hub is None else _push(result.path, push_to_hub, hub)
 
