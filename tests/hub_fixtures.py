@@ -25,9 +25,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture(autouse=True)
-def no_token_shown(
-    request: pytest.FixtureRequest, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> Iterator[None]:
+def no_token_shown(capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> Iterator[None]:
     """No test prints, logs or writes a token, whatever goes wrong in it."""
     for logger in ("huggingface_hub", "know_hf", "transformers"):
         caplog.set_level(logging.DEBUG, logger)

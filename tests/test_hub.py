@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from know_hf import KNOWNModel, WeightTrajectory, predict_overflowed_weights
+from know_hf.cli import main
 from know_hf.hub import (
     HubError,
     pull,
@@ -202,6 +204,33 @@ def test_adapters_and_plain_modules(
     remote = WeightTrajectory.from_hub("me/plain")
     remote.load_into(module := torch.nn.Linear(3, 2), 1)
     assert torch.equal(module.weight, plain.tensor("weight", 1)) and remote.model_files == []
+
+
+def test_prediction_is_pushed_as_it_was_written(hub: LoopbackHub, recorded: Path, tmp_path: Path) -> None:
+    hub.create("me/bert", {"config.json": b'{"architectures": ["BertModel"]}'})
+    folder = tmp_path / "enhanced"
+    with_push = partial(predict_overflowed_weights, recorded, output_dir=folder)
+    failing(HubError, "holds a BertModel", lambda: with_push(push_to_hub="me/bert"))
+    assert not folder.exists()
+    result = with_push(push_to_hub="me/x", private=True)
+    assert hub.repo("me/x").files() == contents(folder) and hub.repo("me/x").private
+    assert result.url == f"{hub.url}/me/x/commit/{hub.repo('me/x').refs['refs/heads/main']}"
+    hub.fail(COMMIT, times=3, status=500)
+    again = partial(with_push, steps=2, overwrite=True)
+    failing(HubError, f"whole, in {folder}: push it with know-hf push", lambda: again(push_to_hub="me/y"))
+    assert hub.repo("me/y").files() == {} and push(folder, "me/y")
+
+
+def test_command_line(hub: LoopbackHub, enhanced: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert main(["push", str(enhanced), "me/x", "--private", "--create-pr"]) == 1
+    assert "know-hf push: me/x is not there" in capfd.readouterr().err
+    assert main(["push", str(enhanced), "me/x", "--private", "--message", "What I made"]) == 0
+    assert f"{hub.url}/me/x/commit/" in capfd.readouterr().out
+    assert hub.repo("me/x").private and hub.repo("me/x").titles()[0] == "What I made"
+    assert main(["pull", "me/x", "--output-dir", str(tmp_path / "pulled")]) == 0
+    assert contents(tmp_path / "pulled") == contents(enhanced)
+    assert main(["pull", "me/x", "--output-dir", str(tmp_path / "pulled")]) == 1
+    assert "is not empty" in capfd.readouterr().err
 
 
 # In new processes
