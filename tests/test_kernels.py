@@ -1,0 +1,357 @@
+"""The fast forms of KNOWN against the model itself."""
+
+import copy
+import gc
+import os
+import sys
+import weakref
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from know_hf.configuration_known import KNOWN_ROLES, KNOWNConfig
+from know_hf.kernels import dispatch, prepare, residual
+from know_hf.modeling_known import KNOWNModel
+from know_hf.prediction import SHIPPED_KNOWN
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+NAMES = ["folded", "cpu", "triton"]
+
+
+def make_history(rows: int, weight: float = 0.05, step: float = 1e-3, num_states: int = 5) -> torch.Tensor:
+    """Random walks: the size of weights, and by how much a state differs from the one before."""
+    generator = torch.Generator().manual_seed(rows)
+    steps = step * torch.randn(rows, num_states, generator=generator)
+    steps[:, 0] = weight * torch.randn(rows, generator=generator)
+    return steps.cumsum(dim=1)
+
+
+def make_model(**sizes: int) -> KNOWNModel:
+    """Random weights, biases too."""
+    torch.manual_seed(0)
+    model = KNOWNModel(KNOWNConfig(**sizes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.uniform_(-0.02, 0.02)
+    return model
+
+
+@pytest.fixture(scope="module", params=["shipped", "random", "published"])
+def known(request: pytest.FixtureRequest) -> KNOWNModel:
+    if request.param == "shipped":
+        return KNOWNModel.from_pretrained(SHIPPED_KNOWN)
+    if request.param == "random":
+        return make_model()
+    if not (REFERENCE / "golden.npz").is_file():
+        pytest.skip("the published weights are not at hand")
+    return KNOWNModel.from_keras(REFERENCE)
+
+
+@pytest.fixture(scope="module")
+def model() -> KNOWNModel:
+    return make_model()
+
+
+@pytest.fixture(params=NAMES)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu":
+        pytest.importorskip("llvmlite")
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("set TRITON_INTERPRET=1 to run Triton's interpreter: it is read when torch is imported")
+        cut_products_to_tf32(monkeypatch)
+    return request.param
+
+
+def cut_products_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's matrix units do to float32 and the interpreter does not: drop the last 13 bits."""
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def cut(handle):
+        bits = torch.from_numpy(handle.data.copy()).view(torch.int32) & ~0x1FFF
+        return interpreter.TensorHandle(bits.view(torch.float32).numpy(), handle.dtype)
+
+    def create_dot(self, left, right, addend, precision, *others):
+        if precision.name == "TF32":
+            left, right = cut(left), cut(right)
+        else:
+            assert precision.name == "TF32x3"
+        return multiply(self, left, right, addend, precision, *others)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def eager(known: KNOWNModel, history: torch.Tensor, role: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual of the model, and in float64."""
+    with torch.inference_mode():
+        network = copy.deepcopy(known.networks[role]).double()
+        exact = network(history.double(), history.diff(dim=1).double())
+        return known(history=history, role=role).residual, exact
+
+
+@pytest.mark.parametrize("role", KNOWN_ROLES)
+def test_agrees_with_the_model(known, kernel, role):
+    for weight, step, bound in (
+        (0.05, 1e-2, 3e-7),
+        (0.05, 1e-6, 3e-7),
+        (0.05, 0.0, 3e-7),
+        (1e-3, 1e-5, 5e-8),
+        (1e-30, 1e-32, 2e-8),
+        (1e-40, 1e-42, 2e-8),
+        (0.3, 0.1, 1e-5 if kernel == "triton" else 2e-6),
+    ):
+        history = make_history(1000, weight, step)
+        expected, exact = eager(known, history, role)
+        found = residual(known, history, role, kernel)
+        assert found.dtype == torch.float32 and found.shape == (1000,)
+        assert not found.requires_grad and not found.is_inference()
+        assert (found - expected).abs().max() <= bound
+        if kernel != "triton":  # the rounding of the model itself, a few times
+            assert (found - exact).abs().max() <= 4 * (expected - exact).abs().max() + 1e-8
+            relative, of_model = (((value - exact) / exact).abs().quantile(0.9) for value in (found, expected))
+            assert relative <= 5 * of_model + 1e-6
+
+
+@pytest.mark.parametrize("role", KNOWN_ROLES)
+def test_weights_far_outside(known, kernel, role):
+    history = make_history(1000, 1.0, 1.0)
+    expected, exact = eager(known, history, role)
+    bound = 1e-2 if kernel == "triton" else 8 * (expected - exact).abs().max()
+    assert (residual(known, history, role, kernel) - exact).abs().max() <= bound
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("role", KNOWN_ROLES)
+def test_overflow_is_never_a_wrong_number(known, kernel, role):
+    for size in (3.0, 10.0, 30.0, 1e3, 1e10, 1e30, 3e38):
+        history = make_history(500, size, size / 10)
+        expected, _ = eager(known, history, role)
+        found = residual(known, history, role, kernel)
+        assert (found.isnan() & ~expected.isnan()).float().mean() <= 0.01
+        if kernel == "triton":  # where arguments of the exponential are near its overflow, they differ by up to 1
+            assert (expected.isnan() & ~found.isnan()).float().mean() <= 0.01
+        else:
+            assert not (expected.isnan() & ~found.isnan()).any()
+            finite = ~found.isnan()
+            torch.testing.assert_close(found[finite], expected[finite], atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 63, 64, 65, 4097])
+def test_rows(model, kernel, rows):
+    history = make_history(rows)
+    expected, _ = eager(model, history, "conv")
+    torch.testing.assert_close(residual(model, history, "conv", kernel), expected, atol=1e-7, rtol=0)
+
+
+def test_rows_beside_it_change_nothing(model, kernel):
+    history = make_history(5000)
+    whole = residual(model, history, "bias", kernel)
+    for start, end in ((0, 1), (1, 18), (77, 4200), (4090, 5000), (4999, 5000)):
+        assert_same(residual(model, history[start:end], "bias", kernel), whole[start:end], kernel)
+    assert_same(residual(model, history.flip(0), "bias", kernel), whole.flip(0), kernel)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, kernel: str) -> None:
+    """Bit for bit, but for the interpreter of Triton, which multiplies with NumPy."""
+    if kernel == "triton":
+        torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+    else:
+        assert torch.equal(found, expected)
+
+
+def test_eager(model):
+    history = make_history(5000)
+    expected, _ = eager(model, history, "bias")
+    found = residual(model, history, "bias", "eager")
+    torch.testing.assert_close(found, expected, atol=1e-8, rtol=0)
+    assert torch.equal(residual(model, history[77:4200], "bias", "eager"), found[77:4200])
+    with torch.no_grad():
+        changed = copy.deepcopy(model)
+        prepared = prepare(changed, "bias", "eager")
+        changed.networks["bias"].head.bias += 1
+    assert not torch.equal(prepared(history), found)
+
+
+def test_strides(model, kernel):
+    history = make_history(300)
+    expected = residual(model, history, "fc", kernel)
+    padded = torch.full((300, 12), torch.nan)
+    padded[:, 1:11:2] = history
+    for view in (history.T.contiguous().T, padded[:, 1:11:2], history.repeat_interleave(2, dim=0)[1::2]):
+        assert not view.is_contiguous()
+        assert torch.equal(residual(model, view, "fc", kernel), expected)
+    same = history[:1].expand(300, 5)
+    assert torch.equal(residual(model, same, "fc", kernel), expected[:1].expand(300))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(model, kernel, dtype):
+    history = make_history(100).to(dtype)
+    found = residual(model, history, "conv", kernel)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, residual(model, history.float(), "conv", kernel))
+    converted = copy.deepcopy(model).to(dtype)
+    expected = copy.deepcopy(converted).float()(history=history.float(), role="conv").residual.detach()
+    torch.testing.assert_close(residual(converted, history, "conv", kernel), expected, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_states": 2, "hidden_size": 1, "bottleneck_size": 1, "stream_size": 1},
+        {"num_states": 3, "bottleneck_size": 4},
+        {"num_states": 7, "hidden_size": 33, "stream_size": 30},
+        {"num_states": 16, "bottleneck_size": 16, "leaky_slope": 0.0},
+    ],
+)
+def test_other_sizes(kernel, sizes):
+    model = make_model(**sizes)
+    history = make_history(130, num_states=sizes["num_states"])
+    expected, _ = eager(model, history, "fc")
+    torch.testing.assert_close(residual(model, history, "fc", kernel), expected, atol=1e-7, rtol=0)
+
+
+def test_changed_weights_are_seen(kernel):
+    model = make_model()
+    history = make_history(64)
+
+    def check() -> torch.Tensor:
+        found = residual(model, history, "conv", kernel)
+        expected, _ = eager(model, history, "conv")
+        torch.testing.assert_close(found, expected, atol=5e-7, rtol=0)
+        return found
+
+    seen = [check()]
+    weight = model.networks["conv"].head.weight
+    weight.data[0, 0] += 0.1
+    seen.append(check())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(history=history, role="conv", labels=torch.zeros(64)).loss.backward()
+    optimizer.step()
+    seen.append(check())
+    model.load_state_dict({name: 1.5 * value for name, value in model.state_dict().items()})
+    seen.append(check())
+    model.bfloat16().float()
+    seen.append(check())
+    assert all(not torch.equal(before, after) for before, after in pairwise(seen))
+
+
+def test_unchanged_weights_are_prepared_once(model, kernel, monkeypatch):
+    calls = []
+    monkeypatch.setattr(dispatch, "prepare", lambda *arguments: calls.append(arguments) or prepare(*arguments))
+    fresh = copy.deepcopy(model)
+    for role in ("conv", "fc", "conv", "fc"):
+        residual(fresh, make_history(10), role, kernel)
+    assert [role for _, role, _ in calls] == ["conv", "fc"]
+    gone = weakref.ref(fresh)
+    del fresh
+    calls.clear()
+    gc.collect()
+    assert gone() is None
+
+
+def test_prepared_kernel_keeps_its_weights(kernel):
+    model = make_model()
+    history = make_history(20)
+    prepared = prepare(model, "bias", kernel)
+    before = prepared(history)
+    with torch.no_grad():
+        model.networks["bias"].head.weight += 1
+    assert torch.equal(prepared(history), before)
+
+
+def test_threads_change_nothing(model):
+    pytest.importorskip("llvmlite")
+    history = make_history(50_001)
+    single = residual(model, history, "conv", "cpu")
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(residual(model, history, "conv", "cpu"), single)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("shape", [(16, 4), (8, 2), (4, 4), (4, 2)])
+def test_every_vector_shape(model, shape, monkeypatch):
+    machine_code = pytest.importorskip("know_hf.kernels.machine_code", exc_type=ImportError)
+    monkeypatch.setattr(machine_code, "vector_shape", lambda triple, features: shape)
+    machine_code.compile_network.cache_clear()
+    try:
+        history = make_history(101)
+        expected, _ = eager(model, history, "conv")
+        torch.testing.assert_close(prepare(model, "conv", "cpu")(history), expected, atol=1e-7, rtol=0)
+    finally:
+        machine_code.compile_network.cache_clear()
+
+
+def test_vector_shape_of_a_cpu():
+    machine_code = pytest.importorskip("know_hf.kernels.machine_code", exc_type=ImportError)
+    assert machine_code.vector_shape("x86_64-unknown-linux-gnu", {"avx": True, "avx512f": True}) == (16, 4)
+    assert machine_code.vector_shape("x86_64-unknown-linux-gnu", {"avx": True, "avx512f": False}) == (8, 2)
+    assert machine_code.vector_shape("x86_64-unknown-linux-gnu", {}) == (4, 2)
+    assert machine_code.vector_shape("arm64-apple-darwin24.1.0", {"neon": True}) == (4, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["eager", "folded", "triton", "auto"])
+def test_on_a_gpu(known, name):
+    on_gpu = copy.deepcopy(known).cuda()
+    for weight, step, bound in ((0.05, 1e-2, 3e-7), (0.05, 1e-6, 3e-7), (0.3, 0.1, 1e-5), (1.0, 1.0, 1e-2)):
+        history = make_history(1000, weight, step)
+        for role in KNOWN_ROLES:
+            _, exact = eager(known, history, role)
+            found = residual(on_gpu, history.cuda(), role, name)
+            assert found.device.type == "cuda"
+            assert (found.cpu() - exact).abs().max() <= bound
+            assert torch.equal(residual(on_gpu, history, role, name), found.cpu())
+            assert torch.equal(residual(on_gpu, history[77:400].cuda(), role, name), found[77:400])
+
+
+def test_auto_takes_what_runs(model, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    history = make_history(10)
+    expected = residual(model, history, "conv", "folded")
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    assert torch.equal(residual(model, history, "conv"), expected)
+    with pytest.raises(
+        ImportError, match=r"'cpu' can't run: llvmlite is not installed; pip install 'know_hf\[fast\]'"
+    ):
+        residual(model, history, "conv", "cpu")
+
+
+def test_auto_on_a_cpu_is_the_machine_code(model):
+    pytest.importorskip("llvmlite")
+    history = make_history(10)
+    assert torch.equal(residual(model, history, "conv"), residual(model, history, "conv", "cpu"))
+
+
+def test_kernels_that_cannot_run(model, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    history = make_history(10)
+    with pytest.raises(ValueError, match=r"unknown kernel 'fast'; choose one of auto, eager, folded, cpu, triton"):
+        residual(model, history, "conv", "fast")
+    with pytest.raises(ValueError, match=r"'triton' can't run: the model is on cpu; move it with model\.cuda\(\)"):
+        prepare(model, "conv", "triton")
+    with pytest.raises(ValueError, match=r"'cpu' can't run: the model is on meta; move it with model\.cpu\(\)"):
+        prepare(copy.deepcopy(model).to("meta"), "conv", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match=r"'triton' can't run: triton is not installed; pip install triton"):
+        prepare(model, "conv", "triton")
+
+
+def test_wrong_histories_and_roles(model):
+    with pytest.raises(ValueError, match="role 'norm' has no network"):
+        residual(model, make_history(3), "norm")
+    with pytest.raises(ValueError, match="role 'norm' has no network"):
+        prepare(model, "norm")
+    with pytest.raises(ValueError, match="history has 4 states"):
+        residual(model, make_history(3, num_states=4), "conv")
+    with pytest.raises(ValueError, match=r"history has dtype torch\.int64"):
+        residual(model, make_history(3).long(), "conv")
