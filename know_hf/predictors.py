@@ -117,20 +117,12 @@ class KNOWNPredictor:
     Args:
         model ([`KNOWNModel`]):
             The networks of the three roles.
-        chunk_size (`int`, *optional*, defaults to `4096`):
-            Rows a forward pass. The default was the fastest of 256 … 524,288 on a CPU core (about 0.4 µs a row); from
-            65,536 on, one pass is 4 to 13 times slower, as its activations leave the cache.
         kernel (`str`, *optional*, defaults to `"auto"`):
-            Which form of the network computes.
+            Which form of the networks computes, see [`know_hf.kernels.residual`].
     """
 
     model: "KNOWNModel"
-    chunk_size: int = 4096
     kernel: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size={self.chunk_size}: choose at least 1 row")
 
     @property
     def num_states(self) -> int:
@@ -147,12 +139,9 @@ class KNOWNPredictor:
         return self.model.config.trained_on
 
     def residual(self, history: torch.Tensor, role: str) -> torch.Tensor:
-        residual = torch.empty(len(history), dtype=torch.float32, device=history.device)
-        with torch.inference_mode():
-            for start in range(0, len(history), self.chunk_size):
-                chunk = history[start : start + self.chunk_size].to(self.model.device)
-                residual[start : start + self.chunk_size] = self.model(history=chunk, role=role).residual
-        return residual
+        from . import kernels
+
+        return kernels.residual(self.model, history, role, self.kernel)
 
 
 @register_predictor("shrink")

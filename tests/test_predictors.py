@@ -31,11 +31,11 @@ def known() -> KNOWNModel:
     return KNOWNModel(KNOWNConfig()).eval()
 
 
-def test_known_predictor_is_the_model_chunk_by_chunk(known):
+def test_known_predictor_is_the_model_with_any_kernel(known):
     history = torch.randn(23, 5)
     expected = known(history=history, role="conv").residual.detach()
-    for chunk_size in (1, 5, 23, 4096):
-        residual = KNOWNPredictor(known, chunk_size=chunk_size).residual(history, "conv")
+    for kernel in ("auto", "eager", "folded"):
+        residual = KNOWNPredictor(known, kernel=kernel).residual(history, "conv")
         torch.testing.assert_close(residual, expected, atol=1e-6, rtol=0)
         assert residual.dtype == torch.float32 and not residual.requires_grad and not residual.is_inference()
     assert KNOWNPredictor(known).num_states == 5
@@ -178,8 +178,8 @@ def test_registry(known):
     assert get_predictor("shrink", factor=0.5) == Shrink(factor=0.5)
     assert get_predictor("average") == Average() and get_predictor("average").num_states is None
     assert get_predictor("linear") == LinearFit()
-    predictor = get_predictor("known", model=known, chunk_size=7)
-    assert isinstance(predictor, KNOWNPredictor) and predictor.chunk_size == 7
+    predictor = get_predictor("known", model=known, kernel="folded")
+    assert isinstance(predictor, KNOWNPredictor) and predictor.kernel == "folded"
     for name in predictors._PREDICTORS:
         assert f'`"{name}"`' in get_predictor.__doc__
         assert isinstance(predictor if name == "known" else get_predictor(name), Predictor)
@@ -207,8 +207,3 @@ def test_register_predictor(monkeypatch):
     assert get_predictor("nothing") == Nothing()
     with pytest.raises(ValueError, match=r"'shrink' belongs to .*Shrink.* already"):
         register_predictor("shrink")(Nothing)
-
-
-def test_chunk_size_below_one(known):
-    with pytest.raises(ValueError, match="chunk_size=0: choose at least 1 row"):
-        KNOWNPredictor(known, chunk_size=0)
