@@ -24,6 +24,8 @@ _PUBLIC = {
     "merge_adapters": "merging",
     "plan_prediction": "prediction",
     "predict_overflowed_weights": "prediction",
+    "pull": "hub",
+    "push": "hub",
     "recalibrate_batch_norm": "batch_norm",
 }
 
@@ -32,6 +34,8 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 if TYPE_CHECKING:
     from .batch_norm import recalibrate_batch_norm as recalibrate_batch_norm
     from .configuration_known import KNOWNConfig as KNOWNConfig
+    from .hub import pull as pull
+    from .hub import push as push
     from .merging import merge_adapters as merge_adapters
     from .meta_learning import TransitionDataset as TransitionDataset
     from .meta_learning import meta_train as meta_train

@@ -35,6 +35,8 @@ class CheckpointReader:
                 source = LocalFile(file) if isinstance(file, Path) else file
                 entries = read_header(source)
             except OSError as error:
+                if not isinstance(file, Path):
+                    raise  # it says itself what to do
                 raise CheckpointError(f"{file} can't be read ({error}); restore it from a copy") from error
             for name, entry in entries.items():
                 if name in self._places:
