@@ -1,0 +1,194 @@
+"""Meta-training on two processes gives what one gives; killed at any moment and started again, the same weights."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from meta_worker import ARGUMENTS, Trained, train, write_notes
+from test_training import record
+
+from know_hf import KNOWNConfig, KNOWNModel
+from know_hf.meta_learning import (
+    BalancedBatchSampler,
+    MetaTrainingArguments,
+    TransitionDataset,
+    meta_train,
+    start_processes,
+)
+
+TESTS = Path(__file__).parent
+FEW_STEPS = MetaTrainingArguments(steps=12, batch_size=32, warmup_steps=2, log_every=5, save_every=4)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("meta")
+    for number in range(3):
+        record(folder / f"a{number}", seed=number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launched(root: Path) -> list[dict[str, Any]]:
+    """What two processes noted; one that waits for ever fails the tests by the timeout."""
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(TESTS / "meta_worker.py"), str(root)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return read_notes(root)
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path) -> Trained:
+    return train(root, ARGUMENTS)
+
+
+def read_notes(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def run(*targets: Callable[[], object]) -> list[int | None]:
+    """Runs each in a process of its own, a copy of this one; their exit codes."""
+    processes = [multiprocessing.get_context("fork").Process(target=target) for target in targets]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    return [process.exitcode for process in processes]
+
+
+def test_two_processes_ran(launched):
+    assert [notes["num_processes"] for notes in launched] == [2, 2]
+
+
+def test_processes_see_different_parts_of_the_same_batches(launched, root):
+    dataset = TransitionDataset([root / "a0", root / "a1"], progress=False)
+    whole = list(BalancedBatchSampler(dataset, ARGUMENTS.batch_size, ARGUMENTS.steps))
+    first, second = (notes["items"] for notes in launched)
+    assert len(first) == len(second) == ARGUMENTS.steps
+    for batch, *parts in zip(whole, first, second, strict=True):
+        assert parts[0] != parts[1] and [len(part) for part in parts] == [192, 192]
+        assert sorted(parts[0] + parts[1]) == sorted(batch.tolist())
+
+
+def test_two_processes_give_what_one_gives(launched, alone):
+    assert len(alone.items[0]) == 2 * len(launched[0]["items"][0])
+    assert launched[0]["weights"] == launched[1]["weights"]
+    for role, skill in alone.result.held_out_skill["other"].items():
+        found = [notes["skill"][role] for notes in launched]
+        assert found[0] == found[1]
+        assert skill.skill > 0.2
+        assert found[0]["skill"] == pytest.approx(skill.skill, abs=0.01)
+        assert found[0]["transitions"] == skill.transitions
+    for ours, theirs in zip(launched[0]["losses"], alone.result.losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=0.01)
+
+
+def test_two_processes_of_which_one_is_killed_end_in_the_same_weights(launched, root, tmp_path):
+    args = replace(ARGUMENTS, checkpoint_dir=str(tmp_path / "checkpoints"))
+
+    def run_pair(kill_at: int | None) -> list[int | None]:
+        """Forked, as importing takes most of a launch's time."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+
+        def child(rank: str) -> None:
+            group = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+            os.environ |= {**group, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
+            os.environ["OMP_NUM_THREADS"] = "1"
+            AcceleratorState._reset_state(reset_partial_state=True)
+            processes = start_processes()
+            write_notes(tmp_path, train(root, args, kill_at if rank == "1" else None))
+            processes.destroy_process_group()
+
+        return run(lambda: child("0"), lambda: child("1"))
+
+    assert run_pair(kill_at=35) == [1, -signal.SIGKILL]
+    assert run_pair(kill_at=None) == [0, 0]
+    for resumed, whole in zip(read_notes(tmp_path), launched, strict=True):
+        assert resumed["items"] == whole["items"][20:]  # the checkpoint is that of step 20
+        assert resumed["weights"] == whole["weights"]
+        assert resumed["losses"] == whole["losses"]
+
+
+def end_of(root: Path, folder: Path, args: MetaTrainingArguments = FEW_STEPS) -> Trained:
+    return train(root, replace(args, checkpoint_dir=str(folder)))
+
+
+def kill(root: Path, folder: Path, before_step: int | None = None, before_change: int | None = None) -> int | None:
+    """Trains in a process of its own that dies before a step, or before a change to the folder of checkpoints."""
+
+    def child() -> None:
+        changes = 0
+
+        def hook(event: str, arguments: tuple) -> None:
+            nonlocal changes
+            counts = event in ("os.mkdir", "os.rename", "os.rmdir", "os.remove")
+            counts = counts or (event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR)))
+            if counts and os.fsdecode(arguments[0]).startswith(f"{folder}/"):
+                changes += 1
+                if changes == before_change:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        train(root, replace(FEW_STEPS, checkpoint_dir=str(folder)), before_step)
+
+    (code,) = run(child)
+    return code
+
+
+def test_killed_at_any_moment_and_started_again(root, tmp_path):
+    expected = end_of(root, tmp_path / "whole")
+    assert [path.name for path in sorted((tmp_path / "whole").iterdir())] == ["step-00000008", "step-00000012"]
+    assert [entry["step"] for entry in expected.result.losses] == [4, 8, 12]
+    moments = random.Random(0).sample(range(1, 25), 8)
+    for number, kills in enumerate([{"before_step": 3}, {"before_step": 7}, *({"before_change": m} for m in moments)]):
+        folder = tmp_path / str(number)
+        assert kill(root, folder, **kills) == -signal.SIGKILL, kills
+        found = end_of(root, folder)
+        assert found.weights == expected.weights, kills
+        assert found.result.losses == expected.result.losses
+        assert sorted(path.name for path in folder.iterdir()) == ["step-00000008", "step-00000012"]
+
+
+def test_looks_and_best_weights_are_kept(root, tmp_path):
+    dataset, other = (TransitionDataset([root / name], progress=False) for name in ("a0", "a1"))
+    args = replace(FEW_STEPS, checkpoint_dir=str(tmp_path), eval_every=2, patience=4, learning_rate=3e-3)
+    expected = meta_train(None, dataset, validation=other, args=args, progress=False)
+    shutil.rmtree(tmp_path / "step-00000012")
+    again = meta_train(None, dataset, validation=other, args=args, progress=False)
+    assert again.validation == expected.validation and len(again.validation) == 6
+    assert Trained(again, []).weights == Trained(expected, []).weights
+
+
+def test_checkpoints_of_another_training(root, tmp_path):
+    end_of(root, tmp_path)
+    assert end_of(root, tmp_path, replace(FEW_STEPS, log_every=3)).items == []  # nothing was left to train
+    with pytest.raises(ValueError, match=r"step-00000012 is a checkpoint of a training with learning_rate=0\.001, "):
+        end_of(root, tmp_path, replace(FEW_STEPS, learning_rate=0.1))
+    dataset = TransitionDataset([root / "a0", root / "a1"], progress=False)
+    args = replace(FEW_STEPS, checkpoint_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"checkpoint of a training with initial_weights="):
+        meta_train(KNOWNModel(KNOWNConfig()), dataset, args=args, progress=False)
+    with pytest.raises(ValueError, match=r"checkpoint of a training with train="):
+        meta_train(None, dataset.with_one_role("fc"), args=args, progress=False)
