@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 from know_hf.configuration_known import KNOWN_ROLES, KNOWNConfig
 from know_hf.kernels import dispatch, prepare, residual
@@ -322,6 +323,15 @@ def test_auto_takes_what_runs(model, monkeypatch):
     with pytest.raises(
         ImportError, match=r"'cpu' can't run: llvmlite is not installed; pip install 'know_hf\[fast\]'"
     ):
+        residual(model, history, "conv", "cpu")
+
+
+def test_auto_with_an_old_llvmlite(model, monkeypatch):
+    pytest.importorskip("llvmlite")
+    monkeypatch.setattr(dispatch, "_installed_version", lambda package: Version("0.44.0"))
+    history = make_history(10)
+    assert torch.equal(residual(model, history, "conv"), residual(model, history, "conv", "folded"))
+    with pytest.raises(ImportError, match=r"llvmlite 0\.44\.0 is older than 0\.45; pip install 'know_hf\[fast\]'"):
         residual(model, history, "conv", "cpu")
 
 

@@ -13,16 +13,22 @@ states are taken in float32.
 
 import shutil
 from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from os import environ
 from weakref import WeakKeyDictionary
 
 import torch
+from packaging.version import Version
 
 from ..modeling_known import KNOWNModel
 from .chunks import in_chunks
 
 KERNELS = ("eager", "folded", "cpu", "triton")
+
+OLDEST_LLVMLITE = Version("0.45")
+"""The first with an LLVM whose pointers have no type."""
 
 PreparedKernel = Callable[[torch.Tensor], torch.Tensor]
 
@@ -125,6 +131,11 @@ def _obstacle(kernel: str, device: torch.device) -> ImportError | ValueError | N
             return ValueError(f"kernel 'cpu' can't run: the model is on {device}; move it with model.cpu()")
         if not find_spec("llvmlite"):
             return ImportError("kernel 'cpu' can't run: llvmlite is not installed; pip install 'know_hf[fast]'")
+        if (installed := _installed_version("llvmlite")) < OLDEST_LLVMLITE:
+            return ImportError(
+                f"kernel 'cpu' can't run: llvmlite {installed} is older than {OLDEST_LLVMLITE}; pip install"
+                " 'know_hf[fast]'"
+            )
     if kernel == "triton":
         interpreted = environ.get("TRITON_INTERPRET") == "1"
         if device.type != "cuda" and not interpreted:
@@ -138,6 +149,11 @@ def _obstacle(kernel: str, device: torch.device) -> ImportError | ValueError | N
         if not interpreted and not (environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
             return ValueError("kernel 'triton' can't run: triton finds no C compiler; install gcc or set CC")
     return None
+
+
+@cache
+def _installed_version(package: str) -> Version:
+    return Version(version(package))
 
 
 def _same(known: torch.Tensor, weights: torch.Tensor) -> bool:
