@@ -49,7 +49,7 @@ from .evaluation import (
     ArmSources,
     CellStore,
     Examples,
-    FewShot,
+    FineTuning,
     accuracy,
     batches,
     compare_with_naive,
@@ -85,7 +85,7 @@ class QuickstartSettings:
         epochs_per_stage (`float`): Epochs on each smaller subset.
         labels_per_digit (`int`): Labelled target images of each digit.
         validation_images (`int`): Target images the learning rate is chosen on.
-        few_shot ([`FewShot`]): The downstream fine-tuning.
+        few_shot ([`FineTuning`]): The downstream fine-tuning.
     """
 
     source_digits: tuple[int, ...] = (0, 2, 4, 6, 8)
@@ -99,7 +99,7 @@ class QuickstartSettings:
     epochs_per_stage: float = 10
     labels_per_digit: int = 20
     validation_images: int = 200
-    few_shot: FewShot = field(default_factory=lambda: FewShot((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), steps=20))
+    few_shot: FineTuning = field(default_factory=lambda: FineTuning((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), steps=20))
 
     @property
     def target_digits(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from know_hf.evaluation import (
     RANDOM,
     Arm,
     ArmSources,
-    FewShot,
+    FineTuning,
     accuracy,
     batches,
     compare_with_naive,
@@ -138,7 +138,7 @@ def test_fine_tuning_uses_the_models_own_loss_and_inputs():
 def test_few_shot_keeps_every_rate_and_takes_the_best_on_validation():
     model, examples = make_resnet(), make_examples()
     before = copy.deepcopy(model)
-    protocol = FewShot((1e-6, 1e-2, 2e-2), steps=15, head_steps=0)
+    protocol = FineTuning((1e-6, 1e-2, 2e-2), steps=15, head_steps=0)
     test = make_examples(40, seed=2)
     tuned = few_shot_accuracy(model, examples, make_examples(40, seed=1), test, protocol, num_labels=4, seed=0)
     assert equal(model, before)
@@ -150,16 +150,16 @@ def test_few_shot_keeps_every_rate_and_takes_the_best_on_validation():
 
 def test_the_head_is_trained_first_and_alone():
     model, examples = make_resnet(), make_examples()
-    protocol = FewShot((1e-9,), steps=1, head_steps=60)
+    protocol = FineTuning((1e-9,), steps=1, head_steps=60)
     warm = few_shot_accuracy(model, examples, examples, examples, protocol, num_labels=4, seed=0)
-    cold = few_shot_accuracy(model, examples, examples, examples, FewShot((1e-9,), 1, 0), num_labels=4, seed=0)
+    cold = few_shot_accuracy(model, examples, examples, examples, FineTuning((1e-9,), 1, 0), num_labels=4, seed=0)
     assert warm.accuracy > cold.accuracy + 0.2
 
 
 @pytest.mark.parametrize("rates", [(), (1e-3, 1e-3)])
 def test_a_grid_without_rates_or_with_one_twice_is_an_error(rates):
     with pytest.raises(ValueError, match="learning_rates must be different and at least one"):
-        FewShot(rates)
+        FineTuning(rates)
 
 
 def test_states_fresh_and_oracle_arms_are_recalibrated_and_else_as_they_are(sources):

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from know_hf import WeightTrajectory, quickstart
-from know_hf.evaluation import NAIVE, RANDOM, FewShot, known_arm
+from know_hf.evaluation import NAIVE, RANDOM, FineTuning, known_arm
 from know_hf.modeling_known import KNOWNConfig, KNOWNModel
 from know_hf.quickstart import ARMS, QuickstartSettings, run_quickstart
 
@@ -22,7 +22,7 @@ MINIATURE = QuickstartSettings(
     epochs_per_stage=1,
     labels_per_digit=2,
     validation_images=20,
-    few_shot=FewShot((1e-3, 1e-2), steps=3, head_steps=5),
+    few_shot=FineTuning((1e-3, 1e-2), steps=3, head_steps=5),
 )
 
 

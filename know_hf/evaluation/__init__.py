@@ -3,18 +3,19 @@
 from .arms import AVERAGE, NAIVE, ORACLE, RANDOM, Arm, ArmSources, known_arm, shrink_arm
 from .cells import run_cells
 from .comparison import ArmResult, Comparison, compare_with_naive
+from .probing import LinearProbe
 from .protocols import (
-    Examples,
-    FewShot,
+    AsTheyAre,
+    FineTuning,
+    Split,
     TunedAccuracy,
     accuracy,
-    batches,
+    evaluate_classifier,
     few_shot_accuracy,
-    fine_tune,
-    with_new_head,
 )
 from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
 from .store import CellStore
+from .training import Examples, batches, fine_tune, with_new_head
 
 __all__ = [
     "AVERAGE",
@@ -24,16 +25,20 @@ __all__ = [
     "Arm",
     "ArmResult",
     "ArmSources",
+    "AsTheyAre",
     "CellStore",
     "Comparison",
     "Estimate",
     "Examples",
-    "FewShot",
+    "FineTuning",
+    "LinearProbe",
     "PairedDifference",
+    "Split",
     "TunedAccuracy",
     "accuracy",
     "batches",
     "compare_with_naive",
+    "evaluate_classifier",
     "few_shot_accuracy",
     "fine_tune",
     "holm",

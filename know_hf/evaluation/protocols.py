@@ -1,25 +1,112 @@
-"""What is measured of an arm: its weights as they are, and few-shot transfer with a tuned learning rate.
+"""What is measured of an arm: its weights as they are, and transfer with a learning rate that is tuned for each arm.
 
 Examples are a mapping of tensors whose first axis counts the examples, keyword arguments of the model with "labels"
 among them; the loss is the model's own.
+
+The number of trials is the same for all arms. A protocol has a grid of R learning rates, and every arm has K trials
+at each of them. An arm whose own options are tuned too (the factor of a shrink) spends its K trials on K settings of
+them. An arm without options spends them on K learning rates around each one of the grid, so that it tries R · K rates
+where the other tries K settings at R rates each; one with K/2 settings is between the two ([`refined`]).
 """
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from ..batch_norm import recalibrate_batch_norm
+from .comparison import Measure
+from .training import Examples, batches, fine_tune, train_parameters, with_new_head
 
-Examples = Mapping[str, torch.Tensor]
+Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
-class FewShot:
-    """Fine-tuning on few labels: the new head alone first, then all weights at each learning rate of a grid.
+class Split:
+    """The data of one task, of one draw.
+
+    Attributes:
+        train, validation, test (mapping of tensors): Examples. Choices are made on `validation`, `test` is reported.
+        num_labels (`int`, *optional*): Classes of the new head; by default the model's head is kept.
+    """
+
+    train: Examples
+    validation: Examples
+    test: Examples
+    num_labels: int | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One attempt.
+
+    Attributes:
+        learning_rate (`float`, *optional*): Its learning rate, if anything was trained.
+        validation, test (`dict[str, float]`): From the name of each measure to its value.
+    """
+
+    learning_rate: float | None
+    validation: Scores
+    test: Scores
+
+
+Evaluate = Callable[[PreTrainedModel, Examples], Scores]
+
+
+class MeasuringProtocol(Protocol):
+    """What the engine asks of a protocol; those here have it, and so may any class."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def what(self) -> str:
+        """What it measures, as it stands in a sentence."""
+
+    @property
+    def on_source(self) -> bool:
+        """Whether it measures on the source task instead of the downstream one."""
+
+    def trials(
+        self, model: PreTrainedModel, split: Split, seed: int, evaluate: Evaluate, refinement: int = 1
+    ) -> Iterator[Trial]:
+        """All trials of one arm at one setting of its options.
+
+        Args:
+            model (`PreTrainedModel`): The initial weights; left as they are.
+            split ([`Split`]): The data.
+            seed (`int`): Of heads and of the order of examples: with the same seed every arm gets the same.
+            evaluate (callable): From a model and examples to its scores.
+            refinement (`int`, *optional*, defaults to `1`): Trials at each learning rate of the grid, see [`refined`].
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its settings, JSON values only."""
+
+
+@dataclass(frozen=True)
+class AsTheyAre:
+    """The source task with the weights as they are: nothing is trained, so that there is one trial a setting."""
+
+    name: str = "source"
+    on_source = True
+    what = "the source task, weights as they are"
+
+    def trials(
+        self, model: PreTrainedModel, split: Split, seed: int, evaluate: Evaluate, refinement: int = 1
+    ) -> Iterator[Trial]:
+        yield Trial(None, evaluate(model, split.validation), evaluate(model, split.test))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "as_they_are", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Fine-tuning all weights at each learning rate of a grid; before that, if asked for, the new head alone.
 
     Two phases as in the KNOW paper's code; there the learning rate is fixed, here every arm tries the whole grid.
 
@@ -27,8 +114,11 @@ class FewShot:
         learning_rates (`tuple[float, ...]`): Tried one by one for all weights, Adam, cosine decay to 0.
         steps (`int`, *optional*, defaults to `40`): Optimizer steps of all weights.
         head_steps (`int`, *optional*, defaults to `100`): Optimizer steps of the head before, the rest frozen.
-        head_learning_rate (`float`, *optional*, defaults to `1e-2`): Of the head alone.
+        head_learning_rate (`float`, *optional*, defaults to `1e-2`): Of the head alone; the same for all arms, so that
+            a comparison in which arms differ in the size of their features is fairer with `head_steps=0`.
         batch_size (`int`, *optional*): Examples of a step; by default all of them.
+        labels_per_class (`int`, *optional*): Only the first so many training examples of each class; by default all.
+        name (`str`, *optional*, defaults to `"few-shot"`): What tables and reports call it.
 
     Raises:
         `ValueError`: for an empty grid, or one that names a rate twice.
@@ -39,10 +129,34 @@ class FewShot:
     head_steps: int = 100
     head_learning_rate: float = 1e-2
     batch_size: int | None = None
+    labels_per_class: int | None = None
+    name: str = "few-shot"
+    on_source = False
 
     def __post_init__(self) -> None:
-        if not self.learning_rates or len(set(self.learning_rates)) < len(self.learning_rates):
-            raise ValueError(f"learning_rates must be different and at least one, got {self.learning_rates}")
+        check_rates(self.learning_rates)
+
+    @property
+    def what(self) -> str:
+        labels = "all labels" if self.labels_per_class is None else f"{self.labels_per_class} labels a class"
+        return f"{self.name} fine-tuning with {labels}"
+
+    def trials(
+        self, model: PreTrainedModel, split: Split, seed: int, evaluate: Evaluate, refinement: int = 1
+    ) -> Iterator[Trial]:
+        train = first_of_each_class(split.train, self.labels_per_class)
+        warm = copy.deepcopy(model) if split.num_labels is None else with_new_head(model, split.num_labels, seed)
+        backbone = {id(parameter) for parameter in warm.base_model.parameters()}
+        head = [parameter for parameter in warm.parameters() if id(parameter) not in backbone]
+        if self.head_steps:
+            train_parameters(warm, head, train, self.head_learning_rate, self.head_steps, seed, self.batch_size)
+        for learning_rate in refined(self.learning_rates, refinement):
+            tuned = copy.deepcopy(warm)
+            fine_tune(tuned, train, learning_rate, self.steps, seed, self.batch_size)
+            yield Trial(learning_rate, evaluate(tuned, split.validation), evaluate(tuned, split.test))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "fine_tuning", **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -60,33 +174,12 @@ class TunedAccuracy:
     test: dict[float, float]
 
 
-@torch.inference_mode()
-def accuracy(model: PreTrainedModel, examples: Examples, batch_size: int = 512) -> float:
-    """Share of the examples whose largest logit is their label, in [0, 1], with the weights as they are.
-
-    Args:
-        model (`PreTrainedModel`): A classifier; it is in evaluation mode meanwhile.
-        examples (mapping of tensors): Keyword arguments of the model with `"labels"` `(N,)`.
-        batch_size (`int`, *optional*, defaults to `512`): Examples of a forward pass.
-    """
-    training = model.training
-    model.eval()
-    try:
-        correct = sum(
-            int((model(**batch).logits.argmax(dim=-1) == batch["labels"]).sum())
-            for batch in batches(examples, batch_size, device=model.device)
-        )
-    finally:
-        model.train(training)
-    return correct / len(examples["labels"])
-
-
 def few_shot_accuracy(
     model: PreTrainedModel,
     train: Examples,
     validation: Examples,
     test: Examples,
-    protocol: FewShot,
+    protocol: FineTuning,
     num_labels: int,
     seed: int,
 ) -> TunedAccuracy:
@@ -95,133 +188,117 @@ def few_shot_accuracy(
     Args:
         model (`PreTrainedModel`): The initial weights; left as it is.
         train, validation, test (mapping of tensors): Examples of the new task, as for [`accuracy`].
-        protocol ([`FewShot`]): The grid and the lengths.
+        protocol ([`FineTuning`]): The grid and the lengths.
         num_labels (`int`): Classes of the new task.
         seed (`int`): Of the new head and the order of examples: with the same seed every arm gets the same.
 
     Returns:
         [`TunedAccuracy`]: with the accuracies at every learning rate.
     """
-    warm = with_new_head(model, num_labels, seed)
-    backbone = {id(parameter) for parameter in warm.base_model.parameters()}
-    head = [parameter for parameter in warm.parameters() if id(parameter) not in backbone]
-    _train(warm, head, train, protocol.head_learning_rate, protocol.head_steps, seed, protocol.batch_size)
-
+    split = Split(train, validation, test, num_labels)
     on_validation, on_test = {}, {}
-    for learning_rate in protocol.learning_rates:
-        tuned = copy.deepcopy(warm)
-        fine_tune(tuned, train, learning_rate, protocol.steps, seed, protocol.batch_size)
-        on_validation[learning_rate] = accuracy(tuned, validation)
-        on_test[learning_rate] = accuracy(tuned, test)
+    for trial in protocol.trials(model, split, seed, lambda m, examples: {"accuracy": accuracy(m, examples)}):
+        assert trial.learning_rate is not None
+        on_validation[trial.learning_rate] = trial.validation["accuracy"]
+        on_test[trial.learning_rate] = trial.test["accuracy"]
     best = min(protocol.learning_rates, key=lambda rate: (-on_validation[rate], rate))
     return TunedAccuracy(best, on_test[best], on_validation, on_test)
 
 
-def fine_tune(
-    model: PreTrainedModel,
-    examples: Examples,
-    learning_rate: float,
-    steps: int,
-    seed: int,
-    batch_size: int | None = None,
-) -> None:
-    """Trains all weights in place by Adam with cosine decay; BatchNorm statistics are then measured on the examples.
+def accuracy(model: PreTrainedModel, examples: Examples, batch_size: int = 512) -> float:
+    """Share of the examples whose largest logit is their label, in [0, 1], with the weights as they are.
 
     Args:
-        model (`PreTrainedModel`): With the loss of its task.
-        examples (mapping of tensors): As for [`accuracy`].
-        learning_rate (`float`): Of the first step; it falls to 0 along half a cosine.
-        steps (`int`): Optimizer steps.
-        seed (`int`): Of the order of examples and of dropout.
-        batch_size (`int`, *optional*): Examples of a step; by default all of them.
+        model (`PreTrainedModel`): A classifier; it is in evaluation mode meanwhile.
+        examples (mapping of tensors): Keyword arguments of the model with `"labels"` `(N,)`.
+        batch_size (`int`, *optional*, defaults to `512`): Examples of a forward pass.
     """
-    _train(model, list(model.parameters()), examples, learning_rate, steps, seed, batch_size)
-    inputs = {name: tensor for name, tensor in examples.items() if name != "labels"}
-    recalibrate_batch_norm(model, batches(inputs, batch_size or len(examples["labels"])))
+    return evaluate_classifier(model, examples, batch_size)["accuracy"]
 
 
-def with_new_head(model: PreTrainedModel, num_labels: int, seed: int) -> PreTrainedModel:
-    """A model of the same class with the given one's body and a new head, which depends on the seed only.
+@torch.inference_mode()
+def evaluate_classifier(model: PreTrainedModel, examples: Examples, batch_size: int = 512) -> Scores:
+    """`"accuracy"`, as [`accuracy`], and `"loss"`, the mean over the examples of the model's own.
 
     Args:
-        model (`PreTrainedModel`): One with a head, such as `ResNetForImageClassification`; left as it is.
-        num_labels (`int`): Classes of the new head.
-        seed (`int`): Of the head's weights.
+        model, examples, batch_size: As of [`accuracy`].
+    """
+    training = model.training
+    model.eval()
+    correct, loss, count = 0, 0.0, len(examples["labels"])
+    try:
+        for batch in batches(examples, batch_size, device=model.device):
+            output = model(**batch)
+            correct += int((output.logits.argmax(dim=-1) == batch["labels"]).sum())
+            loss += float(output.loss) * len(batch["labels"])
+    finally:
+        model.train(training)
+    return {"accuracy": correct / count, "loss": loss / count}
+
+
+def refined(learning_rates: Sequence[float], refinement: int) -> list[float]:
+    """Several rates around each one of a grid, evenly spaced in the logarithm and three digits long.
+
+    With K around each of R rates that are q times the one before on average, they are `rate · q^((j - (K-1)/2) / K)`
+    for j = 0 … K - 1: with a grid of even steps, these R · K rates have even steps too.
+
+    Args:
+        learning_rates (`Sequence[float]`): The grid.
+        refinement (`int`): K.
 
     Raises:
-        `ValueError`: when the model has no head: it is its own base model.
+        `ValueError`: when there is a single rate to refine: it has no step.
     """
-    if model.base_model is model:
-        raise ValueError(f"{type(model).__name__} has no head to replace; use its class for classification")
-    config = copy.deepcopy(model.config)
-    config.num_labels = num_labels
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        renewed = type(model)(config)
-    renewed.base_model.load_state_dict(model.base_model.state_dict())
-    return renewed.to(device=model.device, dtype=model.dtype)
+    if refinement == 1:
+        return list(learning_rates)
+    if len(learning_rates) < 2:
+        raise ValueError(
+            f"a grid of one learning rate, {learning_rates[0]:g}, has no step to refine; give at least two"
+        )
+    low, high = min(learning_rates), max(learning_rates)
+    step = (high / low) ** (1 / (len(learning_rates) - 1))
+    places = [(j - (refinement - 1) / 2) / refinement for j in range(refinement)]
+    return [float(f"{rate * step**place:.3g}") for rate in sorted(learning_rates) for place in places]
 
 
-def batches(
-    examples: Examples,
-    batch_size: int,
-    order: torch.Tensor | None = None,
-    device: torch.device | None = None,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The examples in batches, all of them once.
+def choose(trials: Sequence[Mapping[str, Any]], measures: Sequence[Measure]) -> int:
+    """Index of the trial that is best on validation data by the first measure; of equals by the next, then the first.
 
     Args:
-        examples (mapping of tensors): Tensors of the same length N.
-        batch_size (`int`): Examples of a batch; the last one may be smaller.
-        order (`torch.Tensor` of shape `(N,)`, *optional*): Indices; by default as they come.
-        device (`torch.device`, *optional*): Where the batches go.
+        trials (sequence of mappings): Each with `"validation"`, from the name of each measure to its value; `None`,
+            for a training that diverged, is the worst.
+        measures (sequence of [`Measure`]): What decides, the most important first.
     """
-    length = len(next(iter(examples.values())))
-    for start in range(0, length, batch_size):
-        chosen = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
-        yield {name: tensor[chosen].to(device) for name, tensor in examples.items()}
+
+    def rank(index: int) -> tuple[float, ...]:
+        values = (trials[index]["validation"][measure.name] for measure in measures)
+        return tuple(
+            -math.inf if value is None else measure.gain(value)
+            for value, measure in zip(values, measures, strict=True)
+        )
+
+    return max(range(len(trials)), key=rank)
 
 
-def _train(
-    model: PreTrainedModel,
-    parameters: list[torch.nn.Parameter],
-    examples: Examples,
-    learning_rate: float,
-    steps: int,
-    seed: int,
-    batch_size: int | None,
-) -> None:
-    """Trains the given parameters; the others are frozen meanwhile, and no gradient is computed for them."""
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            model.requires_grad_(False)
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            model.train()
-            for step, batch in zip(range(steps), _epochs(examples, batch_size, seed, model.device), strict=False):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
-                optimizer.zero_grad()
-                model(**batch).loss.backward()
-                optimizer.step()
-        finally:
-            for parameter, required in trainable.items():
-                parameter.requires_grad_(required)
-    optimizer.zero_grad()
-    model.eval()
+def first_of_each_class(examples: Examples, count: int | None) -> Examples:
+    """The first `count` examples of each class, in their order; all of them for `None`.
+
+    Raises:
+        `ValueError`: when a class has fewer.
+    """
+    if count is None:
+        return examples
+    labels, chosen = examples["labels"], []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        if len(members) < count:
+            raise ValueError(f"class {int(label)} has {len(members)} training examples, {count} were asked for")
+        chosen.append(members[:count])
+    rows = torch.cat(chosen).sort().values
+    return {name: tensor[rows] for name, tensor in examples.items()}
 
 
-def _epochs(
-    examples: Examples, batch_size: int | None, seed: int, device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
-    length = len(examples["labels"])
-    if batch_size is None or batch_size >= length:
-        everything = {name: tensor.to(device) for name, tensor in examples.items()}
-        while True:
-            yield everything
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from batches(examples, batch_size, torch.randperm(length, generator=generator), device)
+def check_rates(learning_rates: Sequence[float]) -> None:
+    """Raises `ValueError` for an empty grid, or one that names a rate twice."""
+    if not learning_rates or len(set(learning_rates)) < len(learning_rates):
+        raise ValueError(f"learning_rates must be different and at least one, got {learning_rates}")
