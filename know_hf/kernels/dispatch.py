@@ -116,7 +116,8 @@ def prepare(model: KNOWNModel, role: str, kernel: str = "auto") -> PreparedKerne
 def _choose(model: KNOWNModel, kernel: str) -> str:
     """The name of a kernel that can run, from a name or `"auto"`."""
     if kernel == "auto":
-        return next(name for name in ("cpu", "triton", "folded") if _obstacle(name, model.device) is None)
+        fastest = "triton" if model.device.type == "cuda" else "cpu"  # not Triton's interpreter, which is slow
+        return fastest if _obstacle(fastest, model.device) is None else "folded"
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}; choose one of auto, {', '.join(KERNELS)}")
     if (obstacle := _obstacle(kernel, model.device)) is not None:
