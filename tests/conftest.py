@@ -3,7 +3,6 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when torch is imported
 
 import gc
 import shutil
