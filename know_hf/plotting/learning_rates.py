@@ -1,0 +1,112 @@
+"""Score against learning rate, one panel an arm, naive behind each: whether an arm is better or only moved along."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .style import BLUE, GREEN, INK, MUTED, ROLE_COLOURS, VERMILION, new_figure, style_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SETTING_STYLES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class RateCurve:
+    """One setting of an arm.
+
+    Attributes:
+        rates (`Sequence[float]`): Learning rates, increasing.
+        values (`Sequence[float]`): Score at each rate, in the unit of the axis.
+        intervals (`Sequence[tuple[float, float]]`, *optional*): Ends of the interval at each rate.
+        label (`str`, *optional*): The setting, where the arm has several.
+    """
+
+    rates: Sequence[float]
+    values: Sequence[float]
+    intervals: Sequence[Sequence[float]] = field(default_factory=tuple)
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class RatePanel:
+    """One arm: its name, role and curves."""
+
+    name: str
+    role: str
+    curves: Sequence[RateCurve]
+
+
+def plot_learning_rates(
+    panels: Sequence[RatePanel], naive: RateCurve, score_name: str, title: str = "", columns: int = 4
+) -> "Figure":
+    """Draws the score of every arm at every learning rate, each in a panel of its own with naive in grey.
+
+    Args:
+        panels (sequence of [`RatePanel`]): The arms, naive not among them.
+        naive ([`RateCurve`]): Drawn in every panel.
+        score_name (`str`): Label of the vertical axis.
+        title (`str`, *optional*): Title.
+        columns (`int`, *optional*, defaults to `4`): Panels a row.
+
+    Raises:
+        `ValueError`: when there is no panel.
+        `ImportError`: when matplotlib is missing.
+    """
+    if not panels:
+        raise ValueError("a figure of learning rates needs at least one arm besides naive")
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(max(1.9 * columns, 3.2), 0.75 + 1.45 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        _draw_panel(axes, panel, naive)
+    low, high = _limits(panels, naive)
+    grid[0, 0].set_ylim(low, high)
+    for number, axes in enumerate(grid.flat):
+        if number >= len(panels):
+            axes.set_visible(False)
+        # the last panel of a column has the rates, also where the last row is not full
+        axes.xaxis.set_tick_params(labelbottom=number + columns >= len(panels))
+    label = (
+        "learning rate (grey: naive; shaded: 95% interval)" if len(naive.intervals) else "learning rate (grey: naive)"
+    )
+    figure.supxlabel(label, fontsize=9.5, color=INK)
+    figure.supylabel(score_name, fontsize=9.5, color=INK)
+    figure.suptitle(title, fontsize=11, color=INK)
+    return figure
+
+
+def _draw_panel(axes: "Axes", panel: RatePanel, naive: RateCurve) -> None:
+    _draw_curve(axes, naive, MUTED, "-", 1.2)
+    several = len(panel.curves) > 1
+    colours = [BLUE, VERMILION, GREEN, INK] if several else [ROLE_COLOURS[panel.role]]
+    if panel.role == "reference" and not several:
+        colours = [INK]
+    for number, curve in enumerate(panel.curves):
+        style = _SETTING_STYLES[number % len(_SETTING_STYLES)] if several else "-"
+        _draw_curve(axes, curve, colours[number % len(colours)], style, 1.6, fill=not several)
+    axes.set_xscale("log")
+    style_axes(axes, "", "", "", "both")
+    axes.set_title(panel.name, fontsize=8.5, color=INK, pad=3)
+    axes.tick_params(which="both", labelsize=7)
+    if several:
+        axes.legend(fontsize=6, frameon=False, handlelength=1.9, labelspacing=0.15, loc="best", labelcolor=INK)
+
+
+def _draw_curve(axes: "Axes", curve: RateCurve, colour: str, style: str, width: float, fill: bool = True) -> None:
+    marker = "." if len(curve.rates) < 8 else ""
+    axes.plot(curve.rates, curve.values, style, color=colour, linewidth=width, marker=marker, label=curve.label)
+    if fill and len(curve.intervals):
+        lows, highs = zip(*curve.intervals, strict=True)
+        axes.fill_between(curve.rates, lows, highs, color=colour, alpha=0.16, linewidth=0)
+
+
+def _limits(panels: Sequence[RatePanel], naive: RateCurve) -> tuple[float, float]:
+    """Vertical limits that show every curve's own values; intervals may be cut."""
+    values = [value for panel in panels for curve in panel.curves for value in curve.values] + list(naive.values)
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low) or 0.5
+    return low - room, high + room
