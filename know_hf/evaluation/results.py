@@ -53,13 +53,14 @@ pass over keys that they do not know.
                       measures: {name: {mean: [float], per_seed: [[float] for each seed]}}}: the forgetting curve, of
                       the states as they are on unseen source data
     landscape         null or {seed, measure: str, num_examples: int, explained: [share, share] of the states'
-                      variance, x: [float], y: [float], loss: [[float] for each y], points: [{name, kind: "state" or
-                      "arm", x, y, loss, off_plane}]}: the plane through Θ0 along the two first principal components of
-                      the states; coordinates are distances in weights with Θ0 at (0, 0), `off_plane` is the distance
-                      of a point from the plane, `loss` of a point its own, not that of its projection
+                      variance, x: [float], y: [float], loss: [[float or null] for each y], points: [{name, kind:
+                      "state" or "arm", x, y, loss, off_plane}]}: the plane through Θ0 along the two first principal
+                      components of the states; coordinates are distances in weights with Θ0 at (0, 0), `off_plane` is
+                      the distance of a point from the plane, `loss` of a point its own, not that of its projection
     cells             [{seed, arm, seconds, measured: {protocol: [{draw, chosen: index, trials: [{options,
                       learning_rate: float or null, validation: {measure: float}, test: {measure: float}}]}]}}],
-                      everything that was measured
+                      everything that was measured; values of a trial that diverged are null, so are then the means
+                      over it in `curves`
     trajectories      [{seed, num_examples, steps, seconds, states: [{measure: float}]}]
     seconds           sum of all cells' times, on one process each
 """
@@ -245,21 +246,23 @@ class ComparisonReport:
         curve["learning_rates"] = [trials[index]["learning_rate"] for index in places]
         curve["measures"] = {}
         for measure in self.measures:
-            # of a seed the mean over its draws; of one trajectory each draw by itself, see `counted`
-            rows = [
-                [[draw["trials"][index][part][measure.name] for index in places] for draw in of_seed]
-                for part in ("validation", "test")
-                for of_seed in draws
-            ]
-            values = [np.mean(row, axis=0) for row in rows] if len(self.seeds) > 1 else [np.array(r) for r in rows]
-            validation, test = (np.vstack(values[start : start + len(self.seeds)]) for start in (0, len(self.seeds)))
-            intervals = [mean_and_interval(column.tolist()) for column in test.T] if len(test) > 1 else []
+            validation, test = (self._by_rate(draws, places, part, measure) for part in ("validation", "test"))
             curve["measures"][measure.name] = {
-                "validation": validation.mean(axis=0).tolist(),
-                "test": test.mean(axis=0).tolist(),
-                "test_ci95": [[interval.low, interval.high] for interval in intervals],
+                "validation": _mean(validation),
+                "test": _mean(test),
+                "test_ci95": [_interval(column) for column in test.T] if len(test) > 1 else [],
             }
         return curve
+
+    def _by_rate(
+        self, draws: Sequence[Sequence[Mapping[str, Any]]], places: Sequence[int], part: str, measure: Measure
+    ) -> np.ndarray:
+        """Values `(counted, rates)`: of a seed the mean over its draws, of one trajectory each draw by itself."""
+        rows = [
+            [[draw["trials"][index][part][measure.name] for index in places] for draw in of_seed] for of_seed in draws
+        ]
+        values = np.array(rows, dtype=np.float64)  # None becomes NaN
+        return values[0] if len(rows) == 1 else values.mean(axis=1)
 
     def _states(self) -> dict[str, Any] | None:
         if not self.trajectories or not all(trajectory["states"] for trajectory in self.trajectories):
@@ -299,3 +302,14 @@ def _sentences(comparison: Comparison) -> list[str]:
         comparison.sensitivity(),
     )
     return [sentence for sentence in sentences if sentence]
+
+
+def _mean(values: np.ndarray) -> list[float | None]:
+    return [float(mean) if np.isfinite(mean) else None for mean in values.mean(axis=0)]
+
+
+def _interval(column: np.ndarray) -> list[float] | None:
+    if not np.isfinite(column).all():
+        return None
+    estimate = mean_and_interval(column.tolist())
+    return [estimate.low, estimate.high]

@@ -19,9 +19,9 @@ def merge_task_singular_vectors(differences: Sequence[Tensor]) -> Tensor:
 
     With `Δt = Ut diag(σt) Vtᵀ`, U, σ and V are the first `⌊min(m, n) / T⌋` singular triplets of each t, one task
     beside the other. `U⊥ = P Qᵀ` for the thin decomposition `U = P D Qᵀ` is the nearest matrix with orthonormal
-    columns (Procrustes), and V⊥ likewise. Kernels of convolutions are taken as matrices `(out, in · taps)`; the paper's code
-    has none, and takes the mean of all that is no matrix. So it is here with vectors, and with matrices of fewer rows
-    or columns than there are tasks, of which nothing would be left.
+    columns (Procrustes), and V⊥ likewise. Kernels of convolutions are taken as matrices `(out, in · taps)`; the
+    paper's code has none, and takes the mean of all that is no matrix. So it is here with vectors, and with matrices
+    of fewer rows or columns than there are tasks, of which nothing would be left.
 
     Args:
         differences (sequence of `torch.Tensor`, each of shape `(m, n)` or any other): What each task has added.

@@ -1,0 +1,254 @@
+"""[`compare_arms`]: arms against each other on a task of one's own, cell by cell, resumable, in parallel processes."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import file_sha256
+from ..prediction import SHIPPED_KNOWN
+from ..trajectory import WeightTrajectory
+from .arms import Arm, make_arm
+from .cells import run_cells
+from .landscape import Landscape, measure_landscape
+from .measuring import ComparisonTask, Recorded, measure_arm, measure_trajectory, trajectory_folder
+from .protocols import MeasuringProtocol
+from .results import ComparisonReport
+from .store import CellStore
+
+TABLES_NAME = "report.md"
+
+
+def compare_arms(
+    task: ComparisonTask,
+    output_dir: str | Path,
+    *,
+    protocols: Sequence[MeasuringProtocol],
+    arms: Sequence[Arm | str | Mapping[str, Any]] | None = None,
+    seeds: Sequence[int] | None = None,
+    draws: int = 1,
+    trials_per_rate: int = 4,
+    landscape: Landscape | None = None,
+    num_processes: int = 1,
+    name: str = "comparison",
+    description: str = "",
+) -> ComparisonReport:
+    """Compares ways to initialise a downstream task, with controls, tuning each of them alike.
+
+    ```python
+    def target(seed, draw):  # other examples for every draw
+        return Split(train=…, validation=…, test=…, num_labels=5)
+
+    task = ComparisonTask([f"trajectory-{seed}" for seed in range(10)], target, source)
+    protocols = [FineTuning((1e-4, 3e-4, 1e-3), steps=50, head_steps=0), AsTheyAre()]
+    print(compare_arms(task, "comparison/", protocols=protocols, num_processes=4))
+    ```
+
+    What is finished is not run again: called again with the same folder, it goes on where it was stopped, and more
+    arms or seeds can be added. Cells are written whole or not at all. `output_dir` then has `report.json` (see
+    [`know_hf.evaluation.results`]), its tables as `report.md`, one file for each cell, and the trajectories.
+
+    Args:
+        task ([`ComparisonTask`]): Trajectories and data.
+        output_dir (`str` or `Path`): Where everything is written.
+        protocols (sequence of protocols): What is measured, the most important first: [`FineTuning`],
+            [`LinearProbe`], [`AsTheyAre`], or any [`MeasuringProtocol`].
+        arms (sequence of [`Arm`], names or mappings, *optional*): What is compared, see [`make_arm`]; naive among
+            them. By default all that the task has what they are made from.
+        seeds (sequence of `int`, *optional*): Trajectory seeds; by default all that are recorded, or 0 to 9.
+        draws (`int`, *optional*, defaults to `1`): Downstream draws of each trajectory. They make the value of a
+            trajectory less noisy; they are not counted as independent.
+        trials_per_rate (`int`, *optional*, defaults to `4`): Trials of every arm at each learning rate; a multiple of
+            the number of settings of every arm. See [`know_hf.evaluation.protocols`].
+        landscape ([`Landscape`], *optional*): Picture of the loss around the states of the first seed.
+        num_processes (`int`, *optional*, defaults to `1`): Processes that share the cells. It changes no result.
+        name, description (`str`, *optional*): For the report.
+
+    Returns:
+        [`ComparisonReport`]: printable.
+
+    Raises:
+        `ValueError`: when naive is not among the arms, the task lacks what an arm or protocol needs, an argument is
+            off, or the folder holds results of something else.
+        `FileExistsError`: when it holds something that is no comparison.
+        `RuntimeError`: when a cell fails in its process.
+    """
+    output_dir = Path(output_dir)
+    recorded = task.recorded
+    seeds = list(range(10) if recorded is None else range(len(recorded))) if seeds is None else list(seeds)
+    chosen = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in arms or _default_arms(task)]
+    _check(task, chosen, protocols, seeds, draws, trials_per_rate)
+    store = CellStore(output_dir, _identity(task, protocols, draws, trials_per_rate))
+    found = {seed: {arm.name: _read(store, seed, arm, task) for arm in chosen} for seed in seeds}
+    missing = [(seed, arm) for seed in seeds for arm in chosen if found[seed][arm.name] is None]
+
+    trajectories = {seed: store.read(f"seed-{seed}.trajectory") for seed in seeds}
+    unfinished = {seed for seed, _ in missing}
+    unrecorded = [seed for seed in seeds if trajectories[seed] is None]
+    if recorded is None:
+        places = {seed: trajectory_folder(output_dir, seed) for seed in unfinished}
+        deleted = [seed for seed, place in places.items() if not WeightTrajectory.exists(place)]
+        unrecorded = sorted({*unrecorded, *deleted}, key=seeds.index)
+    recording = partial(measure_trajectory, task=task, output_dir=output_dir)
+    for index, result in run_cells(recording, unrecorded, num_processes=num_processes, description=f"{name}: record"):
+        trajectories[unrecorded[index]] = result
+        store.write(f"seed-{unrecorded[index]}.trajectory", result)
+
+    measuring = partial(
+        measure_arm,
+        task=task,
+        protocols=tuple(protocols),
+        draws=draws,
+        trials_per_rate=trials_per_rate,
+        output_dir=output_dir,
+    )
+    for index, result in run_cells(measuring, missing, num_processes=num_processes, description=f"{name}: compare"):
+        seed, arm = missing[index]
+        found[seed][arm.name] = result
+        store.write(f"seed-{seed}.{arm.name}", {**result, "identity": _arm_identity(arm, task)})
+    shutil.rmtree(output_dir / "work", ignore_errors=True)
+
+    picture = None if landscape is None else _landscape(landscape, task, seeds[0], chosen, store)
+    report = ComparisonReport(
+        name=name,
+        description=description,
+        task=task.facts,
+        seeds=tuple(seeds),
+        draws=draws,
+        trials_per_rate=trials_per_rate,
+        arms={arm.name: _arm_facts(arm) for arm in chosen},
+        protocols={
+            p.name: {**p.to_dict(), "what": p.what, "measures": [m.name for m in task.measures]} for p in protocols
+        },
+        measures=task.measures,
+        cells=tuple(cell for seed in seeds for arm in chosen if (cell := found[seed][arm.name])),
+        trajectories=tuple(trajectory for seed in seeds if (trajectory := trajectories[seed])),
+        landscape=picture,
+    )
+    report.write(output_dir)
+    (output_dir / TABLES_NAME).write_text(report.markdown(), encoding="utf-8")
+    return report
+
+
+def _default_arms(task: ComparisonTask) -> list[str]:
+    """All of them that the task has what they are made from; of states and steps those of five states."""
+    names = ["naive"]
+    names += ["random"] if task.fresh_model else []
+    names += ["pretrained"] if task.pretrained_model else []
+    names += [f"{stem}-{count}" for count in (1, 2, 3) for stem in ("known-step", "matched-shrink-step")]
+    names += ["shrink", "average", "ema", "task-vector", "linear", "log", "lines", "task-singular-vectors"]
+    names += [f"state-{index}" for index in (1, 2, 3, 4)]
+    names += ["compute-matched"] if task.train_further else []
+    names += ["oracle"] if task.oracle_model else []
+    return [*names, "shuffled"]
+
+
+_NEEDED: dict[str, str] = {
+    "fresh": "fresh_model",
+    "pretrained": "pretrained_model",
+    "oracle": "oracle_model",
+    "trained_on": "train_further",
+}
+
+
+def _check(
+    task: ComparisonTask,
+    arms: Sequence[Arm],
+    protocols: Sequence[MeasuringProtocol],
+    seeds: Sequence[int],
+    draws: int,
+    trials_per_rate: int,
+) -> None:
+    for what, names in (("arm", [arm.name for arm in arms]), ("protocol", [protocol.name for protocol in protocols])):
+        for name in names:
+            if names.count(name) > 1 or not re.fullmatch(r"[\w+-]+", name):
+                raise ValueError(f"{what} {name!r} must have a name of its own, of letters, digits, + and -")
+    if "naive" not in [arm.name for arm in arms]:
+        raise ValueError(f"the naive arm must be among the arms, got {[arm.name for arm in arms]}")
+    for arm in arms:
+        if trials_per_rate % len(arm.settings):
+            raise ValueError(
+                f"arm {arm.name!r} tries {len(arm.settings)} settings, which do not divide trials_per_rate="
+                f"{trials_per_rate}: every arm has the same number of trials; change one of the two"
+            )
+        if arm.kind in _NEEDED and getattr(task, _NEEDED[arm.kind]) is None:
+            raise ValueError(f"arm {arm.name!r} needs {_NEEDED[arm.kind]} of the task; give it, or leave the arm out")
+    for protocol in protocols:
+        needed = "source" if protocol.on_source else "target"
+        if getattr(task, needed) is None:
+            raise ValueError(f"protocol {protocol.name!r} needs {needed} of the task; give it, or leave it out")
+    if not protocols or not seeds or draws < 1 or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"a comparison needs protocols, different seeds and draws, got {len(protocols)} protocols,"
+            f" seeds={list(seeds)} and draws={draws}"
+        )
+    if len(seeds) == 1 and draws == 1:
+        raise ValueError("one draw of one trajectory has no interval; give more seeds, or at least more draws")
+    if (recorded := task.recorded) is not None and max(seeds) >= len(recorded):
+        raise ValueError(f"seed {max(seeds)} has no trajectory: {len(recorded)} are given")
+
+
+def _identity(
+    task: ComparisonTask, protocols: Sequence[MeasuringProtocol], draws: int, trials_per_rate: int
+) -> dict[str, Any]:
+    """What every cell depends on; seeds and arms can be added."""
+    return {
+        "task": dict(task.facts),
+        "trajectories": None if task.recorded is None else [_recorded_hash(recorded) for recorded in task.recorded],
+        "protocols": [protocol.to_dict() for protocol in protocols],
+        "measures": [measure.name for measure in task.measures],
+        "draws": draws,
+        "trials_per_rate": trials_per_rate,
+        "versions": {library: version(library) for library in ("know_hf", "torch", "transformers")},
+    }
+
+
+def _recorded_hash(recorded: Recorded) -> list[str]:
+    """What tells one trajectory from another: the hashes of its weights as they were recorded."""
+    trajectory = recorded if isinstance(recorded, WeightTrajectory) else WeightTrajectory(recorded)
+    files = [file for state in trajectory.states for file in state.files]
+    return [file.sha256 for file in files if file.path.endswith(".safetensors")]
+
+
+def _arm_identity(arm: Arm, task: ComparisonTask) -> dict[str, Any]:
+    uses_known = arm.kind in ("predicted", "matched_shrink") and arm.predictor == "known"
+    known = str(arm.known or task.known or SHIPPED_KNOWN)
+    weights = Path(known) / "model.safetensors"
+    described = {key: value for key, value in arm.to_dict().items() if key not in ("description", "known")}
+    return {"arm": described, "known": (file_sha256(weights) if weights.exists() else known) if uses_known else None}
+
+
+def _read(store: CellStore, seed: int, arm: Arm, task: ComparisonTask) -> dict[str, Any] | None:
+    cell = store.read(f"seed-{seed}.{arm.name}")
+    if cell is None:
+        return None
+    before, now = cell.pop("identity"), json.loads(json.dumps(_arm_identity(arm, task)))
+    if before != now:
+        raise ValueError(
+            f"{store.path} holds results of another arm {arm.name!r}: {json.dumps(before)} there, {json.dumps(now)}"
+            " now; give the arm another name, or another output folder"
+        )
+    return cell
+
+
+def _arm_facts(arm: Arm) -> dict[str, Any]:
+    settings = [dict(setting) for setting in arm.settings]
+    facts = {"role": arm.role, "description": arm.description, "kind": arm.kind, "settings": settings}
+    return {**facts, "spec": arm.to_dict()}
+
+
+def _landscape(
+    landscape: Landscape, task: ComparisonTask, seed: int, arms: Sequence[Arm], store: CellStore
+) -> dict[str, Any]:
+    shown = [arm for arm in arms if arm.kind == "predicted" and not arm.tuned]
+    identity = json.loads(json.dumps([landscape.to_dict(), seed, [_arm_identity(arm, task) for arm in shown]]))
+    kept = store.read("landscape")
+    if kept is not None and kept.pop("identity") == identity:
+        return kept
+    picture = measure_landscape(landscape, task, seed, shown, store.path)
+    store.write("landscape", {**picture, "identity": identity})
+    return picture
