@@ -77,7 +77,7 @@ def batches(
     length = len(next(iter(examples.values())))
     for start in range(0, length, batch_size):
         chosen = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
-        yield _trimmed({name: tensor[chosen].to(device) for name, tensor in examples.items()})
+        yield trimmed({name: tensor[chosen].to(device) for name, tensor in examples.items()})
 
 
 def train_parameters(
@@ -124,7 +124,7 @@ def _epochs(
 ) -> Iterator[dict[str, torch.Tensor]]:
     length = len(examples["labels"])
     if batch_size is None or batch_size >= length:
-        everything = _trimmed({name: tensor.to(device) for name, tensor in examples.items()})
+        everything = trimmed({name: tensor.to(device) for name, tensor in examples.items()})
         while True:
             yield everything
     generator = torch.Generator().manual_seed(seed)
@@ -132,7 +132,8 @@ def _epochs(
         yield from batches(examples, batch_size, torch.randperm(length, generator=generator), device)
 
 
-def _trimmed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def trimmed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch of texts without the columns at its end that no `attention_mask` `(B, T)` attends to."""
     mask = batch.get("attention_mask")
     if mask is None:
         return batch

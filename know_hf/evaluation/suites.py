@@ -1,0 +1,210 @@
+"""Suites: comparisons that are written down in YAML before they are run; `know-hf compare` runs them.
+
+Keys of the file are the fields of [`Suite`]. Under `variants` there are changes of them, one of which is run with
+`name:variant`; without a name it is the first. Suites of this project are in `recipes/compare`.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..task_arguments import check_keys
+from .arms import Arm, known_step_arms, make_arm
+from .compare import compare_arms
+from .landscape import Landscape
+from .probing import LinearProbe
+from .protocols import AsTheyAre, FineTuning, MeasuringProtocol
+from .results import ComparisonReport
+from .suite_data import Inputs, Side
+from .suite_task import ModelSpec, SuiteTask
+
+SUITES_DIR = Path(__file__).parents[2] / "recipes" / "compare"
+
+Part = TypeVar("Part")
+_PROTOCOLS = {"fine_tuning": FineTuning, "linear_probe": LinearProbe, "as_they_are": AsTheyAre}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A comparison as it is written down.
+
+    Args:
+        name, description (`str`): For the report.
+        seeds (`int`): Number of trajectory seeds, counted from `first_seed`.
+        inputs ([`Inputs`]): What rows become.
+        source, target ([`Side`]): Where examples come from, and how many.
+        model ([`ModelSpec`]): What is trained.
+        schedule (`Mapping`): Fields of [`ForgettingSchedule`].
+        training (`Mapping`): Fields of `TrainingArguments`.
+        protocols (`tuple`): What is measured, the most important first.
+        arms (`tuple[Arm, ...]`): What is compared.
+        draws (`int`, *optional*, defaults to `1`): Downstream draws of each trajectory.
+        trials_per_rate (`int`, *optional*, defaults to `4`): Trials of every arm at each learning rate.
+        first_seed (`int`, *optional*, defaults to `0`): The first trajectory seed.
+        landscape ([`Landscape`], *optional*): Picture of the loss.
+    """
+
+    name: str
+    description: str
+    seeds: int
+    inputs: Inputs
+    source: Side
+    target: Side
+    model: ModelSpec
+    schedule: Mapping[str, Any]
+    training: Mapping[str, Any]
+    protocols: tuple[MeasuringProtocol, ...]
+    arms: tuple[Arm, ...]
+    draws: int = 1
+    trials_per_rate: int = 4
+    first_seed: int = 0
+    landscape: Landscape | None = None
+    content: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], source: str) -> "Suite":
+        """A suite from what its YAML file holds, without `variants`.
+
+        Args:
+            content (`Mapping[str, Any]`): The file's content.
+            source (`str`): Where it comes from, for errors.
+
+        Raises:
+            `ValueError`: for keys that are missing or not known, and for values that are off.
+        """
+        names = [f.name for f in fields(cls) if f.name != "content"]
+        check_keys(content, names, source)
+        required = names[: names.index("draws")]
+        if missing := [name for name in required if name not in content]:
+            raise ValueError(f"{source} has no {missing[0]!r}; a suite needs {', '.join(required)}")
+        read = dict(content)
+        read["inputs"] = _part(Inputs, content["inputs"], f"inputs of {source}")
+        for side in ("source", "target"):
+            read[side] = _part(Side, content[side], f"{side} of {source}")
+        read["model"] = _part(ModelSpec, content["model"], f"model of {source}")
+        read["protocols"] = tuple(_protocol(entry, source) for entry in content["protocols"])
+        read["arms"] = tuple(make_arm(entry) for entry in content["arms"])
+        if content.get("landscape") is not None:
+            read["landscape"] = _part(Landscape, content["landscape"], f"landscape of {source}")
+        return cls(**read, content=copy.deepcopy(dict(content)))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its results depend on, as it stands in the file; seeds and arms can be added later."""
+        later = ("seeds", "first_seed", "arms", "description", "landscape", "draws", "trials_per_rate", "protocols")
+        return {key: value for key, value in self.content.items() if key not in later}
+
+
+def load_suite(name: str | Path) -> Suite:
+    """Reads a suite.
+
+    Args:
+        name (`str` or `Path`): A YAML file, or the name of one in `recipes/compare`; with `:variant` behind it one of
+            its variants.
+
+    Raises:
+        `FileNotFoundError`: when there is no such file.
+        `ValueError`: when there is no such variant, or as [`Suite.from_dict`].
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    text, _, variant = str(name).partition(":")
+    path = Path(text) if text.endswith((".yaml", ".yml")) else SUITES_DIR / f"{text}.yaml"
+    if not path.exists():
+        there = ", ".join(sorted(found.stem for found in SUITES_DIR.glob("*.yaml"))) or "none on this machine"
+        raise FileNotFoundError(
+            f"there is no suite {path}; give a YAML file, or one of recipes/compare of the repository: {there}"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no keys; see recipes/compare for suites")
+    variants = content.pop("variants", {})
+    if variant and variant not in variants:
+        raise ValueError(f"{path} has no variant {variant!r}; it has {', '.join(variants) or 'none'}")
+    if variants:
+        chosen = variant or next(iter(variants))
+        content = {**content, **variants[chosen], "name": f"{content.get('name')}:{chosen}"}
+    return Suite.from_dict(content, str(path))
+
+
+def run_suite(
+    suite: Suite | str | Path,
+    output_dir: str | Path,
+    *,
+    arms: Sequence[Arm | str | Mapping[str, Any]] | None = None,
+    data: Mapping[str, str] | None = None,
+    models: Mapping[str, str] | None = None,
+    known: Mapping[str, str] | None = None,
+    seeds: Sequence[int] | None = None,
+    num_processes: int = 1,
+) -> ComparisonReport:
+    """Runs a suite: records its trajectories and compares the arms; resumes, and takes more arms or seeds.
+
+    Args:
+        suite ([`Suite`], `str` or `Path`): The suite, its file or name, see [`load_suite`].
+        output_dir (`str` or `Path`): As of [`compare_arms`].
+        arms (sequence, *optional*): Arms instead of the suite's, see [`make_arm`].
+        data (`Mapping[str, str]`, *optional*): Folders to read datasets from, by their Hub ids.
+        models (`Mapping[str, str]`, *optional*): Folders to read pretrained models from, by their Hub ids.
+        known (`Mapping[str, str]`, *optional*): Further KNOWN weights, from a name to a folder or Hub id: arms at one
+            to three steps of each, and their matched shrinks, are added.
+        seeds (sequence of `int`, *optional*): Trajectory seeds instead of the suite's.
+        num_processes (`int`, *optional*, defaults to `1`): As of [`compare_arms`].
+
+    Returns:
+        [`ComparisonReport`]: printable.
+
+    Raises:
+        `ValueError`, `FileExistsError`, `RuntimeError`: as [`load_suite`] and [`compare_arms`].
+    """
+    if not isinstance(suite, Suite):
+        suite = load_suite(suite)
+    chosen = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in (suite.arms if arms is None else arms)]
+    for name, weights in (known or {}).items():
+        chosen += known_step_arms(name=name, known=weights)
+    task = SuiteTask(
+        inputs=suite.inputs,
+        source=suite.source,
+        target=suite.target,
+        model=suite.model,
+        schedule=suite.schedule,
+        training=suite.training,
+        sources=data or {},
+        models=models or {},
+    )
+    return compare_arms(
+        task.task(suite.facts),
+        output_dir,
+        protocols=suite.protocols,
+        arms=chosen,
+        seeds=range(suite.first_seed, suite.first_seed + suite.seeds) if seeds is None else seeds,
+        draws=suite.draws,
+        trials_per_rate=suite.trials_per_rate,
+        landscape=suite.landscape,
+        num_processes=num_processes,
+        name=suite.name,
+        description=suite.description,
+    )
+
+
+def _part(kind: type[Part], content: Any, source: str) -> Part:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{source} must hold keys, got {content!r}")
+    check_keys(content, [f.name for f in fields(kind)], source)  # type: ignore[arg-type]
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+    except TypeError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _protocol(content: Mapping[str, Any], source: str) -> MeasuringProtocol:
+    read = dict(content)
+    kind = read.pop("kind", None)
+    if kind not in _PROTOCOLS:
+        raise ValueError(f"protocol of {source} is of kind {kind!r}; there are {', '.join(_PROTOCOLS)}")
+    return _part(_PROTOCOLS[kind], read, f"protocol {kind} of {source}")
