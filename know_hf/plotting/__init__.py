@@ -4,7 +4,7 @@ from .forest import ForestRow, plot_forest
 from .forgetting import plot_forgetting
 from .landscape import LandscapePoint, plot_landscape
 from .learning_rates import RateCurve, RatePanel, plot_learning_rates
-from .style import adaptive_svg, save_figure
+from .style import adaptive_svg, figure_svg, save_figure
 
 __all__ = [
     "ForestRow",
@@ -12,6 +12,7 @@ __all__ = [
     "RateCurve",
     "RatePanel",
     "adaptive_svg",
+    "figure_svg",
     "plot_forest",
     "plot_forgetting",
     "plot_landscape",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .style import BAND, GRID, INK, MUTED, PAPER, ROLE_COLOURS, ROLE_MARKERS, new_figure, style_axes
+from .style import BAND, GRID, INK, MUTED, PAPER, ROLE_COLOURS, ROLE_MARKERS, new_figure, plain, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,9 +79,9 @@ def plot_forest(
     if 0 < choosable < len(ordered):
         axes.axhline(choosable - 0.5, color=GRID, linewidth=1)
     axes.axvline(0, color=INK, linewidth=1, zorder=1)
-    axes.set_yticks(range(len(ordered)), [row.name for row in ordered])
+    axes.set_yticks(range(len(ordered)), [plain(row.name) for row in ordered])
     better, worse = ("better →", "← worse") if higher_is_better else ("worse →", "← better")
-    style_axes(axes, title, f"{worse}      difference to naive, {unit}, with {level}      {better}", "", "x")
+    style_axes(axes, title, f"{worse}\u2003 difference to naive, {unit}, with {level}\u2003 {better}", "", "x")
     axes.spines[["bottom", "left"]].set_visible(False)
     for text, row in zip(axes.get_yticklabels(), ordered, strict=True):
         text.set_color(INK)
@@ -140,5 +140,5 @@ def _legend(figure: "Figure", rows: Sequence[ForestRow]) -> None:
     labels.append("filled, *: significant (Holm)")
     if any(row.detectable for row in rows):
         handles.append(Patch(color=BAND))
-        labels.append("too small to be found in 4 of 5 such comparisons")
+        labels.append("differences found in fewer than 4 of 5 such comparisons")
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK)

@@ -50,7 +50,7 @@ def plot_forgetting(
     if len(runs) > 1:
         for number, run in enumerate(runs):
             label = f"{len(runs)} single runs" if number == 0 else None
-            axes.plot(states, run, color=BLUE, alpha=0.2, linewidth=1, label=label)
+            axes.plot(states, run, color=BLUE, alpha=0.3, linewidth=1, label=label)
     label = f"mean of {len(runs)} runs" if len(runs) > 1 else "one run"
     axes.plot(states, mean, color=BLUE, marker="o", linewidth=2.5, label=label)
     for state, score in enumerate(mean):

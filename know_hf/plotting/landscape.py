@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .style import INK, MUTED, PAPER, VERMILION, new_figure, style_axes
+from .style import INK, MUTED, PAPER, VERMILION, new_figure, plain, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,20 +61,20 @@ def plot_landscape(
         raise ValueError(f"loss of shape {values.shape} does not fit a grid of {len(y)} times {len(x)} points")
     if not np.isfinite(values).any():
         raise ValueError("no loss of the grid is finite: there is nothing to draw")
-    figure = new_figure(7.5, 5.6)
+    shape = (max(y) - min(y)) / (max(x) - min(x))
+    figure = new_figure(7.5, min(max(1.5 + 5.2 * shape, 3.2), 8.0))
     axes = figure.subplots()
     levels = _levels(values)
     filled = axes.contourf(x, y, np.ma.masked_invalid(values), levels=levels, cmap="cividis", extend="max")
     filled.set_edgecolor("face")  # else viewers show seams between the fills
     bar = figure.colorbar(filled, ax=axes, shrink=0.85, format="%.3g")
-    bar.set_label(loss_name, color=INK)
+    bar.set_label(plain(loss_name), color=INK)
     bar.ax.tick_params(colors=MUTED)
     bar.outline.set_visible(False)
     states = [point for point in points if point.kind == "state"]
-    axes.plot([p.x for p in states], [p.y for p in states], color=PAPER, linewidth=3.2, zorder=2)
-    axes.plot(
-        [p.x for p in states], [p.y for p in states], color=INK, marker="o", linewidth=1.2, zorder=3, label="states"
-    )
+    way = [p.x for p in states], [p.y for p in states]
+    axes.plot(*way, color=PAPER, linewidth=3.2, zorder=2)
+    axes.plot(*way, color=INK, marker="o", linewidth=1.2, zorder=3, label="states, in their order")
     arms = [point for point in points if point.kind != "state"]
     axes.plot(
         [p.x for p in arms],
@@ -113,7 +113,7 @@ def _label(axes: "Axes", points: Sequence[LandscapePoint]) -> None:
     taken = [np.concatenate([place - 5 * inch, place + 5 * inch]) for place in places]
     frame = np.array(axes.get_window_extent().extents)
     for point, place in zip(points, places, strict=True):
-        size = inch * np.array([5.4 * len(point.name) + 4, 12.0])
+        size = inch * np.array([5.4 * len(plain(point.name)) + 4, 12.0])
         offsets = [
             reach * np.array([np.cos(angle), np.sin(angle)])
             for reach in (9.0, 18.0, 30.0, 45.0)
@@ -128,7 +128,7 @@ def _label(axes: "Axes", points: Sequence[LandscapePoint]) -> None:
         taken.append(boxes[best])
         x, y = offsets[best]
         axes.annotate(
-            point.name,
+            plain(point.name),
             (point.x, point.y),
             xytext=(x, y),
             textcoords="offset points",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .style import BLUE, GREEN, INK, MUTED, ROLE_COLOURS, VERMILION, new_figure, style_axes
+from .style import BLUE, GREEN, INK, MUTED, ROLE_COLOURS, VERMILION, new_figure, plain, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,8 +74,8 @@ def plot_learning_rates(
         "learning rate (grey: naive; shaded: 95% interval)" if len(naive.intervals) else "learning rate (grey: naive)"
     )
     figure.supxlabel(label, fontsize=9.5, color=INK)
-    figure.supylabel(score_name, fontsize=9.5, color=INK)
-    figure.suptitle(title, fontsize=11, color=INK)
+    figure.supylabel(plain(score_name), fontsize=9.5, color=INK)
+    figure.suptitle(plain(title), fontsize=11, color=INK)
     return figure
 
 
@@ -89,8 +89,9 @@ def _draw_panel(axes: "Axes", panel: RatePanel, naive: RateCurve) -> None:
         style = _SETTING_STYLES[number % len(_SETTING_STYLES)] if several else "-"
         _draw_curve(axes, curve, colours[number % len(colours)], style, 1.6, fill=not several)
     axes.set_xscale("log")
+    axes.minorticks_off()
     style_axes(axes, "", "", "", "both")
-    axes.set_title(panel.name, fontsize=8.5, color=INK, pad=3)
+    axes.set_title(plain(panel.name), fontsize=8.5, color=INK, pad=3)
     axes.tick_params(which="both", labelsize=7)
     if several:
         axes.legend(fontsize=6, frameon=False, handlelength=1.9, labelspacing=0.15, loc="best", labelcolor=INK)
@@ -98,7 +99,7 @@ def _draw_panel(axes: "Axes", panel: RatePanel, naive: RateCurve) -> None:
 
 def _draw_curve(axes: "Axes", curve: RateCurve, colour: str, style: str, width: float, fill: bool = True) -> None:
     marker = "." if len(curve.rates) < 8 else ""
-    axes.plot(curve.rates, curve.values, style, color=colour, linewidth=width, marker=marker, label=curve.label)
+    axes.plot(curve.rates, curve.values, style, color=colour, linewidth=width, marker=marker, label=plain(curve.label))
     if fill and len(curve.intervals):
         lows, highs = zip(*curve.intervals, strict=True)
         axes.fill_between(curve.rates, lows, highs, color=colour, alpha=0.16, linewidth=0)

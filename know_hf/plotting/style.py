@@ -2,8 +2,9 @@
 
 import io
 import re
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +16,9 @@ INK, MUTED, GRID, BAND, PAPER = "#1b1b1d", "#5a5a60", "#d8d8dc", "#e9e9ec", "#fe
 
 ROLE_COLOURS = {"method": BLUE, "control": VERMILION, "reference": MUTED}
 ROLE_MARKERS = {"method": "o", "control": "s", "reference": "D"}
+
+_LONGEST_NAME = 32  # characters of a name
+_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 # What takes the place of each colour where the page around the figure is dark.
 _DARK = {
@@ -39,19 +43,27 @@ def new_figure(width: float, height: float) -> "Figure":
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib, the extra 'plot': pip install 'know_hf[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
 
 
 def style_axes(axes: "Axes", title: str, x_label: str, y_label: str, grid: Literal["x", "y", "both"]) -> None:
     """Labels, and the colours that [`adaptive_svg`] knows: matplotlib's own black would stay black on a dark page."""
-    axes.set_title(title, color=INK, fontsize=11)
-    axes.set_xlabel(x_label, color=INK, fontsize=9.5)
-    axes.set_ylabel(y_label, color=INK, fontsize=9.5)
+    axes.set_title(title.replace("$", r"\$"), color=INK, fontsize=11)
+    axes.set_xlabel(x_label.replace("$", r"\$"), color=INK, fontsize=9.5)
+    axes.set_ylabel(y_label.replace("$", r"\$"), color=INK, fontsize=9.5)
     axes.tick_params(which="both", colors=MUTED, length=2, labelsize=9)
     axes.grid(axis=grid, color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
+    axes.set_facecolor("none")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color(GRID)
+
+
+def plain(text: str) -> str:
+    """Text as it stands, whoever wrote it: `$` is no mathematics, and what can't be seen or drawn is left out."""
+    seen = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    cut = seen if len(seen) <= _LONGEST_NAME else seen[: _LONGEST_NAME - 1] + "…"
+    return cut.replace("$", r"\$")
 
 
 def save_figure(figure: "Figure", path: str | Path) -> Path:
@@ -67,34 +79,34 @@ def save_figure(figure: "Figure", path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".svg":
-        path.write_text(_svg(figure, transparent=False), encoding="utf-8")
+        path.write_text(figure_svg(figure), encoding="utf-8")
     else:
         figure.savefig(path, dpi=150)
     return path
 
 
-def adaptive_svg(figure: "Figure") -> str:
-    """A figure as SVG without a background of its own, in light colours on a page with a dark colour scheme.
-
-    Returns:
-        `str`: one `<svg>` element that refers to nothing outside of it; the same figure gives the same text.
-    """
-    text = _svg(figure, transparent=True)
-    text = text[text.index("<svg") :]
-    for number, colour in enumerate(_DARK):
-        text = text.replace(colour, f"var(--c{number})")
-    light = "".join(f"--c{number}:{colour};" for number, colour in enumerate(_DARK))
-    dark = "".join(f"--c{number}:{colour};" for number, colour in enumerate(_DARK.values()))
-    style = f"<style>:root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
-    end_of_tag = text.index(">") + 1
-    return text[:end_of_tag] + style + text[end_of_tag:]
-
-
-def _svg(figure: "Figure", transparent: bool) -> str:
+def figure_svg(figure: "Figure") -> str:
+    """A figure as one `<svg>` element that refers to nothing outside of it; the same figure gives the same text."""
     import matplotlib
 
     buffer = io.StringIO()
-    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    with matplotlib.rc_context({"svg.hashsalt": "know_hf"}):  # ids that do not change from run to run
-        figure.savefig(buffer, format="svg", metadata=metadata, transparent=transparent)
-    return re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.DOTALL)
+    # ids that do not change from run to run; text as text, which any viewer can draw, search and read out
+    settings: dict[Any, Any] = {"svg.hashsalt": "know_hf", "svg.fonttype": "none"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # of matplotlib's own font, which only measures here
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r"('DejaVu Sans', 'Bitstream Vera Sans'|'DejaVu Sans')[^;\"]*sans-serif", _FONTS, text)
+
+
+def adaptive_svg(svg: str) -> str:
+    """The `<svg>` of a figure, in light colours on dark where it is looked at with a dark colour scheme."""
+    for number, colour in enumerate(_DARK):
+        svg = svg.replace(colour, f"var(--c{number})")
+    light = "".join(f"--c{number}:{colour};" for number, colour in enumerate(_DARK))
+    dark = "".join(f"--c{number}:{colour};" for number, colour in enumerate(_DARK.values()))
+    style = f"<style>:root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
+    end_of_tag = svg.index(">") + 1
+    return svg[:end_of_tag] + style + svg[end_of_tag:]

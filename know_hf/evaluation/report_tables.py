@@ -1,0 +1,271 @@
+"""From `report.json` to tables of text and to sentences."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from .report_figures import ROLES, Report, options_text
+
+_ALPHA = 0.05
+_AT_EDGE = 0.25  # share of draws from which on a grid is called too short
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """
+    Attributes:
+        caption (`str`): What it shows.
+        head (`Sequence[str]`): Headings of the columns.
+        rows (`Sequence[Sequence[str]]`): Cells; the first of a row names it.
+        marked (`frozenset[str]`): Names of the rows that stand out.
+    """
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: frozenset[str] = frozenset()
+
+    @property
+    def kinds(self) -> list[str]:
+        """`"number"` for columns of numbers, which are set to the right, else `"text"`."""
+        columns = list(zip(*self.rows, strict=True)) or [()] * len(self.head)
+        return ["number" if _are_numbers(column) else "text" for column in columns]
+
+
+def verdict(report: Report) -> str:
+    """The sentence that comes first: what the most important comparison says, or that it says nothing."""
+    if not report["results"]:
+        return "Nothing was compared: there is no protocol with a result of two arms."
+    return report["results"][0]["verdict"]
+
+
+def validity(report: Report) -> tuple[str, str, str]:
+    """Whether a gain could have shown, by the most important comparison: `"valid"`, `"invalid"` or `"unknown"`, the
+    same in a few words, and in the sentence that says why."""
+    if not report["results"]:
+        return "unknown", "Whether a gain could have shown is not known", "There is no result that could tell."
+    first = report["results"][0]
+    if first["valid"] is False:
+        status, words = "invalid", "This suite can show nothing"
+    elif first["valid"] is None:
+        status, words = "unknown", "Whether a gain could have shown is not known"
+    elif first["headroom"] is False:
+        status, words = "unknown", "There may have been nothing to gain"
+    else:
+        status, words = "valid", "A gain could have shown"
+    return status, words, first["validity"]
+
+
+def overview_table(report: Report) -> ReportTable:
+    """One row a protocol and measure."""
+    rows = []
+    for result in report["results"]:
+        measure, naive = result["measure"], result["arms"]["naive"]
+        choosable = {
+            name: values["minus_naive"]
+            for name, values in result["arms"].items()
+            if report["arms"][name]["role"] != "reference" and values.get("minus_naive")
+        }
+        sign = 1 if measure["higher_is_better"] else -1
+        best = max(choosable, key=lambda name: sign * choosable[name]["mean"], default=None)
+        row = [result["what"], {True: "yes", False: "no", None: "not known"}[result["valid"]]]
+        row.append(_value(measure, naive["mean"]) + _space(measure["unit"]))
+        if result["valid"] is False:
+            rows.append([*row, *["shows nothing"] * 4])
+            continue
+        row.append("–" if best is None else f"{best}: {_difference(measure, choosable[best])}")
+        rows.append(row + [", ".join(result[key]) or "none" for key in ("better", "worse", "better_than_controls")])
+    head = ["compared by", "valid", "naive", "best of all arms", "better than naive", "worse than naive"]
+    return ReportTable(
+        "All comparisons. Better and worse are significant after Holm's correction.",
+        [*head, "methods better than every control"],
+        rows,
+    )
+
+
+def result_table(report: Report, number: int) -> ReportTable:
+    """All arms of one entry of `results`, in the order of the forest plot."""
+    result = report["results"][number]
+    measure = result["measure"]
+    unit, difference_unit = _space(measure["unit"]), _space(measure["difference_unit"])
+    sign = -1 if measure["higher_is_better"] else 1
+
+    def order(name: str) -> tuple[bool, bool, float]:
+        difference = result["arms"][name].get("minus_naive")
+        is_reference = report["arms"][name]["role"] == "reference"
+        return difference is not None, is_reference, sign * (difference or {"mean": 0.0})["mean"]
+
+    rows = []
+    for name in sorted(result["arms"], key=order):
+        values = result["arms"][name]
+        row = [name, report["arms"][name]["role"], _value(measure, values["mean"]), _interval(measure, values["ci95"])]
+        difference = values.get("minus_naive")
+        if difference is None:
+            rows.append([*row, *["–"] * 5])
+            continue
+        effect, detectable = difference["effect_size"], difference["minimum_detectable"]
+        row += [_value(measure, difference["mean"], "+"), _interval(measure, difference["ci95"], "+")]
+        row.append("reference" if difference["p_holm"] is None else p_value(difference["p_holm"]))
+        row.append("–" if effect is None else f"{effect:+.2f}".replace("-", "−"))
+        rows.append([*row, "–" if detectable is None else _value(measure, detectable)])
+    head = ["arm", "role", f"{measure['name']}{unit}", "95% interval", f"minus naive{difference_unit}"]
+    return ReportTable(
+        f"All arms in {result['what']}: mean over {_count(report)}, difference to naive paired over them. d is Cohen's"
+        " d of the paired differences; detectable is the smallest true difference found with a chance of 80%.",
+        [*head, "95% interval", "p (Holm)", "d", f"detectable{difference_unit}"],
+        rows,
+        frozenset([*result["better"], *result["worse"]]),
+    )
+
+
+def controls_table(report: Report, number: int) -> ReportTable | None:
+    """Each method against the control that is hardest to beat; `None` without methods or controls."""
+    result = report["results"][number]
+    measure = result["measure"]
+    rows = []
+    for name, against in result["against_controls"].items():
+        difference = against["differences"][against["hardest"]]
+        beaten = "yes" if name in result["better_than_controls"] else "no"
+        rows.append([name, beaten, against["hardest"], _difference(measure, difference), p_value(against["p"])])
+    if not rows:
+        return None
+    return ReportTable(
+        "Methods against the control that is hardest to beat: a method that is no better than every trivial control"
+        " has shown nothing of its own.",
+        ["method", "better than every control", "hardest control", "method minus control", "p (one-sided)"],
+        rows,
+        frozenset(result["better_than_controls"]),
+    )
+
+
+def chosen_table(report: Report, protocol: str) -> ReportTable | None:
+    """What validation data chose, and how often at an end of the grid; `None` for what was not tuned."""
+    rows = []
+    for name, chosen in report["chosen"].get(protocol, {}).items():
+        rates = [trial["learning_rate"] for trial in chosen if trial["learning_rate"] is not None]
+        if not rates:
+            continue
+        settings = Counter(options_text(trial["options"]) for trial in chosen if trial["options"])
+        common = ", ".join(f"{text} ({count / len(chosen):.0%})" for text, count in settings.most_common(2)) or "–"
+        spread = f"{_rate(min(rates))} to {_rate(max(rates))}"
+        rows.append([name, _rate(median(rates)), spread, f"{_share_at_edge(report, protocol, name):.0%}", common])
+    if not rows:
+        return None
+    head = ["arm", "median learning rate", "range", "at an end of the grid", "settings chosen most often"]
+    return ReportTable(
+        f"Chosen by validation data in {report['protocols'][protocol]['what']}, over all seeds and draws.", head, rows
+    )
+
+
+def landscape_table(report: Report) -> ReportTable:
+    """The points of the landscape."""
+    found = report["landscape"]
+    rows = [
+        [
+            point["name"],
+            f"{point['x']:.3g}",
+            f"{point['y']:.3g}",
+            f"{point['off_plane']:.3g}",
+            "not finite" if point["loss"] is None else f"{point['loss']:.4g}",
+        ]
+        for point in found["points"]
+    ]
+    return ReportTable(
+        "Points of the landscape: distances in weights from Θ0, and their own loss, not that of the plane.",
+        ["weights", "first direction", "second direction", "distance from the plane", found["measure"]],
+        [[cell.replace("-", "−") if column else cell for column, cell in enumerate(row)] for row in rows],
+    )
+
+
+def arms_table(report: Report) -> ReportTable:
+    """What was compared."""
+    rows = []
+    for role in ROLES:
+        for name, arm in report["arms"].items():
+            if arm["role"] == role:
+                settings = "; ".join(text for options in arm["settings"] if (text := options_text(options)))
+                rows.append([name, role, arm["description"], settings or "–"])
+    return ReportTable("Arms: the ways to initialise the task.", ["arm", "role", "what it is", "settings tried"], rows)
+
+
+def environment_table(report: Report) -> ReportTable:
+    """Versions."""
+    rows = [[name, version] for name, version in report["created_with"].items()]
+    return ReportTable("Versions that it was run with.", ["library", "version"], rows)
+
+
+def limits(report: Report) -> list[str]:
+    """What the numbers do not say."""
+    found = [
+        f"Intervals and tests are over {_count(report)}; another model, other data or another way of training are not"
+        " covered.",
+        "Intervals are of one arm by itself, not corrected for the number of arms; p (Holm) is.",
+        "Learning rates and settings were chosen on validation data, with the same number of trials for every arm; the"
+        " numbers are of test data.",
+    ]
+    sensitivity = report["results"][0]["sensitivity"] if report["results"] else ""
+    found += [sensitivity] if sensitivity else []
+    for protocol in report["protocols"]:
+        arms = [name for name in report["arms"] if _share_at_edge(report, protocol, name) > _AT_EDGE]
+        if arms:
+            found.append(
+                f"In {report['protocols'][protocol]['what']}, the best learning rate lay at an end of the grid in more"
+                f" than {_AT_EDGE:.0%} of the draws for {', '.join(arms)}: the grid was too short for them."
+            )
+    if not any(arm["kind"] == "oracle" for arm in report["arms"].values()):
+        found.append("No oracle was run: how much could have been gained at all is not known.")
+    return found
+
+
+def p_value(value: float) -> str:
+    """A p value, not more exact than it is."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _are_numbers(cells: Sequence[str]) -> bool:
+    others = ("–", "reference", "not finite")
+    return any(cell not in others for cell in cells) and all(
+        cell in others or cell[:1] in "+−[<0123456789" for cell in cells
+    )
+
+
+def _count(report: Report) -> str:
+    count = len(report["seeds"]) if len(report["seeds"]) > 1 else report["draws"]
+    return f"{count} {report['counted']}"
+
+
+def _share_at_edge(report: Report, protocol: str, arm: str) -> float:
+    """Share of the draws in which the chosen rate was the smallest or largest of those tried with its setting."""
+    grids = {
+        options_text(curve["options"]): curve["learning_rates"]
+        for curve in report["curves"]
+        if curve["protocol"] == protocol and curve["arm"] == arm
+    }
+    chosen = report["chosen"].get(protocol, {}).get(arm, [])
+    at_edge = 0
+    for trial in chosen:
+        rates = grids.get(options_text(trial["options"]), [])
+        at_edge += len(rates) > 1 and trial["learning_rate"] in (min(rates), max(rates))
+    return at_edge / len(chosen) if chosen else 0.0
+
+
+def _value(measure: Mapping[str, Any], value: float, sign: str = "") -> str:
+    return f"{measure['scale'] * value:{sign}.{measure['digits']}f}".replace("-", "−")
+
+
+def _interval(measure: Mapping[str, Any], ends: Sequence[float], sign: str = "") -> str:
+    return f"[{_value(measure, ends[0], sign)}, {_value(measure, ends[1], sign)}]"
+
+
+def _difference(measure: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
+    return f"{_value(measure, difference['mean'], '+')} {_interval(measure, difference['ci95'], '+')}"
+
+
+def _space(unit: str) -> str:
+    return f", {unit}" if unit not in ("", "%") else f" {unit}" if unit else ""
+
+
+def _rate(value: float) -> str:
+    return f"{value:.2g}"
