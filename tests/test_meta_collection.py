@@ -21,25 +21,27 @@ def write_index(folder, rows):
 
 def test_index(folder):
     rows = [
-        {"path": "vit-0", "split": "held_out_architecture", "schedule": {"ratio": 0.7, "num_states": 3}},
+        {"path": "vit-0", "split": "held_out_architecture", "ratio": 0.7, "num_states": 3},
         {"path": "cnn-0", "split": "train"},
         {"name": "cnn-1", "split": "held_out_trajectory"},
     ]
     write_index(folder, rows)
     found = read_collection(folder, num_states=2)
     assert [trajectory.name for trajectory in found] == ["cnn-0", "cnn-1", "vit-0"]
-    assert found[2].about["schedule"]["ratio"] == 0.7 and found[2].path == folder / "vit-0"
+    assert [trajectory.of_schedule("ratio") for trajectory in found] == [None, None, 0.7]
+    assert found[2].path == folder / "vit-0"
     splits = split_collection(found)
     assert list(splits) == ["train", "held_out_architecture", "held_out_trajectory"]
     assert [[t.name for t in part] for part in splits.values()] == [["cnn-0"], ["vit-0"], ["cnn-1"]]
 
 
 def test_folders_with_and_without_a_recipe(folder):
-    (folder / "cnn-0" / "recipe.json").write_text(json.dumps({"split": "train", "architecture": "cnn"}))
+    recipe = {"split": "train", "architecture": "cnn", "schedule": {"ratio": 0.5, "num_states": 3}}
+    (folder / "cnn-0" / "recipe.json").write_text(json.dumps(recipe))
     found = read_collection([folder / "vit-0", folder], num_states=2)
     assert [trajectory.name for trajectory in found] == ["vit-0", "cnn-0", "cnn-1"]
     assert [trajectory.split for trajectory in found] == [None, "train", None]
-    assert found[1].about["architecture"] == "cnn"
+    assert found[1].about["architecture"] == "cnn" and found[1].of_schedule("ratio") == 0.5
     with pytest.raises(ValueError, match=r"vit-0 has no split: neither index\.jsonl nor recipe\.json"):
         split_collection(found)
 

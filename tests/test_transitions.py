@@ -146,6 +146,16 @@ def test_cache_gives_the_same_and_is_read_once(tmp_path, monkeypatch):
     assert len(pickle.dumps(cached)) < len(pickle.dumps(in_memory))
 
 
+def test_damaged_cache(tmp_path):
+    record(tmp_path / "a", num_states=6)
+    TransitionDataset([tmp_path / "a"], cache_dir=tmp_path / "cache", progress=False)
+    (numbers,) = (tmp_path / "cache").glob("*.float32")
+    numbers.write_bytes(numbers.read_bytes()[:-4])
+    dataset = TransitionDataset([tmp_path / "a"], cache_dir=tmp_path / "cache", progress=False)
+    with pytest.raises(ValueError, match=r"a-.*\.float32 has 329 numbers, expected 330; delete it"):
+        dataset[0]
+
+
 def test_processes_share_the_drawing(tmp_path, monkeypatch):
     for name in ("a", "b"):
         record(tmp_path / name, num_states=6)

@@ -40,6 +40,14 @@ class CollectedTrajectory:
     def name(self) -> str:
         return self.path.name
 
+    def of_schedule(self, key: str) -> Any:
+        """A value of its schedule, `ratio` or `num_states` for instance; `None` where the collection does not say.
+
+        An index has it as a column, a `recipe.json` within `schedule`.
+        """
+        schedule = self.about.get("schedule")
+        return self.about.get(key, schedule.get(key) if isinstance(schedule, dict) else None)
+
 
 def read_collection(folders: str | Path | Sequence[str | Path], num_states: int = 5) -> list[CollectedTrajectory]:
     """
@@ -163,7 +171,5 @@ def _why_unfinished(trajectory: CollectedTrajectory, num_states: int) -> str | N
     except FileNotFoundError:
         return "no finished state"
     source.close()
-    schedule = trajectory.about.get("schedule")
-    wanted = schedule.get("num_states", 0) if isinstance(schedule, dict) else 0
-    needed = max(num_states + 1, wanted)
+    needed = max(num_states + 1, trajectory.of_schedule("num_states") or 0)
     return f"{source.num_states} of {needed} states" if source.num_states < needed else None

@@ -81,6 +81,9 @@ class StateSample:
     def values(self) -> np.ndarray:
         if self._values is None:
             mapped = np.memmap(cast(Path, self._origin), np.float32, mode="r").view(np.ndarray)
+            expected = sum(tensor.rows for tensor in self.tensors) * self.num_states
+            if len(mapped) != expected:
+                raise ValueError(f"{self._origin} has {len(mapped)} numbers, expected {expected}; delete it")
             self._values = mapped.reshape(-1, self.num_states)
         return self._values
 

@@ -205,12 +205,16 @@ class TransitionDataset(Dataset):
 
     def _read_windows(self, sample: np.ndarray, first: np.ndarray) -> np.ndarray:
         """The S + 1 numbers from `first` on of each item's sample, `(N, S + 1)`."""
-        places = first[:, None] + np.arange(self.num_states + 1)
         order = np.argsort(sample, kind="stable")
+        places = first[order, None] + np.arange(self.num_states + 1)
         numbers, starts = np.unique(sample[order], return_index=True)
-        windows = np.empty(places.shape, np.float32)
-        for number, chosen in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
-            windows[chosen] = self._samples[number].values.reshape(-1).take(places[chosen])
+        ends = [*starts[1:].tolist(), len(order)]
+        found = np.empty(places.shape, np.float32)
+        for number, start, end in zip(numbers.tolist(), starts.tolist(), ends, strict=True):
+            # "clip" only spares the copy that checking every place would take: none is out of range
+            self._samples[number].values.take(places[start:end], out=found[start:end], mode="clip")
+        windows = np.empty_like(found)
+        windows[order] = found
         return windows
 
     def block(self, block: TransitionBlock) -> tuple[torch.Tensor, torch.Tensor]:

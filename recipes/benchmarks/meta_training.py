@@ -1,0 +1,249 @@
+"""How fast meta-training goes, and whether the network or the reading holds it up.
+
+    python recipes/benchmarks/meta_training.py
+    python recipes/benchmarks/meta_training.py --sizes small --processes 1 2 --json meta_training.json
+
+Records trajectories of random walks itself and deletes them again. Then, with the published network and batch size:
+seconds a step of the network alone, of the drawing and reading of a batch, and of reading the same trajectories the
+plain way, whole states with `safetensors.torch.load_file` for every batch; and whole trainings on one and on two
+processes. Prints Markdown.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from know_hf import TransitionDataset
+
+# Width of the net, number of trajectories.
+SIZES = {"small": (32, 40), "large": (1024, 3)}
+NUM_STATES = 7
+ROLES = 3
+
+
+def main(args: argparse.Namespace) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    results = {"sizes": {}, "processes": {}, "cores": len(os.sched_getaffinity(0)), "batch_size": args.batch_size}
+    with tempfile.TemporaryDirectory(dir=args.output_dir, prefix="benchmark-") as name:
+        for size in args.sizes:
+            folder = Path(name, size)
+            results["sizes"][size] = measure(folder, size, args)
+        for processes in args.processes:
+            runs = [train_apart(Path(name, args.sizes[0]), processes, args) for _ in range(args.repetitions)]
+            results["processes"][processes] = statistics.median(run["seconds"] / args.steps for run in runs)
+    print("\n".join(["", *steps_table(results), "", *processes_table(results)]))
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+
+
+def measure(folder: Path, size: str, args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from tqdm.auto import tqdm
+
+    from know_hf import KNOWNConfig, KNOWNModel, TransitionDataset
+    from know_hf.meta_learning import BalancedBatchSampler, MetaTrainingArguments
+    from know_hf.meta_learning.objective import MetaObjective
+
+    torch.set_num_threads(1)
+    parameters = record(folder, *SIZES[size])
+    paths = sorted(path.parent for path in folder.glob("*/trajectory.json"))
+
+    begun = time.process_time()
+    mapped = TransitionDataset(paths, cache_dir=folder / "samples", progress=False)
+    drawing = time.process_time() - begun
+    in_memory = TransitionDataset(paths, progress=False)
+    batches = iter(BalancedBatchSampler(mapped, args.batch_size, 1_000_000))
+    again = iter(BalancedBatchSampler(in_memory, args.batch_size, 1_000_000))
+
+    model = KNOWNModel(KNOWNConfig())
+    objective = MetaObjective(model, mapped, MetaTrainingArguments())
+    optimizer = torch.optim.Adam(model.parameters())
+    batch = mapped.__getitems__(next(batches))
+
+    def step(precision: torch.dtype | None = None) -> None:
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            losses = objective(batch)
+        losses["objective"].backward()
+        for network in model.networks.values():
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    plain = whole_states(paths, mapped, args.batch_size)
+    contestants: dict[str, Callable[[], object]] = {
+        "network": step,
+        "network in bfloat16": lambda: step(torch.bfloat16),
+        "mapped": lambda: mapped.__getitems__(next(batches)),
+        "in memory": lambda: in_memory.__getitems__(next(again)),
+        "whole states of one trajectory": lambda: next(plain),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in tqdm(range(args.repetitions), desc=size):  # they take turns, so that none has a quieter machine
+        for name, contestant in contestants.items():
+            seconds[name].append(timed(contestant, args.seconds))
+    return {
+        "parameters": parameters,
+        "trajectories": len(paths),
+        "drawing_once": drawing,
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+    }
+
+
+def timed(contestant: Callable[[], object], at_least: float) -> float:
+    """CPU seconds of one call, over as many as take a while; the first is not counted."""
+    contestant()
+    begun, calls = time.process_time(), 0
+    while time.process_time() - begun < at_least:
+        contestant()
+        calls += 1
+    return (time.process_time() - begun) / calls
+
+
+def whole_states(paths: list[Path], dataset: "TransitionDataset", batch_size: int) -> Iterator[dict[str, Any]]:
+    """The plain way: a batch from one trajectory, all states of which are loaded for it.
+
+    A batch that is mixed as know_hf mixes it would take this for each of its trajectories.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from know_hf import WeightTrajectory
+
+    length = dataset.num_states + 1
+    roles = {path: {name: role.role for name, role in WeightTrajectory(path).roles.items()} for path in paths}
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        path = paths[int(torch.randint(len(paths), (), generator=generator))]
+        states = [load_file(path / f"state-{k}/model.safetensors") for k in reversed(range(NUM_STATES))]
+        batch = {}
+        for role in dataset.roles:
+            names = [name for name, found in roles[path].items() if found == role]
+            history = torch.stack([torch.cat([state[name].flatten() for name in names]) for state in states])
+            chosen = torch.randint(history.shape[1], (batch_size,), generator=generator)
+            first = torch.randint(NUM_STATES - length + 1, (batch_size,), generator=generator)
+            windows = history[first[:, None] + torch.arange(length), chosen[:, None]]
+            batch[role] = {"history": windows[:, :-1], "labels": windows[:, -1]}
+        yield batch
+
+
+def record(folder: Path, width: int, count: int) -> int:
+    """Writes trajectories of random walks of a small net; its number of parameters."""
+    import torch
+
+    from know_hf import WeightTrajectory
+
+    generator = torch.Generator().manual_seed(0)
+    net = make_net(width)
+    for number in range(count):
+        trajectory = WeightTrajectory.create(folder / f"net-{number:03d}")
+        for state in range(NUM_STATES):
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+            trajectory.record(net, num_examples=NUM_STATES - state, steps=1)
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def make_net(width: int) -> "nn.Module":
+    from torch import nn
+
+    layers: list[nn.Module] = [nn.Conv2d(1, 32, 3)]
+    layers += [nn.Conv2d(32, 32, 3) for _ in range(4)]
+    layers += [nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.Linear(width, 10)]
+    return nn.Sequential(*layers)
+
+
+def train_apart(folder: Path, processes: int, args: argparse.Namespace) -> dict[str, float]:
+    """A whole training in processes of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *launcher, __file__, "--train", str(folder), "--steps", str(args.steps)]
+    command += ["--batch_size", str(args.batch_size)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"a training on {processes} processes failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def train(args: argparse.Namespace) -> None:
+    from know_hf import TransitionDataset
+    from know_hf.meta_learning import MetaTrainingArguments, meta_train, start_processes
+
+    processes = start_processes()
+    paths = sorted(path.parent for path in args.train.glob("*/trajectory.json"))
+    dataset = TransitionDataset(paths, cache_dir=args.train / "samples", progress=False)
+    training = MetaTrainingArguments(steps=args.steps, batch_size=args.batch_size)
+    result = meta_train(None, dataset, args=training, progress=False)
+    if processes.is_main_process:
+        print(json.dumps({"seconds": result.seconds, "num_processes": result.num_processes}))
+    processes.destroy_process_group()
+
+
+def steps_table(results: dict[str, Any]) -> list[str]:
+    names = ["network", "network in bfloat16", "mapped", "in memory", "whole states of one trajectory"]
+    transitions = ROLES * results["batch_size"]
+    columns = results["sizes"]
+    header = [f"{n['trajectories']} nets of {n['parameters']:,} parameters" for n in columns.values()]
+    lines = [["one thread, CPU milliseconds a step", *header], ["---"] * (1 + len(columns))]
+    lines += [[name, *(f"{1e3 * found['seconds'][name]:.2f}" for found in columns.values())] for name in names]
+
+    def shares(name: str) -> list[str]:
+        parts = [(found["seconds"][name], found["seconds"]["network"]) for found in columns.values()]
+        return [f"{reading / (reading + network):.1%}" for reading, network in parts]
+
+    def rates(name: str) -> list[str]:
+        times = [found["seconds"][name] + found["seconds"]["network"] for found in columns.values()]
+        return [f"{transitions / seconds:,.0f}" for seconds in times]
+
+    for name in names[2:]:
+        lines.append([f"share of the reading, {name}", *shares(name)])
+    for name in names[2:]:
+        lines.append([f"transitions a second, {name}", *rates(name)])
+    lines.append(
+        ["drawing the samples, once, seconds", *(f"{found['drawing_once']:.2f}" for found in columns.values())]
+    )
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def processes_table(results: dict[str, Any]) -> list[str]:
+    if not results["processes"]:
+        return []
+    transitions = ROLES * results["batch_size"]
+    first = next(iter(results["processes"].values()))
+    lines = [f"| processes, {results['cores']} cores | milliseconds a step | transitions a second | times |"]
+    lines.append("| --- | --- | --- | --- |")
+    for processes, seconds in results["processes"].items():
+        cells = [str(processes), f"{1e3 * seconds:.1f}", f"{transitions / seconds:,.0f}", f"{first / seconds:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES), help="(default: %(default)s)")
+    add("--processes", nargs="*", type=int, default=[1, 2], help="(default: %(default)s)")
+    add("--output-dir", default=None, help="disk to write to, by default that of temporary files; emptied again")
+    add("--batch_size", type=int, default=2048, help="transitions of each role a step (default: %(default)s)")
+    add("--steps", type=int, default=200, help="of a whole training (default: %(default)s)")
+    add("--repetitions", type=int, default=5, help="(default: %(default)s)")
+    add("--seconds", type=float, default=0.5, help="that each is timed at a time, at least (default: %(default)s)")
+    add("--json", default=None, help="file for all numbers")
+    add("--train", type=Path, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    arguments = make_parser().parse_args()
+    train(arguments) if arguments.train else main(arguments)
