@@ -201,7 +201,7 @@ def test_the_best_number_of_steps_is_kept(trajectory, tmp_path):
     assert result.path == tmp_path / "out"
     assert result.report["bias"].mean_residual == pytest.approx(2)
     assert torch.equal(result.load_model().classifier[1].bias, trajectory.tensor(BIAS) + 2)
-    assert decided.recipe == {"predictor": None, "predictor_options": None, "steps": 2}
+    assert decided.recipe == {"predictor": None, "predictor_options": None, "steps": 2, "recalibrated": False}
     assert decided.sentence.startswith(
         "Of Θ0 and 8 other candidates the gate chose Constant, 2 steps, with a distance"
     )
@@ -214,6 +214,7 @@ def test_theta_0_is_kept_bit_for_bit_when_nothing_is_better(trajectory, tmp_path
     batches = ({"pixel_values": make_images(8)[:]["pixel_values"]} for _ in range(1))
     result, decided = through(gate, trajectory, tmp_path, recalibrate_with=batches)
     assert decided.is_reference
+    assert decided.recipe["recalibrated"] is False
     before = trajectory.path / "state-0/model.safetensors"
     assert (result.path / "model.safetensors").read_bytes() == before.read_bytes()
     assert decided.candidates[1].name == "Θ0, BatchNorm recalibrated"
@@ -228,6 +229,7 @@ def test_a_state_can_be_chosen_and_is_copied_bit_for_bit(trajectory, tmp_path):
         "predictor": "task_vector",
         "predictor_options": {"scale": -1.0, "since": 2},
         "steps": 1,
+        "recalibrated": False,
     }
     written = weights(result.path)
     assert all(torch.equal(written[name], trajectory.tensor(name, 2)) for name in trajectory.names)
@@ -240,6 +242,7 @@ def test_a_state_gets_statistics_of_its_own(trajectory, tmp_path):
     gate = Gate(distance_to(float(trajectory.tensor(BIAS, 1)[0])))
     result, decided = through(gate, trajectory, tmp_path, recalibrate_with=batches)
     assert decided.chosen == "Θ1"
+    assert decided.recipe["recalibrated"] is True
     expected = trajectory.load_model(1)
     recalibrate_batch_norm(expected, batches)
     written = result.load_model().state_dict()
@@ -276,6 +279,18 @@ def test_every_model_sees_the_same_random_numbers_and_no_gradient(trajectory):
     torch.manual_seed(0)
     make_resnet()
     assert torch.rand(1).item() == after
+
+
+def test_what_was_chosen_is_finished_before_it_appears(trajectory, tmp_path):
+    def finish(folder, result, decided):
+        assert not (tmp_path / "out").exists()
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+        assert result.path == tmp_path / "out"
+        (folder / "README.md").write_text(decided.sentence)
+
+    gate = Gate(lambda model: 1.0, margin=0.0)
+    result, decided = through(gate, trajectory, tmp_path, steps=1, finish=finish)
+    assert (result.path / "README.md").read_text() == decided.sentence
 
 
 def test_an_average_is_tried_once(trajectory, tmp_path):

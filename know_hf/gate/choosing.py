@@ -49,8 +49,9 @@ class GateResult:
         metric (`str`): What the losses are.
         num_values (`int`): Losses of each candidate, over which differences were paired.
         level, margin (`float`): The rule's.
-        recipe (`dict`): `predictor`, `predictor_options` and `steps` with which [`predict_overflowed_weights`] makes
-            what was chosen without a gate (a state up to rounding).
+        recipe (`dict`, *optional*): `predictor`, `predictor_options` and `steps` with which
+            [`predict_overflowed_weights`] makes what was chosen without a gate (a state up to rounding), `predictor`
+            being `None` for the one that was given; and whether BatchNorm statistics were `recalibrated`.
     """
 
     chosen: str

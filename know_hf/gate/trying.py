@@ -115,6 +115,7 @@ def predict_through_gate(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     accelerator: Accelerator | None = None,
     overwrite: bool = False,
+    finish: Callable[[Path, PredictionResult, GateResult], object] | None = None,
 ) -> tuple[PredictionResult, GateResult]:
     """Writes every candidate, tries it, and moves the one that is chosen to `output_dir`.
 
@@ -126,6 +127,8 @@ def predict_through_gate(
         plan ([`PredictionPlan`]): Trajectory, predictor, and the largest number of steps.
         output_dir, norm, recalibrate_with, model_class, dtype, max_shard_size, accelerator, overwrite: As of
             [`predict_overflowed_weights`].
+        finish (callable, *optional*): Called on the main process with the folder before it takes its final name, what
+            was chosen, and the choice; such as to write a card into it.
 
     Returns:
         `tuple[PredictionResult, GateResult]`: what was chosen, at `output_dir`, and the choice.
@@ -175,16 +178,19 @@ def predict_through_gate(
         def decide() -> GateResult:
             decided = choose(losses, metric=gate.metric, level=gate.level, margin=gate.margin, seed=gate.seed)
             winner = next(candidate for candidate in candidates if candidate.name == decided.chosen)
+            decided = replace(decided, recipe={**winner.recipe, "recalibrated": winner.batches is not None})
             for path in list(results[winner.name].path.iterdir()):
                 path.rename(place / path.name)
             for result in results.values():
                 shutil.rmtree(result.path)
+            if finish is not None:
+                finish(place, replace(results[winner.name], path=Path(output_dir)), decided)
             stack.close()
-            return replace(decided, recipe=winner.recipe)
+            return decided
 
         decided = on_main_process(accelerator, decide)
-        if accelerator is None or accelerator.is_main_process:
-            logger.info(decided.sentence)
+    if accelerator is None or accelerator.is_main_process:
+        logger.info(decided.sentence)
     return replace(results[decided.chosen], path=Path(output_dir)), decided
 
 
