@@ -1,89 +1,69 @@
-"""Images of a dataset in memory, decoded once, and what a Trainer needs beside them."""
+"""Images: decoded once, augmented by the batch."""
 
-import hashlib
 from collections.abc import Sequence
-from functools import cached_property
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from space import Recipe
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import EvalPrediction
+
+AUGMENTATIONS = ("flip", "shift", "crop")
+_MOST_SHIFTED = 2  # pixels
+_LEAST_KEPT = 0.8  # of height and width
 
 
-class Images(Dataset):
-    """Images `(N, C, H, W)` uint8 with labels `(N,)` int64; items hold `pixel_values` in [-1, 1] and `labels`.
-
-    A list of indices gives a whole batch at once, so that the training does not wait for its data.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.__getitems__(index)
-
-    def __getitems__(self, indices: Sequence[int] | int) -> dict[str, Tensor]:
-        return {"pixel_values": self.images[indices].float().div(127.5).sub(1), "labels": self.labels[indices]}
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of all images and labels."""
-        digest = hashlib.sha256(self.images.numpy().tobytes())
-        digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-def load_images(recipe: Recipe, source: dict[str, str]) -> tuple[Images, Images, int]:
-    """The recipe's training and evaluation images and the number of classes.
+class ImageBatches:
+    """Turns stored images into `pixel_values` `(B, C, H, W)` in [-1, 1], with `labels`.
 
     Args:
-        recipe ([`Recipe`]): Says how many images, and with its seed which.
-        source (`dict[str, str]`): Hub id or folder as `path`, names of the columns and of the splits.
-
-    Raises:
-        `ValueError`: when a split has fewer images than the recipe needs.
+        augmentation (`Sequence[str]`): Any of `"flip"` (left to right, every other image), `"shift"` (by up to two
+            pixels each way) and `"crop"` (a part of at least 0.8 of height and width, enlarged). Black comes in at the
+            edges. Drawn from torch's global random state, which the Trainer seeds.
     """
-    train = datasets.load_dataset(source["path"], split=source["train"])
-    test = datasets.load_dataset(source["path"], split=source["eval"])
-    feature = train.features[source["label"]]
-    num_labels = getattr(feature, "num_classes", None) or len(set(train[source["label"]]))
-    # Which images are evaluated on depends on the dataset alone: accuracies of two trajectories can be compared.
-    return (
-        _decode(train, recipe.num_examples, recipe.seed, recipe, source),
-        _decode(test, recipe.num_eval_examples, 0, recipe, source),
-        num_labels,
-    )
+
+    def __init__(self, augmentation: Sequence[str]) -> None:
+        if unknown := set(augmentation) - set(AUGMENTATIONS):
+            raise ValueError(f"augmentation {sorted(unknown)} of images; there are {', '.join(AUGMENTATIONS)}")
+        self.augmentation = augmentation
+
+    def __call__(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        pixels = stored["pixel_values"].float()
+        if self.augmentation:
+            pixels = self._augment(pixels)
+        return {"pixel_values": pixels.div(127.5).sub(1), "labels": stored["labels"]}
+
+    def _augment(self, pixels: Tensor) -> Tensor:
+        count, (height, width) = len(pixels), pixels.shape[-2:]
+        kept, flipped = torch.ones(count), torch.ones(count)
+        moved = torch.zeros(count, 2)
+        if "crop" in self.augmentation:
+            kept = _LEAST_KEPT + (1 - _LEAST_KEPT) * torch.rand(count)
+            moved = (2 * torch.rand(count, 2) - 1) * (1 - kept)[:, None]
+        if "shift" in self.augmentation:
+            steps = torch.randint(-_MOST_SHIFTED, _MOST_SHIFTED + 1, (count, 2))
+            moved = moved + 2 * steps / torch.tensor([width, height])
+        if "flip" in self.augmentation:
+            flipped = 2.0 * torch.randint(2, (count,)) - 1
+        affine = torch.zeros(count, 2, 3)
+        affine[:, 0, 0], affine[:, 1, 1], affine[:, :, 2] = kept * flipped, kept, moved
+        grid = torch.nn.functional.affine_grid(affine, list(pixels.shape), align_corners=False)
+        return torch.nn.functional.grid_sample(pixels, grid, align_corners=False)
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of right classes; `predictions` are classes already, see [`arg_max`]."""
-    return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+def decode(split: datasets.Dataset, source: dict[str, str], inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """All images `(N, C, H, W)` uint8 with labels `(N,)` int64.
 
-
-def arg_max(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.argmax(-1)
-
-
-def _decode(split: datasets.Dataset, count: int, seed: int, recipe: Recipe, source: dict[str, str]) -> Images:
-    if count > len(split):
-        raise ValueError(
-            f"{recipe.name} needs {count} images, but {source['path']} has {len(split)} in this split; take a larger"
-            " dataset, or raise the ratio's lower bound in the space"
-        )
-    order = np.argsort(np.random.RandomState(seed % 2**32).random_sample(len(split)), kind="stable")
-    rows = split.select(np.sort(order[:count]))
-    mode = {1: "L", 3: "RGB"}[recipe.image_channels]
-    size = (recipe.image_size, recipe.image_size)
-    images = torch.empty(count, recipe.image_channels, *size, dtype=torch.uint8)
-    for index, image in enumerate(rows[source["image"]]):
+    Args:
+        split (`datasets.Dataset`): With an image and a class a row.
+        source (`dict[str, str]`): Names of the columns as `image` and `label`.
+        inputs (`dict`): `image_size` in pixels and `image_channels`, 1 or 3.
+    """
+    channels, size = inputs["image_channels"], (inputs["image_size"], inputs["image_size"])
+    mode = {1: "L", 3: "RGB"}[channels]
+    images = torch.empty(len(split), channels, *size, dtype=torch.uint8)
+    for index, image in enumerate(split[source["image"]]):
         image = image.convert(mode)
         pixels = np.array(image if image.size == size else image.resize(size), dtype=np.uint8)
-        images[index] = torch.from_numpy(pixels).reshape(*size, recipe.image_channels).permute(2, 0, 1)
-    return Images(images, torch.tensor(rows[source["label"]][:]))
+        images[index] = torch.from_numpy(pixels).reshape(*size, channels).permute(2, 0, 1)
+    return {"pixel_values": images, "labels": torch.tensor(split[source["label"]][:])}

@@ -1,18 +1,62 @@
-"""Small architectures that transformers does not have."""
+"""Small convolutional architectures that transformers does not have, or has only large."""
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 
 @strict
-class SmallCNNConfig(PreTrainedConfig):
+class SmallConfig(PreTrainedConfig):
     r"""
+    Base of the configs.
+
     Args:
         image_size (`int`, *optional*, defaults to `28`): Height and width of an image in pixels, at least 8.
         num_channels (`int`, *optional*, defaults to `1`): Channels of an image.
+    """
+
+    image_size: int = 28
+    num_channels: int = 1
+
+    def validate_image_size(self) -> None:
+        """Three halvings leave at least one pixel."""
+        if self.image_size < 8:
+            raise ValueError(f"image_size={self.image_size}: three halvings need at least 8 pixels")
+
+
+class SmallModel(PreTrainedModel):
+    """Base of the models: `features`, whatever they are, and a linear `classifier` on top."""
+
+    base_model_prefix = "features"
+    main_input_name = "pixel_values"
+    features: nn.Module
+    classifier: nn.Module
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            # A depthwise kernel has nine inputs: scaled by them its weights would be so large as to hardly move.
+            depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
+            init.kaiming_normal_(module.weight, mode="fan_out" if depthwise else "fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutputWithNoAttention:
+        """Maps images `(B, C, H, W)` to logits `(B, num_labels)`; with labels `(B,)` also the cross-entropy."""
+        logits = self.classifier(self.features(pixel_values))
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+
+
+@strict
+class SmallCNNConfig(SmallConfig):
+    r"""
+    Args:
         width (`int`, *optional*, defaults to `16`): Channels of the first layer; each later one has twice as many.
         batch_norm (`bool`, *optional*, defaults to `False`): Whether a BatchNorm follows each convolution, which then
             has no bias.
@@ -20,23 +64,14 @@ class SmallCNNConfig(PreTrainedConfig):
 
     model_type = "small_cnn"
 
-    image_size: int = 28
-    num_channels: int = 1
     width: int = 16
     batch_norm: bool = False
 
-    def validate_image_size(self) -> None:
-        """Three poolings leave at least one pixel."""
-        if self.image_size < 8:
-            raise ValueError(f"image_size={self.image_size}: three poolings by 2 need at least 8 pixels")
 
-
-class SmallCNN(PreTrainedModel):
+class SmallCNN(SmallModel):
     """Three 3×3 convolutions, each followed by a 2×2 max pooling, and two linear layers."""
 
     config_class = SmallCNNConfig
-    base_model_prefix = "small_cnn"
-    main_input_name = "pixel_values"
 
     def __init__(self, config: SmallCNNConfig) -> None:
         super().__init__(config)
@@ -48,21 +83,119 @@ class SmallCNN(PreTrainedModel):
                 layers.append(nn.BatchNorm2d(width))
             layers += [nn.ReLU(), nn.MaxPool2d(2)]
             channels, size = width, size // 2
-        self.features = nn.Sequential(*layers, nn.Flatten())
-        self.hidden = nn.Linear(channels * size**2, channels)
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, channels), nn.ReLU())
         self.classifier = nn.Linear(channels, config.num_labels)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutputWithNoAttention:
-        """Maps images `(B, C, H, W)` to logits `(B, num_labels)`; with labels `(B,)` also the cross-entropy."""
-        logits = self.classifier(self.hidden(self.features(pixel_values)).relu())
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+@strict
+class SmallDenseNetConfig(SmallConfig):
+    r"""
+    Args:
+        growth (`int`, *optional*, defaults to `8`): Channels that each layer adds.
+        depths (`list[int]`, *optional*, defaults to `[3, 3, 3]`): Layers of each block.
+        batch_norm (`bool`, *optional*, defaults to `True`): Whether a BatchNorm precedes each convolution, which then
+            has no bias.
+    """
+
+    model_type = "small_densenet"
+
+    growth: int = 8
+    depths: list[int] | tuple[int, ...] = (3, 3, 3)
+    batch_norm: bool = True
+
+
+class SmallDenseNet(SmallModel):
+    """Blocks of layers that each see the outputs of all before (DenseNet, arXiv 1608.06993), halved in between."""
+
+    config_class = SmallDenseNetConfig
+
+    def __init__(self, config: SmallDenseNetConfig) -> None:
+        super().__init__(config)
+        channels = 2 * config.growth
+        layers: list[nn.Module] = [nn.Conv2d(config.num_channels, channels, 3, stride=2, padding=1)]
+        for index, depth in enumerate(config.depths):
+            if index:
+                channels //= 2
+                layers += [_before(2 * channels, channels, 1, config.batch_norm), nn.AvgPool2d(2)]
+            for _ in range(depth):
+                layers.append(_DenseLayer(channels, config.growth, config.batch_norm))
+                channels += config.growth
+        self.features = nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(channels, config.num_labels)
+        self.post_init()
+
+
+class _DenseLayer(nn.Module):
+    def __init__(self, channels: int, growth: int, batch_norm: bool) -> None:
+        super().__init__()
+        self.layer = _before(channels, growth, 3, batch_norm)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([inputs, self.layer(inputs)], dim=1)
+
+
+def _before(channels: int, out: int, kernel: int, batch_norm: bool) -> nn.Sequential:
+    """A convolution with what precedes it in a DenseNet."""
+    norm = [nn.BatchNorm2d(channels)] if batch_norm else []
+    return nn.Sequential(*norm, nn.ReLU(), nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=not batch_norm))
+
+
+@strict
+class SmallMobileNetConfig(SmallConfig):
+    r"""
+    Args:
+        width (`int`, *optional*, defaults to `16`): Channels of the first layer; each later stage has twice as many.
+        depths (`list[int]`, *optional*, defaults to `[1, 2, 2]`): Blocks of each stage.
+        expansion (`int`, *optional*, defaults to `1`): With 1 each block is a depthwise separable convolution
+            (MobileNet, arXiv 1704.04861), with more an inverted residual that widens its channels so many times
+            (MobileNetV2, arXiv 1801.04381).
+    """
+
+    model_type = "small_mobilenet"
+
+    width: int = 16
+    depths: list[int] | tuple[int, ...] = (1, 2, 2)
+    expansion: int = 1
+
+
+class SmallMobileNet(SmallModel):
+    """Stages of depthwise separable convolutions or inverted residuals, each later one at half the size."""
+
+    config_class = SmallMobileNetConfig
+
+    def __init__(self, config: SmallMobileNetConfig) -> None:
+        super().__init__(config)
+        channels = config.width
+        layers: list[nn.Module] = [_convolution(config.num_channels, channels, 3, stride=2), nn.ReLU6()]
+        for stage, depth in enumerate(config.depths):
+            for block in range(depth):
+                out = config.width * 2**stage
+                layers.append(_MobileBlock(channels, out, 2 if stage and not block else 1, config.expansion))
+                channels = out
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(channels, config.num_labels)
+        self.post_init()
+
+
+class _MobileBlock(nn.Module):
+    def __init__(self, channels: int, out: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = channels * expansion
+        layers: list[nn.Module] = []
+        if expansion > 1:
+            layers += [_convolution(channels, wide, 1), nn.ReLU6()]
+        layers += [_convolution(wide, wide, 3, stride, groups=wide), nn.ReLU6(), _convolution(wide, out, 1)]
+        if expansion == 1:
+            layers.append(nn.ReLU6())
+        self.layers = nn.Sequential(*layers)
+        self.residual = expansion > 1 and stride == 1 and channels == out
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.layers(inputs)
+        return inputs + outputs if self.residual else outputs
+
+
+def _convolution(channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out))

@@ -6,14 +6,33 @@ Everything is drawn before anything is trained, so the same file gives the same 
 import json
 import math
 import random
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "2.0"
+TRAIN, TRAJECTORY, ARCHITECTURE, DATASET = SPLITS = (
+    "train",
+    "held_out_trajectory",
+    "held_out_architecture",
+    "held_out_dataset",
+)
+
+_COLUMNS = {"label", "train", "eval"}
+_TRAINING = {
+    "inputs",
+    "num_examples",
+    "num_examples_limit",
+    "num_eval_examples",
+    "min_steps",
+    "schedule",
+    "training_arguments",
+    "optimizers",
+}
 
 
 @dataclass(frozen=True)
@@ -22,18 +41,23 @@ class Recipe:
 
     Args:
         name (`str`): Its folder, `<architecture>-<dataset>-<draw>`.
-        split (`str`): `"train"` or `"held_out"`: whether meta-training may learn from it.
+        split (`str`): One of `SPLITS`; meta-training learns from `"train"` alone.
         draw (`int`): Number of the draw among those of its architecture and dataset.
         seed (`int`): Seed of the examples, the initial weights and the training.
         architecture (`str`): Name of the architecture in the space.
         model_class (`str`): Its class, of models.py or transformers.
+        pretrained (`str`, *optional*): Hub id of the weights it starts from; without it from random ones.
         model_config (`dict`): Arguments of the class's config.
+        lora (`dict`, *optional*): Arguments of `peft.LoraConfig`; without it all weights are trained.
+        freeze (`list[str]`): Beginnings of names of parameters that are not trained.
         dataset (`str`): Name of the dataset in the space.
         dataset_path (`str`): Its Hub id or folder.
-        image_size, image_channels (`int`): What its images are turned into.
+        inputs (`dict`): What the examples are turned into.
+        augmentation (`list[str]`): What is done to the training examples at random.
         num_examples (`int`): |D0|, drawn from the training split.
         num_eval_examples (`int`): Examples of the evaluation split every state is evaluated on.
         schedule (`dict`): Arguments of `ForgettingSchedule`.
+        optimizer (`str`): Name of the optimizer in the space.
         training_arguments (`dict`): Arguments of `TrainingArguments`.
     """
 
@@ -43,14 +67,18 @@ class Recipe:
     seed: int
     architecture: str
     model_class: str
+    pretrained: str | None
     model_config: dict[str, Any]
+    lora: dict[str, Any] | None
+    freeze: list[str]
     dataset: str
     dataset_path: str
-    image_size: int
-    image_channels: int
+    inputs: dict[str, Any]
+    augmentation: list[str]
     num_examples: int
     num_eval_examples: int
     schedule: dict[str, Any]
+    optimizer: str
     training_arguments: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,92 +98,135 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What meta-training must not learn from: names of architectures and datasets, and every n-th draw of the rest."""
+
+    architectures: list[str] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+    every: int | None = None
+
+    def split(self, architecture: str, dataset: str, draw: int) -> str | None:
+        """The split of a trajectory; `None` for one that would be held out in two ways, which is not recorded."""
+        if architecture in self.architectures:
+            return None if dataset in self.datasets else ARCHITECTURE
+        if dataset in self.datasets:
+            return DATASET
+        return TRAJECTORY if self.every is not None and draw % self.every == self.every - 1 else TRAIN
+
+
+@dataclass(frozen=True)
 class Space:
     """A YAML file as known_base.yaml, which says what each key means.
 
     Raises:
-        `ValueError`: when a key is missing or unknown.
+        `ValueError`: when a key is missing or unknown, or a name stands for nothing.
     """
 
     seed: int
-    draws: int
-    held_out_every: int
-    image_size: int
-    image_channels: int
-    num_eval_examples: int
-    num_examples: Any
-    num_examples_limit: int
-    min_steps: int
-    schedule: dict[str, Any]
-    training_arguments: dict[str, Any]
+    held_out: HeldOut
+    training: dict[str, dict[str, Any]]
     architectures: dict[str, dict[str, Any]]
     datasets: dict[str, dict[str, str]]
+    license: str | None = None
 
     @classmethod
     def from_yaml(cls, path: Path) -> "Space":
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        _check_keys(f"{path}", content, {field.name for field in fields(cls)})
-        for name, architecture in content["architectures"].items():
-            _check_keys(f"architecture {name!r} of {path}", architecture, {"model_class", "config"})
-        for name, dataset in content["datasets"].items():
-            _check_keys(f"dataset {name!r} of {path}", dataset, {"path", "image", "label", "train", "eval"})
-        return cls(**content)
+        _check_keys(f"{path}", content, {field.name for field in fields(cls)} - {"license"}, {"license"})
+        _check_keys(f"held_out of {path}", content["held_out"], set(), {field.name for field in fields(HeldOut)})
+        space = cls(**{**content, "held_out": HeldOut(**content["held_out"])})
+        for name, dataset in space.datasets.items():
+            kind = "text" if "text" in dataset else "image"
+            _check_keys(f"dataset {name!r} of {path}", dataset, {"path", kind, *_COLUMNS}, set())
+        for name, training in space.training.items():
+            _check_keys(f"training {name!r} of {path}", training, _TRAINING, {"augmentation"})
+        for name, architecture in space.architectures.items():
+            where = f"architecture {name!r} of {path}"
+            needed, further = {"training", "draws", "model_class", "config"}, {"pretrained", "lora", "freeze"}
+            _check_keys(where, architecture, needed, further)
+            _check_names(f"training of {where}", [architecture["training"]], space.training)
+            _check_names(f"draws of {where}", architecture["draws"], space.datasets)
+            is_text = "max_length" in space.training[architecture["training"]]["inputs"]
+            for dataset in architecture["draws"]:
+                if is_text != ("text" in space.datasets[dataset]):
+                    raise ValueError(f"{where} can't be trained on {dataset!r}: one is for text, the other for images")
+        _check_names(f"held_out of {path}", space.held_out.architectures, space.architectures)
+        _check_names(f"held_out of {path}", space.held_out.datasets, space.datasets)
+        return space
 
     def recipes(self) -> list[Recipe]:
         """All recipes, draw by draw over every architecture and dataset, so that a part of them is balanced too."""
+        most = max((count for a in self.architectures.values() for count in a["draws"].values()), default=0)
         return [
-            self._recipe(draw, architecture, dataset)
-            for draw in range(self.draws)
-            for architecture in self.architectures
-            for dataset in self.datasets
+            self._recipe(draw, architecture, dataset, split)
+            for draw in range(most)
+            for architecture, content in self.architectures.items()
+            for dataset, count in content["draws"].items()
+            if draw < count and (split := self.held_out.split(architecture, dataset, draw)) is not None
         ]
 
-    def _recipe(self, draw: int, architecture: str, dataset: str) -> Recipe:
+    def _recipe(self, draw: int, architecture: str, dataset: str, split: str) -> Recipe:
         name = f"{architecture}-{dataset}-{draw:03d}"
         stream = f"{self.seed}/{name}"
-        schedule = _draw_all(self.schedule, f"{stream}/schedule")
-        training = dict(self.training_arguments)
-        batch_sizes, least = self._fitting_batch_sizes(schedule)
-        training["per_device_train_batch_size"] = {"choice": batch_sizes}
-        training = _draw_all(training, f"{stream}/training_arguments")
-        batch_size = training["per_device_train_batch_size"]
-        num_examples = max(_draw(self.num_examples, f"{stream}/num_examples"), least[batch_size])
-        training["num_train_epochs"] = math.ceil(self.min_steps / math.ceil(num_examples / batch_size))
-        seed = int(random.Random(f"{stream}/seed").random() * 2**31)
         model = self.architectures[architecture]
+        training = self.training[model["training"]]
+        schedule = _draw_all(training["schedule"], f"{stream}/schedule")
+        optimizer = _draw({"choice": list(training["optimizers"])}, f"{stream}/optimizer")
+        arguments = {**training["training_arguments"], **training["optimizers"][optimizer]}
+        batch_sizes, least = _fitting_batch_sizes(training, schedule)
+        arguments["per_device_train_batch_size"] = {"choice": batch_sizes}
+        arguments = _draw_all(arguments, f"{stream}/training_arguments")
+        batch_size = arguments["per_device_train_batch_size"]
+        num_examples = max(_draw(training["num_examples"], f"{stream}/num_examples"), least[batch_size])
+        min_steps = _draw(training["min_steps"], f"{stream}/min_steps")
+        arguments["num_train_epochs"] = math.ceil(min_steps / math.ceil(num_examples / batch_size))
+        seed = int(random.Random(f"{stream}/seed").random() * 2**31)
+        lora = model.get("lora")
         return Recipe(
             name=name,
-            split="held_out" if draw % self.held_out_every == self.held_out_every - 1 else "train",
+            split=split,
             draw=draw,
             seed=seed,
             architecture=architecture,
             model_class=model["model_class"],
+            pretrained=model.get("pretrained"),
             model_config=_draw_all(model["config"], f"{stream}/model_config"),
+            lora=None if lora is None else _draw_all(lora, f"{stream}/lora"),
+            freeze=_draw(model.get("freeze", []), f"{stream}/freeze"),
             dataset=dataset,
             dataset_path=self.datasets[dataset]["path"],
-            image_size=self.image_size,
-            image_channels=self.image_channels,
+            inputs=_draw_all(training["inputs"], f"{stream}/inputs"),
+            augmentation=_draw(training.get("augmentation", []), f"{stream}/augmentation"),
             num_examples=num_examples,
-            num_eval_examples=self.num_eval_examples,
+            num_eval_examples=training["num_eval_examples"],
             schedule={**schedule, "seed": seed},
-            training_arguments=training,
+            optimizer=optimizer,
+            training_arguments=arguments,
         )
 
-    def _fitting_batch_sizes(self, schedule: Mapping[str, Any]) -> tuple[list[int], dict[int, int]]:
-        """The batch sizes that may be drawn, and for each the least |D0| whose last subset holds one batch."""
-        given = self.training_arguments["per_device_train_batch_size"]
-        batch_sizes = sorted(given["choice"]) if isinstance(given, dict) else [given]
-        share = schedule["ratio"] ** (schedule["num_states"] - 1)
-        least = {batch_size: math.ceil(batch_size / share) for batch_size in batch_sizes}
-        fitting = [batch_size for batch_size in batch_sizes if least[batch_size] <= self.num_examples_limit]
-        return fitting or batch_sizes[:1], least
+
+def _fitting_batch_sizes(training: Mapping[str, Any], schedule: Mapping[str, Any]) -> tuple[list[int], dict[int, int]]:
+    """The batch sizes that may be drawn, and for each the least |D0| whose last subset holds one batch."""
+    given = training["training_arguments"]["per_device_train_batch_size"]
+    batch_sizes = sorted(given["choice"]) if isinstance(given, dict) else [given]
+    share = schedule["ratio"] ** (schedule["num_states"] - 1)
+    least = {batch_size: math.ceil(batch_size / share) for batch_size in batch_sizes}
+    fitting = [batch_size for batch_size in batch_sizes if least[batch_size] <= training["num_examples_limit"]]
+    return fitting or batch_sizes[:1], least
 
 
-def _check_keys(where: str, content: Mapping[str, Any], expected: set[str]) -> None:
+def _check_keys(where: str, content: Mapping[str, Any], expected: set[str], optional: set[str]) -> None:
     if missing := expected - set(content):
         raise ValueError(f"{where} has no {sorted(missing)}; known_base.yaml has every key")
-    if unknown := set(content) - expected:
-        raise ValueError(f"{where} has unknown keys {sorted(unknown)}; the known ones are {sorted(expected)}")
+    if unknown := set(content) - expected - optional:
+        raise ValueError(
+            f"{where} has unknown keys {sorted(unknown)}; the known ones are {sorted(expected | optional)}"
+        )
+
+
+def _check_names(where: str, names: Any, known: Mapping[str, Any]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{where} names {unknown[0]!r}; the space has {', '.join(known)}")
 
 
 def _draw_all(values: Mapping[str, Any], stream: str) -> dict[str, Any]:
@@ -165,12 +236,12 @@ def _draw_all(values: Mapping[str, Any], stream: str) -> dict[str, Any]:
 def _draw(value: Any, stream: str) -> Any:
     """Draws a value; `random()` of a text seed alone, which Python promises to keep."""
     if not isinstance(value, dict):
-        return value
+        return _number(value)
     ((kind, bounds),) = value.items()
     number = random.Random(stream).random()
     if kind == "choice":
-        return bounds[int(number * len(bounds))]
-    low, high = (float(bound) if isinstance(bound, str) else bound for bound in bounds)  # YAML 1.1 reads 1e-5 as text
+        return _number(bounds[int(number * len(bounds))])
+    low, high = (_number(bound) for bound in bounds)
     if kind == "uniform":
         drawn = low + (high - low) * number
     elif kind == "log_uniform":
@@ -178,3 +249,9 @@ def _draw(value: Any, stream: str) -> Any:
     else:
         raise ValueError(f"unknown distribution {kind!r} of {stream}; there are uniform, log_uniform and choice")
     return round(drawn) if isinstance(low, int) and isinstance(high, int) else drawn
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1, which PyYAML reads, takes 1e-5 for text."""
+    is_number = isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE][+-]?\d+", value)
+    return float(value) if is_number else value

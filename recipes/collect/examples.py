@@ -1,0 +1,156 @@
+"""Examples in memory, prepared once for all trajectories of a collection and drawn by each."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from filelock import FileLock
+from images import ImageBatches, decode
+from safetensors.torch import load_file, save_file
+from space import Recipe
+from texts import TextBatches, make_tokenizer, tokenize
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+Tensors = dict[str, Tensor]
+
+
+class Examples(Dataset):
+    """Some rows of prepared tensors, `labels` `(N,)` among them.
+
+    An index gives an example as it is stored. A list of indices gives a whole batch as the model takes it, augmented
+    where that is asked for, so that the training does not wait for its data.
+    """
+
+    def __init__(self, tensors: Tensors, make_batch: Callable[[Tensors], Tensors]) -> None:
+        self.tensors = tensors
+        self.make_batch = make_batch
+
+    def __len__(self) -> int:
+        return len(self.tensors["labels"])
+
+    def __getitem__(self, index: int) -> Tensors:
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensors:
+        return self.make_batch({name: tensor[indices] for name, tensor in self.tensors.items()})
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all examples."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            digest.update(self.tensors[name].numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class RecipeData:
+    """What a recipe trains and evaluates on, and the tokenizer, where it is text."""
+
+    train: Examples
+    evaluation: Examples
+    num_labels: int
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def load_examples(recipe: Recipe, source: dict[str, str], models: dict[str, str], folder: Path) -> RecipeData:
+    """The recipe's training and evaluation examples.
+
+    Args:
+        recipe ([`Recipe`]): Says how many examples, what they become, and with its seed which.
+        source (`dict[str, str]`): Hub id or folder as `path`, names of the columns and of the splits.
+        models (`dict[str, str]`): Folders to take instead of Hub ids of models.
+        folder (`Path`): Where prepared data is kept; many processes may share it.
+
+    Raises:
+        `ValueError`: when a split has fewer examples than the recipe needs.
+    """
+    folder.mkdir(exist_ok=True)
+    train, test = (_load_split(source["path"], source[split]) for split in ("train", "eval"))
+    feature = train.features[source["label"]]
+    num_labels = getattr(feature, "num_classes", None) or len(set(train[source["label"]]))
+    tokenizer = None
+    if "text" in source:
+        tokenizer = _tokenizer(recipe, source, models, folder)
+    splits = []
+    # Which examples are evaluated on depends on the dataset alone: accuracies of two trajectories can be compared.
+    for split, count, seed in ((train, recipe.num_examples, recipe.seed), (test, recipe.num_eval_examples, 0)):
+        if count > len(split):
+            raise ValueError(
+                f"{recipe.name} needs {count} examples, but {source['path']} has {len(split)} in this split; take a"
+                " larger dataset, or raise the ratio's lower bound in the space"
+            )
+        prepared = _prepare(split, source, recipe, tokenizer, folder)
+        order = np.argsort(np.random.RandomState(seed % 2**32).random_sample(len(split)), kind="stable")
+        rows = np.sort(order[:count])
+        splits.append({name: tensor[rows] for name, tensor in prepared.items()})
+    make_batch = ImageBatches if tokenizer is None else partial(TextBatches, tokenizer=tokenizer)
+    return RecipeData(
+        train=Examples(splits[0], make_batch(recipe.augmentation)),
+        evaluation=Examples(splits[1], make_batch([])),
+        num_labels=num_labels,
+        tokenizer=tokenizer,
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of right classes; `predictions` are classes already, see [`arg_max`]."""
+    return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+
+
+def arg_max(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+@cache
+def _load_split(path: str, split: str) -> datasets.Dataset:
+    return datasets.load_dataset(path, split=split)
+
+
+def _tokenizer(
+    recipe: Recipe, source: dict[str, str], models: dict[str, str], folder: Path
+) -> PreTrainedTokenizerBase:
+    """That of the pretrained model, or one of the most frequent words of the training split."""
+    if recipe.pretrained is not None:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(models.get(recipe.pretrained, recipe.pretrained))
+    train = _load_split(source["path"], source["train"])
+    num_words, max_length = recipe.inputs["num_words"], recipe.inputs["max_length"]
+    place = folder / f"tokenizer-{_key(train, source['text'], num_words, max_length)}"
+    with FileLock(f"{place}.lock"):
+        return make_tokenizer(train, source["text"], num_words, max_length, place)
+
+
+def _prepare(
+    split: datasets.Dataset,
+    source: dict[str, str],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+) -> Tensors:
+    """All rows of a split as tensors, from the folder where they were prepared before."""
+    maker = recipe.pretrained or recipe.inputs.get("num_words")
+    path = folder / f"examples-{_key(split, dict(source), dict(recipe.inputs), maker)}.safetensors"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            if tokenizer is None:
+                tensors = decode(split, source, recipe.inputs)
+            else:
+                tensors = tokenize(split, source, tokenizer, recipe.inputs["max_length"])
+            partial = path.with_suffix(".partial")
+            save_file(tensors, partial)
+            partial.replace(path)
+    return load_file(path)
+
+
+def _key(split: datasets.Dataset, *facts: Any) -> str:
+    return hashlib.sha256(json.dumps([split._fingerprint, *facts], sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,139 @@
+"""What makes a folder of trajectories one dataset: an index with a row a trajectory, a card, a push to the Hub."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from space import SPLITS, Space
+from workers import result
+
+INDEX_NAME, SPACE_NAME, CARD_NAME = "index.jsonl", "space.yaml", "README.md"
+_TITLE = "Trajectories of structured forgetting"
+
+
+def write_index(space: Space, space_file: Path, output_dir: Path) -> list[dict[str, Any]]:
+    """Writes index, card and space of the finished trajectories, each in one step, and returns the index.
+
+    Args:
+        space ([`Space`]): What the folder was recorded from.
+        space_file (`Path`): Its YAML file.
+        output_dir (`Path`): Folder of the collection; many processes may do the same at a time.
+    """
+    rows = []
+    for recipe in space.recipes():
+        ended = result(output_dir, recipe.name)
+        if ended is not None and ended["status"] == "finished":
+            rows.append(
+                _row(json.loads((output_dir / recipe.name / "recipe.json").read_text(encoding="utf-8")), ended)
+            )
+    with FileLock(output_dir / ".locks" / "index.lock"):
+        _replace(output_dir / SPACE_NAME, space_file.read_text(encoding="utf-8"))
+        _replace(output_dir / CARD_NAME, _card(space, rows))
+        _replace(output_dir / INDEX_NAME, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A table: what was recorded, accuracy of the first and of the last state, mean (lowest to highest)."""
+    table = [["architecture", "dataset", *SPLITS, "Θ0", f"Θ{rows[0]['num_states'] - 1}" if rows else "last"]]
+    for key in dict.fromkeys((row["architecture"], row["dataset"]) for row in rows):
+        chosen = [row for row in rows if (row["architecture"], row["dataset"]) == key]
+        counts = Counter(row["split"] for row in chosen)
+        columns = [str(counts[split] or "") for split in SPLITS]
+        for state in (0, -1):
+            values = [row["eval_accuracy"][state] for row in chosen]
+            columns.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        table.append([*key, *columns])
+    return table
+
+
+def push(output_dir: Path, rows: list[dict[str, Any]], repo_id: str, private: bool) -> str:
+    """Pushes index, card and the finished trajectories as one dataset repo; goes on where a push was interrupted.
+
+    Args:
+        output_dir (`Path`): Folder of the collection.
+        rows (`list[dict]`): Its index.
+        repo_id (`str`): The dataset repo; made if there is none.
+        private (`bool`): Whether a new repo is private.
+
+    Returns:
+        `str`: address of the commit.
+    """
+    api = HfApi()
+    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        repo_type="dataset",
+        folder_path=output_dir,
+        allow_patterns=[INDEX_NAME, SPACE_NAME, CARD_NAME, *(f"{row['path']}/*" for row in rows)],
+        ignore_patterns=["*.lock", "*.partial"],
+        commit_message=f"Upload {len(rows)} trajectories",
+    )
+    return str(commit.commit_url)
+
+
+def _row(recipe: dict[str, Any], ended: dict[str, Any]) -> dict[str, Any]:
+    """Flat, so that every row has the same columns; what differs between architectures is JSON."""
+    arguments, schedule = recipe["training_arguments"], recipe["schedule"]
+    trained = "all" if recipe["num_trained_parameters"] == recipe["num_parameters"] else "part"
+    return {
+        "path": recipe["name"],
+        "split": recipe["split"],
+        "architecture": recipe["architecture"],
+        "model_class": recipe["model_class"],
+        "pretrained": recipe["pretrained"] or "",
+        "trained": trained if recipe["lora"] is None else "lora",
+        "num_parameters": recipe["num_parameters"],
+        "num_trained_parameters": recipe["num_trained_parameters"],
+        "model_config": json.dumps(recipe["model_config"]),
+        "lora": json.dumps(recipe["lora"]),
+        "dataset": recipe["dataset"],
+        "dataset_path": recipe["dataset_path"],
+        "modality": "text" if "max_length" in recipe["inputs"] else "image",
+        "num_labels": recipe["num_labels"],
+        "num_examples": recipe["num_examples"],
+        "augmentation": " ".join(recipe["augmentation"]),
+        "optimizer": recipe["optimizer"],
+        "learning_rate": arguments["learning_rate"],
+        "weight_decay": float(arguments.get("weight_decay", 0)),
+        "batch_size": arguments["per_device_train_batch_size"],
+        "epochs": arguments["num_train_epochs"],
+        "epochs_per_stage": float(schedule["epochs_per_stage"]),
+        "ratio": schedule["ratio"],
+        "num_states": schedule["num_states"],
+        "seed": recipe["seed"],
+        **{key: value for key, value in ended.items() if key != "status"},
+    }
+
+
+def _card(space: Space, rows: list[dict[str, Any]]) -> str:
+    data = DatasetCardData(
+        license=space.license,
+        pretty_name=_TITLE,
+        size_categories=["n<1K"],
+        tags=["weight-space-learning", "weight-trajectory", "know_hf"],
+        source_datasets=sorted({row["dataset_path"] for row in rows}) or None,
+        configs=[{"config_name": "default", "data_files": [{"split": "trajectories", "path": INDEX_NAME}]}],
+    )
+    header, *body = summary(rows)
+    held_out = space.held_out
+    card = DatasetCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("card.md.jinja")),
+        title=_TITLE,
+        count=len(rows),
+        table="\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body]),
+        every="none" if held_out.every is None else f"every {held_out.every}th draw",
+        architectures=", ".join(held_out.architectures) or "none",
+        datasets=", ".join(held_out.datasets) or "none",
+    )
+    return str(card)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

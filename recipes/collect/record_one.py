@@ -1,0 +1,142 @@
+"""One trajectory: from a recipe to a folder with its states and `result.json`."""
+
+import json
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import models
+import torch
+import transformers
+from examples import accuracy, arg_max, load_examples
+from space import Recipe
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
+from know_hf.checkpoint import write_json
+from know_hf.inspection import displacement
+
+RECIPE_NAME, RESULT_NAME = "recipe.json", "result.json"
+
+
+def record_one(recipe: Recipe, source: dict[str, str], local_models: dict[str, str], output_dir: Path) -> None:
+    """Records one trajectory, or what is missing of it. The caller keeps other processes away.
+
+    Args:
+        recipe ([`Recipe`]): What was drawn.
+        source (`dict[str, str]`): Its dataset, see [`load_examples`].
+        local_models (`dict[str, str]`): Folders to take instead of Hub ids of models.
+        output_dir (`Path`): Folder of the collection.
+
+    Raises:
+        `ValueError`: when the data or the architecture does not fit the recipe, the folder was begun with other data,
+            or the training diverged.
+    """
+    begun = time.perf_counter()
+    folder = output_dir / recipe.name
+    folder.mkdir(exist_ok=True)
+    data = load_examples(recipe, source, local_models, output_dir / ".cache")
+    fingerprint = data.train.fingerprint
+    _check_same_data(folder / RECIPE_NAME, fingerprint)
+    set_seed(recipe.seed)
+    model = make_model(recipe, data.num_labels, data.tokenizer, local_models)
+    parameters = list(model.parameters())
+    found = {
+        "num_labels": data.num_labels,
+        "num_parameters": sum(parameter.numel() for parameter in parameters),
+        "num_trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "data_fingerprint": fingerprint,
+    }
+    write_json(folder / RECIPE_NAME, {**recipe.to_dict(), **found})
+    with TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                scratch,
+                seed=recipe.seed,
+                per_device_eval_batch_size=250 if data.tokenizer is None else 50,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                label_names=["labels"],
+                dataloader_pin_memory=torch.cuda.is_available(),
+                **recipe.training_arguments,
+            ),
+            data_collator=lambda batch: batch,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            processing_class=data.tokenizer,
+            compute_metrics=accuracy,
+            preprocess_logits_for_metrics=arg_max,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trajectory = induce_forgetting(trainer, ForgettingSchedule(**recipe.schedule), folder, start="train")
+    write_json(folder / RESULT_NAME, {"status": "finished", **_curves(trajectory), "seconds": _since(begun)})
+
+
+def make_model(recipe: Recipe, num_labels: int, tokenizer: Any, local_models: dict[str, str]) -> torch.nn.Module:
+    """The untrained model of a recipe; random where it starts from nothing, so seed first.
+
+    Raises:
+        `ValueError`: when there is no such class, or `freeze` names no parameter.
+    """
+    model_class = getattr(models, recipe.model_class, None) or getattr(transformers, recipe.model_class, None)
+    if model_class is None:
+        raise ValueError(
+            f"architecture {recipe.architecture!r}: neither models.py nor transformers has a {recipe.model_class!r}"
+        )
+    options = {**recipe.model_config, "num_labels": num_labels}
+    model: PreTrainedModel
+    if recipe.pretrained is not None:
+        model = model_class.from_pretrained(local_models.get(recipe.pretrained, recipe.pretrained), **options)
+        # What is published names the model, not the folder of this machine that it was read from.
+        model.name_or_path = model.config._name_or_path = recipe.pretrained
+    else:
+        if tokenizer is None:
+            options |= {"image_size": recipe.inputs["image_size"], "num_channels": recipe.inputs["image_channels"]}
+        else:
+            names = ("pad_token_id", "bos_token_id", "eos_token_id")
+            values = (tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
+            options |= {"vocab_size": len(tokenizer), **dict(zip(names, values, strict=True))}
+            options |= {"max_position_embeddings": recipe.inputs["max_length"], "use_cache": False}
+        model = model_class(model_class.config_class(**options))
+    for beginning in recipe.freeze:
+        frozen = [parameter for name, parameter in model.named_parameters() if name.startswith(beginning)]
+        if not frozen:
+            raise ValueError(
+                f"architecture {recipe.architecture!r}: freeze names {beginning!r}, but no parameter begins so"
+            )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if recipe.lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(task_type=None if tokenizer is None else "SEQ_CLS", **recipe.lora))
+
+
+def _check_same_data(path: Path, fingerprint: str) -> None:
+    if path.exists() and (recorded := json.loads(path.read_text())["data_fingerprint"]) != fingerprint:
+        raise ValueError(
+            f"{path.parent} was begun with other data (fingerprint {recorded}, now {fingerprint}); give the same"
+            " dataset or delete the folder"
+        )
+
+
+def _curves(trajectory: WeightTrajectory) -> dict[str, list[float]]:
+    """What the states say, full data first."""
+    states = trajectory.states
+    return {
+        "state_examples": [state.num_examples for state in states],
+        "state_steps": [state.steps for state in states],
+        "eval_accuracy": [state.metrics["eval_accuracy"] for state in states],
+        "eval_loss": [state.metrics["eval_loss"] for state in states],
+        "displacement": [displacement(trajectory, state.index) for state in states],
+    }
+
+
+def _since(begun: float) -> float:
+    return round(time.perf_counter() - begun, 1)
