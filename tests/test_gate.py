@@ -134,7 +134,8 @@ def test_the_margin_must_be_passed_too():
     assert choose(losses, margin=0.1).chosen == "good"
     kept = choose(losses, margin=0.3)
     assert kept.is_reference
-    assert "lies below -0.3" in kept.rule
+    assert "lies below -0.3 (95%" in kept.rule
+    assert "lies below 0 (95%" in choose(losses).rule
 
 
 def test_what_is_not_finite_or_without_spread_is_not_chosen():
@@ -201,7 +202,13 @@ def test_the_best_number_of_steps_is_kept(trajectory, tmp_path):
     assert result.path == tmp_path / "out"
     assert result.report["bias"].mean_residual == pytest.approx(2)
     assert torch.equal(result.load_model().classifier[1].bias, trajectory.tensor(BIAS) + 2)
-    assert decided.recipe == {"predictor": None, "predictor_options": None, "steps": 2, "recalibrated": False}
+    assert decided.recipe == {
+        "predictor": None,
+        "predictor_options": None,
+        "steps": 2,
+        "recalibrated": False,
+        "state": None,
+    }
     assert decided.sentence.startswith(
         "Of Θ0 and 8 other candidates the gate chose Constant, 2 steps, with a distance"
     )
@@ -230,11 +237,17 @@ def test_a_state_can_be_chosen_and_is_copied_bit_for_bit(trajectory, tmp_path):
         "predictor_options": {"scale": -1.0, "since": 2},
         "steps": 1,
         "recalibrated": False,
+        "state": 2,
     }
     written = weights(result.path)
     assert all(torch.equal(written[name], trajectory.tensor(name, 2)) for name in trajectory.names)
     moved = (trajectory.tensor(BIAS, 2) - trajectory.tensor(BIAS)).abs().max()
     assert result.tensors[BIAS].largest_residual == pytest.approx(float(moved))
+    norms = [name for name, role in trajectory.roles.items() if role.role == "norm"]
+    moved = max(float((trajectory.tensor(n, 2) - trajectory.tensor(n)).abs().max()) for n in norms)
+    assert result.report["norm"].largest_residual == pytest.approx(moved)
+    assert result.report["norm"].tensors == len(norms)
+    assert result.report["norm"].parameters == sum(trajectory.shape(name).numel() for name in norms)
 
 
 def test_a_state_gets_statistics_of_its_own(trajectory, tmp_path):

@@ -51,7 +51,8 @@ class GateResult:
         level, margin (`float`): The rule's.
         recipe (`dict`, *optional*): `predictor`, `predictor_options` and `steps` with which
             [`predict_overflowed_weights`] makes what was chosen without a gate (a state up to rounding), `predictor`
-            being `None` for the one that was given; and whether BatchNorm statistics were `recalibrated`.
+            being `None` for the one that was given; whether BatchNorm statistics were `recalibrated`; and the `state`
+            that was chosen, `None` where it is none.
     """
 
     chosen: str
@@ -83,9 +84,9 @@ class GateResult:
             )
         return (
             f"A candidate is better than {REFERENCE} when the whole interval of its paired difference lies below"
-            f" {-self.margin:g} ({1 - self.level:.0%}, simultaneous over all candidates, studentised bootstrap of the"
-            f" largest |t|, Romano and Wolf 2005). Of these the one with the lowest mean is chosen; where there is"
-            f" none, {REFERENCE} stays."
+            f" {-self.margin if self.margin else 0:g} ({1 - self.level:.0%}, simultaneous over all candidates,"
+            f" studentised bootstrap of the largest |t|, Romano and Wolf 2005). Of these the one with the lowest mean"
+            f" is chosen; where there is none, {REFERENCE} stays."
         )
 
     @property

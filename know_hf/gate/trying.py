@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, atomic_folder
 from ..distributed import on_main_process
-from ..prediction import PredictionPlan, PredictionResult, predict_overflowed_weights
+from ..prediction import PredictionPlan, PredictionResult, ResidualReport, predict_overflowed_weights
 from ..prediction.predict import _recalibrate as recalibrate_checkpoint
 from ..predictors import Average, KNOWNPredictor, Predictor, get_predictor
 from .choosing import REFERENCE, GateResult, check_reference, check_rule, choose
@@ -165,20 +165,23 @@ def predict_through_gate(
                 card=False,
             )
 
-            def try_it(candidate: _Candidate = candidate, result: PredictionResult = result) -> float | list[float]:
+            def try_it(
+                candidate: _Candidate = candidate, result: PredictionResult = result
+            ) -> tuple[float | list[float], dict[str, ResidualReport]]:
+                reports = result.tensors
                 if candidate.state:
-                    _copy_state(plan, candidate.state, result.path, max_shard_size)
+                    reports = _copy_state(plan, candidate.state, result.path, max_shard_size)
                     if candidate.batches is not None:
                         recalibrate_checkpoint(result.path, candidate.batches, trajectory, model_class)
-                return _tried(gate, result, accelerator)
+                return _tried(gate, result, accelerator), reports
 
-            losses[candidate.name] = on_main_process(accelerator, try_it)
+            losses[candidate.name], result.tensors = on_main_process(accelerator, try_it)
             check_reference(losses[REFERENCE], gate.margin)  # it is the first
 
         def decide() -> GateResult:
             decided = choose(losses, metric=gate.metric, level=gate.level, margin=gate.margin, seed=gate.seed)
             winner = next(candidate for candidate in candidates if candidate.name == decided.chosen)
-            decided = replace(decided, recipe={**winner.recipe, "recalibrated": winner.batches is not None})
+            decided = replace(decided, recipe=winner.facts)
             for path in list(results[winner.name].path.iterdir()):
                 path.rename(place / path.name)
             for result in results.values():
@@ -205,6 +208,10 @@ class _Candidate:
     batches: Sequence[Mapping[str, torch.Tensor]] | None = None
     state: int | None = None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {**self.recipe, "recalibrated": self.batches is not None, "state": self.state}
+
 
 def _candidates(plan: PredictionPlan, batches: Sequence[Mapping[str, torch.Tensor]] | None) -> list[_Candidate]:
     """All that is tried, Θ0 first."""
@@ -227,14 +234,28 @@ def _candidates(plan: PredictionPlan, batches: Sequence[Mapping[str, torch.Tenso
     return found if isinstance(plan.predictor, Average) else [*found, named("average of the states", "average")]
 
 
-def _copy_state(plan: PredictionPlan, state: int, folder: Path, max_shard_size: int) -> None:
-    """Gives all tensors of a checkpoint the values of a state, bit for bit where the dtype is the same."""
+def _copy_state(plan: PredictionPlan, state: int, folder: Path, max_shard_size: int) -> dict[str, ResidualReport]:
+    """Gives all tensors of a checkpoint the values of a state, bit for bit where the dtype is the same; says by how
+    much they differ from Θ0."""
     trajectory = plan.trajectory
     writer = CheckpointWriter(folder, plan.specs, max_shard_size, adapter=trajectory.is_adapter)
+    reports: dict[str, ResidualReport] = {}
     for piece in plan.pieces():
+        spec, is_first = plan.specs[piece.name], piece.start == 0
         values = trajectory.read(piece.name, piece.start, piece.stop, state)
-        writer.write(piece.name, values.to(plan.specs[piece.name].dtype), piece.start)
+        writer.write(piece.name, values.to(spec.dtype), piece.start)
+        is_unchanged = trajectory.is_unchanged(piece.name)
+        report = ResidualReport(
+            tensors=int(is_first),
+            parameters=spec.shape.numel() if is_first else 0,
+            unchanged=int(is_first and is_unchanged),
+        )
+        if spec.dtype.is_floating_point and values.numel() and not is_unchanged:
+            history = trajectory.read_history(piece.name, piece.start, piece.stop)
+            report += ResidualReport.of(history, values.float() - history[-1], None)
+        reports[piece.name] = reports.get(piece.name, ResidualReport()) + report
     writer.flush()
+    return reports
 
 
 def _tried(gate: Gate, result: PredictionResult, accelerator: Accelerator | None) -> float | list[float]:
