@@ -3,7 +3,9 @@ import sys
 import numpy as np
 import pytest
 
-from know_hf.evaluation import holm, mean_and_interval, paired_difference
+from know_hf.evaluation import compare_with_naive, holm, mean_and_interval, paired_difference
+from know_hf.evaluation.comparison import LOSS
+from know_hf.evaluation.statistics import cluster_means, minimum_detectable_effect
 
 
 def test_interval_by_hand():
@@ -81,3 +83,121 @@ def test_without_scipy_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ImportError, match="know_hf\\[demo\\]"):
         mean_and_interval([1.0, 2.0])
+
+
+def test_the_effect_size_is_the_mean_in_standard_deviations():
+    difference = paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert difference.effect_size == pytest.approx(2.0)  # mean 2, standard deviation 1
+    assert difference.minimum_detectable == pytest.approx(minimum_detectable_effect(3))
+    assert paired_difference([1.0, 2.0], [0.5, 1.5]).effect_size is None
+
+
+# n, level and d of a two-sided paired t-test with a power of 80 %, as G*Power 3.1 gives them
+@pytest.mark.parametrize(("n", "expected"), [(10, 0.9960), (12, 0.8887), (30, 0.5292)])
+def test_the_smallest_effect_is_that_of_the_tables(n, expected):
+    assert minimum_detectable_effect(n) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_smallest_effect_is_found_as_often_as_it_says():
+    random, n = np.random.RandomState(0), 12
+    level = 0.05 / 18
+    effect = minimum_detectable_effect(n, level)
+    found = [paired_difference(list(values), [0.0] * n).p_value < level for values in random.randn(1500, n) + effect]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.04)
+
+
+def test_a_stricter_level_and_fewer_pairs_find_only_larger_effects():
+    assert minimum_detectable_effect(12, 0.05 / 18) > minimum_detectable_effect(12) > minimum_detectable_effect(30)
+    with pytest.raises(ValueError, match="at least two pairs, got 1"):
+        minimum_detectable_effect(1)
+
+
+def test_draws_of_one_trajectory_are_averaged():
+    assert cluster_means([[1.0, 3.0], [2.0, 2.0, 5.0]]) == [2.0, 3.0]
+    with pytest.raises(ValueError, match="trajectory number 1 has no draw"):
+        cluster_means([[1.0], []])
+
+
+def simulated(random, effects, num_seeds=12, draws=4, of_trajectory=1.0, of_draw=0.5):
+    """Scores of arms whose differences to naive vary with the trajectory, and less with the draw."""
+    shared = random.randn(num_seeds, 1) + 0.5 * random.randn(num_seeds, draws)
+    scores = {"naive": shared}
+    for name, effect in effects.items():
+        noise = of_trajectory * random.randn(num_seeds, 1) + of_draw * random.randn(num_seeds, draws)
+        scores[name] = shared + effect + noise
+    return {name: values.tolist() for name, values in scores.items()}
+
+
+def test_planted_nulls_are_not_found_though_draws_of_a_trajectory_are_alike():
+    random, names, found, found_wrongly = np.random.RandomState(1), [f"arm-{i}" for i in range(6)], 0, 0
+    for _ in range(250):
+        scores = simulated(random, dict.fromkeys(names, 0.0))
+        comparison = compare_with_naive(scores, names)
+        found += bool(comparison.better or comparison.worse)
+        one_by_one = {name: [v for of_seed in values for v in of_seed] for name, values in scores.items()}
+        comparison = compare_with_naive(one_by_one, names)
+        found_wrongly += bool(comparison.better or comparison.worse)
+    assert found / 250 < 0.08  # asked for: 0.05 for all six arms together
+    assert found_wrongly / 250 > 0.3  # what draws taken for independent would do
+
+
+def test_planted_effects_are_found_and_only_they():
+    random, effect = np.random.RandomState(2), 1.25 * minimum_detectable_effect(12, 0.05 / 6)
+    effects = {"good": effect, "bad": -effect, **{f"null-{i}": 0.0 for i in range(4)}}
+    found = {"good": 0, "bad": 0, "null": 0}
+    for _ in range(150):
+        comparison = compare_with_naive(simulated(random, effects, of_draw=0.0), list(effects))
+        found["good"] += "good" in comparison.better
+        found["bad"] += "bad" in comparison.worse
+        found["null"] += any(name.startswith("null") for name in comparison.better + comparison.worse)
+    assert found["good"] / 150 > 0.8 and found["bad"] / 150 > 0.8
+    assert found["null"] / 150 < 0.08
+
+
+def test_a_method_like_its_controls_is_rarely_better_than_all_of_them():
+    random, found = np.random.RandomState(3), 0
+    effects = {"method": 0.0, "shrink": 0.0, "average": 0.0}
+    for _ in range(300):
+        comparison = compare_with_naive(simulated(random, effects), list(effects), controls=["shrink", "average"])
+        found += bool(comparison.better_than_controls)
+    assert found / 300 < 0.025
+
+
+def test_a_method_must_be_better_than_every_control():
+    random = np.random.RandomState(4)
+    scores = simulated(random, {"method": 3.0, "equal": 3.0, "shrink": 0.0}, of_trajectory=0.3)
+    alone = compare_with_naive(
+        {k: v for k, v in scores.items() if k != "equal"}, ["method", "shrink"], controls=["shrink"]
+    )
+    assert alone.better_than_controls == ("method",)
+    assert alone.verdict_on_methods() == "In accuracy, better than every control: method."
+    both = compare_with_naive(scores, ["method", "equal", "shrink"], controls=["equal", "shrink"])
+    assert both.better_than_controls == () and both.against_controls["method"].hardest == "equal"
+    assert both.verdict_on_methods().startswith(
+        "In accuracy, no method is better than every control: method minus equal"
+    )
+
+
+def test_a_suite_in_which_naive_does_not_beat_random_finds_nothing():
+    random = np.random.RandomState(5)
+    scores = simulated(random, {"random": 0.0, "good": 5.0, "oracle": 6.0})
+    comparison = compare_with_naive(scores, ["good"], "transfer")
+    assert comparison.better == ("good",) and comparison.valid is False and comparison.headroom is True
+    assert comparison.verdict() == ("In transfer, nothing is shown: naive does not clearly beat what it started from.")
+    scores["random"] = (np.array(scores["naive"]) - 3).tolist()
+    assert compare_with_naive(scores, ["good"]).valid is True
+    scores["pretrained"] = scores["naive"]
+    assert compare_with_naive(scores, ["good"]).valid is False
+
+
+def test_of_a_loss_less_is_better():
+    random = np.random.RandomState(6)
+    scores = simulated(random, {"random": 4.0, "oracle": -4.0, "low": -4.0, "high": 4.0}, of_trajectory=0.3)
+    comparison = compare_with_naive(scores, ["low", "high"], "loss", measure=LOSS)
+    assert (comparison.better, comparison.worse) == (("low",), ("high",))
+    assert comparison.valid is True and comparison.headroom is True
+
+
+def test_arms_over_other_draws_are_an_error():
+    with pytest.raises(ValueError, match=r"a trajectory has \[2, 2\] of naive, \[2, 1\] of 'x'"):
+        compare_with_naive({"naive": [[1.0, 2.0], [1.0, 2.0]], "x": [[1.0, 2.0], [1.0]]}, ["x"])

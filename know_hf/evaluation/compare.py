@@ -94,10 +94,11 @@ def compare_arms(
         deleted = [seed for seed, place in places.items() if not WeightTrajectory.exists(place)]
         unrecorded = sorted({*unrecorded, *deleted}, key=seeds.index)
     recording = partial(measure_trajectory, task=task, output_dir=output_dir)
-    for index, result in run_cells(recording, unrecorded, num_processes=num_processes, description=f"{name}: record"):
-        trajectories[unrecorded[index]] = result
-        store.write(f"seed-{unrecorded[index]}.trajectory", result)
-
+    if unrecorded:
+        bar = f"{name}: record"
+        for index, result in run_cells(recording, unrecorded, num_processes=num_processes, description=bar):
+            trajectories[unrecorded[index]] = result
+            store.write(f"seed-{unrecorded[index]}.trajectory", result)
     measuring = partial(
         measure_arm,
         task=task,
@@ -106,13 +107,15 @@ def compare_arms(
         trials_per_rate=trials_per_rate,
         output_dir=output_dir,
     )
-    for index, result in run_cells(measuring, missing, num_processes=num_processes, description=f"{name}: compare"):
-        seed, arm = missing[index]
-        found[seed][arm.name] = result
-        store.write(f"seed-{seed}.{arm.name}", {**result, "identity": _arm_identity(arm, task)})
+    if missing:
+        bar = f"{name}: compare"
+        for index, result in run_cells(measuring, missing, num_processes=num_processes, description=bar):
+            seed, arm = missing[index]
+            found[seed][arm.name] = result
+            store.write(f"seed-{seed}.{arm.name}", {**result, "identity": _arm_identity(arm, task)})
+    picture = None if landscape is None else _landscape(landscape, task, seeds[0], chosen, store)
     shutil.rmtree(output_dir / "work", ignore_errors=True)
 
-    picture = None if landscape is None else _landscape(landscape, task, seeds[0], chosen, store)
     report = ComparisonReport(
         name=name,
         description=description,

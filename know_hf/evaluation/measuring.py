@@ -18,7 +18,7 @@ from ..trajectory import WeightTrajectory
 from .arms import Arm
 from .comparison import ACCURACY, LOSS, Measure
 from .initial_weights import ArmSources
-from .protocols import Evaluate, MeasuringProtocol, Scores, Split, choose, evaluate_classifier
+from .protocols import Evaluate, MeasuringProtocol, Split, choose, evaluate_classifier, or_none
 from .training import Examples, batches
 
 _RECALIBRATION_BATCH, _RECALIBRATION_EXAMPLES = 64, 1024
@@ -166,8 +166,8 @@ def measure_arm(
             for result, split in zip(results, of_protocol, strict=True):
                 assert split is not None
                 refinement, head_seed = trials_per_rate // len(arm.settings), 1000 * seed + result["draw"]
-                for trial in protocol.trials(model, split, head_seed, task.evaluate, refinement):
-                    scores = {"validation": _or_none(trial.validation), "test": _or_none(trial.test)}
+                for trial in protocol.trials(model, split, head_seed, task.evaluate, task.measures, refinement):
+                    scores = {"validation": or_none(trial.validation), "test": or_none(trial.test)}
                     result["trials"].append({"options": dict(setting), "learning_rate": trial.learning_rate, **scores})
     for name, results in measured.items():
         for result in results:
@@ -234,12 +234,6 @@ def _further(
     if train_further is None:
         return None
     return lambda model, steps: train_further(seed, model, steps, work)
-
-
-def _or_none(scores: Scores) -> dict[str, float | None]:
-    """Scores of a training that diverged are none."""
-    finite = all(math.isfinite(value) for value in scores.values())
-    return {name: value if finite else None for name, value in scores.items()}
 
 
 def _finite(scores: Mapping[str, float | None], what: str) -> Mapping[str, float | None]:

@@ -1,7 +1,7 @@
 """The linear probe: how well classes can be told apart by a linear layer on features that are not trained."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from .comparison import ACCURACY, LOSS, Measure
 from .protocols import Evaluate, Scores, Split, Trial, check_rates, first_of_each_class, refined
 from .training import Examples, batches
 
@@ -48,7 +49,13 @@ class LinearProbe:
         return f"a linear probe with {labels}"
 
     def trials(
-        self, model: PreTrainedModel, split: Split, seed: int, evaluate: Evaluate, refinement: int = 1
+        self,
+        model: PreTrainedModel,
+        split: Split,
+        seed: int,
+        evaluate: Evaluate,
+        measures: Sequence[Measure] = (ACCURACY, LOSS),
+        refinement: int = 1,
     ) -> Iterator[Trial]:
         """As of [`MeasuringProtocol`]; a probe has an accuracy and a loss of its own, `evaluate` is not asked."""
         parts = {

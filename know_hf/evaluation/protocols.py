@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from .comparison import Measure
+from .comparison import ACCURACY, LOSS, Measure
 from .training import Examples, batches, fine_tune, train_parameters, with_new_head
 
 Scores = dict[str, float]
@@ -71,7 +71,13 @@ class MeasuringProtocol(Protocol):
         """Whether it measures on the source task instead of the downstream one."""
 
     def trials(
-        self, model: PreTrainedModel, split: Split, seed: int, evaluate: Evaluate, refinement: int = 1
+        self,
+        model: PreTrainedModel,
+        split: Split,
+        seed: int,
+        evaluate: Evaluate,
+        measures: Sequence[Measure] = (ACCURACY, LOSS),
+        refinement: int = 1,
     ) -> Iterator[Trial]:
         """All trials of one arm at one setting of its options.
 
@@ -80,6 +86,7 @@ class MeasuringProtocol(Protocol):
             split ([`Split`]): The data.
             seed (`int`): Of heads and of the order of examples: with the same seed every arm gets the same.
             evaluate (callable): From a model and examples to its scores.
+            measures (sequence of [`Measure`], *optional*): What is chosen by on the way, the most important first.
             refinement (`int`, *optional*, defaults to `1`): Trials at each learning rate of the grid, see [`refined`].
         """
 
@@ -96,7 +103,13 @@ class AsTheyAre:
     what = "the source task, weights as they are"
 
     def trials(
-        self, model: PreTrainedModel, split: Split, seed: int, evaluate: Evaluate, refinement: int = 1
+        self,
+        model: PreTrainedModel,
+        split: Split,
+        seed: int,
+        evaluate: Evaluate,
+        measures: Sequence[Measure] = (ACCURACY, LOSS),
+        refinement: int = 1,
     ) -> Iterator[Trial]:
         yield Trial(None, evaluate(model, split.validation), evaluate(model, split.test))
 
@@ -106,16 +119,19 @@ class AsTheyAre:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Fine-tuning all weights at each learning rate of a grid; before that, if asked for, the new head alone.
+    """Fine-tuning: the new head alone, then all weights at each learning rate of a grid.
 
-    Two phases as in the KNOW paper's code; there the learning rate is fixed, here every arm tries the whole grid.
+    Two phases as in the KNOW paper's code; there the learning rates are fixed, here every arm tries the whole grid. A
+    new head on trained features distorts them while it is learned (Kumar et al., arXiv 2202.10054), so that without
+    the first phase little is left to compare.
 
     Args:
         learning_rates (`tuple[float, ...]`): Tried one by one for all weights, Adam, cosine decay to 0.
         steps (`int`, *optional*, defaults to `40`): Optimizer steps of all weights.
         head_steps (`int`, *optional*, defaults to `100`): Optimizer steps of the head before, the rest frozen.
-        head_learning_rate (`float`, *optional*, defaults to `1e-2`): Of the head alone; the same for all arms, so that
-            a comparison in which arms differ in the size of their features is fairer with `head_steps=0`.
+        head_learning_rate (`float` or `tuple[float, ...]`, *optional*, defaults to `1e-2`): Of the head alone. Arms
+            differ in the size of their features: of several rates the one is taken whose head is best on validation
+            data, for each arm, setting and draw.
         batch_size (`int`, *optional*): Examples of a step; by default all of them.
         labels_per_class (`int`, *optional*): Only the first so many training examples of each class; by default all.
         name (`str`, *optional*, defaults to `"few-shot"`): What tables and reports call it.
@@ -127,7 +143,7 @@ class FineTuning:
     learning_rates: tuple[float, ...]
     steps: int = 40
     head_steps: int = 100
-    head_learning_rate: float = 1e-2
+    head_learning_rate: float | tuple[float, ...] = 1e-2
     batch_size: int | None = None
     labels_per_class: int | None = None
     name: str = "few-shot"
@@ -142,14 +158,18 @@ class FineTuning:
         return f"{self.name} fine-tuning with {labels}"
 
     def trials(
-        self, model: PreTrainedModel, split: Split, seed: int, evaluate: Evaluate, refinement: int = 1
+        self,
+        model: PreTrainedModel,
+        split: Split,
+        seed: int,
+        evaluate: Evaluate,
+        measures: Sequence[Measure] = (ACCURACY, LOSS),
+        refinement: int = 1,
     ) -> Iterator[Trial]:
         train = first_of_each_class(split.train, self.labels_per_class)
         warm = copy.deepcopy(model) if split.num_labels is None else with_new_head(model, split.num_labels, seed)
-        backbone = {id(parameter) for parameter in warm.base_model.parameters()}
-        head = [parameter for parameter in warm.parameters() if id(parameter) not in backbone]
         if self.head_steps:
-            train_parameters(warm, head, train, self.head_learning_rate, self.head_steps, seed, self.batch_size)
+            warm = self._with_trained_head(warm, train, split.validation, seed, evaluate, measures)
         for learning_rate in refined(self.learning_rates, refinement):
             tuned = copy.deepcopy(warm)
             fine_tune(tuned, train, learning_rate, self.steps, seed, self.batch_size)
@@ -157,6 +177,25 @@ class FineTuning:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "fine_tuning", **asdict(self)}
+
+    def _with_trained_head(
+        self,
+        model: PreTrainedModel,
+        train: Examples,
+        validation: Examples,
+        seed: int,
+        evaluate: Evaluate,
+        measures: Sequence[Measure],
+    ) -> PreTrainedModel:
+        rates = self.head_learning_rate if isinstance(self.head_learning_rate, tuple) else (self.head_learning_rate,)
+        models = [copy.deepcopy(model) for _ in rates]
+        for warm, rate in zip(models, rates, strict=True):
+            backbone = {id(parameter) for parameter in warm.base_model.parameters()}
+            head = [parameter for parameter in warm.parameters() if id(parameter) not in backbone]
+            train_parameters(warm, head, train, rate, self.head_steps, seed, self.batch_size)
+        if len(models) == 1:
+            return models[0]
+        return models[choose([{"validation": or_none(evaluate(warm, validation))} for warm in models], measures)]
 
 
 @dataclass(frozen=True)
@@ -278,6 +317,12 @@ def choose(trials: Sequence[Mapping[str, Any]], measures: Sequence[Measure]) -> 
         )
 
     return max(range(len(trials)), key=rank)
+
+
+def or_none(scores: Scores) -> dict[str, float | None]:
+    """Scores of a model that diverged, some of which are not finite, are none."""
+    finite = all(math.isfinite(value) for value in scores.values())
+    return {name: value if finite else None for name, value in scores.items()}
 
 
 def first_of_each_class(examples: Examples, count: int | None) -> Examples:

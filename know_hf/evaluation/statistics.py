@@ -8,6 +8,7 @@ model with a random effect of the trajectory, and it needs no estimate of that e
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import numpy as np
@@ -97,6 +98,7 @@ def paired_difference(
     return PairedDifference(estimate.mean, estimate.low, estimate.high, p_value, estimate.mean / deviation, detectable)
 
 
+@cache
 def minimum_detectable_effect(n: int, alpha: float = 0.05, power: float = 0.8) -> float:
     """The smallest effect, in standard deviations of the differences, that a paired t-test finds with a given power.
 

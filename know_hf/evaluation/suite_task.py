@@ -149,7 +149,7 @@ class SuiteTask:
 
     def record(self, seed: int, folder: Path) -> WeightTrajectory:
         """The trajectory of a seed; resumes."""
-        trainer = self._trainer(seed, self.source.train, folder.with_name(f"{folder.name}.trainer"))
+        trainer = self._trainer(seed, self.source.train, folder.parents[1] / "work" / folder.name)
         schedule = ForgettingSchedule(**{"stratify_by": "labels", "seed": seed, **self.schedule})
         return induce_forgetting(trainer, schedule, folder)
 

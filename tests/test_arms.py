@@ -1,0 +1,276 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_resnet
+
+from know_hf import WeightTrajectory, predict_overflowed_weights
+from know_hf.evaluation import NAIVE, Arm, ArmSources, known_arm, known_step_arms, make_arm
+from know_hf.evaluation.task_singular_vectors import merge_task_singular_vectors
+from know_hf.modeling_known import KNOWNConfig, KNOWNModel
+from know_hf.predictors import register_predictor
+
+NAMES = (
+    *("naive", "random", "pretrained", "oracle", "shuffled", "shrink", "average", "ema", "task-vector", "linear"),
+    *("log", "lines", "task-singular-vectors", "compute-matched", "state-1", "state-4", "known-step-2"),
+    "matched-shrink-step-2",
+)
+CONVOLUTION = "resnet.embedder.embedder.convolution.weight"
+HEAD = "classifier.1.weight"
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("known")
+    KNOWNModel(KNOWNConfig()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sources(recorded, known, tmp_path_factory):
+    return ArmSources(
+        trajectory=WeightTrajectory(recorded),
+        output_dir=tmp_path_factory.mktemp("arms"),
+        batches=[{"pixel_values": torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))}],
+        fresh_model=lambda: make_resnet(seed=11),
+        oracle_model=lambda: make_resnet(seed=12),
+        pretrained_model=lambda: make_resnet(seed=13),
+        known=known,
+    )
+
+
+def weight(arm, sources, name=HEAD, setting=None):
+    return arm.initial_model(sources, setting).state_dict()[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_arm_is_made_by_name_and_comes_back_from_json(name):
+    arm = make_arm(name)
+    assert arm.name == name
+    assert make_arm(json.loads(json.dumps(arm.to_dict()))) == arm
+
+
+def test_arms_are_methods_controls_or_references():
+    roles = {name: make_arm(name).role for name in NAMES}
+    assert [name for name, role in roles.items() if role == "reference"] == [
+        *("naive", "random", "pretrained", "oracle", "shuffled")
+    ]
+    assert [name for name, role in roles.items() if role == "method"] == ["known-step-2"]
+    assert not make_arm("naive").is_candidate and make_arm("state-1").is_candidate
+
+
+def test_an_arm_of_ones_own():
+    arm = make_arm({"name": "half-lines", "predictor": "lines", "tuned": [{"alpha": 0.5, "beta": 0.5}], "steps": 2})
+    assert (arm.kind, arm.predictor, arm.steps, arm.role) == ("predicted", "lines", 2, "control")
+    assert arm.settings == ({"alpha": 0.5, "beta": 0.5},)
+    harder = make_arm({"name": "shrink", "tuned": [{"factor": 0.1}]})
+    assert harder.predictor == "shrink" and harder.settings == ({"factor": 0.1},)
+
+
+def test_any_registered_predictor_is_an_arm_and_a_method(sources):
+    @register_predictor("plus-one-for-arms")
+    class PlusOne:
+        num_states = None
+
+        def residual(self, history, role):
+            return torch.ones(len(history))
+
+    arm = make_arm("plus-one-for-arms")
+    assert arm.role == "method"
+    torch.testing.assert_close(weight(arm, sources), sources.trajectory.tensor(HEAD) + 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("average-7", "unknown arm 'average-7'; there are naive, random"),
+        ("state-0", "unknown arm 'state-0'"),
+        ({"name": "x", "predictors": "log"}, "unknown key 'predictors'; did you mean 'predictor'"),
+        ({"predictor": "log"}, "an arm needs a name"),
+        ({"name": "x", "kind": "magic"}, "arm 'x' is of kind 'magic'; there are state"),
+    ],
+)
+def test_what_is_no_arm_is_an_error(spec, message):
+    with pytest.raises(ValueError, match=message):
+        make_arm(spec)
+
+
+def test_a_setting_goes_before_the_options(sources):
+    shrink, theta = make_arm("shrink"), sources.trajectory.tensor(HEAD)
+    assert [setting["factor"] for setting in shrink.settings] == [0.95, 0.8, 0.65, 0.5]
+    torch.testing.assert_close(weight(shrink, sources, setting={"factor": 0.5}), 0.5 * theta)
+    torch.testing.assert_close(weight(replace(shrink, options={"factor": 0.25}), sources), 0.25 * theta)
+
+
+def test_a_task_vector_of_minus_one_arrives_at_the_last_state(sources):
+    arm = make_arm("task-vector")
+    for name in (HEAD, CONVOLUTION, "resnet.embedder.embedder.normalization.weight"):
+        torch.testing.assert_close(
+            weight(arm, sources, name, {"scale": -1.0}), sources.trajectory.tensor(name, state=4), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_the_average_takes_all_parameters(sources):
+    for name in (HEAD, "resnet.embedder.embedder.normalization.weight"):
+        expected = sources.trajectory.history(name).mean(dim=0)
+        torch.testing.assert_close(weight(make_arm("average"), sources, name), expected)
+
+
+def test_a_matched_shrink_is_what_is_left_of_a_prediction(sources, known, tmp_path):
+    result = predict_overflowed_weights(sources.trajectory, known, 2, output_dir=tmp_path / "x")
+    shrunk = make_arm("matched-shrink-step-2").initial_model(sources).state_dict()
+    for name in (HEAD, CONVOLUTION, "classifier.1.bias"):
+        history, predicted = sources.trajectory.history(name), result.load_model().state_dict()[name]
+        residual, theta = predicted - history[-1], history[-1]
+        factor = 1 + float((residual * theta).sum() / (theta * theta).sum())  # least squares: residual ~ theta
+        torch.testing.assert_close(shrunk[name], factor * theta)
+    norm = "resnet.embedder.embedder.normalization.weight"
+    assert torch.equal(shrunk[norm], sources.trajectory.tensor(norm))  # not predicted
+
+
+def test_of_a_shrink_the_matched_shrink_is_the_shrink_itself(sources):
+    arm = Arm("m", "matched_shrink", "", predictor="shrink", options={"factor": 0.7})
+    torch.testing.assert_close(weight(arm, sources), 0.7 * sources.trajectory.tensor(HEAD))
+
+
+def test_shuffled_keeps_the_numbers_of_each_tensor_and_nothing_else(sources):
+    arm, model = make_arm("shuffled"), sources.trajectory.load_model(0)
+    shuffled = arm.initial_model(sources)
+    for name, parameter in model.named_parameters():
+        moved = shuffled.get_parameter(name)
+        assert torch.equal(moved.flatten().sort().values, parameter.flatten().sort().values)
+    assert not torch.equal(shuffled.state_dict()[CONVOLUTION], model.state_dict()[CONVOLUTION])
+    assert torch.equal(weight(arm, sources), weight(arm, sources))
+
+
+def test_compute_matched_is_theta_0_trained_for_the_steps_of_the_later_states(sources):
+    asked = []
+
+    def train_further(model, steps):
+        asked.append(steps)
+        assert torch.equal(model.state_dict()[HEAD], sources.trajectory.tensor(HEAD))
+        with torch.no_grad():
+            model.get_parameter(HEAD).add_(1)
+        return model
+
+    trained = weight(make_arm("compute-matched"), replace(sources, train_further=train_further))
+    assert asked == [[state.steps for state in sources.trajectory.states[1:]]]
+    assert asked == [[8, 4, 2, 1]]
+    assert torch.equal(trained, sources.trajectory.tensor(HEAD) + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("random", "fresh_model"),
+        ("pretrained", "pretrained_model"),
+        ("oracle", "oracle_model"),
+        ("compute-matched", "train_further"),
+    ],
+)
+def test_what_an_arm_is_made_from_must_be_there(sources, name, missing):
+    with pytest.raises(ValueError, match=f"arm '{name}' is .* but the sources have no {missing}"):
+        make_arm(name).initial_model(replace(sources, **{missing: None}))
+
+
+def test_a_state_that_was_not_recorded_is_an_error(sources):
+    with pytest.raises(ValueError, match="arm 'state-9' is state 9, but WeightTrajectory"):
+        make_arm("state-9").initial_model(sources)
+
+
+def test_known_weights_of_an_arm_go_before_those_of_the_comparison(sources, tmp_path):
+    torch.manual_seed(5)
+    KNOWNModel(KNOWNConfig()).save_pretrained(tmp_path / "other")
+    own, matched = known_step_arms([1], name="published", known=str(tmp_path / "other"))
+    assert (own.name, matched.name) == ("published-step-1", "matched-shrink-published-step-1")
+    expected = predict_overflowed_weights(sources.trajectory, tmp_path / "other", output_dir=tmp_path / "x")
+    torch.testing.assert_close(weight(own, sources), expected.load_model().state_dict()[HEAD])
+    assert not torch.equal(weight(own, sources), weight(known_arm(1, 0.5), sources))
+    assert matched.role == "control" and own.role == "method"
+
+
+def test_singular_vectors_of_one_task_give_it_back():
+    matrix = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(merge_task_singular_vectors([matrix]), matrix, rtol=1e-4, atol=1e-5)
+
+
+def test_tasks_that_do_not_interfere_are_added():
+    one, two = torch.zeros(4, 6), torch.zeros(4, 6)
+    one[0, 0], one[1, 1], two[2, 2], two[3, 5] = 3.0, -1.0, 2.0, 0.5
+    torch.testing.assert_close(merge_task_singular_vectors([one, two]), one + two)
+
+
+def test_the_same_direction_twice_is_made_two_orthogonal_ones():
+    # U = [u u]: the nearest matrix with orthonormal columns has the columns (u ± w) / √2 for some unit w ⊥ u
+    direction = torch.zeros(2, 2)
+    direction[0, 0] = 1.0
+    merged = merge_task_singular_vectors([direction, direction])
+    torch.testing.assert_close(torch.linalg.svdvals(merged), torch.tensor([1.0, 1.0]))
+
+
+def test_only_the_largest_directions_of_each_task_are_kept():
+    large, small = torch.diag(torch.tensor([5.0, 4.0, 0.1, 0.2])), torch.diag(torch.tensor([0.1, 0.2, 3.0, 2.0]))
+    expected = torch.diag(torch.tensor([5.0, 4.0, 3.0, 2.0]))
+    torch.testing.assert_close(merge_task_singular_vectors([large, small]), expected)
+
+
+def test_kernels_are_matrices_and_vectors_are_averaged():
+    generator = torch.Generator().manual_seed(0)
+    kernels = [torch.randn(4, 3, 3, 3, generator=generator) for _ in range(2)]
+    merged = merge_task_singular_vectors(kernels)
+    expected = merge_task_singular_vectors([kernel.reshape(4, 27) for kernel in kernels])
+    torch.testing.assert_close(merged, expected.reshape(4, 3, 3, 3))
+    vectors = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])]
+    torch.testing.assert_close(merge_task_singular_vectors(vectors), torch.tensor([2.0, 4.0]))
+    narrow = [torch.ones(1, 5), 3 * torch.ones(1, 5)]  # less rows than tasks
+    torch.testing.assert_close(merge_task_singular_vectors(narrow), 2 * torch.ones(1, 5))
+
+
+def test_a_matrix_too_large_for_singular_vectors_is_an_error():
+    with pytest.raises(ValueError, match=r"a matrix of \(5000, 5000\) is too large"):
+        merge_task_singular_vectors([torch.zeros(1).expand(5000, 5000)] * 2)
+
+
+def test_the_arm_of_singular_vectors_moves_theta_0_by_the_merged_moves(sources):
+    history = sources.trajectory.history(HEAD)
+    moves = [history[-1 - k] - history[-2 - k] for k in range(4)]
+    arm = make_arm("task-singular-vectors")
+    for scale in (-0.5, 1.0):
+        expected = history[-1] + scale * merge_task_singular_vectors(moves)
+        torch.testing.assert_close(weight(arm, sources, setting={"scale": scale}), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+def test_adapters_are_merged_into_their_base_model(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def base():
+        return make_resnet(seed=3)
+
+    model = peft.get_peft_model(
+        base(), peft.LoraConfig(target_modules=["convolution"], modules_to_save=["classifier"])
+    )
+    trajectory = WeightTrajectory.create(tmp_path / "trajectory")
+    for state in range(2):
+        trajectory.record(model, num_examples=8 - state, steps=1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+    batches = [{"pixel_values": torch.randn(8, 1, 8, 8)}]
+    sources = ArmSources(WeightTrajectory(tmp_path / "trajectory"), tmp_path / "arms", batches, base_model=base)
+    for arm in (NAIVE, make_arm("average"), make_arm("shuffled")):
+        made = arm.initial_model(sources)
+        assert type(made) is type(base()) and not any("lora" in name for name, _ in made.named_parameters())
+    first, second = trajectory.load_model(0, base_model=base()), trajectory.load_model(1, base_model=base())
+    expected = [m.merge_and_unload().get_parameter(HEAD) for m in (first, second)]
+    averaged = make_arm("average").initial_model(sources).get_parameter(HEAD)
+    torch.testing.assert_close(averaged, (expected[0] + expected[1]) / 2)
+
+
+def test_the_options_of_predictors_are_checked_when_the_arm_is_made(sources):
+    arm = Arm("bad", "predicted", "", predictor="shrink", options={"scale": 1.0})
+    with pytest.raises(TypeError, match="predictor 'shrink' takes"):
+        arm.initial_model(sources)
