@@ -221,7 +221,7 @@ def test_theta_0_is_kept_bit_for_bit_when_nothing_is_better(trajectory, tmp_path
     batches = ({"pixel_values": make_images(8)[:]["pixel_values"]} for _ in range(1))
     result, decided = through(gate, trajectory, tmp_path, recalibrate_with=batches)
     assert decided.is_reference
-    assert decided.recipe["recalibrated"] is False
+    assert (decided.recipe["state"], decided.recipe["recalibrated"]) == (0, False)
     before = trajectory.path / "state-0/model.safetensors"
     assert (result.path / "model.safetensors").read_bytes() == before.read_bytes()
     assert decided.candidates[1].name == "Θ0, BatchNorm recalibrated"

@@ -52,7 +52,7 @@ class GateResult:
         recipe (`dict`, *optional*): `predictor`, `predictor_options` and `steps` with which
             [`predict_overflowed_weights`] makes what was chosen without a gate (a state up to rounding), `predictor`
             being `None` for the one that was given; whether BatchNorm statistics were `recalibrated`; and the `state`
-            that was chosen, `None` where it is none.
+            that was chosen, 0 for Θ0, `None` where it is none.
     """
 
     chosen: str

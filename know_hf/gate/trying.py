@@ -220,7 +220,7 @@ def _candidates(plan: PredictionPlan, batches: Sequence[Mapping[str, torch.Tenso
         recipe = {"predictor": predictor, "predictor_options": options, "steps": 1}
         return _Candidate(name, get_predictor(predictor, **options), 1, recipe, batches, state)
 
-    theta = named(REFERENCE, "shrink", factor=1.0)  # times 1: bit for bit
+    theta = named(REFERENCE, "shrink", 0, factor=1.0)  # times 1: bit for bit, nothing to copy over it
     found = [replace(theta, batches=None)]
     if batches is not None and any("BatchNorm" in role.reason for role in plan.trajectory.roles.values()):
         found.append(replace(theta, name=f"{REFERENCE}, BatchNorm recalibrated"))
