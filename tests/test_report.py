@@ -31,10 +31,10 @@ PROTOCOLS = {
 NASTY = '<script>alert("1")</script>&$x_{$|`**\n\x07\u202e\ud800'
 
 
-def made_up_report(name="made-up", arms=ARMS, **changes):
+def made_up_report(name="made-up", arms=ARMS, num_seeds=10, draws=1):
     """A report in the engine's own form, of simulated trials."""
     random = np.random.default_rng(0)
-    cells, seeds = [], range(10)
+    cells, seeds = [], range(num_seeds)
     of_seed = {seed: 0.7 + 0.02 * random.normal() for seed in seeds}
     for seed in seeds:
         for arm, (_, _, settings, gain) in arms.items():
@@ -44,13 +44,11 @@ def made_up_report(name="made-up", arms=ARMS, **changes):
                 both = {"accuracy": score, "loss": 1 - score}
                 return {"options": options, "learning_rate": rate, "validation": both, "test": both}
 
-            tuned = [trial(options, rate, place) for options in settings for place, rate in enumerate(RATES)]
-            best = int(np.argmax([t["validation"]["accuracy"] for t in tuned]))
-            as_is = [trial(settings[0], None, 1)]
-            measured = {
-                "few-shot": [{"draw": 0, "chosen": best, "trials": tuned}],
-                "source": [{"draw": 0, "chosen": 0, "trials": as_is}],
-            }
+            measured = {"few-shot": [], "source": [{"draw": 0, "chosen": 0, "trials": [trial(settings[0], None, 1)]}]}
+            for draw in range(draws):
+                tuned = [trial(options, rate, place) for options in settings for place, rate in enumerate(RATES)]
+                best = int(np.argmax([t["validation"]["accuracy"] for t in tuned]))
+                measured["few-shot"].append({"draw": draw, "chosen": best, "trials": tuned})
             cells.append({"seed": seed, "arm": arm, "seconds": 2.0, "measured": measured})
     states = [{"accuracy": 0.9 - 0.02 * state, "loss": 0.3 + 0.02 * state} for state in range(3)]
     points = [("Θ0", "state", 0, 0), ("Θ1", "state", 0.5, 0.2), ("Θ2", "state", 1, 0), ("known-1", "arm", -0.3, 0.1)]
@@ -59,7 +57,7 @@ def made_up_report(name="made-up", arms=ARMS, **changes):
         description="Simulated.",
         task={"dataset": "none"},
         seeds=tuple(seeds),
-        draws=1,
+        draws=draws,
         trials_per_rate=1,
         arms={
             arm: {"role": role, "kind": kind, "settings": settings, "description": f"{arm} it is", "spec": {}}
@@ -85,7 +83,7 @@ def made_up_report(name="made-up", arms=ARMS, **changes):
             ],
         },
     )
-    return {**json.loads(json.dumps(report.to_dict())), **changes}
+    return json.loads(json.dumps(report.to_dict()))
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +238,18 @@ def test_a_suite_that_shows_nothing_says_so_before_any_number(tmp_path):
     assert "shows nothing" in body[body.index("All comparisons. Better") :]
     text = files.markdown.read_text()
     assert text.index("nothing is shown") < text.index("## All comparisons")
+
+
+def test_of_one_trajectory_the_page_says_first_that_it_is_one(tmp_path):
+    page = Page(write_report(made_up_report(num_seeds=1, draws=12), tmp_path).html.read_text())
+    assert page.text.index("Read this first There is one trajectory:") < page.text.index("All comparisons")
+    assert "Intervals and tests are over 12 draws of one trajectory" in page.text
+    assert len(page.all("img")) == 2 + 1 + 1 + 1  # as they are, one trajectory has one value and no interval
+
+
+def test_one_draw_of_one_trajectory_compares_nothing(tmp_path):
+    page = Page(write_report(made_up_report(num_seeds=1), tmp_path).html.read_text())
+    assert "Nothing was compared" in page.text
 
 
 def test_where_there_was_nothing_to_gain_the_box_is_not_green(report):
