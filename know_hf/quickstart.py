@@ -219,7 +219,13 @@ def _run_seed(
         return trainer.model
 
     sources = ArmSources(
-        trajectory, work / "arms", source_batches, lambda: _new_model(seed + 1_000_000, settings), oracle, known
+        trajectory,
+        work / "arms",
+        source_batches,
+        lambda: _new_model(seed + 1_000_000, settings),
+        oracle,
+        known,
+        cards=seed == first,
     )
     labels = len(settings.target_digits) * settings.labels_per_digit
     tested_from = labels + settings.validation_images

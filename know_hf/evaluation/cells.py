@@ -51,7 +51,7 @@ def run_cells(
     with tqdm(total=units * len(cells), desc=description, unit="step") as bar:
         if num_processes <= 1 or len(cells) <= 1:
             for index, cell in enumerate(cells):
-                with _one_thread():
+                with _one_thread(), _without_bars():
                     result = function(cell, lambda what: _advance(bar, what))
                 yield index, result
         else:
@@ -145,6 +145,20 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps transformers from showing a bar for every model that a cell loads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

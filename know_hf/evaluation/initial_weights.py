@@ -41,6 +41,7 @@ class ArmSources:
         base_model (callable, *optional*): For a trajectory of adapters, makes the model that they belong to. Adapters
             are merged into it: arms are whole models.
         model_class (`type`, *optional*): The model's class, where transformers has none of its name.
+        cards (`bool`, *optional*, defaults to `False`): Whether predicted checkpoints get a model card.
     """
 
     trajectory: WeightTrajectory
@@ -53,6 +54,7 @@ class ArmSources:
     train_further: Callable[[PreTrainedModel, list[int]], PreTrainedModel] | None = None
     base_model: Callable[[], PreTrainedModel] | None = None
     model_class: type[PreTrainedModel] | None = None
+    cards: bool = False
 
     def state(self, index: int) -> PreTrainedModel:
         """The model with the weights of a state, as a whole model."""
@@ -142,6 +144,7 @@ def _task_singular_vectors(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
         predictor_options={"factor": 1.0},
         model_class=sources.model_class,
         overwrite=True,
+        card=False,
     )
     merged = {}
     for name, role in result.roles.items():
@@ -167,6 +170,7 @@ def _predict(
         recalibrate_with=batches,
         model_class=sources.model_class,
         overwrite=True,
+        card=sources.cards,
     )
 
 
