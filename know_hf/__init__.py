@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ForgettingSchedule": "schedule",
+    "Gate": "gate",
     "WeightTransitionCallback": "recording",
     "induce_forgetting": "recording",
     "RecordArguments": "task_arguments",
@@ -34,6 +35,7 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 if TYPE_CHECKING:
     from .batch_norm import recalibrate_batch_norm as recalibrate_batch_norm
     from .configuration_known import KNOWNConfig as KNOWNConfig
+    from .gate import Gate as Gate
     from .hub import pull as pull
     from .hub import push as push
     from .merging import merge_adapters as merge_adapters

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from know_hf.batch_norm import recalibrate_batch_norm
 from know_hf.gate import Gate, choose, predict_through_gate
-from know_hf.prediction import plan_prediction
+from know_hf.prediction import plan_prediction, predict_overflowed_weights
 from know_hf.predictors import Average
 
 BIAS = "classifier.1.bias"
@@ -292,6 +292,25 @@ def test_every_model_sees_the_same_random_numbers_and_no_gradient(trajectory):
     torch.manual_seed(0)
     make_resnet()
     assert torch.rand(1).item() == after
+
+
+def test_the_card_says_what_the_gate_chose(trajectory, tmp_path):
+    goal = float(trajectory.tensor(BIAS, 1)[0])
+    result = predict_overflowed_weights(
+        trajectory, predictor=Constant(), steps=2, output_dir=tmp_path / "out", gate=Gate(distance_to(goal))
+    )
+    assert result.gate.chosen == "Θ1"
+    assert result.gate.sentence in str(result)
+    assert result.to_dict()["gate"]["chosen"] == "Θ1"
+    card = (result.path / "README.md").read_text()
+    assert "the gate chose Θ1, with a validation loss of" in card
+    assert "| `Θ1` (these weights) |" in card
+    assert "| candidate | `validation loss` | minus Θ0 | 95% interval | p (corrected) |" in card
+    assert "| all tensors | those of the state Θ1 as it was recorded |" in card
+    assert "| normalisation layers |" not in card
+    assert result.gate.rule.replace("|t|", "&#124;t&#124;") in card
+    assert '"since": 1' in card
+    assert torch.equal(weights(result.path)[BIAS], trajectory.tensor(BIAS, 1))
 
 
 def test_what_was_chosen_is_finished_before_it_appears(trajectory, tmp_path):

@@ -143,6 +143,11 @@ class CheckpointCard(RecordedCard):
         return [comparison_table(record) for record in self.comparisons]
 
     @property
+    def chosen_state(self) -> int | None:
+        """The state that the gate chose, 0 for Θ0; `None` where it chose a prediction or there was no gate."""
+        return ((self.gate or {}).get("recipe") or {}).get("state")
+
+    @property
     def gate_table(self) -> Table:
         assert self.gate is not None
         return gate_table(self.gate)

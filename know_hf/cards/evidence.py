@@ -83,9 +83,19 @@ def comparison_table(record: Mapping[str, Any]) -> Table:
 
 
 def gate_table(gate: Mapping[str, Any]) -> Table:
-    """What the gate tried."""
-    rows: list[Sequence[object]] = [["candidate", code(gate["metric"])]]
-    return rows + [[_marked(name, gate["chosen"]), f"{value:.4g}"] for name, value in gate["scores"].items()]
+    """What the gate tried; with differences to Θ0 where it has them."""
+    head: list[object] = ["candidate", code(gate["metric"])]
+    if not gate.get("candidates"):
+        return [head] + [[_marked(name, gate["chosen"]), f"{value:.4g}"] for name, value in gate["scores"].items()]
+    rows: list[Sequence[object]] = [[*head, "minus Θ0", f"{1 - gate['level']:.0%} interval", "p (corrected)"]]
+    for candidate in gate["candidates"]:
+        row = [_marked(candidate["name"], gate["chosen"])]
+        row.append("not finite" if candidate["loss"] is None else f"{candidate['loss']:.4g}")
+        row.append("" if candidate["difference"] is None else f"{candidate['difference']:+.4g}")
+        ends = candidate["low"], candidate["high"]
+        row.append("" if None in ends else f"[{ends[0]:+.4g}, {ends[1]:+.4g}]")
+        rows.append([*row, "" if candidate["p_value"] is None else f"{candidate['p_value']:.2g}"])
+    return rows
 
 
 def eval_results(

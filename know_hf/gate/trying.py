@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, atomic_folder
 from ..distributed import on_main_process
 from ..prediction import PredictionPlan, PredictionResult, ResidualReport, predict_overflowed_weights
-from ..prediction.predict import _recalibrate as recalibrate_checkpoint
+from ..prediction.predict import recalibrate_checkpoint
 from ..predictors import Average, KNOWNPredictor, Predictor, get_predictor
 from .choosing import REFERENCE, GateResult, check_reference, check_rule, choose
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,9 @@ from .planning import PredictionPlan, plan_prediction
 from .report import ResidualReport, range_warnings, table
 from .running import run
 
+if TYPE_CHECKING:
+    from ..gate import Gate, GateResult
+
 logger = logging.get_logger(__name__)
 
 _PICTURE = "forgetting.png"
@@ -42,6 +45,7 @@ class PredictionResult:
         warnings (`list[str]`): Where the histories were unlike those the predictor was trained on.
         model_class (`type`, *optional*): The model's class, where transformers has none of its name.
         url (`str`, *optional*): Address of the commit or the pull request, where it was pushed to the Hub.
+        gate ([`~know_hf.gate.GateResult`], *optional*): What the gate tried and chose, where there was one.
     """
 
     path: Path
@@ -50,6 +54,7 @@ class PredictionResult:
     warnings: list[str] = field(default_factory=list)
     model_class: type[PreTrainedModel] | None = None
     url: str | None = None
+    gate: "GateResult | None" = None
 
     @property
     def report(self) -> dict[str, ResidualReport]:
@@ -69,10 +74,12 @@ class PredictionResult:
             "roles": {role: report.to_dict() for role, report in self.report.items()},
             "tensors": {name: {"role": self.roles[name], **r.to_dict()} for name, r in self.tensors.items()},
             "warnings": self.warnings,
+            "gate": None if self.gate is None else self.gate.to_dict(),
         }
 
     def __str__(self) -> str:
-        return "\n".join([table(self.report, "role"), *(f"warning: {text}" for text in self.warnings)])
+        lines = [table(self.report, "role"), *(f"warning: {text}" for text in self.warnings)]
+        return "\n".join(lines if self.gate is None else [*lines, "", str(self.gate)])
 
 
 def predict_overflowed_weights(
@@ -92,6 +99,7 @@ def predict_overflowed_weights(
     accelerator: Accelerator | None = None,
     overwrite: bool = False,
     card: bool = True,
+    gate: "Gate | None" = None,
     push_to_hub: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -130,6 +138,8 @@ def predict_overflowed_weights(
         overwrite (`bool`, *optional*, defaults to `False`): Whether an existing `output_dir` may be replaced.
         card (`bool`, *optional*, defaults to `True`): Whether to write `README.md`, the model card, with a picture of
             the forgetting.
+        gate ([`~know_hf.gate.Gate`], *optional*): Validation data on which Θ0, the other states, all numbers of steps
+            up to `steps` and the average are tried; the best is written, Θ0 when none is better by more than noise.
         push_to_hub (`str`, *optional*): Hub id that the checkpoint is pushed to; whether it can be is found out before
             the work.
         private, revision, create_pr, token (*optional*): Of the push, see [`~know_hf.hub.push_checkpoint`].
@@ -141,7 +151,8 @@ def predict_overflowed_weights(
     Raises:
         `TrajectoryError`: when a file is not the one recorded, states are out of order or differ in their tensors, a
             value is not finite, or weights are quantised; names tensor and state.
-        `ValueError`: when the trajectory has fewer states than the predictor needs, or an argument is off.
+        `ValueError`: when the trajectory has fewer states than the predictor needs, an argument is off, or a gate got
+            losses that can't be compared.
         `FileExistsError`: when `output_dir` is not empty and `overwrite` is off.
         `OSError`: before the work, when the disk has not the space that the checkpoint needs.
         `HubError`: when the checkpoint can't be pushed; if that shows only after the work, it is in `output_dir`.
@@ -168,6 +179,49 @@ def predict_overflowed_weights(
     hub: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
     if push_to_hub is not None:
         on_main_process(accelerator, lambda: _check_push(trajectory, push_to_hub, hub))
+    by_name = predictor if isinstance(predictor, str) and predictor != "known" else None
+
+    def write_card(work: Path, result: PredictionResult, decided: "GateResult | None" = None) -> None:
+        recipe = {} if decided is None or decided.recipe is None else decided.recipe
+        chosen, options = recipe.get("predictor"), recipe.get("predictor_options")
+        picture = forgetting_picture(trajectory)
+        if picture is not None:
+            save_figure(picture, work / _PICTURE)
+        checkpoint_card(
+            trajectory,
+            result,
+            chosen or by_name or plan.predictor,
+            recipe.get("steps", plan.steps),
+            predictor_options=options if chosen else predictor_options if by_name else None,
+            norm=norm,
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            recalibrated=recipe.get("recalibrated", recalibrate_with is not None),
+            gate=None if decided is None else decided.to_dict(),
+            repo_id=push_to_hub,
+            picture=None if picture is None else _PICTURE,
+        ).save(work / "README.md")
+
+    if gate is not None:
+        from ..gate import predict_through_gate
+
+        result, decided = predict_through_gate(
+            gate,
+            plan,
+            output_dir=output_dir,
+            norm=norm,
+            recalibrate_with=recalibrate_with,
+            model_class=model_class,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            accelerator=accelerator,
+            overwrite=overwrite,
+            finish=write_card if card else None,
+        )
+        result.gate = decided
+        if push_to_hub is not None:
+            result.url = on_main_process(accelerator, lambda: _push(result.path, push_to_hub, hub))
+        return result
+
     part, parts = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
 
     with ExitStack() as stack:
@@ -192,30 +246,12 @@ def predict_overflowed_weights(
                 reports = run(plan, writer, plan.pieces(part, parts), progress=part == 0)
             return reports, writer.bytes_written
 
-        def write_card(work: Path) -> None:
-            by_name = predictor if isinstance(predictor, str) and predictor != "known" else None
-            picture = forgetting_picture(trajectory)
-            if picture is not None:
-                save_figure(picture, work / _PICTURE)
-            checkpoint_card(
-                trajectory,
-                result,
-                by_name or plan.predictor,
-                plan.steps,
-                predictor_options=predictor_options if by_name else None,
-                norm=norm,
-                dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-                recalibrated=recalibrate_with is not None,
-                repo_id=push_to_hub,
-                picture=None if picture is None else _PICTURE,
-            ).save(work / "README.md")
-
         def finish() -> str | None:
             writer.close(sum(count for _, count in done))
             if recalibrate_with is not None:
-                _recalibrate(work, recalibrate_with, trajectory, model_class)
+                recalibrate_checkpoint(work, recalibrate_with, trajectory, model_class)
             if card:
-                write_card(work)
+                write_card(work, result)
             stack.close()
             return None if push_to_hub is None else _push(result.path, push_to_hub, hub)
 
@@ -290,9 +326,10 @@ def _warnings(plan: PredictionPlan, tensors: Mapping[str, ResidualReport]) -> li
     return found
 
 
-def _recalibrate(
+def recalibrate_checkpoint(
     folder: Path, batches: Any, trajectory: WeightTrajectory, model_class: type[PreTrainedModel] | None
 ) -> None:
+    """Measures the BatchNorm statistics of a checkpoint anew, in its files."""
     model = load_pretrained(folder, model_class)
     recalibrate_batch_norm(model, batches)
     state = model.state_dict()
