@@ -450,7 +450,7 @@ class WeightTrajectory:
             except (CheckpointError, KeyError) as error:
                 raise TrajectoryError(f"state {state.index} of {self.path}: {error}") from error
             check_same_tensors(self.path, state.index, readers[-1], readers[0])
-        if (unknown := sorted(set(readers[0].names) - set(self.roles))):
+        if unknown := sorted(set(readers[0].names) - set(self.roles)):
             raise TrajectoryError(
                 f"{MANIFEST_NAME} of {self.path} names no role for tensor {unknown[0]!r}; restore it from a copy"
             )
