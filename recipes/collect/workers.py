@@ -110,7 +110,8 @@ def record_all(job: Job, workers: int, first_device: int, show: bool) -> None:
                     running.append(_start(job, worker.number))
             new = {name for name in names - done if result(job.output_dir, name)}
             done |= new
-            bar.update(len(new))
+            if new:
+                bar.update(len(new))
 
 
 def work(job: Job, messages: Connection, number: int) -> None:
