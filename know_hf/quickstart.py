@@ -58,6 +58,7 @@ from .evaluation import (
     run_cells,
     shrink_arm,
 )
+from .evaluation.suite_data import class_turns, digits_in_frames
 from .plotting import plot_forgetting, save_figure
 from .prediction import SHIPPED_KNOWN
 from .recording import induce_forgetting
@@ -266,26 +267,12 @@ def _run_seed(
 
 def _draw(side: int, seed: int, settings: QuickstartSettings) -> Examples:
     """All images of the source or the target digits, in an order of the seed's own in which classes take turns."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    # The place of each scan is the same for all seeds.
-    places = np.random.RandomState(7).randint(0, settings.frame - 8 + 1, size=(len(digits.images), 2))
-    pixels = np.zeros((len(digits.images), 1, settings.frame, settings.frame), dtype=np.float32)
-    for image, scan, (row, column) in zip(pixels, digits.images / 16, places, strict=True):
-        image[0, row : row + 8, column : column + 8] = scan
+    pixels, digits = digits_in_frames(settings.frame)
     pixels = (pixels - 0.08) / 0.22
-
     classes = (settings.source_digits, settings.target_digits)[side]
-    members = np.flatnonzero(np.isin(digits.target, classes))
-    members = members[np.random.RandomState([seed, side]).permutation(len(members))]
-    labels = np.searchsorted(classes, digits.target[members])
-    turn = np.empty(len(members), dtype=int)
-    for label in range(len(classes)):
-        of_class = np.flatnonzero(labels == label)
-        turn[of_class] = np.arange(len(of_class))
-    order = np.argsort(turn, kind="stable")
-    return {"pixel_values": torch.from_numpy(pixels[members[order]]), "labels": torch.from_numpy(labels[order])}
+    members = class_turns(digits, classes, (seed, side))
+    labels = np.searchsorted(classes, digits[members])
+    return {"pixel_values": torch.from_numpy(pixels[members]), "labels": torch.from_numpy(labels)}
 
 
 def _take(examples: Examples, chosen: slice) -> Examples:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,13 @@ from know_hf.evaluation import (
     Landscape,
     LinearProbe,
     Split,
-    compare_arms,
     evaluate_classifier,
 )
+from know_hf.evaluation import compare_arms as compare_arms_with_pages
 from know_hf.evaluation.comparison import ACCURACY, Measure
 from know_hf.evaluation.protocols import choose, first_of_each_class, refined
+
+compare_arms = partial(compare_arms_with_pages, pages=False)  # pictures take longer than all the rest
 
 PROTOCOLS = (
     FineTuning((1e-3, 1e-2), steps=1, head_steps=1, head_learning_rate=(1e-2, 1e-1), labels_per_class=2),
@@ -154,18 +157,27 @@ def test_the_landscape_has_theta_0_in_its_origin(finished):
 
 
 def test_few_seeds_are_told(finished):
-    folder, report = finished
+    _, report = finished
     assert report.warnings[0] == "2 trajectory seeds are few: at least 10 are asked for."
-    tables = (folder / "report.md").read_text()
-    assert tables.startswith("# comparison\n\nTiny.\n\n**2 trajectory seeds are few")
-    assert "## few-shot fine-tuning with 2 labels a class, accuracy" in tables
-    assert "| naive |" in tables and "| shrink |" in str(tables)
+    assert "few-shot fine-tuning with 2 labels a class, accuracy" in str(report)
     assert str(report).count("\nnaive ") == 6
 
 
 def test_only_results_stay_in_the_folder(finished):
     folder, _ = finished
-    assert {path.name for path in folder.iterdir()} == {"cells", "identity.json", "report.json", "report.md"}
+    assert {path.name for path in folder.iterdir()} == {"cells", "identity.json", "report.json"}
+
+
+def test_pages_are_written_where_there_is_matplotlib(task, tmp_path, monkeypatch):
+    options = {"protocols": [AsTheyAre()], "arms": ["naive", "random"]}
+    compare_arms_with_pages(task, tmp_path / "out", command="make it", **options)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["command"] == "make it"
+    assert "make it" in (tmp_path / "out" / "report.html").read_text()
+    assert "| `naive`" in (tmp_path / "out" / "report.md").read_text()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    compare_arms_with_pages(task, tmp_path / "plain", **options)
+    assert (tmp_path / "plain" / "report.json").exists() and not (tmp_path / "plain" / "report.html").exists()
 
 
 def test_arms_and_seeds_can_be_added_and_nothing_is_run_twice(task, tmp_path, monkeypatch):

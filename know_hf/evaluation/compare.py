@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..checkpoint import file_sha256
 from ..prediction import SHIPPED_KNOWN
 from ..trajectory import WeightTrajectory
@@ -17,10 +19,10 @@ from .cells import run_cells
 from .landscape import Landscape, measure_landscape
 from .measuring import ComparisonTask, Recorded, measure_arm, measure_trajectory, trajectory_folder
 from .protocols import MeasuringProtocol
-from .results import ComparisonReport
+from .results import REPORT_NAME, ComparisonReport
 from .store import CellStore
 
-TABLES_NAME = "report.md"
+logger = logging.get_logger(__name__)
 
 
 def compare_arms(
@@ -36,46 +38,51 @@ def compare_arms(
     num_processes: int = 1,
     name: str = "comparison",
     description: str = "",
+    command: str | None = None,
+    pages: bool = True,
 ) -> ComparisonReport:
     """Compares ways to initialise a downstream task, with controls, tuning each of them alike.
 
-    ```python
-    def target(seed, draw):  # other examples for every draw
-        return Split(train=…, validation=…, test=…, num_labels=5)
+        ```python
+        def target(seed, draw):  # other examples for every draw
+            return Split(train=…, validation=…, test=…, num_labels=5)
 
-    task = ComparisonTask([f"trajectory-{seed}" for seed in range(10)], target, source)
-    protocols = [FineTuning((1e-4, 3e-4, 1e-3), steps=50, head_steps=0), AsTheyAre()]
-    print(compare_arms(task, "comparison/", protocols=protocols, num_processes=4))
-    ```
+        task = ComparisonTask([f"trajectory-{seed}" for seed in range(10)], target, source)
+        protocols = [FineTuning((1e-4, 3e-4, 1e-3), steps=50, head_steps=0), AsTheyAre()]
+        print(compare_arms(task, "comparison/", protocols=protocols, num_processes=4))
+        ```
 
-    What is finished is not run again: called again with the same folder, it goes on where it was stopped, and more
+        What is finished is not run again: called again with the same folder, it goes on where it was stopped, and more
     arms or seeds can be added. Cells are written whole or not at all. `output_dir` then has `report.json` (see
-    [`know_hf.evaluation.results`]), its tables as `report.md`, one file for each cell, and the trajectories.
+        [`know_hf.evaluation.results`]), the same to be read as `report.html` and `report.md`, one file for each cell, and
+        the trajectories.
 
-    Args:
-        task ([`ComparisonTask`]): Trajectories and data.
-        output_dir (`str` or `Path`): Where everything is written.
-        protocols (sequence of protocols): What is measured, the most important first: [`FineTuning`],
-            [`LinearProbe`], [`AsTheyAre`], or any [`MeasuringProtocol`].
-        arms (sequence of [`Arm`], names or mappings, *optional*): What is compared, see [`make_arm`]; naive among
-            them. By default all that the task has what they are made from.
-        seeds (sequence of `int`, *optional*): Trajectory seeds; by default all that are recorded, or 0 to 9.
-        draws (`int`, *optional*, defaults to `1`): Downstream draws of each trajectory. They make the value of a
-            trajectory less noisy; they are not counted as independent.
-        trials_per_rate (`int`, *optional*, defaults to `4`): Trials of every arm at each learning rate; a multiple of
-            the number of settings of every arm. See [`know_hf.evaluation.protocols`].
-        landscape ([`Landscape`], *optional*): Picture of the loss around the states of the first seed.
-        num_processes (`int`, *optional*, defaults to `1`): Processes that share the cells. It changes no result.
-        name, description (`str`, *optional*): For the report.
+        Args:
+            task ([`ComparisonTask`]): Trajectories and data.
+            output_dir (`str` or `Path`): Where everything is written.
+            protocols (sequence of protocols): What is measured, the most important first: [`FineTuning`],
+                [`LinearProbe`], [`AsTheyAre`], or any [`MeasuringProtocol`].
+            arms (sequence of [`Arm`], names or mappings, *optional*): What is compared, see [`make_arm`]; naive among
+                them. By default all that the task has what they are made from.
+            seeds (sequence of `int`, *optional*): Trajectory seeds; by default all that are recorded, or 0 to 9.
+            draws (`int`, *optional*, defaults to `1`): Downstream draws of each trajectory. They make the value of a
+                trajectory less noisy; they are not counted as independent.
+            trials_per_rate (`int`, *optional*, defaults to `4`): Trials of every arm at each learning rate; a multiple of
+                the number of settings of every arm. See [`know_hf.evaluation.protocols`].
+            landscape ([`Landscape`], *optional*): Picture of the loss around the states of the first seed.
+            num_processes (`int`, *optional*, defaults to `1`): Processes that share the cells. It changes no result.
+            name, description, command (`str`, *optional*): For the report; the command is what makes it again.
+            pages (`bool`, *optional*, defaults to `True`): Whether `report.html`, `report.md` and pictures are written; they
+                need matplotlib.
 
-    Returns:
-        [`ComparisonReport`]: printable.
+        Returns:
+            [`ComparisonReport`]: printable.
 
-    Raises:
-        `ValueError`: when naive is not among the arms, the task lacks what an arm or protocol needs, an argument is
-            off, or the folder holds results of something else.
-        `FileExistsError`: when it holds something that is no comparison.
-        `RuntimeError`: when a cell fails in its process.
+        Raises:
+            `ValueError`: when naive is not among the arms, the task lacks what an arm or protocol needs, an argument is
+                off, or the folder holds results of something else.
+            `FileExistsError`: when it holds something that is no comparison.
+            `RuntimeError`: when a cell fails in its process.
     """
     output_dir = Path(output_dir)
     recorded = task.recorded
@@ -131,10 +138,21 @@ def compare_arms(
         cells=tuple(cell for seed in seeds for arm in chosen if (cell := found[seed][arm.name])),
         trajectories=tuple(trajectory for seed in seeds if (trajectory := trajectories[seed])),
         landscape=picture,
+        command=command,
     )
     report.write(output_dir)
-    (output_dir / TABLES_NAME).write_text(report.markdown(), encoding="utf-8")
+    if pages:
+        _write_pages(report, output_dir)
     return report
+
+
+def _write_pages(report: ComparisonReport, output_dir: Path) -> None:
+    from .report import write_report
+
+    try:
+        write_report(report.to_dict(), output_dir)
+    except ImportError as error:
+        logger.warning(f"{output_dir} has {REPORT_NAME} only, no page and no pictures: {error}")
 
 
 def _default_arms(task: ComparisonTask) -> list[str]:

@@ -247,11 +247,6 @@ class Comparison:
         ]
         return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
 
-    def markdown(self, extra: Mapping[str, Mapping[str, str]] | None = None) -> str:
-        """The table of [`table`] in Markdown."""
-        heading, *rows = self._rows(extra or {})
-        return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows))
-
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """From arm to `{"mean", "ci95": [low, high], "per_seed", "per_draw"}`, and `"minus_naive"` for all but
         naive."""

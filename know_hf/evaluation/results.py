@@ -7,6 +7,7 @@ pass over keys that they do not know.
     schema_version    1
     name, description of the suite, str
     created_with      {library: version}
+    command           str or null, what makes the comparison again
     task              what was compared on: the suite as its YAML gives it, or what the user's task says of itself; {}
     seeds             [int], the trajectory seeds
     draws             int, downstream draws of each trajectory
@@ -99,6 +100,7 @@ class ComparisonReport:
         cells (`tuple[Mapping, ...]`): One a seed and arm, as in `report.json`.
         trajectories (`tuple[Mapping, ...]`): One a seed, as in `report.json`.
         landscape (`Mapping`, *optional*): As in `report.json`.
+        command (`str`, *optional*): What makes it again.
     """
 
     name: str
@@ -113,6 +115,7 @@ class ComparisonReport:
     cells: tuple[Mapping[str, Any], ...]
     trajectories: tuple[Mapping[str, Any], ...] = ()
     landscape: Mapping[str, Any] | None = None
+    command: str | None = None
 
     @property
     def counted(self) -> str:
@@ -162,6 +165,7 @@ class ComparisonReport:
             "name": self.name,
             "description": self.description,
             "created_with": {library: version(library) for library in _LIBRARIES},
+            "command": self.command,
             "task": dict(self.task),
             "seeds": list(self.seeds),
             "draws": self.draws,
@@ -185,13 +189,6 @@ class ComparisonReport:
         path = Path(output_dir) / REPORT_NAME
         write_json(path, self.to_dict())
         return path
-
-    def markdown(self) -> str:
-        """All tables, each with what it says, in Markdown."""
-        parts = [f"# {self.name}", self.description, *(f"**{text}**" for text in self.warnings)]
-        for comparison in self.comparisons.values():
-            parts += [f"## {comparison.what}", comparison.markdown(), "\n".join(_sentences(comparison))]
-        return "\n\n".join(part for part in parts if part) + "\n"
 
     def __str__(self) -> str:
         parts = [f"{self.name}: {len(self.seeds)} trajectories, {self.draws} downstream draws each", *self.warnings]

@@ -142,6 +142,8 @@ def run_suite(
     known: Mapping[str, str] | None = None,
     seeds: Sequence[int] | None = None,
     num_processes: int = 1,
+    command: str | None = None,
+    pages: bool = True,
 ) -> ComparisonReport:
     """Runs a suite: records its trajectories and compares the arms; resumes, and takes more arms or seeds.
 
@@ -154,7 +156,7 @@ def run_suite(
         known (`Mapping[str, str]`, *optional*): Further KNOWN weights, from a name to a folder or Hub id: arms at one
             to three steps of each, and their matched shrinks, are added.
         seeds (sequence of `int`, *optional*): Trajectory seeds instead of the suite's.
-        num_processes (`int`, *optional*, defaults to `1`): As of [`compare_arms`].
+        num_processes, command, pages (*optional*): As of [`compare_arms`].
 
     Returns:
         [`ComparisonReport`]: printable.
@@ -189,6 +191,8 @@ def run_suite(
         num_processes=num_processes,
         name=suite.name,
         description=suite.description,
+        command=command,
+        pages=pages,
     )
 
 

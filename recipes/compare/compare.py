@@ -1,0 +1,16 @@
+r"""Compares initial weights on a suite, or on one of your own.
+
+    python recipes/compare/compare.py mnist-halves --output-dir outputs/mnist-halves --processes 2
+    python recipes/compare/compare.py fashion-halves:resnet --output-dir outputs/fashion-resnet --processes 2 \
+        --data zalando-datasets/fashion_mnist=/path/to/fashion_mnist
+    python recipes/compare/compare.py --help
+
+The same as `know-hf compare`, from a checkout.
+"""
+
+import sys
+
+from know_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["compare", *sys.argv[1:]]))
