@@ -6,7 +6,8 @@
 Records trajectories of random walks itself and deletes them again. Then, with the published network and batch size:
 seconds a step of the network alone, of the drawing and reading of a batch, and of reading the same trajectories the
 plain way, whole states with `safetensors.torch.load_file` for every batch; and whole trainings on one and on two
-processes. Prints Markdown.
+processes, the best of the repetitions; the CPU time of each process says what it would be on cores of its own. Prints
+Markdown.
 """
 
 import argparse
@@ -18,8 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
             results["sizes"][size] = measure(folder, size, args)
         for processes in args.processes:
             runs = [train_apart(Path(name, args.sizes[0]), processes, args) for _ in range(args.repetitions)]
-            results["processes"][processes] = statistics.median(run["seconds"] / args.steps for run in runs)
+            results["processes"][processes] = {key: min(run[key] for run in runs) for key in ("wall", "cpu")}
     print("\n".join(["", *steps_table(results), "", *processes_table(results)]))
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
@@ -180,13 +182,23 @@ def train(args: argparse.Namespace) -> None:
     from know_hf import TransitionDataset
     from know_hf.meta_learning import MetaTrainingArguments, meta_train, start_processes
 
+    class Timed(TransitionDataset):
+        """Notes the CPU time at which each batch is read."""
+
+        times: ClassVar[list[float]] = []
+
+        def __getitems__(self, indices: Any) -> dict[str, dict[str, Any]]:
+            self.times.append(time.process_time())
+            return super().__getitems__(indices)
+
     processes = start_processes()
     paths = sorted(path.parent for path in args.train.glob("*/trajectory.json"))
-    dataset = TransitionDataset(paths, cache_dir=args.train / "samples", progress=False)
+    dataset = Timed(paths, cache_dir=args.train / "samples", progress=False)
     training = MetaTrainingArguments(steps=args.steps, batch_size=args.batch_size)
     result = meta_train(None, dataset, args=training, progress=False)
     if processes.is_main_process:
-        print(json.dumps({"seconds": result.seconds, "num_processes": result.num_processes}))
+        cpu = statistics.median(after - before for before, after in pairwise(Timed.times))
+        print(json.dumps({"wall": result.seconds / args.steps, "cpu": cpu}))
     processes.destroy_process_group()
 
 
@@ -219,14 +231,15 @@ def steps_table(results: dict[str, Any]) -> list[str]:
 def processes_table(results: dict[str, Any]) -> list[str]:
     if not results["processes"]:
         return []
-    transitions = ROLES * results["batch_size"]
     first = next(iter(results["processes"].values()))
-    lines = [f"| processes, {results['cores']} cores | milliseconds a step | transitions a second | times |"]
-    lines.append("| --- | --- | --- | --- |")
-    for processes, seconds in results["processes"].items():
-        cells = [str(processes), f"{1e3 * seconds:.1f}", f"{transitions / seconds:,.0f}", f"{first / seconds:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    header = [f"processes, {results['cores']} cores", "milliseconds a step", "transitions a second", "times"]
+    header += ["CPU milliseconds a step, each process", "times"]
+    lines = [header, ["---"] * len(header)]
+    for processes, found in results["processes"].items():
+        cells = [str(processes), f"{1e3 * found['wall']:.1f}", f"{ROLES * results['batch_size'] / found['wall']:,.0f}"]
+        cells += [f"{first['wall'] / found['wall']:.2f}", f"{1e3 * found['cpu']:.1f}"]
+        lines.append([*cells, f"{first['cpu'] / found['cpu']:.2f}"])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from know_hf.predictors import Predictor
 
 MAIN_SPLIT = "held_out_trajectory"
+PLACES = ("checkpoint_dir", "logging_dir", "report_to")  # of one machine; results.json goes to others
 
 
 @dataclass
@@ -115,7 +116,7 @@ def main(script_arguments: ScriptArguments, training_arguments: "MetaTrainingArg
         "num_states": num_states,
         "max_per_tensor": script_arguments.max_per_tensor,
         "evaluated_per_tensor": script_arguments.evaluated_per_tensor,
-        "training_arguments": asdict(training_arguments),
+        "training_arguments": {k: v for k, v in asdict(training_arguments).items() if k not in PLACES},
     }
     if is_main:
         result.model.save_pretrained(output_dir)
