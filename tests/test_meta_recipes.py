@@ -114,6 +114,15 @@ def test_benchmark_of_meta_training(monkeypatch, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
 
 
+def test_benchmark_of_processes(monkeypatch):
+    benchmark = load(monkeypatch, RECIPES / "benchmarks" / "meta_training.py")
+    assert benchmark.processes_table({"processes": {}}) == []
+    times = {1: {"wall": 0.02, "cpu": 0.018}, 2: {"wall": 0.0125, "cpu": 0.012}}
+    *_, one, two = benchmark.processes_table({"processes": times, "cores": 2, "batch_size": 2000})
+    assert one == "| 1 | 20.0 | 300,000 | 1.00 | 18.0 | 1.00 |"
+    assert two == "| 2 | 12.5 | 480,000 | 1.60 | 12.0 | 1.50 |"
+
+
 def test_plain_way_reads_the_same_transitions(monkeypatch, collection):
     benchmark = load(monkeypatch, RECIPES / "benchmarks" / "meta_training.py")
     dataset = TransitionDataset([collection / "net-00"], max_per_tensor=None, progress=False)
