@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_resnet
 
-from know_hf import WeightTrajectory, predict_overflowed_weights
+from know_hf import WeightTrajectory, predict_overflowed_weights, predictors
 from know_hf.evaluation import NAIVE, Arm, ArmSources, known_arm, known_step_arms, make_arm
 from know_hf.evaluation.task_singular_vectors import merge_task_singular_vectors
 from know_hf.modeling_known import KNOWNConfig, KNOWNModel
@@ -69,7 +69,9 @@ def test_an_arm_of_ones_own():
     assert harder.predictor == "shrink" and harder.settings == ({"factor": 0.1},)
 
 
-def test_any_registered_predictor_is_an_arm_and_a_method(sources):
+def test_any_registered_predictor_is_an_arm_and_a_method(sources, monkeypatch):
+    monkeypatch.setattr(predictors, "_PREDICTORS", dict(predictors._PREDICTORS))
+
     @register_predictor("plus-one-for-arms")
     class PlusOne:
         num_states = None
