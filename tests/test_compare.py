@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -201,7 +202,7 @@ compare_arms(task, sys.argv[3], protocols=PROTOCOLS, arms=["naive", "random", "s
 """
 
 
-def test_a_run_that_was_killed_goes_on_in_several_processes_and_ends_the_same(finished, task, tmp_path):
+def test_a_run_that_was_killed_goes_on_and_ends_the_same(finished, task, tmp_path):
     trajectories = [str(path) for path in task.trajectory]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -216,7 +217,7 @@ def test_a_run_that_was_killed_goes_on_in_several_processes_and_ends_the_same(fi
     process.wait()
     kept = {path.name: path.read_bytes() for path in cells.glob("seed-*")}
     assert "seed-0.naive.json" in kept and not (tmp_path / "out" / "report.json").exists()
-    options = {"protocols": PROTOCOLS, "arms": ["naive", "random", "shrink"], "draws": 2, "num_processes": 2}
+    options = {"protocols": PROTOCOLS, "arms": ["naive", "random", "shrink"], "draws": 2}
     resumed = compare_arms(task, tmp_path / "out", **options)
     assert all((cells / name).read_bytes() == content for name, content in kept.items())
     _, report = finished
@@ -224,6 +225,13 @@ def test_a_run_that_was_killed_goes_on_in_several_processes_and_ends_the_same(fi
     assert len(resumed.cells) == 6
     for cell in resumed.cells:
         assert cell["measured"] == expected[cell["seed"], cell["arm"]]
+
+
+def test_processes_get_the_task_whole(task):
+    # what they do with it is in test_cells.py: each cell is run as it is here
+    copy = pickle.loads(pickle.dumps(task))
+    assert copy.facts == task.facts and torch.equal(copy.target(1, 1).test["labels"], target(1, 1).test["labels"])
+    assert copy.open_trajectory(1, Path("unused")).path == Path(task.trajectory[1])
 
 
 @pytest.mark.parametrize(

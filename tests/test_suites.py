@@ -1,5 +1,7 @@
 """Suites: what their files may hold, how their data is divided, and one whose truth is known."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,13 @@ def test_no_example_is_in_two_parts_and_the_oracle_sees_no_test_example(tmp_path
     assert len(source.test["labels"]) == 100 and len(target.test["labels"]) > 250
     assert source.train["labels"].bincount().tolist() == [14, 13, 13]
     assert target.num_labels == 2 and set(target.train["labels"].tolist()) == {0, 1}
+
+
+def test_processes_get_the_task_of_a_suite_whole():
+    task = make_task().task({})
+    copy = pickle.loads(pickle.dumps(task))
+    assert torch.equal(copy.target(1, 2).train["pixel_values"], task.target(1, 2).train["pixel_values"])
+    assert torch.equal(copy.fresh_model(1).classifier.weight, task.fresh_model(1).classifier.weight)
 
 
 def test_seeds_and_draws_give_other_examples_and_the_same_ones_again():

@@ -43,46 +43,46 @@ def compare_arms(
 ) -> ComparisonReport:
     """Compares ways to initialise a downstream task, with controls, tuning each of them alike.
 
-        ```python
-        def target(seed, draw):  # other examples for every draw
-            return Split(train=…, validation=…, test=…, num_labels=5)
+    ```python
+    def target(seed, draw):  # other examples for every draw
+        return Split(train=…, validation=…, test=…, num_labels=5)
 
-        task = ComparisonTask([f"trajectory-{seed}" for seed in range(10)], target, source)
-        protocols = [FineTuning((1e-4, 3e-4, 1e-3), steps=50, head_steps=0), AsTheyAre()]
-        print(compare_arms(task, "comparison/", protocols=protocols, num_processes=4))
-        ```
+    task = ComparisonTask([f"trajectory-{seed}" for seed in range(10)], target, source)
+    protocols = [FineTuning((1e-4, 3e-4, 1e-3), steps=50, head_steps=0), AsTheyAre()]
+    print(compare_arms(task, "comparison/", protocols=protocols, num_processes=4))
+    ```
 
-        What is finished is not run again: called again with the same folder, it goes on where it was stopped, and more
+    What is finished is not run again: called again with the same folder, it goes on where it was stopped, and more
     arms or seeds can be added. Cells are written whole or not at all. `output_dir` then has `report.json` (see
-        [`know_hf.evaluation.results`]), the same to be read as `report.html` and `report.md`, one file for each cell, and
-        the trajectories.
+    [`know_hf.evaluation.results`]), the same to be read as `report.html` and `report.md`, one file for each cell, and
+    the trajectories.
 
-        Args:
-            task ([`ComparisonTask`]): Trajectories and data.
-            output_dir (`str` or `Path`): Where everything is written.
-            protocols (sequence of protocols): What is measured, the most important first: [`FineTuning`],
-                [`LinearProbe`], [`AsTheyAre`], or any [`MeasuringProtocol`].
-            arms (sequence of [`Arm`], names or mappings, *optional*): What is compared, see [`make_arm`]; naive among
-                them. By default all that the task has what they are made from.
-            seeds (sequence of `int`, *optional*): Trajectory seeds; by default all that are recorded, or 0 to 9.
-            draws (`int`, *optional*, defaults to `1`): Downstream draws of each trajectory. They make the value of a
-                trajectory less noisy; they are not counted as independent.
-            trials_per_rate (`int`, *optional*, defaults to `4`): Trials of every arm at each learning rate; a multiple of
-                the number of settings of every arm. See [`know_hf.evaluation.protocols`].
-            landscape ([`Landscape`], *optional*): Picture of the loss around the states of the first seed.
-            num_processes (`int`, *optional*, defaults to `1`): Processes that share the cells. It changes no result.
-            name, description, command (`str`, *optional*): For the report; the command is what makes it again.
-            pages (`bool`, *optional*, defaults to `True`): Whether `report.html`, `report.md` and pictures are written; they
-                need matplotlib.
+    Args:
+        task ([`ComparisonTask`]): Trajectories and data.
+        output_dir (`str` or `Path`): Where everything is written.
+        protocols (sequence of protocols): What is measured, the most important first: [`FineTuning`],
+            [`LinearProbe`], [`AsTheyAre`], or any [`MeasuringProtocol`].
+        arms (sequence of [`Arm`], names or mappings, *optional*): What is compared, see [`make_arm`]; naive among
+            them. By default all that the task has what they are made from.
+        seeds (sequence of `int`, *optional*): Trajectory seeds; by default all that are recorded, or 0 to 9.
+        draws (`int`, *optional*, defaults to `1`): Downstream draws of each trajectory. They make the value of a
+            trajectory less noisy; they are not counted as independent.
+        trials_per_rate (`int`, *optional*, defaults to `4`): Trials of every arm at each learning rate; a multiple of
+            the number of settings of every arm. See [`know_hf.evaluation.protocols`].
+        landscape ([`Landscape`], *optional*): Picture of the loss around the states of the first seed.
+        num_processes (`int`, *optional*, defaults to `1`): Processes that share the cells. It changes no result.
+        name, description, command (`str`, *optional*): For the report; the command is what makes it again.
+        pages (`bool`, *optional*, defaults to `True`): Whether `report.html`, `report.md` and pictures are written;
+            they need matplotlib.
 
-        Returns:
-            [`ComparisonReport`]: printable.
+    Returns:
+        [`ComparisonReport`]: printable.
 
-        Raises:
-            `ValueError`: when naive is not among the arms, the task lacks what an arm or protocol needs, an argument is
-                off, or the folder holds results of something else.
-            `FileExistsError`: when it holds something that is no comparison.
-            `RuntimeError`: when a cell fails in its process.
+    Raises:
+        `ValueError`: when naive is not among the arms, the task lacks what an arm or protocol needs, an argument is
+            off, or the folder holds results of something else.
+        `FileExistsError`: when it holds something that is no comparison.
+        `RuntimeError`: when a cell fails in its process.
     """
     output_dir = Path(output_dir)
     recorded = task.recorded
@@ -106,6 +106,7 @@ def compare_arms(
         for index, result in run_cells(recording, unrecorded, num_processes=num_processes, description=bar):
             trajectories[unrecorded[index]] = result
             store.write(f"seed-{unrecorded[index]}.trajectory", result)
+    picture = None if landscape is None else _landscape(landscape, task, seeds[0], chosen, store)
     measuring = partial(
         measure_arm,
         task=task,
@@ -120,7 +121,6 @@ def compare_arms(
             seed, arm = missing[index]
             found[seed][arm.name] = result
             store.write(f"seed-{seed}.{arm.name}", {**result, "identity": _arm_identity(arm, task)})
-    picture = None if landscape is None else _landscape(landscape, task, seeds[0], chosen, store)
     shutil.rmtree(output_dir / "work", ignore_errors=True)
 
     report = ComparisonReport(
