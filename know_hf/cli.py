@@ -88,6 +88,27 @@ def make_parser() -> argparse.ArgumentParser:
     _add_push_flags(predict)
     predict.set_defaults(run=_predict)
 
+    compare = commands.add_parser(
+        "compare", help="ask of a suite whether predicted weights are better than what they came from"
+    )
+    compare.add_argument("suite", metavar="SUITE", help="name of a suite of recipes/compare, or a YAML file")
+    compare.add_argument("--output-dir", required=True, metavar="DIR", help="cells, report.json and report.html")
+    compare.add_argument("--arms", nargs="+", metavar="ARM", help="instead of the suite's, such as naive known-x2")
+    compare.add_argument("--seeds", type=int, nargs="+", metavar="N", help="trajectory seeds instead of the suite's")
+    compare.add_argument("--processes", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
+    for flag, what in (("--data", "dataset"), ("--model", "pretrained model")):
+        compare.add_argument(
+            flag, type=_pair, action="append", metavar="ID=PATH", help=f"read this {what} from a folder"
+        )
+    compare.add_argument(
+        "--known",
+        type=_pair,
+        action="append",
+        metavar="NAME=ID",
+        help="more KNOWN weights, folder or Hub id",
+    )
+    compare.set_defaults(run=_compare)
+
     push = commands.add_parser("push", help="push a checkpoint, a trajectory or KNOWN weights to the Hub")
     push.add_argument("path", metavar="PATH", help="their folder")
     push.add_argument("repo_id", metavar="ID", help="Hub repo, made if it is not there")
@@ -199,6 +220,23 @@ def _predict(args: argparse.Namespace) -> None:
         _say(f"{result}\n\nwritten to {result.path}" + (f", pushed: {result.url}" if result.url else ""))
 
 
+def _compare(args: argparse.Namespace) -> None:
+    from .evaluation import run_suite
+
+    report = run_suite(
+        args.suite,
+        args.output_dir,
+        arms=args.arms,
+        data=dict(args.data or ()),
+        models=dict(args.model or ()),
+        known=dict(args.known or ()),
+        seeds=args.seeds,
+        num_processes=args.processes,
+        command=shlex.join(["know-hf", *sys.argv[1:]]),
+    )
+    _say(str(report))
+
+
 def _push(args: argparse.Namespace) -> None:
     from .hub import push
 
@@ -223,6 +261,13 @@ def _add_push_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="make the repo private")
     parser.add_argument("--revision", metavar="NAME", help="branch to push to (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
 
 
 def _json_object(text: str) -> dict[str, Any]:

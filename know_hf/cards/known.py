@@ -1,5 +1,6 @@
 """The card of KNOWN weights: what they were trained on, and how well they run forgetting backwards."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..configuration_known import KNOWN_ROLES, KNOWNConfig
 from .provenance import source
 from .rendering import Card, Table
+
+_SPLITS = {
+    "held_out_trajectory": "Other trajectories of the architectures and datasets that it was trained on",
+    "held_out_architecture": "Architectures that it was not trained on",
+    "held_out_dataset": "Datasets that it was not trained on",
+    "held_out": "Held-out trajectories",
+}
 
 
 @dataclass(kw_only=True)
@@ -50,14 +58,16 @@ class KNOWNCard(Card):
         return [] if self.results is None else list(self.results["held_out_skill"]["known"])
 
     @property
-    def skill_table(self) -> Table:
+    def splits(self) -> list["HeldOutSplit"]:
+        """What was held out, and how well it was predicted."""
         assert self.results is not None
-        rows: list[Sequence[object]] = [["predictor", *self.roles]]
-        for predictor, by_role in self.results["held_out_skill"].items():
-            found = [by_role[role] for role in self.roles]
-            cells = [f"{one['skill']:+.4f} ({one['trajectories_above_zero']}/{one['trajectories']})" for one in found]
-            rows.append([predictor, *cells])
-        return rows
+        only = {"trajectories": self.results["held_out"], "skill": self.results["held_out_skill"]}
+        recorded = self.results.get("splits") or {"held_out": only}
+        return [HeldOutSplit(name, found["trajectories"], found["skill"]) for name, found in recorded.items()]
+
+    @property
+    def num_held_out(self) -> int:
+        return sum(len(split.trajectories) for split in self.splits)
 
     @property
     def coverage_table(self) -> Table:
@@ -73,27 +83,64 @@ class KNOWNCard(Card):
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """Names of the trajectories without their numbers, and how many there are of each."""
+        """Kinds of the trajectories that were trained on, and how many there are of each."""
         assert self.results is not None
-        names = (re.sub(r"[-_. ]*\d+$", "", name) or name for name in self.results["trained_on"])
-        return sorted(Counter(names).items())
+        return _groups(self.results["trained_on"])
+
+    def data(self) -> ModelCardData:
+        return ModelCardData(library_name="know_hf", tags=["know_hf", "weight-prediction"], **self.license)
+
+
+@dataclass(frozen=True)
+class HeldOutSplit:
+    """One part of the trajectories that were held out.
+
+    Args:
+        name (`str`): As in `results.json`.
+        trajectories (`list[str]`): Their names.
+        skill (`dict`): From predictor to role to what was measured.
+    """
+
+    name: str
+    trajectories: list[str]
+    skill: Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+    @property
+    def title(self) -> str:
+        return _SPLITS.get(self.name, self.name)
+
+    @property
+    def roles(self) -> list[str]:
+        return list(self.skill["known"])
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        return _groups(self.trajectories)
+
+    @property
+    def table(self) -> Table:
+        rows: list[Sequence[object]] = [["predictor", *self.roles]]
+        for predictor, by_role in self.skill.items():
+            found = [by_role[role] for role in self.roles]
+            above = [f"({one['trajectories_above_zero']}/{one['trajectories']})" for one in found]
+            rows.append([predictor, *(f"{_signed(one['skill'])} {of}" for one, of in zip(found, above, strict=True))])
+        return rows
 
     def verdict(self, role: str) -> str:
         """Sentence on the skill for a role, against no change and against the best predictor without learning."""
-        assert self.results is not None
-        skill = self.results["held_out_skill"]
-        value = skill["known"][role]["skill"]
+        value = _number(self.skill["known"][role]["skill"])
         against_nothing = "better" if value > 0 else "worse" if value < 0 else "no better"
         sentence = f"{against_nothing} than no change by {abs(value):.1%} of its error"
-        rivals = {predictor: by_role[role]["skill"] for predictor, by_role in skill.items() if predictor != "known"}
+        rivals = {
+            predictor: _number(by_role[role]["skill"])
+            for predictor, by_role in self.skill.items()
+            if predictor not in ("known", "published")
+        }
         if not rivals:
             return f"{sentence}."
         best = max(rivals, key=lambda predictor: rivals[predictor])
         against_best = "better than" if value > rivals[best] else "not better than"
         return f"{sentence}, and {against_best} the best predictor without learning ({best}, {rivals[best]:+.4f})."
-
-    def data(self) -> ModelCardData:
-        return ModelCardData(library_name="know_hf", tags=["know_hf", "weight-prediction"], **self.license)
 
 
 def known_card(
@@ -134,6 +181,20 @@ def known_card(
         commands=commands,
         limits=list(limits),
     ).render()
+
+
+def _groups(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Names without their numbers, and how many there are of each."""
+    return sorted(Counter(re.sub(r"[-_. ]*\d+$", "", name) or name for name in names).items())
+
+
+def _number(skill: float | None) -> float:
+    """A skill; minus infinity, where nothing moved and something was predicted, is no number in JSON."""
+    return -math.inf if skill is None else skill
+
+
+def _signed(skill: float | None) -> str:
+    return "−∞" if skill is None else f"{skill:+.4f}"
 
 
 def _num_parameters(config: KNOWNConfig) -> int:
