@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from know_hf.evaluation import load_suite, run_suite
+from know_hf import WeightTrajectory
+from know_hf.evaluation import batches, load_suite, run_suite
 from know_hf.evaluation.small_cnn import SmallCNN, SmallCNNConfig
 from know_hf.evaluation.suite_data import Inputs, Side, class_turns, prepare
 from know_hf.evaluation.suite_task import ModelSpec, SuiteTask
@@ -267,3 +272,82 @@ def test_there_are_suites():
     assert {"digits", "mnist-halves", "fashion-halves", "reviews", "reviews-lora", "imagenet-style"} <= {
         name for name, _ in SUITES
     }
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A dataset of positive and negative texts, and a tiny pretrained BERT that reads them."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = {0: ["bad", "poor", "dull", "weak"], 1: ["good", "fine", "great", "strong"]}
+    random = np.random.RandomState(0)
+    for split, count in (("train", 120), ("test", 120)):
+        (folder / "data").mkdir(exist_ok=True)
+        lines = ["text,label"]
+        for label in np.arange(count) % 2:
+            chosen = random.choice(words[label] + ["film", "plot"], random.randint(2, 7))
+            lines.append(f"{' '.join(chosen)},{label}")
+        (folder / "data" / f"{split}.csv").write_text("\n".join(lines))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "film", "plot", *words[0], *words[1]]
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder / "bert")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+    )
+    BertModel(config).save_pretrained(folder / "bert")
+    return folder
+
+
+TEXTS = """
+name: texts
+description: Tiny.
+seeds: 2
+inputs: {max_length: 8}
+source: {dataset: someone/texts, unseen: test, train: 32, validation: 20, test: 40}
+target: {dataset: someone/texts, unseen: test, train: 8, validation: 20, test: 40}
+model: {pretrained: someone/bert}
+schedule: {ratio: 0.6, num_states: 5}
+training: {num_train_epochs: 4, per_device_train_batch_size: 4, learning_rate: 0.01, use_cpu: true}
+trials_per_rate: 1
+protocols:
+  - {kind: fine_tuning, labels_per_class: 4, learning_rates: [0.001], steps: 2, head_steps: 2}
+  - {kind: linear_probe, learning_rates: [0.1], steps: 10}
+  - {kind: as_they_are}
+arms: [naive, pretrained, known-step-1, compute-matched, oracle]
+"""
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+@pytest.mark.parametrize("lora", [None, {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["query", "value"]}])
+def test_texts_and_adapters_go_the_same_way(texts, tmp_path, lora):
+    model = {"pretrained": "someone/bert", **({} if lora is None else {"lora": lora})}
+    sources = {"data": {"someone/texts": str(texts / "data")}, "models": {"someone/bert": str(texts / "bert")}}
+    report = run_suite(written(tmp_path, TEXTS, model=model), tmp_path / "out", pages=False, **sources)
+    trajectory = WeightTrajectory(tmp_path / "out" / "trajectories" / "seed-0")
+    assert trajectory.is_adapter is (lora is not None)
+    assert trajectory.base_model == ("someone/bert" if lora is None else str(texts / "bert"))
+    scores = report.comparisons["source", "loss"].results
+    assert scores["naive"].estimate.mean < scores["pretrained"].estimate.mean  # it has learned
+    states = report.to_dict()["states"]["measures"]["loss"]["per_seed"]
+    assert [of_seed[0] for of_seed in states] == list(scores["naive"].per_seed)
+    assert scores["compute-matched"].per_seed != scores["naive"].per_seed
+    tried = report.cells[0]["measured"]["few-shot"][0]["trials"]
+    assert len(tried) == 1 and report.to_dict()["seeds"] == [0, 1]
+
+
+def test_padding_that_no_text_of_a_batch_needs_is_left_out(texts):
+    side = Side("someone/texts", 8, 4)
+    prepared = prepare(side, "train", Inputs(max_length=16), {side.dataset: str(texts / "data")}, str(texts / "bert"))
+    examples = prepared.take(prepared.rows([0])[:20])
+    assert examples["input_ids"].shape == (20, 16)
+    for batch in batches(examples, 4):
+        longest = int(batch["attention_mask"].sum(dim=1).max())
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, longest)
+        assert batch["labels"].shape == (4,)

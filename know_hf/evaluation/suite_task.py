@@ -219,8 +219,9 @@ class SuiteTask:
                 config = AutoConfig.from_pretrained(place, **options)
                 return auto.from_config(config) if model_class is None else model_class(config)
             loaded = (model_class or auto).from_pretrained(place, ignore_mismatched_sizes=True, **options)
-            # files name the model, not the folder of this machine that it was read from
-            loaded.name_or_path = loaded.config._name_or_path = self.model.pretrained
+            if self.model.lora is None:  # peft looks for the base model under its name whenever it saves
+                # files name the model, not the folder of this machine that it was read from
+                loaded.name_or_path = loaded.config._name_or_path = self.model.pretrained
             return loaded
 
     def _trainer(
