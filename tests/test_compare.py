@@ -25,8 +25,10 @@ from know_hf.evaluation import (
     LinearProbe,
     Split,
     evaluate_classifier,
+    make_arm,
 )
 from know_hf.evaluation import compare_arms as compare_arms_with_pages
+from know_hf.evaluation.compare import _default_arms
 from know_hf.evaluation.comparison import ACCURACY, Measure
 from know_hf.evaluation.protocols import choose, first_of_each_class, refined
 
@@ -352,6 +354,20 @@ def test_the_first_labels_of_each_class_are_taken():
     assert first_of_each_class(examples, None) is examples
     with pytest.raises(ValueError, match="class 0 has 3 training examples, 4 were asked for"):
         first_of_each_class(examples, 4)
+
+
+def test_by_default_all_arms_are_compared_that_can_be_made(task, recorded, tmp_path):
+    names = _default_arms(task)
+    assert [make_arm(name).name for name in names] == names and len(names) == len(set(names)) == 21
+    assert {"naive", "random", "known-step-3", "matched-shrink-step-1", "state-4", "shuffled"} <= set(names)
+    assert not {"oracle", "pretrained", "compute-matched"} & set(names)
+    everything = replace(task, oracle_model=fresh, pretrained_model=fresh, train_further=fresh)
+    assert {"oracle", "pretrained", "compute-matched"} <= set(_default_arms(everything))
+    short = WeightTrajectory.create(tmp_path / "short")
+    for size in (4, 2):
+        short.record(make_resnet(seed=size), num_examples=size, steps=1)
+    names = _default_arms(replace(task, trajectory=[recorded, short]))
+    assert "state-1" in names and not {"state-2", "known-step-1"} & set(names)
 
 
 def test_a_store_of_something_else_is_refused(tmp_path, task):

@@ -4,7 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_resnet
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    DistilBertForSequenceClassification,
+    RobertaForSequenceClassification,
+)
 
 from know_hf import predict_overflowed_weights
 from know_hf.evaluation import (
@@ -14,10 +20,14 @@ from know_hf.evaluation import (
     RANDOM,
     Arm,
     ArmSources,
+    AsTheyAre,
     FineTuning,
+    LinearProbe,
+    Split,
     accuracy,
     batches,
     compare_with_naive,
+    evaluate_classifier,
     few_shot_accuracy,
     fine_tune,
     holm,
@@ -25,6 +35,7 @@ from know_hf.evaluation import (
     shrink_arm,
     with_new_head,
 )
+from know_hf.evaluation.probing import features
 from know_hf.modeling_known import KNOWNConfig, KNOWNModel
 from know_hf.trajectory import WeightTrajectory
 
@@ -258,3 +269,74 @@ def test_a_comparison_needs_naive_and_the_candidates():
         compare_with_naive({"good": [1.0, 2.0]}, ["good"])
     with pytest.raises(ValueError, match="no scores of the arm 'missing', only of naive"):
         compare_with_naive({"naive": [1.0, 2.0]}, ["missing"])
+
+
+HEADS = {
+    "bert": BertForSequenceClassification,  # dropout, linear
+    "distilbert": DistilBertForSequenceClassification,  # linear, ReLU, dropout, linear
+    "roberta": RobertaForSequenceClassification,  # takes all tokens, uses the first
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_features_are_what_the_first_layer_of_the_head_is_given(kind):
+    model_class = HEADS[kind]
+    config = model_class.config_class(vocab_size=20, num_labels=2, pad_token_id=0, **TINY[kind])
+    model = model_class(config).train()
+    tokens = torch.randint(1, 20, (6, 5), generator=torch.Generator().manual_seed(0))
+    found = features(model, {"input_ids": tokens, "labels": torch.zeros(6)}, batch_size=4)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=tokens)
+    expected = hidden.pooler_output if kind == "bert" else hidden.last_hidden_state[:, 0]
+    torch.testing.assert_close(found, expected)
+
+
+TINY = {
+    "bert": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+    "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16},
+    "roberta": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+}
+
+
+def test_a_model_without_a_head_or_with_one_for_every_token_has_no_probe():
+    with pytest.raises(ValueError, match="ResNetModel has no head to read features from"):
+        features(make_resnet().base_model, make_examples(4))
+    tokens = BertForTokenClassification(BertConfig(vocab_size=20, **TINY["bert"]))
+    with pytest.raises(ValueError, match=r"takes \(5, 16\) values an example, a linear probe needs one vector"):
+        features(tokens, {"input_ids": torch.ones(2, 5, dtype=torch.long)})
+
+
+def test_a_probe_learns_what_is_linear_in_the_features_and_changes_nothing():
+    model, split = make_resnet(), Split(make_examples(), make_examples(40, seed=1), make_examples(40, seed=2), 4)
+    before = copy.deepcopy(model)
+    trials = list(LinearProbe((1e-5, 3e-2), steps=100).trials(model, split, 0, evaluate_classifier))
+    assert equal(model, before)
+    assert [trial.learning_rate for trial in trials] == [1e-5, 3e-2]
+    assert trials[1].test["accuracy"] > 0.9 > trials[0].test["accuracy"] + 0.1
+    assert trials[1].test["loss"] < trials[0].test["loss"]
+    again = list(LinearProbe((3e-2,), steps=100).trials(model, split, 7, evaluate_classifier))
+    assert again[0] == trials[1]  # nothing in it is random
+
+
+def test_the_rate_of_the_head_is_chosen_on_validation_data():
+    model, split = make_resnet(), Split(make_examples(), make_examples(40, seed=1), make_examples(40, seed=2), 4)
+    options = {"steps": 1, "head_steps": 60}
+    few, good = (
+        next(FineTuning((1e-9,), head_learning_rate=rate, **options).trials(model, split, 0, evaluate_classifier))
+        for rate in (1e-6, 1e-2)
+    )
+    both = FineTuning((1e-9,), head_learning_rate=(1e-6, 1e-2), **options)
+    assert good.validation["accuracy"] > few.validation["accuracy"]
+    assert next(both.trials(model, split, 0, evaluate_classifier)) == good
+
+
+def test_the_weights_as_they_are_are_evaluated_and_nothing_else():
+    model, split = make_resnet(), Split(make_examples(), make_examples(40, seed=1), make_examples(40, seed=2))
+    (trial,) = AsTheyAre().trials(model, split, 0, evaluate_classifier, refinement=4)
+    assert trial.learning_rate is None
+    assert trial.validation["accuracy"] == accuracy(model, split.validation)
+    with torch.no_grad():
+        output = model.eval()(**split.test)
+    assert trial.test["loss"] == pytest.approx(float(output.loss), rel=1e-5)

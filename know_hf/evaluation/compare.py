@@ -22,6 +22,8 @@ from .protocols import MeasuringProtocol
 from .results import REPORT_NAME, ComparisonReport
 from .store import CellStore
 
+_USUAL_STATES = 5  # those of a schedule, and what the shipped KNOWN needs
+
 logger = logging.get_logger(__name__)
 
 
@@ -156,13 +158,16 @@ def _write_pages(report: ComparisonReport, output_dir: Path) -> None:
 
 
 def _default_arms(task: ComparisonTask) -> list[str]:
-    """All of them that the task has what they are made from; of states and steps those of five states."""
+    """All of them that the task has what they are made from."""
+    recorded = [_opened(trajectory).num_states for trajectory in task.recorded or []]
+    num_states = min(recorded, default=_USUAL_STATES)
     names = ["naive"]
     names += ["random"] if task.fresh_model else []
     names += ["pretrained"] if task.pretrained_model else []
-    names += [f"{stem}-{count}" for count in (1, 2, 3) for stem in ("known-step", "matched-shrink-step")]
+    if num_states >= _USUAL_STATES:
+        names += [f"{stem}-{count}" for count in (1, 2, 3) for stem in ("known-step", "matched-shrink-step")]
     names += ["shrink", "average", "ema", "task-vector", "linear", "log", "lines", "task-singular-vectors"]
-    names += [f"state-{index}" for index in (1, 2, 3, 4)]
+    names += [f"state-{index}" for index in range(1, num_states)]
     names += ["compute-matched"] if task.train_further else []
     names += ["oracle"] if task.oracle_model else []
     return [*names, "shuffled"]
@@ -230,9 +235,12 @@ def _identity(
 
 def _recorded_hash(recorded: Recorded) -> list[str]:
     """What tells one trajectory from another: the hashes of its weights as they were recorded."""
-    trajectory = recorded if isinstance(recorded, WeightTrajectory) else WeightTrajectory(recorded)
-    files = [file for state in trajectory.states for file in state.files]
+    files = [file for state in _opened(recorded).states for file in state.files]
     return [file.sha256 for file in files if file.path.endswith(".safetensors")]
+
+
+def _opened(recorded: Recorded) -> WeightTrajectory:
+    return recorded if isinstance(recorded, WeightTrajectory) else WeightTrajectory(recorded)
 
 
 def _arm_identity(arm: Arm, task: ComparisonTask) -> dict[str, Any]:
