@@ -90,7 +90,11 @@ def test_compute_matched_takes_the_steps_of_the_later_states_on_all_data(finishe
             lengths.append((options["max_steps"], len(trainer.train_dataset), trainer.args.seed))
         return trainer
 
+    def again(self, seed, folder):
+        raise AssertionError(f"{folder} was recorded before: processes that measure would shut each other out")
+
     monkeypatch.setattr(SuiteTask, "_trainer", spy)
+    monkeypatch.setattr(SuiteTask, "record", again)
     report = run_suite(
         folder / "suite.yaml", folder / "out", arms=["naive", "compute-matched"], seeds=[0, 1], pages=False
     )

@@ -78,10 +78,9 @@ class ComparisonTask:
         return [self.trajectory] if isinstance(self.trajectory, Recorded) else list(self.trajectory)
 
     def open_trajectory(self, seed: int, output_dir: Path) -> WeightTrajectory:
-        """The trajectory of a seed, recorded into `output_dir/trajectories` where it is not there yet."""
-        if callable(self.trajectory):
-            return self.trajectory(seed, trajectory_folder(output_dir, seed))
-        assert self.recorded is not None
+        """The trajectory of a seed, once it is recorded."""
+        if self.recorded is None:
+            return WeightTrajectory(trajectory_folder(output_dir, seed))
         found = self.recorded[seed]
         return found if isinstance(found, WeightTrajectory) else WeightTrajectory(found)
 
@@ -105,6 +104,8 @@ def measure_trajectory(
         `dict`: an entry of `trajectories` in `report.json`; without source data its `states` is empty.
     """
     started = time.perf_counter()
+    if callable(task.trajectory):
+        task.trajectory(seed, trajectory_folder(output_dir, seed))
     trajectory = task.open_trajectory(seed, output_dir)
     scores = []
     if task.source is not None:
