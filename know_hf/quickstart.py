@@ -226,7 +226,7 @@ def _run_seed(
         lambda: _new_model(seed + 1_000_000, settings),
         oracle,
         known,
-        cards=seed == first,
+        keep=seed == first,
     )
     labels = len(settings.target_digits) * settings.labels_per_digit
     tested_from = labels + settings.validation_images

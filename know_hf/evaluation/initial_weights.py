@@ -41,7 +41,9 @@ class ArmSources:
         base_model (callable, *optional*): For a trajectory of adapters, makes the model that they belong to. Adapters
             are merged into it: arms are whole models.
         model_class (`type`, *optional*): The model's class, where transformers has none of its name.
-        cards (`bool`, *optional*, defaults to `False`): Whether predicted checkpoints get a model card.
+        keep (`bool`, *optional*, defaults to `False`): Whether predicted checkpoints are to be kept: they then get
+            their own BatchNorm statistics and a model card.
+        device (`torch.device`, *optional*): Where models are put; by default on the CPU.
     """
 
     trajectory: WeightTrajectory
@@ -54,7 +56,8 @@ class ArmSources:
     train_further: Callable[[PreTrainedModel, list[int]], PreTrainedModel] | None = None
     base_model: Callable[[], PreTrainedModel] | None = None
     model_class: type[PreTrainedModel] | None = None
-    cards: bool = False
+    keep: bool = False
+    device: torch.device | None = None
 
     def state(self, index: int) -> PreTrainedModel:
         """The model with the weights of a state, as a whole model."""
@@ -67,7 +70,7 @@ class ArmSources:
 
 
 def initial_model(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    """Makes the initial weights of an arm, BatchNorm statistics measured on the source data, as for every arm.
+    """Makes the initial weights of an arm; BatchNorm statistics are measured on the source data, for every arm alike.
 
     Args:
         arm ([`Arm`]): What is made.
@@ -76,7 +79,7 @@ def initial_model(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
     Raises:
         `ValueError`: when the sources lack what the arm is made from.
     """
-    model = _MAKERS[arm.kind](arm, sources)
+    model = _MAKERS[arm.kind](arm, sources).to(sources.device)
     recalibrate_batch_norm(model, sources.batches)
     return model
 
@@ -119,8 +122,7 @@ def _shuffled(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
 
 
 def _predicted(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    # also on disk, so that the checkpoint that is left there is the arm
-    batches = None if sources.trajectory.is_adapter else sources.batches
+    batches = sources.batches if sources.keep and not sources.trajectory.is_adapter else None
     return _loaded(_predict(arm, sources, batches), sources)
 
 
@@ -170,7 +172,7 @@ def _predict(
         recalibrate_with=batches,
         model_class=sources.model_class,
         overwrite=True,
-        card=sources.cards,
+        card=sources.keep,
     )
 
 

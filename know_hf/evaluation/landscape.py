@@ -1,7 +1,7 @@
 """The loss around the states of a trajectory, in the plane in which they move most."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from ..landscape import loss_landscape
 from .arms import Arm
-from .measuring import ComparisonTask, arm_sources, device
+from .initial_weights import ArmSources
+from .measuring import ComparisonTask, arm_sources
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def measure_landscape(
     sources = arm_sources(task, seed, task.open_trajectory(seed, output_dir), split, work)
     examples = {name: tensor[: landscape.num_examples] for name, tensor in split.test.items()}
     found = loss_landscape(
-        [partial(_on_device, partial(sources.state, index)) for index in range(sources.trajectory.num_states)],
-        {arm.name: partial(_on_device, partial(arm.initial_model, sources)) for arm in arms},
+        [partial(_state, sources, index) for index in range(sources.trajectory.num_states)],
+        {arm.name: partial(arm.initial_model, sources) for arm in arms},
         lambda model: task.evaluate(model, examples)[measure],
         recalibrate_with=sources.batches or None,
         resolution=landscape.resolution,
@@ -75,5 +76,5 @@ def measure_landscape(
     return {"seed": seed, "measure": measure, "num_examples": len(examples["labels"]), **found.to_dict()}
 
 
-def _on_device(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    return make().to(device())
+def _state(sources: ArmSources, index: int) -> PreTrainedModel:
+    return sources.state(index).to(sources.device)

@@ -112,9 +112,9 @@ def measure_trajectory(
         split = task.source(seed)
         sources = arm_sources(task, seed, trajectory, split, output_dir)
         for state in trajectory.states:
-            model = sources.state(state.index)
+            model = sources.state(state.index).to(sources.device)
             recalibrate_batch_norm(model, sources.batches)
-            scores.append(_finite(task.evaluate(model.to(device()), split.test), f"Θ{state.index} of seed {seed}"))
+            scores.append(_finite(task.evaluate(model, split.test), f"Θ{state.index} of seed {seed}"))
     advance(f"seed {seed}: trajectory")
     return {
         "seed": seed,
@@ -160,7 +160,7 @@ def measure_arm(
     splits = [task.target(seed, draw) for draw in range(draws)] if task.target is not None else []
     measured: dict[str, list[dict[str, Any]]] = {}
     for setting in arm.settings:
-        model = arm.initial_model(sources, setting).to(device())
+        model = arm.initial_model(sources, setting)
         for protocol in protocols:
             of_protocol = [source] if protocol.on_source else splits
             results = measured.setdefault(protocol.name, [{"draw": d, "trials": []} for d in range(len(of_protocol))])
@@ -207,6 +207,7 @@ def arm_sources(
         train_further=_further(task, seed, work),
         base_model=_bound(task.base_model, seed),
         model_class=task.model_class,
+        device=device(),
     )
 
 
