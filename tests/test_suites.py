@@ -1,6 +1,8 @@
 """Suites: what their files may hold, how their data is divided, and one whose truth is known."""
 
+import json
 import pickle
+import runpy
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from know_hf import WeightTrajectory
+from know_hf.cli import main
 from know_hf.evaluation import batches, load_suite, run_suite
 from know_hf.evaluation.small_cnn import SmallCNN, SmallCNNConfig
 from know_hf.evaluation.suite_data import Inputs, Side, class_turns, prepare
@@ -101,6 +104,21 @@ def test_compute_matched_takes_the_steps_of_the_later_states_on_all_data(finishe
     assert report.trajectories[0]["steps"] == [160, 5, 1]
     assert lengths == [(5, 40, 1), (1, 40, 2), (5, 40, 101), (1, 40, 102)]
     assert [cell["arm"] for cell in report.cells] == ["naive", "compute-matched"] * 2  # naive was there already
+
+
+def test_the_command_runs_a_suite_and_the_script_is_the_command(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "out"
+    arguments = [str(written(tmp_path)), "--output-dir", str(folder), "--arms", "naive", "random", "--seeds", "0", "1"]
+    assert main(["compare", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("known-truth: 2 trajectories, 1 downstream draws each\n\n2 trajectory seeds are few")
+    data = json.loads((folder / "report.json").read_text())
+    assert list(data["arms"]) == ["naive", "random"] and data["seeds"] == [0, 1]
+    assert (folder / "report.html").exists()
+    monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SUITES_DIR / "compare.py"), run_name="__main__")
+    assert ended.value.code == 0 and capsys.readouterr().out == printed
 
 
 def make_task(**changes):
@@ -333,7 +351,8 @@ arms: [naive, pretrained, known-step-1, compute-matched, oracle]
 def test_texts_and_adapters_go_the_same_way(texts, tmp_path, lora):
     model = {"pretrained": "someone/bert", **({} if lora is None else {"lora": lora})}
     sources = {"data": {"someone/texts": str(texts / "data")}, "models": {"someone/bert": str(texts / "bert")}}
-    report = run_suite(written(tmp_path, TEXTS, model=model), tmp_path / "out", pages=False, **sources)
+    arms = None if lora else ["naive", "pretrained"]
+    report = run_suite(written(tmp_path, TEXTS, model=model), tmp_path / "out", arms=arms, pages=False, **sources)
     trajectory = WeightTrajectory(tmp_path / "out" / "trajectories" / "seed-0")
     assert trajectory.is_adapter is (lora is not None)
     assert trajectory.base_model == ("someone/bert" if lora is None else str(texts / "bert"))
@@ -341,7 +360,7 @@ def test_texts_and_adapters_go_the_same_way(texts, tmp_path, lora):
     assert scores["naive"].estimate.mean < scores["pretrained"].estimate.mean  # it has learned
     states = report.to_dict()["states"]["measures"]["loss"]["per_seed"]
     assert [of_seed[0] for of_seed in states] == list(scores["naive"].per_seed)
-    assert scores["compute-matched"].per_seed != scores["naive"].per_seed
+    assert lora is None or scores["compute-matched"].per_seed != scores["naive"].per_seed
     tried = report.cells[0]["measured"]["few-shot"][0]["trials"]
     assert len(tried) == 1 and report.to_dict()["seeds"] == [0, 1]
 

@@ -5,6 +5,7 @@ Keys of the file are the fields of [`Suite`]. Under `variants` there are changes
 """
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -168,7 +169,7 @@ def run_suite(
         suite = load_suite(suite)
     chosen = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in (suite.arms if arms is None else arms)]
     for name, weights in (known or {}).items():
-        chosen += known_step_arms(name=name, known=weights)
+        chosen += known_step_arms(name=name, known=os.path.expanduser(weights))
     task = SuiteTask(
         inputs=suite.inputs,
         source=suite.source,
@@ -176,8 +177,8 @@ def run_suite(
         model=suite.model,
         schedule=suite.schedule,
         training=suite.training,
-        sources=data or {},
-        models=models or {},
+        sources={name: os.path.expanduser(place) for name, place in (data or {}).items()},
+        models={name: os.path.expanduser(place) for name, place in (models or {}).items()},
     )
     return compare_arms(
         task.task(suite.facts),
