@@ -222,18 +222,24 @@ def test_the_card_of_the_shipped_weights_is_up_to_date(card_recipe):
 
 def test_the_known_card_says_what_was_measured(results):
     text = str(known_card(KNOWNConfig.from_pretrained(SHIPPED_KNOWN), results, title="x", path="me/x"))
-    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
-    for predictor, by_role in results["held_out_skill"].items():
-        row = next(row for row in rows if row[0].strip() == predictor)
-        for cell, role in zip(row[1:], ("conv", "fc", "bias"), strict=True):
-            assert cell.split()[0] == f"{by_role[role]['skill']:+.4f}"
-    assert not set(results["trained_on"]) & set(results["held_out"])
+    assert set(results["splits"]) == {"held_out_trajectory", "held_out_architecture", "held_out_dataset"}
+    for split in results["splits"].values():
+        for predictor, by_role in split["skill"].items():
+            cells = [
+                f"{one['skill']:+.4f} ({one['trajectories_above_zero']}/{one['trajectories']})"
+                for one in by_role.values()
+            ]
+            assert f"| {predictor} | {' | '.join(cells)} |" in text
+        assert not set(results["trained_on"]) & set(split["trajectories"])
     assert "MNIST" not in text, "what these weights were trained on is for the caller to say"
 
 
 def test_the_known_card_tells_a_loss_as_a_loss(results):
-    results["held_out_skill"]["known"]["bias"]["skill"] = -0.25
-    results["held_out_skill"]["linear"]["bias"]["skill"] = 0.1
+    skill = results["splits"]["held_out_dataset"]["skill"]
+    skill["known"]["bias"]["skill"] = -0.25
+    for rival in skill.keys() - {"known"}:
+        skill[rival]["bias"]["skill"] = None
+    skill["linear"]["bias"]["skill"] = 0.1
     text = str(known_card(KNOWNConfig.from_pretrained(SHIPPED_KNOWN), results, title="x", path="me/x"))
     assert "- **bias**: worse than no change by 25.0% of its error, and not better than the best" in text
     assert "(linear, +0.1000)" in text
