@@ -22,11 +22,13 @@ _PUBLIC = {
     "TransitionDataset": "meta_learning",
     "meta_train": "meta_learning",
     "get_predictor": "predictors",
+    "compare_arms": "evaluation",
     "merge_adapters": "merging",
     "plan_prediction": "prediction",
     "predict_overflowed_weights": "prediction",
     "pull": "hub",
     "push": "hub",
+    "run_suite": "evaluation",
     "recalibrate_batch_norm": "batch_norm",
 }
 
@@ -35,6 +37,8 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 if TYPE_CHECKING:
     from .batch_norm import recalibrate_batch_norm as recalibrate_batch_norm
     from .configuration_known import KNOWNConfig as KNOWNConfig
+    from .evaluation import compare_arms as compare_arms
+    from .evaluation import run_suite as run_suite
     from .gate import Gate as Gate
     from .hub import pull as pull
     from .hub import push as push

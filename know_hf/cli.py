@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("suite", metavar="SUITE", help="name of a suite of recipes/compare, or a YAML file")
     compare.add_argument("--output-dir", required=True, metavar="DIR", help="cells, report.json and report.html")
-    compare.add_argument("--arms", nargs="+", metavar="ARM", help="instead of the suite's, such as naive known-x2")
+    compare.add_argument("--arms", nargs="+", metavar="ARM", help="instead of the suite's, such as naive known-step-1")
     compare.add_argument("--seeds", type=int, nargs="+", metavar="N", help="trajectory seeds instead of the suite's")
     compare.add_argument("--processes", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
     for flag, what in (("--data", "dataset"), ("--model", "pretrained model")):

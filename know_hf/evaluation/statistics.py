@@ -179,6 +179,6 @@ def _scipy_stats() -> ModuleType:
         from scipy import stats
     except ImportError as error:
         raise ImportError(
-            "confidence intervals need scipy, which comes with the extra 'demo': pip install 'know_hf[demo]'"
+            "confidence intervals need scipy, which comes with the extra 'compare': pip install 'know_hf[compare]'"
         ) from error
     return stats
