@@ -81,7 +81,7 @@ def test_a_level_outside_of_0_and_1_is_an_error():
 
 def test_without_scipy_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(ImportError, match="know_hf\\[demo\\]"):
+    with pytest.raises(ImportError, match=r"know_hf\[compare\]"):
         mean_and_interval([1.0, 2.0])
 
 
