@@ -3,11 +3,14 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,6 +19,7 @@ from ..roles import TensorRole, is_adapter, names_on_disk, role_by_shape, tensor
 from .manifest import TrajectoryError
 
 WORTH_SHARING = 0.01  # share of a state's bytes below which its folder rather holds everything itself
+_LIBRARIES = ("know_hf", "torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "numpy")
 
 
 @dataclass
@@ -205,3 +209,23 @@ def _save_adapter(model: Any, state_dict: dict[str, torch.Tensor], folder: Path)
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def cached_revision(repo_id: str | None) -> str | None:
+    """Commit of a Hub id in the Hub cache; `None` where several are there, as a config doesn't say which it is of."""
+    if not repo_id or Path(repo_id).exists():
+        return None
+    snapshots = Path(HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
+    commits = [path.name for path in snapshots.iterdir()] if snapshots.is_dir() else []
+    return commits[0] if len(commits) == 1 else None
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a recording depends on, of those that are installed."""
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return versions

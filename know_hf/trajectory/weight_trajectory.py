@@ -13,27 +13,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import ByteSource, CheckpointError, CheckpointReader, atomic_folder, file_sha256, fsync
+from ..checkpoint import ByteSource, CheckpointError, CheckpointReader, atomic_folder, fsync
 from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
 from .background import BackgroundWriter
+from .checking import check_local_files
 from .loading import check_same_tensors, load_into, load_pretrained
-from .manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord, TrajectoryError, leads_outside, recordable
-from .saving import Snapshot, roles_on_disk
-
-_LIBRARIES = ("know_hf", "torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "numpy")
+from .manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord, TrajectoryError, recordable
+from .saving import Snapshot, cached_revision, library_versions, roles_on_disk
 
 
 class WeightTrajectory:
@@ -405,9 +401,9 @@ class WeightTrajectory:
                 roles=roles,
                 tied_weights=tied,
                 base_model=(base_model := getattr(config, "_name_or_path", None) or None),
-                base_revision=getattr(config, "_commit_hash", None) or _cached_revision(base_model),
+                base_revision=getattr(config, "_commit_hash", None) or cached_revision(base_model),
                 files=self._write_model_files(folder, processing_class),
-                library_versions=_library_versions(),
+                library_versions=library_versions(),
             )
         state = replace(state, files=files, unchanged=unchanged)
         self._enter(replace(manifest, states=(*entered, state)))
@@ -460,48 +456,9 @@ class WeightTrajectory:
         return self.path / record.path
 
     def _check_files(self, hashes: bool, part: int = 0, parts: int = 1) -> None:
-        records = {r.path: (r, "the model's files") for r in self._manifest.files}
-        records |= {r.path: (r, f"state {state.index}") for state in self.states for r in state.files}
-        for record, owner in list(records.values())[part::parts]:
-            path = self.path / record.path
-            if leads_outside(self.path, path):
-                raise TrajectoryError(
-                    f"{path} of {owner} is a link that leads outside of its folder; put a copy there"
-                )
-            if not path.is_file():
-                raise TrajectoryError(f"{path} of {owner} is missing; restore it from a copy or record it again")
-            if path.stat().st_size != record.size:
-                raise TrajectoryError(
-                    f"{path} of {owner} has {path.stat().st_size} bytes, {record.size} were recorded: it is truncated"
-                    " or was replaced; restore it from a copy or record it again"
-                )
-            if hashes and file_sha256(path) != record.sha256:
-                raise TrajectoryError(
-                    f"{path} of {owner} is not the file that was recorded (its SHA-256 differs): it is damaged or was"
-                    " replaced; restore it from a copy or record it again"
-                )
-        if hashes:
-            self._manifest.check_what_is_loaded(self.path)
+        self._writer.wait()
+        check_local_files(self._manifest, self.path, hashes, part, parts)
 
 
 def _state_folder(index: int) -> str:
     return f"state-{index}"
-
-
-def _cached_revision(repo_id: str | None) -> str | None:
-    """Commit of a Hub id in the Hub cache; `None` where several are there, as a config doesn't say which it is of."""
-    if not repo_id or Path(repo_id).exists():
-        return None
-    snapshots = Path(HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
-    commits = [path.name for path in snapshots.iterdir()] if snapshots.is_dir() else []
-    return commits[0] if len(commits) == 1 else None
-
-
-def _library_versions() -> dict[str, str]:
-    versions = {}
-    for library in _LIBRARIES:
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return versions
