@@ -92,9 +92,11 @@ def test_warnings_name_role_share_tensor_and_range(trajectory, tmp_path, caplog)
     assert result.to_dict()["warnings"] == result.warnings
 
 
-def test_weights_of_unknown_training_warn_of_nothing(trajectory, tmp_path):
+@pytest.mark.parametrize("trained_on", [None, {"trajectories": 3}, {"roles": {"fc": {"largest_weight": 1e-6}}}])
+def test_weights_of_unknown_training_warn_of_nothing(trajectory, tmp_path, trained_on):
     torch.manual_seed(0)
-    result = predict_overflowed_weights(trajectory, KNOWNModel(KNOWNConfig()), output_dir=tmp_path / "out")
+    known = KNOWNModel(KNOWNConfig(trained_on=trained_on))
+    result = predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "out")
     assert result.warnings == []
 
 

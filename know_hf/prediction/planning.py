@@ -17,6 +17,7 @@ from ..trajectory import TrajectoryError, WeightTrajectory
 SHIPPED_KNOWN = Path(__file__).parent.parent / "weights" / "known-base"
 PIECE_SIZE = 2**19  # elements: large enough that reading and writing cost nothing beside computing
 READ_AHEAD, WRITE_BEHIND = 2, 2  # pieces
+_RANGE = {"largest_weight", "largest_displacement", "mean_displacement"}
 TRIAL_SIZE = 2**16  # rows of the trial that the estimated time comes from
 COPIED_COST = 0.02  # of a piece that is copied, relative to one that is predicted for one step
 
@@ -97,7 +98,8 @@ class PredictionPlan:
     def trained_on(self, network: str) -> Mapping[str, float] | None:
         """The range of inputs that the predictor was trained on for a role, where it says so."""
         covered = getattr(self.predictor, "trained_on", None) or {}
-        return covered.get("roles", {}).get(network)
+        found = covered.get("roles", {}).get(network, {})
+        return found if found.keys() >= _RANGE else None  # weights of others may say less of themselves
 
     def pieces(self, part: int = 0, parts: int = 1) -> list[Piece]:
         """The pieces of one of several processes: neighbours in the order of names, of about the same cost for each.
