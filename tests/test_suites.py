@@ -3,6 +3,7 @@
 import json
 import pickle
 import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from know_hf.evaluation.small_cnn import SmallCNN, SmallCNNConfig
 from know_hf.evaluation.suite_data import Inputs, Side, class_turns, prepare
 from know_hf.evaluation.suite_task import ModelSpec, SuiteTask
 from know_hf.evaluation.suites import SUITES_DIR
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "compare"
 
 KNOWN_TRUTH = """
 name: known-truth
@@ -117,7 +120,7 @@ def test_the_command_runs_a_suite_and_the_script_is_the_command(tmp_path, capsys
     assert (folder / "report.html").exists()
     monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SUITES_DIR / "compare.py"), run_name="__main__")
+        runpy.run_path(str(RECIPE / "compare.py"), run_name="__main__")
     assert ended.value.code == 0 and capsys.readouterr().out == printed
 
 
@@ -289,11 +292,9 @@ def test_the_suites_of_the_project_are_whole(name, variant):
 
 
 def test_there_are_suites():
-    if not SUITES_DIR.exists():
-        pytest.skip("an installed package has no recipes")
-    assert {"digits", "mnist-halves", "fashion-halves", "reviews", "reviews-lora", "imagenet-style"} <= {
-        name for name, _ in SUITES
-    }
+    names = {name for name, _ in SUITES}
+    assert {"digits", "mnist-halves", "fashion-halves", "reviews", "reviews-lora", "imagenet-style"} <= names
+    assert names == {path.stem for path in RECIPE.glob("*.yaml")}, "pyproject.toml names those that are installed"
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from .results import ComparisonReport
 from .suite_data import Inputs, Side
 from .suite_task import ModelSpec, SuiteTask
 
-SUITES_DIR = Path(__file__).parents[2] / "recipes" / "compare"
+_INSTALLED = Path(__file__).parents[1] / "suites"
+SUITES_DIR = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes" / "compare"
 
 Part = TypeVar("Part")
 _PROTOCOLS = {"fine_tuning": FineTuning, "linear_probe": LinearProbe, "as_they_are": AsTheyAre}
@@ -102,8 +103,8 @@ def load_suite(name: str | Path) -> Suite:
     """Reads a suite.
 
     Args:
-        name (`str` or `Path`): A YAML file, or the name of one in `recipes/compare`; with `:variant` behind it one of
-            its variants.
+        name (`str` or `Path`): A YAML file, or the name of one in `recipes/compare`, which are installed with the
+            package; with `:variant` behind it one of its variants.
 
     Raises:
         `FileNotFoundError`: when there is no such file.
@@ -116,7 +117,7 @@ def load_suite(name: str | Path) -> Suite:
     if not path.exists():
         there = ", ".join(sorted(found.stem for found in SUITES_DIR.glob("*.yaml"))) or "none on this machine"
         raise FileNotFoundError(
-            f"there is no suite {path}; give a YAML file, or one of recipes/compare of the repository: {there}"
+            f"there is no suite {path}; give a YAML file, or one of these: {there}"
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
