@@ -116,9 +116,7 @@ def load_suite(name: str | Path) -> Suite:
     path = Path(text) if text.endswith((".yaml", ".yml")) else SUITES_DIR / f"{text}.yaml"
     if not path.exists():
         there = ", ".join(sorted(found.stem for found in SUITES_DIR.glob("*.yaml"))) or "none on this machine"
-        raise FileNotFoundError(
-            f"there is no suite {path}; give a YAML file, or one of these: {there}"
-        )
+        raise FileNotFoundError(f"there is no suite {path}; give a YAML file, or one of these: {there}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
