@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -130,9 +129,11 @@ class _Predicting:
         """Whether any element of a tensor differs between states; only where this piece does not, others are read."""
         name = piece.name
         if name not in self._moves:
-            others = (other for other in self.plan.pieces() if other.name == name and other != piece)
-            histories = (self.plan.trajectory.read_history(name, other.start, other.stop) for other in others)
-            self._moves[name] = any(bool((h != h[-1]).any()) for h in chain([history], histories))
+            self._moves[name] = _differs(history) or any(
+                _differs(self.plan.trajectory.read_history(name, other.start, other.stop))
+                for other in self.plan.pieces()  # of all tensors: not listed unless this piece stands still
+                if other.name == name and other != piece
+            )
         return self._moves[name]
 
     def _stands_still(self, name: str) -> bool:
@@ -176,6 +177,10 @@ def _ahead(pieces: Iterable[Piece], read: Callable[[Piece], T]) -> Iterator[tupl
                 yield first, result.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _differs(history: torch.Tensor) -> bool:
+    return bool((history != history[-1]).any())
 
 
 def _plus(tensor: torch.Tensor, residual: torch.Tensor, unchanged: torch.Tensor) -> torch.Tensor:
