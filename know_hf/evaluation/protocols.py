@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .comparison import ACCURACY, LOSS, Measure
-from .training import Examples, batches, fine_tune, train_parameters, with_new_head
+from .training import Examples, batches, by_length, fine_tune, train_parameters, with_new_head
 
 Scores = dict[str, float]
 
@@ -244,19 +244,20 @@ def few_shot_accuracy(
     return TunedAccuracy(best, on_test[best], on_validation, on_test)
 
 
-def accuracy(model: PreTrainedModel, examples: Examples, batch_size: int = 512) -> float:
+def accuracy(model: PreTrainedModel, examples: Examples, batch_size: int | None = None) -> float:
     """Share of the examples whose largest logit is their label, in [0, 1], with the weights as they are.
 
     Args:
         model (`PreTrainedModel`): A classifier; it is in evaluation mode meanwhile.
         examples (mapping of tensors): Keyword arguments of the model with `"labels"` `(N,)`.
-        batch_size (`int`, *optional*, defaults to `512`): Examples of a forward pass.
+        batch_size (`int`, *optional*): Examples of a forward pass; by default 64 texts, which go in order of length,
+            or 512 others.
     """
     return evaluate_classifier(model, examples, batch_size)["accuracy"]
 
 
 @torch.inference_mode()
-def evaluate_classifier(model: PreTrainedModel, examples: Examples, batch_size: int = 512) -> Scores:
+def evaluate_classifier(model: PreTrainedModel, examples: Examples, batch_size: int | None = None) -> Scores:
     """`"accuracy"`, as [`accuracy`], and `"loss"`, the mean over the examples of the model's own.
 
     Args:
@@ -264,9 +265,9 @@ def evaluate_classifier(model: PreTrainedModel, examples: Examples, batch_size: 
     """
     training = model.training
     model.eval()
-    correct, loss, count = 0, 0.0, len(examples["labels"])
+    correct, loss, count, order = 0, 0.0, len(examples["labels"]), by_length(examples)
     try:
-        for batch in batches(examples, batch_size, device=model.device):
+        for batch in batches(examples, batch_size or (512 if order is None else 64), order, model.device):
             output = model(**batch)
             correct += int((output.logits.argmax(dim=-1) == batch["labels"]).sum())
             loss += float(output.loss) * len(batch["labels"])

@@ -98,7 +98,7 @@ def train_parameters(
         examples, learning_rate, steps, seed, batch_size: As of [`fine_tune`].
     """
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -130,6 +130,12 @@ def _epochs(
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from batches(examples, batch_size, torch.randperm(length, generator=generator), device)
+
+
+def by_length(examples: Examples) -> torch.Tensor | None:
+    """Indices `(N,)` of texts from the shortest to the longest, for batches with little padding; `None` for others."""
+    mask = examples.get("attention_mask")
+    return None if mask is None else mask.sum(dim=1).argsort(stable=True)
 
 
 def trimmed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
