@@ -7,6 +7,13 @@ import torch
 from accelerate import Accelerator
 
 from know_hf import predict_overflowed_weights
+from know_hf.gate import Gate
+
+
+def size_of_the_first_bias(model: torch.nn.Module) -> list[float]:
+    """Losses of twelve "examples", lowest where the first bias of the head is 0."""
+    size = abs(float(model.state_dict()["classifier.1.bias"][0]))
+    return [size * (1 + number / 100) for number in range(12)]
 
 
 class FailOnRankOne:
@@ -28,7 +35,16 @@ def main(root: Path) -> None:
     result = predict_overflowed_weights(
         root / "trajectory", steps=2, output_dir=root / "together", max_shard_size=5000, accelerator=accelerator
     )
+    gated = predict_overflowed_weights(
+        root / "trajectory",
+        predictor="shrink",
+        output_dir=root / "gated-together",
+        gate=Gate(size_of_the_first_bias),
+        accelerator=accelerator,
+    )
+    assert gated.gate is not None
     lines = [str({role: r.parameters for role, r in result.report.items()}), str(result.report["conv"].mean_residual)]
+    lines.append(str(gated.gate))
     try:
         predict_overflowed_weights(
             root / "trajectory",

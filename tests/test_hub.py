@@ -16,6 +16,7 @@ from transformers import AutoModel
 
 from know_hf import KNOWNModel, WeightTrajectory, predict_overflowed_weights
 from know_hf.cli import main
+from know_hf.gate import REFERENCE, Gate
 from know_hf.hub import (
     HubError,
     pull,
@@ -219,6 +220,16 @@ def test_prediction_is_pushed_as_it_was_written(hub: LoopbackHub, recorded: Path
     again = partial(with_push, steps=2, overwrite=True)
     failing(HubError, f"whole, in {folder}: push it with know-hf push", lambda: again(push_to_hub="me/y"))
     assert hub.repo("me/y").files() == {} and push(folder, "me/y")
+
+
+def test_what_a_gate_chose_is_pushed_as_it_was_written(hub: LoopbackHub, recorded: Path, tmp_path: Path) -> None:
+    gate = Gate(lambda model: [1.0 + number / 100 for number in range(12)])  # no model is better than another
+    result = predict_overflowed_weights(recorded, output_dir=tmp_path / "gated", gate=gate, push_to_hub="me/gated")
+    assert result.gate is not None and result.gate.is_reference
+    pushed = hub.repo("me/gated").files()
+    assert pushed == contents(tmp_path / "gated")
+    assert f"The gate kept {REFERENCE}" in pushed["README.md"].decode()
+    assert result.url == f"{hub.url}/me/gated/commit/{hub.repo('me/gated').refs['refs/heads/main']}"
 
 
 def test_command_line(hub: LoopbackHub, enhanced: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_resnet
+from prediction_worker import size_of_the_first_bias
 from safetensors.torch import load_file
 from test_prediction import CONV, FC, Constant, known, weights  # noqa: F401
 from test_trajectory import rewrite_state
@@ -15,6 +16,7 @@ from torch import nn
 
 from know_hf import plan_prediction, predict_overflowed_weights
 from know_hf.checkpoint import file_sha256
+from know_hf.gate import Gate
 from know_hf.prediction import planning
 from know_hf.trajectory import TrajectoryError
 
@@ -118,11 +120,17 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, record_states):
     files = {p.name: file_sha256(p) for p in (tmp_path / "alone").iterdir()}
     assert len(files) > 3
     assert {p.name: file_sha256(p) for p in (tmp_path / "together").iterdir()} == files
+    gate = Gate(size_of_the_first_bias)
+    gated = predict_overflowed_weights(trajectory, predictor="shrink", output_dir=tmp_path / "gated-alone", gate=gate)
+    assert gated.gate.chosen == "Shrink, 1 step"
+    files = {p.name: file_sha256(p) for p in gated.path.iterdir()}
+    assert {p.name: file_sha256(p) for p in (tmp_path / "gated-together").iterdir()} == files
     for note in notes:
+        assert str(gated.gate) in note.read_text()
         lines = note.read_text().splitlines()
         assert lines[0] == str({role: r.parameters for role, r in alone.report.items()})
         assert float(lines[1]) == pytest.approx(alone.report["conv"].mean_residual)
-    errors = [note.read_text().splitlines()[2] for note in notes]
+    errors = [note.read_text().splitlines()[-1] for note in notes]
     assert errors[0] == "RuntimeError: process 1 failed with ValueError: rank 1 fails on purpose"
     assert errors[1] == "ValueError: rank 1 fails on purpose"
     assert not (tmp_path / "failed").exists() and not list(tmp_path.glob(".failed*"))
