@@ -2,7 +2,9 @@ import base64
 import copy
 import json
 import re
+import runpy
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.dom import minidom
 
 import numpy as np
@@ -14,6 +16,7 @@ from know_hf.evaluation.report import read_report, write_report
 from know_hf.evaluation.report_tables import chosen_table, limits, result_table, validity
 from know_hf.evaluation.results import ComparisonReport
 
+RECIPE = Path(__file__).parents[1] / "recipes/compare/summary.py"
 RATES = (1e-3, 1e-2, 1e-1)
 # name: role, kind, settings, gain in accuracy over naive
 ARMS = {
@@ -408,3 +411,24 @@ def test_a_browser_that_meets_a_problem_says_so(tmp_path):
         assert any("wrong" in problem for problem in browser.problems)
         assert len(browser.problems) >= 2
         assert browser.evaluate("document.images[0].naturalWidth") == 0
+
+
+def test_reports_stand_side_by_side(report, tmp_path, capsys, monkeypatch):
+    invalid = {**ARMS, "random": ("reference", "fresh", [{}], 0.0), "known-2": ("method", "predicted", [{}], 0.0)}
+    for name, arms in (("made-up", ARMS), ("invalid", invalid)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(made_up_report(name, arms)))
+    monkeypatch.setattr("sys.argv", ["summary.py", str(tmp_path / "made-up"), str(tmp_path / "invalid")])
+    runpy.run_path(str(RECIPE), run_name="__main__")
+    first, second = capsys.readouterr().out.split("\n\n")
+    rows = {cells[1]: cells[2:4] for line in first.splitlines() if (cells := [c.strip() for c in line.split("|")])}
+    assert rows["few-shot"] == ["made-up", "invalid"] and second.startswith("| source |")
+    assert rows["could show a gain"] == ["yes", "no"]
+    values = report["results"][0]["arms"]["known-1"]["minus_naive"]
+    low, high = values["ci95"]
+    assert rows["known-1"][0] == f"**{100 * values['mean']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]**"
+    assert rows["shrink"][0].startswith(("+", "-")) and rows["known-2"][0] == ""
+    assert all(rows[arm][1].startswith("(") for arm in ("random", "known-1", "known-2"))
+    monkeypatch.setattr("sys.argv", ["summary.py", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="nothing does not exist: run know-hf compare SUITE --output-dir"):
+        runpy.run_path(str(RECIPE), run_name="__main__")
