@@ -8,7 +8,6 @@ output_dir/
 """
 
 import json
-import logging as python_logging
 import math
 import shutil
 from collections.abc import Callable
@@ -38,15 +37,14 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.utils import logging
 
+from .cards import forgetting_picture
 from .checkpoint import write_json
+from .plotting import save_figure
 from .recording import induce_forgetting
 from .task_arguments import IMAGE, LABELS, LM, TEXT, LoraArguments, RecordArguments, check_keys
 from .task_data import CausalCollator, load_splits, process_images, tokenize
 from .trajectory import WeightTrajectory
-
-logger: python_logging.Logger = logging.get_logger(__name__)
 
 TRAJECTORY_NAME = "trajectory"
 _ARGUMENTS_NAME = "record.json"
@@ -145,7 +143,9 @@ def record_task(args: RecordArguments) -> WeightTrajectory:
     trainer = prepare_task(args).make_trainer()
     trajectory = induce_forgetting(trainer, args.schedule, output_dir / TRAJECTORY_NAME, start=args.start)  # type: ignore[arg-type]
     if trainer.is_world_process_zero():
-        _plot(trajectory, output_dir / _PLOT_NAME)
+        picture = forgetting_picture(trajectory)
+        if picture is not None:
+            save_figure(picture, output_dir / _PLOT_NAME)
     return trajectory
 
 
@@ -363,23 +363,6 @@ def _recorded_weights(model: nn.Module) -> list[torch.Tensor]:
 
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return list({(tensor.data_ptr(), tensor.shape): tensor for tensor in state.values()}.values())
-
-
-def _plot(trajectory: WeightTrajectory, path: Path) -> None:
-    states = trajectory.states
-    known = [key for key in ("eval_accuracy", "eval_loss") if all(key in state.metrics for state in states)]
-    if not known:
-        return
-    sizes, scores = [state.num_examples or 0 for state in states], [state.metrics[known[0]] for state in states]
-    name = f"{known[0].removeprefix('eval_')} on the evaluation split"
-    try:
-        from .plotting import plot_forgetting, save_figure
-
-        figure = plot_forgetting(sizes, scores, score_name=name)
-    except ImportError as error:
-        logger.warning(f"{path} is not drawn: {error}")
-        return
-    save_figure(figure, path)
 
 
 def _existing(path: Path) -> Path:

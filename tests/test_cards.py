@@ -577,7 +577,7 @@ def test_a_hole_in_a_card_is_an_error():
 
 def test_the_picture_is_of_the_metric_that_all_states_have(trajectory, record_states):
     pytest.importorskip("matplotlib")
-    assert forgetting_picture(trajectory).axes[0].get_ylabel() == "eval_loss"
+    assert forgetting_picture(trajectory).axes[0].get_ylabel() == "loss on the evaluation split"
     assert forgetting_picture(record_states(make_resnet())) is None
 
 

@@ -31,7 +31,7 @@ from transformers import (
 from know_hf.inspection import inspect_trajectory
 from know_hf.task_arguments import LoraArguments, RecordArguments, check_keys
 from know_hf.task_data import CausalCollator, load_splits, tokenize
-from know_hf.tasks import _plot, plan_task, prepare_task, record_task
+from know_hf.tasks import plan_task, prepare_task, record_task
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "record"
 WORDS = ["good", "bad", "film", "a", "the", "was", "this"]
@@ -199,11 +199,10 @@ def test_text_classification_is_recorded_as_planned(text_arguments):
     assert json.loads((output_dir / "record.json").read_text())["model"] == text_arguments.model
 
 
-def test_the_forgetting_curve_is_drawn(trajectory, tmp_path):
-    pytest.importorskip("know_hf.plotting")
+def test_the_forgetting_curve_is_drawn(text_arguments):
     pytest.importorskip("matplotlib")
-    _plot(trajectory, tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as picture:
+    record_task(text_arguments)
+    with Image.open(Path(text_arguments.output_dir) / "forgetting.png") as picture:
         assert picture.size[0] > 500
 
 

@@ -30,4 +30,9 @@ def forgetting_picture(trajectory: "WeightTrajectory") -> "Figure | None":
     from ..plotting import plot_forgetting
 
     metric = next((name for name in _PREFERRED if name in shared), min(shared))
-    return plot_forgetting(sizes, [state.metrics[metric] for state in states], score_name=metric)
+    name = metric.removeprefix("eval_")
+    return plot_forgetting(
+        sizes,
+        [state.metrics[metric] for state in states],
+        score_name=name if name == metric else f"{name} on the evaluation split",
+    )
