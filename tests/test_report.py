@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from headless_browser import BINARY, HeadlessBrowser
 
+from know_hf.cards.comparisons import tally
 from know_hf.evaluation.comparison import ACCURACY, LOSS
 from know_hf.evaluation.report import read_report, write_report
 from know_hf.evaluation.report_tables import chosen_table, limits, result_table, validity
@@ -418,17 +419,26 @@ def test_reports_stand_side_by_side(report, tmp_path, capsys, monkeypatch):
     for name, arms in (("made-up", ARMS), ("invalid", invalid)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(made_up_report(name, arms)))
-    monkeypatch.setattr("sys.argv", ["summary.py", str(tmp_path / "made-up"), str(tmp_path / "invalid")])
-    runpy.run_path(str(RECIPE), run_name="__main__")
-    first, second = capsys.readouterr().out.split("\n\n")
+
+    def summary(*arguments):
+        monkeypatch.setattr("sys.argv", ["summary.py", *map(str, arguments)])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+        return capsys.readouterr().out
+
+    kept = tmp_path / "comparisons.json"
+    printed = summary(tmp_path / "made-up", tmp_path / "invalid", "--output", kept)
+    assert summary(kept) == printed
+    assert summary(kept, "--arms", "oracle", "--protocol", "source").count("\n") == 5
+    first, second = printed.split("\n\n")
     rows = {cells[1]: cells[2:4] for line in first.splitlines() if (cells := [c.strip() for c in line.split("|")])}
     assert rows["few-shot"] == ["made-up", "invalid"] and second.startswith("| source |")
     assert rows["could show a gain"] == ["yes", "no"]
     values = report["results"][0]["arms"]["known-1"]["minus_naive"]
     low, high = values["ci95"]
-    assert rows["known-1"][0] == f"**{100 * values['mean']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]**"
+    assert rows["known-1"][0] == f"{100 * values['mean']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ↑"
     assert rows["shrink"][0].startswith(("+", "-")) and rows["known-2"][0] == ""
     assert all(rows[arm][1].startswith("(") for arm in ("random", "known-1", "known-2"))
-    monkeypatch.setattr("sys.argv", ["summary.py", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="nothing does not exist: run know-hf compare SUITE --output-dir"):
-        runpy.run_path(str(RECIPE), run_name="__main__")
+        summary(tmp_path / "nothing")
+    few = tally(json.loads(kept.read_text()), "few-shot", "known-1")
+    assert few == {"better": ["made-up"], "worse": [], "neither": []}

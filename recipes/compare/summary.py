@@ -1,101 +1,57 @@
 """Prints the reports of several comparisons side by side, as one Markdown table for each protocol.
 
     python recipes/compare/summary.py outputs/mnist-halves outputs/fashion-resnet
-    python recipes/compare/summary.py outputs/*/ --measure loss
+    python recipes/compare/summary.py know_hf/weights/known-base/comparisons.json --arms random known-step-2 oracle
 
-Rows are arms and columns suites. What stands there is the difference to naive with its 95 % interval, bold where it is
-significant after Holm's correction. A suite that could show nothing, by its own controls, has its numbers in brackets.
+Rows are arms and columns suites. What stands there is the difference to naive with its 95 % interval, and an arrow
+where it is significant after Holm's correction. Numbers of a suite that could show nothing, by its own controls, are
+in brackets. `--output FILE` keeps what the tables need, to be read again and to stand in the card of KNOWN weights
+(`comparisons.json` beside them).
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-Result = Mapping[str, Any]
 
 
 def main() -> None:
     arguments = make_parser().parse_args()
-    reports = [json.loads(read(folder)) for folder in arguments.folders]
-    print("\n\n".join(tables(reports, arguments.measure)))
+
+    from know_hf.cards.comparisons import condensed, protocols, side_by_side
+    from know_hf.cards.rendering import table
+
+    reports = [report for path in arguments.reports for report in read(path)]
+    if arguments.output is not None:
+        kept = [json.dumps(condensed(report, arguments.measure), ensure_ascii=False) for report in reports]
+        arguments.output.write_text("[\n" + ",\n".join(kept) + "\n]\n", encoding="utf-8")
+    names = protocols(reports) if arguments.protocol is None else [arguments.protocol]
+    tables = [side_by_side(reports, name, arguments.measure, arguments.arms) for name in names]
+    print("\n\n".join(table(rows) for rows in tables if len(rows[0]) > 1))
 
 
-def read(folder: Path) -> str:
-    """The text of a folder's report.
+def read(path: Path) -> list[Any]:
+    """The reports of a folder that `know-hf compare` wrote, or of a file.
 
     Raises:
         `SystemExit`: when there is none.
     """
-    path = folder / "report.json" if folder.is_dir() else folder
-    if not path.exists():
-        raise SystemExit(f"{path} does not exist: run know-hf compare SUITE --output-dir {folder} to its end first")
-    return path.read_text(encoding="utf-8")
-
-
-def tables(reports: Sequence[Mapping[str, Any]], measure: str = "accuracy") -> Iterator[str]:
-    """One Markdown table for each protocol that any report has, arms in the order of the first report with them.
-
-    Args:
-        reports (sequence of mappings): Contents of `report.json`.
-        measure (`str`, *optional*, defaults to `"accuracy"`): What is compared.
-    """
-    protocols = list(dict.fromkeys(name for report in reports for name in report["protocols"]))
-    arms = list(dict.fromkeys(name for report in reports for name in report["arms"]))
-    for protocol in protocols:
-        found = [(report["name"], result(report, protocol, measure)) for report in reports]
-        names = [name for name, column in found if column is not None]
-        columns = [column for _, column in found if column is not None]
-        if not columns:
-            continue
-        rows = [[protocol, *names], ["---"] + ["---:"] * len(columns)]
-        rows += [
-            ["could show a gain", *map(validity, columns)],
-            ["naive", *(interval(column, column["arms"]["naive"], sign="") for column in columns)],
-        ]
-        for arm in arms:
-            if arm != "naive" and any(arm in column["arms"] for column in columns):
-                rows.append([arm, *(difference(column, arm) for column in columns)])
-        yield "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def result(report: Mapping[str, Any], protocol: str, measure: str) -> Result | None:
-    """What a report says of a protocol by a measure, if anything."""
-    of_both = (r for r in report["results"] if r["protocol"] == protocol and r["measure"]["name"] == measure)
-    return next(of_both, None)
-
-
-def validity(column: Result) -> str:
-    """Whether the controls of the design allow an answer."""
-    if column["valid"] is None:
-        return "not known"
-    if not column["valid"]:
-        return "no"
-    return "yes" if column["headroom"] else "oracle no better"
-
-
-def difference(column: Result, arm: str) -> str:
-    """An arm minus naive."""
-    if arm not in column["arms"]:
-        return ""
-    text = interval(column, column["arms"][arm]["minus_naive"], sign="+")
-    if arm in (*column["better"], *column["worse"]):
-        text = f"**{text}**"
-    return f"({text})" if column["valid"] is False else text
-
-
-def interval(column: Result, values: Mapping[str, Any], sign: str) -> str:
-    """`mean [low, high]` in the units of tables."""
-    scale, digits = column["measure"]["scale"], column["measure"]["digits"]
-    mean, low, high = (f"{scale * value:{sign}.{digits}f}" for value in (values["mean"], *values["ci95"]))
-    return f"{mean} [{low}, {high}]"
+    file = path / "report.json" if path.is_dir() else path
+    if not file.exists():
+        raise SystemExit(f"{file} does not exist: run know-hf compare SUITE --output-dir {path} to its end first")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, list) else [content]
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="of --output-dir, or a report.json")
+    parser.add_argument(
+        "reports", nargs="+", type=Path, metavar="DIR", help="of --output-dir; or a report.json, or what --output kept"
+    )
     parser.add_argument("--measure", default="accuracy", choices=("accuracy", "loss"), help="accuracy by default")
+    parser.add_argument("--protocol", help="only this one, such as few-shot, linear-probe or source")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these rows, beside naive")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to keep what the tables need, as JSON")
     return parser
 
 

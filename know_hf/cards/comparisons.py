@@ -1,0 +1,117 @@
+"""Reports of several comparisons side by side: what was measured of some KNOWN weights, one column a suite."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .rendering import Table
+
+COMPARISONS_NAME = "comparisons.json"
+
+Report = Mapping[str, Any]
+
+_HEAD = ("name", "description", "seeds", "draws", "trials_per_rate", "seconds")
+_RESULT = ("protocol", "measure", "what", "valid", "headroom", "verdict", "better", "worse", "better_than_controls")
+_DIGITS = 8
+
+
+def condensed(report: Report, measure: str = "accuracy") -> dict[str, Any]:
+    """What these tables need of a `report.json`, in its own form: one measure, no cells, curves or single seeds."""
+    results = []
+    for result in report["results"]:
+        if result["measure"]["name"] != measure:
+            continue
+        arms = {}
+        for name, values in result["arms"].items():
+            arms[name] = {key: _rounded(values[key]) for key in ("mean", "ci95")}
+            if "minus_naive" in values:
+                difference = values["minus_naive"]
+                arms[name]["minus_naive"] = {key: _rounded(difference[key]) for key in ("mean", "ci95", "p_holm")}
+        results.append({**{key: result[key] for key in _RESULT}, "arms": arms})
+    return {
+        **{key: report[key] for key in _HEAD},
+        "arms": {name: {"role": arm["role"]} for name, arm in report["arms"].items()},
+        "results": results,
+    }
+
+
+def protocols(reports: Iterable[Report]) -> list[str]:
+    """Names of all protocols of some reports, the most important first."""
+    return list(dict.fromkeys(result["protocol"] for report in reports for result in report["results"]))
+
+
+def side_by_side(
+    reports: Sequence[Report], protocol: str, measure: str = "accuracy", arms: Sequence[str] | None = None
+) -> Table:
+    """Arms by suites: differences to naive with their 95% intervals, in the units of the reports' own tables.
+
+    An arrow stands where a difference is significant after Holm's correction, up where it is a gain. Numbers of a
+    suite that could show nothing, by its own controls, are in brackets.
+
+    Args:
+        reports (sequence of mappings): Contents of `report.json`, or [`condensed`].
+        protocol (`str`): What of them.
+        measure (`str`, *optional*, defaults to `"accuracy"`): By what.
+        arms (`Sequence[str]`, *optional*): Rows after naive; by default all arms, in the order of the reports.
+
+    Returns:
+        Rows, the first of them the head; no column for a report without the protocol and measure.
+    """
+    found = [(report["name"], _result(report, protocol, measure)) for report in reports]
+    columns = [(name, result) for name, result in found if result is not None]
+    if arms is None:
+        arms = list(dict.fromkeys(arm for _, result in columns for arm in result["arms"]))
+    rows: list[Sequence[object]] = [
+        [protocol, *(name for name, _ in columns)],
+        ["could show a gain", *(_validity(result) for _, result in columns)],
+        ["naive", *(_interval(result, result["arms"]["naive"], sign="") for _, result in columns)],
+    ]
+    for arm in arms:
+        if arm != "naive" and any(arm in result["arms"] for _, result in columns):
+            rows.append([arm, *(_difference(result, arm) for _, result in columns)])
+    return rows
+
+
+def tally(reports: Iterable[Report], protocol: str, arm: str, measure: str = "accuracy") -> dict[str, list[str]]:
+    """Names of the suites in which an arm was `better` or `worse` than naive, or `neither`; only of those that could
+    have shown a gain."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "neither": []}
+    for report in reports:
+        result = _result(report, protocol, measure)
+        if result is not None and result["valid"] and arm in result["arms"]:
+            which = next((key for key in ("better", "worse") if arm in result[key]), "neither")
+            found[which].append(report["name"])
+    return found
+
+
+def _result(report: Report, protocol: str, measure: str) -> Mapping[str, Any] | None:
+    matching = (r for r in report["results"] if r["protocol"] == protocol and r["measure"]["name"] == measure)
+    return next(matching, None)
+
+
+def _validity(result: Mapping[str, Any]) -> str:
+    if result["valid"] is None:
+        return "not known"
+    if not result["valid"]:
+        return "no"
+    return "oracle no better" if result["headroom"] is False else "yes"
+
+
+def _difference(result: Mapping[str, Any], arm: str) -> str:
+    if arm not in result["arms"]:
+        return ""
+    text = _interval(result, result["arms"][arm]["minus_naive"], sign="+")
+    up, down = (result[key] for key in ("better", "worse"))
+    text += " ↑" if arm in up else " ↓" if arm in down else ""
+    return f"({text})" if result["valid"] is False else text
+
+
+def _interval(result: Mapping[str, Any], values: Mapping[str, Any], sign: str) -> str:
+    scale, digits = result["measure"]["scale"], result["measure"]["digits"]
+    mean, low, high = (f"{scale * value:{sign}.{digits}f}" for value in (values["mean"], *values["ci95"]))
+    return f"{mean} [{low}, {high}]"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return value if value is None else round(value, _DIGITS)
