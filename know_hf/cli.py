@@ -28,7 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"know-hf {args.command}: {error}\n")
         return 1
+    finally:
+        _leave_processes()
     return 0
+
+
+def _leave_processes() -> None:
+    """Ends the process group of a launched command: left to the end of the interpreter, it may abort there."""
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def make_parser() -> argparse.ArgumentParser:

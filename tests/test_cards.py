@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import make_resnet
 from huggingface_hub import ModelCard, ModelCardData
+from test_report import made_up_report
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import know_hf
@@ -26,6 +27,7 @@ from know_hf.cards import (
     known_card,
     trajectory_card,
 )
+from know_hf.cards.comparisons import condensed
 from know_hf.cards.provenance import source
 from know_hf.cards.rendering import code, environment, fenced, markdown, python
 from know_hf.cli import make_parser
@@ -232,6 +234,18 @@ def test_the_known_card_says_what_was_measured(results):
             assert f"| {predictor} | {' | '.join(cells)} |" in text
         assert not set(results["trained_on"]) & set(split["trajectories"])
     assert "MNIST" not in text, "what these weights were trained on is for the caller to say"
+
+
+def test_the_known_card_says_what_was_compared():
+    config = KNOWNConfig.from_pretrained(SHIPPED_KNOWN)
+    assert "Not known: no comparison was given" in str(known_card(config, title="x", path="me/x"))
+    reports = [condensed(made_up_report(name)) for name in ("one", "two")]
+    text = str(known_card(config, title="x", path="me/x", comparisons=reports))
+    assert "| few-shot | one | two |" in text and "| source | one | two |" in text
+    cells = [f"{100 * report['results'][0]['arms']['shrink']['minus_naive']['mean']:+.1f} " for report in reports]
+    assert re.search(rf"\| shrink \| {re.escape(cells[0])}\[.*\] \| {re.escape(cells[1])}\[", text)
+    assert "- `two`: Simulated. 10 trajectories, 1 downstream draw of each; 2 minutes of one process." in text
+    assert "published" not in text.partition("## What it was")[0]
 
 
 def test_the_known_card_tells_a_loss_as_a_loss(results):

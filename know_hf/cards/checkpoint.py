@@ -1,5 +1,6 @@
 """The card of an enhanced checkpoint: what was done to which weights, at what cost, and whether it helped."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ from huggingface_hub.utils import yaml_dump
 
 from ..checkpoint import file_sha256
 from ..configuration_known import KNOWNConfig
+from .comparisons import COMPARISONS_NAME, protocols, tally
 from .evidence import comparison_table, eval_results, gate_table, recorded_comparison, recorded_gate
 from .provenance import About, RecordedCard, Source, recorded_fields, source
 from .rendering import Table, clean, code
@@ -59,6 +61,8 @@ class CheckpointCard(RecordedCard):
         predicted_with (`dict[str, str]`): From library to version.
         comparisons (`list[dict]`): As [`~know_hf.cards.evidence.recorded_comparison`] gives them.
         gate (`dict`, *optional*): As [`~know_hf.cards.evidence.recorded_gate`] gives it.
+        elsewhere (`dict`, *optional*): In which of the suites that the shipped KNOWN weights were compared on so many
+            steps were `better` than Θ0, `worse`, or `neither`; and `what` was measured.
     """
 
     template: ClassVar[str] = "checkpoint.md"
@@ -75,6 +79,7 @@ class CheckpointCard(RecordedCard):
     predicted_with: dict[str, str]
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     gate: dict[str, Any] | None = None
+    elsewhere: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -93,11 +98,12 @@ class CheckpointCard(RecordedCard):
     ) -> "CheckpointCard":
         """What a prediction says of itself; see [`checkpoint_card`]."""
         recorded = recorded_fields(trajectory, about, "Enhanced checkpoint")
+        described = _described(predictor, predictor_options, known_revision)
         return cls(
             **recorded,
             trajectory=_trajectory(trajectory, about),
             steps=steps,
-            predictor=_described(predictor, predictor_options, known_revision),
+            predictor=described,
             norm=norm,
             dtype=dtype,
             recalibrated=recalibrated,
@@ -108,6 +114,7 @@ class CheckpointCard(RecordedCard):
             ],
             warnings=list(result.warnings),
             predicted_with=_versions(recorded["recorded_with"]),
+            elsewhere=_elsewhere(described["known"], steps),
         )
 
     def compare(self, comparison: "Comparison | Mapping[str, Any]", arm: str | None) -> None:
@@ -281,6 +288,18 @@ def _known(config: KNOWNConfig, revision: str | None) -> dict[str, Any]:
         "sha256": file_sha256(weights) if place and weights.is_file() else None,
         "trajectories": (config.trained_on or {}).get("trajectories"),
     }
+
+
+def _elsewhere(known: Mapping[str, Any] | None, steps: int) -> dict[str, Any] | None:
+    path = _SHIPPED / Path(known["name"]).name / COMPARISONS_NAME if known and known["shipped"] else None
+    if path is None or not path.exists():
+        return None
+    reports = json.loads(path.read_text(encoding="utf-8"))
+    if not reports:
+        return None
+    protocol = protocols(reports)[0]
+    found = tally(reports, protocol, f"known-step-{steps}")
+    return {"what": protocol, **found} if any(found.values()) else None
 
 
 def _versions(libraries: Mapping[str, str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_known import KNOWN_ROLES, KNOWNConfig
+from .comparisons import protocols, side_by_side
 from .provenance import source
 from .rendering import Card, Table
 
@@ -32,6 +33,8 @@ class KNOWNCard(Card):
         num_parameters (`int`): Of each of the three networks.
         trained_on (`dict`, *optional*): `config.trained_on`.
         results (`dict`, *optional*): Content of the `results.json` that `recipes/meta_train` writes.
+        comparisons (`list[dict]`): Reports of comparisons in which they are an arm, condensed
+            ([`~know_hf.cards.comparisons.condensed`]).
         description (`str`, *optional*): Sentences on the data they were trained on.
         commands (`str`, *optional*): Shell commands that make them again.
         limits (`list[str]`): Sentences on what they are not for.
@@ -44,6 +47,7 @@ class KNOWNCard(Card):
     num_parameters: int
     trained_on: dict[str, Any] | None = None
     results: dict[str, Any] | None = None
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
     description: str | None = None
     commands: str | None = None
     limits: list[str] = field(default_factory=list)
@@ -68,6 +72,16 @@ class KNOWNCard(Card):
     @property
     def num_held_out(self) -> int:
         return sum(len(split.trajectories) for split in self.splits)
+
+    @property
+    def comparison_tables(self) -> list[Table]:
+        """Arms by suites, one table a protocol."""
+        return [side_by_side(self.comparisons, protocol) for protocol in protocols(self.comparisons)]
+
+    @property
+    def has_published(self) -> bool:
+        """Whether weights that were given as `published` were compared too."""
+        return any(arm.startswith("published-step") for report in self.comparisons for arm in report["arms"])
 
     @property
     def coverage_table(self) -> Table:
@@ -149,6 +163,7 @@ def known_card(
     *,
     title: str,
     path: str,
+    comparisons: Sequence[Mapping[str, Any]] = (),
     license: str | None = None,
     description: str | None = None,
     commands: str | None = None,
@@ -161,6 +176,8 @@ def known_card(
         results (`Mapping`, *optional*): Content of the `results.json` that `recipes/meta_train` writes.
         title (`str`): Heading of the card.
         path (`str`): Hub id or folder that the example loads from.
+        comparisons (sequence of `Mapping`, *optional*): Content of the `comparisons.json` that
+            `recipes/compare/summary.py` writes.
         license (`str`, *optional*): License of the weights.
         description (`str`, *optional*): Sentences on the data they were trained on.
         commands (`str`, *optional*): Shell commands that make them again.
@@ -177,6 +194,7 @@ def known_card(
         num_parameters=_num_parameters(config),
         trained_on=config.trained_on,
         results=None if results is None else dict(results),
+        comparisons=[dict(report) for report in comparisons],
         description=description,
         commands=commands,
         limits=list(limits),

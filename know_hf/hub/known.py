@@ -4,9 +4,11 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .. import configuration_known, modeling_known
 from ..cards import known_card
+from ..cards.comparisons import COMPARISONS_NAME
 from ..checkpoint import write_json
 from ..configuration_known import KNOWNConfig
 from ..hub_client import Token
@@ -15,6 +17,7 @@ from .contents import CARD, checkpoint_files, is_weights
 from .pushing import push_checkpoint
 
 _RESULTS = "results.json"
+_KEPT = ("config.json", _RESULTS, COMPARISONS_NAME, CARD)
 _AUTO_MAP = {"AutoConfig": "configuration_known.KNOWNConfig", "AutoModel": "modeling_known.KNOWNModel"}
 
 
@@ -36,7 +39,7 @@ def push_known(
 
     Args:
         model ([`KNOWNModel`], `str` or `Path`): The weights, or their folder. The folder's `README.md` is the card;
-            where there is none it is made from the config and `results.json`.
+            where there is none it is made from the config, `results.json` and `comparisons.json`.
         repo_id, private, revision, create_pr, commit_message, token: See [`push_checkpoint`].
 
     Returns:
@@ -82,16 +85,20 @@ def _copy(source: Path, folder: Path) -> None:
     if not is_known(source):
         raise ValueError(f"{source} holds no KNOWN weights; push a checkpoint with push_checkpoint")
     for name, path in checkpoint_files(source).items():
-        if is_weights(name) or name in ("config.json", _RESULTS, CARD) or name.endswith((".png", ".svg")):
+        if is_weights(name) or name in _KEPT or name.endswith((".png", ".svg")):
             shutil.copy2(path, folder)
 
 
 def _write_card(folder: Path, repo_id: str) -> None:
-    results = folder / _RESULTS
     card = known_card(
         KNOWNConfig.from_pretrained(folder),
-        json.loads(results.read_text(encoding="utf-8")) if results.exists() else None,
+        _content(folder / _RESULTS),
         title=repo_id.split("/")[-1],
         path=repo_id,
+        comparisons=_content(folder / COMPARISONS_NAME) or (),
     )
     (folder / CARD).write_text(str(card), encoding="utf-8")
+
+
+def _content(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
