@@ -14,7 +14,7 @@ from headless_browser import BINARY, HeadlessBrowser
 from know_hf.cards.comparisons import tally
 from know_hf.evaluation.comparison import ACCURACY, LOSS
 from know_hf.evaluation.report import read_report, write_report
-from know_hf.evaluation.report_tables import chosen_table, limits, result_table, validity
+from know_hf.evaluation.report_tables import chosen_table, limits, result_table, validity, verdict
 from know_hf.evaluation.results import ComparisonReport
 
 RECIPE = Path(__file__).parents[1] / "recipes/compare/summary.py"
@@ -412,6 +412,15 @@ def test_a_browser_that_meets_a_problem_says_so(tmp_path):
         assert any("wrong" in problem for problem in browser.problems)
         assert len(browser.problems) >= 2
         assert browser.evaluate("document.images[0].naturalWidth") == 0
+
+
+def test_a_gain_that_a_trivial_control_gives_too_is_not_told_alone():
+    alike = {**ARMS, "shrink": ("control", "predicted", [{}], 0.05)}
+    first = verdict(made_up_report(arms=ARMS))
+    assert "known-1 (+3.9 points" in first and "trivial" not in first
+    told = verdict(made_up_report(arms=alike))
+    assert "are significantly better than naive" in told
+    assert told.endswith(" Not shown to be better than every trivial control: known-1 (against shrink).")
 
 
 def test_reports_stand_side_by_side(report, tmp_path, capsys, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 from .report_figures import ROLES, Report, options_text
 
 _ALPHA = 0.05
+_FEW = 3  # names that are listed in a cell
 _AT_EDGE = 0.25  # share of draws from which on a grid is called too short
 
 
@@ -35,10 +36,20 @@ class ReportTable:
 
 
 def verdict(report: Report) -> str:
-    """The sentence that comes first: what the most important comparison says, or that it says nothing."""
+    """What comes first: what the most important comparison says, or that it says nothing; and of methods that are
+    better than naive, whether they are better than what is trivial too."""
     if not report["results"]:
         return "Nothing was compared: there is no protocol with a result of two arms."
-    return report["results"][0]["verdict"]
+    first = report["results"][0]
+    hardest = {
+        name: first["against_controls"][name]["hardest"]
+        for name in first["better"]
+        if name in first["against_controls"] and name not in first["better_than_controls"]
+    }
+    if not hardest:
+        return first["verdict"]
+    pairs = ", ".join(f"{name} (against {control})" for name, control in hardest.items())
+    return f"{first['verdict']} Not shown to be better than every trivial control: {pairs}."
 
 
 def validity(report: Report) -> tuple[str, str, str]:
@@ -76,13 +87,17 @@ def overview_table(report: Report) -> ReportTable:
             rows.append([*row, *["shows nothing"] * 4])
             continue
         row.append("–" if best is None else f"{best}: {_difference(measure, choosable[best])}")
-        rows.append(row + [", ".join(result[key]) or "none" for key in ("better", "worse", "better_than_controls")])
+        rows.append(row + [_few(result[key]) for key in ("better", "worse", "better_than_controls")])
     head = ["compared by", "valid", "naive", "best of all arms", "better than naive", "worse than naive"]
     return ReportTable(
         "All comparisons. Better and worse are significant after Holm's correction.",
         [*head, "methods better than every control"],
         rows,
     )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names) if 0 < len(names) <= _FEW else f"{len(names)} arms" if names else "none"
 
 
 def result_table(report: Report, number: int) -> ReportTable:
