@@ -10,7 +10,7 @@ COMPARISONS_NAME = "comparisons.json"
 Report = Mapping[str, Any]
 
 _HEAD = ("name", "description", "seeds", "draws", "trials_per_rate", "seconds")
-_RESULT = ("protocol", "measure", "what", "valid", "headroom", "verdict", "better", "worse", "better_than_controls")
+_RESULT = ("protocol", "measure", "what", "valid", "headroom", "better", "worse", "better_than_controls")
 _DIGITS = 8
 
 
@@ -81,6 +81,17 @@ def tally(reports: Iterable[Report], protocol: str, arm: str, measure: str = "ac
             which = next((key for key in ("better", "worse") if arm in result[key]), "neither")
             found[which].append(report["name"])
     return found
+
+
+def better_than_controls(reports: Iterable[Report]) -> list[str]:
+    """Every method that was better than each control of its suite, as "method in protocol of suite"."""
+    return [
+        f"{method} in {result['protocol']} of {report['name']}"
+        for report in reports
+        for result in report["results"]
+        if result["valid"]
+        for method in result["better_than_controls"]
+    ]
 
 
 def _result(report: Report, protocol: str, measure: str) -> Mapping[str, Any] | None:

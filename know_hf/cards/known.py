@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_known import KNOWN_ROLES, KNOWNConfig
-from .comparisons import protocols, side_by_side
+from .comparisons import better_than_controls, protocols, side_by_side
 from .provenance import source
 from .rendering import Card, Table
 
@@ -77,6 +77,10 @@ class KNOWNCard(Card):
     def comparison_tables(self) -> list[Table]:
         """Arms by suites, one table a protocol."""
         return [side_by_side(self.comparisons, protocol) for protocol in protocols(self.comparisons)]
+
+    @property
+    def better_than_controls(self) -> list[str]:
+        return better_than_controls(self.comparisons)
 
     @property
     def has_published(self) -> bool:
