@@ -375,3 +375,17 @@ def test_padding_that_no_text_of_a_batch_needs_is_left_out(texts):
         longest = int(batch["attention_mask"].sum(dim=1).max())
         assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, longest)
         assert batch["labels"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("own", "further"),
+    [
+        (["naive", "known-step-1", "matched-shrink-step-2"], ["x-step-1", "matched-shrink-x-step-2"]),
+        (["naive"], [f"{kind}x-step-{count}" for count in (1, 2, 3) for kind in ("", "matched-shrink-")]),
+    ],
+)
+def test_further_known_weights_get_the_arms_of_the_shipped_ones(own, further, monkeypatch, tmp_path):
+    monkeypatch.setattr("know_hf.evaluation.suites.compare_arms", lambda *_, arms, **__: arms)
+    arms = run_suite("digits", tmp_path, arms=own, known={"x": "folder"})
+    assert [arm.name for arm in arms] == own + further
+    assert {arm.known for arm in arms[len(own) :]} == {"folder"}

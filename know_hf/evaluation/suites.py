@@ -153,8 +153,9 @@ def run_suite(
         arms (sequence, *optional*): Arms instead of the suite's, see [`make_arm`].
         data (`Mapping[str, str]`, *optional*): Folders to read datasets from, by their Hub ids.
         models (`Mapping[str, str]`, *optional*): Folders to read pretrained models from, by their Hub ids.
-        known (`Mapping[str, str]`, *optional*): Further KNOWN weights, from a name to a folder or Hub id: arms at one
-            to three steps of each, and their matched shrinks, are added.
+        known (`Mapping[str, str]`, *optional*): Further KNOWN weights, from a name to a folder or Hub id. Each gets
+            the arms that the shipped ones have, at one to three steps and as matched shrink; all of these where they
+            have none.
         seeds (sequence of `int`, *optional*): Trajectory seeds instead of the suite's.
         num_processes, command, pages (*optional*): As of [`compare_arms`].
 
@@ -167,8 +168,11 @@ def run_suite(
     if not isinstance(suite, Suite):
         suite = load_suite(suite)
     chosen = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in (suite.arms if arms is None else arms)]
+    names = {arm.name for arm in chosen}
     for name, weights in (known or {}).items():
-        chosen += known_step_arms(name=name, known=os.path.expanduser(weights))
+        further = known_step_arms(name=name, known=os.path.expanduser(weights))
+        alike = [arm for shipped, arm in zip(known_step_arms(), further, strict=True) if shipped.name in names]
+        chosen += alike or further
     task = SuiteTask(
         inputs=suite.inputs,
         source=suite.source,
