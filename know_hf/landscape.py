@@ -23,6 +23,7 @@ from .checkpoint import check_free_disk
 from .plotting import LandscapePoint
 
 _PIECE = 2**20  # weights read at a time
+_FLATTEST = 0.5  # height of the grid, of its width
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def loss_landscape(
             every loss. Without it they are those of Θ0 on the whole grid.
         resolution (`int`, *optional*, defaults to `15`): Grid points an axis.
         margin (`float`, *optional*, defaults to `0.25`): How far the grid goes beyond the outermost points, as a
-            share of the distance between them.
+            share of the distance between them; they count as at least half as far apart along one axis as along the
+            other.
 
     Returns:
         [`LossLandscape`].
@@ -116,7 +118,8 @@ def loss_landscape(
             for name, kind, (x, y), loss, off in zip(names, kinds, places, losses, off_plane, strict=True)
         ]
         weights.keep_directions(coefficients)
-        columns, rows = (_axis(places[:, axis], resolution, margin) for axis in (0, 1))
+        least = _FLATTEST * float(np.ptp(places, axis=0).max())
+        columns, rows = (_axis(places[:, axis], resolution, margin, least) for axis in (0, 1))
         grid: list[list[float | None]] = [[None] * resolution for _ in rows]
         model = states[0]()
         cells = [(row, column) for row in range(resolution) for column in range(resolution)]
@@ -201,8 +204,10 @@ def _directions(gram: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
     return vectors * signs / np.sqrt(values), (first, second)
 
 
-def _axis(places: np.ndarray, resolution: int, margin: float) -> list[float]:
+def _axis(places: np.ndarray, resolution: int, margin: float, least: float) -> list[float]:
     low, high = float(places.min()), float(places.max())
+    spare = max(least - (high - low), 0.0) / 2
+    low, high = low - spare, high + spare
     room = margin * (high - low)
     return np.linspace(low - room, high + room, resolution).tolist()
 

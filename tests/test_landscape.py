@@ -69,6 +69,10 @@ def test_the_loss_of_the_grid_is_that_of_its_places():
     places = np.array([point.x for point in found.points])
     assert found.x[0] == pytest.approx(places.min() - 0.5 * np.ptp(places))
     assert found.x[-1] == pytest.approx(places.max() + 0.5 * np.ptp(places))
+    others = np.array([point.y for point in found.points])
+    assert np.ptp(others) < 0.5 * np.ptp(places), "flatter than half as high as wide"
+    assert np.ptp(found.y) == pytest.approx(0.5 * np.ptp(found.x))
+    assert np.mean(found.y) == pytest.approx((others.min() + others.max()) / 2)
 
 
 def test_pieces_change_nothing(monkeypatch):

@@ -88,8 +88,9 @@ def plot_landscape(
         label="other weights, projected on the plane",
     )
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK)
-    shares = [f" ({share:.0%} of their squared distances to Θ0)" for share in explained or ()] or ["", ""]
-    style_axes(axes, title, f"first principal direction of the states{shares[0]}", f"second{shares[1]}", "both")
+    first, second = ("", "") if explained is None else (f"{share:.0%}" for share in explained)
+    below = f"first principal direction of the states{f' ({first} of their squared distances to Θ0)' if first else ''}"
+    style_axes(axes, title, below, f"second{f' ({second})' if second else ''}", "both")
     axes.grid(False)
     axes.set_aspect("equal")
     _label(axes, points)
