@@ -1,5 +1,5 @@
 """Cards are compared whole with the patterns in tests/cards: expected text in which `<n>` stands for a number, `<v>`
-for a version and `<sha>` for hexadecimal digits."""
+for a version, `<sha>` for hexadecimal digits and `<suites>` for names of suites."""
 
 import ast
 import json
@@ -27,7 +27,7 @@ from know_hf.cards import (
     known_card,
     trajectory_card,
 )
-from know_hf.cards.comparisons import condensed
+from know_hf.cards.comparisons import condensed, tally
 from know_hf.cards.provenance import source
 from know_hf.cards.rendering import code, environment, fenced, markdown, python
 from know_hf.cli import make_parser
@@ -40,6 +40,7 @@ PLACEHOLDERS = {
     "<n>": r"[+-]?\d[\d,]*(\.\d+)?(e[+-]\d+)?",
     "<v>": r"\d[\w.+]*",
     "<sha>": "[0-9a-f]+",
+    "<suites>": r"[\w:, -]+",
 }
 COMPARISON = {
     "what": "few-shot transfer",
@@ -247,6 +248,18 @@ def test_the_known_card_says_what_was_compared():
     assert "- `two`: Simulated. 10 trajectories, 1 downstream draw of each; 2 minutes of one process." in text
     assert "against each): known-1 in few-shot of one, " in text
     assert "published" not in text.partition("## What it was")[0]
+
+
+def test_the_card_says_what_the_shipped_weights_did_elsewhere(trajectory, prediction, shipped, tmp_path):
+    card = CheckpointCard.of(trajectory, prediction, shipped, 2)
+    found = tally(json.loads((SHIPPED_KNOWN / "comparisons.json").read_text()), "few-shot", "known-step-2")
+    assert sum(map(len, found.values())) >= 2
+    assert card.elsewhere == {"what": "few-shot", **found}
+    assert f"No difference shown: {', '.join(found['neither']) or 'in none'}." in str(card.render())
+    assert CheckpointCard.of(trajectory, prediction, shipped, 9).elsewhere is None, "no suite has nine steps"
+    shipped.save_pretrained(tmp_path)
+    other = KNOWNModel.from_pretrained(tmp_path)
+    assert CheckpointCard.of(trajectory, prediction, other, 2).elsewhere is None, "those are other weights"
 
 
 def test_the_known_card_tells_a_loss_as_a_loss(results):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -39,6 +40,21 @@ def test_commands_of_know_hf_parse(document):
 def test_files_that_are_named_exist(document):
     for path in re.findall(r"(?:recipes|know_hf|model_cards|tests)/[\w/.-]*\w", document.read_text(encoding="utf-8")):
         assert (ROOT / path).exists(), path
+
+
+def test_tables_of_comparisons_are_those_that_their_commands_print(monkeypatch, capsys):
+    found = 0
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for block in blocks(text, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                if (arguments := shlex.split(line))[:1] == ["python"] and "comparisons.json" in line:
+                    monkeypatch.chdir(ROOT)
+                    monkeypatch.setattr("sys.argv", arguments[1:])
+                    runpy.run_path(arguments[1], run_name="__main__")
+                    assert capsys.readouterr().out.strip() in text, f"{document}: {line}"
+                    found += 1
+    assert found
 
 
 def test_the_readme_has_the_commands_and_the_five_lines():

@@ -295,8 +295,6 @@ def _elsewhere(known: Mapping[str, Any] | None, steps: int) -> dict[str, Any] | 
     if path is None or not path.exists():
         return None
     reports = json.loads(path.read_text(encoding="utf-8"))
-    if not reports:
-        return None
     protocol = protocols(reports)[0]
     found = tally(reports, protocol, f"known-step-{steps}")
     return {"what": protocol, **found} if any(found.values()) else None
