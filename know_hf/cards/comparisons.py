@@ -11,15 +11,13 @@ Report = Mapping[str, Any]
 
 _HEAD = ("name", "description", "seeds", "draws", "trials_per_rate", "seconds")
 _RESULT = ("protocol", "measure", "what", "valid", "headroom", "better", "worse", "better_than_controls")
-_DIGITS = 8
+_DIGITS = 6
 
 
-def condensed(report: Report, measure: str = "accuracy") -> dict[str, Any]:
-    """What these tables need of a `report.json`, in its own form: one measure, no cells, curves or single seeds."""
+def condensed(report: Report) -> dict[str, Any]:
+    """What these tables need of a `report.json`, in its own form: no cells, curves or values of single seeds."""
     results = []
     for result in report["results"]:
-        if result["measure"]["name"] != measure:
-            continue
         arms = {}
         for name, values in result["arms"].items():
             arms[name] = {key: _rounded(values[key]) for key in ("mean", "ci95")}
@@ -83,13 +81,13 @@ def tally(reports: Iterable[Report], protocol: str, arm: str, measure: str = "ac
     return found
 
 
-def better_than_controls(reports: Iterable[Report]) -> list[str]:
+def better_than_controls(reports: Iterable[Report], measure: str = "accuracy") -> list[str]:
     """Every method that was better than each control of its suite, as "method in protocol of suite"."""
     return [
         f"{method} in {result['protocol']} of {report['name']}"
         for report in reports
         for result in report["results"]
-        if result["valid"]
+        if result["valid"] and result["measure"]["name"] == measure
         for method in result["better_than_controls"]
     ]
 

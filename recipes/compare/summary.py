@@ -23,7 +23,7 @@ def main() -> None:
 
     reports = [report for path in arguments.reports for report in read(path)]
     if arguments.output is not None:
-        kept = [json.dumps(condensed(report, arguments.measure), ensure_ascii=False) for report in reports]
+        kept = [json.dumps(condensed(report), ensure_ascii=False) for report in reports]
         arguments.output.write_text("[\n" + ",\n".join(kept) + "\n]\n", encoding="utf-8")
     names = protocols(reports) if arguments.protocol is None else [arguments.protocol]
     tables = [side_by_side(reports, name, arguments.measure, arguments.arms) for name in names]
