@@ -164,12 +164,14 @@ def test_known_comes_back_and_loads(hub: LoopbackHub, tmp_path: Path) -> None:
     files = hub.repo("me/known").files()
     assert files.keys() == {
         "README.md",
+        "comparisons.json",
         "config.json",
         "configuration_known.py",
         "model.safetensors",
         "modeling_known.py",
         "results.json",
     }
+    assert b"| known-step-1 |" in files["README.md"], "what was compared stands in the card"
     assert files["model.safetensors"] == (SHIPPED_KNOWN / "model.safetensors").read_bytes()
     history, expected = torch.randn(10, 5), KNOWNModel.from_pretrained(SHIPPED_KNOWN)
     for loaded in (KNOWNModel.from_pretrained("me/known"), AutoModel.from_pretrained("me/known")):
