@@ -61,7 +61,7 @@ class SmallCNN(PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutputWithNoAttention:
         """Maps images `(B, C, H, W)` to logits `(B, num_labels)`; with labels `(B,)` also the cross-entropy."""
-        # Pooling is several times as fast in this memory format, which a single channel has to be copied to.
+        # Pooling is more than twice as fast in this memory format, which a single channel has to be copied to.
         copied = torch.empty_like(pixel_values, memory_format=torch.channels_last).copy_(pixel_values)
         logits = self.classifier(self.features(copied))
         loss = None if labels is None else cross_entropy(logits, labels)
