@@ -340,3 +340,26 @@ def test_the_weights_as_they_are_are_evaluated_and_nothing_else():
     with torch.no_grad():
         output = model.eval()(**split.test)
     assert trial.test["loss"] == pytest.approx(float(output.loss), rel=1e-5)
+
+
+def test_texts_are_evaluated_in_order_of_length_and_score_the_same():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    model = BertForSequenceClassification(config)
+    lengths = torch.tensor([9, 2, 7, 1, 5, 3])
+    examples = {
+        "input_ids": torch.randint(1, 30, (6, 12)),
+        "attention_mask": (torch.arange(12) < lengths[:, None]).long(),
+        "labels": torch.tensor([0, 1, 2, 0, 1, 2]),
+    }
+    widths = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    one_by_one = evaluate_classifier(model, examples, batch_size=1)
+    assert widths == [1, 2, 3, 5, 7, 9]
+    for size in (None, 2, 4):
+        assert evaluate_classifier(model, examples, batch_size=size) == pytest.approx(one_by_one)
+    assert widths[6:] == [9, 2, 5, 9, 5, 9]
