@@ -28,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"know-hf {args.command}: {error}\n")
         return 1
-    finally:
-        _leave_processes()
+    _leave_processes()
     return 0
 
 

@@ -291,9 +291,9 @@ def _known(config: KNOWNConfig, revision: str | None) -> dict[str, Any]:
 
 
 def _elsewhere(known: Mapping[str, Any] | None, steps: int) -> dict[str, Any] | None:
-    path = _SHIPPED / Path(known["name"]).name / COMPARISONS_NAME if known and known["shipped"] else None
-    if path is None or not path.exists():
+    if known is None or not known["shipped"]:
         return None
+    path = _SHIPPED / Path(known["name"]).name / COMPARISONS_NAME
     reports = json.loads(path.read_text(encoding="utf-8"))
     protocol = protocols(reports)[0]
     found = tally(reports, protocol, f"known-step-{steps}")

@@ -9,8 +9,8 @@ COMPARISONS_NAME = "comparisons.json"
 
 Report = Mapping[str, Any]
 
-_HEAD = ("name", "description", "seeds", "draws", "trials_per_rate", "seconds")
-_RESULT = ("protocol", "measure", "what", "valid", "headroom", "better", "worse", "better_than_controls")
+_HEAD = ("name", "description", "seeds", "draws", "seconds")
+_RESULT = ("protocol", "measure", "valid", "headroom", "better", "worse", "better_than_controls")
 _DIGITS = 6
 
 
@@ -23,13 +23,9 @@ def condensed(report: Report) -> dict[str, Any]:
             arms[name] = {key: _rounded(values[key]) for key in ("mean", "ci95")}
             if "minus_naive" in values:
                 difference = values["minus_naive"]
-                arms[name]["minus_naive"] = {key: _rounded(difference[key]) for key in ("mean", "ci95", "p_holm")}
+                arms[name]["minus_naive"] = {key: _rounded(difference[key]) for key in ("mean", "ci95")}
         results.append({**{key: result[key] for key in _RESULT}, "arms": arms})
-    return {
-        **{key: report[key] for key in _HEAD},
-        "arms": {name: {"role": arm["role"]} for name, arm in report["arms"].items()},
-        "results": results,
-    }
+    return {**{key: report[key] for key in _HEAD}, "results": results}
 
 
 def protocols(reports: Iterable[Report]) -> list[str]:
@@ -102,7 +98,7 @@ def _validity(result: Mapping[str, Any]) -> str:
         return "not known"
     if not result["valid"]:
         return "no"
-    return "oracle no better" if result["headroom"] is False else "yes"
+    return "oracle not clearly better" if result["headroom"] is False else "yes"
 
 
 def _difference(result: Mapping[str, Any], arm: str) -> str:

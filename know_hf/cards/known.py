@@ -85,7 +85,8 @@ class KNOWNCard(Card):
     @property
     def has_published(self) -> bool:
         """Whether weights that were given as `published` were compared too."""
-        return any(arm.startswith("published-step") for report in self.comparisons for arm in report["arms"])
+        results = (result for report in self.comparisons for result in report["results"])
+        return any(arm.startswith("published-step") for result in results for arm in result["arms"])
 
     @property
     def coverage_table(self) -> Table:
