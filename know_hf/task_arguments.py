@@ -328,6 +328,13 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source} is not valid YAML: {error}") from error
 
 
+def read_numbers(content: Any) -> Any:
+    """What a YAML file holds, with numbers such as 1e-5 at any depth, which PyYAML leaves as strings."""
+    if isinstance(content, Mapping):
+        return {key: read_numbers(value) for key, value in content.items()}
+    return [read_numbers(value) for value in content] if isinstance(content, list) else _scalar(content)
+
+
 def _scalar(value: Any) -> Any:
     # YAML 1.1, which PyYAML reads, takes 1e-5 for a string: it wants 1.0e-5.
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value

@@ -67,6 +67,8 @@ def test_an_arm_of_ones_own():
     assert arm.settings == ({"alpha": 0.5, "beta": 0.5},)
     harder = make_arm({"name": "shrink", "tuned": [{"factor": 0.1}]})
     assert harder.predictor == "shrink" and harder.settings == ({"factor": 0.1},)
+    fixed = make_arm({"name": "shrink", "options": {"factor": 0.9}})
+    assert fixed.settings == ({},) and fixed.options == {"factor": 0.9}, "what is given is not tuned"
 
 
 def test_any_registered_predictor_is_an_arm_and_a_method(sources, monkeypatch):

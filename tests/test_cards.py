@@ -255,7 +255,9 @@ def test_the_card_says_what_the_shipped_weights_did_elsewhere(trajectory, predic
     found = tally(json.loads((SHIPPED_KNOWN / "comparisons.json").read_text()), "few-shot", "known-step-2")
     assert sum(map(len, found.values())) >= 2
     assert card.elsewhere == {"what": "few-shot", **found}
-    assert f"No difference shown: {', '.join(found['neither']) or 'in none'}." in str(card.render())
+    text = str(card.render())
+    assert f"No difference shown: {', '.join(found['neither']) or 'in none'}." in text
+    assert f"twice the data did not clearly help either: {', '.join(found['unclear'])}.\n\n" in text
     assert CheckpointCard.of(trajectory, prediction, shipped, 9).elsewhere is None, "no suite has nine steps"
     shipped.save_pretrained(tmp_path)
     other = KNOWNModel.from_pretrained(tmp_path)

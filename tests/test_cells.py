@@ -13,6 +13,8 @@ def whose(cell, advance):
     sys.stderr.write("this is not seen in a worker\n")
     if cell == "bad":
         raise KeyError("planted")
+    if cell == "off":
+        raise ValueError("factor=7 is off; choose less")
     if cell == "dead":
         os._exit(3)
     return os.getpid(), torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
@@ -31,8 +33,14 @@ def test_cells_run_in_other_processes_and_an_error_there_is_told(capfd):
 
 
 def test_a_process_that_dies_is_told():
-    with pytest.raises(RuntimeError, match=r"process that ran cell [01] ended without a result"):
+    with pytest.raises(ChildProcessError, match=r"process that ran cell [01] ended without a result"):
         list(run_cells(whose, ["dead", "dead"], num_processes=2))
+
+
+def test_what_is_wrong_with_the_input_is_told_as_in_one_process():
+    with pytest.raises(ValueError, match=r"^factor=7 is off; choose less$") as told:
+        list(run_cells(whose, ["off", "off"], num_processes=2))
+    assert "Traceback" in str(told.value.__cause__)
 
 
 def test_one_process_runs_the_cells_here_on_one_thread():

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,11 +251,53 @@ def test_results_of_something_else_are_not_mixed_in(finished, task, changed, mes
         compare_arms(task, finished[0], **options)
 
 
+def test_trajectories_can_be_added(task, tmp_path):
+    options = {"protocols": [PROTOCOLS[1]], "arms": ["naive", "average"], "draws": 2}
+    compare_arms(replace(task, trajectory=task.trajectory[0]), tmp_path / "out", **options)
+    cells = {path.name: path.read_bytes() for path in (tmp_path / "out" / "cells").iterdir()}
+    assert compare_arms(task, tmp_path / "out", **options).seeds == (0, 1)
+    assert all((tmp_path / "out" / "cells" / name).read_bytes() == content for name, content in cells.items())
+
+
+def recorded_by_seed(seed, folder, count=3, shift=0):
+    trajectory = WeightTrajectory(folder) if WeightTrajectory.exists(folder) else WeightTrajectory.create(folder)
+    for index in range(trajectory.num_states, count):
+        trajectory.record(make_resnet(seed=10 * seed + index + shift), num_examples=64 >> index, steps=4)
+    return trajectory
+
+
+def test_a_trajectory_that_was_deleted_is_recorded_whole_and_only_as_it_was(tmp_path):
+    task = ComparisonTask(recorded_by_seed, target, source)
+    options = {"protocols": [PROTOCOLS[1]], "draws": 2, "seeds": [0]}
+    expected = compare_arms(task, tmp_path / "whole", arms=["naive", "average"], **options)
+    out, folder = tmp_path / "out", tmp_path / "out" / "trajectories" / "seed-0"
+    compare_arms(task, out, arms=["naive"], **options)
+    shutil.rmtree(folder)
+    recorded_by_seed(0, folder, count=2)  # killed while it was recorded again
+    again = compare_arms(task, out, arms=["naive", "average"], **options)
+    assert WeightTrajectory(folder).num_states == 3
+    assert [cell["measured"] for cell in again.cells] == [cell["measured"] for cell in expected.cells]
+    assert "identity" not in again.to_dict()["trajectories"][0]
+    shutil.rmtree(folder)
+    other = replace(task, trajectory=partial(recorded_by_seed, shift=1))
+    with pytest.raises(ValueError, match="is not the trajectory that the cells of seed 0 in"):
+        compare_arms(other, out, arms=["naive", "average", "ema"], **options)
+
+
+def test_of_trajectories_of_several_lengths_the_states_that_all_have_are_drawn(task, tmp_path):
+    short = recorded_by_seed(2, tmp_path / "short", count=2)
+    both = replace(task, trajectory=[task.trajectory[0], short])
+    report = compare_arms(both, tmp_path / "out", protocols=[AsTheyAre()], arms=["naive", "random"]).to_dict()
+    assert report["states"]["num_examples"] == [64, 32]
+    assert [len(run) for run in report["states"]["measures"]["accuracy"]["per_seed"]] == [2, 2]
+    assert [len(run["states"]) for run in report["trajectories"]] == [5, 2]
+
+
 def test_other_facts_or_trajectories_are_not_mixed_in(finished, task):
     options = {"protocols": PROTOCOLS, "arms": ARMS, "draws": 2}
     with pytest.raises(ValueError, match="holds results with other task"):
         compare_arms(replace(task, facts={"name": "octants"}), finished[0], **options)
-    with pytest.raises(ValueError, match="holds results with other trajectories"):
+    with pytest.raises(ValueError, match="is not the trajectory that the cells of seed 0 in"):
         compare_arms(replace(task, trajectory=list(task.trajectory)[::-1]), finished[0], **options)
 
 
@@ -265,8 +308,11 @@ def test_other_facts_or_trajectories_are_not_mixed_in(finished, task):
         ({"arms": ["naive", "naive"]}, "arm 'naive' must have a name of its own"),
         ({"arms": ["naive", "oracle"]}, "arm 'oracle' needs oracle_model of the task"),
         ({"trials_per_rate": 3}, "arm 'shrink' tries 4 settings, which do not divide trials_per_rate=3"),
-        ({"protocols": []}, "a comparison needs protocols, different seeds and draws, got 0 protocols"),
+        ({"protocols": []}, "a comparison needs protocols, different seeds, draws and trials, got 0 protocols"),
         ({"seeds": [0, 0]}, "different seeds"),
+        ({"trials_per_rate": 0}, "trials_per_rate=0"),
+        ({"protocols": [FineTuning((1e-3,))]}, "a grid of one learning rate, 0.001, has no step to refine"),
+        ({"protocols": [LinearProbe((1e-3, 1e-2), labels_per_class=9)]}, "class 0 has 4 training examples, 9 were"),
         ({"seeds": [0], "draws": 1}, "one draw of one trajectory has no interval"),
         ({"seeds": [0, 2]}, "seed 2 has no trajectory: 2 are given"),
     ],
@@ -308,6 +354,19 @@ def test_measures_of_ones_own(recorded, tmp_path):
     chosen = report.cells[0]["measured"]["few-shot"][0]["chosen"]
     assert trials[chosen]["validation"]["errors"] == min(trial["validation"]["errors"] for trial in trials)
     assert "errors" in str(report)
+
+
+def test_a_probe_has_no_measures_of_ones_own(recorded, tmp_path):
+    task = ComparisonTask(recorded, target, evaluate=errors, measures=(Measure("errors"),))
+    with pytest.raises(ValueError, match="'linear-probe' measures accuracy and loss, not 'errors'; leave it out"):
+        compare_arms(task, tmp_path / "out", protocols=[PROTOCOLS[1]], arms=["naive"], draws=2)
+
+
+def test_what_the_statistics_need_is_asked_for_before_anything_is_run(task, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ImportError, match="confidence intervals need scipy"):
+        compare_arms(task, tmp_path / "out", protocols=PROTOCOLS, arms=ARMS, draws=2)
+    assert not (tmp_path / "out").exists()
 
 
 def errors(model, examples):

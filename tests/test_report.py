@@ -225,8 +225,10 @@ def test_what_was_chosen_is_told_with_its_setting_and_the_end_of_the_grid(report
     for trial in moved["chosen"]["few-shot"]["average"][:4]:
         trial["learning_rate"] = 0.1
     assert {row[0]: row for row in chosen_table(moved, "few-shot").rows}["average"][3] == "40%"
-    assert any("the grid was too short for them" in text and "average" in text for text in limits(moved))
-    assert not any("the grid was too short" in text for text in limits(report))
+    assert not any("too short" in text for text in limits(moved)), "two of three rates are ends"
+    for trial in moved["chosen"]["few-shot"]["average"]:
+        trial["learning_rate"] = 0.13  # beyond the grid
+    assert any("too short for them" in text and "average (100%, by chance 67%)" in text for text in limits(moved))
 
 
 def test_a_suite_that_shows_nothing_says_so_before_any_number(tmp_path):
@@ -242,6 +244,20 @@ def test_a_suite_that_shows_nothing_says_so_before_any_number(tmp_path):
     assert "shows nothing" in body[body.index("All comparisons. Better") :]
     text = files.markdown.read_text()
     assert text.index("nothing is shown") < text.index("## All comparisons")
+
+
+def test_a_training_that_diverged_leaves_a_gap(report, tmp_path):
+    found = copy.deepcopy(report)
+    for curve in found["curves"]:
+        values = curve["measures"]["accuracy"]
+        values["test"][2] = values["test_ci95"][2] = values["validation"][2] = None
+    files = write_report(found, tmp_path)
+    assert "Where a training diverged the curve has a gap" in files.html.read_text()
+    everywhere = copy.deepcopy(found)
+    for curve in everywhere["curves"]:
+        curve["measures"]["accuracy"]["test"] = [None] * 3
+        curve["measures"]["accuracy"]["test_ci95"] = [None] * 3
+    write_report(everywhere, tmp_path)
 
 
 def test_of_one_trajectory_the_page_says_first_that_it_is_one(tmp_path):
@@ -450,4 +466,10 @@ def test_reports_stand_side_by_side(report, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="nothing does not exist: run know-hf compare SUITE --output-dir"):
         summary(tmp_path / "nothing")
     few = tally(json.loads(kept.read_text()), "few-shot", "known-1")
-    assert few == {"better": ["made-up"], "worse": [], "neither": []}
+    assert few == {"better": ["made-up"], "worse": [], "neither": [], "unclear": []}
+    kept_reports = json.loads(kept.read_text())
+    assert tally(kept_reports, "few-shot", "shrink")["neither"] == ["made-up"]
+    kept_reports[0]["results"][0]["headroom"] = False
+    there_was_nothing_to_gain = tally(kept_reports, "few-shot", "shrink")
+    assert there_was_nothing_to_gain["neither"] == [] and there_was_nothing_to_gain["unclear"] == ["made-up"]
+    assert tally(kept_reports, "few-shot", "known-1")["better"] == ["made-up"]

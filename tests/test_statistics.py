@@ -163,6 +163,23 @@ def test_a_method_like_its_controls_is_rarely_better_than_all_of_them():
     assert found / 300 < 0.025
 
 
+def test_a_method_that_is_worse_than_naive_is_not_better_than_every_control():
+    random = np.random.RandomState(5)
+    scores = simulated(random, {"method": -2.0, "average": -5.0}, of_trajectory=0.3)
+    comparison = compare_with_naive(scores, ["method", "average"], controls=["average"])
+    against = comparison.against_controls["method"]
+    assert comparison.worse == ("method", "average") and against.differences["average"].mean > 0
+    assert comparison.better_than_controls == () and against.hardest == "naive" and against.p_value > 0.9
+
+
+def test_without_what_naive_started_from_nothing_says_that_a_gain_could_have_shown():
+    random = np.random.RandomState(6)
+    scores = simulated(random, {"method": 0.0, "oracle": 3.0}, of_trajectory=0.3)
+    comparison = compare_with_naive(scores, ["method"])
+    assert comparison.valid is None and comparison.headroom is True
+    assert "oracle beats naive" in comparison.validity() and "what naive learned is not known" in comparison.validity()
+
+
 def test_a_method_must_be_better_than_every_control():
     random = np.random.RandomState(4)
     scores = simulated(random, {"method": 3.0, "equal": 3.0, "shrink": 0.0}, of_trajectory=0.3)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,55 @@ def test_no_example_is_in_two_parts_and_the_oracle_sees_no_test_example(tmp_path
     assert target.num_labels == 2 and set(target.train["labels"].tolist()) == {0, 1}
 
 
+@pytest.fixture
+def labelled(tmp_path):
+    """A writer of splits with given labels, of one text for each row; gives the folder."""
+
+    def write(**splits):
+        (tmp_path / "data").mkdir()
+        for split, labels in splits.items():
+            lines = [f"{split} {index},{label}" for index, label in enumerate(labels)]
+            (tmp_path / "data" / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
+        return str(tmp_path / "data")
+
+    return write
+
+
+def text_task(texts, data, unseen, **options):
+    side = Side("someone/texts", 4, 2, unseen=unseen, **options)
+    places = {"sources": {"someone/texts": data}, "models": {"someone/bert": str(texts / "bert")}}
+    model = ModelSpec("someone/bert")
+    return make_task(inputs=Inputs(max_length=4), source=side, target=side, model=model, **places)
+
+
+def test_the_pools_own_name_as_unseen_leaks_nothing(texts, labelled):
+    task = text_task(texts, labelled(train=[0, 1] * 10), unseen="train")
+    stored = prepare(task.target, "train", task.inputs, task.sources, str(texts / "bert"))
+    order = stored.rows([0, 1, 0]).tolist()
+    split = task.target_split(0, 0)
+    for part, rows in ((split.train, order[:4]), (split.validation, order[4:6]), (split.test, order[6:])):
+        assert torch.equal(part["labels"], stored.take(np.array(rows))["labels"])
+    assert len(split.test["labels"]) == 14, "each example is used once"
+
+
+@pytest.mark.parametrize(
+    ("unseen", "message"),
+    [
+        ([-1] * 8, r"split 'test' of someone/texts has examples without a label \(class -1\)"),
+        ([0, 2] * 4, r"'train' and 'test' of someone/texts have different classes, \[0, 1, 2\] and \[0, 2\]"),
+    ],
+)
+def test_splits_with_other_classes_are_errors(texts, labelled, unseen, message):
+    data = labelled(train=[0, 1, 2] * 6, test=unseen)
+    with pytest.raises(ValueError, match=message):
+        text_task(texts, data, "test").task({})
+
+
+def test_digits_have_one_split():
+    with pytest.raises(ValueError, match="sklearn/digits has no unseen 'test': it is one set of images"):
+        Side("sklearn/digits", 40, 30, unseen="test")
+
+
 def test_processes_get_the_task_of_a_suite_whole():
     task = make_task().task({})
     copy = pickle.loads(pickle.dumps(task))
@@ -244,11 +294,29 @@ def test_the_small_network_has_the_layers_it_says():
         ({"protocols": [{"kind": "magic"}]}, "is of kind 'magic'; there are fine_tuning"),
         ({"protocols": [{"kind": "linear_probe", "rates": [1]}]}, "unknown key 'rates'"),
         ({"arms": ["naive", "magic"]}, "unknown arm 'magic'"),
+        ({"schedule": {"ration": 0.5}}, "schedule of .* unknown key 'ration'; did you mean 'ratio'"),
+        ({"schedule": {"ratio": 2}}, "ratio"),
+        ({"training": {"learning_rat": 1}}, "training of .* unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ({"training": [3]}, "training of .* must hold keys, got"),
     ],
 )
 def test_a_file_that_is_off_is_an_error(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run_suite(written(tmp_path, **changes), tmp_path / "out")
+
+
+def test_numbers_may_be_written_as_people_do(tmp_path):
+    content = {**yaml.safe_load(KNOWN_TRUTH), "training": {"learning_rate": "3e-5", "use_cpu": True}}
+    content["protocols"] = [{"kind": "linear_probe", "learning_rates": ["1e-3", "1e-2"]}]
+    suite = load_suite(written(tmp_path, yaml.safe_dump(content)))
+    assert suite.training["learning_rate"] == 3e-5 and suite.protocols[0].learning_rates == (1e-3, 1e-2)
+
+
+def test_folders_for_what_the_suite_does_not_read_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="data names 'digits', which known-truth does not read; it reads sklearn/dig"):
+        run_suite(written(tmp_path), tmp_path / "out", data={"digits": "folder"})
+    with pytest.raises(ValueError, match="models names 'bert', which known-truth does not read; it reads none"):
+        run_suite(written(tmp_path), tmp_path / "out", models={"bert": "folder"})
 
 
 def test_a_file_without_a_needed_key_or_any_is_an_error(tmp_path):
@@ -364,6 +432,12 @@ def test_texts_and_adapters_go_the_same_way(texts, tmp_path, lora):
     assert lora is None or scores["compute-matched"].per_seed != scores["naive"].per_seed
     tried = report.cells[0]["measured"]["few-shot"][0]["trials"]
     assert len(tried) == 1 and report.to_dict()["seeds"] == [0, 1]
+    other = tmp_path / "other"
+    shutil.copytree(texts / "bert", other)
+    BertModel(BertConfig.from_pretrained(other)).save_pretrained(other)  # another initialisation
+    with pytest.raises(ValueError, match="holds results with other task"):
+        again = {**sources, "models": {"someone/bert": str(other)}}
+        run_suite(written(tmp_path, TEXTS, model=model), tmp_path / "out", arms=arms, pages=False, **again)
 
 
 def test_padding_that_no_text_of_a_batch_needs_is_left_out(texts):

@@ -66,13 +66,15 @@ def side_by_side(
 
 
 def tally(reports: Iterable[Report], protocol: str, arm: str, measure: str = "accuracy") -> dict[str, list[str]]:
-    """Names of the suites in which an arm was `better` or `worse` than naive, or `neither`; only of those that could
-    have shown a gain."""
-    found: dict[str, list[str]] = {"better": [], "worse": [], "neither": []}
+    """Names of the suites in which an arm was `better` or `worse` than naive, or `neither`; those in which more data
+    did not clearly help either, so that a missing difference is no answer, are `unclear`. Left out are suites that
+    show nothing, where naive does not beat what it started from."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "neither": [], "unclear": []}
     for report in reports:
         result = _result(report, protocol, measure)
         if result is not None and result["valid"] and arm in result["arms"]:
-            which = next((key for key in ("better", "worse") if arm in result[key]), "neither")
+            otherwise = "unclear" if result["headroom"] is False else "neither"
+            which = next((key for key in ("better", "worse") if arm in result[key]), otherwise)
             found[which].append(report["name"])
     return found
 

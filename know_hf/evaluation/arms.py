@@ -135,7 +135,7 @@ def make_arm(spec: str | Mapping[str, Any]) -> Arm:
     Args:
         spec (`str` or `Mapping`): A name of the table in this module's docstring or of a predictor; or the fields of
             [`Arm`], where a `name` of the table gives those that are left out, and any other one needs a `kind`, or
-            else is a prediction.
+            else is a prediction. An option that is given is not tuned.
 
     Raises:
         `ValueError`: for a name or field that is not known.
@@ -154,6 +154,9 @@ def make_arm(spec: str | Mapping[str, Any]) -> Arm:
         arm = _by_name(name)
     except ValueError:
         arm = Arm(name, "predicted", f"prediction of {given.get('predictor', 'known')}")
+    fixed = set(given.get("options", ()))
+    if "tuned" not in given and any(fixed & set(setting) for setting in arm.tuned):
+        given["tuned"] = ()  # what is given is not to be tuned
     return replace(arm, **given)
 
 

@@ -45,8 +45,9 @@ def run_cells(
         `tuple[int, Result]`: The cell's index and its result, in the order in which they end.
 
     Raises:
-        `RuntimeError`: when a worker process ends without a result; an exception of the function in a worker is told
-            with its traceback. In this process it is raised as it is.
+        `ChildProcessError`: when a worker process ends without a result.
+        `RuntimeError`: for an exception of the function in a worker, with its traceback; a `ValueError`, which says
+            what is wrong by itself, is raised as one. In this process all are raised as they are.
     """
     with tqdm(total=units * len(cells), desc=description, unit="step") as bar:
         if num_processes <= 1 or len(cells) <= 1:
@@ -80,14 +81,18 @@ def _in_processes(
                 assert isinstance(connection, Connection)
                 try:
                     kind, content = connection.recv()
-                except EOFError:
-                    raise RuntimeError(
-                        f"the process that ran cell {busy[connection]} ended without a result; was it out of memory?"
+                except (EOFError, ConnectionResetError):
+                    raise ChildProcessError(
+                        f"the process that ran cell {busy[connection]} ended without a result; was it out of memory,"
+                        " or does the script that started it lack `if __name__ == '__main__':`?"
                     ) from None
                 if kind == "advance":
                     _advance(bar, content)
                 elif kind == "error":
-                    raise RuntimeError(f"cell {busy[connection]} failed in its process:\n{content}")
+                    failure = RuntimeError(f"cell {busy[connection]} failed in its process:\n{content['traceback']}")
+                    if content["refusal"] is None:
+                        raise failure
+                    raise ValueError(content["refusal"]) from failure
                 else:
                     index = busy.pop(connection)
                     _hand_out(connection, waiting, busy)
@@ -122,8 +127,9 @@ def _work(function: CellFunction[Cell, Result], connection: Connection) -> None:
                 # Bars of several processes would run over each other; an error's traceback goes by the connection.
                 with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
                     result = function(cell, lambda what: connection.send(("advance", what)))
-            except Exception:
-                connection.send(("error", traceback.format_exc()))
+            except Exception as error:
+                refusal = str(error) if isinstance(error, ValueError) else None
+                connection.send(("error", {"traceback": traceback.format_exc(), "refusal": refusal}))
                 return
             connection.send(("result", result))
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -16,10 +16,13 @@ from ..prediction import SHIPPED_KNOWN
 from ..trajectory import WeightTrajectory
 from .arms import Arm, make_arm
 from .cells import run_cells
+from .comparison import ACCURACY, LOSS
 from .landscape import Landscape, measure_landscape
-from .measuring import ComparisonTask, Recorded, measure_arm, measure_trajectory, trajectory_folder
-from .protocols import MeasuringProtocol
+from .measuring import ComparisonTask, Recorded, device, measure_arm, measure_trajectory, trajectory_folder
+from .probing import LinearProbe
+from .protocols import MeasuringProtocol, first_of_each_class, refined
 from .results import REPORT_NAME, ComparisonReport
+from .statistics import scipy_stats
 from .store import CellStore
 
 _USUAL_STATES = 5  # those of a schedule, and what the shipped KNOWN needs
@@ -84,10 +87,12 @@ def compare_arms(
         `ValueError`: when naive is not among the arms, the task lacks what an arm or protocol needs, an argument is
             off, or the folder holds results of something else.
         `FileExistsError`: when it holds something that is no comparison.
-        `RuntimeError`: when a cell fails in its process.
+        `RuntimeError`, `ChildProcessError`: when a cell fails in its process, or the process ends.
+        `ImportError`: when scipy is missing; told before anything is run.
     """
     output_dir = Path(output_dir)
     recorded = task.recorded
+    scipy_stats()  # missing, it is not to be told after hours
     seeds = list(range(10) if recorded is None else range(len(recorded))) if seeds is None else list(seeds)
     chosen = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in arms or _default_arms(task)]
     _check(task, chosen, protocols, seeds, draws, trials_per_rate)
@@ -97,17 +102,27 @@ def compare_arms(
 
     trajectories = {seed: store.read(f"seed-{seed}.trajectory") for seed in seeds}
     unfinished = {seed for seed, _ in missing}
-    unrecorded = [seed for seed in seeds if trajectories[seed] is None]
-    if recorded is None:
-        places = {seed: trajectory_folder(output_dir, seed) for seed in unfinished}
-        deleted = [seed for seed, place in places.items() if not WeightTrajectory.exists(place)]
-        unrecorded = sorted({*unrecorded, *deleted}, key=seeds.index)
+    unrecorded = [
+        seed
+        for seed, kept in trajectories.items()
+        if kept is None or (seed in unfinished and not _is_there(task, seed, output_dir, len(kept["steps"])))
+    ]
     recording = partial(measure_trajectory, task=task, output_dir=output_dir)
     if unrecorded:
         bar = f"{name}: record"
         for index, result in run_cells(recording, unrecorded, num_processes=num_processes, description=bar):
-            trajectories[unrecorded[index]] = result
-            store.write(f"seed-{unrecorded[index]}.trajectory", result)
+            seed = unrecorded[index]
+            weights = _weights(task.open_trajectory(seed, output_dir))
+            if (kept := trajectories[seed]) is None:
+                trajectories[seed] = {**result, "identity": weights}
+                store.write(f"seed-{seed}.trajectory", {**result, "identity": weights})
+    for seed in seeds if recorded is not None else sorted(unfinished, key=seeds.index):
+        opened, kept = task.open_trajectory(seed, output_dir), trajectories[seed]
+        if kept is not None and kept["identity"] != _weights(opened):
+            raise ValueError(
+                f"{opened.path} is not the trajectory that the cells of seed {seed} in {output_dir} were measured on:"
+                " its weights are others; give another output folder, or the trajectory as it was"
+            )
     picture = None if landscape is None else _landscape(landscape, task, seeds[0], chosen, store)
     measuring = partial(
         measure_arm,
@@ -138,7 +153,9 @@ def compare_arms(
         },
         measures=task.measures,
         cells=tuple(cell for seed in seeds for arm in chosen if (cell := found[seed][arm.name])),
-        trajectories=tuple(trajectory for seed in seeds if (trajectory := trajectories[seed])),
+        trajectories=tuple(
+            {key: value for key, value in kept.items() if key != "identity"} for kept in trajectories.values() if kept
+        ),
         landscape=picture,
         command=command,
     )
@@ -207,15 +224,36 @@ def _check(
         needed = "source" if protocol.on_source else "target"
         if getattr(task, needed) is None:
             raise ValueError(f"protocol {protocol.name!r} needs {needed} of the task; give it, or leave it out")
-    if not protocols or not seeds or draws < 1 or len(set(seeds)) < len(seeds):
+    if not protocols or not seeds or draws < 1 or len(set(seeds)) < len(seeds) or trials_per_rate < 1:
         raise ValueError(
-            f"a comparison needs protocols, different seeds and draws, got {len(protocols)} protocols,"
-            f" seeds={list(seeds)} and draws={draws}"
+            f"a comparison needs protocols, different seeds, draws and trials, got {len(protocols)} protocols,"
+            f" seeds={list(seeds)}, draws={draws} and trials_per_rate={trials_per_rate}"
         )
     if len(seeds) == 1 and draws == 1:
         raise ValueError("one draw of one trajectory has no interval; give more seeds, or at least more draws")
     if (recorded := task.recorded) is not None and max(seeds) >= len(recorded):
         raise ValueError(f"seed {max(seeds)} has no trajectory: {len(recorded)} are given")
+    _check_protocols(task, arms, protocols, seeds[0], trials_per_rate)
+
+
+def _check_protocols(
+    task: ComparisonTask,
+    arms: Sequence[Arm],
+    protocols: Sequence[MeasuringProtocol],
+    seed: int,
+    trials_per_rate: int,
+) -> None:
+    """Tells before anything is run what the first cell would stumble over: the folder is of these protocols then."""
+    of_probe = {measure.name for measure in (ACCURACY, LOSS)}
+    split = None if task.target is None else task.target(seed, 0)
+    for protocol in protocols:
+        if rates := getattr(protocol, "learning_rates", ()):
+            for arm in arms:
+                refined(rates, trials_per_rate // len(arm.settings))
+        if isinstance(protocol, LinearProbe) and (other := [m.name for m in task.measures if m.name not in of_probe]):
+            raise ValueError(f"protocol {protocol.name!r} measures accuracy and loss, not {other[0]!r}; leave it out")
+        if not protocol.on_source and split is not None:
+            first_of_each_class(split.train, getattr(protocol, "labels_per_class", None))
 
 
 def _identity(
@@ -224,7 +262,7 @@ def _identity(
     """What every cell depends on; seeds and arms can be added."""
     return {
         "task": dict(task.facts),
-        "trajectories": None if task.recorded is None else [_recorded_hash(recorded) for recorded in task.recorded],
+        "device": device().type,
         "protocols": [protocol.to_dict() for protocol in protocols],
         "measures": [measure.name for measure in task.measures],
         "draws": draws,
@@ -233,10 +271,18 @@ def _identity(
     }
 
 
-def _recorded_hash(recorded: Recorded) -> list[str]:
+def _weights(trajectory: WeightTrajectory) -> list[str]:
     """What tells one trajectory from another: the hashes of its weights as they were recorded."""
-    files = [file for state in _opened(recorded).states for file in state.files]
+    files = [file for state in trajectory.states for file in state.files]
     return [file.sha256 for file in files if file.path.endswith(".safetensors")]
+
+
+def _is_there(task: ComparisonTask, seed: int, output_dir: Path, num_states: int) -> bool:
+    """Whether the trajectory of a seed is on disk, whole; it may have been deleted, and half of it recorded anew."""
+    if task.recorded is not None:
+        return True
+    folder = trajectory_folder(output_dir, seed)
+    return WeightTrajectory.exists(folder) and WeightTrajectory(folder).num_states >= num_states
 
 
 def _opened(recorded: Recorded) -> WeightTrajectory:

@@ -90,11 +90,11 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class AgainstControls:
-    """Whether a method is better than every control: than having done something trivial.
+    """Whether a method is better than every control: than having done something trivial, or nothing.
 
     Attributes:
-        differences (`dict[str, PairedDifference]`): From control to the method's difference to it.
-        hardest (`str`): The control with the largest one-sided p.
+        differences (`dict[str, PairedDifference]`): From control, naive last, to the method's difference to it.
+        hardest (`str`): The control, or naive, with the largest one-sided p.
         p_value (`float`): That p. To be better than all of them the method must be better than each, each tested at
             the full level (an intersection-union test: R. L. Berger, Technometrics 24, 1982), so that no correction
             is needed.
@@ -147,7 +147,7 @@ class Comparison:
 
     @property
     def better_than_controls(self) -> tuple[str, ...]:
-        """The methods that are significantly better than every control."""
+        """The methods that are significantly better than every control, and than naive."""
         return tuple(name for name, against in self.against_controls.items() if against.p_value < ALPHA / 2)
 
     @property
@@ -212,6 +212,10 @@ class Comparison:
             end = "this shows nothing."
         elif self.headroom is False:
             end = "a gain could hardly have shown: take a missing one as no answer."
+        elif self.valid is None:
+            end = (
+                "what naive learned is not known, since neither random initialisation nor pretrained weights were run."
+            )
         else:
             end = "a gain could have shown."
         return f"In {self.what}, {' and '.join(parts)}: {end}"
@@ -350,7 +354,7 @@ def compare_with_naive(
     }
     controls = [name for name in candidates if name in controls]
     methods = [name for name in candidates if name not in controls] if controls else []
-    against = {name: _against(means, name, controls, measure) for name in methods}
+    against = {name: _against(means, name, [*controls, "naive"], measure) for name in methods}
     return Comparison(what, results, tuple(candidates), against, measure, counted)
 
 

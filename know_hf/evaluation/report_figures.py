@@ -100,8 +100,8 @@ def rates_figure(report: Report, protocol: str) -> ReportFigure | None:
         by_arm.setdefault(curve["arm"], []).append(
             RateCurve(
                 curve["learning_rates"],
-                [scale * value for value in values["test"]],
-                [[scale * end for end in ends] for ends in values["test_ci95"]],
+                [_scaled(scale, value) for value in values["test"]],
+                [[_scaled(scale, end) for end in ends or (None, None)] for ends in values["test_ci95"]],
                 options_text(curve["options"]),
             )
         )
@@ -122,7 +122,8 @@ def rates_figure(report: Report, protocol: str) -> ReportFigure | None:
         f"{measure['name']} against learning rate in {report['protocols'][protocol]['what']}: {len(panels)} panels,"
         " one an arm, naive in grey in each.",
         "Mean on test data at every learning rate that was tried. An arm whose curve has the same peak as naive's at"
-        " another rate is not better, but moved. A control with several settings shares its trials among them.",
+        " another rate is not better, but moved. A control with several settings shares its trials among them. Where a"
+        " training diverged the curve has a gap.",
     )
 
 
@@ -178,6 +179,11 @@ def options_text(options: Mapping[str, Any]) -> str:
 
 
 _POINT_KEYS = ("name", "kind", "x", "y", "loss", "off_plane")
+
+
+def _scaled(scale: float, value: float | None) -> float:
+    """NaN, which leaves a gap in a curve, where a training diverged."""
+    return float("nan") if value is None else scale * value
 
 
 def _measure(report: Report, protocol: str) -> Mapping[str, Any] | None:

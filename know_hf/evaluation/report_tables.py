@@ -10,7 +10,7 @@ from .report_figures import ROLES, Report, options_text
 
 _ALPHA = 0.05
 _FEW = 3  # names that are listed in a cell
-_AT_EDGE = 0.25  # share of draws from which on a grid is called too short
+_AT_EDGE = 0.25  # by how much more of the draws than by chance a grid is called too short
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def chosen_table(report: Report, protocol: str) -> ReportTable | None:
         settings = Counter(options_text(trial["options"]) for trial in chosen if trial["options"])
         common = ", ".join(f"{text} ({count / len(chosen):.0%})" for text, count in settings.most_common(2)) or "–"
         spread = f"{_rate(min(rates))} to {_rate(max(rates))}"
-        rows.append([name, _rate(median(rates)), spread, f"{_share_at_edge(report, protocol, name):.0%}", common])
+        rows.append([name, _rate(median(rates)), spread, f"{_share_at_edge(report, protocol, name)[0]:.0%}", common])
     if not rows:
         return None
     head = ["arm", "median learning rate", "range", "at an end of the grid", "settings chosen most often"]
@@ -223,11 +223,15 @@ def limits(report: Report) -> list[str]:
     sensitivity = report["results"][0]["sensitivity"] if report["results"] else ""
     found += [sensitivity] if sensitivity else []
     for protocol in report["protocols"]:
-        arms = [name for name in report["arms"] if _share_at_edge(report, protocol, name) > _AT_EDGE]
+        arms = []
+        for name in report["arms"]:
+            share, by_chance = _share_at_edge(report, protocol, name)
+            if share > by_chance + _AT_EDGE:
+                arms.append(f"{name} ({share:.0%}, by chance {by_chance:.0%})")
         if arms:
             found.append(
-                f"In {report['protocols'][protocol]['what']}, the best learning rate lay at an end of the grid in more"
-                f" than {_AT_EDGE:.0%} of the draws for {', '.join(arms)}: the grid was too short for them."
+                f"In {report['protocols'][protocol]['what']}, the best learning rate lay at an end of the grid more"
+                f" often than by chance for {', '.join(arms)}: the grid was too short for them."
             )
     if not any(arm["kind"] == "oracle" for arm in report["arms"].values()):
         found.append("No oracle was run: how much could have been gained at all is not known.")
@@ -251,19 +255,22 @@ def _count(report: Report) -> str:
     return f"{count} {report['counted']}"
 
 
-def _share_at_edge(report: Report, protocol: str, arm: str) -> float:
-    """Share of the draws in which the chosen rate was the smallest or largest of those tried with its setting."""
-    grids = {
-        options_text(curve["options"]): curve["learning_rates"]
+def _share_at_edge(report: Report, protocol: str, arm: str) -> tuple[float, float]:
+    """Share of the draws in which the chosen rate was the grid's smallest or largest, or beyond; and the share of all
+    rates tried that are, which is how often that happens where the rate makes no difference."""
+    grid = report["protocols"][protocol].get("learning_rates", [])
+    tried = [
+        rate
         for curve in report["curves"]
         if curve["protocol"] == protocol and curve["arm"] == arm
-    }
-    chosen = report["chosen"].get(protocol, {}).get(arm, [])
-    at_edge = 0
-    for trial in chosen:
-        rates = grids.get(options_text(trial["options"]), [])
-        at_edge += len(rates) > 1 and trial["learning_rate"] in (min(rates), max(rates))
-    return at_edge / len(chosen) if chosen else 0.0
+        for rate in curve["learning_rates"]
+    ]
+    chosen = [trial["learning_rate"] for trial in report["chosen"].get(protocol, {}).get(arm, [])]
+    if len(grid) < 2 or not tried or not chosen:
+        return 0.0, 0.0
+    low, high = min(grid), max(grid)
+    share, by_chance = (sum(not low < rate < high for rate in rates) / len(rates) for rates in (chosen, tried))
+    return share, by_chance
 
 
 def _value(measure: Mapping[str, Any], value: float, sign: str = "") -> str:

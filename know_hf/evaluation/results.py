@@ -44,7 +44,8 @@ pass over keys that they do not know.
                 effect_size          Cohen's d_z, null where all differences are equal
                 minimum_detectable   smallest true difference found with 80 % power at level 0.05 / num_tests, in the
                                      units of the values; for references at level 0.05}}}
-        against_controls  {method: {differences: {control: {mean, ci95, p}}, hardest: control, p}}, p is one-sided}]
+        against_controls  {method: {differences: {control: {mean, ci95, p}}, hardest: control, p}}, p is one-sided;
+                          naive stands among the controls here: a method has to beat it too}]
     curves            [one of each tuned protocol, arm and setting, averaged over seeds and draws: {
         protocol, arm, options: {…}, chosen: share of the draws in which a trial of this setting was chosen,
         learning_rates: [float], measures: {name: {validation: [float], test: [float], test_ci95: [[low, high]]}}}];
@@ -52,7 +53,8 @@ pass over keys that they do not know.
     chosen            {protocol: {arm: [{seed, draw, options, learning_rate}]}}, what validation data chose
     states            null or {num_examples: [int or null], steps: [int], full data first,
                       measures: {name: {mean: [float], per_seed: [[float] for each seed]}}}: the forgetting curve, of
-                      the states as they are on unseen source data
+                      the states as they are on unseen source data; where trajectories have different numbers of them,
+                      of those that all have
     landscape         null or {seed, measure: str, num_examples: int, explained: [share, share] of the states'
                       variance, x: [float], y: [float], loss: [[float or null] for each y], points: [{name, kind:
                       "state" or "arm", x, y, loss, off_plane}]}: the plane through Θ0 along the two first principal
@@ -265,10 +267,11 @@ class ComparisonReport:
         if not self.trajectories or not all(trajectory["states"] for trajectory in self.trajectories):
             return None
         first, measures = self.trajectories[0], {}
+        shared = min(len(trajectory["states"]) for trajectory in self.trajectories)
         for measure in self.measures:
-            values = [[state[measure.name] for state in trajectory["states"]] for trajectory in self.trajectories]
+            values = [[state[measure.name] for state in run["states"][:shared]] for run in self.trajectories]
             measures[measure.name] = {"mean": np.mean(values, axis=0).tolist(), "per_seed": values}
-        return {"num_examples": first["num_examples"], "steps": first["steps"], "measures": measures}
+        return {**{key: first[key][:shared] for key in ("num_examples", "steps")}, "measures": measures}
 
 
 def _result(protocol: str, comparison: Comparison) -> dict[str, Any]:

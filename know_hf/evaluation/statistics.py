@@ -64,7 +64,7 @@ def mean_and_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
     if not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
     mean, error = float(array.mean()), float(array.std(ddof=1) / np.sqrt(len(array)))
-    half_width = float(_scipy_stats().t.ppf((1 + level) / 2, len(array) - 1)) * error
+    half_width = float(scipy_stats().t.ppf((1 + level) / 2, len(array) - 1)) * error
     return Estimate(mean, mean - half_width, mean + half_width)
 
 
@@ -93,7 +93,7 @@ def paired_difference(
     if deviation == 0:  # the same difference at every seed: t is 0/0 or infinite
         return PairedDifference(estimate.mean, estimate.low, estimate.high, float(estimate.mean == 0), None, 0.0)
     n = len(difference)
-    p_value = float(2 * _scipy_stats().t.sf(abs(estimate.mean) / deviation * np.sqrt(n), n - 1))
+    p_value = float(2 * scipy_stats().t.sf(abs(estimate.mean) / deviation * np.sqrt(n), n - 1))
     detectable = deviation * minimum_detectable_effect(n, (1 - level) / num_tests)
     return PairedDifference(estimate.mean, estimate.low, estimate.high, p_value, estimate.mean / deviation, detectable)
 
@@ -116,7 +116,7 @@ def minimum_detectable_effect(n: int, alpha: float = 0.05, power: float = 0.8) -
     """
     if n < 2:
         raise ValueError(f"a paired test needs at least two pairs, got {n}")
-    stats = _scipy_stats()
+    stats = scipy_stats()
     from scipy.optimize import brentq
 
     limit = float(stats.t.ppf(1 - alpha / 2, n - 1))
@@ -174,7 +174,8 @@ def _finite(values: Sequence[float]) -> np.ndarray:
     return array
 
 
-def _scipy_stats() -> ModuleType:
+def scipy_stats() -> ModuleType:
+    """`scipy.stats`; raises `ImportError` with what to install where it is missing."""
     try:
         from scipy import stats
     except ImportError as error:

@@ -60,8 +60,8 @@ class Side:
         train, validation (`int`): Examples to train on, and to make choices by.
         test (`int`, *optional*): Examples that are reported on; by default all that are left.
         pool (`str`, *optional*, defaults to `"train"`): Split that training examples are drawn from.
-        unseen (`str`, *optional*): Split that the others are drawn from; by default the same, of which each example is
-            used once.
+        unseen (`str`, *optional*): Split that the others are drawn from, which must not overlap with `pool`; by
+            default the same, of which each example is used once.
         column (`str`, *optional*): Of image or text; by default `"image"` or `"text"`.
         label (`str`, *optional*, defaults to `"label"`): Column of the class.
         classes (`tuple[int, ...]`, *optional*): The classes that are used; by default all.
@@ -78,6 +78,12 @@ class Side:
     label: str = "label"
     classes: tuple[int, ...] | None = None
     config: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dataset == DIGITS:
+            for name in ("pool", "unseen", "column", "label", "config"):
+                if (value := getattr(self, name)) != getattr(Side, name):
+                    raise ValueError(f"{DIGITS} has no {name} {value!r}: it is one set of images; leave {name} out")
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,7 @@ def prepare(side: Side, split: str, inputs: Inputs, sources: Mapping[str, str], 
         tokenizer (`str`, *optional*): Model whose tokenizer texts need.
 
     Raises:
-        `ValueError`: when a class that is used has no example.
+        `ValueError`: when a class that is used has no example, or a class is negative: no label was given.
     """
     if side.dataset == DIGITS:
         facts: list[Any] = [DIGITS]
@@ -210,6 +216,11 @@ def prepare(side: Side, split: str, inputs: Inputs, sources: Mapping[str, str], 
             save_file(tensors, partial)
             partial.replace(path)
     present = sorted(set(_load(path)["labels"].tolist()))
+    if side.classes is None and present[0] < 0:
+        raise ValueError(
+            f"split {split!r} of {side.dataset} has examples without a label (class {present[0]}); use another split,"
+            " or name the classes"
+        )
     classes = tuple(present) if side.classes is None else side.classes
     if missing := set(classes) - set(present):
         raise ValueError(

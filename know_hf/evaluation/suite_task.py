@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..checkpoint import file_sha256
 from ..recording import induce_forgetting
 from ..schedule import ForgettingSchedule
 from ..trajectory import WeightTrajectory
@@ -97,10 +98,11 @@ class SuiteTask:
         """The task of [`compare_arms`]; all data is read, so that what is missing is told now.
 
         Args:
-            facts (`Mapping[str, Any]`): The suite, JSON values only; hashes of the data are added.
+            facts (`Mapping[str, Any]`): The suite, JSON values only; hashes of the data and of pretrained weights are
+                added.
 
         Raises:
-            `ValueError`: when a split has fewer examples than the suite needs.
+            `ValueError`: when a split has fewer examples than the suite needs, or other classes than the other one.
         """
         for seed_independent in (lambda: self.source_split(0), lambda: self.target_split(0, 0)):
             seed_independent()
@@ -116,7 +118,7 @@ class SuiteTask:
             train_further=self.train_further,
             base_model=self.start if self.model.lora is not None else None,
             model_class=self.model.model_class,
-            facts={**facts, "data": [content_hash(part) for part in parts]},
+            facts={**facts, "data": [content_hash(part) for part in parts], "pretrained": self._pretrained_identity()},
         )
 
     def source_split(self, seed: int) -> Split:
@@ -129,7 +131,7 @@ class SuiteTask:
                 f"the oracle trains on {used} examples, but split {self.source.pool!r} of {self.source.dataset} has"
                 f" {len(rows)} of the classes"
             )
-        rest = rows[used:] if self.source.unseen is None else unseen.rows([seed, _SOURCE, 1])
+        rest = rows[used:] if unseen == pool else unseen.rows([seed, _SOURCE, 1])
         validation, test = self._divide(self.source, rest)
         return Split(pool.take(rows[: self.source.train]), unseen.take(validation), unseen.take(test))
 
@@ -143,7 +145,7 @@ class SuiteTask:
                 f"{used} examples are asked for, but split {self.target.pool!r} of {self.target.dataset} has"
                 f" {len(rows)} of the classes"
             )
-        rest = rows[used:] if self.target.unseen is None else unseen.rows([seed, _TARGET, draw, 1])
+        rest = rows[used:] if unseen == pool else unseen.rows([seed, _TARGET, draw, 1])
         validation, test = self._divide(self.target, rest)
         return Split(pool.take(rows[:used]), unseen.take(validation), unseen.take(test), len(self.target_classes))
 
@@ -193,7 +195,22 @@ class SuiteTask:
         tokenizer = self.model.pretrained and self.models.get(self.model.pretrained, self.model.pretrained)
         make = partial(prepare, side, inputs=self.inputs, sources=self.sources, tokenizer=tokenizer)
         pool = make(side.pool)
-        return pool, pool if side.unseen is None else make(side.unseen)
+        unseen = pool if side.unseen is None else make(side.unseen)
+        if pool.classes != unseen.classes:
+            raise ValueError(
+                f"splits {side.pool!r} and {side.unseen!r} of {side.dataset} have different classes,"
+                f" {list(pool.classes)} and {list(unseen.classes)}; name those that are used in classes"
+            )
+        return pool, unseen
+
+    def _pretrained_identity(self) -> str | None:
+        """What tells other pretrained weights from these: their hash in a folder, their commit on the Hub."""
+        if self.model.pretrained is None or self.model.new:
+            return None
+        place = self.models.get(self.model.pretrained, self.model.pretrained)
+        if files := sorted(Path(place).glob("*.safetensors")):
+            return ",".join(file_sha256(file)[:20] for file in files)
+        return getattr(AutoConfig.from_pretrained(place), "_commit_hash", None)
 
     def _divide(self, side: Side, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         test = len(rows) - side.validation if side.test is None else side.test

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..task_arguments import check_keys
+from transformers import TrainingArguments
+
+from ..schedule import ForgettingSchedule
+from ..task_arguments import check_keys, read_numbers
 from .arms import Arm, known_step_arms, make_arm
 from .compare import compare_arms
 from .landscape import Landscape
@@ -76,6 +79,7 @@ class Suite:
         Raises:
             `ValueError`: for keys that are missing or not known, and for values that are off.
         """
+        content = read_numbers(content)
         names = [f.name for f in fields(cls) if f.name != "content"]
         check_keys(content, names, source)
         required = names[: names.index("draws")]
@@ -86,6 +90,9 @@ class Suite:
         for side in ("source", "target"):
             read[side] = _part(Side, content[side], f"{side} of {source}")
         read["model"] = _part(ModelSpec, content["model"], f"model of {source}")
+        for name, kind in (("schedule", ForgettingSchedule), ("training", TrainingArguments)):
+            _check_mapping(content[name], kind, f"{name} of {source}")
+        _part(ForgettingSchedule, content["schedule"], f"schedule of {source}")
         read["protocols"] = tuple(_protocol(entry, source) for entry in content["protocols"])
         read["arms"] = tuple(make_arm(entry) for entry in content["arms"])
         if content.get("landscape") is not None:
@@ -151,8 +158,8 @@ def run_suite(
         suite ([`Suite`], `str` or `Path`): The suite, its file or name, see [`load_suite`].
         output_dir (`str` or `Path`): As of [`compare_arms`].
         arms (sequence, *optional*): Arms instead of the suite's, see [`make_arm`].
-        data (`Mapping[str, str]`, *optional*): Folders to read datasets from, by their Hub ids.
-        models (`Mapping[str, str]`, *optional*): Folders to read pretrained models from, by their Hub ids.
+        data (`Mapping[str, str]`, *optional*): Folders to read the suite's datasets from, by their Hub ids.
+        models (`Mapping[str, str]`, *optional*): Folders to read its pretrained models from, by their Hub ids.
         known (`Mapping[str, str]`, *optional*): Further KNOWN weights, from a name to a folder or Hub id. Each gets
             the arms that the shipped ones have, at one to three steps and as matched shrink; all of these where they
             have none.
@@ -163,10 +170,20 @@ def run_suite(
         [`ComparisonReport`]: printable.
 
     Raises:
+        `ValueError`: when `data` or `models` name what the suite does not read.
         `ValueError`, `FileExistsError`, `RuntimeError`: as [`load_suite`] and [`compare_arms`].
     """
     if not isinstance(suite, Suite):
         suite = load_suite(suite)
+    for what, given, read in (
+        ("data", data, {suite.source.dataset, suite.target.dataset}),
+        ("models", models, {suite.model.pretrained} - {None}),
+    ):
+        if other := sorted(set(given or {}) - read):
+            raise ValueError(
+                f"{what} names {other[0]!r}, which {suite.name} does not read; it reads"
+                f" {', '.join(sorted(map(str, read))) or 'none'}"
+            )
     chosen = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in (suite.arms if arms is None else arms)]
     names = {arm.name for arm in chosen}
     for name, weights in (known or {}).items():
@@ -201,13 +218,17 @@ def run_suite(
 
 
 def _part(kind: type[Part], content: Any, source: str) -> Part:
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{source} must hold keys, got {content!r}")
-    check_keys(content, [f.name for f in fields(kind)], source)  # type: ignore[arg-type]
+    _check_mapping(content, kind, source)
     try:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
     except TypeError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _check_mapping(content: Any, kind: type, source: str) -> None:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{source} must hold keys, got {content!r}")
+    check_keys(content, [f.name for f in fields(kind)], source)
 
 
 def _protocol(content: Mapping[str, Any], source: str) -> MeasuringProtocol:

@@ -1,5 +1,6 @@
 """Score against learning rate, one panel an arm, naive behind each: whether an arm is better or only moved along."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ class RateCurve:
 
     Attributes:
         rates (`Sequence[float]`): Learning rates, increasing.
-        values (`Sequence[float]`): Score at each rate, in the unit of the axis.
+        values (`Sequence[float]`): Score at each rate, in the unit of the axis; NaN where there is none.
         intervals (`Sequence[tuple[float, float]]`, *optional*): Ends of the interval at each rate.
         label (`str`, *optional*): The setting, where the arm has several.
     """
@@ -63,8 +64,11 @@ def plot_learning_rates(
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw_panel(axes, panel, naive)
-    low, high = _limits(panels, naive)
-    grid[0, 0].set_ylim(low, high)
+    curves = [naive, *(curve for panel in panels for curve in panel.curves)]
+    grid[0, 0].set_ylim(_limits([value for curve in curves for value in curve.values]))
+    # of curves without a value the axis does not know the rates
+    low, high = _limits([math.log10(rate) for curve in curves for rate in curve.rates])
+    grid[0, 0].set_xlim(10**low, 10**high)
     for number, axes in enumerate(grid.flat):
         if number >= len(panels):
             axes.set_visible(False)
@@ -105,9 +109,9 @@ def _draw_curve(axes: "Axes", curve: RateCurve, colour: str, style: str, width: 
         axes.fill_between(curve.rates, lows, highs, color=colour, alpha=0.16, linewidth=0)
 
 
-def _limits(panels: Sequence[RatePanel], naive: RateCurve) -> tuple[float, float]:
-    """Vertical limits that show every curve's own values; intervals may be cut."""
-    values = [value for panel in panels for curve in panel.curves for value in curve.values] + list(naive.values)
-    low, high = min(values), max(values)
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """Limits that show every value that is finite, with some room."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
     room = 0.06 * (high - low) or 0.5
     return low - room, high + room
