@@ -188,7 +188,7 @@ def induce_forgetting(
         `ValueError`: when the subsets are too small, the dataset can't be divided, the trainer's optimizer can't be
             made afresh, a state is not finite, or the folder holds a trajectory of another schedule or other data.
         `OSError`: before the training, when the disk has not the space that all states need.
-        `RuntimeError`: when another process records to the folder.
+        `TrajectoryBusyError`: when another process records to the folder.
     """
     if start not in ("train", "current"):
         raise ValueError(f"start must be 'train' or 'current', got {start!r}")

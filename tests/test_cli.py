@@ -45,6 +45,17 @@ def test_every_public_name_can_be_imported():
         know_hf.KnownModel  # noqa: B018
 
 
+def test_a_folder_that_is_recorded_to_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    busy, free = (WeightTrajectory.create(tmp_path / "trajectory") for _ in range(2))
+    monkeypatch.setattr(know_hf.tasks, "record_task", lambda args: free.record(make_resnet(), num_examples=1, steps=1))
+    command = ["record", "--task", "text-classification", "--model", "m", "--dataset", "d", "--output-dir", "out"]
+    with busy.recording():
+        assert main(command) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"know-hf record: another process is recording to {free.path}; wait for it to end")
+    assert told.count("\n") == 1
+
+
 def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit, match="0"):
         make_parser().parse_args(["--version"])

@@ -18,7 +18,7 @@ from transformers import (
 
 from know_hf import WeightTrajectory
 from know_hf.checkpoint import file_sha256
-from know_hf.trajectory import TrajectoryError
+from know_hf.trajectory import TrajectoryBusyError, TrajectoryError
 
 NAME = "classifier.1.weight"
 
@@ -327,8 +327,11 @@ def test_a_second_recorder_is_refused(tmp_path):
     first = WeightTrajectory.create(tmp_path / "trajectory")
     second = WeightTrajectory.create(tmp_path / "trajectory")
     with first.recording():
-        with pytest.raises(RuntimeError, match="another process is recording to"):
+        with pytest.raises(TrajectoryBusyError, match="another process is recording to"):
             second.record(make_resnet(), num_examples=3, steps=1)
+        with pytest.raises(TrajectoryBusyError, match="another process is recording to"):
+            second.record(make_resnet(), num_examples=3, steps=1, background=True)
+            second.check(wait=True)
         first.record(make_resnet(), num_examples=3, steps=1)
     with pytest.raises(RuntimeError, match="holds 1 states, 0 were expected"):
         second.record(make_resnet(), num_examples=3, steps=1)

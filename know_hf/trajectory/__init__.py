@@ -1,13 +1,14 @@
 """The record on disk of how weights changed: [`WeightTrajectory`] and what `trajectory.json` says."""
 
 from .loading import load_pretrained
-from .manifest import FileRecord, StateRecord, TrajectoryError
+from .manifest import FileRecord, StateRecord, TrajectoryBusyError, TrajectoryError
 from .saving import state_nbytes
 from .weight_trajectory import WeightTrajectory
 
 __all__ = [
     "FileRecord",
     "StateRecord",
+    "TrajectoryBusyError",
     "TrajectoryError",
     "WeightTrajectory",
     "load_pretrained",

@@ -36,6 +36,10 @@ class TrajectoryError(ValueError):
     """A trajectory is damaged, inconsistent or not of a version that can be read."""
 
 
+class TrajectoryBusyError(RuntimeError, BlockingIOError):
+    """Another process records to the folder, or has since it was read."""
+
+
 def _stays_inside(path: str) -> bool:
     return not path.startswith("/") and not re.match(r"\w:", path) and ".." not in re.split(r"[/\\]", path)
 

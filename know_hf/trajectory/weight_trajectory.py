@@ -28,7 +28,15 @@ from ..schedule import ForgettingSchedule
 from .background import BackgroundWriter
 from .checking import check_local_files
 from .loading import check_same_tensors, load_into, load_pretrained
-from .manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord, TrajectoryError, recordable
+from .manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    StateRecord,
+    TrajectoryBusyError,
+    TrajectoryError,
+    recordable,
+)
 from .saving import Snapshot, cached_revision, library_versions, roles_on_disk
 
 
@@ -302,7 +310,7 @@ class WeightTrajectory:
             `TrajectoryError`: when the subset does not shrink or the tensors are not those of state 0; the state is
                 then not entered.
             `OSError`: when a file can't be written; the states before are kept.
-            `RuntimeError`: when another process records to this folder.
+            `TrajectoryBusyError`: when another process records to this folder.
         """
         state = StateRecord(
             index=self.num_states,
@@ -322,6 +330,8 @@ class WeightTrajectory:
             try:
                 with self.recording():
                     written = self._write(snapshot, state, processing_class)
+            except TrajectoryBusyError:
+                raise
             except (OSError, SafetensorError) as error:
                 raise OSError(
                     f"state {state.index} could not be written to {self.path} ({error}); the {state.index} states"
@@ -354,14 +364,14 @@ class WeightTrajectory:
         """Keeps other processes from recording to this folder while the block runs; waits for the writing at its end.
 
         Raises:
-            `RuntimeError`: when another one does so now, or did so since this object read the folder.
+            `TrajectoryBusyError`: when another one does so now, or did so since this object read the folder.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with self._lock:
                 known, found = self._manifest.states, Manifest.read(self.path).states if self.exists(self.path) else ()
                 if len(known) != len(found):
-                    raise RuntimeError(
+                    raise TrajectoryBusyError(
                         f"{self.path} holds {len(found)} states, {len(known)} were expected: another process records"
                         " to it, or has; record to another folder, or open the trajectory again to go on from there"
                     )
@@ -370,7 +380,7 @@ class WeightTrajectory:
                 finally:
                     self._writer.join()
         except Timeout as error:
-            raise RuntimeError(
+            raise TrajectoryBusyError(
                 f"another process is recording to {self.path}; wait for it to end, or record to another folder"
             ) from error
 
