@@ -198,6 +198,13 @@ def _predict(args: argparse.Namespace) -> None:
     from .checkpoint import write_json
     from .prediction import plan_prediction, predict_overflowed_weights
 
+    for flag in ("private", "revision", "create_pr"):
+        if getattr(args, flag) and not args.push_to_hub:
+            raise ValueError(f"--{flag.replace('_', '-')} is of a push; give --push-to-hub too")
+    if args.report and not Path(args.report).absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"--report {args.report}: there is no folder {Path(args.report).parent}; make it first"
+        )
     shared = {
         "trajectory": args.trajectory,
         "known": args.known,

@@ -89,6 +89,7 @@ def merge_adapters(
             is unknown, quantised, incomplete, or not the one that the adapters were trained on.
         `TrajectoryError`: when a file of the trajectory is not the one recorded.
         `FileExistsError`: when `output_dir` is not empty and `overwrite` is off.
+        `ValueError`: when `output_dir` holds the trajectory or the base model.
         `OSError`: when the base model can't be loaded, or the disk has too little space.
     """
     if not isinstance(trajectory, WeightTrajectory):
@@ -102,7 +103,10 @@ def merge_adapters(
             " may be all that distinguishes the states; the default is torch.float32."
         )
     trajectory.verify()
-    with atomic_folder(Path(output_dir), overwrite) as work:
+    sources = [trajectory.path]
+    if isinstance(base_model, str | Path):
+        sources.append(Path(base_model))
+    with atomic_folder(Path(output_dir), overwrite, sources) as work:
         merged = WeightTrajectory.create(work, trajectory.schedule)
         for state in tqdm(trajectory.states, desc="merging adapters", unit="state"):
             model = _merge(base.fresh(), trajectory, state.index)

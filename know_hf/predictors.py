@@ -325,6 +325,8 @@ class LayerScaling:
         if self.depth is not None and not 0 <= self.depth <= 1:
             raise ValueError(f"depth={self.depth!r}: the relative depth of a layer is from 0 (input) to 1 (head)")
         self._base = get_predictor(self.base) if isinstance(self.base, str) else self.base
+        if not isinstance(self._base, Predictor):
+            raise ValueError(f"base={self.base!r}: choose a predictor, by name or as an object")
 
     @property
     def num_states(self) -> int | None:

@@ -188,6 +188,69 @@ def test_an_error_while_overwriting_keeps_the_old_folder(tmp_path):
     assert (target / "mine").read_text() == "precious"
 
 
+def test_two_writers_of_one_folder_do_not_mix(tmp_path):
+    with atomic_folder(tmp_path / "out") as first:
+        (first / "a").write_text("1")
+        with (
+            pytest.raises(BlockingIOError, match=r"another process is writing .*/out; wait"),
+            atomic_folder(first.parent / "out"),
+        ):
+            pass
+        assert (first / "a").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / ".out.partial").mkdir()  # left by a crash
+    with atomic_folder(tmp_path / "out", overwrite=True) as second:
+        (second / "b").write_text("2")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b"]
+
+
+def test_what_is_read_is_not_replaced(tmp_path):
+    source = tmp_path / "project" / "trajectory"
+    source.mkdir(parents=True)
+    for target in (source, source.parent):
+        with (
+            pytest.raises(ValueError, match=r"holds .*trajectory, which is read"),
+            atomic_folder(target, True, [source]),
+        ):
+            pass
+    with atomic_folder(source.parent / "enhanced", True, [source]):
+        pass
+
+
+def test_a_link_leads_to_the_folder_that_is_replaced(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "out").symlink_to(disk)
+    for _ in range(2):
+        with atomic_folder(tmp_path / "out", overwrite=True) as work:
+            (work / "a").write_text("1")
+    assert (tmp_path / "out").is_symlink() and (disk / "a").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
+    with pytest.raises(OSError, match="is a mount point, which no folder can be renamed to"), atomic_folder(tmp_path):
+        raise AssertionError("nothing is done")
+
+
+def test_a_folder_that_can_not_be_replaced_after_all_is_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.name == ".out.partial":
+            raise OSError("planted")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="planted"), atomic_folder(tmp_path / "out", overwrite=True) as work:
+        (work / "new").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
 def test_json_that_can_not_be_written_keeps_the_old_file(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"a": 1})

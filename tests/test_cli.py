@@ -56,6 +56,25 @@ def test_a_folder_that_is_recorded_to_is_told_in_one_line(tmp_path, monkeypatch,
     assert told.count("\n") == 1
 
 
+def test_a_report_that_has_no_folder_is_told_before_the_work(recorded, tmp_path, capsys):
+    command = [
+        "predict",
+        str(recorded),
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--report",
+        str(tmp_path / "no" / "r.json"),
+    ]
+    assert main(command) == 1
+    assert "there is no folder" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", [["--private"], ["--revision", "x"], ["--create-pr"]])
+def test_flags_of_a_push_need_one(recorded, tmp_path, capsys, flag):
+    assert main(["predict", str(recorded), "--output-dir", str(tmp_path / "out"), *flag]) == 1
+    assert f"{flag[0]} is of a push; give --push-to-hub too" in capsys.readouterr().err
+
+
 def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit, match="0"):
         make_parser().parse_args(["--version"])

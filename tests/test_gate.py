@@ -309,7 +309,7 @@ def test_the_card_says_what_the_gate_chose(trajectory, tmp_path):
     assert "| all tensors | those of the state Θ1 as it was recorded |" in card
     assert "| normalisation layers |" not in card
     assert result.gate.rule.replace("|t|", "&#124;t&#124;") in card
-    assert '"since": 1' in card
+    assert "model = trajectory.load_model(1)\nmodel.save_pretrained(" in card and "know-hf predict" not in card
     assert torch.equal(weights(result.path)[BIAS], trajectory.tensor(BIAS, 1))
 
 
@@ -349,8 +349,11 @@ def test_adapters_are_tried_on_their_base_which_stays_as_it_was(record_states, t
         seen.append(value)
         return [abs(value - goal) * (1 + k / 10) for k in range(10)]
 
-    model = base()
+    model = base().train()
+    next(model.parameters()).requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
     result, decided = through(Gate(compute_loss, base_model=model), trajectory, tmp_path, steps=1)
+    assert ([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]) == before
     assert decided.chosen == "Θ1"
     assert len(set(seen)) == 5
     assert torch.equal(weights(result.path)[bias], trajectory.tensor(bias, 1))

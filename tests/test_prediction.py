@@ -8,9 +8,16 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_trajectory import edit_manifest, rewrite_state
 from torch import nn
-from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM, ResNetForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    BeitConfig,
+    BeitForSemanticSegmentation,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetForImageClassification,
+)
 
-from know_hf import KNOWNConfig, KNOWNModel, WeightTrajectory, predict_overflowed_weights
+from know_hf import KNOWNConfig, KNOWNModel, WeightTrajectory, plan_prediction, predict_overflowed_weights
 from know_hf.trajectory import TrajectoryError
 
 CONV = "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
@@ -221,6 +228,86 @@ def test_batch_norm_statistics_are_those_of_the_predicted_weights(trajectory, tm
     assert torch.equal(weights(tmp_path / "out")[MEAN], statistics.running_mean)
 
 
+def test_batch_norm_statistics_have_other_names_on_disk_in_some_models(record_states, tmp_path):
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 4}
+    config = BeitConfig(
+        **sizes, image_size=32, patch_size=8, out_indices=[1, 2, 3, 4], pool_scales=[1], auxiliary_channels=4
+    )
+    trajectory = record_states(BeitForSemanticSegmentation(config), num_states=2)
+    mean = next(name for name in trajectory.names if name.endswith("running_mean"))
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32)}
+    predict_overflowed_weights(
+        trajectory, predictor=Constant(0.1), recalibrate_with=[batch], output_dir=tmp_path / "out"
+    )
+    model = BeitForSemanticSegmentation.from_pretrained(tmp_path / "out")
+    assert mean not in model.state_dict(), "or this tests nothing"
+    assert not torch.equal(weights(tmp_path / "out")[mean], trajectory.tensor(mean))
+
+
+def test_statistics_can_be_computed_for_weights_in_bfloat16(trajectory, tmp_path):
+    batch = {"pixel_values": make_images()[:]["pixel_values"]}
+    options = {"predictor": "shrink", "dtype": torch.bfloat16, "output_dir": tmp_path / "out"}
+    predict_overflowed_weights(trajectory, recalibrate_with=[batch], **options)
+    written = weights(tmp_path / "out")[MEAN]
+    assert written.dtype == torch.bfloat16 and not torch.equal(written, trajectory.tensor(MEAN).bfloat16())
+
+
+def test_numbers_that_are_too_large_for_the_dtype_are_told(record_states, tmp_path):
+    model = make_resnet()
+    model.get_buffer(MEAN.replace("running_mean", "running_var")).fill_(1e5)
+    trajectory = record_states(model, num_states=2)
+    with pytest.raises(ValueError, match=r"running_var' .* has numbers that are too large for torch\.float16"):
+        predict_overflowed_weights(trajectory, predictor="shrink", dtype=torch.float16, output_dir=tmp_path / "out")
+
+
+def test_weights_that_were_all_zero_have_no_ratio(record_states, tmp_path):
+    module = nn.Linear(3, 2)
+    module.bias.data.zero_()
+    trajectory = WeightTrajectory.create(tmp_path / "trajectory")
+    for state in range(2):
+        module.bias.data.fill_(float(state))
+        trajectory.record(module, num_examples=4 >> state, steps=1)
+    result = predict_overflowed_weights(trajectory, predictor=Constant(0.1), output_dir=tmp_path / "out")
+    assert result.to_dict()["tensors"]["bias"]["mean_ratio"] is None
+    json.dumps(result.to_dict(), allow_nan=False)
+    assert "inf" not in str(result) and "inf" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_plan_of_a_predictor_that_differs_by_depth_has_a_time(trajectory):
+    assert plan_prediction(trajectory, predictor="lines").seconds > 0
+
+
+def test_statistics_of_a_plain_module_are_refused_before_the_work(record_states, tmp_path):
+    trajectory = record_states(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), num_states=2)
+    predictor = Constant()
+    with pytest.raises(ValueError, match="is one of a plain module, which can't be loaded here"):
+        predict_overflowed_weights(
+            trajectory,
+            predictor=predictor,
+            recalibrate_with=[{"input": torch.ones(2, 2)}],
+            output_dir=tmp_path / "out",
+        )
+    assert predictor.asked == []
+
+
+@pytest.mark.parametrize("place", ["trajectory", "."])
+def test_the_trajectory_is_not_replaced_by_its_prediction(trajectory_copy, tmp_path, place):
+    with pytest.raises(ValueError, match="which is read: it would be replaced"):
+        predict_overflowed_weights(
+            trajectory_copy,
+            predictor=Constant(),
+            output_dir=trajectory_copy.parent if place == "." else trajectory_copy,
+            overwrite=True,
+        )
+    WeightTrajectory(trajectory_copy).verify()
+
+
+def test_other_weights_are_not_taken_for_known(trajectory, tmp_path):
+    make_resnet().save_pretrained(tmp_path / "resnet")
+    with pytest.raises(ValueError, match="resnet holds no KNOWN weights: there is no "):
+        predict_overflowed_weights(trajectory, tmp_path / "resnet", output_dir=tmp_path / "out")
+
+
 def test_a_predictor_by_name(trajectory, tmp_path):
     predict_overflowed_weights(trajectory, predictor="average", output_dir=tmp_path / "out")
     expected = trajectory.history(FC).mean(dim=0)
@@ -317,6 +404,15 @@ def test_quantised_weights_are_refused(trajectory_copy, known, tmp_path):
             r"predictor_options=\{'factor': 1\} are for a predictor given by its name",
         ),
         ({"known": None, "predictor": "shrnk"}, "unknown predictor 'shrnk'"),
+        (
+            {"known": None, "predictor": "known", "predictor_options": {"kernel": "eager"}},
+            "are not for KNOWN; give known=",
+        ),
+        (
+            {"known": None, "predictor": "shrink", "kernel": "eager"},
+            "kernel='eager' is a form of KNOWN, and 'shrink' is",
+        ),
+        ({"known": None, "predictor": "lines", "predictor_options": {"base": 5}}, "base=5: choose a predictor"),
         (
             {"known": None, "predictor": "shrink", "predictor_options": {"fraction": 1}},
             r"'shrink' takes \(factor.*unexpected keyword argument 'fraction'",

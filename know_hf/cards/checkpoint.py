@@ -1,6 +1,7 @@
 """The card of an enhanced checkpoint: what was done to which weights, at what cost, and whether it helped."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -139,7 +140,8 @@ class CheckpointCard(RecordedCard):
             if not row["predicted"]:
                 rows.append([row["role"], *counts, *["–"] * 5])
                 continue
-            sizes = [f"{row['mean_residual']:.3g}", f"{row['largest_residual']:.3g}", f"{row['mean_ratio']:.2%}"]
+            ratio = "–" if math.isinf(row["mean_ratio"]) else f"{row['mean_ratio']:.2%}"
+            sizes = [f"{row['mean_residual']:.3g}", f"{row['largest_residual']:.3g}", ratio]
             shrinkage = f"{row['shrink_share']:.0%} (× {row['shrink_factor']:.4g})"
             extrapolation = f"{row['extrapolation_share']:.0%} ({row['extrapolation_factor']:+.2f})"
             rows.append([row["role"], *counts, *sizes, shrinkage, extrapolation])

@@ -69,6 +69,8 @@ def prediction_code(card: "CheckpointCard") -> str:
             f"schedule = {card.schedule_call}",
             f"trajectory = induce_forgetting(trainer, schedule, {place})  # trainer: the Trainer of the fine-tuning",
         ]
+    if card.chosen_state:
+        return _state_code(card, names, lines, place)
     arguments = ["trajectory" if lines else place]
     name, options, known = card.predictor["name"], card.predictor["options"], card.known
     if known is not None and known["revision"] is not None:
@@ -94,14 +96,36 @@ def prediction_code(card: "CheckpointCard") -> str:
     if card.recalibrated:
         lines.append("# batches: keyword arguments of the model, made from the source data")
         arguments.append("recalibrate_with=batches")
-    imports = f"from know_hf import {', '.join(sorted(names, key=lambda name: (name.islower(), name)))}"
+    imports = _imports(names)
     call = f"predict_overflowed_weights({', '.join([*arguments, 'output_dir={}'.format(python('enhanced/'))])})"
     return "\n".join([imports, *others, "", *lines, call])
 
 
+def _state_code(card: "CheckpointCard", names: list[str], lines: list[str], place: str) -> str:
+    """How a state that a gate chose is made a checkpoint again: all of it is copied, not predicted."""
+    names = [name for name in names if name != "predict_overflowed_weights"]
+    if not lines:
+        names, lines = ["WeightTrajectory"], [f"trajectory = WeightTrajectory({place})"]
+    base = "" if card.adapter_type is None else ", base_model=base_model"
+    lines = [*lines, f"model = trajectory.load_model({card.chosen_state}{base})"]
+    if card.recalibrated:
+        names = [*names, "recalibrate_batch_norm"]
+        lines.append("# batches: keyword arguments of the model, made from the source data")
+        lines.append("recalibrate_batch_norm(model, batches)")
+    others = []
+    if card.dtype is not None:
+        others.append("import torch")
+        lines.append(f"model.to(torch.{card.dtype})")
+    return "\n".join([_imports(names), *others, "", *lines, 'model.save_pretrained("enhanced/")'])
+
+
+def _imports(names: list[str]) -> str:
+    return f"from know_hf import {', '.join(sorted(names, key=lambda name: (name.islower(), name)))}"
+
+
 def prediction_command(card: "CheckpointCard") -> str | None:
     """The prediction from a recorded trajectory as a command, where there is one."""
-    if card.recalibrated or card.trajectory is not None or card.predictor["module"] is not None:
+    if card.chosen_state or card.recalibrated or card.trajectory is not None or card.predictor["module"] is not None:
         return None
     place = f"{RECORDING}/trajectory" if card.record_arguments else "trajectory/"
     words = ["know-hf", "predict", place, "--steps", str(card.steps)]

@@ -1,49 +1,101 @@
 """Folders that appear whole or not at all, JSON files replaced in one step, hashes, and bytes handed to the disk."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 
 @contextmanager
-def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, overwrite: bool = False, sources: Iterable[Path] = ()) -> Iterator[Path]:
     """A folder to write into that takes the name `target` only when the block ends without an error.
 
     Args:
-        target (`Path`): The final folder.
+        target (`Path`): The final folder; where it is a link, the folder that it leads to.
         overwrite (`bool`, *optional*, defaults to `False`): Whether a folder of that name may be replaced.
+        sources (iterable of `Path`, *optional*): What is read meanwhile; `target` must not hold it.
 
     Raises:
         `FileExistsError`: when `target` holds anything and `overwrite` is off; nothing was written then.
+        `ValueError`: when `target` holds one of the sources.
+        `OSError`: when `target` is a mount point, which can't be replaced.
+        `BlockingIOError`: when another process writes to `target`.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
+    for source in sources:
+        if Path(os.path.realpath(source)).is_relative_to(target):
+            raise ValueError(f"{target} holds {source}, which is read: it would be replaced; name another folder")
+    if os.path.ismount(target):
+        raise OSError(
+            errno.EBUSY, f"{target} is a mount point, which no folder can be renamed to; name one inside of it"
+        )
     if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; name another folder or pass overwrite=True")
-    work = target.with_name(f".{target.name}.partial")
     old = target.with_name(f".{target.name}.old")
-    _remove(work)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        for path in sorted(work.rglob("*")):
-            fsync(path)
-        fsync(work)
-        _remove(old)
-        if target.exists():
-            target.rename(old)
-        work.rename(target)
-        fsync(target.parent)
-        _remove(old)
-    except BaseException:
+    with _work_folder(target.with_name(f".{target.name}.partial"), target) as work:
+        try:
+            yield work
+            for path in sorted(work.rglob("*")):
+                fsync(path)
+            fsync(work)
+            _remove(old)
+            if target.exists():
+                target.rename(old)
+            try:
+                work.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+            fsync(target.parent)
+            _remove(old)
+        except BaseException:
+            _remove(work)
+            raise
+
+
+@contextmanager
+def _work_folder(work: Path, target: Path) -> Iterator[Path]:
+    """A new folder that is locked while the block runs; one that nobody has locked was left by a crash."""
+    with ExitStack() as stack:
+        if work.is_dir() and not work.is_symlink():
+            stack.enter_context(_locked(work, target))
         _remove(work)
-        raise
+        try:
+            work.mkdir(parents=True)
+        except FileExistsError:
+            raise _busy(target) from None
+        stack.enter_context(_locked(work, target))
+        yield work
+
+
+@contextmanager
+def _locked(folder: Path, target: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _busy(target) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _busy(target: Path) -> BlockingIOError:
+    return BlockingIOError(
+        f"another process is writing {target}; wait for it to end, or name another folder. Processes of one launch"
+        " find each other through accelerate: on CPUs, launch with ACCELERATE_USE_CPU=1"
+    )
 
 
 def check_free_disk(path: Path, needed: int) -> None:
@@ -121,7 +173,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _remove(folder: Path) -> None:
-    if folder.is_dir():
+    if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
     else:
         folder.unlink(missing_ok=True)

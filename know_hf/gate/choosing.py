@@ -50,9 +50,10 @@ class GateResult:
         num_values (`int`): Losses of each candidate, over which differences were paired.
         level, margin (`float`): The rule's.
         recipe (`dict`, *optional*): `predictor`, `predictor_options` and `steps` with which
-            [`predict_overflowed_weights`] makes what was chosen without a gate (a state up to rounding), `predictor`
-            being `None` for the one that was given; whether BatchNorm statistics were `recalibrated`; and the `state`
-            that was chosen, 0 for Θ0, `None` where it is none.
+            [`predict_overflowed_weights`] makes what was chosen without a gate, `predictor` being `None` for the one
+            that was given; whether BatchNorm statistics were `recalibrated`; and the `state` that was chosen, 0 for
+            Θ0, `None` where it is none. Of a later state it makes the predicted weights alone, up to rounding: the
+            whole state is `trajectory.load_model(state)`.
     """
 
     chosen: str

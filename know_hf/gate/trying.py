@@ -92,7 +92,7 @@ class Gate:
         collate = self.data_collator or default_data_collator
         values = []
         for batch in DataLoader(self.dataset, self.batch_size, collate_fn=collate):
-            moved = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            moved = {name: _as_taken(value, name, model) for name, value in batch.items()}
             loss = model(**moved).loss
             if loss is None:
                 raise ValueError(
@@ -101,6 +101,14 @@ class Gate:
                 )
             values.append(float(loss))
         return values
+
+
+def _as_taken(value: Any, name: str, model: Any) -> Any:
+    """A batch's value where the model is, in its dtype, which need not be that of the dataset's images."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    is_input = value.is_floating_point() and not name.startswith("label")
+    return value.to(model.device, model.dtype) if is_input else value.to(model.device)
 
 
 def predict_through_gate(
@@ -148,7 +156,8 @@ def predict_through_gate(
     results: dict[str, PredictionResult] = {}
     losses: dict[str, float | Sequence[float]] = {}
     with ExitStack() as stack:
-        place = on_main_process(accelerator, lambda: stack.enter_context(atomic_folder(Path(output_dir), overwrite)))
+        whole = atomic_folder(Path(output_dir), overwrite, [trajectory.path])
+        place = on_main_process(accelerator, lambda: stack.enter_context(whole))
         for number, candidate in enumerate(candidates):
             folder = place / f"candidate-{number}"
             results[candidate.name] = result = predict_overflowed_weights(
@@ -262,6 +271,8 @@ def _tried(gate: Gate, result: PredictionResult, accelerator: Accelerator | None
     device = gate.device or (None if accelerator is None else accelerator.device)
     base = gate.base_model
     home = None if base is None else base.device
+    trained = {} if base is None else {parameter: parameter.requires_grad for parameter in base.parameters()}
+    training = {} if base is None else {module: module.training for module in base.modules()}
     model: Any = result.load_model(base)
     try:
         return gate.losses(model if device is None else model.to(device))
@@ -270,3 +281,7 @@ def _tried(gate: Gate, result: PredictionResult, accelerator: Accelerator | None
             # without its adapter, peft also gives back the modules that were trained beside it as they were before
             model.delete_adapter(model.active_adapter)
             model.unload().to(home)
+            for parameter, required in trained.items():
+                parameter.requires_grad_(required)
+            for module, was_training in training.items():
+                module.training = was_training

@@ -15,6 +15,7 @@ at 4.8 TB/s.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -67,22 +68,24 @@ def prepare_triton(model: KNOWNModel, role: str) -> Callable[[torch.Tensor], tor
         rows = history.detach().to(device, torch.float32)
         residual = torch.empty(len(rows), dtype=torch.float32, device=device)
         num_tiles = triton.cdiv(len(rows), ROWS)
-        if num_tiles:
-            _known[(min(num_tiles, _num_programs(device)),)](
-                rows,
-                residual,
-                history_weights,
-                difference_weights,
-                head_bias,
-                config.leaky_slope,
-                len(rows),
-                *rows.stride(),
-                NUM_STATES=config.num_states,
-                **sides,
-                ROWS=ROWS,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
-            )
+        # Triton launches on the current GPU, whichever the tensors are on
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            if num_tiles:
+                _known[(min(num_tiles, _num_programs(device)),)](
+                    rows,
+                    residual,
+                    history_weights,
+                    difference_weights,
+                    head_bias,
+                    config.leaky_slope,
+                    len(rows),
+                    *rows.stride(),
+                    NUM_STATES=config.num_states,
+                    **sides,
+                    ROWS=ROWS,
+                    num_warps=NUM_WARPS,
+                    enable_fp_fusion=True,
+                )
         return residual.to(history.device)
 
     return run

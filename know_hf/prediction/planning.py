@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoint import TensorSpec, parse_json
 from ..modeling_known import KNOWNModel
-from ..predictors import Predictor, get_predictor
+from ..predictors import DepthPredictor, Predictor, get_predictor
 from ..roles import PREDICTED_ROLES
 from ..trajectory import TrajectoryError, WeightTrajectory
 
@@ -215,16 +215,29 @@ def _predictor(
         raise ValueError("give either known or predictor, not both: a predictor is used instead of KNOWN")
     if options and not isinstance(predictor, str):
         raise ValueError(f"predictor_options={dict(options)} are for a predictor given by its name, got {predictor!r}")
+    if predictor not in (None, "known") and kernel != "auto":
+        raise ValueError(f"kernel={kernel!r} is a form of KNOWN, and {predictor!r} is used instead; leave kernel out")
     if predictor is not None and not isinstance(predictor, str):
         return predictor
     fields = dict(options or {})
     if predictor in (None, "known"):
-        model = known if isinstance(known, KNOWNModel) else KNOWNModel.from_pretrained(known or SHIPPED_KNOWN)
-        fields |= {"model": model if device is None else model.to(device), "kernel": kernel}
+        if fields:
+            raise ValueError(f"predictor_options={fields} are not for KNOWN; give known= and kernel=")
+        model = known if isinstance(known, KNOWNModel) else _load_known(known or SHIPPED_KNOWN)
+        fields = {"model": model if device is None else model.to(device), "kernel": kernel}
     try:
         return get_predictor(predictor or "known", **fields)
     except TypeError as error:
         raise ValueError(str(error)) from error
+
+
+def _load_known(place: str | Path) -> KNOWNModel:
+    model, info = KNOWNModel.from_pretrained(place, output_loading_info=True)
+    if lacking := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{place} holds no KNOWN weights: there is no {lacking[0]!r}; give a folder or Hub id that does"
+        )
+    return model
 
 
 def _refuse_quantised(trajectory: WeightTrajectory) -> None:
@@ -250,10 +263,11 @@ def _seconds(plan: PredictionPlan) -> float:
     if not networks:
         return 0.0
     rows = 0.05 * torch.randn(TRIAL_SIZE, plan.num_states, generator=torch.Generator().manual_seed(0))
+    predictor = plan.predictor.at_depth(0.5) if isinstance(plan.predictor, DepthPredictor) else plan.predictor
     times: list[float] = []
     for _ in range(3):  # the first one compiles
         start = time.perf_counter()
-        plan.predictor.residual(rows, sorted(networks)[0])
+        predictor.residual(rows, sorted(networks)[0])
         times.append(time.perf_counter() - start)
     return min(times) / TRIAL_SIZE * plan.predicted * plan.steps
 

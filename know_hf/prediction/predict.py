@@ -21,6 +21,7 @@ from ..distributed import on_every_process, on_main_process
 from ..modeling_known import KNOWNModel
 from ..plotting import save_figure
 from ..predictors import Predictor
+from ..roles import names_on_disk
 from ..trajectory import WeightTrajectory, load_pretrained
 from .planning import PredictionPlan, plan_prediction
 from .report import ResidualReport, range_warnings, table
@@ -151,10 +152,11 @@ def predict_overflowed_weights(
     Raises:
         `TrajectoryError`: when a file is not the one recorded, states are out of order or differ in their tensors, a
             value is not finite, or weights are quantised; names tensor and state.
-        `ValueError`: when the trajectory has fewer states than the predictor needs, an argument is off, or a gate got
-            losses that can't be compared.
+        `ValueError`: when the trajectory has fewer states than the predictor needs, an argument is off, `output_dir`
+            holds the trajectory, a number is too large for `dtype`, or a gate got losses that can't be compared.
         `FileExistsError`: when `output_dir` is not empty and `overwrite` is off.
-        `OSError`: before the work, when the disk has not the space that the checkpoint needs.
+        `OSError`: before the work, when the disk has not the space that the checkpoint needs, or another process
+            writes to `output_dir`.
         `HubError`: when the checkpoint can't be pushed; if that shows only after the work, it is in `output_dir`.
         `RuntimeError`: on the other processes, when one failed.
     """
@@ -176,9 +178,15 @@ def predict_overflowed_weights(
             f"{trajectory.path} is one of adapters, which hold no BatchNorm statistics: recalibrate the model they are"
             " loaded on with recalibrate_batch_norm(model, batches)"
         )
+    if recalibrate_with is not None and not (trajectory.path / "config.json").exists():
+        raise ValueError(
+            f"{trajectory.path} is one of a plain module, which can't be loaded here to compute BatchNorm statistics:"
+            " load the prediction into it and call recalibrate_batch_norm(model, batches)"
+        )
     hub: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
+    repo_id = None
     if push_to_hub is not None:
-        on_main_process(accelerator, lambda: _check_push(trajectory, push_to_hub, hub))
+        repo_id = on_main_process(accelerator, lambda: _check_push(trajectory, push_to_hub, hub))
     by_name = predictor if isinstance(predictor, str) and predictor != "known" else None
 
     def write_card(work: Path, result: PredictionResult, decided: "GateResult | None" = None) -> None:
@@ -197,7 +205,7 @@ def predict_overflowed_weights(
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             recalibrated=recipe.get("recalibrated", recalibrate_with is not None),
             gate=None if decided is None else decided.to_dict(),
-            repo_id=push_to_hub,
+            repo_id=repo_id,
             picture=None if picture is None else _PICTURE,
         ).save(work / "README.md")
 
@@ -218,8 +226,8 @@ def predict_overflowed_weights(
             finish=write_card if card else None,
         )
         result.gate = decided
-        if push_to_hub is not None:
-            result.url = on_main_process(accelerator, lambda: _push(result.path, push_to_hub, hub))
+        if repo_id is not None:
+            result.url = on_main_process(accelerator, lambda: _push(result.path, repo_id, hub))
         return result
 
     part, parts = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
@@ -227,7 +235,7 @@ def predict_overflowed_weights(
     with ExitStack() as stack:
 
         def begin() -> Path:
-            work = stack.enter_context(atomic_folder(Path(output_dir), overwrite))
+            work = stack.enter_context(atomic_folder(Path(output_dir), overwrite, [trajectory.path]))
             for path in trajectory.model_files:
                 target = work / path.relative_to(trajectory.path)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +261,7 @@ def predict_overflowed_weights(
             if card:
                 write_card(work, result)
             stack.close()
-            return None if push_to_hub is None else _push(result.path, push_to_hub, hub)
+            return None if repo_id is None else _push(result.path, repo_id, hub)
 
         work = on_main_process(accelerator, begin)
         writer = make_writer(work)
@@ -269,12 +277,12 @@ def predict_overflowed_weights(
     return result
 
 
-def _check_push(trajectory: WeightTrajectory, repo_id: str, hub: Mapping[str, Any]) -> None:
+def _check_push(trajectory: WeightTrajectory, repo_id: str, hub: Mapping[str, Any]) -> str:
     from ..hub import architecture_of, check_push
 
     kind: Literal["adapter", "checkpoint"] = "adapter" if trajectory.is_adapter else "checkpoint"
     architecture = None if trajectory.is_adapter else architecture_of(trajectory.path / "config.json")
-    check_push(repo_id, kind=kind, architecture=architecture, **hub)
+    return check_push(repo_id, kind=kind, architecture=architecture, **hub)
 
 
 def _push(folder: Path, repo_id: str, hub: Mapping[str, Any]) -> str:
@@ -330,10 +338,18 @@ def recalibrate_checkpoint(
     folder: Path, batches: Any, trajectory: WeightTrajectory, model_class: type[PreTrainedModel] | None
 ) -> None:
     """Measures the BatchNorm statistics of a checkpoint anew, in its files."""
-    model = load_pretrained(folder, model_class)
+    model = load_pretrained(folder, model_class).float()  # what batches usually are; written in the file's dtype
     recalibrate_batch_norm(model, batches)
-    state = model.state_dict()
-    replace_tensors(
-        folder,
-        {name: state[name] for name, role in trajectory.roles.items() if role.role == "copied" and name in state},
-    )
+    state, on_disk = model.state_dict(), names_on_disk(model)
+    measured = {
+        on_disk[name]: tensor
+        for name, tensor in state.items()
+        if name in on_disk and on_disk[name] in trajectory.roles and trajectory.roles[on_disk[name]].role == "copied"
+    }
+    for name in state:
+        if name.endswith(("running_mean", "running_var")) and on_disk.get(name) not in measured:
+            raise ValueError(
+                f"the BatchNorm statistics {name!r} of {type(model).__name__} have no place in {folder}: they can't be"
+                " computed anew in the files; recalibrate the model once it is loaded"
+            )
+    replace_tensors(folder, measured)

@@ -89,7 +89,7 @@ class ResidualReport:
 
     @property
     def mean_ratio(self) -> float:
-        """Σ|Θ̂ − Θ0| / Σ|Θ0| over the predicted weights."""
+        """Σ|Θ̂ − Θ0| / Σ|Θ0| over the predicted weights; infinite where all of Θ0 is zero."""
         if not self._weight_sum:
             return float("inf") if self._residual_sum else 0.0
         return self._residual_sum / self._weight_sum
@@ -121,11 +121,12 @@ class ResidualReport:
         """Share of ‖R‖² that lies along Θ0 − Θ1: cos²(R, Θ0 − Θ1), from 0 to 1. It can overlap with `shrink_share`."""
         return _ratio(self._residual_move**2, self._residual_square * self._move_square)
 
-    def to_dict(self) -> dict[str, int | float]:
-        """All figures, JSON values only."""
+    def to_dict(self) -> dict[str, int | float | None]:
+        """All figures, JSON values only: `None` for a ratio to weights that are all zero."""
         properties = [name for name, value in vars(ResidualReport).items() if isinstance(value, property)]
         names = [field.name for field in fields(self) if not field.name.startswith("_")] + properties
-        return {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def table(reports: Mapping[str, ResidualReport], heading: str) -> str:
@@ -141,7 +142,8 @@ def table(reports: Mapping[str, ResidualReport], heading: str) -> str:
     for name, r in reports.items():
         cells = [f"{r.tensors:,}", f"{r.parameters:,}", f"{r.unchanged:,}"]
         if r.predicted:
-            cells += [f"{r.mean_residual:.3g}", f"{r.largest_residual:.3g}", f"{r.mean_ratio:.2%}"]
+            ratio = "-" if math.isinf(r.mean_ratio) else f"{r.mean_ratio:.2%}"
+            cells += [f"{r.mean_residual:.3g}", f"{r.largest_residual:.3g}", ratio]
             cells += [f"{r.shrink_share:.0%}", f"{r.extrapolation_share:.0%}"]
         else:
             cells += ["-"] * 5

@@ -95,7 +95,7 @@ class _Predicting:
         if history is None:
             if tensor.role != "copied":
                 _check_finite(original[None], piece.name, trajectory)
-            return original.to(tensor.spec.dtype), report
+            return self._cast(original, piece.name), report
         _check_finite(history, piece.name, trajectory)
         residual = self._residual(history, piece.name, tensor.network or "")
         if not is_finite(residual):
@@ -105,12 +105,26 @@ class _Predicting:
             )
         used = history[-self.plan.num_states :]
         trained_on = self.plan.trained_on(tensor.network or "")
-        unchanged = original.to(tensor.spec.dtype)
+        unchanged = self._cast(original, piece.name)
         result = _plus(original, residual, unchanged)
+        self._check_cast(result, piece.name)
         report += ResidualReport.of(used, residual, trained_on)
         if result.dtype != torch.float32:
             report.lost = int(((residual != 0) & (result == unchanged)).sum())
         return result, report
+
+    def _cast(self, original: torch.Tensor, name: str) -> torch.Tensor:
+        cast = original.to(self.plan.tensors[name].spec.dtype)
+        if cast.dtype != original.dtype and is_finite(original):
+            self._check_cast(cast, name)
+        return cast
+
+    def _check_cast(self, cast: torch.Tensor, name: str) -> None:
+        if cast.is_floating_point() and not is_finite(cast):
+            raise ValueError(
+                f"tensor {name!r} of {self.plan.trajectory.path} has numbers that are too large for {cast.dtype};"
+                " write bfloat16 or float32"
+            )
 
     def _residual(self, history: torch.Tensor, name: str, network: str) -> torch.Tensor:
         """Sum of the residuals of all steps, `(N,)` float32 on the CPU, from a history `(S, N)`."""
