@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
+from .roles import is_partitioned
+
 T = TypeVar("T")
 
 
@@ -115,7 +117,7 @@ def gather_state_dict(model: nn.Module, trainer: Trainer | None) -> dict[str, to
         `ValueError`: when the weights are in parts and no trainer was given.
     """
     if trainer is None:
-        if type(model).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
+        if type(model).__name__.startswith(("FSDP", "FullyShardedDataParallel")) or is_partitioned(model):
             raise ValueError(
                 f"no process holds the whole weights of this {type(model).__name__}; give the callback its trainer:"
                 " WeightTransitionCallback(output_dir, trainer=trainer)"

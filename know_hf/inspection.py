@@ -30,7 +30,8 @@ class TrajectorySummary:
         for state in self.states:
             values = [f"{state.metrics[name]:.4f}" if name in state.metrics else "-" for name in metrics]
             moved = [f"{self.displacement[role][state.index]:.4f}" for role in roles]
-            rows.append([str(state.index), f"{state.num_examples:,}", f"{state.steps:,}", *values, *moved])
+            examples = state.size if state.num_examples is None else f"{state.num_examples:,}"
+            rows.append([str(state.index), examples, f"{state.steps:,}", *values, *moved])
         count = [["role", "tensors", "parameters"]]
         count += [[role, f"{self.tensors[role]:,}", f"{self.parameters[role]:,}"] for role in self.tensors]
         moved_means = "moved: distance from state 0 relative to its length"
@@ -55,7 +56,7 @@ def inspect_trajectory(trajectory: WeightTrajectory) -> TrajectorySummary:
         summary.parameters[role] = summary.parameters.get(role, 0) + trajectory.shape(name).numel()
         if role == "copied":
             continue
-        newest_first = trajectory.history(name).flip(0).flatten(1).double()
+        newest_first = trajectory.read_history(name).flip(0).double()
         length[role] = length.get(role, 0.0) + float(newest_first[0].square().sum())
         distance[role] = distance.get(role, 0.0) + (newest_first - newest_first[0]).square().sum(dim=1)
     for role, squared in distance.items():

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
@@ -21,6 +22,7 @@ from transformers.utils import logging
 from .checkpoint import check_free_disk
 from .distributed import check_gathering, gather_state_dict, is_sharded, on_main_process, reshard
 from .inspection import displacement
+from .roles import is_adapter
 from .schedule import ForgettingSchedule
 from .subsets import Subset, divide
 from .trajectory import StateRecord, WeightTrajectory, state_nbytes
@@ -45,7 +47,8 @@ class WeightTransitionCallback(TrainerCallback):
 
     Args:
         output_dir (`str` or `Path`): The trajectory's folder; one that holds a trajectory is continued.
-        schedule ([`ForgettingSchedule`], *optional*): Kept in `trajectory.json` and compared when continuing.
+        schedule ([`ForgettingSchedule`], *optional*): Kept in `trajectory.json` and compared when continuing. Streams
+            need it: state k is then recorded as trained on the share `ratio**k`.
         trainer (`Trainer`, *optional*): Needed where no process holds the whole weights (FSDP, ZeRO-3).
         dtype (`torch.dtype`, *optional*): Floating-point dtype to store, such as `torch.bfloat16`; by default that of
             each weight. A run that resumes goes on from what was stored.
@@ -55,7 +58,8 @@ class WeightTransitionCallback(TrainerCallback):
 
     Raises:
         `ValueError`: when the folder's trajectory was recorded with another schedule; before a training, when its
-            subset is not smaller than that of the last state; after it, when a weight is not finite.
+            subset is not smaller than that of the last state, is a stream without a schedule, or
+            `enable_jit_checkpoint` is on; after it, when a weight is not finite or no process holds all weights.
     """
 
     def __init__(
@@ -78,19 +82,35 @@ class WeightTransitionCallback(TrainerCallback):
         self.trainer = trainer
         self.dtype = dtype
         self._sizes = [state.num_examples for state in self.trajectory.states]
+        self._stepped = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _check_arguments(args)
+        size = _num_examples(kwargs)
+        if size is None and self.trajectory.schedule is None:
+            raise ValueError(
+                f"a state of {self.trajectory.path} would be trained on a stream, which has no size to compare with"
+                " that of the state before; give the callback the schedule that divided the stream:"
+                " WeightTransitionCallback(output_dir, schedule)"
+            )
         if not state.is_world_process_zero:
             return
         self.trajectory.check()
-        size, last = _num_examples(kwargs), self._sizes[-1] if self._sizes else None
+        last = self._sizes[-1] if self._sizes else None
         if size is not None and last is not None and size >= last:
             raise ValueError(
                 f"state {len(self._sizes)} of {self.trajectory.path} would be trained on {size} examples, but state"
                 f" {len(self._sizes) - 1} saw {last}; every stage trains on fewer examples"
             )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and not self._stepped:
+            _warn_of_statistics(kwargs["model"])  # not before: each step sets the mode of every layer
+        self._stepped = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,6 +138,8 @@ class WeightTransitionCallback(TrainerCallback):
         finds the trajectory whole.
         """
         schedule = self.trajectory.schedule
+        if schedule is not None and facts["num_examples"] is None:
+            facts.setdefault("fraction", schedule.ratio ** len(self._sizes))
         more = schedule is not None and len(self._sizes) + 1 < schedule.num_states
         self.trajectory.record(model, dtype=self.dtype, background=more, **facts)
         self._sizes.append(facts["num_examples"])
@@ -171,6 +193,10 @@ def induce_forgetting(
     Afterwards the trainer has its own dataset, arguments and callbacks again, and its model holds Θ0, the weights
     after training on all data (under FSDP and ZeRO-3 it keeps those of the last state).
 
+    Adapters hold no statistics of the BatchNorm layers below them. Where these are in training mode, they stay as the
+    last stage left them and a resumed run ends in other weights: a warning says so. Layers in `modules_to_save`, or in
+    evaluation mode, are not concerned. A recording under ZeRO-3 can't be resumed.
+
     Args:
         trainer (`Trainer`): Any trainer of transformers' kind with a `train_dataset`. Of a `PeftModel` the adapter is
             recorded.
@@ -186,7 +212,8 @@ def induce_forgetting(
 
     Raises:
         `ValueError`: when the subsets are too small, the dataset can't be divided, the trainer's optimizer can't be
-            made afresh, a state is not finite, or the folder holds a trajectory of another schedule or other data.
+            made afresh, `enable_jit_checkpoint` is on, a state is not finite, or the folder holds a trajectory of
+            another schedule or other data, or one to go on with under ZeRO-3.
         `OSError`: before the training, when the disk has not the space that all states need.
         `TrajectoryBusyError`: when another process records to the folder.
     """
@@ -228,6 +255,7 @@ def induce_forgetting(
 
 def _check(trainer: Trainer) -> None:
     check_gathering(trainer)
+    _check_arguments(trainer.args)
     if getattr(trainer.model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"the {type(trainer.model).__name__} has an adapter inside (add_adapter); wrap the model with"
@@ -243,6 +271,37 @@ def _check(trainer: Trainer) -> None:
                 f"the trainer was given its own {type(optimizer).__name__}, but each stage needs a fresh one; pass"
                 " optimizer_cls_and_kwargs=(class, options) to the Trainer instead of optimizers="
             )
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    if getattr(args, "enable_jit_checkpoint", False):  # older versions of transformers have none
+        raise ValueError(
+            "enable_jit_checkpoint=True ends a training early on SIGTERM as if it were done, and half of it would be"
+            " recorded as a whole state; switch it off: a recording goes on with the state it was stopped in"
+        )
+
+
+def _warn_of_statistics(model: nn.Module) -> None:
+    """Says so where an adapter's training moves statistics of its base, which are in no state."""
+    if not is_adapter(model):
+        return
+    moving = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.training
+        and module.track_running_stats
+        # peft's names of what an adapter holds, and of what it holds instead of
+        and not {"modules_to_save", "original_module"} & set(name.split("."))
+    ]
+    if moving:
+        logger.warning(
+            f"{len(moving)} BatchNorm layers below the adapter are in training mode, such as {moving[0]!r}. The"
+            " training moves their running statistics, which no state of an adapter holds: a resumed run ends in other"
+            " weights, the model given back as Θ0 has the statistics of the last stage, and reloaded adapters have"
+            " those of the base. Put these layers into modules_to_save of the adapter's config, or keep them in"
+            " evaluation mode (override train(), which every step of a Trainer calls)"
+        )
 
 
 def _begin(
@@ -363,4 +422,7 @@ class _Progress:
 
 def _num_examples(kwargs: Mapping[str, Any]) -> int | None:
     dataset = kwargs["train_dataloader"].dataset
-    return len(dataset) if hasattr(dataset, "__len__") else None
+    try:
+        return len(dataset)
+    except TypeError:  # a stream; accelerate's share of one for a process has a __len__ that fails
+        return None

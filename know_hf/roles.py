@@ -60,6 +60,16 @@ def is_adapter(model: nn.Module) -> bool:
     return type(model).__module__.startswith("peft.") and hasattr(model, "peft_config")
 
 
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """Shape of a tensor; of a parameter in parts over the processes, as ZeRO-3 leaves it, the shape of the whole."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the model's parameters in parts: they are then empty on every process."""
+    return any(whole_shape(parameter) != parameter.shape for parameter in model.parameters())
+
+
 def names_on_disk(model: nn.Module) -> dict[str, str]:
     """Names that `save_pretrained` gives to the tensors of the state dict, where it only renames them.
 
@@ -72,7 +82,10 @@ def names_on_disk(model: nn.Module) -> dict[str, str]:
     Returns:
         `dict[str, str]`: from the names of `model.state_dict()` to those on disk.
     """
-    markers = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    markers = {
+        name: torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
     if isinstance(model, PreTrainedModel):
         saved = revert_weight_conversion(model, dict(markers))
     elif is_adapter(model):
@@ -119,9 +132,10 @@ def _role(owner: nn.Module | None, name: str, attribute: str, tensor: object) ->
         return TensorRole("norm", f"{attribute} of {kind}")
     if ".parametrizations." in f".{name}":
         return TensorRole("kept", "part of a parametrization: no network was trained on factors of a weight")
-    if tensor.ndim == 0:
+    axes = len(whole_shape(tensor))
+    if axes == 0:
         return TensorRole("kept", f"scalar of {kind}")
-    if tensor.ndim == 1:
+    if axes == 1:
         if "bias" in attribute:
             return TensorRole("bias", f"{attribute} of {kind}")
         return TensorRole("kept", f"vector {attribute!r} of {kind} is no bias: it may scale instead of shift")
@@ -134,4 +148,4 @@ def _role(owner: nn.Module | None, name: str, attribute: str, tensor: object) ->
         return TensorRole("fc", "weight of transformers' Conv1D: a transposed Linear")
     if isinstance(owner, nn.Embedding):
         return TensorRole("fc", f"table of {kind}")
-    return TensorRole("fc", f"{attribute} of {kind}, {tensor.ndim} axes")
+    return TensorRole("fc", f"{attribute} of {kind}, {axes} axes")

@@ -1,10 +1,11 @@
 """Which examples each stage of structured forgetting trains on: ever smaller nested subsets of one dataset.
 
 Every subset is a prefix of one seeded ordering of the examples, so that each lies inside the one before whatever the
-sizes are. For a stratified schedule the ordering spreads every class evenly, so that each prefix keeps the class
-balance to within one example a class. A grouped schedule orders the groups, and takes those that fit.
+sizes are. For a stratified schedule the ordering spreads every class evenly, so that each prefix holds the same share
+of every class, rounded to whole examples. A grouped schedule orders the groups, and takes those that fit.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -25,7 +26,8 @@ class ForgettingSchedule:
         epochs_per_stage (`float`, *optional*, defaults to `1`):
             Epochs trained on each of the S - 1 smaller subsets, unless `steps_per_stage` is given.
         stratify_by (`str`, *optional*):
-            Column of the dataset with the class of each example; its balance is then kept in every subset.
+            Column of the dataset with the class of each example; its balance is then kept in every subset, as far as
+            whole examples allow (see [`indices`]).
         seed (`int`, *optional*, defaults to `0`):
             Chooses the examples. The same seed chooses the same examples on every machine.
         group_by (`str`, *optional*):
@@ -40,7 +42,7 @@ class ForgettingSchedule:
 
     Raises:
         `ValueError`: for a ratio outside (0, 1), fewer than two states, a stage of no length, a length in both epochs
-            and steps, or columns that can't go together.
+            and steps, numbers that should be whole and aren't, or columns that can't go together.
     """
 
     ratio: float = 0.5
@@ -57,15 +59,15 @@ class ForgettingSchedule:
             raise ValueError(
                 f"ratio must lie strictly between 0 and 1, got {self.ratio}; published values are 0.5, 0.33"
             )
-        if int(self.num_states) != self.num_states or self.num_states < 2:
+        if (num_states := _whole(self.num_states)) is None or num_states < 2:
             raise ValueError(f"num_states must be a whole number of at least 2, got {self.num_states}")
         if not self.epochs_per_stage > 0:
             raise ValueError(f"epochs_per_stage must be positive, got {self.epochs_per_stage}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
+        if (seed := _whole(self.seed)) is None or not 0 <= seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32) and be a whole number, got {self.seed}")
+        steps_per_stage = None
         if self.steps_per_stage is not None:
-            whole = isinstance(self.steps_per_stage, int) and not isinstance(self.steps_per_stage, bool)
-            if not whole or self.steps_per_stage < 1:
+            if (steps_per_stage := _whole(self.steps_per_stage)) is None or steps_per_stage < 1:
                 raise ValueError(f"steps_per_stage must be a whole number of at least 1, got {self.steps_per_stage!r}")
             if self.epochs_per_stage != 1:
                 raise ValueError(
@@ -82,6 +84,11 @@ class ForgettingSchedule:
                 f"got group_by={self.group_by!r} and key_column={self.key_column!r}, but the group is the key of its"
                 " examples; leave key_column out"
             )
+        # NumPy's numbers become Python's: trajectory.json takes no others.
+        epochs = self.epochs_per_stage if type(self.epochs_per_stage) is int else float(self.epochs_per_stage)
+        numbers = {"ratio": float(self.ratio), "num_states": num_states, "epochs_per_stage": epochs, "seed": seed}
+        for name, number in (numbers | {"steps_per_stage": steps_per_stage}).items():
+            object.__setattr__(self, name, number)
 
     @property
     def relative_cost(self) -> float:
@@ -139,7 +146,9 @@ class ForgettingSchedule:
         Args:
             num_examples (`int`): |D0|, the number of examples of the whole dataset.
             labels (sequence of length `num_examples`, *optional*): The class of each example. With it every subset
-                holds each class to within one example of its share of the whole.
+                holds the same share of each class, rounded. Of n examples in C classes, a class of m is then off its
+                share of the subset by at most ½·(1 + C·m/n) examples: by one where classes are of equal size, by more
+                for a large class beside very many small ones, which are all rounded the same way.
             batch_size (`int`, *optional*, defaults to `1`): Examples of one optimizer step, see [`sizes`].
             groups (sequence of length `num_examples`, *optional*): The group of each example, hashable. With it every
                 subset is made of whole groups.
@@ -198,6 +207,14 @@ class ForgettingSchedule:
         for members in (np.flatnonzero(classes == c) for c in range(classes.max() + 1)):
             position[members] = (np.arange(len(members)) + 0.5) / len(members)
         return shuffled[np.argsort(position, kind="stable")]
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of any library as Python's; `None` for what is none, booleans too."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _nearest(counts: list[int], size: int) -> list[int]:

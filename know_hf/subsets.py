@@ -85,8 +85,9 @@ def divide(dataset: Any, schedule: ForgettingSchedule, batch_size: int = 1) -> l
 
     Raises:
         `ValueError`: when the dataset is missing, empty, or neither sized nor a stream; when a column of the schedule
-            is not in it, or does not fit its kind; when a subset is smaller than one batch; when a stream has no
-            `steps_per_stage`, or no key that is the same at every reading.
+            is not in it, does not fit its kind, holds no single values, or lacks the class of a row; when a subset is
+            smaller than one batch; when a stream has no `steps_per_stage`, or no key that is the same at every
+            reading.
     """
     if dataset is None:
         raise ValueError("there is no train_dataset; structured forgetting needs one to divide")
@@ -115,9 +116,9 @@ def _divide_sized(dataset: Any, schedule: ForgettingSchedule, batch_size: int) -
         )
     labels = groups = None
     if schedule.stratify_by is not None:
-        labels = np.asarray(_column(dataset, schedule.stratify_by, "stratify"))
+        labels = np.asarray(_labels(dataset, schedule.stratify_by))
     if schedule.group_by is not None:
-        groups = [_scalar(value, schedule.group_by) for value in _column(dataset, schedule.group_by, "group")]
+        groups = _scalars(dataset, schedule.group_by, "group")
     members = schedule.indices(len(dataset), labels, batch_size, groups)
     content = _sized_content(dataset)
     subsets = []
@@ -149,13 +150,26 @@ def _cell(row: Any, column: str, verb: str) -> Any:
     raise ValueError(f"the dataset has no column {column!r} to {verb} by; it has {columns}")
 
 
-def _scalar(value: Any, column: str) -> Any:
-    value = value.tolist() if isinstance(value, torch.Tensor | np.generic | np.ndarray) else value
-    if isinstance(value, list | dict):
+def _labels(dataset: Any, column: str) -> list[Any]:
+    labels = _scalars(dataset, column, "stratify")
+    if None in labels:
         raise ValueError(
-            f"column {column!r} holds a {type(value).__name__}, {str(value)[:80]}; group by single values"
+            f"column {column!r} holds no class in row {labels.index(None)}, counted from 0; leave out the rows without"
+            " one, or stratify by another column"
         )
-    return value
+    return labels
+
+
+def _scalars(dataset: Any, column: str, verb: str) -> list[Any]:
+    values = []
+    for value in _column(dataset, column, verb):
+        value = value.tolist() if isinstance(value, torch.Tensor | np.generic | np.ndarray) else value
+        if isinstance(value, list | dict):
+            raise ValueError(
+                f"column {column!r} holds a {type(value).__name__}, {str(value)[:80]}; {verb} by single values"
+            )
+        values.append(value)
+    return values
 
 
 def _sized_content(dataset: Any) -> bytes:

@@ -42,7 +42,8 @@ class LoraArguments:
         alpha (`float`, *optional*, defaults to `16`): `lora_alpha`, the adapter's scale times its rank.
         dropout (`float`, *optional*, defaults to `0`): `lora_dropout`.
         target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`):
-            Modules that get an adapter: endings of their names, or `"all-linear"`. New heads are trained whole.
+            Modules that get an adapter: endings of their names, or `"all-linear"`. New heads are trained whole, and so
+            are BatchNorm layers, whose statistics move.
         use_dora, use_rslora (`bool`, *optional*, defaults to `False`): The variants DoRA and rank-stabilised LoRA.
     """
 
@@ -285,7 +286,7 @@ def _read(key: "Field[Any]", value: Any, source: str) -> Any:
                 }
             )
     elif dict in kinds and (isinstance(value, Mapping) or value is None):
-        return {str(name): _scalar(item) for name, item in (value or {}).items()}
+        return {str(name): read_numbers(item) for name, item in (value or {}).items()}
     elif list in kinds and isinstance(value, list):
         return [str(item) for item in value]
     elif bool in kinds:
@@ -315,7 +316,7 @@ def _mapping(name: str, pairs: Sequence[str]) -> dict[str, Any] | None:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--{name} {pair}: give KEY=VALUE")
-        content[key] = _scalar(_parse_yaml(value, f"--{name} {pair}"))
+        content[key] = read_numbers(_parse_yaml(value, f"--{name} {pair}"))
     return content
 
 

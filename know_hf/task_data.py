@@ -32,7 +32,8 @@ def load_splits(args: RecordArguments) -> tuple[datasets.Dataset, datasets.Datas
         Columns are `text` and `text_pair`, or `image`; and `labels`, integers from 0.
 
     Raises:
-        `ValueError`: when a column can't be told by its name, is missing, is of the wrong kind, or holds no classes.
+        `ValueError`: when a column can't be told by its name, is missing, is of the wrong kind, holds no classes, or
+            is empty in a row.
     """
     splits = [_load(args, args.train_split)]
     if (eval_split := _eval_split(args)) is not None:
@@ -150,8 +151,9 @@ def _eval_split(args: RecordArguments) -> str | None:
     if args.eval_split != "auto":
         return args.eval_split
     names = datasets.get_dataset_split_names(args.dataset, args.dataset_config, revision=args.dataset_revision)
+    trained = {part.partition("[")[0] for part in args.train_split.split("+")}
     for name in _EVAL_SPLITS:
-        if name in names and name != args.train_split.partition("[")[0]:
+        if name in names and not trained & {name, "all"}:
             return name
     logger.warning(
         f"{args.dataset} has the splits {', '.join(names)}, none to evaluate on: states are recorded without metrics."
@@ -188,6 +190,13 @@ def _select(split: datasets.Dataset, columns: Mapping[str, str], args: RecordArg
             raise ValueError(f"image_column={column!r} holds {kind}, not images; cast it to datasets.Image()")
         if name.startswith("text") and kind not in ("string", "large_string"):
             raise ValueError(f"{name}_column={column!r} holds {kind}, not text; name another")
+        cells = split.with_format("arrow")[:].column(column)
+        if name != LABELS and cells.null_count:
+            row = cells.is_null().index(True)
+            raise ValueError(
+                f"split {split.split} of {args.dataset}, column {column!r}: row {row}, counted from 0, is empty, as"
+                f" are {cells.null_count} in all; fill them in or leave them out"
+            )
     return split.select_columns(list(columns)).rename_columns({k: v for k, v in columns.items() if k != v})
 
 
@@ -211,7 +220,8 @@ def _encode_classes(
                 f"{place}: {len(unknown)} rows have the class {unknown[0]!r}, which is none of {_some(names)}; rows"
                 " without a class (often -1 in test splits) can't be used, name another split"
             )
-    if any(value != index for value, index in number.items()):
+    is_bool = getattr(feature, "dtype", None) == "bool"  # False == 0, but no model takes False for a class
+    if is_bool or any(value != index for value, index in number.items()):
         splits = [
             split.remove_columns(LABELS).add_column(LABELS, [number[item] for item in value])
             for split, value in zip(splits, values, strict=True)

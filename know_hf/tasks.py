@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -45,6 +46,7 @@ from .recording import induce_forgetting
 from .task_arguments import IMAGE, LABELS, LM, TEXT, LoraArguments, RecordArguments, check_keys
 from .task_data import CausalCollator, load_splits, process_images, tokenize
 from .trajectory import WeightTrajectory
+from .trajectory.saving import with_place
 
 TRAJECTORY_NAME = "trajectory"
 _ARGUMENTS_NAME = "record.json"
@@ -139,7 +141,7 @@ def record_task(args: RecordArguments) -> WeightTrajectory:
     output_dir = Path(args.output_dir)
     training = _training_arguments(args)
     with training.main_process_first(desc="arguments"):
-        _keep_arguments(args, output_dir)
+        _keep_arguments(args, output_dir, write=training.process_index == 0)
     trainer = prepare_task(args).make_trainer()
     trajectory = induce_forgetting(trainer, args.schedule, output_dir / TRAJECTORY_NAME, start=args.start)  # type: ignore[arg-type]
     if trainer.is_world_process_zero():
@@ -207,8 +209,9 @@ def prepare_task(args: RecordArguments) -> TaskParts:
             prepare = partial(tokenize, tokenizer=processor, max_length=length, causal=args.task == LM, pack=args.pack)
         train, evaluation = prepare(train), None if evaluation is None else prepare(evaluation)
     model, new = _model(args, classes)
-    if isinstance(processor, PreTrainedTokenizerBase) and model.config.pad_token_id is None:
-        model.config.pad_token_id = processor.pad_token_id
+    text_config = model.config.get_text_config()
+    if isinstance(processor, PreTrainedTokenizerBase) and getattr(text_config, "pad_token_id", None) is None:
+        text_config.pad_token_id = processor.pad_token_id
     return TaskParts(
         model=model if args.lora is None else _with_adapter(model, args.lora, args.task, new),
         args=training,
@@ -239,11 +242,12 @@ def _training_arguments(args: RecordArguments) -> TrainingArguments:
     return TrainingArguments(str(Path(args.output_dir) / "trainer"), **options)
 
 
-def _keep_arguments(args: RecordArguments, output_dir: Path) -> None:
+def _keep_arguments(args: RecordArguments, output_dir: Path, write: bool) -> None:
+    """Refuses other arguments than those of a trajectory in the folder, on every process; the main one writes."""
     path = output_dir / _ARGUMENTS_NAME
-    new = args.to_dict()
+    new = _with_places(args.to_dict())
     if path.exists() and WeightTrajectory.exists(output_dir / TRAJECTORY_NAME):
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = _with_places(json.loads(path.read_text(encoding="utf-8")))
         for key in sorted((new.keys() | old.keys()) - {"output_dir"}):
             if old.get(key) != json.loads(json.dumps(new.get(key))):
                 raise ValueError(
@@ -251,8 +255,13 @@ def _keep_arguments(args: RecordArguments, output_dir: Path) -> None:
                     " recorded with to go on, or record to another output_dir"
                 )
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, new)
+    if write:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(path, new)
+
+
+def _with_places(content: dict[str, Any]) -> dict[str, Any]:
+    return content | {key: with_place(content[key]) for key in ("model", "dataset") if key in content}
 
 
 def _revision(args: RecordArguments) -> dict[str, str]:
@@ -314,7 +323,9 @@ def _with_adapter(model: PreTrainedModel, lora: LoraArguments, task: str, new: l
 
     heads = [] if task == LM else _heads(model)
     fresh = {name.rpartition(".")[0] for name in new}
-    whole = heads + sorted(name for name in fresh if name and name.partition(".")[0] not in heads)
+    # BatchNorm too: else its statistics, which the training moves, would be in no state
+    norms = {name for name, part in model.named_modules() if isinstance(part, _BatchNorm) and part.track_running_stats}
+    whole = heads + sorted(name for name in fresh | norms if name and name.partition(".")[0] not in heads)
     targets = lora.target_modules
     if isinstance(targets, str) and targets != "all-linear":
         targets = [name.strip() for name in targets.split(",")]

@@ -62,6 +62,10 @@ def test_weights_in_parts_without_a_trainer_are_refused():
     with pytest.raises(ValueError, match=r"whole weights of this FSDPLinear; .* trainer=trainer"):
         gather_state_dict(FSDPLinear(2, 2), None)
     assert gather_state_dict(nn.Linear(2, 2), None) is None
+    linear = nn.Linear(2, 2)
+    linear.weight.ds_shape, linear.weight.data = linear.weight.shape, torch.empty(0)  # as ZeRO-3 leaves it
+    with pytest.raises(ValueError, match=r"whole weights of this Linear; .* trainer=trainer"):
+        gather_state_dict(linear, None)
 
 
 def test_one_process_runs_the_action_itself():

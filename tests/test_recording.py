@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from conftest import NUM_EXAMPLES, SCHEDULE, make_images, make_resnet, make_trainer
 from datasets import Dataset
 from torch import nn
@@ -10,7 +11,9 @@ from torch.utils.data import TensorDataset
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
-from know_hf.inspection import displacement
+from know_hf.inspection import displacement, inspect_trajectory
+from know_hf.recording import _num_examples
+from know_hf.subsets import divide
 
 SHORT = ForgettingSchedule(num_states=3, stratify_by="labels")
 
@@ -310,6 +313,35 @@ def test_the_callback_alone_records_a_loop_of_ones_own(tmp_path):
     assert torch.equal(trajectory.tensor("classifier.1.weight", 2), model.classifier[1].weight)
     with pytest.raises(ValueError, match=r"state 3 .* would be trained on 64 examples, but state 2 saw 16"):
         Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
+
+
+def test_the_callback_alone_records_a_stream_with_the_shares_of_the_schedule(tmp_path):
+    schedule = ForgettingSchedule(num_states=2, steps_per_stage=1)
+    callback = WeightTransitionCallback(tmp_path / "trajectory", schedule)
+    args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True)
+    model = make_resnet()
+    for subset in divide(make_images().to_iterable_dataset(), schedule):
+        Trainer(model, args, train_dataset=subset.dataset, callbacks=[callback]).train()
+    assert [(s.num_examples, s.fraction) for s in callback.trajectory.states] == [(None, 1.0), (None, 0.5)]
+    assert "0.5 of the stream" in str(inspect_trajectory(callback.trajectory))
+    alone = WeightTransitionCallback(tmp_path / "alone")
+    with pytest.raises(ValueError, match=r"would be trained on a stream, .* give the callback the schedule"):
+        Trainer(model, args, train_dataset=subset.dataset, callbacks=[alone]).train()
+
+
+def test_the_part_of_a_stream_for_one_process_has_no_size():
+    part = IterableDatasetShard(make_images().to_iterable_dataset(), batch_size=2, num_processes=2)
+    assert _num_examples({"train_dataloader": SimpleNamespace(dataset=part)}) is None
+
+
+def test_a_training_that_ends_early_without_a_word_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.args.enable_jit_checkpoint = True
+    with pytest.raises(ValueError, match="enable_jit_checkpoint=True ends a training early on SIGTERM"):
+        induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    trainer.add_callback(WeightTransitionCallback(tmp_path / "trajectory", SHORT))
+    with pytest.raises(ValueError, match="enable_jit_checkpoint=True ends a training early on SIGTERM"):
+        trainer.train()
 
 
 def test_a_torch_dataset_and_a_plain_module(tmp_path):

@@ -64,6 +64,26 @@ def test_an_adapter_is_recorded_reloaded_and_predicted(tmp_path, kind):
     assert isinstance(loaded, PeftModel)
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_statistics_that_move_below_an_adapter_are_warned_of_once(tmp_path, caplog, held):
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=2, target_modules=["shortcut.convolution"], modules_to_save=["classifier"] + ["normalization"] * held
+    )
+    trainer = make_trainer(tmp_path, get_peft_model(make_resnet(), config), num_train_epochs=1)
+    trajectory = induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    told = [record.message for record in caplog.records if "BatchNorm" in record.message]
+    assert len(told) == (not held)
+    assert any("running_mean" in name for name in trajectory.names) == held
+    if held:  # the adapter is then all that moved
+        reloaded = trajectory.load_model(base_model=make_resnet()).eval()
+        images = torch.randn(4, 1, 8, 8)
+        with torch.no_grad():
+            assert torch.equal(reloaded(images).logits, trainer.model.eval()(images).logits)
+    else:
+        assert "modules_to_save" in told[0]
+
+
 def test_a_resumed_adapter_ends_in_the_same_weights(tmp_path):
     from test_recording import Spy, assert_same_states
 

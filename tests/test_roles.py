@@ -18,7 +18,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from know_hf import tensor_roles
-from know_hf.roles import TensorRole, names_on_disk, role_by_shape
+from know_hf.roles import TensorRole, is_partitioned, names_on_disk, role_by_shape
+from know_hf.trajectory import state_nbytes
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,20 @@ def test_a_scalar_parameter_is_kept():
     module = nn.Module()
     module.logit_scale = nn.Parameter(torch.tensor(2.0))
     assert tensor_roles(module) == {"logit_scale": TensorRole("kept", "scalar of Module")}
+
+
+def test_weights_that_zero_3_has_in_parts_have_the_roles_of_the_whole():
+    def part(tensor):
+        whole = tensor.shape
+        tensor = nn.Parameter(torch.empty(0))
+        tensor.ds_shape = whole
+        return tensor
+
+    whole, parts = nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3)
+    parts.weight, parts.bias = part(parts.weight), part(parts.bias)
+    assert tensor_roles(parts) == tensor_roles(whole)
+    assert (is_partitioned(parts), is_partitioned(whole)) == (True, False)
+    assert state_nbytes(parts) == state_nbytes(whole) == (228, 228)
 
 
 def test_reasons_name_the_owner():

@@ -45,10 +45,29 @@ def test_stratified_subsets_keep_the_class_balance():
         assert np.abs(share - len(subset) * np.array([0.6, 0.3, 0.1])).max() <= 1
 
 
+def test_many_small_classes_move_the_balance_by_what_the_docstring_says():
+    labels = np.array([0] * 1000 + [1 + index // 3 for index in range(300)])
+    for subset in ForgettingSchedule(ratio=0.6, stratify_by="label").indices(1300, labels):
+        off = abs((labels[subset] == 0).sum() - len(subset) * 1000 / 1300)
+        assert off <= (1 + 101 * 1000 / 1300) / 2
+    subset = ForgettingSchedule(ratio=0.12, num_states=2, stratify_by="label").indices(1300, labels)[1]
+    assert set(labels[subset]) == {0}  # 36 rows of the small classes would be their share
+
+
 def test_stratified_by_strings():
     labels = ["cat", "dog"] * 8
     subset = ForgettingSchedule(num_states=3, stratify_by="animal").indices(16, labels)[2]
     assert sorted(labels[index] for index in subset) == ["cat", "cat", "dog", "dog"]
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    schedule = ForgettingSchedule(
+        ratio=np.float32(0.5), num_states=np.int64(3), seed=np.uint8(7), steps_per_stage=np.int32(2)
+    )
+    assert schedule == ForgettingSchedule(ratio=0.5, num_states=3, seed=7, steps_per_stage=2)
+    assert [type(value) for value in (schedule.ratio, schedule.num_states, schedule.seed)] == [float, int, int]
+    assert type(schedule.steps_per_stage) is type(ForgettingSchedule(epochs_per_stage=1).epochs_per_stage) is int
+    assert type(ForgettingSchedule(epochs_per_stage=np.float64(0.5)).epochs_per_stage) is float
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.5, 1.5, float("nan")])
@@ -62,8 +81,10 @@ def test_a_ratio_outside_of_zero_to_one_is_refused(ratio):
     [
         ({"num_states": 1}, "num_states must be a whole number of at least 2, got 1"),
         ({"num_states": 2.5}, "got 2.5"),
+        ({"num_states": 5.0}, r"num_states must be a whole number of at least 2, got 5\.0"),
         ({"epochs_per_stage": 0}, "epochs_per_stage must be positive, got 0"),
         ({"seed": -1}, "seed must lie"),
+        ({"seed": 1.5}, r"seed must lie in \[0, 2\*\*32\) and be a whole number, got 1\.5"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

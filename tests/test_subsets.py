@@ -386,6 +386,16 @@ class Nothing(TorchIterableDataset):
         (TorchRows(), ForgettingSchedule(group_by="doc"), r"no column 'doc' to group by; it has \['x', 'label'\]"),
         ([(1, 2)] * 99, ForgettingSchedule(group_by="doc"), "rows of type tuple, without named columns"),
         (TorchRows(), ForgettingSchedule(group_by="x"), r"column 'x' holds a list, \[0\.0\]; group by single"),
+        (
+            [{"label": [index]} for index in range(99)],
+            ForgettingSchedule(stratify_by="label"),
+            r"column 'label' holds a list, \[0\]; stratify by single values",
+        ),
+        (
+            Dataset.from_dict({"label": ["a", "b", None] * 33}),
+            ForgettingSchedule(stratify_by="label"),
+            "column 'label' holds no class in row 2, counted from 0; leave out the rows without one",
+        ),
         (make_rows(), ForgettingSchedule(key_column="text"), "key_column='text' is for streams, but this Dataset has"),
         (make_stream(), SIZED, "IterableDataset is a stream, .* give the schedule steps_per_stage"),
         (TorchStream(), SIZED, "TorchStream is a stream, .* give the schedule steps_per_stage"),

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import make_resnet
 from peft import PeftModel
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoTokenizer,
     BertConfig,
     BertModel,
+    CodeGenConfig,
+    CodeGenForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -31,7 +35,7 @@ from transformers import (
 from know_hf.inspection import inspect_trajectory
 from know_hf.task_arguments import LoraArguments, RecordArguments, check_keys
 from know_hf.task_data import CausalCollator, load_splits, tokenize
-from know_hf.tasks import plan_task, prepare_task, record_task
+from know_hf.tasks import _keep_arguments, plan_task, prepare_task, record_task
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "record"
 WORDS = ["good", "bad", "film", "a", "the", "was", "this"]
@@ -215,6 +219,35 @@ def test_the_same_arguments_go_on_and_others_are_refused(text_arguments):
         record_task(replace(text_arguments, epochs=1))
 
 
+def test_the_arguments_are_compared_on_every_process_and_written_by_one(text_arguments, tmp_path, monkeypatch):
+    _keep_arguments(text_arguments, tmp_path / "out", write=False)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(Path(text_arguments.model).parent)
+    args = replace(text_arguments, model=Path(text_arguments.model).name)
+    _keep_arguments(args, tmp_path / "out", write=True)
+    (tmp_path / "out/trajectory").mkdir()
+    (tmp_path / "out/trajectory/trajectory.json").touch()
+    kept = json.loads((tmp_path / "out/record.json").read_text())
+    assert kept["model"] == f"./{args.model}"  # else it would read as a Hub id elsewhere
+    for write in (True, False):
+        _keep_arguments(args, tmp_path / "out", write)
+        _keep_arguments(RecordArguments.from_dict(kept), tmp_path / "out", write)
+        with pytest.raises(ValueError, match="was recorded with epochs=2"):
+            _keep_arguments(replace(args, epochs=1), tmp_path / "out", write)
+
+
+def test_a_config_without_a_padding_token_gets_that_of_the_tokenizer(lm_arguments, tmp_path):
+    folder = tmp_path / "codegen"
+    tokenizer = AutoTokenizer.from_pretrained(lm_arguments.model)
+    config = CodeGenConfig(
+        vocab_size=len(tokenizer), n_positions=32, n_ctx=32, n_embd=16, n_layer=1, n_head=4, rotary_dim=4
+    )
+    CodeGenForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    parts = prepare_task(replace(lm_arguments, model=str(folder)))
+    assert parts.model.config.pad_token_id == tokenizer.eos_token_id
+
+
 def test_image_classification_needs_no_torchvision(image_arguments):
     parts = prepare_task(image_arguments)
     assert parts.train_dataset[:3]["pixel_values"].shape == (3, 3, 8, 8)
@@ -288,6 +321,20 @@ def test_an_adapter_and_the_new_head_are_trained(request, task, lora, trained):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+def test_statistics_are_recorded_with_an_adapter(image_arguments, tmp_path):
+    make_resnet().save_pretrained(tmp_path / "resnet")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5]).save_pretrained(
+        tmp_path / "resnet"
+    )
+    lora = LoraArguments(r=2, target_modules="convolution")
+    trajectory = record_task(replace(image_arguments, model=str(tmp_path / "resnet"), lora=lora))
+    base = AutoModelForImageClassification.from_pretrained(tmp_path / "resnet")
+    norms = [name for name, module in base.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms and all(f"base_model.model.{name}.running_mean" in trajectory.names for name in norms)
+    assert not torch.equal(*trajectory.history(f"base_model.model.{norms[0]}.running_mean")[1:])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
 @pytest.mark.parametrize("task", ["text", "image", "lm"])
 def test_an_adapter_is_recorded(request, task):
     args = replace(request.getfixturevalue(f"{task}_arguments"), lora=LoraArguments(r=2))
@@ -336,6 +383,29 @@ def test_rows_without_a_class_are_refused(text_arguments, tmp_path):
     make_texts(8).map(lambda row: {"label": -1}).to_parquet(folder / "test.parquet")
     with pytest.raises(ValueError, match=r"split test of .* 8 rows have the class -1, which is none of bad, good"):
         load_splits(replace(text_arguments, dataset=str(folder)))
+
+
+def test_a_split_that_is_trained_on_is_not_evaluated_on(text_arguments, tmp_path):
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        make_texts(8).to_parquet(folder / f"{split}.parquet")
+    args = replace(text_arguments, dataset=str(folder))
+    for train_split, expected in (("train", "validation"), ("train+validation[:50%]", "test")):
+        evaluation = load_splits(replace(args, train_split=train_split))[1]
+        assert str(evaluation.split) == expected
+
+
+def test_booleans_are_classes_and_empty_cells_are_named(text_arguments, tmp_path):
+    folder = tmp_path / "csv"
+    folder.mkdir()
+    (folder / "train.csv").write_text("text,label\ngood,True\nbad,False\n")
+    args = replace(text_arguments, dataset=str(folder), eval_split=None)
+    train, _, names = load_splits(args)
+    assert (train["labels"][:], train.features["labels"].dtype, names) == ([1, 0], "int64", ["False", "True"])
+    (folder / "train.csv").write_text("text,label\ngood,True\n,False\n")
+    with pytest.raises(ValueError, match=r"column 'text': row 1, counted from 0, is empty, as are 1 in all; fill"):
+        load_splits(args)
 
 
 def test_max_examples_draws_the_same_rows_every_time(text_arguments):
@@ -451,10 +521,11 @@ def test_a_missing_key_is_named():
 def test_yaml_and_overrides_have_one_meaning(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(
-        yaml.safe_dump(REQUIRED) + "training: {learning_rate: 1e-5, seed_: 1}\nlora: {r: 4, use_dora: true}\n"
+        yaml.safe_dump(REQUIRED)
+        + "training: {learning_rate: 1e-5, seed_: 1, deep: {lr: 1e-6}}\nlora: {r: 4, use_dora: true}\n"
     )
     args = RecordArguments.from_yaml(path, {"epochs": "2", "training": {"seed_": 2}, "lora": {"r": "16"}})
-    assert args.training == {"learning_rate": 1e-5, "seed_": 2}  # PyYAML gives '1e-5'
+    assert args.training == {"learning_rate": 1e-5, "seed_": 2, "deep": {"lr": 1e-6}}  # PyYAML gives '1e-5'
     assert (args.lora.r, args.lora.use_dora, args.epochs) == (16, True, 2.0)
     assert RecordArguments.from_yaml(path, {"lora": None}).lora is None
     path.write_text("- 1")

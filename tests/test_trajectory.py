@@ -18,6 +18,7 @@ from transformers import (
 
 from know_hf import WeightTrajectory
 from know_hf.checkpoint import file_sha256
+from know_hf.inspection import inspect_trajectory
 from know_hf.trajectory import TrajectoryBusyError, TrajectoryError
 
 NAME = "classifier.1.weight"
@@ -79,6 +80,27 @@ def test_load_into_a_model_in_memory(trajectory):
     model = make_resnet(seed=5)
     trajectory.load_into(model, 3)
     assert torch.equal(model.classifier[1].weight, trajectory.tensor(NAME, 3))
+
+
+def test_weights_in_parts_are_neither_recorded_nor_loaded(trajectory, tmp_path):
+    model = make_resnet()
+    for parameter in model.parameters():  # as ZeRO-3 leaves it
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    with pytest.raises(TrajectoryError, match=r"state-1 can't be copied .* ZeRO-3 can't be resumed"):
+        trajectory.load_into(model, 1)
+    with pytest.raises(TrajectoryError, match="ZeRO-3 has them in parts; give them as state_dict="):
+        WeightTrajectory.create(tmp_path / "new").record(model, num_examples=8, steps=1)
+
+
+def test_a_base_in_a_relative_folder_does_not_read_as_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_resnet().save_pretrained("models/tiny")
+    for name, kept in (("models/tiny", "./models/tiny"), ("microsoft/resnet-18", "microsoft/resnet-18"), ("", None)):
+        model = make_resnet()
+        model.config._name_or_path = name
+        trajectory = WeightTrajectory.create(tmp_path / kept.replace("/", "-") if kept else tmp_path / "none")
+        trajectory.record(model, num_examples=8, steps=1)
+        assert trajectory.base_model == kept
 
 
 def test_verify_passes_on_a_whole_trajectory(trajectory):
@@ -243,6 +265,14 @@ def test_a_plain_module_is_recorded_and_loaded(record_states):
     assert torch.equal(module[2].weight, trajectory.tensor("1.weight", 0))
     with pytest.raises(TrajectoryError, match=r"no config\.json: it is of a plain module"):
         trajectory.load_model()
+
+
+def test_scalars_and_empty_tensors_are_inspected(record_states):
+    module = nn.Linear(2, 2)
+    module.scale, module.none = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.empty(0))
+    summary = inspect_trajectory(record_states(module, num_states=2))
+    assert (summary.tensors["kept"], summary.parameters["kept"]) == (2, 1)
+    assert summary.displacement["kept"][0] == 0 < summary.displacement["kept"][1]
 
 
 def test_unchanged_tensors_are_read_from_the_state_that_has_them(tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader
-from ..roles import is_adapter
+from ..roles import is_adapter, is_partitioned
 from .manifest import TrajectoryError
 
 
@@ -56,7 +56,16 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
         model (`nn.Module`): The model, without its wrappers.
         folder (`Path`): The state's folder.
         tensors (`Mapping[str, Callable[[str], torch.Tensor]]`): From each name on disk to what reads it.
+
+    Raises:
+        `TrajectoryError`: when the model is in parts (ZeRO-3), or state and model don't have the same tensors.
     """
+    if is_partitioned(model):
+        raise TrajectoryError(
+            f"the weights of {folder} can't be copied into this {type(model).__name__}, as ZeRO-3 has it in parts: a"
+            " recording under ZeRO-3 can't be resumed. Go on without ZeRO-3 (FSDP2 resumes), or record to another"
+            " folder; a finished trajectory is opened with WeightTrajectory(path)"
+        )
     if isinstance(model, PreTrainedModel):
         # from_pretrained knows the way from the names on disk to those in memory
         model.load_state_dict(type(model).from_pretrained(folder, use_safetensors=True).state_dict())

@@ -15,7 +15,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader, write_json
-from ..roles import TensorRole, is_adapter, names_on_disk, role_by_shape, tensor_roles
+from ..roles import (
+    TensorRole,
+    is_adapter,
+    is_partitioned,
+    names_on_disk,
+    role_by_shape,
+    tensor_roles,
+    whole_shape,
+)
 from .manifest import TrajectoryError
 
 WORTH_SHARING = 0.01  # share of a state's bytes below which its folder rather holds everything itself
@@ -56,7 +64,15 @@ class Snapshot:
             dtype (`torch.dtype`, *optional*): Floating-point dtype to store; by default that of each tensor.
             reuse (`Mapping[str, torch.Tensor]`, *optional*): The `state_dict` of a snapshot that is done with: its
                 memory is written over, several times faster than new memory is.
+
+        Raises:
+            `TrajectoryError`: when the weights are in parts (ZeRO-3) and no `state_dict` is given.
         """
+        if state_dict is None and is_partitioned(model):
+            raise TrajectoryError(
+                f"no process holds the whole weights of this {type(model).__name__}, ZeRO-3 has them in parts; give"
+                " them as state_dict="
+            )
         # Here and not where the files are written: under FSDP state_dict() gathers and reshards, which must not happen
         # in a thread while the training does the same.
         on_disk, roles = names_on_disk(model), tensor_roles(model)
@@ -157,7 +173,7 @@ def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[in
         if name in on_disk or not is_adapter(model):
             kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-            sizes[id(tensor)] = (tensor.numel() * kind.itemsize, frozen)
+            sizes[id(tensor)] = (whole_shape(tensor).numel() * kind.itemsize, frozen)
     total = sum(size for size, _ in sizes.values())
     frozen_bytes = 0 if is_adapter(model) else sum(size for size, frozen in sizes.values() if frozen)
     return total, total - frozen_bytes if frozen_bytes > WORTH_SHARING * total else total
@@ -218,6 +234,12 @@ def cached_revision(repo_id: str | None) -> str | None:
     snapshots = Path(HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
     commits = [path.name for path in snapshots.iterdir()] if snapshots.is_dir() else []
     return commits[0] if len(commits) == 1 else None
+
+
+def with_place(name: str) -> str:
+    """A Hub id or path as it is kept: `./models/bert` for the folder `models/bert`, or it would read as a Hub id."""
+    is_relative = not Path(name).is_absolute() and not name.startswith(".")
+    return f"./{name}" if name and is_relative and Path(name).is_dir() else name
 
 
 def library_versions() -> dict[str, str]:

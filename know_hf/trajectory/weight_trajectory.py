@@ -37,7 +37,7 @@ from .manifest import (
     TrajectoryError,
     recordable,
 )
-from .saving import Snapshot, cached_revision, library_versions, roles_on_disk
+from .saving import Snapshot, cached_revision, library_versions, roles_on_disk, with_place
 
 
 class WeightTrajectory:
@@ -55,7 +55,8 @@ class WeightTrajectory:
         schedule ([`ForgettingSchedule`], *optional*): The schedule that chose the subsets.
         roles (`dict[str, TensorRole]`): Role of every tensor on disk.
         tied_weights (`dict[str, str]`): Names that are in the model but not on disk, with the name they are tied to.
-        base_model, base_revision (`str`, *optional*): Hub id or path of the model the training started from.
+        base_model, base_revision (`str`, *optional*): Hub id or path of the model the training started from; a
+            relative path starts with `./`.
 
     Raises:
         `FileNotFoundError`: when the folder holds no trajectory.
@@ -260,7 +261,7 @@ class WeightTrajectory:
 
         Raises:
             `TrajectoryError`, or torch's `RuntimeError` for a `PreTrainedModel`: when state and model don't have the
-                same tensors.
+                same tensors; when the model's weights are in parts (ZeRO-3).
         """
         self._writer.wait()
         load_into(model, self.path / _state_folder(state), dict.fromkeys(self.names, self._readers[state].tensor))
@@ -410,7 +411,7 @@ class WeightTrajectory:
                 manifest,
                 roles=roles,
                 tied_weights=tied,
-                base_model=(base_model := getattr(config, "_name_or_path", None) or None),
+                base_model=(base_model := with_place(getattr(config, "_name_or_path", None) or "") or None),
                 base_revision=getattr(config, "_commit_hash", None) or cached_revision(base_model),
                 files=self._write_model_files(folder, processing_class),
                 library_versions=library_versions(),

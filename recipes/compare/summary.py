@@ -5,8 +5,8 @@
 
 Rows are arms and columns suites. What stands there is the difference to naive with its 95 % interval, and an arrow
 where it is significant after Holm's correction; random, pretrained, shuffled and oracle are not tested. Numbers of a
-suite that could show nothing, by its own controls, are in brackets. `--output FILE` keeps what the tables need, to be read again and to stand in the card of KNOWN weights
-(`comparisons.json` beside them).
+suite that could show nothing, by its own controls, are in brackets. `--output FILE` keeps what the tables need, to be
+read again and to stand in the card of KNOWN weights (`comparisons.json` beside them).
 """
 
 import argparse
