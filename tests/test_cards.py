@@ -237,6 +237,28 @@ def test_the_known_card_says_what_was_measured(results):
     assert "MNIST" not in text, "what these weights were trained on is for the caller to say"
 
 
+def test_the_known_card_says_when_the_training_ended_early(results):
+    def text():
+        return str(known_card(KNOWNConfig.from_pretrained(SHIPPED_KNOWN), results, title="x", path="me/x"))
+
+    assert "\n4000 steps of Adam, 2048 transitions of each role a step, " in text()
+    results |= {"steps_done": 1500, "best_step": 1000}
+    assert "\n1500 steps of Adam, of 4000 at most, 2048 transitions of each role a step, " in text()
+    assert "with a cosine to zero at step 4000, seed 0;" in text()
+    assert "The weights are those of step 1000, the best on the validation trajectories.\n" in text()
+
+
+def test_the_known_card_of_weights_that_were_not_trained_on_all_roles(results):
+    results["train_skill"]["fc"]["skill"] = None  # nothing moved
+    del results["train_skill"]["bias"]
+    conv = results["train_skill"]["conv"]["skill"]
+    text = str(known_card(KNOWNConfig.from_pretrained(SHIPPED_KNOWN), results, title="x", path="me/x"))
+    assert f"it was trained on, its skill is {conv:+.4f} (conv).\n\nA skill above 0 says" in text
+    results["train_skill"] = {}
+    text = str(known_card(KNOWNConfig.from_pretrained(SHIPPED_KNOWN), results, title="x", path="me/x"))
+    assert "its skill is" not in text.partition("## Does it help")[0]
+
+
 def test_the_known_card_says_what_was_compared():
     config = KNOWNConfig.from_pretrained(SHIPPED_KNOWN)
     assert "Not known: no comparison was given" in str(known_card(config, title="x", path="me/x"))

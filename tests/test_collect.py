@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -461,6 +462,47 @@ def test_other_data_than_it_was_begun_with(collect: ModuleType, tmp_path: Path) 
     _check_same_data(path, "abc")
     with pytest.raises(ValueError, match=r"fingerprint abc, now xyz"):
         _check_same_data(path, "xyz")
+
+
+def test_a_folder_of_other_data_is_an_error_before_anything_is_recorded(
+    collect: ModuleType, job: Callable, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import workers
+
+    architectures = {name: {**ARCHITECTURES[name], "draws": {"shapes": 1}} for name in ("cnn", "vit")}
+    made = job(architectures=architectures, held_out={})
+    finished, left = (recipe.name for recipe in made.recipes)
+    recorded: list[str] = []
+    monkeypatch.setattr(workers, "record_all", lambda job, *_, **__: recorded.extend(r.name for r in job.recipes))
+    space = ["--space", str(tmp_path / "space.yaml")]
+    flags = ["--output-dir", str(made.output_dir), *space, *sources]
+    assert collect.main(collect.make_parser().parse_args(flags)) == 0 and recorded == [finished, left]
+    kept = json.loads((made.output_dir / ".data.json").read_text())
+    assert list(kept) == ['shapes {"image_channels": 1, "image_size": 8}']
+
+    same, other = tmp_path / "same", tmp_path / "other"
+    for copy in (same, other):
+        shutil.copytree(made.sources["shapes"]["path"], copy)
+    recorded.clear()
+    assert collect.main(collect.make_parser().parse_args([*flags, "--data", f"shapes={same}"])) == 0
+    assert recorded == [finished, left]
+    table = datasets.Dataset.from_parquet(str(same / "test.parquet"), cache_dir=str(tmp_path / "cache"))
+    table.select([1, 0, *range(2, 20)]).to_parquet(other / "test.parquet")
+    flags += ["--data", f"shapes={other}"]
+    recorded.clear()
+    with pytest.raises(ValueError, match=rf"was recorded from another 'shapes' than {other} \(fingerprint"):
+        collect.main(collect.make_parser().parse_args(flags))
+    assert recorded == [] and json.loads((made.output_dir / ".data.json").read_text()) == kept
+    for name in (finished, left):
+        (made.output_dir / name).mkdir()
+        (made.output_dir / name / "result.json").write_text('{"status": "failed", "error": "?"}')
+    assert collect.main(collect.make_parser().parse_args(flags)) == 1  # nothing is left to record from it
+
+
+@pytest.mark.parametrize("workers", ["0", "-2"])
+def test_no_workers_record_nothing(collect: ModuleType, workers: str) -> None:
+    with pytest.raises(ValueError, match=f"--workers {workers}: give at least 1"):
+        collect.main(collect.make_parser().parse_args(["--output-dir", "out", f"--workers={workers}"]))
 
 
 def test_a_worker_is_alone(collect: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

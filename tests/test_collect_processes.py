@@ -1,6 +1,7 @@
 """recipes/collect on several processes, run as its users run it; and what it pushes to the Hub."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -114,6 +115,31 @@ def test_what_kills_its_process_twice_is_a_failure(
         "error": "2 processes died of it (out of memory?)",
     }
     assert capsys.readouterr().err.count("a process died with exit code 9 at cnn-shapes-000") == 2
+
+
+def test_a_failure_that_another_process_kept_from_being_written_is_written_later(
+    collect: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the second death another process is at the trajectory, at the third nobody is."""
+    import workers
+
+    job = workers.Job([SimpleNamespace(name="deadly")], {}, {}, tmp_path)
+    deaths: list[int] = []
+
+    def start(job: object, number: int) -> object:
+        deaths.append(number)
+        assert len(deaths) < 5, "it is never given up"
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        theirs.send(("deadly", None))
+        process = multiprocessing.get_context("spawn").Process(target=os._exit, args=(9,))
+        process.start()
+        return workers._Worker(process, ours, number)
+
+    give_up = workers._give_up
+    monkeypatch.setattr(workers, "_start", start)
+    monkeypatch.setattr(workers, "_give_up", lambda *given: give_up(*given) if len(deaths) > 2 else None)
+    workers.record_all(job, workers=1, first_device=0, show=False)
+    assert len(deaths) == 3 and workers.result(tmp_path, "deadly")["status"] == "failed"
 
 
 class _Unreadable:

@@ -1,5 +1,6 @@
 """Checkpoints, trajectories and KNOWN weights pushed to a Hub on loopback and pulled from it."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from know_hf import KNOWNModel, WeightTrajectory, predict_overflowed_weights
+from know_hf.checkpoint import CheckpointError
 from know_hf.cli import main
 from know_hf.gate import REFERENCE, Gate
 from know_hf.hub import (
@@ -179,9 +181,28 @@ def test_known_comes_back_and_loads(hub: LoopbackHub, tmp_path: Path) -> None:
         assert torch.equal(loaded(history, "fc").residual, expected(history, "fc").residual)
     assert contents(pull("me/known", tmp_path / "pulled")) == files
     push(tmp_path / "pulled", "me/again")
-    push_known(expected, "me/third")
+    push_known(expected, "third")  # the namespace is the token's
     assert hub.repo("me/again").files() == files
     assert hub.repo("me/third").files()["model.safetensors"] == files["model.safetensors"]
+    assert b'from_pretrained("me/third")' in hub.repo("me/third").files()["README.md"]
+
+
+def test_known_is_pushed_without_what_a_training_left_beside_it(hub: LoopbackHub, tmp_path: Path) -> None:
+    folder = tmp_path / "known-base"
+    shutil.copytree(SHIPPED_KNOWN, folder)
+    step = folder / "checkpoints" / "step-00000003"
+    step.mkdir(parents=True)
+    (step / "random_states_0.pkl").write_bytes(b"pickled")
+    shutil.copy2(folder / "model.safetensors", step)
+    push(folder, "me/trained")
+    push(SHIPPED_KNOWN, "me/known")
+    pushed, expected = hub.repo("me/trained").files(), hub.repo("me/known").files()
+    assert pushed.pop("README.md") == expected.pop("README.md").replace(b"me/known", b"me/trained").replace(
+        b"# known", b"# trained"
+    )
+    assert pushed == expected
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    failing(CheckpointError, f"{folder}/model.safetensors", lambda: push(folder, "me/damaged"))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own

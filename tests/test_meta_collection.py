@@ -5,6 +5,7 @@ import json
 import pytest
 from test_training import record
 
+from know_hf import ForgettingSchedule
 from know_hf.meta_learning import collection, read_collection, split_collection
 
 
@@ -44,6 +45,34 @@ def test_folders_with_and_without_a_recipe(folder):
     assert found[1].about["architecture"] == "cnn" and found[1].of_schedule("ratio") == 0.5
     with pytest.raises(ValueError, match=r"vit-0 has no split: neither index\.jsonl nor recipe\.json"):
         split_collection(found)
+
+
+def test_a_trajectory_given_by_itself_knows_its_split(folder):
+    for name, split in (("cnn-0", "train"), ("cnn-1", "held_out_trajectory")):
+        (folder / name / "recipe.json").write_text(json.dumps({"split": split, "schedule": {"ratio": 0.5}}))
+    splits = split_collection(read_collection([folder / "cnn-0", folder / "cnn-1"], num_states=2))
+    assert {name: [t.name for t in part] for name, part in splits.items()} == {
+        "train": ["cnn-0"],
+        "held_out_trajectory": ["cnn-1"],
+    }
+
+
+def test_what_the_index_says_is_not_lost_where_a_trajectory_is_given_too(folder):
+    row = {"path": "vit-0", "split": "held_out_architecture", "ratio": 0.7}
+    write_index(folder, [row])
+    for given in ([folder / "vit-0", folder], [folder, folder / "vit-0"]):
+        (found,) = read_collection(given, num_states=2)
+        assert (found.split, found.about) == ("held_out_architecture", row)
+
+
+def test_what_its_own_schedule_still_misses(folder, monkeypatch):
+    record(folder / "cut", num_states=3, schedule=ForgettingSchedule(num_states=5))
+    record(folder / "whole", num_states=3, schedule=ForgettingSchedule(num_states=3))
+    warnings = []
+    monkeypatch.setattr(collection.logger, "warning", warnings.append)
+    names = [trajectory.name for trajectory in read_collection(folder, num_states=2)]
+    assert names == ["cnn-0", "cnn-1", "vit-0", "whole"]
+    assert "cut (3 of 5 states)" in warnings[0]
 
 
 def test_published_files_stand_beside_folders(folder):

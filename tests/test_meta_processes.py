@@ -181,11 +181,19 @@ def test_looks_and_best_weights_are_kept(root, tmp_path):
     assert Trained(again, []).weights == Trained(expected, []).weights
 
 
-def test_checkpoints_of_another_training(root, tmp_path):
+def test_checkpoints_of_another_training(root, tmp_path, monkeypatch):
     end_of(root, tmp_path)
     assert end_of(root, tmp_path, replace(FEW_STEPS, log_every=3)).items == []  # nothing was left to train
     with pytest.raises(ValueError, match=r"step-00000012 is a checkpoint of a training with learning_rate=0\.001, "):
         end_of(root, tmp_path, replace(FEW_STEPS, learning_rate=0.1))
+    with monkeypatch.context() as launcher:
+        launcher.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        AcceleratorState._reset_state()
+        with pytest.raises(
+            ValueError, match=r"checkpoint of a training with mixed_precision='no', this one has 'bf16'"
+        ):
+            end_of(root, tmp_path)
+    AcceleratorState._reset_state()
     dataset = TransitionDataset([root / "a0", root / "a1"], progress=False)
     args = replace(FEW_STEPS, checkpoint_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"checkpoint of a training with initial_weights="):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,31 @@ def test_ablations(ablations, collection, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == printed
     with pytest.raises(ValueError, match="holds results with other steps: 2 there, 3 now"):
         ablations.main(ablations.make_parser().parse_args([*flags, "--steps", "3"]))
+    monkeypatch.setattr(ablations, "version", lambda library: f"another {library}")
+    with pytest.raises(ValueError, match="holds results with other versions: "):
+        ablations.main(args)
+
+
+def test_ablations_of_other_trajectories_with_the_same_names(ablations, collection, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "train", lambda *_: {"skill": {}})
+    monkeypatch.setattr(ablations, "tables", lambda *_: [])
+    names = ("net-00", "net-01", "net-02")
+    rows = (collection / "index.jsonl").read_text().splitlines()[:3]
+    for which in ("first", "second"):
+        for name in names:
+            shutil.copytree(collection / name, tmp_path / which / name)
+        (tmp_path / which / "index.jsonl").write_text("\n".join(rows))
+    flags = ["--output_dir", str(tmp_path / "out"), "--only", "loss", "--seeds", "0", "--trajectories"]
+
+    def run(which):
+        ablations.main(ablations.make_parser().parse_args([*flags, str(tmp_path / which)]))
+
+    run("first")
+    run("second")  # the same, elsewhere
+    shutil.rmtree(tmp_path / "second/net-01")
+    record(tmp_path / "second/net-01", seed=99)
+    with pytest.raises(ValueError, match=r"holds results with other weights: .*train"):
+        run("second")
 
 
 def test_every_number_of_states_is_measured_on_the_same(ablations, collection):

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from know_hf import predictors
 from know_hf.configuration_known import KNOWNConfig
 from know_hf.meta_learning import (
     MetaTrainingArguments,
@@ -120,10 +121,44 @@ def test_ends_early_with_the_best_weights_on_the_validation_split(train, held_ou
     args = MetaTrainingArguments(steps=100, batch_size=8, eval_every=2, patience=2)
     result = meta_train(None, train, validation=held_out, args=args, progress=False)
     assert result.validation == [{"step": 2 * n, "conv": s} for n, s in enumerate([0.1, 0.2, 0.5, 0.4, 0.3], start=1)]
-    assert result.losses[-1]["step"] == 10
+    assert result.losses[-1]["step"] == result.steps_done == 10 and result.best_step == 6
     assert all(torch.equal(tensor, weights[2][name]) for name, tensor in result.model.state_dict().items())
     with pytest.raises(ValueError, match="patience=2 needs a validation split"):
         meta_train(None, train, held_out, args=args, progress=False)
+
+
+def test_a_look_at_a_role_that_does_not_move_counts_the_others(train, held_out, monkeypatch, tmp_path):
+    """Skills of minus infinity neither decide nor spoil the checkpoints; a look at nothing else is none."""
+    evaluate = training.retrodiction_skill
+    looks = iter([(-math.inf, 0.1), (-math.inf, 0.3), (-math.inf, -math.inf), (-math.inf, 0.2), (-math.inf, 0.2)])
+
+    def look(model, dataset, processes):
+        if dataset is not held_out:
+            return evaluate(model, dataset, processes)
+        return {role: RoleSkill(skill, 0.0, 0.0, 0) for role, skill in zip(("conv", "fc"), next(looks), strict=True)}
+
+    monkeypatch.setattr(training, "retrodiction_skill", look)
+    args = MetaTrainingArguments(steps=100, batch_size=8, eval_every=2, patience=2, save_every=2)
+    args = replace(args, checkpoint_dir=str(tmp_path))
+    result = meta_train(None, train, validation=held_out, args=args, progress=False)
+    expected = [{"step": 2 * n, "conv": None, "fc": s} for n, s in enumerate([0.1, 0.3, None, 0.2, 0.2], start=1)]
+    assert result.validation == expected
+    assert (result.steps_done, result.best_step) == (10, 4)
+    run = json.loads((tmp_path / "step-00000010" / "run.json").read_text())
+    assert run["progress"]["validation"] == expected and run["progress"]["best"] == 0.3
+
+
+def test_without_a_look_that_says_anything_the_last_weights_are_returned(train, held_out, monkeypatch):
+    evaluate = training.retrodiction_skill
+
+    def look(model, dataset, processes):
+        nothing = {"fc": RoleSkill(-math.inf, 0.0, 0.0, 0)}
+        return nothing if dataset is held_out else evaluate(model, dataset, processes)
+
+    monkeypatch.setattr(training, "retrodiction_skill", look)
+    args = MetaTrainingArguments(steps=6, batch_size=8, eval_every=1, patience=1)
+    result = meta_train(None, train, validation=held_out, args=args, progress=False)
+    assert (result.steps_done, result.best_step, len(result.validation)) == (6, None, 6)
 
 
 def test_reading_processes_and_precision_change_little(train):
@@ -294,7 +329,8 @@ def test_recipe_trains_and_writes_model_and_results(tmp_path, recipe, capsys):
     assert results["held_out_skill"]["linear"]["fc"]["skill"] > 0.5
     assert results["held_out_skill"]["linear"]["fc"]["median"] == results["held_out_skill"]["linear"]["fc"]["skill"]
     assert results["held_out_skill"]["known"]["conv"]["trajectories"] == 1
-    assert results["training_arguments"]["steps"] == 3
+    assert results["training_arguments"]["steps"] == 3 and results["steps_done"] == 3
+    assert (results["best_step"], results["mixed_precision"]) == (None, "no")
     model = KNOWNModel.from_pretrained(tmp_path / "out")
     assert model.config.trained_on["trajectories"] == 2
     held_out = TransitionDataset([tmp_path / "data" / "net-2"], max_per_tensor=None, progress=False)
@@ -311,8 +347,30 @@ def test_recipe_compares_with_the_published_weights(recipe):
         pytest.skip("the published weights are not here")
     flags = ["--trajectories", "in", "--output_dir", "out", "--published_weights", str(reference)]
     script, _ = recipe.parse_arguments([*flags, "--predictors", "linear"])
-    rivals = recipe.comparisons(script, KNOWNModel(KNOWNConfig()))
+    rivals = recipe.comparisons(script, KNOWNConfig())
     assert list(rivals) == ["published", "linear"] and isinstance(rivals["published"], KNOWNModel)
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--predictors", "linaer"], ValueError, "unknown predictor 'linaer'"),
+        (["--predictors", "linear", "lines"], ValueError, "'lines' has to know how deep a layer lies"),
+        (["--predictors", "long"], ValueError, "'long' takes 9 states, num_states=5"),
+        (["--published_weights", "nowhere"], FileNotFoundError, r"nowhere/KNOWN_Conv\.h5 not found"),
+    ],
+)
+def test_recipe_looks_at_what_it_compares_with_before_it_trains(recipe, tmp_path, monkeypatch, flags, error, message):
+    class Long(Shrink):
+        num_states = 9
+
+    monkeypatch.setitem(predictors._PREDICTORS, "long", Long)
+    monkeypatch.setattr("know_hf.meta_train", lambda *_, **__: pytest.fail("trained"))
+    for number in range(2):
+        record(tmp_path / f"net-{number}", seed=number)
+    flags = ["--trajectories", str(tmp_path), "--held_out", "net-1", "--output_dir", str(tmp_path / "out"), *flags]
+    with pytest.raises(error, match=message):
+        recipe.main(*recipe.parse_arguments(flags))
 
 
 def test_recipe_flags_override_the_yaml(recipe, tmp_path):
@@ -323,6 +381,9 @@ def test_recipe_flags_override_the_yaml(recipe, tmp_path):
         ["--config", str(RECIPE / "known_base.yaml"), *flags, "--learning_rate", "0.5", "--held_out", "a", "b-*"]
     )
     assert (script.held_out, training.learning_rate) == (["a", "b-*"], 0.5)
+    (tmp_path / "null.yaml").write_text("cache_dir: null\nmixed_precision:\nsteps: 7\n")
+    script, training = recipe.parse_arguments(["--config", str(tmp_path / "null.yaml"), *flags])
+    assert (script.cache_dir, training.mixed_precision, training.steps) == (None, None, 7)
     (tmp_path / "wrong.yaml").write_text("learning_rte: 1")
     with pytest.raises(ValueError, match=r"not used.*--learning_rte"):
         recipe.parse_arguments(["--config", str(tmp_path / "wrong.yaml"), *flags])
@@ -368,10 +429,10 @@ class Net(nn.Module):
         self.fc = nn.Linear(32, 40)
 
 
-def record(path, num_states=7, seed=0, frozen=(), moves_until=None, scale=1.0):
+def record(path, num_states=7, seed=0, frozen=(), moves_until=None, scale=1.0, schedule=None):
     """A trajectory on which every weight moves along its own line, with a little noise."""
     generator = torch.Generator().manual_seed(seed)
-    model, trajectory = Net(), WeightTrajectory.create(path)
+    model, trajectory = Net(), WeightTrajectory.create(path, schedule)
     start = {name: 0.1 * torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
     slope = {name: 0.02 * torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
     for state in range(num_states):

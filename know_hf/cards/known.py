@@ -57,9 +57,11 @@ class KNOWNCard(Card):
         return source(self.path)["on_hub"]
 
     @property
-    def roles(self) -> list[str]:
-        """The roles whose skill was measured."""
-        return [] if self.results is None else list(self.results["held_out_skill"]["known"])
+    def train_skill(self) -> dict[str, float]:
+        """Skill on what was trained on, of the roles that it has and of which something moves there."""
+        assert self.results is not None
+        by_role = self.results["train_skill"]
+        return {role: found["skill"] for role, found in by_role.items() if found["skill"] is not None}
 
     @property
     def splits(self) -> list["HeldOutSplit"]:

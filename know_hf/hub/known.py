@@ -9,11 +9,12 @@ from typing import Any
 from .. import configuration_known, modeling_known
 from ..cards import known_card
 from ..cards.comparisons import COMPARISONS_NAME
-from ..checkpoint import write_json
+from ..checkpoint import CheckpointReader, write_json
 from ..configuration_known import KNOWNConfig
 from ..hub_client import Token
 from ..modeling_known import KNOWNModel
-from .contents import CARD, checkpoint_files, is_weights
+from .checking import check_push
+from .contents import CARD, architecture_of, is_weights
 from .pushing import push_checkpoint
 
 _RESULTS = "results.json"
@@ -60,6 +61,14 @@ def push_known(
         for module in (configuration_known, modeling_known):
             shutil.copy2(str(module.__file__), folder)
         if not (folder / CARD).exists():
+            repo_id = check_push(
+                repo_id,
+                architecture=architecture_of(folder / "config.json"),
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                token=token,
+            )
             _write_card(folder, repo_id)
         return push_checkpoint(
             folder,
@@ -84,8 +93,10 @@ def is_known(folder: Path) -> bool:
 def _copy(source: Path, folder: Path) -> None:
     if not is_known(source):
         raise ValueError(f"{source} holds no KNOWN weights; push a checkpoint with push_checkpoint")
-    for name, path in checkpoint_files(source).items():
-        if is_weights(name) or name in _KEPT or name.endswith((".png", ".svg")):
+    CheckpointReader.from_folder(source)  # finds weights that are missing or damaged
+    for path in source.iterdir():  # a training leaves its checkpoints beside them
+        name = path.name
+        if path.is_file() and (is_weights(name) or name in _KEPT or name.endswith((".png", ".svg"))):
             shutil.copy2(path, folder)
 
 

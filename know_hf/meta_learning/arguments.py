@@ -45,8 +45,8 @@ class MetaTrainingArguments:
         eval_every (`int`, *optional*, defaults to `500`):
             Steps between two looks at the validation split, where there is one.
         patience (`int`, *optional*, defaults to `0`):
-            Training ends after so many looks without a better validation skill (mean over the roles), and the weights
-            of the best look are returned; `0` for none of it.
+            Training ends after so many looks without a better validation skill (mean over the roles whose skill is
+            finite), and the weights of the best look are returned; `0` for none of it.
         checkpoint_dir (`str`, *optional*):
             Folder for checkpoints. Training goes on from the last one in it.
         save_every (`int`, *optional*, defaults to `1000`):

@@ -35,18 +35,20 @@ class Progress:
     Args:
         step (`int`): Optimizer steps done.
         losses (`list[dict[str, float]]`): What was reported.
-        validation (`list[dict[str, float]]`): Validation skill by role of every look.
+        validation (`list[dict[str, float | None]]`): Validation skill by role of every look; `None` where not finite.
         seconds (`float`): Wall-clock time of the training.
         best (`float`, *optional*): Best mean validation skill.
+        best_step (`int`, *optional*): The step it was found at.
         looks_since_best (`int`): Looks since then.
         best_weights (`dict[str, torch.Tensor]`): The weights it was found with.
     """
 
     step: int = 0
     losses: list[dict[str, float]] = field(default_factory=list)
-    validation: list[dict[str, float]] = field(default_factory=list)
+    validation: list[dict[str, float | None]] = field(default_factory=list)
     seconds: float = 0.0
     best: float | None = None
+    best_step: int | None = None
     looks_since_best: int = 0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 

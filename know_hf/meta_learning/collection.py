@@ -64,7 +64,8 @@ def read_collection(folders: str | Path | Sequence[str | Path], num_states: int 
             Length S of a history: trajectories with fewer than S + 1 states are left out, too.
 
     Returns:
-        `list[CollectedTrajectory]`, sorted by name within each folder, each once.
+        `list[CollectedTrajectory]`, sorted by name within each folder, each once; of one that is found several times,
+        by itself and in an index for instance, what says most.
 
     Raises:
         `FileNotFoundError`: when a folder is not there.
@@ -77,7 +78,8 @@ def read_collection(folders: str | Path | Sequence[str | Path], num_states: int 
         for trajectory in sorted(_list(Path(folder)), key=lambda entry: entry.name):
             reason = _why_unfinished(trajectory, num_states)
             if reason is None:
-                found.setdefault(trajectory.path.resolve(), trajectory)
+                place = trajectory.path.resolve()
+                found[place] = max(found.get(place, trajectory), trajectory, key=_knowledge)
             else:
                 skipped[trajectory.name] = reason
     if skipped:
@@ -134,7 +136,7 @@ def _list(folder: Path) -> list[CollectedTrajectory]:
     if not folder.exists():
         raise FileNotFoundError(f"{folder} not found; give a folder of trajectories, or pull the collection first")
     if folder.suffix in PUBLISHED_SUFFIXES or (folder / "trajectory.json").exists():
-        return [CollectedTrajectory(folder)]
+        return [_from_recipe(folder)]
     index = folder / INDEX_NAME
     if index.exists():
         return [_from_row(index, number, line) for number, line in enumerate(index.read_text("utf-8").splitlines(), 1)]
@@ -165,11 +167,15 @@ def _from_recipe(path: Path) -> CollectedTrajectory:
     return CollectedTrajectory(path, about.get("split"), about)
 
 
+def _knowledge(trajectory: CollectedTrajectory) -> tuple[bool, int]:
+    return trajectory.split is not None, len(trajectory.about)
+
+
 def _why_unfinished(trajectory: CollectedTrajectory, num_states: int) -> str | None:
     try:
         source = open_source(trajectory.path)
     except FileNotFoundError:
         return "no finished state"
     source.close()
-    needed = max(num_states + 1, trajectory.of_schedule("num_states") or 0)
+    needed = max(num_states + 1, trajectory.of_schedule("num_states") or 0, source.planned_states or 0)
     return f"{source.num_states} of {needed} states" if source.num_states < needed else None

@@ -37,6 +37,7 @@ class Source(Protocol):
     Attributes:
         path (`Path`): Its folder or file.
         num_states (`int`): Number of states T.
+        planned_states (`int`, *optional*): Number that it has when it is finished, where that is known.
         fingerprint (`str`): Changes when its weights do; needs no weights to be read.
         tensors (sequence of [`SourceTensor`]): The tensors that KNOWN has a network for, always in the
             same order.
@@ -47,6 +48,9 @@ class Source(Protocol):
 
     @property
     def num_states(self) -> int: ...
+
+    @property
+    def planned_states(self) -> int | None: ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -85,6 +89,7 @@ class TrajectorySource:
         self._trajectory = trajectory
         self.path = trajectory.path
         self.num_states = trajectory.num_states
+        self.planned_states = None if trajectory.schedule is None else trajectory.schedule.num_states
 
     @property
     def fingerprint(self) -> str:
@@ -126,6 +131,7 @@ class PublishedSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.planned_states: int | None = None
         if not path.is_file():
             raise FileNotFoundError(f"{path} not found; expected an HDF5 file of the published meta-dataset")
         try:

@@ -45,8 +45,9 @@ class MetaTrainingResult:
         losses (`list[dict[str, float]]`):
             For every `log_every` steps, and at every checkpoint, `step` and the mean loss of each role since the last
             report, over all processes, regularisers excluded.
-        validation (`list[dict[str, float]]`):
-            For every look at the validation split `step` and the skill of each role.
+        validation (`list[dict[str, float | None]]`):
+            For every look at the validation split `step` and the skill of each role; `None` where it is not finite,
+            as nothing of the role moves there.
         train_skill (`dict[str, RoleSkill]`):
             Skill by role on the transitions trained on.
         held_out_skill (`dict[str, dict[str, RoleSkill]]`):
@@ -55,15 +56,25 @@ class MetaTrainingResult:
             Wall-clock time of the training alone, without what was lost when it was ended.
         num_processes (`int`):
             Processes it ran on.
+        mixed_precision (`str`):
+            Precision it ran in: what `args` says, or else the launcher.
+        steps_done (`int`):
+            Optimizer steps that were done: fewer than `args.steps` when `args.patience` ended it.
+        best_step (`int`, *optional*):
+            With `args.patience`, the step whose weights were returned, if a look told which were best; otherwise they
+            are those of the last step.
     """
 
     model: KNOWNModel
     losses: list[dict[str, float]]
-    validation: list[dict[str, float]]
+    validation: list[dict[str, float | None]]
     train_skill: dict[str, RoleSkill]
     held_out_skill: dict[str, dict[str, RoleSkill]]
     seconds: float
     num_processes: int
+    mixed_precision: str
+    steps_done: int
+    best_step: int | None
 
 
 def meta_train(
@@ -119,7 +130,8 @@ def meta_train(
     try:
         _start_trackers(accelerator, args)
         state = _train(accelerator, model, train, validation, args, progress)
-        if args.patience:
+        returns_best = bool(args.patience and state.best_weights)
+        if returns_best:
             model.load_state_dict(state.best_weights)
         model.requires_grad_(True)
         model.eval().config.trained_on = {"trajectories": len(train.trajectories), "roles": train.describe()}
@@ -131,6 +143,9 @@ def meta_train(
             held_out_skill={name: retrodiction_skill(model, split, accelerator) for name, split in splits.items()},
             seconds=state.seconds,
             num_processes=accelerator.num_processes,
+            mixed_precision=accelerator.mixed_precision,
+            steps_done=state.step,
+            best_step=state.best_step if returns_best else None,
         )
         for name, by_role in result.held_out_skill.items():
             accelerator.log({f"{name}/{role}": skill.skill for role, skill in by_role.items()}, step=state.step)
@@ -150,7 +165,7 @@ def _train(
     progress: bool,
 ) -> Progress:
     """Trains the model in place and returns what was seen on the way."""
-    run = _run(model, train, validation, args, accelerator.num_processes)
+    run = _run(model, train, validation, args, accelerator)
     objective = MetaObjective(model, train, args)
     optimizer = torch.optim.Adam(objective.trained_parameters(), lr=args.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, args.steps)
@@ -218,16 +233,23 @@ def _train(
 
 
 def _look(state: Progress, model: KNOWNModel, validation: TransitionDataset, accelerator: Accelerator) -> None:
-    """Measures the validation skill and keeps the weights when it is the best so far."""
+    """Measures the validation skill and keeps the weights when it is the best so far.
+
+    A skill that is not finite, of a role of which nothing moves, says nothing of the weights and is not counted; a
+    look at which there is no other is none.
+    """
     model.eval()
     by_role = {role: found.skill for role, found in retrodiction_skill(model, validation, accelerator).items()}
     model.train()
-    state.validation.append({"step": state.step, **by_role})
-    accelerator.log({f"validation/{role}": skill for role, skill in by_role.items()}, step=state.step)
-    mean = sum(by_role.values()) / len(by_role)
+    finite = {role: skill for role, skill in by_role.items() if math.isfinite(skill)}
+    state.validation.append({"step": state.step, **{role: finite.get(role) for role in by_role}})
+    accelerator.log({f"validation/{role}": skill for role, skill in finite.items()}, step=state.step)
+    if not finite:
+        return
+    mean = sum(finite.values()) / len(finite)
     state.looks_since_best += 1
     if state.best is None or mean > state.best:
-        state.best, state.looks_since_best = mean, 0
+        state.best, state.best_step, state.looks_since_best = mean, state.step, 0
         state.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -258,7 +280,7 @@ def _run(
     train: TransitionDataset,
     validation: TransitionDataset | None,
     args: MetaTrainingArguments,
-    num_processes: int,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """What has to be the same for a training to go on from a checkpoint."""
     weights = hashlib.sha256()
@@ -266,7 +288,8 @@ def _run(
         weights.update(name.encode() + tensor.cpu().contiguous().numpy().data)
     return {
         **{f.name: getattr(args, f.name) for f in fields(args) if f.name not in _FREE_ARGUMENTS},
-        "num_processes": num_processes,
+        "mixed_precision": accelerator.mixed_precision,  # of the launcher, where the arguments leave it to it
+        "num_processes": accelerator.num_processes,
         "initial_weights": weights.hexdigest(),
         "train": train.fingerprint,
         "validation": None if validation is None else validation.fingerprint,

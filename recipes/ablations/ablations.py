@@ -9,9 +9,11 @@ not trained again.
 """
 
 import argparse
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,18 +73,19 @@ def main(args: argparse.Namespace) -> None:
     from know_hf.meta_learning import read_collection, retrodiction_skill, split_collection
 
     splits = split_collection(read_collection(args.trajectories), args.held_out)
-    settings = make_settings(splits.pop("train"), args)
+    train_split = splits.pop("train")
+    settings = make_settings(train_split, args)
+    everything = [t for part in splits.values() for t in part]
+    measured = {**splits, **{f"r near {value}": part for value, part in by_ratio(everything).items() if part}}
     identity = {
         **{name: getattr(args, name) for name in ("steps", "batch_size", "max_per_tensor", "evaluated_per_tensor")},
-        "splits": {name: [t.name for t in part] for name, part in splits.items()},
+        "splits": {name: [t.name for t in part] for name, part in measured.items()},
         "settings": [describe(setting) for setting in settings],
+        "weights": {name: fingerprint(part) for name, part in {"train": train_split, **splits}.items()},
+        "versions": {library: version(library) for library in ("know_hf", "torch", "transformers")},
     }
     cells = CellStore(args.output_dir, identity)
-    held_out = {name: dataset(part, 5, args.evaluated_per_tensor, args) for name, part in splits.items()}
-    everything = [t for part in splits.values() for t in part]
-    for value, part in by_ratio(everything).items():
-        if part:
-            held_out[f"r near {value}"] = dataset(part, 5, args.evaluated_per_tensor, args)
+    held_out = {name: dataset(part, 5, args.evaluated_per_tensor, args) for name, part in measured.items()}
     linear = {name: report(retrodiction_skill("linear", part)) for name, part in held_out.items()}
     rows = []
     with tqdm(total=len(settings) * len(args.seeds), desc="ablations") as bar:
@@ -131,6 +134,18 @@ def by_ratio(trajectories: "Sequence[CollectedTrajectory]") -> "dict[str, list[C
             if ratio is not None and low <= ratio < high:
                 parts[value].append(trajectory)
     return parts
+
+
+def fingerprint(trajectories: "Sequence[CollectedTrajectory]") -> str:
+    """Hash of the weights of all of them, in their order; other trajectories may have the same names."""
+    from know_hf.meta_learning.sources import open_source
+
+    digest = hashlib.sha256()
+    for trajectory in trajectories:
+        source = open_source(trajectory.path)
+        digest.update(source.fingerprint.encode())
+        source.close()
+    return digest.hexdigest()
 
 
 def dataset(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def main(arguments: argparse.Namespace) -> int:
     from space import Space
 
+    if arguments.workers < 1:
+        raise ValueError(f"--workers {arguments.workers}: give at least 1")
     space = Space.from_yaml(arguments.space)
     recipes = space.recipes()
     if arguments.plan:
@@ -42,6 +44,10 @@ def main(arguments: argparse.Namespace) -> int:
         ended = result(output_dir, recipe.name)
         if arguments.retry_failed and rank == 0 and ended is not None and ended["status"] == "failed":
             (output_dir / recipe.name / RESULT_NAME).unlink()
+    if not all(result(output_dir, recipe.name) for recipe in recipes):
+        from examples import check_same_data
+
+        check_same_data(job)
     record_all(job, arguments.workers, int(os.environ.get("LOCAL_RANK", 0)), show=rank == 0)
     rows = write_index(space, arguments.space, output_dir)
     if rank:

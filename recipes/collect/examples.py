@@ -18,6 +18,11 @@ from texts import TextBatches, make_tokenizer, tokenize
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
+from workers import Job, result
+
+from know_hf.checkpoint import write_json
+
+DATA_NAME = ".data.json"
 
 Tensors = dict[str, Tensor]
 
@@ -77,9 +82,7 @@ def load_examples(recipe: Recipe, source: dict[str, str], models: dict[str, str]
     train, test = (_load_split(source["path"], source[split]) for split in ("train", "eval"))
     feature = train.features[source["label"]]
     num_labels = getattr(feature, "num_classes", None) or len(set(train[source["label"]]))
-    tokenizer = None
-    if "text" in source:
-        tokenizer = _tokenizer(recipe, source, models, folder)
+    tokenizer = _tokenizer(recipe, source, models, folder)
     splits = []
     # Which examples are evaluated on depends on the dataset alone: accuracies of two trajectories can be compared.
     for split, count, seed in ((train, recipe.num_examples, recipe.seed), (test, recipe.num_eval_examples, 0)):
@@ -101,6 +104,40 @@ def load_examples(recipe: Recipe, source: dict[str, str], models: dict[str, str]
     )
 
 
+def check_same_data(job: Job) -> None:
+    """Compares the data of what is left to record with that of the folder, before anything is trained.
+
+    `.data.json` of the folder has a hash of all examples of each dataset, as they are prepared; what is not in it yet
+    is entered. Many processes may do the same at a time.
+
+    Args:
+        job ([`Job`]): What is to be recorded; data of what is finished need not be there.
+
+    Raises:
+        `ValueError`: when a dataset is another one than the folder was recorded from.
+    """
+    path, locks, cache = (job.output_dir / name for name in (DATA_NAME, ".locks", ".cache"))
+    for folder in (locks, cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / "data.lock"):
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found: dict[str, str] = {}
+        for recipe in job.recipes:
+            inputs = json.dumps(recipe.inputs, sort_keys=True)
+            prepared = " ".join(filter(None, (recipe.dataset, inputs, recipe.pretrained)))
+            if prepared in found or result(job.output_dir, recipe.name):
+                continue
+            source = job.sources[recipe.dataset]
+            found[prepared] = _fingerprint(recipe, source, job.models, cache)
+            if kept.get(prepared, found[prepared]) != found[prepared]:
+                raise ValueError(
+                    f"{path} says that its folder was recorded from another {recipe.dataset!r} than {source['path']}"
+                    f" (fingerprint {kept[prepared]}, now {found[prepared]}); give the same dataset, or another"
+                    " --output-dir"
+                )
+        write_json(path, kept | found)
+
+
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of right classes; `predictions` are classes already, see [`arg_max`]."""
     return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
@@ -110,6 +147,16 @@ def arg_max(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
+def _fingerprint(recipe: Recipe, source: dict[str, str], models: dict[str, str], folder: Path) -> str:
+    """Hash of all examples that a recipe may train or evaluate on; the same wherever they are read from."""
+    tokenizer = _tokenizer(recipe, source, models, folder)
+    digest = hashlib.sha256()
+    for name in ("train", "eval"):
+        split = _prepare(_load_split(source["path"], source[name]), source, recipe, tokenizer, folder)
+        digest.update(Examples(split, lambda batch: batch).fingerprint.encode())
+    return digest.hexdigest()[:16]
+
+
 @cache
 def _load_split(path: str, split: str) -> datasets.Dataset:
     return datasets.load_dataset(path, split=split)
@@ -117,8 +164,10 @@ def _load_split(path: str, split: str) -> datasets.Dataset:
 
 def _tokenizer(
     recipe: Recipe, source: dict[str, str], models: dict[str, str], folder: Path
-) -> PreTrainedTokenizerBase:
-    """That of the pretrained model, or one of the most frequent words of the training split."""
+) -> PreTrainedTokenizerBase | None:
+    """That of the pretrained model, or one of the most frequent words of the training split; none for images."""
+    if "text" not in source:
+        return None
     if recipe.pretrained is not None:
         from transformers import AutoTokenizer
 

@@ -99,7 +99,7 @@ def record_all(job: Job, workers: int, first_device: int, show: bool) -> None:
                     continue
                 deaths[worker.at] += 1
                 bar.write(f"a process died with exit code {worker.process.exitcode} at {worker.at}", sys.stderr)
-                if deaths[worker.at] == _MOST_DEATHS:
+                if deaths[worker.at] >= _MOST_DEATHS:
                     if worker.at is None:
                         _stop(running)
                         raise RuntimeError(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
-    from know_hf import KNOWNModel
+    from know_hf import KNOWNConfig, KNOWNModel
     from know_hf.meta_learning import CollectedTrajectory, MetaTrainingArguments, RoleSkill
     from know_hf.predictors import Predictor
 
@@ -66,6 +66,8 @@ def main(script_arguments: ScriptArguments, training_arguments: "MetaTrainingArg
     found = read_collection(script_arguments.trajectories, num_states)
     splits = split_collection(found, script_arguments.held_out)
     splits["train"], validation_paths = take_share(splits["train"], script_arguments.validation_share, seed)
+    config = KNOWNConfig(num_states=num_states)
+    rivals = comparisons(script_arguments, config)
 
     def dataset(trajectories: "list[CollectedTrajectory]", max_per_tensor: int) -> TransitionDataset:
         paths = [trajectory.path for trajectory in trajectories]
@@ -81,9 +83,7 @@ def main(script_arguments: ScriptArguments, training_arguments: "MetaTrainingArg
     }
     if training_arguments.checkpoint_dir is None:
         training_arguments = replace(training_arguments, checkpoint_dir=str(output_dir / "checkpoints"))
-    config = KNOWNConfig(num_states=num_states)
     result = meta_train(config, train, held_out, validation=validation, args=training_arguments, progress=is_main)
-    rivals = comparisons(script_arguments, result.model)
     skill = {
         name: {"known": result.held_out_skill[name]}
         | {rival: retrodiction_skill(predictor, split, processes) for rival, predictor in rivals.items()}
@@ -112,7 +112,10 @@ def main(script_arguments: ScriptArguments, training_arguments: "MetaTrainingArg
         "validation_skill": result.validation,
         "losses": result.losses,
         "seconds": result.seconds,
+        "steps_done": result.steps_done,
+        "best_step": result.best_step,
         "num_processes": result.num_processes,
+        "mixed_precision": result.mixed_precision,
         "num_states": num_states,
         "max_per_tensor": script_arguments.max_per_tensor,
         "evaluated_per_tensor": script_arguments.evaluated_per_tensor,
@@ -138,14 +141,29 @@ def take_share(
     return [t for t in trajectories if t.path not in chosen], [t for t in trajectories if t.path in chosen]
 
 
-def comparisons(script_arguments: ScriptArguments, model: "KNOWNModel") -> "dict[str, str | KNOWNModel | Predictor]":
-    """What the trained model is compared with: the published weights where given, and simple predictors."""
-    from know_hf import KNOWNModel
+def comparisons(script_arguments: ScriptArguments, config: "KNOWNConfig") -> "dict[str, KNOWNModel | Predictor]":
+    """What the trained model is compared with: the published weights where given, and simple predictors.
 
-    rivals: dict[str, str | KNOWNModel | Predictor] = {}
+    Raises:
+        `ValueError` or `TypeError`: when one can't be made, or takes histories of another length than the model.
+    """
+    from know_hf import KNOWNModel
+    from know_hf.predictors import DepthPredictor, get_predictor
+
+    rivals: dict[str, KNOWNModel | Predictor] = {}
     if script_arguments.published_weights is not None:
-        rivals["published"] = KNOWNModel.from_keras(script_arguments.published_weights, model.config)
-    return rivals | {name: name for name in script_arguments.predictors}
+        rivals["published"] = KNOWNModel.from_keras(script_arguments.published_weights, config)
+    for name in script_arguments.predictors:
+        predictor = get_predictor(name)
+        if isinstance(predictor, DepthPredictor):
+            raise ValueError(f"{name!r} has to know how deep a layer lies, which is not told here; leave it out")
+        if predictor.num_states not in (None, config.num_states):
+            raise ValueError(
+                f"{name!r} takes {predictor.num_states} states, num_states={config.num_states}; leave it out, or train"
+                f" with num_states={predictor.num_states}"
+            )
+        rivals[name] = predictor
+    return rivals
 
 
 def summary(by_role: "dict[str, RoleSkill]") -> dict[str, dict[str, float | None]]:
@@ -205,7 +223,8 @@ def parse_arguments(argv: list[str] | None = None) -> "tuple[ScriptArguments, Me
         import yaml
 
         content = yaml.safe_load(found.config.read_text(encoding="utf-8"))
-        lists = {key: value if isinstance(value, list) else [value] for key, value in content.items()}
+        told = {key: value for key, value in content.items() if value is not None}
+        lists = {key: value if isinstance(value, list) else [value] for key, value in told.items()}
         flags = [flag for key, values in lists.items() for flag in (f"--{key}", *map(str, values))] + flags
     return make_parser().parse_args_into_dataclasses(args=flags)
 

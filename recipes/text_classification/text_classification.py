@@ -32,6 +32,9 @@ def main(args: argparse.Namespace) -> None:
     def split(name: str, size: int):
         data = load_dataset(args.dataset, split=name).shuffle(seed=args.seed)
         data = data.select(range(min(size, len(data))))
+        if args.label_column != "label":  # the Trainer leaves out columns of names that it doesn't know
+            data = data.select_columns([args.text_column, args.label_column])
+            data = data.rename_column(args.label_column, "label")
         return data.map(
             lambda batch: tokenizer(batch[args.text_column], truncation=True, max_length=args.max_length),
             batched=True,
@@ -39,9 +42,7 @@ def main(args: argparse.Namespace) -> None:
 
     train, test = split(args.train_split, args.num_train), split(args.test_split, args.num_test)
     set_seed(args.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        args.model, num_labels=len(set(train[args.label_column]))
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(set(train["label"])))
     training_args = TrainingArguments(
         output_dir=str(output_dir / "trainer"),
         num_train_epochs=args.epochs,
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
             compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
         )
 
-    schedule = ForgettingSchedule(ratio=args.ratio, num_states=5, stratify_by=args.label_column, seed=args.seed)
+    schedule = ForgettingSchedule(ratio=args.ratio, num_states=5, stratify_by="label", seed=args.seed)
     trajectory = induce_forgetting(make_trainer(model), schedule, output_dir / "trajectory")
 
     results = {f"state {s.index} ({s.num_examples} examples)": s.metrics for s in trajectory.states}
