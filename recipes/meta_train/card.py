@@ -22,8 +22,8 @@ python recipes/meta_train/meta_train.py --config recipes/meta_train/known_base.y
 """
 LIMITS = (
     "Its skill is near zero: the next less forgotten state is predicted hardly better than by no change at all, and"
-    " biases of other architectures and datasets worse. Of a fine-tuned MiniLM it made the source task worse (above, the"
-    " suite `reviews`).",
+    " biases of other architectures and datasets worse. Of a fine-tuned MiniLM it made the source task worse (above,"
+    " the suite `reviews`).",
     "Small nets on small grey images and short texts, and one pretrained encoder of 23M parameters; nothing larger."
     " Parameters of normalisation layers were not learned from.",
     "The l1 objective counts distances in units of the weights: trajectories that move little, such as those of"
