@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from test_prediction import BIAS, CONV
+from torch import nn
 
 from know_hf import KNOWNConfig, KNOWNModel, predict_overflowed_weights
 from know_hf.prediction import ResidualReport
+from know_hf.prediction.report import forgetting_warnings
 
 torch.manual_seed(0)
 HISTORY = torch.randn(5, 1000)
@@ -82,7 +84,8 @@ def test_warnings_name_role_share_tensor_and_range(trajectory, tmp_path, caplog)
     wide = {"largest_weight": 100.0, "largest_displacement": 100.0, "mean_displacement": 1e-3}
     roles = {"conv": wide, "fc": {**wide, "largest_weight": 1e-3}, "bias": {**wide, "mean_displacement": 10.0}}
     result = predict_overflowed_weights(trajectory, predictor=Trained(roles), output_dir=tmp_path / "out")
-    bias, fc = result.warnings
+    unforgotten, bias, fc = result.warnings
+    assert unforgotten.startswith("by evaluation loss Θ1 ")
     assert fc.startswith("fc: ") and "weights up to 0.001, moves up to 100" in fc
     worst = max((n for n in result.tensors if result.roles[n] == "fc"), key=lambda n: result.tensors[n].outside)
     assert f"most of them in {worst!r}" in fc
@@ -97,7 +100,24 @@ def test_weights_of_unknown_training_warn_of_nothing(trajectory, tmp_path, train
     torch.manual_seed(0)
     known = KNOWNModel(KNOWNConfig(trained_on=trained_on))
     result = predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "out")
-    assert result.warnings == []
+    assert [text for text in result.warnings if not text.startswith("by evaluation loss ")] == []
+
+
+def test_states_that_are_no_worse_than_the_full_data_state_are_told(record_states, tmp_path):
+    trajectory = record_states(nn.Linear(2, 2), num_states=3)
+    for losses, told in (
+        ([0.4, 0.5, 0.6], []),
+        ([None, 0.1, 0.2], []),
+        ([0.4, None, 0.6], []),
+        ([0.4, 0.4, 0.6], ["by evaluation loss Θ1 (0.4) is no worse than Θ0 (0.4): "]),
+        ([0.4, 0.3, 0.2], ["by evaluation loss Θ1 (0.3), Θ2 (0.2) are no worse than Θ0 (0.4): "]),
+    ):
+        assert [text[: len(part)] for text, part in zip(forgetting_warnings(losses), told, strict=True)] == told
+    for state, loss in enumerate((0.5, 0.4, 0.7)):
+        trajectory.update_metrics(state, {"eval_loss": loss})
+    result = predict_overflowed_weights(trajectory, predictor="shrink", output_dir=tmp_path / "out")
+    assert result.warnings == forgetting_warnings([0.5, 0.4, 0.7])
+    assert "Θ1 (0.4) is no worse than Θ0 (0.5)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_there_is_a_report_of_every_tensor(trajectory, tmp_path):

@@ -24,7 +24,7 @@ from ..predictors import Predictor
 from ..roles import names_on_disk
 from ..trajectory import WeightTrajectory, load_pretrained
 from .planning import PredictionPlan, plan_prediction
-from .report import ResidualReport, range_warnings, table
+from .report import ResidualReport, forgetting_warnings, range_warnings, table
 from .running import run
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class PredictionResult:
         path (`Path`): Its folder.
         tensors (`dict[str, ResidualReport]`): From the name of every tensor to what happened to it.
         roles (`dict[str, str]`): From the name of every tensor to its role.
-        warnings (`list[str]`): Where the histories were unlike those the predictor was trained on.
+        warnings (`list[str]`): Where the histories were unlike those the predictor was trained on, later states no
+            worse than Θ0, or residuals lost to rounding.
         model_class (`type`, *optional*): The model's class, where transformers has none of its name.
         url (`str`, *optional*): Address of the commit or the pull request, where it was pushed to the Hub.
         gate ([`~know_hf.gate.GateResult`], *optional*): What the gate tried and chose, where there was one.
@@ -319,7 +320,7 @@ def _added_up(parts: Sequence[Mapping[str, ResidualReport]]) -> dict[str, Residu
 
 
 def _warnings(plan: PredictionPlan, tensors: Mapping[str, ResidualReport]) -> list[str]:
-    found = []
+    found = forgetting_warnings([state.metrics.get("eval_loss") for state in plan.trajectory.states])
     for network in sorted({tensor.network for tensor in plan.tensors.values() if tensor.network}):
         trained_on = plan.trained_on(network)
         mine = {name: tensors[name] for name, tensor in plan.tensors.items() if tensor.network == network}

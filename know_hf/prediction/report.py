@@ -1,7 +1,7 @@
 """What a prediction did, in numbers: how large the residual is, what it is made of, how familiar its inputs were."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -177,6 +177,26 @@ def range_warnings(role: str, tensors: Mapping[str, ResidualReport], trained_on:
             f" trained on moves of {mean:.2g}: what it adds says more about the size of a weight than about its way"
         )
     return warnings
+
+
+def forgetting_warnings(losses: Sequence[float | None]) -> list[str]:
+    """Sentences on later states that are no worse than Θ0, so that there was no forgetting to run backwards.
+
+    Args:
+        losses (`Sequence[float | None]`): Evaluation loss of every state, full data first; `None` where there is none.
+    """
+    full_data = losses[0]
+    if full_data is None:
+        return []
+    no_worse = [(state, loss) for state, loss in enumerate(losses) if state and loss is not None and loss <= full_data]
+    if not no_worse:
+        return []
+    named = ", ".join(f"Θ{state} ({loss:.4g})" for state, loss in no_worse)
+    return [
+        f"by evaluation loss {named} {'is' if len(no_worse) == 1 else 'are'} no worse than Θ0 ({full_data:.4g}): what"
+        " was to make the model forget trained it on, and to run that backwards may undo training; train Θ0 longer, or"
+        " let a gate decide"
+    ]
 
 
 def is_finite(values: torch.Tensor) -> bool:
