@@ -104,8 +104,8 @@ def merge_adapters(
         )
     trajectory.verify()
     sources = [trajectory.path]
-    if isinstance(base_model, str | Path):
-        sources.append(Path(base_model))
+    if isinstance(base.source, str | Path) and Path(base.source).exists():
+        sources.append(Path(base.source))
     with atomic_folder(Path(output_dir), overwrite, sources) as work:
         merged = WeightTrajectory.create(work, trajectory.schedule)
         for state in tqdm(trajectory.states, desc="merging adapters", unit="state"):

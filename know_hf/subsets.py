@@ -164,6 +164,8 @@ def _scalars(dataset: Any, column: str, verb: str) -> list[Any]:
     values = []
     for value in _column(dataset, column, verb):
         value = value.tolist() if isinstance(value, torch.Tensor | np.generic | np.ndarray) else value
+        if verb == "stratify" and isinstance(value, list) and len(value) == 1:  # a class as a tensor (1,)
+            value = value[0]
         if isinstance(value, list | dict):
             raise ValueError(
                 f"column {column!r} holds a {type(value).__name__}, {str(value)[:80]}; {verb} by single values"

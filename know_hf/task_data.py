@@ -53,6 +53,8 @@ def load_splits(args: RecordArguments) -> tuple[datasets.Dataset, datasets.Datas
         splits, names = _encode_classes(splits, found[LABELS], args)
     limits = (args.max_examples, args.max_eval_examples)
     drawn = [_draw(split, limit, args.seed) for split, limit in zip(splits, limits, strict=False)]
+    for split in drawn:
+        _refuse_empty(split, columns, args)
     return drawn[0], drawn[1] if len(drawn) > 1 else None, names
 
 
@@ -190,14 +192,20 @@ def _select(split: datasets.Dataset, columns: Mapping[str, str], args: RecordArg
             raise ValueError(f"image_column={column!r} holds {kind}, not images; cast it to datasets.Image()")
         if name.startswith("text") and kind not in ("string", "large_string"):
             raise ValueError(f"{name}_column={column!r} holds {kind}, not text; name another")
-        cells = split.with_format("arrow")[:].column(column)
-        if name != LABELS and cells.null_count:
+    return split.select_columns(list(columns)).rename_columns({k: v for k, v in columns.items() if k != v})
+
+
+def _refuse_empty(split: datasets.Dataset, columns: Mapping[str, str], args: RecordArguments) -> None:
+    for column, name in columns.items():
+        if not split.data.column(name).null_count:  # of all rows, drawn or not; none is read for it
+            continue
+        cells = split.select_columns(name).with_format("arrow")[:].column(name)
+        if cells.null_count:
             row = cells.is_null().index(True)
             raise ValueError(
-                f"split {split.split} of {args.dataset}, column {column!r}: row {row}, counted from 0, is empty, as"
-                f" are {cells.null_count} in all; fill them in or leave them out"
+                f"split {split.split} of {args.dataset}, column {column!r}: row {row} of those used, counted from 0,"
+                f" is empty, as are {cells.null_count} in all; fill them in or leave them out"
             )
-    return split.select_columns(list(columns)).rename_columns({k: v for k, v in columns.items() if k != v})
 
 
 def _encode_classes(

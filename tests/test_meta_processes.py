@@ -189,9 +189,7 @@ def test_checkpoints_of_another_training(root, tmp_path, monkeypatch):
     with monkeypatch.context() as launcher:
         launcher.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
         AcceleratorState._reset_state()
-        with pytest.raises(
-            ValueError, match=r"checkpoint of a training with mixed_precision='no', this one has 'bf16'"
-        ):
+        with pytest.raises(ValueError, match=r"checkpoint of a training with precision='no', this one has 'bf16'"):
             end_of(root, tmp_path)
     AcceleratorState._reset_state()
     dataset = TransitionDataset([root / "a0", root / "a1"], progress=False)

@@ -250,6 +250,9 @@ def test_statistics_can_be_computed_for_weights_in_bfloat16(trajectory, tmp_path
     predict_overflowed_weights(trajectory, recalibrate_with=[batch], **options)
     written = weights(tmp_path / "out")[MEAN]
     assert written.dtype == torch.bfloat16 and not torch.equal(written, trajectory.tensor(MEAN).bfloat16())
+    half = {"pixel_values": batch["pixel_values"].bfloat16()}
+    predict_overflowed_weights(trajectory, recalibrate_with=[half], **options, overwrite=True)
+    torch.testing.assert_close(weights(tmp_path / "out")[MEAN], written, rtol=0.05, atol=0.02)
 
 
 def test_numbers_that_are_too_large_for_the_dtype_are_told(record_states, tmp_path):

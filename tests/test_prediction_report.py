@@ -84,8 +84,7 @@ def test_warnings_name_role_share_tensor_and_range(trajectory, tmp_path, caplog)
     wide = {"largest_weight": 100.0, "largest_displacement": 100.0, "mean_displacement": 1e-3}
     roles = {"conv": wide, "fc": {**wide, "largest_weight": 1e-3}, "bias": {**wide, "mean_displacement": 10.0}}
     result = predict_overflowed_weights(trajectory, predictor=Trained(roles), output_dir=tmp_path / "out")
-    unforgotten, bias, fc = result.warnings
-    assert unforgotten.startswith("by evaluation loss Θ1 ")
+    bias, fc = result.warnings
     assert fc.startswith("fc: ") and "weights up to 0.001, moves up to 100" in fc
     worst = max((n for n in result.tensors if result.roles[n] == "fc"), key=lambda n: result.tensors[n].outside)
     assert f"most of them in {worst!r}" in fc
@@ -115,8 +114,11 @@ def test_states_that_are_no_worse_than_the_full_data_state_are_told(record_state
         assert [text[: len(part)] for text, part in zip(forgetting_warnings(losses), told, strict=True)] == told
     for state, loss in enumerate((0.5, 0.4, 0.7)):
         trajectory.update_metrics(state, {"eval_loss": loss})
-    result = predict_overflowed_weights(trajectory, predictor="shrink", output_dir=tmp_path / "out")
+    known = KNOWNModel(KNOWNConfig(num_states=3))
+    result = predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "out")
     assert result.warnings == forgetting_warnings([0.5, 0.4, 0.7])
+    trivial = predict_overflowed_weights(trajectory, predictor="shrink", output_dir=tmp_path / "other")
+    assert trivial.warnings == []
     assert "Θ1 (0.4) is no worse than Θ0 (0.5)" in (tmp_path / "out" / "README.md").read_text()
 
 

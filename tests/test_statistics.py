@@ -187,11 +187,11 @@ def test_a_method_must_be_better_than_every_control():
         {k: v for k, v in scores.items() if k != "equal"}, ["method", "shrink"], controls=["shrink"]
     )
     assert alone.better_than_controls == ("method",)
-    assert alone.verdict_on_methods() == "In accuracy, better than every control: method."
+    assert alone.verdict_on_methods() == "In accuracy, better than naive and every control: method."
     both = compare_with_naive(scores, ["method", "equal", "shrink"], controls=["equal", "shrink"])
     assert both.better_than_controls == () and both.against_controls["method"].hardest == "equal"
     assert both.verdict_on_methods().startswith(
-        "In accuracy, no method is better than every control: method minus equal"
+        "In accuracy, no method is better than naive and every control: method minus equal"
     )
 
 

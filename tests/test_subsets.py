@@ -387,9 +387,9 @@ class Nothing(TorchIterableDataset):
         ([(1, 2)] * 99, ForgettingSchedule(group_by="doc"), "rows of type tuple, without named columns"),
         (TorchRows(), ForgettingSchedule(group_by="x"), r"column 'x' holds a list, \[0\.0\]; group by single"),
         (
-            [{"label": [index]} for index in range(99)],
+            [{"label": [index, 1]} for index in range(99)],
             ForgettingSchedule(stratify_by="label"),
-            r"column 'label' holds a list, \[0\]; stratify by single values",
+            r"column 'label' holds a list, \[0, 1\]; stratify by single values",
         ),
         (
             Dataset.from_dict({"label": ["a", "b", None] * 33}),
@@ -477,3 +477,13 @@ def test_different_content_has_different_hashes():
         {"a": None}, np.ones(2), np.ones((2, 1)), np.ones(2, np.float32), [1, None], [None, 1],
     ]  # fmt: skip
     assert len({content_hash(value) for value in values}) == len(values)
+
+
+def test_classes_may_be_tensors_of_one_number():
+    schedule = ForgettingSchedule(stratify_by="label", num_states=2)
+    chosen = []
+    for make in (int, lambda index: torch.tensor([index])):
+        rows = [{"label": make(index % 3), "row": index} for index in range(12)]
+        half = divide(rows, schedule)[1].dataset
+        chosen.append([half[index]["row"] for index in range(len(half))])
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 6

@@ -63,7 +63,7 @@ class CheckpointCard(RecordedCard):
         comparisons (`list[dict]`): As [`~know_hf.cards.evidence.recorded_comparison`] gives them.
         gate (`dict`, *optional*): As [`~know_hf.cards.evidence.recorded_gate`] gives it.
         elsewhere (`dict`, *optional*): In which of the suites that the shipped KNOWN weights were compared on so many
-            steps were `better` than Θ0, `worse`, or `neither`; and `what` was measured.
+            steps were `better` than Θ0, `worse`, `neither` or `unclear`; and `what` was measured.
     """
 
     template: ClassVar[str] = "checkpoint.md"

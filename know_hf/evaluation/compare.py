@@ -20,7 +20,7 @@ from .comparison import ACCURACY, LOSS
 from .landscape import Landscape, measure_landscape
 from .measuring import ComparisonTask, Recorded, device, measure_arm, measure_trajectory, trajectory_folder
 from .probing import LinearProbe
-from .protocols import MeasuringProtocol, first_of_each_class, refined
+from .protocols import FineTuning, MeasuringProtocol, first_of_each_class, refined
 from .results import REPORT_NAME, ComparisonReport
 from .statistics import scipy_stats
 from .store import CellStore
@@ -96,6 +96,8 @@ def compare_arms(
     seeds = list(range(10) if recorded is None else range(len(recorded))) if seeds is None else list(seeds)
     chosen = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in arms or _default_arms(task)]
     _check(task, chosen, protocols, seeds, draws, trials_per_rate)
+    if not (output_dir / CellStore.IDENTITY_NAME).exists():
+        _check_protocols(task, chosen, protocols, seeds[0], trials_per_rate)
     store = CellStore(output_dir, _identity(task, protocols, draws, trials_per_rate))
     found = {seed: {arm.name: _read(store, seed, arm, task) for arm in chosen} for seed in seeds}
     missing = [(seed, arm) for seed in seeds for arm in chosen if found[seed][arm.name] is None]
@@ -233,7 +235,6 @@ def _check(
         raise ValueError("one draw of one trajectory has no interval; give more seeds, or at least more draws")
     if (recorded := task.recorded) is not None and max(seeds) >= len(recorded):
         raise ValueError(f"seed {max(seeds)} has no trajectory: {len(recorded)} are given")
-    _check_protocols(task, arms, protocols, seeds[0], trials_per_rate)
 
 
 def _check_protocols(
@@ -245,15 +246,15 @@ def _check_protocols(
 ) -> None:
     """Tells before anything is run what the first cell would stumble over: the folder is of these protocols then."""
     of_probe = {measure.name for measure in (ACCURACY, LOSS)}
-    split = None if task.target is None else task.target(seed, 0)
     for protocol in protocols:
-        if rates := getattr(protocol, "learning_rates", ()):
-            for arm in arms:
-                refined(rates, trials_per_rate // len(arm.settings))
+        if not isinstance(protocol, FineTuning | LinearProbe):
+            continue
+        for arm in arms:
+            refined(protocol.learning_rates, trials_per_rate // len(arm.settings))
         if isinstance(protocol, LinearProbe) and (other := [m.name for m in task.measures if m.name not in of_probe]):
             raise ValueError(f"protocol {protocol.name!r} measures accuracy and loss, not {other[0]!r}; leave it out")
-        if not protocol.on_source and split is not None:
-            first_of_each_class(split.train, getattr(protocol, "labels_per_class", None))
+        if protocol.labels_per_class is not None and task.target is not None:
+            first_of_each_class(task.target(seed, 0).train, protocol.labels_per_class)
 
 
 def _identity(

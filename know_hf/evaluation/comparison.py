@@ -186,16 +186,16 @@ class Comparison:
         )
 
     def verdict_on_methods(self) -> str:
-        """One sentence: whether a method is better than every control; empty where there is nothing to tell."""
+        """One sentence: whether a method is better than naive and every control; empty where there is none."""
         if not self.against_controls or self.valid is False:
             return ""
         if self.better_than_controls:
-            return f"In {self.what}, better than every control: {', '.join(self.better_than_controls)}."
+            return f"In {self.what}, better than naive and every control: {', '.join(self.better_than_controls)}."
         nearest = [
             f"{name} minus {against.hardest} {self.measure.difference(against.differences[against.hardest])}"
             for name, against in self.against_controls.items()
         ]
-        return f"In {self.what}, no method is better than every control: {'; '.join(nearest)}."
+        return f"In {self.what}, no method is better than naive and every control: {'; '.join(nearest)}."
 
     def validity(self) -> str:
         """One sentence: whether naive beat random initialisation and the oracle naive, without which a suite can show

@@ -147,9 +147,9 @@ def controls_table(report: Report, number: int) -> ReportTable | None:
     if not rows:
         return None
     return ReportTable(
-        "Methods against the control that is hardest to beat: a method that is no better than every trivial control"
-        " has shown nothing of its own.",
-        ["method", "better than every control", "hardest control", "method minus control", "p (one-sided)"],
+        "Methods against what is hardest to beat, a control or naive: a method that is no better than every trivial"
+        " control has shown nothing of its own.",
+        ["method", "better than all of them", "hardest to beat", "method minus that", "p (one-sided)"],
         rows,
         frozenset(result["better_than_controls"]),
     )

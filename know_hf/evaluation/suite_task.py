@@ -1,5 +1,6 @@
 """What a suite compares arms on: its data, models and trainings, each by the seed alone."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,13 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainingArguments,
+)
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
 )
 
 from ..checkpoint import file_sha256
@@ -204,13 +212,17 @@ class SuiteTask:
         return pool, unseen
 
     def _pretrained_identity(self) -> str | None:
-        """What tells other pretrained weights from these: their hash in a folder, their commit on the Hub."""
+        """What tells other pretrained weights from these: the hashes of their files, in a folder or the Hub cache."""
         if self.model.pretrained is None or self.model.new:
             return None
         place = self.models.get(self.model.pretrained, self.model.pretrained)
-        if files := sorted(Path(place).glob("*.safetensors")):
-            return ",".join(file_sha256(file)[:20] for file in files)
-        return getattr(AutoConfig.from_pretrained(place), "_commit_hash", None)
+        for index, whole in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+            if found := _cached(place, whole):
+                return file_sha256(found)[:20]
+            if listed := _cached(place, index):
+                names = sorted(set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values()))
+                return ",".join(file_sha256(shard)[:20] for name in names if (shard := _cached(place, name)))
+        return None
 
     def _divide(self, side: Side, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         test = len(rows) - side.validation if side.test is None else side.test
@@ -284,6 +296,11 @@ class SuiteTask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return get_peft_model(model, LoraConfig(**self.model.lora))
+
+
+def _cached(place: str, name: str) -> Path | None:
+    found = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

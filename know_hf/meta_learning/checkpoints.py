@@ -94,7 +94,7 @@ class CheckpointFolder:
             return Progress()
         content = json.loads((newest[0] / RUN_NAME).read_text(encoding="utf-8"))
         for key, value in self._run.items():
-            if content["run"].get(key) != value:
+            if key in content["run"] and content["run"][key] != value:
                 raise ValueError(
                     f"{newest[0]} is a checkpoint of a training with {key}={content['run'].get(key)!r}, this one has"
                     f" {value!r}; train with the same, or choose another checkpoint_dir"

@@ -288,7 +288,7 @@ def _run(
         weights.update(name.encode() + tensor.cpu().contiguous().numpy().data)
     return {
         **{f.name: getattr(args, f.name) for f in fields(args) if f.name not in _FREE_ARGUMENTS},
-        "mixed_precision": accelerator.mixed_precision,  # of the launcher, where the arguments leave it to it
+        "precision": accelerator.mixed_precision,  # of the launcher, where the arguments leave it to it
         "num_processes": accelerator.num_processes,
         "initial_weights": weights.hexdigest(),
         "train": train.fingerprint,

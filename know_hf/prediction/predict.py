@@ -20,7 +20,7 @@ from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, atomic_folder, re
 from ..distributed import on_every_process, on_main_process
 from ..modeling_known import KNOWNModel
 from ..plotting import save_figure
-from ..predictors import Predictor
+from ..predictors import KNOWNPredictor, Predictor
 from ..roles import names_on_disk
 from ..trajectory import WeightTrajectory, load_pretrained
 from .planning import PredictionPlan, plan_prediction
@@ -320,7 +320,9 @@ def _added_up(parts: Sequence[Mapping[str, ResidualReport]]) -> dict[str, Residu
 
 
 def _warnings(plan: PredictionPlan, tensors: Mapping[str, ResidualReport]) -> list[str]:
-    found = forgetting_warnings([state.metrics.get("eval_loss") for state in plan.trajectory.states])
+    found = []
+    if isinstance(plan.predictor, KNOWNPredictor):  # others don't say that they run anything backwards
+        found += forgetting_warnings([state.metrics.get("eval_loss") for state in plan.trajectory.states])
     for network in sorted({tensor.network for tensor in plan.tensors.values() if tensor.network}):
         trained_on = plan.trained_on(network)
         mine = {name: tensors[name] for name, tensor in plan.tensors.items() if tensor.network == network}
@@ -335,20 +337,22 @@ def _warnings(plan: PredictionPlan, tensors: Mapping[str, ResidualReport]) -> li
     return found
 
 
+def _as_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def recalibrate_checkpoint(
     folder: Path, batches: Any, trajectory: WeightTrajectory, model_class: type[PreTrainedModel] | None
 ) -> None:
     """Measures the BatchNorm statistics of a checkpoint anew, in its files."""
-    model = load_pretrained(folder, model_class).float()  # what batches usually are; written in the file's dtype
-    recalibrate_batch_norm(model, batches)
+    # in float32, whatever the dtypes of weights and batches are; written in the dtype of the file
+    model = load_pretrained(folder, model_class).float()
+    recalibrate_batch_norm(model, ({name: _as_float32(value) for name, value in batch.items()} for batch in batches))
     state, on_disk = model.state_dict(), names_on_disk(model)
-    measured = {
-        on_disk[name]: tensor
-        for name, tensor in state.items()
-        if name in on_disk and on_disk[name] in trajectory.roles and trajectory.roles[on_disk[name]].role == "copied"
-    }
-    for name in state:
-        if name.endswith(("running_mean", "running_var")) and on_disk.get(name) not in measured:
+    statistics = [name for name in state if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    measured = {on_disk[name]: state[name] for name in statistics if on_disk.get(name) in trajectory.roles}
+    for name in statistics:
+        if on_disk.get(name) not in measured:
             raise ValueError(
                 f"the BatchNorm statistics {name!r} of {type(model).__name__} have no place in {folder}: they can't be"
                 " computed anew in the files; recalibrate the model once it is loaded"

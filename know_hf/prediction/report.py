@@ -194,8 +194,7 @@ def forgetting_warnings(losses: Sequence[float | None]) -> list[str]:
     named = ", ".join(f"Θ{state} ({loss:.4g})" for state, loss in no_worse)
     return [
         f"by evaluation loss {named} {'is' if len(no_worse) == 1 else 'are'} no worse than Θ0 ({full_data:.4g}): what"
-        " was to make the model forget trained it on, and to run that backwards may undo training; train Θ0 longer, or"
-        " let a gate decide"
+        " was to make the model forget trained it on, and to run that backwards may undo training; train Θ0 longer"
     ]
 
 
