@@ -43,10 +43,11 @@ from .cards import forgetting_picture
 from .checkpoint import write_json
 from .plotting import save_figure
 from .recording import induce_forgetting
+from .roles import whole_shape
 from .task_arguments import IMAGE, LABELS, LM, TEXT, LoraArguments, RecordArguments, check_keys
 from .task_data import CausalCollator, load_splits, process_images, tokenize
-from .trajectory import WeightTrajectory
-from .trajectory.saving import with_place
+from .trajectory import WeightTrajectory, state_nbytes
+from .trajectory.saving import recorded_tensors, with_place
 
 TRAJECTORY_NAME = "trajectory"
 _ARGUMENTS_NAME = "record.json"
@@ -172,15 +173,14 @@ def plan_task(args: RecordArguments) -> RecordingPlan:
         lengths[0] = (0.0, -1)
     steps = [most if most > 0 else math.ceil(n * each) for (n, most), each in zip(lengths, per_epoch, strict=True)]
     epochs = [most / each if most > 0 else n for (n, most), each in zip(lengths, per_epoch, strict=True)]
-    weights = _recorded_weights(parts.model)
     return RecordingPlan(
         num_examples=sizes,
         steps=steps,
         epochs=epochs,
         examples_seen=round(sum(size * length for size, length in zip(sizes, epochs, strict=True))),
         relative_cost=schedule.relative_cost,
-        parameters=sum(tensor.numel() for tensor in weights),
-        bytes_per_state=sum(tensor.nbytes for tensor in weights),
+        parameters=sum(whole_shape(tensor).numel() for tensor in recorded_tensors(parts.model)),
+        bytes_per_state=state_nbytes(parts.model)[0],
         free_bytes=shutil.disk_usage(_existing(Path(args.output_dir))).free,
     )
 
@@ -363,17 +363,6 @@ def _arg_max(logits: Any, labels: torch.Tensor) -> torch.Tensor:
 def _steps_per_epoch(size: int, batch: int, training: TrainingArguments) -> int:
     batches = size // batch if training.dataloader_drop_last else math.ceil(size / batch)
     return max(math.ceil(batches / training.gradient_accumulation_steps), 1)
-
-
-def _recorded_weights(model: nn.Module) -> list[torch.Tensor]:
-    """The tensors of a state, tied ones once."""
-    if isinstance(model, PreTrainedModel):
-        state = model.state_dict()
-    else:
-        from peft import get_peft_model_state_dict
-
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return list({(tensor.data_ptr(), tensor.shape): tensor for tensor in state.values()}.values())
 
 
 def _existing(path: Path) -> Path:

@@ -203,6 +203,15 @@ def test_text_classification_is_recorded_as_planned(text_arguments):
     assert json.loads((output_dir / "record.json").read_text())["model"] == text_arguments.model
 
 
+def test_weights_in_parts_are_planned_as_the_whole(text_arguments, monkeypatch):
+    whole, parts = plan_task(text_arguments), prepare_task(text_arguments)
+    for parameter in parts.model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)  # as ZeRO-3 leaves it
+    monkeypatch.setattr("know_hf.tasks.prepare_task", lambda args: parts)
+    plan = plan_task(text_arguments)
+    assert (plan.parameters, plan.bytes_needed) == (whole.parameters, whole.bytes_needed)
+
+
 def test_the_forgetting_curve_is_drawn(text_arguments):
     pytest.importorskip("matplotlib")
     record_task(text_arguments)

@@ -160,6 +160,13 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in {id(t): t for t in self.state_dict.values()}.values())
 
 
+def recorded_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """The tensors that a state holds, tied ones once; of a `PeftModel` the adapter's alone."""
+    on_disk = names_on_disk(model)
+    state = model.state_dict(keep_vars=True).items()
+    return list({id(tensor): tensor for name, tensor in state if name in on_disk or not is_adapter(model)}.values())
+
+
 def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[int, int]:
     """Bytes that the first state and each further one take on disk, from shapes and dtypes.
 
@@ -167,15 +174,13 @@ def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[in
         model (`nn.Module`): The model, whatever its weights.
         dtype (`torch.dtype`, *optional*): Floating-point dtype to store.
     """
-    on_disk = names_on_disk(model)
-    sizes: dict[int, tuple[int, bool]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in on_disk or not is_adapter(model):
-            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-            sizes[id(tensor)] = (whole_shape(tensor).numel() * kind.itemsize, frozen)
-    total = sum(size for size, _ in sizes.values())
-    frozen_bytes = 0 if is_adapter(model) else sum(size for size, frozen in sizes.values() if frozen)
+    total = frozen = 0
+    for tensor in recorded_tensors(model):
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        size = whole_shape(tensor).numel() * kind.itemsize
+        total += size
+        frozen += size if isinstance(tensor, nn.Parameter) and not tensor.requires_grad else 0
+    frozen_bytes = 0 if is_adapter(model) else frozen
     return total, total - frozen_bytes if frozen_bytes > WORTH_SHARING * total else total
 
 
