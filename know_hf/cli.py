@@ -58,8 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
     record = commands.add_parser(
         "record",
         help="fine-tune any model on any dataset for a common task, make it forget, keep every state",
-        description="Fine-tunes a model on ever smaller subsets of a dataset and records every state. Flags go before"
-        " the YAML file. Run again, it goes on with the first state that is missing.",
+        description="Fine-tunes a model on ever smaller subsets of a dataset and records every state. A flag"
+        " overrides the YAML file. Run again, it goes on with the first state that is missing.",
     )
     record.add_argument("--config", metavar="FILE", help="YAML file; its keys are the flags below, with _ for -")
     record.add_argument("--plan", action="store_true", help="load everything, print steps, cost and disk, and stop")

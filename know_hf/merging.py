@@ -217,7 +217,6 @@ def _refuse_quantised(config: Any, name: str) -> None:
 def _merge(model: Any, trajectory: WeightTrajectory, state: int) -> nn.Module:
     from peft import get_peft_model_state_dict
 
-    tied = _adapts_tied_embeddings(model, trajectory)
     advice = "pass base_model=, the model as it was loaded for the training"
     try:
         adapted: Any = trajectory.load_model(state, base_model=model)
@@ -234,6 +233,20 @@ def _merge(model: Any, trajectory: WeightTrajectory, state: int) -> nn.Module:
             f"tensor {min(differing)!r} is not both in {trajectory.path} and in its adapter as it is on the"
             f" {type(model).__name__} that is its base; {advice}"
         )
+    return merge_adapter(adapted, trajectory)
+
+
+def merge_adapter(adapted: Any, trajectory: WeightTrajectory) -> Any:
+    """The base model of an adapter with the adapter merged into it; embeddings of which one is adapted are untied.
+
+    Args:
+        adapted (`PeftModel`): The model with the adapter; it is used up.
+        trajectory ([`WeightTrajectory`]): The trajectory of adapters that it is of.
+
+    Raises:
+        `ValueError`: when peft can't merge adapters of its kind, or they are on tied weights that can't be untied.
+    """
+    tied = _adapts_tied_embeddings(adapted.get_base_model(), trajectory)
     if tied:
         _give_own_weights(adapted)
     try:
@@ -243,7 +256,7 @@ def _merge(model: Any, trajectory: WeightTrajectory, state: int) -> nn.Module:
             merged = adapted.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"state {state} of {trajectory.path}: peft can't merge this adapter of the kind"
+            f"peft can't merge the adapters of {trajectory.path}, of the kind"
             f" {adapted.active_peft_config.peft_type.value} ({type(error).__name__}: {error}); predict the adapters as"
             " they are"
         ) from error

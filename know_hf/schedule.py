@@ -32,7 +32,8 @@ class ForgettingSchedule:
             Chooses the examples. The same seed chooses the same examples on every machine.
         group_by (`str`, *optional*):
             Column of the dataset that says what an example belongs to (a document, a patient). All examples of a
-            group are in a subset or none is; sizes are then as near to round(r^k · |D0|) as whole groups allow.
+            group are in a subset or none is; sizes are then as near to round(r^k · |D0|) as whole groups, taken in
+            random order, come.
         steps_per_stage (`int`, *optional*):
             Optimizer steps on each of the S - 1 smaller subsets, instead of `epochs_per_stage`. Streaming datasets
             need it: they have no length to count epochs with.

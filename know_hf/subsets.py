@@ -118,7 +118,7 @@ def _divide_sized(dataset: Any, schedule: ForgettingSchedule, batch_size: int) -
     if schedule.stratify_by is not None:
         labels = np.asarray(_labels(dataset, schedule.stratify_by))
     if schedule.group_by is not None:
-        groups = _scalars(dataset, schedule.group_by, "group")
+        groups = _groups(dataset, schedule.group_by)
     members = schedule.indices(len(dataset), labels, batch_size, groups)
     content = _sized_content(dataset)
     subsets = []
@@ -158,6 +158,17 @@ def _labels(dataset: Any, column: str) -> list[Any]:
             " one, or stratify by another column"
         )
     return labels
+
+
+def _groups(dataset: Any, column: str) -> list[Any]:
+    groups = _scalars(dataset, column, "group")
+    for row, group in enumerate(groups):
+        if group is None or group != group:
+            raise ValueError(
+                f"column {column!r} holds no group in row {row}, counted from 0: {group}; give such rows a group, one"
+                " each where they belong to nothing, or leave them out"
+            )
+    return groups
 
 
 def _scalars(dataset: Any, column: str, verb: str) -> list[Any]:

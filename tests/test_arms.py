@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_resnet
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from know_hf import WeightTrajectory, predict_overflowed_weights, predictors
 from know_hf.evaluation import NAIVE, Arm, ArmSources, known_arm, known_step_arms, make_arm
@@ -244,6 +245,56 @@ def test_the_arm_of_singular_vectors_moves_theta_0_by_the_merged_moves(sources):
     for scale in (-0.5, 1.0):
         expected = history[-1] + scale * merge_task_singular_vectors(moves)
         torch.testing.assert_close(weight(arm, sources, setting={"scale": scale}), expected)
+
+
+@pytest.mark.parametrize("name", ["naive", "random", "state-1", "average", "known-step-1", "task-singular-vectors"])
+def test_arms_of_half_precision_recordings_are_float32(sources, tmp_path, name):
+    trajectory = WeightTrajectory.create(tmp_path / "trajectory")
+    for state in range(5):
+        trajectory.record(make_resnet(seed=20 + state).bfloat16(), num_examples=16 >> state, steps=1)
+    model = make_arm(name).initial_model(replace(sources, trajectory=trajectory, output_dir=tmp_path / "arms"))
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32, torch.int64}
+    if name == "average":  # not rounded to what the files of the states hold
+        history = trajectory.history(HEAD)
+        torch.testing.assert_close(model.state_dict()[HEAD], history.mean(0), rtol=1e-6, atol=1e-7)
+
+
+def test_batch_norm_without_source_data_says_what_is_missing(sources):
+    with pytest.raises(ValueError, match=r"no batch to compute .*: the training examples of the task's source"):
+        make_arm("naive").initial_model(replace(sources, batches=[]))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_adapters_of_tied_embeddings_are_merged_into_one_of_them_only(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def base():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=True,
+            initializer_range=0.1,
+        )
+        return LlamaForCausalLM(config).eval()
+
+    model = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["embed_tokens", "q_proj"]))
+    trajectory, tokens = WeightTrajectory.create(tmp_path / "trajectory"), torch.arange(8)[None]
+    for state in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+        trajectory.record(model, num_examples=8 - state, steps=1)
+    sources = ArmSources(WeightTrajectory(tmp_path / "trajectory"), tmp_path / "arms", [], base_model=base)
+    with torch.no_grad():
+        expected = model.eval()(tokens).logits
+        torch.testing.assert_close(make_arm("state-1").initial_model(sources)(tokens).logits, expected)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own

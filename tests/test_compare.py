@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_resnet
@@ -301,11 +302,34 @@ def test_other_facts_or_trajectories_are_not_mixed_in(finished, task):
         compare_arms(replace(task, trajectory=list(task.trajectory)[::-1]), finished[0], **options)
 
 
+def test_numbers_may_be_numpys(task, tmp_path):
+    def evaluate(model, examples):
+        return {"accuracy": np.mean(np.float32([0.5, 1.0])), "loss": torch.tensor(1.0)}
+
+    task = replace(task, evaluate=evaluate)
+    protocols = (FineTuning((1e-3,), steps=1, head_steps=0), AsTheyAre())
+    report = compare_arms(task, tmp_path, protocols=protocols, arms=["naive"], seeds=np.arange(2), trials_per_rate=1)
+    assert report.seeds == (0, 1)
+    assert json.loads((tmp_path / "report.json").read_text())["results"][0]["arms"]["naive"]["mean"] == 0.75
+
+
+def test_an_equal_difference_at_every_seed_is_warned_of(task, tmp_path):
+    alike = {"source": lambda seed: source(0), "target": lambda seed, draw: target(0, 0)}
+    task = replace(task, trajectory=[task.trajectory[0]] * 2, **alike)
+    protocols = (LinearProbe((1e-2, 1e-1), steps=5),)
+    report = compare_arms(task, tmp_path, protocols=protocols, arms=["naive", "state-4"])
+    differing = [c.what for c in report.comparisons.values() if c.without_spread == ("state-4",)]
+    assert differing and not any(c.better or c.worse for c in report.comparisons.values())
+    for what in differing:
+        assert any(f"In {what}, the difference to naive of state-4 is the same" in text for text in report.warnings)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"arms": ["shrink"]}, r"the naive arm must be among the arms, got \['shrink'\]"),
         ({"arms": ["naive", "naive"]}, "arm 'naive' must have a name of its own"),
+        ({"arms": ["naive", {"name": "trajectory", "predictor": "average"}]}, "no arm can be named 'trajectory'"),
         ({"arms": ["naive", "oracle"]}, "arm 'oracle' needs oracle_model of the task"),
         ({"trials_per_rate": 3}, "arm 'shrink' tries 4 settings, which do not divide trials_per_rate=3"),
         ({"protocols": []}, "a comparison needs protocols, different seeds, draws and trials, got 0 protocols"),

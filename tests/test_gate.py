@@ -7,6 +7,7 @@ import torch
 from conftest import make_images, make_resnet
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import DefaultDataCollator
 
 from know_hf.batch_norm import recalibrate_batch_norm
 from know_hf.gate import Gate, choose, predict_through_gate
@@ -273,6 +274,22 @@ def test_a_dataset_is_tried_batch_by_batch(trajectory, tmp_path):
     _, decided = through(gate, trajectory, tmp_path, Constant(0.5), steps=1)
     assert decided.num_values == 10
     assert decided.scores["Θ0"] == pytest.approx(np.mean(expected))
+
+
+def test_columns_that_the_model_does_not_take_are_dropped_as_by_a_trainer():
+    model, images = make_resnet(), make_images(12)
+    plain = Gate(dataset=images).losses(model)
+    named = images.add_column("file", [f"{index}.png" for index in range(12)])
+    collator = DefaultDataCollator()
+    assert Gate(dataset=named, data_collator=collator).losses(model) == plain
+    seen = []
+
+    def collate(rows):
+        seen.extend(row.pop("file") for row in rows)
+        return collator(rows)
+
+    assert Gate(dataset=named, data_collator=collate, remove_unused_columns=False).losses(model) == plain
+    assert len(seen) == 12
 
 
 def test_every_model_sees_the_same_random_numbers_and_no_gradient(trajectory):

@@ -9,6 +9,8 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     RobertaForSequenceClassification,
 )
 
@@ -116,6 +118,22 @@ def test_a_new_head_depends_on_the_seed_only():
     assert first.config.num_labels == 4
 
 
+def test_a_new_head_has_a_task_of_its_own():
+    model = make_resnet()
+    model.config.problem_type = "multi_label_classification"
+    examples = make_examples()
+    assert with_new_head(model, 4, seed=0)(**examples).loss.ndim == 0
+    assert model.config.problem_type == "multi_label_classification"
+
+
+def test_a_head_that_is_tied_to_the_body_can_not_be_trained_alone():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
+    examples = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
+    protocol, split = FineTuning((1e-3,), steps=1), Split(examples, examples, examples)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no head of its own to train .* give head_steps=0"):
+        next(protocol.trials(model, split, 0, lambda model, examples: {"loss": 0.0}))
+
+
 def test_a_model_without_a_head_is_an_error():
     with pytest.raises(ValueError, match="ResNetModel has no head to replace"):
         with_new_head(make_resnet().base_model, 3, seed=0)
@@ -169,8 +187,9 @@ def test_the_head_is_trained_first_and_alone():
 
 @pytest.mark.parametrize("rates", [(), (1e-3, 1e-3)])
 def test_a_grid_without_rates_or_with_one_twice_is_an_error(rates):
-    with pytest.raises(ValueError, match="learning_rates must be different and at least one"):
-        FineTuning(rates)
+    for options in ({"learning_rates": rates}, {"learning_rates": (1e-3,), "head_learning_rate": rates}):
+        with pytest.raises(ValueError, match="learning_rates must be different and at least one"):
+            FineTuning(**options)
 
 
 def test_states_fresh_and_oracle_arms_are_recalibrated_and_else_as_they_are(sources):
@@ -327,7 +346,7 @@ def test_the_rate_of_the_head_is_chosen_on_validation_data():
         next(FineTuning((1e-9,), head_learning_rate=rate, **options).trials(model, split, 0, evaluate_classifier))
         for rate in (1e-6, 1e-2)
     )
-    both = FineTuning((1e-9,), head_learning_rate=(1e-6, 1e-2), **options)
+    both = FineTuning((1e-9,), head_learning_rate=[1e-6, 1e-2], **options)
     assert good.validation["accuracy"] > few.validation["accuracy"]
     assert next(both.trials(model, split, 0, evaluate_classifier)) == good
 

@@ -396,6 +396,16 @@ class Nothing(TorchIterableDataset):
             ForgettingSchedule(stratify_by="label"),
             "column 'label' holds no class in row 2, counted from 0; leave out the rows without one",
         ),
+        (
+            Dataset.from_dict({"document": ["a", "b", None] * 33}),
+            ForgettingSchedule(group_by="document"),
+            "column 'document' holds no group in row 2, counted from 0: None; give such rows a group, one each",
+        ),
+        (
+            Dataset.from_dict({"patient": [1.0, float("nan")] * 33}),
+            ForgettingSchedule(group_by="patient"),
+            "column 'patient' holds no group in row 1, counted from 0: nan",
+        ),
         (make_rows(), ForgettingSchedule(key_column="text"), "key_column='text' is for streams, but this Dataset has"),
         (make_stream(), SIZED, "IterableDataset is a stream, .* give the schedule steps_per_stage"),
         (TorchStream(), SIZED, "TorchStream is a stream, .* give the schedule steps_per_stage"),

@@ -93,7 +93,9 @@ def compare_arms(
     output_dir = Path(output_dir)
     recorded = task.recorded
     scipy_stats()  # missing, it is not to be told after hours
-    seeds = list(range(10) if recorded is None else range(len(recorded))) if seeds is None else list(seeds)
+    if seeds is None:
+        seeds = range(10 if recorded is None else len(recorded))
+    seeds = [int(seed) for seed in seeds]
     chosen = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in arms or _default_arms(task)]
     _check(task, chosen, protocols, seeds, draws, trials_per_rate)
     if not (output_dir / CellStore.IDENTITY_NAME).exists():
@@ -212,6 +214,8 @@ def _check(
         for name in names:
             if names.count(name) > 1 or not re.fullmatch(r"[\w+-]+", name):
                 raise ValueError(f"{what} {name!r} must have a name of its own, of letters, digits, + and -")
+    if "trajectory" in [arm.name for arm in arms]:
+        raise ValueError("no arm can be named 'trajectory', as the record of a seed's trajectory is; rename it")
     if "naive" not in [arm.name for arm in arms]:
         raise ValueError(f"the naive arm must be among the arms, got {[arm.name for arm in arms]}")
     for arm in arms:

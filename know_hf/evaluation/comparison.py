@@ -97,7 +97,7 @@ class AgainstControls:
         hardest (`str`): The control, or naive, with the largest one-sided p.
         p_value (`float`): That p. To be better than all of them the method must be better than each, each tested at
             the full level (an intersection-union test: R. L. Berger, Technometrics 24, 1982), so that no correction
-            is needed.
+            for the number of controls is needed; [`Comparison`] corrects for that of the methods.
     """
 
     differences: dict[str, PairedDifference]
@@ -147,8 +147,15 @@ class Comparison:
 
     @property
     def better_than_controls(self) -> tuple[str, ...]:
-        """The methods that are significantly better than every control, and than naive."""
-        return tuple(name for name, against in self.against_controls.items() if against.p_value < ALPHA / 2)
+        """The methods that are significantly better than every control, and than naive, corrected for their number."""
+        corrected = holm({name: against.p_value for name, against in self.against_controls.items()})
+        return tuple(name for name, p_value in corrected.items() if p_value < ALPHA / 2)
+
+    @property
+    def without_spread(self) -> tuple[str, ...]:
+        """The arms whose difference to naive is the same for all trajectories, and not 0."""
+        differences = {name: result.difference for name, result in self.results.items() if result.difference}
+        return tuple(name for name, d in differences.items() if d.effect_size is None and d.mean)
 
     @property
     def valid(self) -> bool | None:
@@ -278,7 +285,7 @@ class Comparison:
         }
 
     def _beats(self, gap: PairedDifference) -> bool:
-        return min(self.measure.gain(gap.low), self.measure.gain(gap.high)) > 0
+        return self.measure.gain(gap.mean) > 0 and gap.p_value < ALPHA
 
     def _significant(self, sign: int) -> tuple[str, ...]:
         found = []

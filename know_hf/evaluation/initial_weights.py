@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..batch_norm import recalibrate_batch_norm
 from ..checkpoint import replace_tensors
+from ..merging import merge_adapter
 from ..modeling_known import KNOWNModel
 from ..prediction import PredictionResult, predict_overflowed_weights
 from ..predictors import get_predictor
@@ -59,18 +60,31 @@ class ArmSources:
     keep: bool = False
     device: torch.device | None = None
 
+    def recalibrate(self, model: PreTrainedModel) -> None:
+        """Measures BatchNorm statistics on the source data, in place.
+
+        Raises:
+            `ValueError`: when the model has BatchNorm and there is no source data.
+        """
+        try:
+            recalibrate_batch_norm(model, self.batches)
+        except ValueError as error:
+            raise ValueError(f"{error}: the training examples of the task's source") from error
+
     def state(self, index: int) -> PreTrainedModel:
         """The model with the weights of a state, as a whole model."""
         base = None if self.base_model is None else self.base_model()
         return self.whole(self.trajectory.load_model(index, self.model_class, base))
 
     def whole(self, model: Any) -> PreTrainedModel:
-        """The model itself; of an adapter, its base model with the adapter merged into it."""
-        return model.merge_and_unload(safe_merge=True) if is_adapter(model) else model
+        """The model itself in float32; of an adapter, its base model with the adapter merged into it."""
+        model = model.float()
+        return merge_adapter(model, self.trajectory) if is_adapter(model) else model
 
 
 def initial_model(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    """Makes the initial weights of an arm; BatchNorm statistics are measured on the source data, for every arm alike.
+    """Makes the initial weights of an arm, in float32 whatever the dtype of the recording: a small learning rate
+    changes next to nothing in bfloat16. BatchNorm statistics are measured on the source data, for every arm alike.
 
     Args:
         arm ([`Arm`]): What is made.
@@ -79,8 +93,8 @@ def initial_model(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
     Raises:
         `ValueError`: when the sources lack what the arm is made from.
     """
-    model = _MAKERS[arm.kind](arm, sources).to(sources.device)
-    recalibrate_batch_norm(model, sources.batches)
+    model = _MAKERS[arm.kind](arm, sources).float().to(sources.device)
+    sources.recalibrate(model)
     return model
 
 
@@ -145,6 +159,7 @@ def _task_singular_vectors(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
         predictor="shrink",
         predictor_options={"factor": 1.0},
         model_class=sources.model_class,
+        dtype=torch.float32,
         overwrite=True,
         card=False,
     )
@@ -171,6 +186,7 @@ def _predict(
         norm=arm.norm,
         recalibrate_with=batches,
         model_class=sources.model_class,
+        dtype=None if sources.keep else torch.float32,
         overwrite=True,
         card=sources.keep,
     )

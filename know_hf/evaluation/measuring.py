@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..batch_norm import recalibrate_batch_norm
 from ..trajectory import WeightTrajectory
 from .arms import Arm
 from .comparison import ACCURACY, LOSS, Measure
@@ -113,7 +112,7 @@ def measure_trajectory(
         sources = arm_sources(task, seed, trajectory, split, output_dir)
         for state in trajectory.states:
             model = sources.state(state.index).to(sources.device)
-            recalibrate_batch_norm(model, sources.batches)
+            sources.recalibrate(model)
             scores.append(_finite(task.evaluate(model, split.test), f"Θ{state.index} of seed {seed}"))
     advance(f"seed {seed}: trajectory")
     return {
@@ -238,11 +237,13 @@ def _further(
     return lambda model, steps: train_further(seed, model, steps, work)
 
 
-def _finite(scores: Mapping[str, float | None], what: str) -> Mapping[str, float | None]:
+def _finite(scores: Mapping[str, float | None], what: str) -> dict[str, float]:
+    found = {}
     for name, value in scores.items():
         if value is None or not math.isfinite(value):
             raise ValueError(f"{name} of {what} is not finite: the training diverged; give lower learning rates")
-    return scores
+        found[name] = float(value)
+    return found
 
 
 def _since(started: float) -> float:

@@ -151,6 +151,8 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         check_rates(self.learning_rates)
+        if not isinstance(self.head_learning_rate, float | int):
+            check_rates(self.head_learning_rate)
 
     @property
     def what(self) -> str:
@@ -187,11 +189,17 @@ class FineTuning:
         evaluate: Evaluate,
         measures: Sequence[Measure],
     ) -> PreTrainedModel:
-        rates = self.head_learning_rate if isinstance(self.head_learning_rate, tuple) else (self.head_learning_rate,)
+        rates = self.head_learning_rate
+        rates = (rates,) if isinstance(rates, float | int) else rates
         models = [copy.deepcopy(model) for _ in rates]
         for warm, rate in zip(models, rates, strict=True):
             backbone = {id(parameter) for parameter in warm.base_model.parameters()}
             head = [parameter for parameter in warm.parameters() if id(parameter) not in backbone]
+            if not head:
+                raise ValueError(
+                    f"{type(warm).__name__} has no head of its own to train for head_steps={self.head_steps}: its"
+                    " weights are all its body's, tied ones too; give head_steps=0"
+                )
             train_parameters(warm, head, train, rate, self.head_steps, seed, self.batch_size)
         if len(models) == 1:
             return models[0]
@@ -323,7 +331,7 @@ def choose(trials: Sequence[Mapping[str, Any]], measures: Sequence[Measure]) -> 
 def or_none(scores: Scores) -> dict[str, float | None]:
     """Scores of a model that diverged, some of which are not finite, are none."""
     finite = all(math.isfinite(value) for value in scores.values())
-    return {name: value if finite else None for name, value in scores.items()}
+    return {name: float(value) if finite else None for name, value in scores.items()}
 
 
 def first_of_each_class(examples: Examples, count: int | None) -> Examples:

@@ -148,7 +148,7 @@ def controls_table(report: Report, number: int) -> ReportTable | None:
         return None
     return ReportTable(
         "Methods against what is hardest to beat, a control or naive: a method that is no better than every trivial"
-        " control has shown nothing of its own.",
+        " control has shown nothing of its own. Whether it is, is corrected for the number of methods.",
         ["method", "better than all of them", "hardest to beat", "method minus that", "p (one-sided)"],
         rows,
         frozenset(result["better_than_controls"]),
@@ -217,8 +217,8 @@ def limits(report: Report) -> list[str]:
         f"Intervals and tests are over {_count(report)}; another model, other data or another way of training are not"
         " covered.",
         "Intervals are of one arm by itself, not corrected for the number of arms; p (Holm) is.",
-        "Learning rates and settings were chosen on validation data, with the same number of trials for every arm; the"
-        " numbers are of test data.",
+        "Learning rates and settings were chosen on validation data, with the same number of trials for every arm in"
+        " fine-tuning and probes; the numbers are of test data.",
     ]
     sensitivity = report["results"][0]["sensitivity"] if report["results"] else ""
     found += [sensitivity] if sensitivity else []

@@ -44,8 +44,9 @@ pass over keys that they do not know.
                 effect_size          Cohen's d_z, null where all differences are equal
                 minimum_detectable   smallest true difference found with 80 % power at level 0.05 / num_tests, in the
                                      units of the values; for references at level 0.05}}}
-        against_controls  {method: {differences: {control: {mean, ci95, p}}, hardest: control, p}}, p is one-sided;
-                          naive stands among the controls here: a method has to beat it too}]
+        against_controls  {method: {differences: {control: {mean, ci95, p}}, hardest: control, p}}, p is one-sided,
+                          `better_than_controls` is corrected by Holm for the number of methods; naive stands among
+                          the controls here: a method has to beat it too}]
     curves            [one of each tuned protocol, arm and setting, averaged over seeds and draws: {
         protocol, arm, options: {…}, chosen: share of the draws in which a trial of this setting was chosen,
         learning_rates: [float], measures: {name: {validation: [float], test: [float], test_ci95: [[low, high]]}}}];
@@ -158,6 +159,12 @@ class ComparisonReport:
         for comparison in self.comparisons.values():
             if comparison.valid is False:
                 found.append(comparison.validity())
+            if comparison.without_spread:
+                found.append(
+                    f"In {comparison.what}, the difference to naive of {', '.join(comparison.without_spread)} is the"
+                    f" same for all {self.counted}: nothing says how sure it is, and it is not significant. Are the"
+                    " seeds and draws of the task really different?"
+                )
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import numpy as np
 
+_NO_SPREAD = 1e-12  # of the largest difference: below it the differences are equal, but for rounding
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -36,12 +38,13 @@ class Estimate:
 class PairedDifference(Estimate):
     """
     Attributes:
-        p_value (`float`): Of the two-sided paired t-test against a mean difference of 0.
+        p_value (`float`): Of the two-sided paired t-test against a mean difference of 0; 1 where all differences are
+            equal, since without any spread nothing says how sure they are.
         effect_size (`float`, *optional*): Cohen's d_z, the mean over the standard deviation of the differences; `None`
             where all differences are equal.
         minimum_detectable (`float`, *optional*): The smallest true difference that the design would have found with a
             power of 80 %, in the units of the values, given the spread of the differences; see
-            [`minimum_detectable_effect`].
+            [`minimum_detectable_effect`]. `None` where they have none.
     """
 
     p_value: float
@@ -90,8 +93,8 @@ def paired_difference(
     difference = _finite(values) - _finite(reference)
     estimate = mean_and_interval(difference.tolist(), level)
     deviation = float(difference.std(ddof=1))
-    if deviation == 0:  # the same difference at every seed: t is 0/0 or infinite
-        return PairedDifference(estimate.mean, estimate.low, estimate.high, float(estimate.mean == 0), None, 0.0)
+    if deviation <= _NO_SPREAD * float(np.abs(difference).max()):  # t is 0/0 or infinite: there is nothing to test by
+        return PairedDifference(estimate.mean, estimate.low, estimate.high, 1.0)
     n = len(difference)
     p_value = float(2 * scipy_stats().t.sf(abs(estimate.mean) / deviation * np.sqrt(n), n - 1))
     detectable = deviation * minimum_detectable_effect(n, (1 - level) / num_tests)

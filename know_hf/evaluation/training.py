@@ -50,6 +50,7 @@ def with_new_head(model: PreTrainedModel, num_labels: int, seed: int) -> PreTrai
         raise ValueError(f"{type(model).__name__} has no head to replace; use its class for classification")
     config = copy.deepcopy(model.config)
     config.num_labels = num_labels
+    config.problem_type = None  # that of the old head
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         renewed = type(model)(config)

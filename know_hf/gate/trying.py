@@ -1,5 +1,6 @@
 """Writing the candidates one after the other, trying each on validation data, and keeping one."""
 
+import inspect
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, default_data_collator
+from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import logging
 
 from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, atomic_folder
@@ -18,6 +20,7 @@ from ..distributed import on_main_process
 from ..prediction import PredictionPlan, PredictionResult, ResidualReport, predict_overflowed_weights
 from ..prediction.predict import recalibrate_checkpoint
 from ..predictors import Average, KNOWNPredictor, Predictor, get_predictor
+from ..roles import is_adapter
 from .choosing import REFERENCE, GateResult, check_reference, check_rule, choose
 
 logger = logging.get_logger(__name__)
@@ -47,12 +50,15 @@ class Gate:
         batch_size (`int`, *optional*, defaults to `8`): Examples of a batch of `dataset`.
         metric (`str`, *optional*, defaults to `"validation loss"`): What the values are called in result and card.
         level (`float`, *optional*, defaults to `0.05`): Bound on the chance that anything is chosen that is not better
-            than Θ0, whatever the number of candidates.
+            than Θ0, whatever the number of candidates. It is approximate: with fewer than some 50 values, of which a
+            few are far larger than the others, the chance can be several times that.
         margin (`float`, *optional*): How much lower than that of Θ0 a loss must be at least, 0 by default; in the
             units of the loss.
         base_model (`PreTrainedModel`, *optional*): For adapters, the model they belong to; it is given back as it was.
         device (`torch.device` or `str`, *optional*): Where models are tried; by default the accelerator's, or the CPU.
         seed (`int`, *optional*, defaults to `0`): Of the bootstrap, and of torch in each call of `compute_loss`.
+        remove_unused_columns (`bool`, *optional*, defaults to `True`): Whether columns that the model does not take
+            are dropped before `data_collator`, as by `Trainer`.
 
     Raises:
         `ValueError`: when both or none of `compute_loss` and `dataset` are given, or a number is off.
@@ -68,6 +74,7 @@ class Gate:
     base_model: PreTrainedModel | None = None
     device: torch.device | str | None = None
     seed: int = 0
+    remove_unused_columns: bool = True
 
     def __post_init__(self) -> None:
         if (self.compute_loss is None) == (self.dataset is None):
@@ -89,7 +96,10 @@ class Gate:
             raise ValueError(f"compute_loss is to give one number or a list of numbers, got {found!r}") from error
 
     def _batch_losses(self, model: Any) -> list[float]:
-        collate = self.data_collator or default_data_collator
+        collate: Any = self.data_collator or default_data_collator
+        if self.remove_unused_columns:
+            taken = inspect.signature((model.get_base_model() if is_adapter(model) else model).forward).parameters
+            collate = RemoveColumnsCollator(collate, {*taken, "label", "label_ids"})
         values = []
         for batch in DataLoader(self.dataset, self.batch_size, collate_fn=collate):
             moved = {name: _as_taken(value, name, model) for name, value in batch.items()}

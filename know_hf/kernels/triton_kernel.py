@@ -8,8 +8,8 @@ moved by 0.1, and up to 1e-2 for weights of 1 that moved by 1 (`tests/test_kerne
 exponential exceeds float32 the result is NaN, as it is in the model.
 
 It has run in Triton's interpreter only, and was compiled for Hopper (Triton 3.9: wgmma on all layers, no spilled
-registers) but never timed. Its limits on an H200, from data sheets: 6,656 multiply-adds a stream on the matrix units,
-5e-11 s a parameter at 494 TFLOP/s in tf32; 128 exponentials, 4e-11 s on the special function units; 24 bytes, 5e-12 s
+registers) but never timed. Its limits on an H200, from data sheets: 7,424 multiply-adds a stream on the matrix units,
+6e-11 s a parameter at 494 TFLOP/s in tf32; 128 exponentials, 4e-11 s on the special function units; 24 bytes, 5e-12 s
 at 4.8 TB/s.
 """
 

@@ -93,7 +93,7 @@ def meta_train(
 
     It runs on all processes that `torchrun` or `accelerate launch` started. They share every batch: a step sees the
     same transitions on any number of them. With `args.checkpoint_dir` a training that was ended goes on, and ends
-    in the same weights: bit for bit on one process.
+    in the same weights, bit for bit on as many processes as before.
 
     Nothing is chosen on the held-out splits, so their skill is an honest estimate for new trajectories like these. The
     weights of the last step are returned, or, with `args.patience`, those that were best on the validation split.

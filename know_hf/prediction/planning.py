@@ -137,7 +137,7 @@ class PredictionPlan:
             "",
             f"states    {states}{'' if used == states else f', of which the last {used} are read as history'}",
             f"steps     {self.steps}",
-            f"memory    {self.memory / 1e6:,.0f} MB for the pieces at work, whatever the model's size",
+            f"memory    {self.memory / 1e6:,.0f} MB at most for the pieces at work",
             f"disk      {self.disk / 1e9:.3f} GB",
         ]
         if self.seconds is not None:
