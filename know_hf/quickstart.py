@@ -50,14 +50,17 @@ from .evaluation import (
     CellStore,
     Examples,
     FineTuning,
+    Split,
     accuracy,
     batches,
     compare_with_naive,
-    few_shot_accuracy,
+    evaluate_classifier,
     known_arm,
     run_cells,
     shrink_arm,
 )
+from .evaluation.comparison import ACCURACY, LOSS
+from .evaluation.protocols import choose
 from .evaluation.suite_data import class_turns, digits_in_frames
 from .plotting import plot_forgetting, save_figure
 from .prediction import SHIPPED_KNOWN
@@ -230,24 +233,23 @@ def _run_seed(
     )
     labels = len(settings.target_digits) * settings.labels_per_digit
     tested_from = labels + settings.validation_images
+    split = Split(
+        train=_take(target, slice(labels)),
+        validation=_take(target, slice(labels, tested_from)),
+        test=_take(target, slice(tested_from, None)),
+        num_labels=len(settings.target_digits),
+    )
     results = {}
     for arm in arms:
         model = arm.initial_model(sources)
-        transfer = few_shot_accuracy(
-            model,
-            train=_take(target, slice(labels)),
-            validation=_take(target, slice(labels, tested_from)),
-            test=_take(target, slice(tested_from, None)),
-            protocol=settings.few_shot,
-            num_labels=len(settings.target_digits),
-            seed=seed,
-        )
+        trials = list(settings.few_shot.trials(model, split, seed, evaluate_classifier))
+        best = trials[choose([{"validation": trial.validation} for trial in trials], (ACCURACY, LOSS))]
         results[arm.name] = {
             "source": accuracy(model, unseen),
-            "transfer": transfer.accuracy,
-            "learning_rate": transfer.learning_rate,
-            "validation_by_rate": list(transfer.validation.values()),
-            "test_by_rate": list(transfer.test.values()),
+            "transfer": best.test["accuracy"],
+            "learning_rate": best.learning_rate,
+            "validation_by_rate": [trial.validation["accuracy"] for trial in trials],
+            "test_by_rate": [trial.test["accuracy"] for trial in trials],
         }
         advance(f"seed {seed}: {arm.name}")
 

@@ -30,7 +30,6 @@ from know_hf.evaluation import (
     batches,
     compare_with_naive,
     evaluate_classifier,
-    few_shot_accuracy,
     fine_tune,
     holm,
     known_arm,
@@ -164,25 +163,24 @@ def test_fine_tuning_uses_the_models_own_loss_and_inputs():
     assert accuracy(model, examples) == 1.0
 
 
-def test_few_shot_keeps_every_rate_and_takes_the_best_on_validation():
-    model, examples = make_resnet(), make_examples()
+def test_few_shot_tries_every_rate_and_leaves_the_model_as_it_is():
+    model, split = make_resnet(), Split(make_examples(), make_examples(40, seed=1), make_examples(40, seed=2), 4)
     before = copy.deepcopy(model)
-    protocol = FineTuning((1e-6, 1e-2, 2e-2), steps=15, head_steps=0)
-    test = make_examples(40, seed=2)
-    tuned = few_shot_accuracy(model, examples, make_examples(40, seed=1), test, protocol, num_labels=4, seed=0)
+    trials = list(FineTuning((1e-6, 1e-2, 2e-2), steps=15, head_steps=0).trials(model, split, 0, evaluate_classifier))
     assert equal(model, before)
-    assert list(tuned.validation) == list(tuned.test) == [1e-6, 1e-2, 2e-2]
-    assert tuned.validation[tuned.learning_rate] == max(tuned.validation.values())
-    assert tuned.learning_rate == min(r for r, v in tuned.validation.items() if v == max(tuned.validation.values()))
-    assert tuned.accuracy == tuned.test[tuned.learning_rate] > tuned.test[1e-6]
+    assert [trial.learning_rate for trial in trials] == [1e-6, 1e-2, 2e-2]
+    assert trials[1].validation["accuracy"] > trials[0].validation["accuracy"]
+    assert trials[1].test["accuracy"] > trials[0].test["accuracy"]
 
 
 def test_the_head_is_trained_first_and_alone():
     model, examples = make_resnet(), make_examples()
-    protocol = FineTuning((1e-9,), steps=1, head_steps=60)
-    warm = few_shot_accuracy(model, examples, examples, examples, protocol, num_labels=4, seed=0)
-    cold = few_shot_accuracy(model, examples, examples, examples, FineTuning((1e-9,), 1, 0), num_labels=4, seed=0)
-    assert warm.accuracy > cold.accuracy + 0.2
+    split = Split(examples, examples, examples, 4)
+    warm, cold = (
+        next(FineTuning((1e-9,), steps=1, head_steps=steps).trials(model, split, 0, evaluate_classifier))
+        for steps in (60, 0)
+    )
+    assert warm.test["accuracy"] > cold.test["accuracy"] + 0.2
 
 
 @pytest.mark.parametrize("rates", [(), (1e-3, 1e-3)])

@@ -12,10 +12,8 @@ from .protocols import (
     AsTheyAre,
     FineTuning,
     Split,
-    TunedAccuracy,
     accuracy,
     evaluate_classifier,
-    few_shot_accuracy,
 )
 from .results import ComparisonReport
 from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
@@ -44,13 +42,11 @@ __all__ = [
     "PairedDifference",
     "Split",
     "Suite",
-    "TunedAccuracy",
     "accuracy",
     "batches",
     "compare_arms",
     "compare_with_naive",
     "evaluate_classifier",
-    "few_shot_accuracy",
     "fine_tune",
     "holm",
     "known_arm",

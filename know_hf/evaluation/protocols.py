@@ -206,52 +206,6 @@ class FineTuning:
         return models[choose([{"validation": or_none(evaluate(warm, validation))} for warm in models], measures)]
 
 
-@dataclass(frozen=True)
-class TunedAccuracy:
-    """
-    Attributes:
-        learning_rate (`float`): The one with the highest validation accuracy, the smallest of equals.
-        accuracy (`float`): Test accuracy at this learning rate, in [0, 1].
-        validation, test (`dict[float, float]`): Accuracy at every learning rate.
-    """
-
-    learning_rate: float
-    accuracy: float
-    validation: dict[float, float]
-    test: dict[float, float]
-
-
-def few_shot_accuracy(
-    model: PreTrainedModel,
-    train: Examples,
-    validation: Examples,
-    test: Examples,
-    protocol: FineTuning,
-    num_labels: int,
-    seed: int,
-) -> TunedAccuracy:
-    """Transfers a model to new classes and tests it at the learning rate that is best on validation examples.
-
-    Args:
-        model (`PreTrainedModel`): The initial weights; left as it is.
-        train, validation, test (mapping of tensors): Examples of the new task, as for [`accuracy`].
-        protocol ([`FineTuning`]): The grid and the lengths.
-        num_labels (`int`): Classes of the new task.
-        seed (`int`): Of the new head and the order of examples: with the same seed every arm gets the same.
-
-    Returns:
-        [`TunedAccuracy`]: with the accuracies at every learning rate.
-    """
-    split = Split(train, validation, test, num_labels)
-    on_validation, on_test = {}, {}
-    for trial in protocol.trials(model, split, seed, lambda m, examples: {"accuracy": accuracy(m, examples)}):
-        assert trial.learning_rate is not None
-        on_validation[trial.learning_rate] = trial.validation["accuracy"]
-        on_test[trial.learning_rate] = trial.test["accuracy"]
-    best = min(protocol.learning_rates, key=lambda rate: (-on_validation[rate], rate))
-    return TunedAccuracy(best, on_test[best], on_validation, on_test)
-
-
 def accuracy(model: PreTrainedModel, examples: Examples, batch_size: int | None = None) -> float:
     """Share of the examples whose largest logit is their label, in [0, 1], with the weights as they are.
 
