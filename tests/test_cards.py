@@ -268,7 +268,7 @@ def test_the_known_card_says_what_was_compared():
     cells = [f"{100 * report['results'][0]['arms']['shrink']['minus_naive']['mean']:+.1f} " for report in reports]
     assert re.search(rf"\| shrink \| {re.escape(cells[0])}\[.*\] \| {re.escape(cells[1])}\[", text)
     assert "- `two`: Simulated. 10 trajectories, 1 downstream draw of each; 2 minutes of one process." in text
-    assert "against each): known-1 in few-shot of one, " in text
+    assert "for the number of methods): known-1 in few-shot of one, " in text
     assert "published" not in text.partition("## What it was")[0]
 
 
