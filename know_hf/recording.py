@@ -153,9 +153,21 @@ class _StageCallback(WeightTransitionCallback):
         self.subset: Subset | None = None
         self.on_written: Callable[[StateRecord], object] | None = None
         self.failure: Exception | None = None
+        self._loaded: tuple[Subset, int | None] | None = None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """The sizes were looked at before the first stage."""
+        """The sizes were looked at before the first stage; whether the loader follows them shows only now."""
+        assert self.subset is not None
+        last, found = self._loaded, _num_examples(kwargs)
+        self._loaded = self.subset, found
+        if last is None or last[0] is self.subset:  # begun again with a smaller batch, by auto_find_batch_size
+            return
+        if found is not None and last[1] is not None and found >= last[1]:
+            raise ValueError(
+                f"the trainer's loader has {found} examples for the subset of {self.subset.size}, and had"
+                f" {last[1]} for the state before: it does not follow trainer.train_dataset; let get_train_dataloader"
+                " read self.train_dataset, which is the subset of each stage"
+            )
 
     def record(self, model: nn.Module, **facts: Any) -> None:
         assert self.subset is not None
@@ -212,8 +224,9 @@ def induce_forgetting(
 
     Raises:
         `ValueError`: when the subsets are too small, the dataset can't be divided, the trainer's optimizer can't be
-            made afresh, `enable_jit_checkpoint` is on, a state is not finite, or the folder holds a trajectory of
-            another schedule or other data, or one to go on with under ZeRO-3.
+            made afresh, `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on, the trainer's loader does
+            not follow its `train_dataset`, a state is not finite, or the folder holds a trajectory of another schedule
+            or other data, or one to go on with under ZeRO-3.
         `OSError`: before the training, when the disk has not the space that all states need.
         `TrajectoryBusyError`: when another process records to the folder.
     """
@@ -279,6 +292,12 @@ def _check_arguments(args: TrainingArguments) -> None:
             "enable_jit_checkpoint=True ends a training early on SIGTERM as if it were done, and half of it would be"
             " recorded as a whole state; switch it off: a recording goes on with the state it was stopped in"
         )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name}=True rounds the model's own weights at every evaluation, and the next stage would go on from"
+                " the rounded ones; switch it off: with bf16 or fp16 evaluation is in half precision too"
+            )
 
 
 def _warn_of_statistics(model: nn.Module) -> None:
@@ -397,9 +416,13 @@ class _Progress:
             return
         timing = ("_runtime", "_per_second", "_preparation_time")
         found: Mapping[str, Any] = self._trainer.evaluate()
-        metrics = {k: float(v) for k, v in found.items() if k.startswith("eval_") and not k.endswith(timing)}
-        for name in [name for name, value in metrics.items() if not math.isfinite(value)]:
-            logger.warning(f"{name} of state {index} is {metrics.pop(name)}, no finite number, and is not recorded")
+        metrics = {}
+        for name in [name for name in found if name.startswith("eval_") and not name.endswith(timing)]:
+            number = _finite_number(found[name])
+            if number is None:
+                logger.warning(f"{name} of state {index} is {found[name]!r}, no finite number, and is not recorded")
+            else:
+                metrics[name] = number
         self._metrics[index] = metrics
         on_main_process(self._trainer.accelerator, lambda: self._trajectory.update_metrics(index, metrics))
         self._log()
@@ -418,6 +441,14 @@ class _Progress:
             state.global_step = sum(self._steps[k] for k in range(index + 1))
             self._trainer.log({f"forgetting/{name}": value for name, value in values.items()})
         state.global_step = step
+
+
+def _finite_number(value: Any) -> float | None:
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _num_examples(kwargs: Mapping[str, Any]) -> int | None:

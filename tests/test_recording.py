@@ -344,6 +344,42 @@ def test_a_training_that_ends_early_without_a_word_is_refused(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_evaluations_that_round_the_weights_are_refused(tmp_path, name):
+    trainer = make_trainer(tmp_path)
+    setattr(trainer.args, name, True)
+    with pytest.raises(ValueError, match=f"{name}=True rounds the model's own weights at every evaluation"):
+        induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+
+
+def test_a_loader_that_does_not_follow_the_subsets_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    everything = trainer.get_train_dataloader()
+    trainer.get_train_dataloader = lambda: everything
+    message = (
+        "the trainer's loader has 64 examples for the subset of 32 examples, and had 64 .* read self.train_dataset"
+    )
+    with pytest.raises(ValueError, match=message):
+        induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert WeightTrajectory(tmp_path / "trajectory").num_states == 1  # state 0 is whole
+    del trainer.get_train_dataloader
+    assert induce_forgetting(trainer, SHORT, tmp_path / "trajectory").num_states == 3
+
+
+def test_a_stage_that_begins_again_with_a_smaller_batch_is_recorded(tmp_path):
+    trainer, failed = make_trainer(tmp_path, auto_find_batch_size=True, dataloader_drop_last=True), []
+
+    class Full(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if not failed:
+                failed.append(state.train_batch_size)
+                raise RuntimeError("CUDA out of memory.")
+
+    trainer.add_callback(Full())
+    assert induce_forgetting(trainer, SHORT, tmp_path / "trajectory").num_states == 3
+    assert failed == [4]
+
+
 def test_a_torch_dataset_and_a_plain_module(tmp_path):
     class Net(nn.Module):
         def __init__(self):
@@ -392,6 +428,13 @@ def test_a_dataset_of_strings_can_be_stratified(tmp_path):
 
 def test_a_metric_that_is_not_finite_is_left_out(tmp_path, monkeypatch, caplog):
     trainer = make_trainer(tmp_path / "out", num_train_epochs=1)
-    monkeypatch.setattr(trainer, "evaluate", lambda: {"eval_loss": float("nan"), "eval_accuracy": 0.5})
+    found = {
+        "eval_loss": float("nan"),
+        "eval_f1": [0.1, 0.2],
+        "eval_best": None,
+        "eval_note": "1",
+        "eval_accuracy": 0.5,
+    }
+    monkeypatch.setattr(trainer, "evaluate", lambda: found)
     trajectory = induce_forgetting(trainer, ForgettingSchedule(num_states=2), tmp_path / "t")
     assert [state.metrics for state in trajectory.states] == [{"eval_accuracy": 0.5}] * 2
