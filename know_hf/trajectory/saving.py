@@ -1,6 +1,5 @@
 """From a model in memory to the files of a state: a copy of its weights that training can't change, then files."""
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,8 +35,7 @@ class Snapshot:
     """A model's weights as they were, on the CPU.
 
     Attributes:
-        model (`nn.Module`): The model, for its way of saving, with its configs as they were; its weights may have
-            moved on.
+        model (`nn.Module`): The model, for its config and its way of saving; its weights may have moved on.
         state_dict (`dict[str, torch.Tensor]`): Copies of what belongs to a state, by their names in memory. Tensors
             that share memory in the model share it here.
         on_disk (`dict[str, str]`): From the names in memory to those on disk, where saving only renames.
@@ -99,7 +97,7 @@ class Snapshot:
                 copies[place] = old.copy_(tensor.detach())
                 taken.add(id(old))
             copied[name] = copies[place]
-        return cls(_with_own_configs(model), copied, on_disk, roles)
+        return cls(model, copied, on_disk, roles)
 
     def check_finite(self, path: Path, index: int) -> None:
         """Raises a `TrajectoryError` that names the first tensor with a value that is NaN or infinite.
@@ -160,18 +158,6 @@ class Snapshot:
     def nbytes(self) -> int:
         """Bytes of all tensors, those that share memory counted once."""
         return sum(tensor.nbytes for tensor in {id(t): t for t in self.state_dict.values()}.values())
-
-
-def _with_own_configs(model: nn.Module) -> nn.Module:
-    """The same model with copies of its configs, which an evaluation may change while the state is being written:
-    `generate` fills defaults into `generation_config` for as long as it runs."""
-    if not isinstance(model, PreTrainedModel):
-        return model
-    model = copy.copy(model)
-    for name in ("config", "generation_config"):
-        if hasattr(model, name):
-            setattr(model, name, copy.deepcopy(getattr(model, name)))
-    return model
 
 
 def recorded_tensors(model: nn.Module) -> list[torch.Tensor]:
