@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 PREDICTED_ROLES = ("conv", "fc", "bias")
 ROLES = (*PREDICTED_ROLES, "norm", "kept", "copied")
+_MATRIX_OWNERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+_ELEMENTWISE = ("A_log",)  # logarithms of the decays of state-space models, a row for each channel
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
     roles: dict[str, TensorRole] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         path, _, attribute = name.rpartition(".")
-        role = _role(owners.get(path), name, attribute, tensor)
+        owner = owners.get(path)
+        if isinstance(owner, nn.ParameterDict):  # peft's, from names of adapters
+            attribute = path.rpartition(".")[2]
+        role = _role(owner, name, attribute, tensor)
         source = first_name.setdefault(id(tensor), name)
         roles[name] = role if source == name else TensorRole(roles[source].role, f"tied to {source}")
     return roles
@@ -70,17 +75,18 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(whole_shape(parameter) != parameter.shape for parameter in model.parameters())
 
 
-def names_on_disk(model: nn.Module) -> dict[str, str]:
-    """Names that `save_pretrained` gives to the tensors of the state dict, where it only renames them.
+def names_in_memory(model: nn.Module) -> dict[str, str]:
+    """Where the tensors are that `save_pretrained` writes, of those it only renames.
 
     transformers keeps the names of old checkpoints on disk while modules in memory may have others (ViT, Mixtral, …).
-    Of a `PeftModel` only the adapter is saved. Tensors that saving splits or merges, or doesn't save, are left out.
+    Of a `PeftModel` only the adapter is saved, some tensors under two names. Tensors that saving splits or merges, or
+    doesn't save, are left out.
 
     Args:
         model (`nn.Module`): Any module; one of neither transformers nor peft keeps its names.
 
     Returns:
-        `dict[str, str]`: from the names of `model.state_dict()` to those on disk.
+        `dict[str, str]`: from the names on disk to those of `model.state_dict()`.
     """
     markers = {
         name: torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
@@ -97,7 +103,12 @@ def names_on_disk(model: nn.Module) -> dict[str, str]:
     else:
         return {name: name for name in markers}
     in_memory = {id(marker): name for name, marker in markers.items()}
-    return {in_memory[id(marker)]: name for name, marker in saved.items() if id(marker) in in_memory}
+    return {name: in_memory[id(marker)] for name, marker in saved.items() if id(marker) in in_memory}
+
+
+def names_on_disk(model: nn.Module) -> dict[str, str]:
+    """From the names of `model.state_dict()` to those on disk; [`names_in_memory`] the other way round."""
+    return {name: saved for saved, name in names_in_memory(model).items()}
 
 
 def role_by_shape(name: str, shape: tuple[int, ...], is_floating_point: bool) -> TensorRole:
@@ -128,14 +139,14 @@ def _role(owner: nn.Module | None, name: str, attribute: str, tensor: object) ->
         return TensorRole("copied", f"buffer of {kind}")
     if not tensor.is_floating_point():
         return TensorRole("copied", f"integer parameter of {kind}")
-    if "norm" in kind.lower():
+    if "norm" in kind.lower() or kind.endswith("GRN"):  # global response normalisation
         return TensorRole("norm", f"{attribute} of {kind}")
     if ".parametrizations." in f".{name}":
         return TensorRole("kept", "part of a parametrization: no network was trained on factors of a weight")
-    axes = len(whole_shape(tensor))
-    if axes == 0:
+    shape = whole_shape(tensor)
+    if not shape:
         return TensorRole("kept", f"scalar of {kind}")
-    if axes == 1:
+    if len(shape) == 1:
         if "bias" in attribute:
             return TensorRole("bias", f"{attribute} of {kind}")
         return TensorRole("kept", f"vector {attribute!r} of {kind} is no bias: it may scale instead of shift")
@@ -148,4 +159,17 @@ def _role(owner: nn.Module | None, name: str, attribute: str, tensor: object) ->
         return TensorRole("fc", "weight of transformers' Conv1D: a transposed Linear")
     if isinstance(owner, nn.Embedding):
         return TensorRole("fc", f"table of {kind}")
-    return TensorRole("fc", f"{attribute} of {kind}, {axes} axes")
+    if isinstance(owner, _MATRIX_OWNERS) or _is_table(attribute):
+        return TensorRole("fc", f"{attribute} of {kind}, {len(shape)} axes")
+    if attribute in _ELEMENTWISE:
+        return TensorRole("kept", f"{attribute} of {kind} acts element by element, not as a matrix")
+    if sum(size > 1 for size in shape) < 2:
+        taps = "×".join(map(str, shape))
+        return TensorRole("kept", f"{attribute} of {kind} is a vector, of shape {taps}: it may scale instead of shift")
+    return TensorRole("fc", f"{attribute} of {kind}, {len(shape)} axes")
+
+
+def _is_table(attribute: str) -> bool:
+    """Whether a parameter holds vectors that stand for something (`cls_token`, `position_embeddings`): an embedding,
+    also where it is of one row."""
+    return any(word in attribute.lower() for word in ("token", "embed"))

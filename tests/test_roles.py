@@ -6,6 +6,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    ConvNextV2Config,
+    ConvNextV2Model,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -75,6 +77,35 @@ def test_a_scalar_parameter_is_kept():
     module = nn.Module()
     module.logit_scale = nn.Parameter(torch.tensor(2.0))
     assert tensor_roles(module) == {"logit_scale": TensorRole("kept", "scalar of Module")}
+
+
+class Scales(nn.Module):
+    """Parameters of more than one axis as models have them that are no matrices, and some that are."""
+
+    def __init__(self):
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.A_log = nn.Parameter(torch.ones(4, 3))
+        self.ia3_l = nn.ParameterDict({"default": torch.ones(1, 4)})
+        self.lora_embedding_A = nn.ParameterDict({"default": torch.ones(1, 4)})
+        self.cls_token = nn.Parameter(torch.ones(1, 1, 4))
+        self.position_embeddings = nn.Parameter(torch.ones(1, 3, 4))
+        self.experts = nn.Parameter(torch.ones(2, 3, 4))
+        self.last = nn.Linear(4, 1, bias=False)
+        self.rnn = nn.LSTM(1, 2, bias=False)
+
+
+def test_what_scales_is_kept_whatever_its_axes():
+    roles = {name.split(".")[0]: role for name, role in tensor_roles(Scales()).items()}
+    assert {name for name, role in roles.items() if role.role == "kept"} == {"logit_scale", "A_log", "ia3_l"}
+    assert {role.role for role in roles.values()} == {"kept", "fc"}
+    assert roles["ia3_l"].reason.startswith("ia3_l of ParameterDict is a vector, of shape 1×4")
+
+
+def test_global_response_normalisation_is_a_norm():
+    sizes = {"hidden_sizes": [4], "depths": [1], "num_stages": 1, "patch_size": 2, "image_size": 8}
+    roles = tensor_roles(ConvNextV2Model(ConvNextV2Config(**sizes)))
+    assert {role.role for name, role in roles.items() if ".grn." in name} == {"norm"}
 
 
 def test_weights_that_zero_3_has_in_parts_have_the_roles_of_the_whole():

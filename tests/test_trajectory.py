@@ -20,6 +20,7 @@ from know_hf import WeightTrajectory
 from know_hf.checkpoint import file_sha256
 from know_hf.inspection import inspect_trajectory
 from know_hf.trajectory import TrajectoryBusyError, TrajectoryError
+from know_hf.trajectory.saving import Snapshot
 
 NAME = "classifier.1.weight"
 
@@ -44,6 +45,16 @@ def rewrite_state(folder, state, edit):
                 record.update(size=path.stat().st_size, sha256=file_sha256(path))
 
     edit_manifest(folder, enter)
+
+
+def test_the_generation_config_is_written_as_it_was_though_generating_changes_it_meanwhile(tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+    snapshot = Snapshot.of(model)
+    model.generation_config.max_length = 99
+    snapshot.save(tmp_path)
+    assert "max_length" not in json.loads((tmp_path / "generation_config.json").read_text())
+    assert model.generation_config.max_length == 99
 
 
 def test_what_the_manifest_says(trajectory):

@@ -9,8 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader
-from ..roles import is_adapter, is_partitioned
+from ..roles import is_adapter, is_partitioned, names_in_memory
 from .manifest import TrajectoryError
+
+
+_REBUILDING = (
+    "if the model was changed after it was made, such as by replacing its head, make it the same way and copy the"
+    " weights into it, with load_into(model) of a trajectory or safetensors.torch.load_model of a checkpoint"
+)
 
 
 def load_pretrained(
@@ -20,11 +26,12 @@ def load_pretrained(
 
     Args:
         folder (`Path`): A folder as `save_pretrained` leaves it.
-        model_class (`type`, *optional*): Class of the model.
+        model_class (`type`, *optional*): Class of the model; it may leave weights of the checkpoint out.
         base_model (`PreTrainedModel`, *optional*): The model an adapter belongs to.
 
     Raises:
-        `TrajectoryError`: when the folder has no config, transformers no class of that name, or an adapter no base.
+        `TrajectoryError`: when the folder has no config, transformers no class of that name, or an adapter no base;
+            when a weight of the model is not in the checkpoint, or the other way round, or of another shape.
     """
     import transformers
 
@@ -33,7 +40,14 @@ def load_pretrained(
             raise TrajectoryError(f"{folder} holds an adapter; pass base_model=, the model that it was trained on")
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(base_model, folder)
+        try:
+            return PeftModel.from_pretrained(base_model, folder)
+        except RuntimeError as error:  # peft names the tensors and their shapes
+            raise TrajectoryError(
+                f"the adapter in {folder} does not fit on this {type(base_model).__name__}: {error}. Give as"
+                " base_model= the model that it was trained on, with its head and vocabulary"
+            ) from error
+    may_leave_out = model_class is not None
     if model_class is None:
         config = folder / "config.json"
         if not config.exists():
@@ -46,7 +60,27 @@ def load_pretrained(
             raise TrajectoryError(
                 f"transformers has no class {architecture!r}, the architecture of {config}; pass model_class="
             )
-    return model_class.from_pretrained(folder, use_safetensors=True)
+    # whatever is not in the checkpoint would be random, with no more than a warning
+    model, found = model_class.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    for name, there, here in sorted(found["mismatched_keys"]):
+        raise TrajectoryError(
+            f"tensor {name!r} is {tuple(there)} in {folder} and {tuple(here)} in a {model_class.__name__} made from its"
+            f" config; {_REBUILDING}"
+        )
+    for name in sorted(found["missing_keys"]):
+        raise TrajectoryError(
+            f"a {model_class.__name__} made from the config in {folder} has a tensor {name!r} that is not in the"
+            f" checkpoint; {_REBUILDING}"
+        )
+    for name in sorted(found["unexpected_keys"]):
+        if not may_leave_out:
+            raise TrajectoryError(
+                f"{folder} has a tensor {name!r} that a {model_class.__name__} made from its config has not;"
+                f" {_REBUILDING}"
+            )
+    return model
 
 
 def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[str], torch.Tensor]]) -> None:
@@ -60,33 +94,32 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
     Raises:
         `TrajectoryError`: when the model is in parts (ZeRO-3), or state and model don't have the same tensors.
     """
+    own = model.state_dict()
     if is_partitioned(model):
         raise TrajectoryError(
             f"the weights of {folder} can't be copied into this {type(model).__name__}, as ZeRO-3 has it in parts: a"
             " recording under ZeRO-3 can't be resumed. Go on without ZeRO-3 (FSDP2 resumes), or record to another"
             " folder; a finished trajectory is opened with WeightTrajectory(path)"
         )
-    if isinstance(model, PreTrainedModel):
-        # from_pretrained knows the way from the names on disk to those in memory
-        model.load_state_dict(type(model).from_pretrained(folder, use_safetensors=True).state_dict())
+    places = names_in_memory(model)
+    if isinstance(model, PreTrainedModel) and not own.keys() <= set(places.values()):
+        # saving splits or merges some, and from_pretrained knows the way back
+        model.load_state_dict(load_pretrained(folder, type(model)).state_dict())
         return
-    state_dict = {name: read(name) for name, read in tensors.items()}
-    if is_adapter(model):
-        from peft import set_peft_model_state_dict
-
-        adapter: Any = model
-        unexpected = set_peft_model_state_dict(
-            adapter, state_dict, adapter_name=next(iter(adapter.peft_config))
-        ).unexpected_keys
-    else:
-        own = model.state_dict()
-        places = {own[name].data_ptr() for name in state_dict if name in own}
-        missing, unexpected = model.load_state_dict(state_dict, strict=False)
-        unexpected += [name for name in missing if own[name].data_ptr() not in places]
-    if unexpected:
+    state_dict = {places[name]: read(name) for name, read in tensors.items() if name in places}
+    filled = {own[name].data_ptr() for name in state_dict}  # tied tensors are on disk once
+    empty = [saved for saved, name in places.items() if own[name].data_ptr() not in filled]
+    if differing := sorted([*(tensors.keys() - places.keys()), *empty]):
         raise TrajectoryError(
-            f"tensor {unexpected[0]!r} is not both in {folder} and in the given {type(model).__name__}"
+            f"tensor {differing[0]!r} is not both in {folder} and in the given {type(model).__name__}"
         )
+    for name, tensor in state_dict.items():
+        if tensor.shape != own[name].shape:
+            raise TrajectoryError(
+                f"tensor {name!r} is {tuple(tensor.shape)} in {folder} and {tuple(own[name].shape)} in the given"
+                f" {type(model).__name__}; give the model that was recorded, with its head and vocabulary"
+            )
+    model.load_state_dict(state_dict, strict=False)
 
 
 def check_same_tensors(path: Path, state: int, reader: CheckpointReader, first: CheckpointReader) -> None:

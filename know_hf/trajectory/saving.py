@@ -1,5 +1,6 @@
 """From a model in memory to the files of a state: a copy of its weights that training can't change, then files."""
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from huggingface_hub import save_torch_state_dict
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader, write_json
 from ..roles import (
@@ -40,12 +42,15 @@ class Snapshot:
             that share memory in the model share it here.
         on_disk (`dict[str, str]`): From the names in memory to those on disk, where saving only renames.
         roles (`dict[str, TensorRole]`): Role of every tensor, by the names in memory.
+        generation_config (`GenerationConfig`, *optional*): A copy of the model's, into which `generate` puts defaults
+            for as long as it runs.
     """
 
     model: nn.Module
     state_dict: dict[str, torch.Tensor]
     on_disk: dict[str, str]
     roles: dict[str, TensorRole]
+    generation_config: GenerationConfig | None = None
 
     @classmethod
     def of(
@@ -97,7 +102,7 @@ class Snapshot:
                 copies[place] = old.copy_(tensor.detach())
                 taken.add(id(old))
             copied[name] = copies[place]
-        return cls(model, copied, on_disk, roles)
+        return cls(model, copied, on_disk, roles, copy.deepcopy(getattr(model, "generation_config", None)))
 
     def check_finite(self, path: Path, index: int) -> None:
         """Raises a `TrajectoryError` that names the first tensor with a value that is NaN or infinite.
@@ -133,6 +138,8 @@ class Snapshot:
             unchanged, kept = set(), self.state_dict
         if isinstance(self.model, PreTrainedModel):
             self.model.save_pretrained(folder, state_dict=kept)
+            if self.generation_config is not None and (folder / GENERATION_CONFIG_NAME).exists():
+                self.generation_config.save_pretrained(folder)
         elif is_adapter(self.model):
             _save_adapter(self.model, kept, folder)
         else:

@@ -246,8 +246,12 @@ class WeightTrajectory:
         Args:
             state (`int`, *optional*, defaults to `0`): Index of the state.
             model_class (`type`, *optional*): Its class; by default the one transformers has under the name that
-                `config.json` gives.
+                `config.json` gives. A class given may leave weights out, as one without the head does.
             base_model (`PreTrainedModel`, *optional*): For a trajectory of adapters, the model they belong to.
+
+        Raises:
+            `TrajectoryError`: when a model made from the config has other tensors than the state, such as with another
+                head; [`load_into`] takes a model that was made the same way.
         """
         self._writer.wait()
         return load_pretrained(self.path / _state_folder(state), model_class, base_model)
@@ -260,8 +264,8 @@ class WeightTrajectory:
             state (`int`, *optional*, defaults to `0`): Index of the state.
 
         Raises:
-            `TrajectoryError`, or torch's `RuntimeError` for a `PreTrainedModel`: when state and model don't have the
-                same tensors; when the model's weights are in parts (ZeRO-3).
+            `TrajectoryError`: when state and model don't have the same tensors, of the same shapes; when the model's
+                weights are in parts (ZeRO-3).
         """
         self._writer.wait()
         load_into(model, self.path / _state_folder(state), dict.fromkeys(self.names, self._readers[state].tensor))
