@@ -8,12 +8,21 @@ from conftest import NUM_EXAMPLES, SCHEDULE, make_images, make_resnet, make_trai
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import TensorDataset
-from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
 from know_hf.inspection import displacement, inspect_trajectory
-from know_hf.recording import _num_examples
+from know_hf.recording.callback import num_examples_of
+from know_hf.recording.checking import warn_of_changes
 from know_hf.subsets import divide
+from know_hf.trajectory import TrajectoryError
 
 SHORT = ForgettingSchedule(num_states=3, stratify_by="labels")
 
@@ -121,6 +130,129 @@ def test_a_finished_trajectory_is_not_trained_again(tmp_path, trajectory_copy):
     trajectory = induce_forgetting(trainer, SCHEDULE, trajectory_copy)
     assert spy.starts == []
     assert torch.equal(trainer.model.classifier[1].weight, trajectory.tensor("classifier.1.weight", 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.03}, "state 0 .* was trained with learning_rate 0.01, the trainer would with 0.03"),
+        ({"per_device_train_batch_size": 2}, "state 0 .* with batch_size 4, the trainer would with 2"),
+        ({"num_train_epochs": 3}, "state 0 .* with num_train_epochs 2, the trainer would with 3"),
+        ({"lr_scheduler_type": "cosine"}, "state 0 .* with lr_scheduler_type linear, the trainer would with cosine"),
+        ({"seed": 43}, "state 0 .* with seed 42, the trainer would with 43"),
+    ],
+)
+def test_other_arguments_are_refused(tmp_path, trajectory_copy, change, message):
+    with pytest.raises(ValueError, match=message):
+        induce_forgetting(make_trainer(tmp_path, **change), SCHEDULE, trajectory_copy)
+
+
+def test_the_same_batch_in_other_parts_goes_on(tmp_path, trajectory_copy, caplog):
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert induce_forgetting(trainer, SCHEDULE, trajectory_copy).num_states == 5
+    assert "holds all 5 states already: nothing is trained" in caplog.text
+
+
+def test_a_folder_that_holds_a_model_is_refused(tmp_path):
+    make_resnet().save_pretrained(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with pytest.raises(FileExistsError, match=r"holds a model, whose config\.json recording would replace"):
+        induce_forgetting(make_trainer(tmp_path), SHORT, tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_what_was_left_of_a_first_state_does_not_stand_in_the_way(tmp_path, trajectory_copy):
+    (trajectory_copy / "trajectory.json").unlink()  # stopped just before it was written
+    assert (trajectory_copy / "config.json").exists()
+    assert induce_forgetting(make_trainer(tmp_path), SHORT, trajectory_copy).num_states == 3
+
+
+def test_a_model_that_its_config_does_not_describe_is_recorded_and_resumed(tmp_path, caplog):
+    def changed():
+        model = make_resnet()
+        model.classifier = nn.Sequential(model.classifier[0], nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+        return model
+
+    whole = induce_forgetting(make_trainer(tmp_path, changed()), SHORT, tmp_path / "whole")
+    assert "has not the same tensor 'classifier.1.bias': from_pretrained and load_model" in caplog.text
+    for model_class in (None, type(make_resnet())):
+        with pytest.raises(TrajectoryError, match=r"tensor 'classifier\.1\.bias' is .8,. in .* and .4,. in a ResNet"):
+            whole.load_model(1, model_class)
+    trainer = make_trainer(tmp_path, changed())
+    trainer.add_callback(Spy(crash_at=2))
+    with pytest.raises(KeyboardInterrupt):
+        induce_forgetting(trainer, SHORT, tmp_path / "resumed")
+    trainer = make_trainer(tmp_path, changed())
+    assert_same_states(induce_forgetting(trainer, SHORT, tmp_path / "resumed"), whole)
+    assert torch.equal(trainer.model.classifier[3].weight, whole.tensor("classifier.3.weight", 0))
+
+
+def test_a_class_that_needs_more_than_its_config_is_recorded_and_resumed(tmp_path, caplog):
+    class WeightedResNetForImageClassification(ResNetForImageClassification):
+        def __init__(self, config, class_weights):
+            super().__init__(config)
+            self.class_weights = class_weights
+
+    trainer = make_trainer(tmp_path, WeightedResNetForImageClassification(make_resnet().config, torch.ones(4)))
+    assert induce_forgetting(trainer, SHORT, tmp_path / "trajectory").num_states == 3
+    assert "no WeightedResNetForImageClassification can be made from its config alone (" in caplog.text
+    assert induce_forgetting(trainer, SHORT, tmp_path / "trajectory").num_states == 3
+
+
+def test_a_model_that_its_config_describes_is_not_warned_of(caplog):
+    model = make_resnet()
+    set_seed(0)
+    expected = torch.rand(())
+    set_seed(0)
+    warn_of_changes(model)
+    assert caplog.text == ""
+    assert torch.rand(()) == expected  # no random numbers are used up
+
+
+def test_a_warmup_longer_than_a_stage_is_warned_of(tmp_path, caplog):
+    induce_forgetting(make_trainer(tmp_path, warmup_steps=8), SHORT, tmp_path / "trajectory")
+    found = [record.message for record in caplog.records if "warmup_steps=8 is for every stage" in record.message]
+    assert [message.split(" and this one has ")[1].split(" steps")[0] for message in found] == ["8", "4"]
+
+
+def test_a_stage_that_ends_early_is_warned_of(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6
+
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(Stop())
+    trajectory = induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert [state.steps for state in trajectory.states] == [6, 6, 4]
+    assert "the training of state 1 ended after 6 of 8 steps" in caplog.text
+    assert "state 2 ended" not in caplog.text
+
+
+def test_an_optimizer_that_the_trainer_makes_itself_goes_on_from_a_training(tmp_path):
+    class OwnOptimizer(Trainer):
+        def create_optimizer(self, *args, **kwargs):
+            if self.optimizer is None:
+                self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    template, spy = make_trainer(tmp_path), Spy()
+    trainer = OwnOptimizer(template.model, template.args, train_dataset=template.train_dataset)
+    trainer.train()
+    trainer.add_callback(spy)
+    induce_forgetting(trainer, SHORT, tmp_path / "trajectory", start="current")
+    assert len({start["optimizer"] for start in spy.starts}) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda trainer: (trainer.model, SHORT), "trainer is a ResNetForImageClassification, no transformers.Trainer"),
+        (lambda trainer: (trainer, 0.5), "schedule=0.5 is no ForgettingSchedule"),
+    ],
+)
+def test_other_things_than_a_trainer_and_a_schedule_are_named(tmp_path, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        induce_forgetting(*arguments(make_trainer(tmp_path)), tmp_path / "trajectory")
 
 
 def test_start_current_takes_the_weights_as_they_are(tmp_path):
@@ -331,7 +463,7 @@ def test_the_callback_alone_records_a_stream_with_the_shares_of_the_schedule(tmp
 
 def test_the_part_of_a_stream_for_one_process_has_no_size():
     part = IterableDatasetShard(make_images().to_iterable_dataset(), batch_size=2, num_processes=2)
-    assert _num_examples({"train_dataloader": SimpleNamespace(dataset=part)}) is None
+    assert num_examples_of({"train_dataloader": SimpleNamespace(dataset=part)}) is None
 
 
 def test_a_training_that_ends_early_without_a_word_is_refused(tmp_path):

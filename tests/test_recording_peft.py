@@ -3,11 +3,21 @@
 import pytest
 import torch
 from conftest import SCHEDULE, make_resnet, make_trainer
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_prediction import Constant
 from test_recording_models import CASES
-from transformers import set_seed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    set_seed,
+)
 
 from know_hf import ForgettingSchedule, induce_forgetting, predict_overflowed_weights
 from know_hf.trajectory import TrajectoryError
@@ -131,6 +141,66 @@ def test_two_adapters_are_refused(tmp_path):
     model.add_adapter("second", LoraConfig(r=2, **KINDS["lora"]))
     with pytest.raises(ValueError, match="has the adapters default, second; a trajectory records one: delete"):
         induce_forgetting(make_trainer(tmp_path, model), SHORT, tmp_path / "trajectory")
+
+
+def test_adapters_that_cannot_be_recorded_are_refused_before_training(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=8, **sizes))
+    prompt = get_peft_model(bert, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+    mixed = get_peft_model(make_resnet(), LoraConfig(r=2, **KINDS["lora"]), mixed=True)
+    for model, message in (
+        (prompt, "PROMPT_TUNING learns a prompt, .* use an adapter such as LoRA"),
+        (mixed, r"peft can't save a PeftMixedModel; make it with get_peft_model\(…, mixed=False\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            induce_forgetting(make_trainer(tmp_path, model), SHORT, tmp_path / "trajectory")
+    assert not (tmp_path / "trajectory").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_beside_an_adapter_are_recorded_resumed_and_given_back(tmp_path, tied):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes, tie_word_embeddings=tied)).save_pretrained(tmp_path / "base")
+    modules = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+
+    def trainer():
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(0)
+        base.resize_token_embeddings(20)
+        torch.manual_seed(1)
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=modules))
+        ids = [[(i * k) % 20 for k in range(1, 5)] for i in range(32)]
+        made = make_trainer(tmp_path / "out", model)
+        return Trainer(model, made.args, train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}))
+
+    schedule = ForgettingSchedule(num_states=3)
+    first = trainer()
+    trajectory = induce_forgetting(first, schedule, tmp_path / "trajectory")
+    again = trainer()
+    induce_forgetting(again, schedule, tmp_path / "trajectory")
+    for (name, ours), theirs in zip(first.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    moved = first.model.get_input_embeddings().weight
+    names = [name for name in trajectory.names if name.endswith("embed_tokens.weight")]
+    assert [torch.equal(trajectory.tensor(name), moved) for name in names] == [True]
+
+
+def test_biases_trained_beside_an_adapter_are_recorded(tmp_path):
+    torch.manual_seed(1)
+    model = get_peft_model(make_resnet(), LoraConfig(r=2, bias="all", **KINDS["modules_to_save"]))
+    trajectory = induce_forgetting(make_trainer(tmp_path, model), SHORT, tmp_path / "trajectory")
+    biases = [name for name in trajectory.names if name.endswith("normalization.bias")]
+    assert biases
+    assert not any(torch.equal(trajectory.tensor(name, 0), trajectory.tensor(name, 1)) for name in biases)
+
+
+def test_an_adapter_on_another_base_names_what_does_not_fit(tmp_path):
+    model = make_adapter("modules_to_save")
+    trajectory = induce_forgetting(make_trainer(tmp_path, model), SHORT, tmp_path / "trajectory")
+    other = ResNetForImageClassification(ResNetConfig(**{**make_resnet().config.to_dict(), "num_labels": 5}))
+    with pytest.raises(TrajectoryError, match=r"does not fit on this ResNetForImageClassification; .*classifier"):
+        trajectory.load_model(base_model=other)
 
 
 def test_an_adapter_without_its_base_says_so(tmp_path):

@@ -12,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -120,6 +122,17 @@ def test_weights_that_zero_3_has_in_parts_have_the_roles_of_the_whole():
     assert tensor_roles(parts) == tensor_roles(whole)
     assert (is_partitioned(parts), is_partitioned(whole)) == (True, False)
     assert state_nbytes(parts) == state_nbytes(whole) == (228, 228)
+
+
+def test_frozen_experts_that_saving_splits_are_counted_in_every_state():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=8, **sizes, num_key_value_heads=1, num_local_experts=2))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("experts" not in name)
+    first, further = state_nbytes(model)
+    assert first == further
+    model.get_input_embeddings().weight.requires_grad_(False)  # is only renamed
+    assert state_nbytes(model) == (first, first - 8 * 8 * 4)
 
 
 def test_reasons_name_the_owner():

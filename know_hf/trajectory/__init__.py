@@ -2,7 +2,7 @@
 
 from .loading import load_pretrained
 from .manifest import FileRecord, StateRecord, TrajectoryBusyError, TrajectoryError
-from .saving import state_nbytes
+from .saving import check_adapter, state_nbytes
 from .weight_trajectory import WeightTrajectory
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "TrajectoryBusyError",
     "TrajectoryError",
     "WeightTrajectory",
+    "check_adapter",
     "load_pretrained",
     "state_nbytes",
 ]

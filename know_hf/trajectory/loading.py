@@ -9,9 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader
-from ..roles import is_adapter, is_partitioned, names_in_memory
+from ..roles import is_partitioned, names_in_memory
 from .manifest import TrajectoryError
-
 
 _REBUILDING = (
     "if the model was changed after it was made, such as by replacing its head, make it the same way and copy the"
@@ -44,8 +43,8 @@ def load_pretrained(
             return PeftModel.from_pretrained(base_model, folder)
         except RuntimeError as error:  # peft names the tensors and their shapes
             raise TrajectoryError(
-                f"the adapter in {folder} does not fit on this {type(base_model).__name__}: {error}. Give as"
-                " base_model= the model that it was trained on, with its head and vocabulary"
+                f"the adapter in {folder} does not fit on this {type(base_model).__name__}; give as base_model= the"
+                f" model that it was trained on, with its head and vocabulary. {' '.join(str(error).split())}"
             ) from error
     may_leave_out = model_class is not None
     if model_class is None:
@@ -66,8 +65,8 @@ def load_pretrained(
     )
     for name, there, here in sorted(found["mismatched_keys"]):
         raise TrajectoryError(
-            f"tensor {name!r} is {tuple(there)} in {folder} and {tuple(here)} in a {model_class.__name__} made from its"
-            f" config; {_REBUILDING}"
+            f"tensor {name!r} is {tuple(there)} in {folder} and {tuple(here)} in a {model_class.__name__} made from"
+            f" its config; {_REBUILDING}"
         )
     for name in sorted(found["missing_keys"]):
         raise TrajectoryError(

@@ -87,6 +87,7 @@ class StateRecord:
         subset_fingerprint (`str`, *optional*): Hash of the subset's data and members.
         seed (`int`, *optional*): Seed of the stage's training.
         metrics (`dict[str, float]`): What the state's evaluation gave.
+        training (`dict[str, str]`): The arguments of its training that decide where it ends, as text.
         unchanged (`dict[str, int]`): Tensors that are stored once: from the name to the earlier state whose files hold
             it, bit for bit the same.
     """
@@ -99,6 +100,7 @@ class StateRecord:
     subset_fingerprint: str | None = None
     seed: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    training: dict[str, str] = field(default_factory=dict)
     unchanged: dict[str, _Count] = field(default_factory=dict)
 
     @property

@@ -78,6 +78,7 @@ class Snapshot:
                 f"no process holds the whole weights of this {type(model).__name__}, ZeRO-3 has them in parts; give"
                 " them as state_dict="
             )
+        check_adapter(model)
         # Here and not where the files are written: under FSDP state_dict() gathers and reshards, which must not happen
         # in a thread while the training does the same.
         on_disk, roles = names_on_disk(model), tensor_roles(model)
@@ -182,11 +183,15 @@ def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[in
         dtype (`torch.dtype`, *optional*): Floating-point dtype to store.
     """
     total = frozen = 0
+    on_disk = names_on_disk(model)
+    renamed = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in on_disk}
     for tensor in recorded_tensors(model):
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         size = whole_shape(tensor).numel() * kind.itemsize
         total += size
-        frozen += size if isinstance(tensor, nn.Parameter) and not tensor.requires_grad else 0
+        # what saving splits or merges, as experts, is stored each time
+        is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        frozen += size if is_frozen and id(tensor) in renamed else 0
     frozen_bytes = 0 if is_adapter(model) else frozen
     return total, total - frozen_bytes if frozen_bytes > WORTH_SHARING * total else total
 
@@ -221,15 +226,32 @@ def _write_index(folder: Path, elsewhere: Mapping[str, Path]) -> None:
     write_json(index, {"metadata": {}, "weight_map": dict(sorted(files.items()))})
 
 
-def _save_adapter(model: Any, state_dict: dict[str, torch.Tensor], folder: Path) -> None:
-    adapters = list(model.peft_config)
+def check_adapter(model: nn.Module) -> None:
+    """Raises a `ValueError` when a module has adapters that can't be recorded."""
+    if not is_adapter(model):
+        return
+    from peft import PeftModel
+
+    adapters: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]
     if len(adapters) > 1:
         raise ValueError(
             f"the model has the adapters {', '.join(adapters)}; a trajectory records one: delete the others"
         )
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"peft can't save a {type(model).__name__}; make it with get_peft_model(…, mixed=False)")
+    kind = next(iter(adapters.values()))
+    if kind.is_prompt_learning:
+        raise ValueError(
+            f"{kind.peft_type.value} learns a prompt, of which only what is computed from its weights is saved; a"
+            " trajectory records weights: use an adapter such as LoRA"
+        )
+
+
+def _save_adapter(model: Any, state_dict: dict[str, torch.Tensor], folder: Path) -> None:
     model.save_pretrained(folder, state_dict=state_dict)
     (folder / "README.md").unlink(missing_ok=True)  # peft's card, the same for every state
-    if (named := folder / adapters[0]).is_dir():  # where peft puts an adapter that isn't called default
+    # where peft puts an adapter that isn't called default
+    if (named := folder / next(iter(model.peft_config))).is_dir():
         for path in named.iterdir():
             path.rename(folder / path.name)
         named.rmdir()

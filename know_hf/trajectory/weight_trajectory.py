@@ -78,11 +78,17 @@ class WeightTrajectory:
             schedule ([`ForgettingSchedule`], *optional*): The schedule, kept in `trajectory.json`.
 
         Raises:
-            `FileExistsError`: when `path` holds a trajectory.
+            `FileExistsError`: when `path` holds a trajectory, or a model whose files the trajectory's would replace.
         """
         path = Path(path)
         if cls.exists(path):
             raise FileExistsError(f"{path} already holds a trajectory; open it with WeightTrajectory({str(path)!r})")
+        # the files of a recording that was stopped in its first state have the state's folder beside them
+        held = [name for name in ("config.json", "adapter_config.json") if (path / name).exists()]
+        if held and not (path / _state_folder(0)).exists():
+            raise FileExistsError(
+                f"{path} holds a model, whose {held[0]} recording would replace; record to a folder of its own"
+            )
         trajectory = cls.__new__(cls)
         trajectory.path = path
         trajectory._manifest = Manifest(states=(), schedule=schedule)
@@ -282,6 +288,7 @@ class WeightTrajectory:
         subset_fingerprint: str | None = None,
         seed: int | None = None,
         metrics: Mapping[str, float] | None = None,
+        training: Mapping[str, str] | None = None,
         processing_class: Any = None,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         dtype: torch.dtype | None = None,
@@ -303,6 +310,7 @@ class WeightTrajectory:
             subset_fingerprint (`str`, *optional*): Hash of the subset.
             seed (`int`, *optional*): Seed of the stage.
             metrics (`Mapping[str, float]`, *optional*): Evaluation of the state.
+            training (`Mapping[str, str]`, *optional*): Arguments of its training, as text.
             processing_class (*optional*): Tokenizer or processor, saved with the first state.
             state_dict (`Mapping[str, torch.Tensor]`, *optional*): The whole weights, by their names in memory, where
                 the model holds only a part of them (FSDP, ZeRO-3).
@@ -326,6 +334,7 @@ class WeightTrajectory:
             subset_fingerprint=subset_fingerprint,
             seed=seed,
             metrics=dict(metrics or {}),
+            training=dict(training or {}),
         )
         replace(self._manifest, states=(*self.states, state)).check_order(self.path)
         snapshot = Snapshot.of(model, state_dict, dtype, self._copies)
