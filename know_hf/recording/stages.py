@@ -81,8 +81,9 @@ def induce_forgetting(
     Each stage starts from the weights of the stage before, with a fresh optimizer and scheduler made from the
     trainer's own arguments, and is seeded with `trainer.args.seed + state`. Finished states are never trained again:
     called again with the same folder and arguments, the run goes on with the first state that is missing, and ends in
-    the same weights as a run that was never interrupted, unless `dtype` rounds what is stored. Where the trainer has an `eval_dataset`, every state is evaluated.
-    Size, displacement and metrics of every state go to the trainer's loggers under `forgetting/`.
+    the same weights as a run that was never interrupted, unless `dtype` rounds what is stored. Where the trainer has
+    an `eval_dataset`, every state is evaluated. Size, displacement and metrics of every state go to the trainer's
+    loggers under `forgetting/`.
 
     To be called on every process of a distributed training; the main one writes, and its errors come out on all.
 
@@ -112,8 +113,8 @@ def induce_forgetting(
 
     Raises:
         `TypeError`: when trainer or schedule are something else.
-        `ValueError`: when the subsets are too small, the dataset can't be divided, an adapter can't be recorded, the trainer's optimizer can't be
-            made afresh, `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on, the trainer's loader does
+        `ValueError`: when the subsets are too small, the dataset can't be divided, an adapter can't be recorded, the
+            trainer's optimizer can't be made afresh, `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on, the trainer's loader does
             not follow its `train_dataset`, a state is not finite, or the folder holds a trajectory of another
             schedule, other data or other training arguments, or one to go on with under ZeRO-3.
         `FileExistsError`: when the folder holds a model.

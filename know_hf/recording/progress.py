@@ -1,0 +1,90 @@
+"""What is seen of a recording: bar, evaluation and logs of the stages."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..distributed import on_main_process
+from ..inspection import displacement
+from ..subsets import Subset
+from ..trajectory import StateRecord, WeightTrajectory
+
+logger = logging.get_logger(__name__)
+
+
+class Progress:
+    """Bar, evaluation and logs of the stages."""
+
+    def __init__(self, trainer: Trainer, trajectory: WeightTrajectory, num_states: int) -> None:
+        self._trainer, self._trajectory = trainer, trajectory
+        self._steps = {state.index: state.steps for state in trajectory.states}
+        self._metrics: dict[int, dict[str, float]] = {}
+        self._written: dict[int, dict[str, float]] = {}
+        self._moved = ""
+        hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+        self._bar = tqdm(
+            total=num_states, initial=trajectory.num_states, desc="forgetting", unit="state", disable=hidden
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def begin(self, index: int, subset: Subset) -> None:
+        self._log()
+        self._bar.set_postfix_str(f"state {index}: {subset.size}{self._moved}")
+
+    def written(self, record: StateRecord) -> None:
+        """Called by the thread that wrote a state."""
+        moved = displacement(self._trajectory, record.index)
+        values = {"state": record.index, "displacement": moved, "num_examples": record.num_examples}
+        self._steps[record.index] = record.steps
+        self._moved = f", state {record.index} moved by {moved:.1%}" if record.index else ""
+        self._written[record.index] = {key: value for key, value in values.items() if value is not None}
+        self._bar.update()
+
+    def evaluate(self, index: int) -> None:
+        """Evaluates the state that the model holds, while it is being written."""
+        if self._trainer.eval_dataset is None:
+            return
+        timing = ("_runtime", "_per_second", "_preparation_time")
+        found: Mapping[str, Any] = self._trainer.evaluate()
+        metrics = {}
+        for name in [name for name in found if name.startswith("eval_") and not name.endswith(timing)]:
+            number = _finite_number(found[name])
+            if number is None:
+                logger.warning(f"{name} of state {index} is {found[name]!r}, no finite number, and is not recorded")
+            else:
+                metrics[name] = number
+        self._metrics[index] = metrics
+        on_main_process(self._trainer.accelerator, lambda: self._trajectory.update_metrics(index, metrics))
+        self._log()
+
+    def finish(self) -> None:
+        """Waits for the last state, and raises what went wrong with it."""
+        self._trajectory.check(wait=True)
+        self._log()
+
+    def _log(self) -> None:
+        state = self._trainer.state
+        step = state.global_step
+        for index in sorted(self._written):
+            values = {**self._written.pop(index), **self._metrics.pop(index, {})}
+            # every stage counts its steps from 0; loggers want them to rise
+            state.global_step = sum(self._steps[k] for k in range(index + 1))
+            self._trainer.log({f"forgetting/{name}": value for name, value in values.items()})
+        state.global_step = step
+
+
+def _finite_number(value: Any) -> float | None:
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
