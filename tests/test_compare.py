@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_resnet
+from conftest import make_images, make_resnet
 
 from know_hf import WeightTrajectory
 from know_hf.evaluation import (
@@ -192,7 +193,8 @@ def test_arms_and_seeds_can_be_added_and_nothing_is_run_twice(task, tmp_path, mo
     assert set(cells) == {"seed-0.naive.json", "seed-0.shrink.json", "seed-0.trajectory.json"}
     more = compare_arms(task, tmp_path / "out", arms=["naive", "random", "shrink"], **options)
     assert all((tmp_path / "out" / "cells" / name).read_bytes() == content for name, content in cells.items())
-    monkeypatch.setattr("know_hf.evaluation.compare.run_cells", None)
+    for name in ("measure_trajectory", "measure_arm"):
+        monkeypatch.setattr(f"know_hf.evaluation.compare.{name}", lambda *_, **__: pytest.fail("run again"))
     again = compare_arms(task, tmp_path / "out", arms=["naive", "random", "shrink"], **options)
     assert again.to_dict() == more.to_dict() and len(more.cells) == 6
     assert more.seeds == (0, 1)
@@ -300,6 +302,147 @@ def test_other_facts_or_trajectories_are_not_mixed_in(finished, task):
         compare_arms(replace(task, facts={"name": "octants"}), finished[0], **options)
     with pytest.raises(ValueError, match="is not the trajectory that the cells of seed 0 in"):
         compare_arms(replace(task, trajectory=list(task.trajectory)[::-1]), finished[0], **options)
+
+
+def other_images(examples):
+    return {**examples, "pixel_values": examples["pixel_values"] + 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("changed", "call"),
+    [
+        ({"target": lambda s, d: replace(target(s, d), test=other_images(target(s, d).test))}, r"target\(0, 0\)"),
+        ({"target": lambda s, d: target(s, d + (s == 1 and d == 1))}, r"target\(1, 1\)"),
+        ({"target": lambda s, d: replace(target(s, d), num_labels=5)}, r"target\(0, 0\)"),
+        ({"source": lambda s: replace(source(s), train=other_images(source(s).train))}, r"source\(0\)"),
+        ({"source": lambda s: source(s if s == 0 else 7)}, r"source\(1\)"),
+    ],
+)
+def test_other_data_is_not_mixed_in(task, finished, changed, call):
+    with pytest.raises(ValueError, match=f"holds results on other data of {call}: .* there, .* now; give another out"):
+        compare_arms(replace(task, **changed), finished[0], protocols=PROTOCOLS, arms=ARMS, draws=2)
+
+
+def test_seeds_are_added_with_their_data(task, tmp_path):
+    options = {"protocols": PROTOCOLS[1:2], "arms": ["naive"], "draws": 2}
+    compare_arms(task, tmp_path, seeds=[0], **options)
+    other = replace(task, target=lambda seed, draw: target(5 * seed, draw))
+    assert compare_arms(other, tmp_path, **options).seeds == (0, 1)  # there was nothing of seed 1 before
+    with pytest.raises(ValueError, match=r"other data of target\(1, 0\)"):
+        compare_arms(task, tmp_path, **options)
+
+
+def test_results_from_before_data_was_hashed_are_not_resumed(task, tmp_path):
+    options = {"protocols": PROTOCOLS[1:2], "arms": ["naive"], "draws": 2, "seeds": [0]}
+    compare_arms(task, tmp_path, **options)
+    path = tmp_path / "cells" / "seed-0.trajectory.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({**kept, "identity": kept["identity"]["weights"]}))
+    with pytest.raises(ValueError, match=r"of seed 0 without the hash of their data, .* give another output folder"):
+        compare_arms(task, tmp_path, **options)
+
+
+def unsendable():
+    class Local(LinearProbe):
+        pass
+
+    return Local((1e-2, 1e-1))
+
+
+@pytest.mark.parametrize(
+    ("name", "of_task", "protocol"),
+    [
+        ("target of the task", {"target": lambda seed, draw: target(seed, draw)}, PROTOCOLS[1]),
+        ("fresh_model of the task", {"fresh_model": lambda seed: fresh(seed)}, PROTOCOLS[1]),
+        ("protocol 'linear-probe'", {}, unsendable()),
+    ],
+)
+def test_what_can_not_be_sent_to_other_processes_is_named(task, tmp_path, name, of_task, protocol):
+    options = {"protocols": [protocol], "arms": ["naive"], "draws": 2}
+    with pytest.raises(ValueError, match=f"{name} can't be sent to another process .* or num_processes=1"):
+        compare_arms(replace(task, **of_task), tmp_path / "out", num_processes=2, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def with_labels(change, part="test", num_labels=4):
+    """A `target` with other labels in one part."""
+
+    def changed(seed, draw):
+        split = target(seed, draw)
+        examples = getattr(split, part)
+        return replace(split, num_labels=num_labels, **{part: {**examples, "labels": change(examples["labels"])}})
+
+    return changed
+
+
+def with_part(part, content):
+    return lambda seed, draw: replace(target(seed, draw), **{part: content})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda seed, draw: {"train": 1}, "target(0, 0) gave a dict; give a Split"),
+        (
+            with_part("train", make_images(16)),
+            "train of target(0, 0) is a datasets.arrow_dataset.Dataset, not a mapping",
+        ),
+        (with_part("test", {"labels": [0, 1]}), "test of target(0, 0) has a list as 'labels'; give one tensor"),
+        (with_part("test", {"label": torch.tensor([0])}), "test of target(0, 0) has 'label', which models take as"),
+        (
+            with_labels(torch.Tensor.float),
+            "labels in test of target(0, 0) are torch.float32, accuracy and loss are of",
+        ),
+        (with_labels(torch.Tensor.int), "labels in test of target(0, 0) are torch.int32"),
+        (
+            with_labels(lambda labels: labels + 1),
+            "test of target(0, 0) has the label 4, but the head has 4 classes, 0",
+        ),
+        (
+            with_labels(lambda labels: labels - 1, "train"),
+            "train of target(0, 0) has the label -1, but the head has 4",
+        ),
+    ],
+)
+def test_data_that_no_classifier_takes_is_told_before_anything_is_run(task, tmp_path, given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compare_arms(replace(task, target=given), tmp_path / "out", protocols=PROTOCOLS, arms=["naive"], draws=2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("protocol", [FineTuning((1e-3, 1e-2), steps=1, head_steps=0), PROTOCOLS[1]])
+def test_labels_beyond_a_head_that_is_kept_are_told(task, tmp_path, protocol):
+    beyond = replace(task, target=with_labels(lambda labels: labels + 1, num_labels=None))
+    with pytest.raises(ValueError, match=r"^test of .* has the label 4, but the head has 4 classes, 0 to 3; count"):
+        compare_arms(beyond, tmp_path, protocols=[protocol], arms=["naive"])
+
+
+def test_source_labels_beyond_the_recorded_head_are_told(task, tmp_path):
+    beyond = replace(task, source=lambda seed: with_labels(lambda labels: labels + 1, num_labels=None)(seed, 0))
+    with pytest.raises(ValueError, match=r"^test of source\(0\) has the label 4, but the head has 4 classes"):
+        compare_arms(beyond, tmp_path, protocols=[AsTheyAre()], arms=["naive"])
+
+
+def test_with_measures_of_ones_own_labels_need_be_no_classes(task, tmp_path):
+    def distance(model, examples):
+        with torch.no_grad():
+            return {
+                "distance": float((model(examples["pixel_values"]).logits[:, 0] - examples["labels"]).abs().mean())
+            }
+
+    whole = vars(target(0, 0))
+    regression = {
+        part: {**whole[part], "labels": whole[part]["labels"].float()} for part in ("train", "validation", "test")
+    }
+    task = replace(
+        task,
+        target=lambda seed, draw: Split(**regression, num_labels=1),
+        evaluate=distance,
+        measures=(Measure("distance", higher_is_better=False),),
+    )
+    protocol = FineTuning((1e-3, 1e-2), steps=1, head_steps=1)
+    report = compare_arms(task, tmp_path, protocols=[protocol], arms=["naive"], trials_per_rate=1)
+    assert report.cells[0]["measured"]["few-shot"][0]["trials"][0]["test"]["distance"] > 0
 
 
 def test_numbers_may_be_numpys(task, tmp_path):

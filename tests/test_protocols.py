@@ -337,6 +337,16 @@ def test_a_probe_learns_what_is_linear_in_the_features_and_changes_nothing():
     assert again[0] == trials[1]  # nothing in it is random
 
 
+def test_a_probe_says_which_labels_are_no_classes():
+    examples = make_examples()
+    off = {**examples, "labels": examples["labels"].float()}
+    probe = LinearProbe((1e-2, 1e-1), steps=1)
+    with pytest.raises(ValueError, match=r"labels in test of the split of 'linear-probe' are torch\.float32"):
+        next(probe.trials(make_resnet(), Split(examples, examples, off), 0, evaluate_classifier))
+    with pytest.raises(ValueError, match=r"train of the split of 'linear-probe' has the label 3, .* 3 classes, 0 to"):
+        next(probe.trials(make_resnet(), Split(examples, examples, examples, 3), 0, evaluate_classifier))
+
+
 def test_the_rate_of_the_head_is_chosen_on_validation_data():
     model, split = make_resnet(), Split(make_examples(), make_examples(40, seed=1), make_examples(40, seed=2), 4)
     options = {"steps": 1, "head_steps": 60}

@@ -11,11 +11,11 @@ from .probing import LinearProbe
 from .protocols import (
     AsTheyAre,
     FineTuning,
-    Split,
     accuracy,
     evaluate_classifier,
 )
 from .results import ComparisonReport
+from .splits import Split
 from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
 from .store import CellStore
 from .suites import Suite, load_suite, run_suite

@@ -1,9 +1,11 @@
 """[`compare_arms`]: arms against each other on a task of one's own, cell by cell, resumable, in parallel processes."""
 
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,15 @@ from .arms import Arm, make_arm
 from .cells import run_cells
 from .comparison import ACCURACY, LOSS
 from .landscape import Landscape, measure_landscape
-from .measuring import ComparisonTask, Recorded, device, measure_arm, measure_trajectory, trajectory_folder
+from .measuring import (
+    ComparisonTask,
+    Recorded,
+    device,
+    hash_data,
+    measure_arm,
+    measure_trajectory,
+    trajectory_folder,
+)
 from .probing import LinearProbe
 from .protocols import FineTuning, MeasuringProtocol, first_of_each_class, refined
 from .results import REPORT_NAME, ComparisonReport
@@ -58,9 +68,10 @@ def compare_arms(
     ```
 
     What is finished is not run again: called again with the same folder, it goes on where it was stopped, and more
-    arms or seeds can be added. Cells are written whole or not at all. `output_dir` then has `report.json` (see
-    [`know_hf.evaluation.results`]), the same to be read as `report.html` and `report.md`, one file for each cell, and
-    the trajectories.
+    arms or seeds can be added. Whether a seed's data and weights are the same is told by their hashes, for which
+    `source` and `target` are called once for every seed and draw. Cells are written whole or not at all. `output_dir`
+    then has `report.json` (see [`know_hf.evaluation.results`]), the same to be read as `report.html` and `report.md`,
+    one file for each cell, and the trajectories.
 
     Args:
         task ([`ComparisonTask`]): Trajectories and data.
@@ -75,7 +86,8 @@ def compare_arms(
         trials_per_rate (`int`, *optional*, defaults to `4`): Trials of every arm at each learning rate; a multiple of
             the number of settings of every arm. See [`know_hf.evaluation.protocols`].
         landscape ([`Landscape`], *optional*): Picture of the loss around the states of the first seed.
-        num_processes (`int`, *optional*, defaults to `1`): Processes that share the cells. It changes no result.
+        num_processes (`int`, *optional*, defaults to `1`): Processes that share the cells. It changes no result; with
+            more than one, task, arms and protocols must be picklable.
         name, description, command (`str`, *optional*): For the report; the command is what makes it again.
         pages (`bool`, *optional*, defaults to `True`): Whether `report.html`, `report.md` and pictures are written;
             they need matplotlib.
@@ -84,8 +96,8 @@ def compare_arms(
         [`ComparisonReport`]: printable.
 
     Raises:
-        `ValueError`: when naive is not among the arms, the task lacks what an arm or protocol needs, an argument is
-            off, or the folder holds results of something else.
+        `ValueError`: when naive is not among the arms, the task lacks what an arm or protocol needs, its data can't be
+            used, an argument is off, or the folder holds results of something else, such as other data.
         `FileExistsError`: when it holds something that is no comparison.
         `RuntimeError`, `ChildProcessError`: when a cell fails in its process, or the process ends.
         `ImportError`: when scipy is missing; told before anything is run.
@@ -98,13 +110,20 @@ def compare_arms(
     seeds = [int(seed) for seed in seeds]
     chosen = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in arms or _default_arms(task)]
     _check(task, chosen, protocols, seeds, draws, trials_per_rate)
+    if num_processes > 1:
+        _check_picklable(task, chosen, protocols)
     if not (output_dir / CellStore.IDENTITY_NAME).exists():
         _check_protocols(task, chosen, protocols, seeds[0], trials_per_rate)
+    hashing = partial(hash_data, task=task, draws=draws)
+    data = {seeds[index]: found for index, found in run_cells(hashing, seeds, description=f"{name}: data")}
     store = CellStore(output_dir, _identity(task, protocols, draws, trials_per_rate))
     found = {seed: {arm.name: _read(store, seed, arm, task) for arm in chosen} for seed in seeds}
     missing = [(seed, arm) for seed in seeds for arm in chosen if found[seed][arm.name] is None]
 
     trajectories = {seed: store.read(f"seed-{seed}.trajectory") for seed in seeds}
+    for seed, kept in trajectories.items():
+        if kept is not None:
+            _check_data(store, seed, kept["identity"], data[seed])
     unfinished = {seed for seed, _ in missing}
     unrecorded = [
         seed
@@ -117,12 +136,12 @@ def compare_arms(
         for index, result in run_cells(recording, unrecorded, num_processes=num_processes, description=bar):
             seed = unrecorded[index]
             weights = _weights(task.open_trajectory(seed, output_dir))
-            if (kept := trajectories[seed]) is None:
-                trajectories[seed] = {**result, "identity": weights}
-                store.write(f"seed-{seed}.trajectory", {**result, "identity": weights})
+            if trajectories[seed] is None:
+                trajectories[seed] = kept = {**result, "identity": {"weights": weights, "data": data[seed]}}
+                store.write(f"seed-{seed}.trajectory", kept)
     for seed in seeds if recorded is not None else sorted(unfinished, key=seeds.index):
         opened, kept = task.open_trajectory(seed, output_dir), trajectories[seed]
-        if kept is not None and kept["identity"] != _weights(opened):
+        if kept is not None and kept["identity"]["weights"] != _weights(opened):
             raise ValueError(
                 f"{opened.path} is not the trajectory that the cells of seed {seed} in {output_dir} were measured on:"
                 " its weights are others; give another output folder, or the trajectory as it was"
@@ -258,7 +277,22 @@ def _check_protocols(
         if isinstance(protocol, LinearProbe) and (other := [m.name for m in task.measures if m.name not in of_probe]):
             raise ValueError(f"protocol {protocol.name!r} measures accuracy and loss, not {other[0]!r}; leave it out")
         if protocol.labels_per_class is not None and task.target is not None:
-            first_of_each_class(task.target(seed, 0).train, protocol.labels_per_class)
+            _, (split,) = task.splits(seed, draws=1)
+            first_of_each_class(split.train, protocol.labels_per_class)
+
+
+def _check_picklable(task: ComparisonTask, arms: Sequence[Arm], protocols: Sequence[MeasuringProtocol]) -> None:
+    sent: dict[str, Any] = {f"{f.name} of the task": getattr(task, f.name) for f in fields(task)}
+    sent |= {f"arm {arm.name!r}": arm for arm in arms}
+    sent |= {f"protocol {protocol.name!r}": protocol for protocol in protocols}
+    for what, value in sent.items():
+        try:
+            pickle.dumps(value)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{what} can't be sent to another process ({error}); give functions and classes of a module, or"
+                " functools.partial of them, or num_processes=1"
+            ) from error
 
 
 def _identity(
@@ -280,6 +314,22 @@ def _weights(trajectory: WeightTrajectory) -> list[str]:
     """What tells one trajectory from another: the hashes of its weights as they were recorded."""
     files = [file for state in trajectory.states for file in state.files]
     return [file.sha256 for file in files if file.path.endswith(".safetensors")]
+
+
+def _check_data(store: CellStore, seed: int, identity: Any, now: Mapping[str, str]) -> None:
+    if not isinstance(identity, dict):
+        raise ValueError(
+            f"{store.path} holds results of seed {seed} without the hash of their data, as earlier versions wrote"
+            " them: whether the data is the same can't be told; give another output folder, or delete this one"
+        )
+    before = identity["data"]
+    for call in sorted(before.keys() | now.keys()):
+        if before.get(call) != now.get(call):
+            raise ValueError(
+                f"{store.path} holds results on other data of {call}: {json.dumps(before.get(call))} there,"
+                f" {json.dumps(now.get(call))} now; give another output folder, or delete this one, and the same"
+                " examples at every call"
+            )
 
 
 def _is_there(task: ComparisonTask, seed: int, output_dir: Path, num_states: int) -> bool:

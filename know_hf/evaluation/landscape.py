@@ -61,7 +61,8 @@ def measure_landscape(
         raise ValueError("a landscape needs source of the task; give it, or leave the landscape out")
     if (measure := next((m.name for m in task.measures if not m.higher_is_better), None)) is None:
         raise ValueError("a landscape needs a loss among the measures of the task; leave the landscape out")
-    split = task.source(seed)
+    split, _ = task.splits(seed, draws=0)
+    assert split is not None
     work = output_dir / "work" / "landscape"
     sources = arm_sources(task, seed, task.open_trajectory(seed, output_dir), split, work)
     examples = {name: tensor[: landscape.num_examples] for name, tensor in split.test.items()}

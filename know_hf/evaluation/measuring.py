@@ -17,7 +17,8 @@ from ..trajectory import WeightTrajectory
 from .arms import Arm
 from .comparison import ACCURACY, LOSS, Measure
 from .initial_weights import ArmSources
-from .protocols import Evaluate, MeasuringProtocol, Split, choose, evaluate_classifier, or_none
+from .protocols import Evaluate, FineTuning, MeasuringProtocol, choose, evaluate_classifier, or_none
+from .splits import Split, check_labels, check_split
 from .training import Examples, batches
 
 _RECALIBRATION_BATCH, _RECALIBRATION_EXAMPLES = 64, 1024
@@ -36,9 +37,9 @@ class ComparisonTask:
             A recorded trajectory, or several of the same recipe with other seeds, which are then seeds 0, 1, …; or
             `trajectory(seed, folder)`, which records one into a folder, or resumes ([`induce_forgetting`] does).
         target (callable, *optional*): `target(seed, draw)` gives the [`Split`] of a downstream draw: other draws are
-            other examples. Training examples are in random order.
+            other examples, the same at every call. Training examples are in random order.
         source (callable, *optional*): `source(seed)` gives the [`Split`] of the source task: training examples, in
-            random order, that BatchNorm statistics are measured on, and unseen ones.
+            random order, that BatchNorm statistics are measured on, and unseen ones; the same at every call.
         fresh_model (callable, *optional*): `fresh_model(seed)`, newly initialised.
         pretrained_model (callable, *optional*): `pretrained_model(seed)`, what the training started from.
         oracle_model (callable, *optional*): `oracle_model(seed, folder)`, trained like Θ0 on 1/r times the data; the
@@ -51,8 +52,8 @@ class ComparisonTask:
         evaluate (callable, *optional*): `evaluate(model, examples)`, from names of measures to values; by default
             accuracy and loss of a classifier.
         measures (`tuple[Measure, ...]`, *optional*): What `evaluate` gives; choices are made by the first.
-        facts (`Mapping[str, Any]`, *optional*): What results depend on besides, JSON values only: a folder with other
-            facts is not resumed.
+        facts (`Mapping[str, Any]`, *optional*): What results depend on besides trajectories and data, which are told
+            by their content; JSON values only: a folder with other facts is not resumed.
     """
 
     trajectory: Callable[[int, Path], WeightTrajectory] | Recorded | Sequence[Recorded]
@@ -83,9 +84,51 @@ class ComparisonTask:
         found = self.recorded[seed]
         return found if isinstance(found, WeightTrajectory) else WeightTrajectory(found)
 
+    @property
+    def classifies(self) -> bool:
+        """Whether labels have to be classes: accuracy and loss are measured as they are by default."""
+        return self.evaluate is evaluate_classifier
+
+    def splits(self, seed: int, draws: int) -> tuple[Split | None, list[Split]]:
+        """What `source` and, for so many draws, `target` give for a seed; `None` or empty where there is none.
+
+        Raises:
+            `ValueError`: when it can't be used; names the call and what is off.
+        """
+        source, targets = None, []
+        if self.source is not None:
+            source = check_split(self.source(seed), f"source({seed})", self.classifies)
+        if self.target is not None:
+            for draw in range(draws):
+                what = f"target({seed}, {draw})"
+                targets.append(check_split(self.target(seed, draw), what, self.classifies))
+        return source, targets
+
 
 def trajectory_folder(output_dir: Path, seed: int) -> Path:
     return output_dir / "trajectories" / f"seed-{seed}"
+
+
+def hash_data(seed: int, advance: Callable[[str], None], *, task: ComparisonTask, draws: int) -> dict[str, str]:
+    """Hashes the data of a seed.
+
+    Args:
+        seed (`int`): The seed.
+        advance (callable): Told when it is done.
+        task ([`ComparisonTask`]): What is compared on.
+        draws (`int`): Downstream draws.
+
+    Returns:
+        `dict[str, str]`: from each call, `"source(0)"` or `"target(0, 1)"`, to the hash of what it gave.
+
+    Raises:
+        `ValueError`: as [`ComparisonTask.splits`].
+    """
+    source, targets = task.splits(seed, draws)
+    found = {} if source is None else {f"source({seed})": source.content()}
+    found |= {f"target({seed}, {draw})": split.content() for draw, split in enumerate(targets)}
+    advance(f"seed {seed}: data")
+    return found
 
 
 def measure_trajectory(
@@ -107,12 +150,13 @@ def measure_trajectory(
         task.trajectory(seed, trajectory_folder(output_dir, seed))
     trajectory = task.open_trajectory(seed, output_dir)
     scores = []
-    if task.source is not None:
-        split = task.source(seed)
+    split, _ = task.splits(seed, draws=0)
+    if split is not None:
         sources = arm_sources(task, seed, trajectory, split, output_dir)
         for state in trajectory.states:
             model = sources.state(state.index).to(sources.device)
             sources.recalibrate(model)
+            _check_head(task, model, split, f"source({seed})")
             scores.append(_finite(task.evaluate(model, split.test), f"Θ{state.index} of seed {seed}"))
     advance(f"seed {seed}: trajectory")
     return {
@@ -149,22 +193,23 @@ def measure_arm(
         `dict`: an entry of `cells` in `report.json`.
 
     Raises:
-        `ValueError`: when the source data of a protocol is missing, or all trials of a draw diverge.
+        `ValueError`: when all trials of a draw diverge, or the data can't be used.
     """
     started = time.perf_counter()
     seed, arm = cell
     work = output_dir / "work" / f"seed-{seed}.{arm.name}"
-    source = None if task.source is None else task.source(seed)
+    source, targets = task.splits(seed, draws)
     sources = arm_sources(task, seed, task.open_trajectory(seed, output_dir), source, work)
-    splits = [task.target(seed, draw) for draw in range(draws)] if task.target is not None else []
     measured: dict[str, list[dict[str, Any]]] = {}
     for setting in arm.settings:
         model = arm.initial_model(sources, setting)
         for protocol in protocols:
-            of_protocol = [source] if protocol.on_source else splits
+            of_protocol = [source] if protocol.on_source else targets
             results = measured.setdefault(protocol.name, [{"draw": d, "trials": []} for d in range(len(of_protocol))])
             for result, split in zip(results, of_protocol, strict=True):
                 assert split is not None
+                if isinstance(protocol, FineTuning):
+                    _check_head(task, model, split, f"target({seed}, {result['draw']})")
                 refinement, head_seed = trials_per_rate // len(arm.settings), 1000 * seed + result["draw"]
                 for trial in protocol.trials(model, split, head_seed, task.evaluate, task.measures, refinement):
                     scores = {"validation": or_none(trial.validation), "test": or_none(trial.test)}
@@ -222,6 +267,15 @@ def device() -> torch.device:
     """Where models are trained and evaluated: the accelerator, if there is one."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
+
+
+@torch.inference_mode()
+def _check_head(task: ComparisonTask, model: PreTrainedModel, split: Split, what: str) -> None:
+    """Of a head that is kept only its output tells the number of classes: not every config has it."""
+    if task.classifies and split.num_labels is None:
+        inputs = {name: tensor for name, tensor in split.test.items() if name != "labels"}
+        one = next(batches(inputs, 1, device=model.device))
+        check_labels(split, what, model.eval()(**one).logits.shape[-1])
 
 
 def _bound(maker: Callable[[int], PreTrainedModel] | None, seed: int) -> Callable[[], PreTrainedModel] | None:

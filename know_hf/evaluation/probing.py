@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from .comparison import ACCURACY, LOSS, Measure
-from .protocols import Evaluate, Scores, Split, Trial, check_rates, first_of_each_class, refined
+from .protocols import Evaluate, Scores, Trial, check_rates, first_of_each_class, refined
+from .splits import Split, check_labels
 from .training import Examples, batches
 
 
@@ -58,6 +59,8 @@ class LinearProbe:
         refinement: int = 1,
     ) -> Iterator[Trial]:
         """As of [`MeasuringProtocol`]; a probe has an accuracy and a loss of its own, `evaluate` is not asked."""
+        num_labels = split.num_labels or model.config.num_labels
+        check_labels(split, f"the split of {self.name!r}", num_labels)
         parts = {
             "train": first_of_each_class(split.train, self.labels_per_class),
             "validation": split.validation,
@@ -65,7 +68,6 @@ class LinearProbe:
         }
         inputs = {name: features(model, examples, self.batch_size) for name, examples in parts.items()}
         labels = {name: examples["labels"].to(model.device) for name, examples in parts.items()}
-        num_labels = split.num_labels or model.config.num_labels
         for learning_rate in refined(self.learning_rates, refinement):
             probe = nn.Linear(inputs["train"].shape[1], num_labels, device=model.device)
             nn.init.zeros_(probe.weight)

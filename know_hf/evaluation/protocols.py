@@ -19,24 +19,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .comparison import ACCURACY, LOSS, Measure
+from .splits import Split
 from .training import Examples, batches, by_length, fine_tune, train_parameters, with_new_head
 
 Scores = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Split:
-    """The data of one task, of one draw.
-
-    Attributes:
-        train, validation, test (mapping of tensors): Examples. Choices are made on `validation`, `test` is reported.
-        num_labels (`int`, *optional*): Classes of the new head; by default the model's head is kept.
-    """
-
-    train: Examples
-    validation: Examples
-    test: Examples
-    num_labels: int | None = None
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from ..recording import induce_forgetting
 from ..schedule import ForgettingSchedule
 from ..trajectory import WeightTrajectory
 from .measuring import ComparisonTask
-from .protocols import Split
 from .small_cnn import SmallCNN
+from .splits import Split
 from .suite_data import Inputs, Prepared, Rows, Side, content_hash, prepare
 
 _SOURCE, _TARGET = 0, 1
