@@ -114,9 +114,9 @@ def induce_forgetting(
     Raises:
         `TypeError`: when trainer or schedule are something else.
         `ValueError`: when the subsets are too small, the dataset can't be divided, an adapter can't be recorded, the
-            trainer's optimizer can't be made afresh, `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on, the trainer's loader does
-            not follow its `train_dataset`, a state is not finite, or the folder holds a trajectory of another
-            schedule, other data or other training arguments, or one to go on with under ZeRO-3.
+            trainer's optimizer can't be made afresh, `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is
+            on, the trainer's loader does not follow its `train_dataset`, a state is not finite, or the folder holds a
+            trajectory of another schedule, other data or other training arguments, or one to go on with under ZeRO-3.
         `FileExistsError`: when the folder holds a model.
         `OSError`: before the training, when the disk has not the space that all states need.
         `TrajectoryBusyError`: when another process records to the folder.
