@@ -6,6 +6,7 @@ nested, and the same on every machine, whatever the order, the sharding or the n
 """
 
 import hashlib
+import math
 import random
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -60,8 +61,9 @@ def divide(dataset: Any, schedule: ForgettingSchedule, batch_size: int = 1) -> l
 
     **Streams**: a `datasets.IterableDataset` is divided with its own `filter`, so that sharding, workers, `set_epoch`
     and `state_dict` go on working; any other `IterableDataset` is wrapped. The key of a row, whose hash decides, is
-    its `group_by` column, its `key_column`, or else its whole content; equal rows are in the same subsets. Images and
-    audio files count as they are stored: by their bytes, or by the name of the file where only its path is stored.
+    its `group_by` column, its `key_column`, or else its whole content, also of a row whose column is empty; equal rows
+    are in the same subsets. Images and audio files count as they are stored: by their bytes, or by the name of the
+    file where only its path is stored.
     Where a `map` or `filter` of the stream has decoded them, images count by their pixels; as decoders of JPEG differ
     in the last bit, give `key_column` there when the subsets must be the same on another machine. Sizes are those of
     the schedule on average: n·r^k ± √(n·r^k·(1 - r^k)) for n rows. The stream is read up to the first batch of the
@@ -220,6 +222,8 @@ class _Membership:
     def position(self, row: Any) -> float:
         """The hash of the row's key, in [0, 1)."""
         key = row if self.column is None else _cell(row, self.column, self.verb)
+        if key is None or (isinstance(key, float) and math.isnan(key)):
+            key = row  # or all rows without one would share a fate
         digest = hashlib.blake2b(content_hash(key), digest_size=8, key=self.seed.to_bytes(4, "little")).digest()
         return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 

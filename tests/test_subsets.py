@@ -176,6 +176,14 @@ def test_another_seed_chooses_other_rows():
     assert abs(len(first & second) - 250) < 60  # as two independent halves
 
 
+@pytest.mark.parametrize("column", ["key_column", "group_by"])
+@pytest.mark.parametrize("empty", [None, float("nan")])
+def test_rows_of_a_stream_without_a_key_are_divided_one_by_one(column, empty):
+    rows = Dataset.from_dict({"text": [str(i) for i in range(1000)], "key": [empty] * 1000}).to_iterable_dataset()
+    schedule = ForgettingSchedule(num_states=2, steps_per_stage=1, **{column: "key"})
+    assert len(list(divide(rows, schedule)[1].dataset)) == pytest.approx(500, abs=80)
+
+
 @pytest.mark.parametrize("key_column", [None, "text"])
 def test_membership_depends_on_neither_order_nor_sharding_nor_workers(key_column):
     schedule = ForgettingSchedule(num_states=3, steps_per_stage=2, key_column=key_column)

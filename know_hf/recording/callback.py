@@ -48,9 +48,11 @@ class WeightTransitionCallback(TrainerCallback):
         trajectory ([`WeightTrajectory`]): The states recorded so far. Only the main process writes.
 
     Raises:
+        `FileExistsError`: when the folder holds a model.
         `ValueError`: when the folder's trajectory was recorded with another schedule; before a training, when its
-            subset is not smaller than that of the last state, is a stream without a schedule, or
-            `enable_jit_checkpoint` is on; after it, when a weight is not finite or no process holds all weights.
+            subset is not smaller than that of the last state, is a stream without a schedule, the adapter can't be
+            recorded, or `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on; after it, when a weight
+            is not finite or no process holds all weights.
     """
 
     def __init__(
