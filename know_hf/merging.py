@@ -18,6 +18,7 @@ import copy
 import shutil
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .checkpoint import atomic_folder, check_free_disk
@@ -35,6 +36,7 @@ from .trajectory import WeightTrajectory, state_nbytes
 logger = logging.get_logger(__name__)
 
 _PREFIX = "base_model.model."
+_WRAPPERS = ("base_layer", "modules_to_save", "original_module", "token_adapter")  # peft's modules around the base's
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",
@@ -64,6 +66,9 @@ def merge_adapters(
     An adapter on one of two tied embeddings (`embed_tokens` without `lm_head`) unties them, where `merge_and_unload`
     alone would change both: the merged model has `tie_word_embeddings=False`.
 
+    Where the vocabulary was resized before the training, the base model is resized too if the adapters hold the whole
+    embeddings, as peft saves them then; otherwise it has to be given with the embeddings of the training.
+
     Memory: two models in `dtype`, the merged one and the copy that is written; a base model given as an object is a
     third.
 
@@ -86,7 +91,8 @@ def merge_adapters(
 
     Raises:
         `ValueError`: when the trajectory is not one of adapters or of a kind that can't be merged, or the base model
-            is unknown, quantised, incomplete, or not the one that the adapters were trained on.
+            is unknown, quantised, incomplete, or not the one that the adapters were trained on, such as of another
+            vocabulary.
         `TrajectoryError`: when a file of the trajectory is not the one recorded.
         `FileExistsError`: when `output_dir` is not empty and `overwrite` is off.
         `ValueError`: when `output_dir` holds the trajectory or the base model.
@@ -217,6 +223,7 @@ def _refuse_quantised(config: Any, name: str) -> None:
 def _merge(model: Any, trajectory: WeightTrajectory, state: int) -> nn.Module:
     from peft import get_peft_model_state_dict
 
+    _fit_vocabulary(model, trajectory)
     advice = "pass base_model=, the model as it was loaded for the training"
     try:
         adapted: Any = trajectory.load_model(state, base_model=model)
@@ -226,14 +233,40 @@ def _merge(model: Any, trajectory: WeightTrajectory, state: int) -> nn.Module:
             f" {advice}"
         ) from error
     found, recorded = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)), set(trajectory.names)
-    # recorded with adapters of embeddings, copies of the base's weights
-    differing = (found ^ recorded) - {name for name in recorded if ".base_layer." in name}
-    if differing:
+    # with embeddings that are adapted or resized, their own weights are recorded too, and what is tied to them
+    own = {name.replace(f".{adapted.active_adapter}", "") for name in adapted.state_dict()}
+    if differing := (found - recorded) | (recorded - found - own):
         raise ValueError(
             f"tensor {min(differing)!r} is not both in {trajectory.path} and in its adapter as it is on the"
             f" {type(model).__name__} that is its base; {advice}"
         )
     return merge_adapter(adapted, trajectory)
+
+
+def _in_base(name: str) -> str:
+    """Name in the base model of a weight of it that stands among an adapter's."""
+    return ".".join(part for part in name.removeprefix(_PREFIX).split(".") if part not in _WRAPPERS)
+
+
+def _fit_vocabulary(model: Any, trajectory: WeightTrajectory) -> None:
+    """Resizes the embeddings to those that the adapters hold; a `ValueError` when these are not all that it takes."""
+    held = {_in_base(name): trajectory.shape(name) for name in trajectory.names}
+    before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    differing = [name for name in sorted(held) if before.get(name, held[name]) != held[name]]
+    tables = [name for name in differing if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)]
+    if not tables or not isinstance(model, PreTrainedModel):
+        return
+    name, rows = tables[0], held[tables[0]][0]
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    after = model.state_dict(keep_vars=True)
+    filled = {id(tensor) for other, tensor in after.items() if held.get(other) == tensor.shape}  # by tied weights too
+    for other, tensor in after.items():
+        if tensor.shape != before[other] and id(tensor) not in filled:
+            raise ValueError(
+                f"tensor {name!r} is {tuple(held[name])} in {trajectory.path} and {tuple(before[name])} in the"
+                f" {type(model).__name__} that is its base, which can't be resized, as the adapters don't hold"
+                f" {other!r}: pass base_model=, the model with the {rows} rows that it was trained with"
+            )
 
 
 def merge_adapter(adapted: Any, trajectory: WeightTrajectory) -> Any:
@@ -246,7 +279,7 @@ def merge_adapter(adapted: Any, trajectory: WeightTrajectory) -> Any:
     Raises:
         `ValueError`: when peft can't merge adapters of its kind, or they are on tied weights that can't be untied.
     """
-    tied = _adapts_tied_embeddings(adapted.get_base_model(), trajectory)
+    tied = _adapts_tied_embeddings(adapted, trajectory)
     if tied:
         _give_own_weights(adapted)
     try:
@@ -265,16 +298,18 @@ def merge_adapter(adapted: Any, trajectory: WeightTrajectory) -> Any:
     return merged
 
 
-def _touched(trajectory: WeightTrajectory) -> set[str]:
-    """Paths of the modules that the adapters have tensors for, and of all that hold one."""
-    paths = [name.removeprefix(_PREFIX).split(".") for name in trajectory.names]
+def _touched(names: Iterable[str]) -> set[str]:
+    """Paths of the modules that an adapter has tensors for, and of all that hold one, from the tensors' names."""
+    paths = [name.removeprefix(_PREFIX).split(".") for name in names]
     return {".".join(path[:end]) for path in paths for end in range(1, len(path))}
 
 
-def _adapts_tied_embeddings(model: Any, trajectory: WeightTrajectory) -> bool:
+def _adapts_tied_embeddings(adapted: Any, trajectory: WeightTrajectory) -> bool:
     """Whether an adapter is on one of two tied embeddings; a `ValueError` for other tied weights."""
+    model = adapted.get_base_model()
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    touched = _touched(trajectory)
+    # resized embeddings stand among the adapters as they are in the base
+    touched = _touched(set(trajectory.names) - adapted.state_dict().keys())
     for source in set(ties.values()):
         group = {source, *(name for name, other in ties.items() if other == source)}
         hit = sorted(name for name in group if name.endswith(".weight") and name.rpartition(".")[0] in touched)
@@ -306,13 +341,18 @@ def _tie_what_is_equal(merged: Any) -> None:
     equal = torch.equal(embeddings.weight, head.weight)
     if equal:
         head.weight = embeddings.weight
+    else:  # as biases of heads are, which from_pretrained then doesn't tie either
+        for name, source in merged.all_tied_weights_keys.items():
+            if (parameter := merged.get_parameter(name)) is merged.get_parameter(source):
+                path, _, attribute = name.rpartition(".")
+                setattr(merged.get_submodule(path), attribute, nn.Parameter(parameter.detach().clone(), False))
     for config in (merged.config, merged.config.get_text_config()):
         config.tie_word_embeddings = equal
 
 
 def _nbytes(model: nn.Module, trajectory: WeightTrajectory) -> int:
     """Bytes that the merged states take: the first one whole, of the others what the adapters touch."""
-    touched = _touched(trajectory)
+    touched = _touched(trajectory.names)
     changed = sum(t.nbytes for name, t in model.state_dict().items() if name.rpartition(".")[0] in touched)
     return state_nbytes(model)[0] + (trajectory.num_states - 1) * changed
 

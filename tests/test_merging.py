@@ -1,5 +1,6 @@
 """Merging trajectories of adapters: the merged model is what peft's own forward gives, state by state."""
 
+import copy
 import json
 import shutil
 
@@ -11,7 +12,6 @@ from peft import (
     LoHaConfig,
     LoraConfig,
     PeftModel,
-    PrefixTuningConfig,
     PromptTuningConfig,
     TaskType,
     get_peft_model,
@@ -20,6 +20,7 @@ from test_prediction import Constant
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -68,6 +69,13 @@ def gpt2():
 def bert():
     set_seed(0)
     return BertForSequenceClassification(BertConfig(vocab_size=32, num_labels=4, **SIZES))
+
+
+def masked_lm():
+    set_seed(0)
+    model = BertForMaskedLM(BertConfig(vocab_size=32, **SIZES))
+    model.cls.predictions.bias.data.normal_()
+    return model
 
 
 def mixtral():
@@ -127,6 +135,7 @@ CASES = {
     "tied_saved": (tied_llama, lora("q_proj", modules_to_save=["embed_tokens"])),
     "tied_saved_together": (tied_llama, lora("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
     "tied_elsewhere": (tied_llama, lora("q_proj")),
+    "tied_biases": (masked_lm, lora("word_embeddings", "query")),
     "tokens": (tied_llama, lora("q_proj", trainable_token_indices=[1, 3])),
     "experts": (mixtral, lora("q_proj", target_parameters=["mlp.experts.gate_up_proj"])),
     "encoder_decoder": (t5, lora("q", "wo")),
@@ -158,6 +167,54 @@ def test_merged_states_are_what_peft_computes(tmp_path, record, case):
         stays = case in ("tied_together", "tied_saved_together", "tied_elsewhere", "tokens")
         assert model.config.tie_word_embeddings is stays
         assert ("lm_head.weight" in merged.names) is not stays
+
+
+RESIZED = {
+    "frozen": (masked_lm, lora("query")),
+    "adapted": (tied_llama, lora("embed_tokens", "q_proj")),
+    "saved": (llama, lora("q_proj", modules_to_save=["embed_tokens", "lm_head"])),
+    "tokens": (tied_llama, lora("q_proj", trainable_token_indices=[33])),
+    "encoder_decoder": (t5, lora("q")),
+}
+
+
+@pytest.mark.parametrize("case", RESIZED)
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+def test_a_vocabulary_that_was_resized_before_the_training(tmp_path, record, case):
+    make, config = RESIZED[case]
+    make().save_pretrained(tmp_path / "base")
+    as_loaded = type(make()).from_pretrained(tmp_path / "base")
+
+    def resized():
+        model = type(as_loaded).from_pretrained(tmp_path / "base")
+        set_seed(1)
+        model.resize_token_embeddings(36)
+        return model
+
+    trajectory = record(resized(), config)
+    for place, base in {"named": None, "as-loaded": as_loaded, "as-trained": resized()}.items():
+        merged = merge_adapters(trajectory, base, output_dir=tmp_path / place)
+        model = merged.load_model(2)
+        assert (model.config.vocab_size, len(model.get_input_embeddings().weight)) == (36, 36)
+        expected = logits(PeftModel.from_pretrained(resized(), trajectory.path / "state-2"))
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    assert as_loaded.config.vocab_size == len(as_loaded.get_input_embeddings().weight) == 32
+
+
+def test_a_resized_vocabulary_that_the_adapters_hold_in_part(tmp_path, record):
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(36)
+    trajectory = record(copy.deepcopy(base), lora("embed_tokens"))
+    with pytest.raises(
+        ValueError,
+        match=r"'model.embed_tokens.weight' is \(36, 16\) in .* and \(32, 16\) in the LlamaForCausalLM that is its"
+        r" base, .* don't hold 'lm_head.weight': pass base_model=, the model with the 36 rows",
+    ):
+        merge_adapters(trajectory, output_dir=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    merged = merge_adapters(trajectory, base, output_dir=tmp_path / "merged")
+    assert torch.equal(merged.tensor("lm_head.weight"), base.lm_head.weight)
 
 
 def test_what_no_adapter_touches_is_stored_once_and_stays(tmp_path, record):
@@ -309,14 +366,15 @@ def test_wrong_trajectories_and_bases(tmp_path, record, recorded):
         merge_adapters(trajectory, tmp_path / "base", output_dir=out)
     with pytest.raises(TrajectoryError, match=r"adapter_config.json of .* was replaced"):
         merge_adapters(trajectory, llama(), output_dir=out)
+    PromptTuningConfig(num_virtual_tokens=2, task_type=TaskType.CAUSAL_LM).save_pretrained(trajectory.path)
+    with pytest.raises(ValueError, match="has adapters of the kind PROMPT_TUNING, which are no change of weights"):
+        merge_adapters(trajectory, llama(), output_dir=out)
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
     ("make", "config", "message"),
     [
-        (llama, PromptTuningConfig(num_virtual_tokens=2, task_type=TaskType.CAUSAL_LM), "of the kind PROMPT_TUNING"),
-        (llama, PrefixTuningConfig(num_virtual_tokens=2, task_type=TaskType.CAUSAL_LM), "of the kind PREFIX_TUNING"),
         (
             llama,
             lora("q_proj", alora_invocation_tokens=[1], task_type=TaskType.CAUSAL_LM),
