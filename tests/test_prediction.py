@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import make_images, make_resnet
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_trajectory import edit_manifest, rewrite_state
 from torch import nn
@@ -291,6 +292,42 @@ def test_statistics_of_a_plain_module_are_refused_before_the_work(record_states,
             output_dir=tmp_path / "out",
         )
     assert predictor.asked == []
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), make_resnet])
+def test_a_prediction_is_copied_into_a_model(record_states, tmp_path, make):
+    trajectory = record_states(make(), num_states=2)
+    result = predict_overflowed_weights(
+        trajectory, predictor=Constant(0.5), max_shard_size=1000, output_dir=tmp_path / "out"
+    )
+    model = make()
+    result.load_into(model)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights(result.path).items())
+    with pytest.raises(TrajectoryError, match=r"tensor .* is not both in .*out and in the given Linear"):
+        result.load_into(nn.Linear(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+def test_a_predicted_adapter_is_copied_into_a_model(record_states, tmp_path):
+    config = LoraConfig(r=2, target_modules=["convolution"])
+    trajectory = record_states(get_peft_model(make_resnet(), config), num_states=2)
+    result = predict_overflowed_weights(trajectory, predictor=Constant(0.5), output_dir=tmp_path / "out")
+    model = get_peft_model(make_resnet(), config)
+    result.load_into(model)
+    assert all(
+        torch.equal(tensor, trajectory.tensor(name) + 0.5) for name, tensor in get_peft_model_state_dict(model).items()
+    )
+
+
+def test_a_prediction_of_a_class_of_ones_own_says_how_it_is_loaded(record_states, tmp_path):
+    class MyResNet(ResNetForImageClassification):
+        pass
+
+    trajectory = record_states(MyResNet(make_resnet().config), num_states=2)
+    result = predict_overflowed_weights(trajectory, predictor=Constant(0.5), output_dir=tmp_path / "out")
+    with pytest.raises(TrajectoryError, match=r"transformers has no class 'MyResNet'.* pass model_class="):
+        result.load_model()
+    assert type(result.load_model(model_class=MyResNet)) is MyResNet
 
 
 @pytest.mark.parametrize("place", ["trajectory", "."])

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from conftest import make_resnet
 from test_prediction import BIAS, CONV
 from torch import nn
 
 from know_hf import KNOWNConfig, KNOWNModel, predict_overflowed_weights
 from know_hf.prediction import ResidualReport
-from know_hf.prediction.report import forgetting_warnings
+from know_hf.prediction.report import code_warnings, forgetting_warnings
 
 torch.manual_seed(0)
 HISTORY = torch.randn(5, 1000)
@@ -120,6 +121,38 @@ def test_states_that_are_no_worse_than_the_full_data_state_are_told(record_state
     trivial = predict_overflowed_weights(trajectory, predictor="shrink", output_dir=tmp_path / "other")
     assert trivial.warnings == []
     assert "Θ1 (0.4) is no worse than Θ0 (0.5)" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_code_that_a_checkpoint_lacks_is_told(record_states, tmp_path):
+    model = make_resnet()
+    model.config.auto_map = {"AutoConfig": "configuration_my.MyConfig", "AutoModel": "modeling_my.MyModel"}
+    (tmp_path / "secret/base").mkdir(parents=True)
+    model.config._name_or_path = str(tmp_path / "secret/base")
+    trajectory = record_states(model, num_states=2)
+    result = predict_overflowed_weights(trajectory, predictor="shrink", output_dir=tmp_path / "out")
+    assert sorted(path.name for path in result.path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    (text,) = result.warnings
+    assert text.startswith("the model has code of its own, in configuration_my.py, modeling_my.py, which trajectories")
+    assert "copy these files, and those that they import, into it from base;" in text
+    card = (result.path / "README.md").read_text()
+    assert "in configuration_my.py, modeling_my.py" in card and "secret" not in card
+
+
+@pytest.mark.parametrize(
+    ("configs", "told"),
+    [
+        ([{}, [], {"auto_map": None}, {"auto_map": {"AutoModel": 1}}], []),
+        ([{"auto_map": {"AutoModel": "someone/base--modeling_my.MyModel"}}], []),  # fetched from there
+        ([{"auto_map": {"AutoTokenizer": ["code.tokens.Mine", None]}}], ["code.tokens.py"]),
+        ([{"auto_map": {"AutoModel": "b.B"}}, {"auto_map": {"AutoProcessor": "a.A"}}], ["a.py, b.py"]),
+    ],
+)
+def test_code_is_lacking_where_no_repository_is_named(configs, told):
+    warnings = code_warnings(configs, None)
+    assert [text[: text.index(", which")] for text in warnings] == [
+        f"the model has code of its own, in {t}" for t in told
+    ]
+    assert all("from where the model was loaded from" in text for text in warnings)
 
 
 def test_there_is_a_report_of_every_tensor(trajectory, tmp_path):

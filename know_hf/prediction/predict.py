@@ -11,20 +11,30 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..batch_norm import recalibrate_batch_norm
 from ..cards import checkpoint_card, forgetting_picture
-from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, atomic_folder, replace_tensors, write_json
+from ..cards.provenance import source
+from ..checkpoint import (
+    DEFAULT_SHARD_SIZE,
+    CheckpointReader,
+    CheckpointWriter,
+    atomic_folder,
+    replace_tensors,
+    write_json,
+)
 from ..distributed import on_every_process, on_main_process
 from ..modeling_known import KNOWNModel
 from ..plotting import save_figure
 from ..predictors import KNOWNPredictor, Predictor
 from ..roles import names_on_disk
-from ..trajectory import WeightTrajectory, load_pretrained
+from ..trajectory import TrajectoryError, WeightTrajectory, load_pretrained
+from ..trajectory.loading import load_into
 from .planning import PredictionPlan, plan_prediction
-from .report import ResidualReport, forgetting_warnings, range_warnings, table
+from .report import ResidualReport, code_warnings, forgetting_warnings, range_warnings, table
 from .running import run
 
 if TYPE_CHECKING:
@@ -44,7 +54,7 @@ class PredictionResult:
         tensors (`dict[str, ResidualReport]`): From the name of every tensor to what happened to it.
         roles (`dict[str, str]`): From the name of every tensor to its role.
         warnings (`list[str]`): Where the histories were unlike those the predictor was trained on, later states no
-            worse than Θ0, or residuals lost to rounding.
+            worse than Θ0, residuals lost to rounding, or files with code of the model's own not in the checkpoint.
         model_class (`type`, *optional*): The model's class, where transformers has none of its name.
         url (`str`, *optional*): Address of the commit or the pull request, where it was pushed to the Hub.
         gate ([`~know_hf.gate.GateResult`], *optional*): What the gate tried and chose, where there was one.
@@ -66,9 +76,24 @@ class PredictionResult:
             by_role[self.roles[name]] = by_role.get(self.roles[name], ResidualReport()) + report
         return dict(sorted(by_role.items()))
 
-    def load_model(self, base_model: PreTrainedModel | None = None) -> PreTrainedModel:
-        """The enhanced model, of the class that was recorded; an adapter on the base model given."""
-        return load_pretrained(self.path, self.model_class, base_model)
+    def load_model(
+        self, base_model: PreTrainedModel | None = None, model_class: type[PreTrainedModel] | None = None
+    ) -> PreTrainedModel:
+        """The enhanced model, of the class that was recorded or the one given; an adapter on the base model given."""
+        return load_pretrained(self.path, model_class or self.model_class, base_model)
+
+    def load_into(self, model: nn.Module) -> None:
+        """Copies the enhanced weights into a model of the recorded architecture, such as a plain module, which
+        `load_model` can't make.
+
+        Args:
+            model (`nn.Module`): The model, without its wrappers.
+
+        Raises:
+            `TrajectoryError`: when checkpoint and model don't have the same tensors.
+        """
+        reader = CheckpointReader(sorted(self.path.glob("*.safetensors")))
+        load_into(model, self.path, dict.fromkeys(reader.names, reader.tensor))
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report, JSON values only."""
@@ -154,7 +179,8 @@ def predict_overflowed_weights(
         `TrajectoryError`: when a file is not the one recorded, states are out of order or differ in their tensors, a
             value is not finite, or weights are quantised; names tensor and state.
         `ValueError`: when the trajectory has fewer states than the predictor needs, an argument is off, `output_dir`
-            holds the trajectory, a number is too large for `dtype`, or a gate got losses that can't be compared.
+            holds the trajectory, a number is too large for `dtype`, or a gate got losses that can't be compared or a
+            trajectory of a plain module.
         `FileExistsError`: when `output_dir` is not empty and `overwrite` is off.
         `OSError`: before the work, when the disk has not the space that the checkpoint needs, or another process
             writes to `output_dir`.
@@ -231,6 +257,7 @@ def predict_overflowed_weights(
             result.url = on_main_process(accelerator, lambda: _push(result.path, repo_id, hub))
         return result
 
+    lacking = _code_warnings(trajectory)
     part, parts = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
 
     with ExitStack() as stack:
@@ -268,7 +295,7 @@ def predict_overflowed_weights(
         writer = make_writer(work)
         done = on_every_process(accelerator, work_on_my_part)
         tensors = _added_up([reports for reports, _ in done])
-        warnings = _warnings(plan, tensors)
+        warnings = _warnings(plan, tensors) + lacking
         roles = {name: tensor.role for name, tensor in plan.tensors.items()}
         result = PredictionResult(Path(output_dir), tensors, roles, warnings, model_class)
         result.url = on_main_process(accelerator, finish)
@@ -335,6 +362,18 @@ def _warnings(plan: PredictionPlan, tensors: Mapping[str, ResidualReport]) -> li
             " changed nothing; write float32 with dtype=torch.float32, or record with dtype=torch.float32 already"
         )
     return found
+
+
+def _code_warnings(trajectory: WeightTrajectory) -> list[str]:
+    configs = []
+    for path in trajectory.model_files:
+        if path.name.endswith("config.json"):
+            try:
+                configs.append(json.loads(path.read_bytes()))
+            except (ValueError, RecursionError) as error:
+                raise TrajectoryError(f"{path} can't be read ({error}); restore it from a copy") from error
+    base = trajectory.base_model
+    return code_warnings(configs, base and source(base)["name"])  # the card tells no folders
 
 
 def _as_float32(value: Any) -> Any:

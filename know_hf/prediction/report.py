@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -195,6 +196,28 @@ def forgetting_warnings(losses: Sequence[float | None]) -> list[str]:
     return [
         f"by evaluation loss {named} {'is' if len(no_worse) == 1 else 'are'} no worse than Θ0 ({full_data:.4g}): what"
         " was to make the model forget trained it on, and to run that backwards may undo training; train Θ0 longer"
+    ]
+
+
+def code_warnings(configs: Sequence[Any], base_model: str | None) -> list[str]:
+    """Sentences on code that configs lead to (`auto_map`) and that a checkpoint lacks, as trajectories hold none.
+
+    Args:
+        configs (sequence): Content of the JSON files of model, tokenizer and processor, whoever wrote them.
+        base_model (`str`, *optional*): Name of the model that has the code.
+    """
+    maps = [config.get("auto_map") for config in configs if isinstance(config, dict)]
+    values = [value for found in maps if isinstance(found, dict) for value in found.values()]
+    references = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    # repo--module.Class is fetched from that repo
+    modules = {name.rpartition(".")[0] for name in references if isinstance(name, str) and "--" not in name}
+    if not modules:
+        return []
+    return [
+        f"the model has code of its own, in {', '.join(f'{module}.py' for module in sorted(modules))}, which"
+        " trajectories don't hold: before the checkpoint is loaded with trust_remote_code=True, copy these files, and"
+        f" those that they import, into it from {base_model or 'where the model was loaded from'}; with the class"
+        " itself, load_model(model_class=) loads it as it is"
     ]
 
 
