@@ -5,14 +5,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_images, make_resnet
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import DefaultDataCollator
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, DefaultDataCollator
 
 from know_hf.batch_norm import recalibrate_batch_norm
 from know_hf.gate import Gate, choose, predict_through_gate
 from know_hf.prediction import plan_prediction, predict_overflowed_weights
 from know_hf.predictors import Average
+from know_hf.trajectory import TrajectoryError
 
 BIAS = "classifier.1.bias"
 KERNEL = "resnet.embedder.embedder.convolution.weight"
@@ -27,6 +30,11 @@ class Constant:
 
     def residual(self, history, role):
         return torch.full((len(history),), self.value)
+
+
+def bert():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    return BertForSequenceClassification(BertConfig(vocab_size=8, max_position_embeddings=8, **sizes))
 
 
 def weights(folder):
@@ -145,9 +153,30 @@ def test_what_is_not_finite_or_without_spread_is_not_chosen():
     assert result.is_reference
     diverged, shifted = result.candidates[1:]
     assert (diverged.loss, diverged.p_value) == (None, None)
-    assert (shifted.low, shifted.high, shifted.p_value) == (-0.5, -0.5, 1.0)
+    assert (shifted.difference, shifted.low, shifted.high, shifted.p_value) == (-0.5, None, None, None)
     assert result.scores == {"Θ0": 1.5, "shifted": 1.0}
     assert "| diverged | not finite |  |  |  |" in result.markdown()
+    assert (
+        "with a validation loss of 1 (-0.5 on every value, so that nothing says how sure that is)" in result.sentence
+    )
+    assert result.rule.endswith("no noise to test it by: it is not chosen unless a margin is set.")
+
+
+def test_equal_differences_are_chosen_by_the_margin_alone():
+    random = np.random.default_rng(6)
+    reference = random.exponential(size=50).astype(np.float32)
+    moved = [reference - np.float32(0.3), reference - np.float32(0.1)]
+    losses = {"Θ0": reference, "more": moved[0], "less": moved[1], "noisy": reference + random.normal(size=50)}
+    assert moved[0].astype(float).std() != reference.astype(float).std()  # but for the rounding of float32
+    assert choose(losses).is_reference and choose(losses, margin=0.0).is_reference
+    assert choose(losses, margin=0.4).is_reference
+    result = choose(losses, margin=0.2)
+    assert result.chosen == "more"
+    assert "the gate chose more, with a validation loss of" in result.sentence
+    assert "(-0.3 on every value, so that nothing says how sure that is); Θ0 has" in result.sentence
+    assert result.rule.endswith("it is better when it is lower by more than 0.2.")
+    assert result.candidates[3].p_value is not None
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_a_gain_on_a_single_example_is_not_enough():
@@ -290,6 +319,46 @@ def test_columns_that_the_model_does_not_take_are_dropped_as_by_a_trainer():
 
     assert Gate(dataset=named, data_collator=collate, remove_unused_columns=False).losses(model) == plain
     assert len(seen) == 12
+
+
+def test_examples_of_different_lengths_need_a_collator_that_pads():
+    tokens = [[5] * (3 + index % 4) for index in range(24)]
+    examples = [{"input_ids": ids, "labels": 0} for ids in tokens]
+    model = bert()
+    with pytest.raises(
+        ValueError, match=r"8 examples .*expected sequence.*data_collator=.*DataCollatorWithPadding"
+    ) as e:
+        Gate(dataset=examples).losses(model)
+    assert isinstance(e.value.__cause__, ValueError)
+    columns = Dataset.from_list(examples).with_format("torch")
+    with pytest.raises(ValueError, match=r"stack expects each tensor .*pass data_collator="):
+        Gate(dataset=columns).losses(model)
+    with pytest.raises(ZeroDivisionError):  # one's own collator says itself what is wrong
+        Gate(dataset=examples, data_collator=lambda rows: 1 / 0).losses(model)
+
+
+def test_a_plain_module_is_refused_before_the_work_and_can_be_chosen_by_hand(record_states, tmp_path):
+    module = nn.Linear(2, 2)
+    trajectory = record_states(module, num_states=2)
+    with pytest.raises(ValueError, match=r"plain module, which the gate can't make: .*load_into.*know_hf.gate.choose"):
+        through(Gate(lambda model: [1.0] * 10), trajectory, tmp_path)
+    assert not (tmp_path / "out").exists()
+    result = predict_overflowed_weights(trajectory, predictor=Constant(1.0), output_dir=tmp_path / "out")
+    losses = {}
+    for name, source in {"Θ0": trajectory, "predicted": result}.items():
+        source.load_into(module)
+        losses[name] = [module.bias[0].item() + index for index in range(10)]
+    assert choose(losses).candidates[1].difference == pytest.approx(1)
+
+
+def test_a_head_that_was_replaced_is_an_error_and_not_a_random_head(record_states, tmp_path):
+    model = bert()
+    model.classifier = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    trajectory = record_states(model, num_states=2)
+    dataset = [{"input_ids": [index % 8, 1], "labels": index % 2} for index in range(80)]
+    with pytest.raises(TrajectoryError, match=r"'classifier\.(0\.)?(bias|weight)'"):
+        through(Gate(dataset=dataset), trajectory, tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_model_sees_the_same_random_numbers_and_no_gradient(trajectory):

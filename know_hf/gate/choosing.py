@@ -15,6 +15,7 @@ import numpy as np
 
 REFERENCE = "Θ0"
 MINIMUM_VALUES = 10  # of fewer losses the bootstrap can't tell chance from gain
+_ROUNDING = float(np.finfo(np.float32).eps)  # of a loss, as models compute it
 _CHUNK = 4_000_000  # numbers drawn at a time
 
 
@@ -28,7 +29,7 @@ class GateCandidate:
         low, high (`float`, *optional*): Ends of the interval of the difference, simultaneous over all candidates;
             `None` where there was one value only, or too few that differ to bound it.
         p_value (`float`, *optional*): Of the two-sided test against the margin, corrected for the number of
-            candidates.
+            candidates; `None` where no test was made: of one value, or of differences that are all equal.
     """
 
     name: str
@@ -76,18 +77,22 @@ class GateResult:
 
     @property
     def rule(self) -> str:
-        """How it was chosen, one sentence."""
+        """How it was chosen."""
         beyond = f" by more than {self.margin:g}" if self.margin else ""
         if self.num_values == 1:
             return (
                 f"Each candidate gave one number, which says nothing of its noise: no test was made, and the lowest"
                 f" was taken if it lies below that of {REFERENCE}{beyond}."
             )
+        untested = ""
+        if any(self._is_untested(candidate) for candidate in self.candidates):
+            decided = f"is better when it is lower{beyond}" if self.margin else "is not chosen unless a margin is set"
+            untested = f" One that differs by the same amount on every value has no noise to test it by: it {decided}."
         return (
             f"A candidate is better than {REFERENCE} when the whole interval of its paired difference lies below"
             f" {-self.margin if self.margin else 0:g} ({1 - self.level:.0%}, simultaneous over all candidates,"
             f" studentised bootstrap of the largest |t|, Romano and Wolf 2005). Of these the one with the lowest mean"
-            f" is chosen; where there is none, {REFERENCE} stays."
+            f" is chosen; where there is none, {REFERENCE} stays.{untested}"
         )
 
     @property
@@ -98,7 +103,7 @@ class GateResult:
         best = next((c for c in self.candidates if c.name == self.chosen), None)
         if best is not None and not self.is_reference:
             return (
-                f"Of {REFERENCE} and {others} the gate chose {best.name}, {_compared(best, self.metric)};"
+                f"Of {REFERENCE} and {others} the gate chose {best.name}, {self._compared(best)};"
                 f" {REFERENCE} has {self.candidates[0].loss:.4g}."
             )
         rest = [candidate for candidate in self.candidates[1:] if candidate.loss is not None]
@@ -109,8 +114,20 @@ class GateResult:
         return (
             f"The gate kept {REFERENCE}: none of {others} is better {reason}. {REFERENCE} has a {self.metric} of"
             f" {self.candidates[0].loss:.4g}; the lowest of the others is that of {lowest.name},"
-            f" {_compared(lowest, self.metric)}."
+            f" {self._compared(lowest)}."
         )
+
+    def _is_untested(self, candidate: GateCandidate) -> bool:
+        """Whether its differences are all equal."""
+        return self.num_values > 1 and candidate.difference is not None and candidate.p_value is None
+
+    def _compared(self, candidate: GateCandidate) -> str:
+        text = f"with a {self.metric} of {candidate.loss:.4g} ({candidate.difference:+.4g}"
+        if self._is_untested(candidate):
+            return f"{text} on every value, so that nothing says how sure that is)"
+        if candidate.p_value is None:
+            return f"{text})"
+        return f"{text}, interval {_interval(candidate)}, p = {candidate.p_value:.2g})"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only; what a card takes as `gate`."""
@@ -157,7 +174,8 @@ def choose(
     A candidate is better when the whole of its interval lies below `-margin`. The intervals hold for all candidates at
     once: mean ± c · (standard error), c the `1 - level` quantile of the largest |t| over candidates when examples are
     drawn anew, each draw studentised with its own standard error. A candidate that differs from Θ0 by the same amount
-    on every example has no standard error and can't be chosen.
+    on every example, up to the rounding of float32, has no standard error. As of a single number, nothing says how
+    sure the difference is: no test is made, and it is better only when there is a margin and it is lower by more.
 
     Args:
         losses (`Mapping[str, float | Sequence[float]]`): From candidate to its losses, `(n,)` of the same n examples
@@ -191,15 +209,23 @@ def choose(
     differences = {name: array - reference for name, array in finite.items()}
     for name, difference in differences.items():
         candidates[name] = GateCandidate(name, float(finite[name].mean()), float(difference.mean()))
-    if count > 1 and finite:
-        stacked = np.stack(list(differences.values()), axis=1)
+    vary = [name for name, array in finite.items() if not _is_shifted(array, reference)]
+    if vary:
+        stacked = np.stack([differences[name] for name in vary], axis=1)
         tested = _simultaneous(stacked, level, least, num_resamples, np.random.default_rng(seed))
-        for name, (low, high, p_value) in zip(finite, tested, strict=True):
+        for name, (low, high, p_value) in zip(vary, tested, strict=True):
             candidates[name] = replace(candidates[name], low=low, high=high, p_value=p_value)
     better = [candidate for candidate in candidates.values() if _is_better(candidate, count, level, least)]
     best = min(better, key=lambda candidate: candidate.loss or 0.0).name if better else REFERENCE
     first = GateCandidate(REFERENCE, float(reference.mean()))
     return GateResult(best, (first, *candidates.values()), metric, count, level, least)
+
+
+def _is_shifted(values: np.ndarray, reference: np.ndarray) -> bool:
+    """Whether all differences of two sets of losses `(n,)` are equal, up to rounding; of one value they are."""
+    difference = values - reference
+    rounding = _ROUNDING * (np.abs(values) + np.abs(reference))
+    return bool((np.abs(difference - difference.mean()) <= rounding).all())
 
 
 def _simultaneous(
@@ -209,18 +235,11 @@ def _simultaneous(
     count = len(differences)
     mean = differences.mean(axis=0)
     error = differences.std(axis=0, ddof=1) / math.sqrt(count)
-    # what rounding leaves of a constant is no spread
-    varies = error > 1e-12 * np.abs(differences).max(axis=0)
-    largest = np.zeros(num_resamples)
-    if varies.any():
-        scaled = (differences[:, varies] - mean[varies]) / (error[varies] * math.sqrt(count))
-        largest = np.concatenate(list(_largest_t(scaled, num_resamples, random)))
+    scaled = (differences - mean) / (error * math.sqrt(count))
+    largest = np.concatenate(list(_largest_t(scaled, num_resamples, random)))
     critical = float(np.quantile(largest, 1 - level, method="higher"))
     found: list[tuple[float | None, float | None, float]] = []
-    for centre, spread, moves in zip(mean.tolist(), error.tolist(), varies, strict=True):
-        if not moves:
-            found.append((centre, centre, 1.0))
-            continue
+    for centre, spread in zip(mean.tolist(), error.tolist(), strict=True):
         p_value = (1 + int((largest >= abs(centre + margin) / spread).sum())) / (1 + num_resamples)
         bounded = math.isfinite(critical)
         ends = (centre - critical * spread, centre + critical * spread) if bounded else (None, None)
@@ -246,7 +265,7 @@ def _largest_t(scaled: np.ndarray, num_resamples: int, random: np.random.Generat
 def _is_better(candidate: GateCandidate, count: int, level: float, margin: float) -> bool:
     if candidate.difference is None or not candidate.difference < -margin:
         return False
-    return count == 1 or (candidate.p_value is not None and candidate.p_value <= level)
+    return count == 1 or margin > 0 if candidate.p_value is None else candidate.p_value <= level
 
 
 def check_rule(level: float, margin: float | None) -> None:
@@ -278,13 +297,6 @@ def check_reference(losses: float | Sequence[float] | np.ndarray, margin: float 
             f" {MINIMUM_VALUES} are needed: one an example, or smaller batches"
         )
     return reference
-
-
-def _compared(candidate: GateCandidate, metric: str) -> str:
-    text = f"with a {metric} of {candidate.loss:.4g} ({candidate.difference:+.4g}"
-    if candidate.p_value is None:
-        return f"{text})"
-    return f"{text}, interval {_interval(candidate)}, p = {candidate.p_value:.2g})"
 
 
 def _interval(candidate: GateCandidate) -> str:

@@ -46,14 +46,16 @@ class Gate:
             model; or one number, which needs `margin`, since nothing says how much of it is noise.
         dataset (`torch.utils.data.Dataset`, *optional*): Validation examples with labels. The model's own loss of each
             batch is one value.
-        data_collator (callable, *optional*): From a list of examples to a batch, as of `Trainer`.
+        data_collator (callable, *optional*): From a list of examples to a batch, as of `Trainer`; examples of
+            different lengths need one that pads, such as `DataCollatorWithPadding(tokenizer)`.
         batch_size (`int`, *optional*, defaults to `8`): Examples of a batch of `dataset`.
         metric (`str`, *optional*, defaults to `"validation loss"`): What the values are called in result and card.
         level (`float`, *optional*, defaults to `0.05`): Bound on the chance that anything is chosen that is not better
             than Θ0, whatever the number of candidates. It is approximate: with fewer than some 50 values, of which a
             few are far larger than the others, the chance can be several times that.
         margin (`float`, *optional*): How much lower than that of Θ0 a loss must be at least, 0 by default; in the
-            units of the loss.
+            units of the loss. It alone decides where nothing says how much of a difference is noise: of one number,
+            and of losses that all differ from those of Θ0 by the same amount, which without it are not better.
         base_model (`PreTrainedModel`, *optional*): For adapters, the model they belong to; it is given back as it was.
         device (`torch.device` or `str`, *optional*): Where models are tried; by default the accelerator's, or the CPU.
         seed (`int`, *optional*, defaults to `0`): Of the bootstrap, and of torch in each call of `compute_loss`.
@@ -96,7 +98,7 @@ class Gate:
             raise ValueError(f"compute_loss is to give one number or a list of numbers, got {found!r}") from error
 
     def _batch_losses(self, model: Any) -> list[float]:
-        collate: Any = self.data_collator or default_data_collator
+        collate: Any = self.data_collator or _collated
         if self.remove_unused_columns:
             taken = inspect.signature((model.get_base_model() if is_adapter(model) else model).forward).parameters
             collate = RemoveColumnsCollator(collate, {*taken, "label", "label_ids"})
@@ -111,6 +113,16 @@ class Gate:
                 )
             values.append(float(loss))
         return values
+
+
+def _collated(examples: list[Any]) -> Mapping[str, Any]:
+    try:
+        return default_data_collator(examples)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{len(examples)} examples of the gate's dataset can't be made one batch ({error}); pass data_collator=,"
+            " where their lengths differ one that pads, such as DataCollatorWithPadding(tokenizer)"
+        ) from error
 
 
 def _as_taken(value: Any, name: str, model: Any) -> Any:
@@ -152,14 +164,21 @@ def predict_through_gate(
         `tuple[PredictionResult, GateResult]`: what was chosen, at `output_dir`, and the choice.
 
     Raises:
-        `ValueError`: for a plan with adapters and a gate without `base_model`, or losses that can't be compared (see
-            [`choose`]); and all that [`predict_overflowed_weights`] raises. Nothing is left behind then.
+        `ValueError`: for a plan with adapters and a gate without `base_model`, a trajectory of a plain module,
+            examples that can't be made a batch, or losses that can't be compared (see [`choose`]); and all that
+            [`predict_overflowed_weights`] raises. Nothing is left behind then.
     """
     trajectory = plan.trajectory
     if trajectory.is_adapter and gate.base_model is None:
         raise ValueError(
             f"{trajectory.path} is one of adapters, which can only be tried on the model they belong to; pass it as"
             " base_model= of the gate"
+        )
+    if not trajectory.is_adapter and not (trajectory.path / "config.json").exists():
+        raise ValueError(
+            f"{trajectory.path} is one of a plain module, which the gate can't make: predict without a gate, load the"
+            " states and the predictions into a module of yours by load_into(module), of the trajectory and of the"
+            " results, and give the losses of each to know_hf.gate.choose"
         )
     batches = None if recalibrate_with is None else list(recalibrate_with)
     candidates = _candidates(plan, batches)
