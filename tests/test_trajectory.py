@@ -47,6 +47,15 @@ def rewrite_state(folder, state, edit):
     edit_manifest(folder, enter)
 
 
+def test_a_base_model_in_a_folder_that_is_gone_is_recorded_by_its_path(tmp_path):
+    model = make_resnet()
+    model.config._name_or_path = "/gone/models/base"
+    trajectory = WeightTrajectory.create(tmp_path / "trajectory")
+    trajectory.record(model, num_examples=2, steps=1)
+    trajectory = WeightTrajectory(tmp_path / "trajectory")
+    assert (trajectory.base_model, trajectory.base_revision) == ("/gone/models/base", None)
+
+
 def test_the_generation_config_is_written_as_it_was_though_generating_changes_it_meanwhile(tmp_path):
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))

@@ -138,9 +138,8 @@ def warn_of_changes(model: nn.Module) -> None:
         reason = f"a {kind} made from its config has not the same tensor {differing[0]!r}"
     logger.warning(
         f"{reason}: from_pretrained and load_model will load neither the states nor what is predicted from them. The"
-        " recording goes on; make the model the same way again and use load_into(model) of the trajectory, or"
-        " safetensors.torch.load_model for a prediction. A class that makes the whole model in its __init__ needs"
-        " neither"
+        " recording goes on; make the model the same way again and use load_into(model), of the trajectory and of a"
+        " prediction's result. A class that makes the whole model in its __init__ does not need it"
     )
 
 

@@ -14,7 +14,7 @@ from .manifest import TrajectoryError
 
 _REBUILDING = (
     "if the model was changed after it was made, such as by replacing its head, make it the same way and copy the"
-    " weights into it, with load_into(model) of a trajectory or safetensors.torch.load_model of a checkpoint"
+    " weights into it with load_into(model), of the trajectory or of the prediction's result"
 )
 
 

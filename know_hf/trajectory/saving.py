@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -264,6 +266,10 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 def cached_revision(repo_id: str | None) -> str | None:
     """Commit of a Hub id in the Hub cache; `None` where several are there, as a config doesn't say which it is of."""
     if not repo_id or Path(repo_id).exists():
+        return None
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:  # a folder that is gone
         return None
     snapshots = Path(HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
     commits = [path.name for path in snapshots.iterdir()] if snapshots.is_dir() else []
