@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader, write_json
+from ..checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader, fsync, write_json
 from ..roles import (
     TensorRole,
     is_adapter,
@@ -28,7 +29,7 @@ from ..roles import (
     tensor_roles,
     whole_shape,
 )
-from .manifest import TrajectoryError
+from .manifest import FileRecord, TrajectoryError, recordable
 
 WORTH_SHARING = 0.01  # share of a state's bytes below which its folder rather holds everything itself
 _LIBRARIES = ("know_hf", "torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "numpy")
@@ -212,6 +213,25 @@ def roles_on_disk(snapshot: Snapshot, reader: CheckpointReader) -> tuple[dict[st
         if role.reason.startswith("tied to ") and name not in roles
     }
     return roles, tied
+
+
+def write_model_files(folder: Path, state_folder: Path, processing_class: Any) -> tuple[FileRecord, ...]:
+    """Writes what belongs to the model whatever its state: a state's config, and its tokenizer or processor."""
+    work = folder / ".model-files.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    for path in state_folder.iterdir():
+        if path.is_file() and not path.name.endswith((".safetensors", ".index.json")):
+            shutil.copy2(path, work)
+    if processing_class is not None:
+        processing_class.save_pretrained(work)
+    names = recordable(work)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        fsync(work / name)
+        (work / name).replace(folder / name)
+    shutil.rmtree(work)
+    return tuple(FileRecord.of(folder / name, name) for name in names)
 
 
 def _write_index(folder: Path, elsewhere: Mapping[str, Path]) -> None:

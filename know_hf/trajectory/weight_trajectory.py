@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import ByteSource, CheckpointError, CheckpointReader, atomic_folder, fsync
+from ..checkpoint import ByteSource, CheckpointError, CheckpointReader, atomic_folder
 from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
 from .background import BackgroundWriter
@@ -37,7 +37,14 @@ from .manifest import (
     TrajectoryError,
     recordable,
 )
-from .saving import Snapshot, cached_revision, library_versions, roles_on_disk, with_place
+from .saving import (
+    Snapshot,
+    cached_revision,
+    library_versions,
+    roles_on_disk,
+    with_place,
+    write_model_files,
+)
 
 
 class WeightTrajectory:
@@ -426,29 +433,12 @@ class WeightTrajectory:
                 tied_weights=tied,
                 base_model=(base_model := with_place(getattr(config, "_name_or_path", None) or "") or None),
                 base_revision=getattr(config, "_commit_hash", None) or cached_revision(base_model),
-                files=self._write_model_files(folder, processing_class),
+                files=write_model_files(self.path, folder, processing_class),
                 library_versions=library_versions(),
             )
         state = replace(state, files=files, unchanged=unchanged)
         self._enter(replace(manifest, states=(*entered, state)))
         return state
-
-    def _write_model_files(self, state_folder: Path, processing_class: Any) -> tuple[FileRecord, ...]:
-        work = self.path / ".model-files.partial"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        for path in state_folder.iterdir():
-            if path.is_file() and not path.name.endswith((".safetensors", ".index.json")):
-                shutil.copy2(path, work)
-        if processing_class is not None:
-            processing_class.save_pretrained(work)
-        names = recordable(work)
-        for name in names:
-            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-            fsync(work / name)
-            (work / name).replace(self.path / name)
-        shutil.rmtree(work)
-        return tuple(FileRecord.of(self.path / name, name) for name in names)
 
     def _enter(self, manifest: Manifest) -> None:
         manifest.write(self.path)
