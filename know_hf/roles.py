@@ -93,7 +93,8 @@ def names_in_memory(model: nn.Module) -> dict[str, str]:
         for name, tensor in model.state_dict(keep_vars=True).items()
     }
     if isinstance(model, PreTrainedModel):
-        saved = revert_weight_conversion(model, dict(markers))
+        left_out = model._keys_to_ignore_on_save or ()
+        saved = revert_weight_conversion(model, {k: marker for k, marker in markers.items() if k not in left_out})
     elif is_adapter(model):
         from peft import get_peft_model_state_dict
 
@@ -104,6 +105,17 @@ def names_in_memory(model: nn.Module) -> dict[str, str]:
         return {name: name for name in markers}
     in_memory = {id(marker): name for name, marker in markers.items()}
     return {name: in_memory[id(marker)] for name, marker in saved.items() if id(marker) in in_memory}
+
+
+def converted_names(model: nn.Module) -> set[str]:
+    """Names in memory of the tensors of a `PreTrainedModel` that saving splits or merges, such as fused experts."""
+    if not isinstance(model, PreTrainedModel):
+        return set()
+    return (
+        set(model.state_dict(keep_vars=True))
+        - set(model._keys_to_ignore_on_save or ())
+        - {*names_in_memory(model).values()}
+    )
 
 
 def names_on_disk(model: nn.Module) -> dict[str, str]:
@@ -171,5 +183,5 @@ def _role(owner: nn.Module | None, name: str, attribute: str, tensor: object) ->
 
 def _is_table(attribute: str) -> bool:
     """Whether a parameter holds vectors that stand for something (`cls_token`, `position_embeddings`): an embedding,
-    also where it is of one row."""
-    return any(word in attribute.lower() for word in ("token", "embed"))
+    also where it is of one row; or is a factor of one (LoHa, LoKr), also where it is of rank 1."""
+    return any(word in attribute.lower() for word in ("token", "embed", "hada_w", "lokr_w"))

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_images, make_resnet
+from transformers import T5Config, T5ForConditionalGeneration
 
 from know_hf import WeightTrajectory
 from know_hf.evaluation import (
@@ -33,6 +34,7 @@ from know_hf.evaluation import (
 from know_hf.evaluation import compare_arms as compare_arms_with_pages
 from know_hf.evaluation.compare import _default_arms
 from know_hf.evaluation.comparison import ACCURACY, Measure
+from know_hf.evaluation.measuring import _check_head
 from know_hf.evaluation.protocols import choose, first_of_each_class, refined
 
 compare_arms = partial(compare_arms_with_pages, pages=False)  # pictures take longer than all the rest
@@ -415,6 +417,15 @@ def test_labels_beyond_a_head_that_is_kept_are_told(task, tmp_path, protocol):
     beyond = replace(task, target=with_labels(lambda labels: labels + 1, num_labels=None))
     with pytest.raises(ValueError, match=r"^test of .* has the label 4, but the head has 4 classes, 0 to 3; count"):
         compare_arms(beyond, tmp_path, protocols=[protocol], arms=["naive"])
+
+
+def test_the_head_of_a_language_model_is_not_asked_for_classes(task):
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 1}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=8, **sizes, decoder_start_token_id=0))
+    part = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "labels": torch.full((2, 3), 7)}
+    _check_head(task, model, Split(part, part, part), "source(0)")  # it gives no logits without labels
+    with pytest.raises(ValueError, match="input_ids"):
+        model(part["input_ids"])
 
 
 def test_source_labels_beyond_the_recorded_head_are_told(task, tmp_path):

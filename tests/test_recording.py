@@ -10,6 +10,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import (
     AutoModelForImageClassification,
+    BartConfig,
+    BartForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     ResNetForImageClassification,
     Trainer,
     TrainerCallback,
@@ -20,7 +24,7 @@ from transformers import (
 from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
 from know_hf.inspection import displacement, inspect_trajectory
 from know_hf.recording.callback import num_examples_of
-from know_hf.recording.checking import warn_of_changes
+from know_hf.recording.checking import examples_per_step, warn_of_changes, warn_of_warmup
 from know_hf.subsets import divide
 from know_hf.trajectory import TrajectoryError
 
@@ -136,7 +140,10 @@ def test_a_finished_trajectory_is_not_trained_again(tmp_path, trajectory_copy):
     ("change", "message"),
     [
         ({"learning_rate": 0.03}, "state 0 .* was trained with learning_rate 0.01, the trainer would with 0.03"),
-        ({"per_device_train_batch_size": 2}, "state 0 .* with batch_size 4, the trainer would with 2"),
+        (
+            {"per_device_train_batch_size": 2},
+            r"state 0 .* with examples_per_step 4, the trainer would with 2 \(per device × accumulation × processes\)",
+        ),
         ({"num_train_epochs": 3}, "state 0 .* with num_train_epochs 2, the trainer would with 3"),
         ({"lr_scheduler_type": "cosine"}, "state 0 .* with lr_scheduler_type linear, the trainer would with cosine"),
         ({"seed": 43}, "state 0 .* with seed 42, the trainer would with 43"),
@@ -145,6 +152,31 @@ def test_a_finished_trajectory_is_not_trained_again(tmp_path, trajectory_copy):
 def test_other_arguments_are_refused(tmp_path, trajectory_copy, change, message):
     with pytest.raises(ValueError, match=message):
         induce_forgetting(make_trainer(tmp_path, **change), SCHEDULE, trajectory_copy)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"num_train_epochs": 1, "weight_decay": 0}, {"num_train_epochs": 1.0, "weight_decay": 0.0}),
+        ({"max_steps": 2, "num_train_epochs": 1}, {"max_steps": 2, "num_train_epochs": 5}),
+        ({"optim": "sgd", "adam_beta2": 0.9}, {"optim": "sgd", "adam_beta2": 0.99}),
+    ],
+)
+def test_arguments_that_decide_nothing_may_change(tmp_path, before, after):
+    whole = ForgettingSchedule(num_states=2, epochs_per_stage=1)
+    induce_forgetting(make_trainer(tmp_path, **before), whole, tmp_path / "trajectory")
+    again = ForgettingSchedule(num_states=2, epochs_per_stage=1.0)
+    assert induce_forgetting(make_trainer(tmp_path, **after), again, tmp_path / "trajectory").num_states == 2
+
+
+def test_a_batch_that_is_split_over_the_processes_is_one_batch(tmp_path):
+    args = make_trainer(tmp_path, gradient_accumulation_steps=3).args
+    assert examples_per_step(args) == 12
+    several = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=3, world_size=2)
+    several.accelerator_config = SimpleNamespace(split_batches=False)
+    assert examples_per_step(several) == 24
+    several.accelerator_config.split_batches = True
+    assert examples_per_step(several) == 12
 
 
 def test_the_same_batch_in_other_parts_goes_on(tmp_path, trajectory_copy, caplog):
@@ -199,6 +231,24 @@ def test_a_class_that_needs_more_than_its_config_is_recorded_and_resumed(tmp_pat
     assert induce_forgetting(trainer, SHORT, tmp_path / "trajectory").num_states == 3
 
 
+def test_a_config_that_does_not_keep_what_it_was_made_with_is_warned_of(caplog):
+    sizes = {"vocab_size": 8, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    warn_of_changes(BartForSequenceClassification(BartConfig(**sizes, num_labels=2)))  # 2 is not written, 3 is read
+    assert "'classification_head.out_proj.bias': from_pretrained and load_model will load neither" in caplog.text
+
+
+def test_a_class_that_needs_more_than_its_config_and_has_fused_experts_is_refused(tmp_path):
+    class Weighted(MixtralForCausalLM):
+        def __init__(self, config, weights):
+            super().__init__(config)
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = MixtralConfig(vocab_size=8, **sizes, num_key_value_heads=1, num_local_experts=2)
+    with pytest.raises(ValueError, match=r"no Weighted can be made .* such as 'model.layers.0.mlp.experts.down_proj'"):
+        induce_forgetting(make_trainer(tmp_path, Weighted(config, None)), SHORT, tmp_path / "trajectory")
+    assert not WeightTrajectory.exists(tmp_path / "trajectory")
+
+
 def test_a_model_that_its_config_describes_is_not_warned_of(caplog):
     model = make_resnet()
     set_seed(0)
@@ -213,6 +263,19 @@ def test_a_warmup_longer_than_a_stage_is_warned_of(tmp_path, caplog):
     induce_forgetting(make_trainer(tmp_path, warmup_steps=8), SHORT, tmp_path / "trajectory")
     found = [record.message for record in caplog.records if "warmup_steps=8 is for every stage" in record.message]
     assert [message.split(" and this one has ")[1].split(" steps")[0] for message in found] == ["8", "4"]
+    assert all(message.endswith("such as warmup_steps=0.1") for message in found)
+
+
+def test_a_warmup_is_warned_of_only_where_there_is_one_and_a_shorter_one_only_where_it_helps(caplog):
+    def warnings(max_steps, **arguments):
+        caplog.clear()
+        warn_of_warmup(TrainingArguments(use_cpu=True, **arguments), SimpleNamespace(max_steps=max_steps))
+        return caplog.text
+
+    assert not warnings(4, warmup_steps=8, lr_scheduler_type="constant")
+    assert not warnings(2, warmup_steps=0.1)
+    assert "warmup_steps=0.1 is for every stage, and this one has 1 steps" in warnings(1, warmup_steps=0.1)
+    assert warnings(1, warmup_steps=0.1).strip().endswith("give none")
 
 
 def test_a_stage_that_ends_early_is_warned_of(tmp_path, caplog):
@@ -309,6 +372,19 @@ def test_an_optimizer_of_ones_own_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"its own SGD.*optimizer_cls_and_kwargs"):
         induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+
+
+def test_an_optimizer_that_is_given_to_a_trainer_that_makes_its_own_is_refused(tmp_path):
+    class Decorated(Trainer):
+        def create_optimizer(self, *args, **kwargs):
+            return super().create_optimizer(*args, **kwargs)
+
+    template = make_trainer(tmp_path)
+    given = torch.optim.SGD(template.model.parameters(), lr=0.1)
+    trainer = Decorated(template.model, template.args, train_dataset=template.train_dataset, optimizers=(given, None))
+    with pytest.raises(ValueError, match=r"its own SGD.*optimizer_cls_and_kwargs"):
+        induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert trainer.optimizer is given
 
 
 def test_an_optimizer_class_is_made_afresh(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SCHEDULE, make_resnet, make_trainer
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PromptTuningConfig, ShiraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_prediction import Constant
 from test_recording_models import CASES
@@ -184,6 +184,20 @@ def test_new_tokens_beside_an_adapter_are_recorded_resumed_and_given_back(tmp_pa
     moved = first.model.get_input_embeddings().weight
     names = [name for name in trajectory.names if name.endswith("embed_tokens.weight")]
     assert [torch.equal(trajectory.tensor(name), moved) for name in names] == [True]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+def test_an_adapter_with_tensors_that_are_no_part_of_its_state_dict(tmp_path):
+    def adapted():
+        torch.manual_seed(1)
+        return get_peft_model(make_resnet(), ShiraConfig(r=1, target_modules=["classifier.1"]))
+
+    trajectory = induce_forgetting(make_trainer(tmp_path, adapted()), SHORT, tmp_path / "trajectory")
+    assert [name for name in trajectory.names if "shira_indices" in name]
+    other = adapted()
+    trajectory.load_into(other, 1)
+    found = get_peft_model_state_dict(other)
+    assert all(torch.equal(found[name], trajectory.tensor(name, 1)) for name in trajectory.names)
 
 
 def test_biases_trained_beside_an_adapter_are_recorded(tmp_path):

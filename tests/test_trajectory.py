@@ -9,8 +9,11 @@ from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
     MixtralConfig,
     MixtralForCausalLM,
+    MixtralForSequenceClassification,
     ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
@@ -54,6 +57,68 @@ def test_a_base_model_in_a_folder_that_is_gone_is_recorded_by_its_path(tmp_path)
     trajectory.record(model, num_examples=2, steps=1)
     trajectory = WeightTrajectory(tmp_path / "trajectory")
     assert (trajectory.base_model, trajectory.base_revision) == ("/gone/models/base", None)
+
+
+TEXT = {"vocab_size": 16, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 8}
+HEADS = {"encoder_attention_heads": 1, "decoder_attention_heads": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+EXPERTS = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+def make_marian():
+    """Of its kind: saving leaves out the positions of encoder and decoder, which are computed."""
+    return MarianMTModel(MarianConfig(**TEXT, **HEADS, pad_token_id=0, decoder_start_token_id=0))
+
+
+def make_experts_with_a_head_of_its_own():
+    config = MixtralConfig(vocab_size=16, **EXPERTS, num_key_value_heads=1, num_local_experts=2, pad_token_id=0)
+    model = MixtralForSequenceClassification(config)
+    model.score = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    return model
+
+
+@pytest.mark.parametrize("make", [make_marian, make_experts_with_a_head_of_its_own])
+def test_load_into_a_model_of_which_saving_leaves_out_or_splits_tensors(record_states, make):
+    model = make()
+    trajectory = record_states(model, num_states=2)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trajectory.record(model, num_examples=1, steps=1)
+    other = make()
+    other.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in expected.items()})
+    for name in other._keys_to_ignore_on_save or ():
+        other.get_parameter(name).data.copy_(expected[name])
+    trajectory.load_into(other, 2)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_model_with_fewer_experts_or_another_head_is_named(record_states):
+    trajectory = record_states(make_experts_with_a_head_of_its_own(), num_states=2)
+    plain = make_experts_with_a_head_of_its_own()
+    plain.score = nn.Linear(8, 2, bias=False)
+    with pytest.raises(TrajectoryError, match=r"tensor 'score.weight' is not both in"):
+        trajectory.load_into(plain)
+
+
+def test_a_tensor_that_only_model_or_state_has_is_named(record_states):
+    class More(ResNetForImageClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            self.more = nn.Linear(2, 2, bias=False)
+
+    more, less = More(make_resnet().config), make_resnet()
+    with pytest.raises(TrajectoryError, match=r"tensor 'more\.weight' is not both in .* and in the given More"):
+        record_states(less, num_states=2, name="less").load_into(more)
+    trajectory = record_states(more, num_states=2, name="more")
+    with pytest.raises(TrajectoryError, match=r"tensor 'more\.weight' is not both in .* and in the given ResNet"):
+        trajectory.load_into(less)
+    config = json.loads((trajectory.path / "state-0/config.json").read_text())
+    config["architectures"] = ["ResNetForImageClassification"]
+    (trajectory.path / "state-0/config.json").write_text(json.dumps(config))
+    with pytest.raises(TrajectoryError, match=r"has a tensor 'more\.weight' that a ResNetForImageClassification made"):
+        trajectory.load_model()
+    assert isinstance(trajectory.load_model(0, ResNetForImageClassification), ResNetForImageClassification)
+    with pytest.raises(TrajectoryError, match=r"'more.weight' .* would be random; where that is meant, use More.from"):
+        WeightTrajectory(trajectory.path.parent / "less").load_model(0, More)
 
 
 def test_the_generation_config_is_written_as_it_was_though_generating_changes_it_meanwhile(tmp_path):

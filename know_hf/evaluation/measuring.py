@@ -272,7 +272,8 @@ def device() -> torch.device:
 @torch.inference_mode()
 def _check_head(task: ComparisonTask, model: PreTrainedModel, split: Split, what: str) -> None:
     """Of a head that is kept only its output tells the number of classes: not every config has it."""
-    if task.classifies and split.num_labels is None:
+    labels = split.test.get("labels")
+    if task.classifies and split.num_labels is None and labels is not None and labels.ndim == 1:
         inputs = {name: tensor for name, tensor in split.test.items() if name != "labels"}
         one = next(batches(inputs, 1, device=model.device))
         check_labels(split, what, model.eval()(**one).logits.shape[-1])

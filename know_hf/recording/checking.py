@@ -1,17 +1,18 @@
 """Whether a trainer and its model can be recorded, told before anything is trained."""
 
 import copy
-from collections.abc import Mapping
+from contextlib import nullcontext
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments, initialization
 from transformers.utils import logging
 
 from ..distributed import check_gathering
-from ..roles import is_adapter, whole_shape
+from ..roles import converted_names, is_adapter, whole_shape
 from ..trajectory import WeightTrajectory, check_adapter
 
 logger = logging.get_logger(__name__)
@@ -32,6 +33,8 @@ _TRAINING_ARGUMENTS = (
     "label_smoothing_factor",
     "neftune_noise_alpha",
 )
+_WITHOUT_MOMENTS = ("sgd", "rmsprop", "adagrad", "adafactor")
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -49,16 +52,26 @@ def check_trainer(trainer: Trainer) -> None:
             " peft.get_peft_model instead, so that the trajectory is one of the adapter"
         )
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    makes_its_own = getattr(trainer.create_optimizer, "__func__", None) is not Trainer.create_optimizer
-    if optimizer is not None and not makes_its_own:  # one that was trained before has that of its training
-        kind, options = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
-            trainer.args, trainer.model
-        )
+    if optimizer is not None:  # a trainer that was trained before has that of its training
+        kind, options = _fresh_optimizer(trainer)
         if type(optimizer) is not kind or any(optimizer.defaults.get(k, v) != v for k, v in options.items()):
             raise ValueError(
                 f"the trainer was given its own {type(optimizer).__name__}, but each stage needs a fresh one; pass"
                 " optimizer_cls_and_kwargs=(class, options) to the Trainer instead of optimizers="
             )
+
+
+def _fresh_optimizer(trainer: Trainer) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Class and options of the optimizer that a stage will be trained with."""
+    if getattr(trainer.create_optimizer, "__func__", None) is Trainer.create_optimizer:
+        return trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    given, trainer.optimizer = trainer.optimizer, None
+    try:
+        trainer.create_optimizer()
+        fresh: Any = trainer.optimizer
+    finally:
+        trainer.optimizer = given
+    return type(fresh), fresh.defaults
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -76,11 +89,21 @@ def check_arguments(args: TrainingArguments) -> None:
             )
 
 
+def examples_per_step(args: TrainingArguments) -> int:
+    """Examples of one optimizer step, on all processes."""
+    processes = 1 if getattr(args.accelerator_config, "split_batches", False) else args.world_size
+    return args.train_batch_size * args.gradient_accumulation_steps * processes
+
+
 def training_facts(args: TrainingArguments) -> dict[str, str]:
-    """The arguments that decide where a training ends, as text; the size of the batch is that of all processes."""
+    """The arguments that decide where a training ends, as text."""
     values = {name: getattr(args, name) for name in _TRAINING_ARGUMENTS}
-    size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {"batch_size": str(size)} | {name: str(getattr(v, "value", v)) for name, v in values.items()}
+    if args.max_steps > 0:
+        del values["num_train_epochs"]
+    texts = {name: str(getattr(value, "value", value)) for name, value in values.items()}
+    if texts["optim"] in _WITHOUT_MOMENTS:
+        texts = {name: text for name, text in texts.items() if not name.startswith("adam_")}
+    return {"examples_per_step": str(examples_per_step(args)), **texts}
 
 
 def check_same_training(trajectory: WeightTrajectory, index: int, args: TrainingArguments) -> None:
@@ -88,24 +111,34 @@ def check_same_training(trajectory: WeightTrajectory, index: int, args: Training
     state = trajectory.states[index]
     if not state.training:  # taken as it was
         return
-    recorded: Mapping[str, Any] = {"seed": str(state.seed), **state.training}
+    recorded = {"seed": str(state.seed), **state.training}
     for name, value in {"seed": str(args.seed), **training_facts(args)}.items():
-        if recorded.get(name, value) != value:
+        if not _same(recorded.get(name, value), value):
+            hint = " (per device × accumulation × processes)" if name == "examples_per_step" else ""
             raise ValueError(
                 f"state {index} of {trajectory.path} was trained with {name} {recorded[name]}, the trainer would with"
-                f" {value}: the trajectory would be a mixture; give the same arguments or record to another folder"
+                f" {value}{hint}: the trajectory would be a mixture; give the same arguments or record to another"
+                " folder"
             )
+
+
+def _same(text: str, other: str) -> bool:
+    try:
+        return float(text) == float(other)  # 1 is 1.0
+    except ValueError:
+        return text == other
 
 
 def warn_of_warmup(args: TrainingArguments, state: TrainerState) -> None:
     """Says so where the learning rate rises until the stage ends."""
     steps = args.get_warmup_steps(state.max_steps)
-    if 0 < state.max_steps <= steps:
-        logger.warning(
-            f"warmup_steps={steps} is for every stage, and this one has {state.max_steps} steps: its learning rate"
-            " never reaches learning_rate, and little is forgotten; give a share of the stage's steps instead, such as"
-            " warmup_steps=0.1"
-        )
+    if str(args.lr_scheduler_type.value) in _WITHOUT_WARMUP or not 0 < state.max_steps <= steps:
+        return
+    mend = "a share of the stage's steps instead, such as warmup_steps=0.1" if args.warmup_steps >= 1 else "none"
+    logger.warning(
+        f"warmup_steps={args.warmup_steps} is for every stage, and this one has {state.max_steps} steps: its learning"
+        f" rate never reaches learning_rate, and little is forgotten; give {mend}"
+    )
 
 
 def warn_of_early_end(index: int, state: TrainerState) -> None:
@@ -118,15 +151,28 @@ def warn_of_early_end(index: int, state: TrainerState) -> None:
 
 
 def warn_of_changes(model: nn.Module) -> None:
-    """Says so where a model was changed after it was made, so that its config does not describe it."""
+    """Says so where a model's config, as it is written, does not describe it, such as where its head was replaced.
+
+    Raises:
+        `ValueError`: when, besides, it has tensors that only a model made from the config can read back.
+    """
     if not isinstance(model, PreTrainedModel):
         return
     kind = type(model).__name__
+    safely = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)  # as from_pretrained makes it
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            made = type(model)(copy.deepcopy(model.config))
+        with TemporaryDirectory() as folder:
+            copy.deepcopy(model.config).save_pretrained(folder)
+            config = type(model.config).from_pretrained(folder)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), safely():
+            made = type(model)(config)
     except Exception as error:
         reason = f"no {kind} can be made from its config alone ({error})"
+        if converted := converted_names(model):
+            raise ValueError(
+                f"{reason}, and saving splits or merges tensors such as {min(converted)!r}, which only such a model"
+                " reads back: the recording could neither be resumed nor end; give a class that takes its config alone"
+            ) from error
     else:
         here, there = (
             {name: whole_shape(tensor) for name, tensor in one.state_dict(keep_vars=True).items()}

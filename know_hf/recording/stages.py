@@ -18,7 +18,14 @@ from ..schedule import ForgettingSchedule
 from ..subsets import Subset, divide
 from ..trajectory import StateRecord, WeightTrajectory, state_nbytes
 from .callback import WeightTransitionCallback, num_examples_of
-from .checking import check_same_training, check_trainer, training_facts, warn_of_changes, warn_of_warmup
+from .checking import (
+    check_same_training,
+    check_trainer,
+    examples_per_step,
+    training_facts,
+    warn_of_changes,
+    warn_of_warmup,
+)
 from .progress import Progress
 
 logger = logging.get_logger(__name__)
@@ -126,8 +133,7 @@ def induce_forgetting(
     check_trainer(trainer)
     if not isinstance(schedule, ForgettingSchedule):
         raise TypeError(f"schedule={schedule!r} is no ForgettingSchedule; give ForgettingSchedule(ratio=0.5)")
-    batch_size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
-    subsets = divide(trainer.train_dataset, schedule, batch_size)
+    subsets = divide(trainer.train_dataset, schedule, examples_per_step(trainer.args))
     callback = _StageCallback(output_dir, schedule, trainer=trainer, dtype=dtype)
     trajectory = callback.trajectory
     with ExitStack() as stack:

@@ -9,12 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader
-from ..roles import is_partitioned, names_in_memory
+from ..roles import converted_names, is_adapter, is_partitioned, names_in_memory
 from .manifest import TrajectoryError
 
 _REBUILDING = (
-    "if the model was changed after it was made, such as by replacing its head, make it the same way and copy the"
-    " weights into it with load_into(model), of the trajectory or of the prediction's result"
+    "the model was changed after it was made, such as by another head, or its config does not keep all it was made"
+    " with; make it the same way and copy the weights into it with load_into(model), of the trajectory or of the"
+    " prediction's result"
 )
 
 
@@ -25,7 +26,8 @@ def load_pretrained(
 
     Args:
         folder (`Path`): A folder as `save_pretrained` leaves it.
-        model_class (`type`, *optional*): Class of the model; it may leave weights of the checkpoint out.
+        model_class (`type`, *optional*): Class of the model; it may leave weights of the checkpoint out, but have no
+            others.
         base_model (`PreTrainedModel`, *optional*): The model an adapter belongs to.
 
     Raises:
@@ -60,9 +62,7 @@ def load_pretrained(
                 f"transformers has no class {architecture!r}, the architecture of {config}; pass model_class="
             )
     # whatever is not in the checkpoint would be random, with no more than a warning
-    model, found = model_class.from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    model, found = _from_pretrained(model_class, folder)
     for name, there, here in sorted(found["mismatched_keys"]):
         raise TrajectoryError(
             f"tensor {name!r} is {tuple(there)} in {folder} and {tuple(here)} in a {model_class.__name__} made from"
@@ -71,7 +71,8 @@ def load_pretrained(
     for name in sorted(found["missing_keys"]):
         raise TrajectoryError(
             f"a {model_class.__name__} made from the config in {folder} has a tensor {name!r} that is not in the"
-            f" checkpoint; {_REBUILDING}"
+            " checkpoint and would be random; "
+            + (f"where that is meant, use {model_class.__name__}.from_pretrained" if may_leave_out else _REBUILDING)
         )
     for name in sorted(found["unexpected_keys"]):
         if not may_leave_out:
@@ -93,24 +94,33 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
     Raises:
         `TrajectoryError`: when the model is in parts (ZeRO-3), or state and model don't have the same tensors.
     """
-    own = model.state_dict()
     if is_partitioned(model):
         raise TrajectoryError(
             f"the weights of {folder} can't be copied into this {type(model).__name__}, as ZeRO-3 has it in parts: a"
             " recording under ZeRO-3 can't be resumed. Go on without ZeRO-3 (FSDP2 resumes), or record to another"
             " folder; a finished trajectory is opened with WeightTrajectory(path)"
         )
-    places = names_in_memory(model)
-    if isinstance(model, PreTrainedModel) and not own.keys() <= set(places.values()):
-        # saving splits or merges some, and from_pretrained knows the way back
-        model.load_state_dict(load_pretrained(folder, type(model)).state_dict())
-        return
+    own, places, converted = model.state_dict(), names_in_memory(model), converted_names(model)
     state_dict = {places[name]: read(name) for name, read in tensors.items() if name in places}
     filled = {own[name].data_ptr() for name in state_dict}  # tied tensors are on disk once
-    empty = [saved for saved, name in places.items() if own[name].data_ptr() not in filled]
-    if differing := sorted([*(tensors.keys() - places.keys()), *empty]):
+    differing = {saved for saved, name in places.items() if own[name].data_ptr() not in filled}
+    further = tensors.keys() - places.keys()
+    if converted:
+        made, missing = _converted(type(model), folder, converted)
+        differing |= (made.keys() - missing - own.keys()) | (converted & missing)
+        state_dict |= {name: made[name] for name in converted - missing}
+    elif is_adapter(model) and further:  # what peft makes of its weights for the file
+        from peft import set_peft_model_state_dict
+
+        adapter: Any = model
+        name = next(iter(adapter.peft_config))
+        content = {name: read(name) for name, read in tensors.items()}
+        differing |= set(set_peft_model_state_dict(adapter, content, adapter_name=name).unexpected_keys)
+    else:
+        differing |= further
+    if differing:
         raise TrajectoryError(
-            f"tensor {differing[0]!r} is not both in {folder} and in the given {type(model).__name__}"
+            f"tensor {min(differing)!r} is not both in {folder} and in the given {type(model).__name__}"
         )
     for name, tensor in state_dict.items():
         if tensor.shape != own[name].shape:
@@ -119,6 +129,29 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
                 f" {type(model).__name__}; give the model that was recorded, with its head and vocabulary"
             )
     model.load_state_dict(state_dict, strict=False)
+
+
+def _converted(
+    model_class: type[PreTrainedModel], folder: Path, names: set[str]
+) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """The state dict of the model that `from_pretrained` makes, as it knows the way back from what saving splits or
+    merges, and the names of what is not of the file in it."""
+    try:
+        made, found = _from_pretrained(model_class, folder)
+    except Exception as error:
+        raise TrajectoryError(
+            f"{min(names)!r} is split or merged in {folder}, and no {model_class.__name__} could be made to read it:"
+            f" {error}"
+        ) from error
+    state_dict = made.state_dict()
+    lost = {name for name, *_ in found["mismatched_keys"]} | {*found["missing_keys"], *(names - state_dict.keys())}
+    return state_dict, lost
+
+
+def _from_pretrained(model_class: type[PreTrainedModel], folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    return model_class.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+    )
 
 
 def check_same_tensors(path: Path, state: int, reader: CheckpointReader, first: CheckpointReader) -> None:

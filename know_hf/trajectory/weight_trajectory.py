@@ -259,7 +259,8 @@ class WeightTrajectory:
         Args:
             state (`int`, *optional*, defaults to `0`): Index of the state.
             model_class (`type`, *optional*): Its class; by default the one transformers has under the name that
-                `config.json` gives. A class given may leave weights out, as one without the head does.
+                `config.json` gives. A class given may leave weights out, as one without the head does,
+                but have no others.
             base_model (`PreTrainedModel`, *optional*): For a trajectory of adapters, the model they belong to.
 
         Raises:
