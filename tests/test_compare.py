@@ -389,6 +389,11 @@ def with_part(part, content):
             with_part("train", make_images(16)),
             "train of target(0, 0) is a datasets.arrow_dataset.Dataset, not a mapping",
         ),
+        (with_part("test", {}), "test of target(0, 0) holds no examples"),
+        (
+            with_part("train", {"pixel_values": torch.ones(3, 1), "labels": torch.arange(2)}),
+            "the tensors in train of target(0, 0) have different lengths, {'pixel_values': 3, 'labels': 2}",
+        ),
         (with_part("test", {"labels": [0, 1]}), "test of target(0, 0) has a list as 'labels'; give one tensor"),
         (with_part("test", {"label": torch.tensor([0])}), "test of target(0, 0) has 'label', which models take as"),
         (

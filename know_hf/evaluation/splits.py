@@ -40,7 +40,8 @@ def check_split(split: Any, what: str, classifies: bool) -> Split:
         classifies (`bool`): Whether accuracy and loss of a classifier are measured on it.
 
     Raises:
-        `ValueError`: when it is no [`Split`] or does not hold tensors, or as [`check_labels`].
+        `ValueError`: when it is no [`Split`], does not hold tensors of the same length, has no test examples, or as
+            [`check_labels`].
     """
     if not isinstance(split, Split):
         raise ValueError(f"{what} gave a {_kind(split)}; give a Split(train=…, validation=…, test=…)")
@@ -57,6 +58,13 @@ def check_split(split: Any, what: str, classifies: bool) -> Split:
                     f"{part} of {what} has a {_kind(tensor)} as {name!r}; give one tensor, whose first axis counts the"
                     " examples"
                 )
+        lengths = {name: len(tensor) if tensor.ndim else 0 for name, tensor in examples.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"the tensors in {part} of {what} have different lengths, {lengths}; give the same examples"
+            )
+        if part == "test" and not any(lengths.values()):
+            raise ValueError(f"test of {what} holds no examples; nothing can be measured on it")
         if classifies and "label" in examples and "labels" not in examples:
             raise ValueError(f"{part} of {what} has 'label', which models take as 'labels'; rename it")
     check_labels(split, what, split.num_labels, classifies)
