@@ -171,17 +171,17 @@ def _role(owner: nn.Module | None, name: str, attribute: str, tensor: object) ->
         return TensorRole("fc", "weight of transformers' Conv1D: a transposed Linear")
     if isinstance(owner, nn.Embedding):
         return TensorRole("fc", f"table of {kind}")
-    if isinstance(owner, _MATRIX_OWNERS) or _is_table(attribute):
+    if isinstance(owner, _MATRIX_OWNERS) or _is_matrix(attribute):
         return TensorRole("fc", f"{attribute} of {kind}, {len(shape)} axes")
     if attribute in _ELEMENTWISE:
         return TensorRole("kept", f"{attribute} of {kind} acts element by element, not as a matrix")
     if sum(size > 1 for size in shape) < 2:
-        taps = "×".join(map(str, shape))
-        return TensorRole("kept", f"{attribute} of {kind} is a vector, of shape {taps}: it may scale instead of shift")
+        size = "×".join(map(str, shape))
+        return TensorRole("kept", f"{attribute} of {kind} is a vector, of shape {size}: it may scale instead of shift")
     return TensorRole("fc", f"{attribute} of {kind}, {len(shape)} axes")
 
 
-def _is_table(attribute: str) -> bool:
-    """Whether a parameter holds vectors that stand for something (`cls_token`, `position_embeddings`): an embedding,
-    also where it is of one row; or is a factor of one (LoHa, LoKr), also where it is of rank 1."""
+def _is_matrix(attribute: str) -> bool:
+    """Whether a parameter is a matrix by its name, also one of a single row: an embedding (`cls_token`,
+    `position_embeddings`), or a factor of a weight (LoHa, LoKr)."""
     return any(word in attribute.lower() for word in ("token", "embed", "hada_w", "lokr_w"))

@@ -269,10 +269,14 @@ def test_a_warmup_longer_than_a_stage_is_warned_of(tmp_path, caplog):
 def test_a_warmup_is_warned_of_only_where_there_is_one_and_a_shorter_one_only_where_it_helps(caplog):
     def warnings(max_steps, **arguments):
         caplog.clear()
-        warn_of_warmup(TrainingArguments(use_cpu=True, **arguments), SimpleNamespace(max_steps=max_steps))
+        args = TrainingArguments(use_cpu=True)
+        for name, value in arguments.items():
+            setattr(args, name, value)  # as scripts do, without what TrainingArguments makes of it
+        warn_of_warmup(args, SimpleNamespace(max_steps=max_steps))
         return caplog.text
 
     assert not warnings(4, warmup_steps=8, lr_scheduler_type="constant")
+    assert warnings(4, warmup_steps=8, lr_scheduler_type="linear")
     assert not warnings(2, warmup_steps=0.1)
     assert "warmup_steps=0.1 is for every stage, and this one has 1 steps" in warnings(1, warmup_steps=0.1)
     assert warnings(1, warmup_steps=0.1).strip().endswith("give none")

@@ -31,8 +31,7 @@ from ..modeling_known import KNOWNModel
 from ..plotting import save_figure
 from ..predictors import KNOWNPredictor, Predictor
 from ..roles import names_on_disk
-from ..trajectory import TrajectoryError, WeightTrajectory, load_pretrained
-from ..trajectory.loading import load_into
+from ..trajectory import TrajectoryError, WeightTrajectory, load_into, load_pretrained
 from .planning import PredictionPlan, plan_prediction
 from .report import ResidualReport, code_warnings, forgetting_warnings, range_warnings, table
 from .running import run

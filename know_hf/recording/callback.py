@@ -145,6 +145,7 @@ class WeightTransitionCallback(TrainerCallback):
 
 
 def num_examples_of(kwargs: Mapping[str, Any]) -> int | None:
+    """Number of examples that a training's loader has, from the arguments of its events; `None` of a stream."""
     dataset = kwargs["train_dataloader"].dataset
     try:
         return len(dataset)

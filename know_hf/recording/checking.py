@@ -100,7 +100,7 @@ def training_facts(args: TrainingArguments) -> dict[str, str]:
     values = {name: getattr(args, name) for name in _TRAINING_ARGUMENTS}
     if args.max_steps > 0:
         del values["num_train_epochs"]
-    texts = {name: str(getattr(value, "value", value)) for name, value in values.items()}
+    texts = {name: _text(value) for name, value in values.items()}
     if texts["optim"] in _WITHOUT_MOMENTS:
         texts = {name: text for name, text in texts.items() if not name.startswith("adam_")}
     return {"examples_per_step": str(examples_per_step(args)), **texts}
@@ -122,6 +122,10 @@ def check_same_training(trajectory: WeightTrajectory, index: int, args: Training
             )
 
 
+def _text(value: Any) -> str:
+    return str(getattr(value, "value", value))  # enumerations, for which a string may have been set later
+
+
 def _same(text: str, other: str) -> bool:
     try:
         return float(text) == float(other)  # 1 is 1.0
@@ -132,7 +136,7 @@ def _same(text: str, other: str) -> bool:
 def warn_of_warmup(args: TrainingArguments, state: TrainerState) -> None:
     """Says so where the learning rate rises until the stage ends."""
     steps = args.get_warmup_steps(state.max_steps)
-    if str(args.lr_scheduler_type.value) in _WITHOUT_WARMUP or not 0 < state.max_steps <= steps:
+    if _text(args.lr_scheduler_type) in _WITHOUT_WARMUP or not 0 < state.max_steps <= steps:
         return
     mend = "a share of the stage's steps instead, such as warmup_steps=0.1" if args.warmup_steps >= 1 else "none"
     logger.warning(

@@ -1,6 +1,6 @@
 """The record on disk of how weights changed: [`WeightTrajectory`] and what `trajectory.json` says."""
 
-from .loading import load_pretrained
+from .loading import load_into, load_pretrained
 from .manifest import FileRecord, StateRecord, TrajectoryBusyError, TrajectoryError
 from .saving import check_adapter, state_nbytes
 from .weight_trajectory import WeightTrajectory
@@ -12,6 +12,7 @@ __all__ = [
     "TrajectoryError",
     "WeightTrajectory",
     "check_adapter",
+    "load_into",
     "load_pretrained",
     "state_nbytes",
 ]

@@ -92,7 +92,8 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
         tensors (`Mapping[str, Callable[[str], torch.Tensor]]`): From each name on disk to what reads it.
 
     Raises:
-        `TrajectoryError`: when the model is in parts (ZeRO-3), or state and model don't have the same tensors.
+        `TrajectoryError`: when the model is in parts (ZeRO-3), or state and model don't have the same tensors, of the
+            same shapes.
     """
     if is_partitioned(model):
         raise TrajectoryError(
