@@ -10,22 +10,22 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ForgettingSchedule": "schedule",
-    "Gate": "gate",
+    "Gate": "prediction",
     "WeightTransitionCallback": "recording",
     "induce_forgetting": "recording",
-    "RecordArguments": "task_arguments",
-    "record_task": "tasks",
+    "RecordArguments": "tasks.arguments",
+    "record_task": "tasks.record",
     "WeightTrajectory": "trajectory",
     "tensor_roles": "roles",
-    "KNOWNConfig": "configuration_known",
-    "KNOWNModel": "modeling_known",
+    "KNOWNConfig": "known",
+    "KNOWNModel": "known",
     "TransitionDataset": "meta_learning",
     "meta_train": "meta_learning",
     "get_predictor": "predictors",
     "compare_arms": "evaluation",
-    "merge_adapters": "merging",
+    "merge_adapters": "trajectory.merging",
     "plan_prediction": "prediction",
-    "predict_overflowed_weights": "prediction",
+    "predict_overflowed_weights": "predict",
     "pull": "hub",
     "push": "hub",
     "run_suite": "evaluation",
@@ -36,26 +36,26 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
     from .batch_norm import recalibrate_batch_norm as recalibrate_batch_norm
-    from .configuration_known import KNOWNConfig as KNOWNConfig
     from .evaluation import compare_arms as compare_arms
     from .evaluation import run_suite as run_suite
-    from .gate import Gate as Gate
     from .hub import pull as pull
     from .hub import push as push
-    from .merging import merge_adapters as merge_adapters
+    from .known.configuration_known import KNOWNConfig as KNOWNConfig
+    from .known.modeling_known import KNOWNModel as KNOWNModel
     from .meta_learning import TransitionDataset as TransitionDataset
     from .meta_learning import meta_train as meta_train
-    from .modeling_known import KNOWNModel as KNOWNModel
+    from .predict import predict_overflowed_weights as predict_overflowed_weights
+    from .prediction import Gate as Gate
     from .prediction import plan_prediction as plan_prediction
-    from .prediction import predict_overflowed_weights as predict_overflowed_weights
     from .predictors import get_predictor as get_predictor
     from .recording import WeightTransitionCallback as WeightTransitionCallback
     from .recording import induce_forgetting as induce_forgetting
     from .roles import tensor_roles as tensor_roles
     from .schedule import ForgettingSchedule as ForgettingSchedule
-    from .task_arguments import RecordArguments as RecordArguments
-    from .tasks import record_task as record_task
+    from .tasks.arguments import RecordArguments as RecordArguments
+    from .tasks.record import record_task as record_task
     from .trajectory import WeightTrajectory as WeightTrajectory
+    from .trajectory.merging import merge_adapters as merge_adapters
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import __version__
-from .task_arguments import add_flags
+from .tasks.arguments import add_flags
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -141,14 +141,14 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 
 def _record(args: argparse.Namespace) -> None:
-    from .task_arguments import read_flags
+    from .tasks.arguments import read_flags
 
     arguments = read_flags(args)  # before the heavy imports: mistyped keys are told at once
 
     from accelerate import PartialState
 
-    from .inspection import inspect_trajectory
-    from .tasks import plan_task, record_task
+    from .tasks.record import plan_task, record_task
+    from .trajectory.summary import inspect_trajectory
 
     if args.plan:
         plan = plan_task(arguments)
@@ -163,8 +163,8 @@ def _record(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from .inspection import inspect_trajectory
     from .trajectory import WeightTrajectory
+    from .trajectory.summary import inspect_trajectory
 
     trajectory = WeightTrajectory(args.trajectory)
     _say(str(inspect_trajectory(trajectory)))
@@ -177,7 +177,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     import torch
 
-    from .merging import merge_adapters
+    from .trajectory.merging import merge_adapters
 
     merged = merge_adapters(
         args.trajectory,
@@ -196,7 +196,8 @@ def _predict(args: argparse.Namespace) -> None:
     from accelerate import Accelerator
 
     from .checkpoint import write_json
-    from .prediction import plan_prediction, predict_overflowed_weights
+    from .predict import predict_overflowed_weights
+    from .prediction import plan_prediction
 
     for flag in ("private", "revision", "create_pr"):
         if getattr(args, flag) and not args.push_to_hub:

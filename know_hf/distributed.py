@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
-from .roles import is_partitioned
+from .model_tensors import is_partitioned
 
 T = TypeVar("T")
 

@@ -61,7 +61,7 @@ from .evaluation import (
 )
 from .evaluation.comparison import ACCURACY, LOSS
 from .evaluation.protocols import choose
-from .evaluation.suite_data import class_turns, digits_in_frames
+from .evaluation.suites.suite_data import class_turns, digits_in_frames
 from .plotting import plot_forgetting, save_figure
 from .prediction import SHIPPED_KNOWN
 from .recording import induce_forgetting

@@ -39,7 +39,7 @@ class ForgettingSchedule:
             need it: they have no length to count epochs with.
         key_column (`str`, *optional*):
             For streaming datasets: the column that identifies an example. What it holds decides whether the example is
-            in a subset; without it the content of the whole example does. See [`~know_hf.subsets.divide`].
+            in a subset; without it the content of the whole example does. See [`~know_hf.data.subsets.divide`].
 
     Raises:
         `ValueError`: for a ratio outside (0, 1), fewer than two states, a stage of no length, a length in both epochs

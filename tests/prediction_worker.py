@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from know_hf import predict_overflowed_weights
-from know_hf.gate import Gate
+from know_hf.prediction import Gate
 
 
 def size_of_the_first_bias(model: torch.nn.Module) -> list[float]:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from know_hf import WeightTrajectory, predict_overflowed_weights, predictors
 from know_hf.evaluation import NAIVE, Arm, ArmSources, known_arm, known_step_arms, make_arm
 from know_hf.evaluation.task_singular_vectors import merge_task_singular_vectors
-from know_hf.modeling_known import KNOWNConfig, KNOWNModel
+from know_hf.known.modeling_known import KNOWNConfig, KNOWNModel
 from know_hf.predictors import register_predictor
 
 NAMES = (

@@ -19,21 +19,16 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import know_hf
 from know_hf import KNOWNConfig, KNOWNModel, WeightTrajectory, predict_overflowed_weights
-from know_hf.cards import (
-    CheckpointCard,
-    TrajectoryCard,
-    checkpoint_card,
-    forgetting_picture,
-    known_card,
-    trajectory_card,
-)
-from know_hf.cards.comparisons import condensed, tally
+from know_hf.cards import CheckpointCard, TrajectoryCard, checkpoint_card, known_card, trajectory_card
+from know_hf.cards.base import environment
 from know_hf.cards.provenance import source
-from know_hf.cards.rendering import code, environment, fenced, markdown, python
+from know_hf.cards.suite_tables import condensed, tally
 from know_hf.cli import make_parser
-from know_hf.inspection import inspect_trajectory
+from know_hf.markdown import code, fenced, markdown, python
+from know_hf.plotting import forgetting_picture
 from know_hf.prediction import SHIPPED_KNOWN
 from know_hf.predictors import Shrink
+from know_hf.trajectory.summary import inspect_trajectory
 
 PATTERNS = Path(__file__).parent / "cards"
 PLACEHOLDERS = {

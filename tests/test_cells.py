@@ -4,8 +4,8 @@ import sys
 import pytest
 import torch
 
-from know_hf.evaluation.cells import run_cells
-from know_hf.evaluation.store import CellStore
+from know_hf.evaluation.cell_store import CellStore
+from know_hf.evaluation.runner import run_cells
 
 
 def whose(cell, advance):

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 import know_hf.tasks
 from know_hf import WeightTrajectory
 from know_hf.cli import main, make_parser
-from know_hf.inspection import inspect_trajectory
-from know_hf.task_arguments import RecordArguments, read_flags
 from know_hf.tasks import RecordingPlan
+from know_hf.tasks.arguments import RecordArguments, read_flags
+from know_hf.trajectory.summary import inspect_trajectory
 
 
 def run_python(code):

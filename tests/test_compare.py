@@ -34,7 +34,7 @@ from know_hf.evaluation import (
 from know_hf.evaluation import compare_arms as compare_arms_with_pages
 from know_hf.evaluation.compare import _default_arms
 from know_hf.evaluation.comparison import ACCURACY, Measure
-from know_hf.evaluation.measuring import _check_head
+from know_hf.evaluation.measure import _check_head
 from know_hf.evaluation.protocols import choose, first_of_each_class, refined
 
 compare_arms = partial(compare_arms_with_pages, pages=False)  # pictures take longer than all the rest

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from know_hf.configuration_known import KNOWNConfig
-from know_hf.modeling_known import KNOWNModel
+from know_hf.known.configuration_known import KNOWNConfig
+from know_hf.known.modeling_known import KNOWNModel
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 FILES = {"conv": "KNOWN_Conv.h5", "fc": "KNOWN_FC.h5", "bias": "KNOWN_Bias.h5"}

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from know_hf.checkpoint import CheckpointReader
-from know_hf.depth import relative_depths
+from know_hf.predictors.relative_depth import relative_depths
 
 SIZES = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
 

@@ -18,15 +18,8 @@ from transformers import AutoModel
 from know_hf import KNOWNModel, WeightTrajectory, predict_overflowed_weights
 from know_hf.checkpoint import CheckpointError
 from know_hf.cli import main
-from know_hf.gate import REFERENCE, Gate
-from know_hf.hub import (
-    HubError,
-    pull,
-    pull_trajectory,
-    push,
-    push_known,
-)
-from know_hf.prediction import SHIPPED_KNOWN
+from know_hf.hub import HubError, pull, pull_trajectory, push, push_known
+from know_hf.prediction import REFERENCE, SHIPPED_KNOWN, Gate
 from know_hf.trajectory import TrajectoryError
 
 __all__ = ["enhanced", "hub", "no_token_shown", "waits"]

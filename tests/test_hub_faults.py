@@ -11,16 +11,7 @@ from loopback_hub import FOREIGN_TOKEN, READ_TOKEN, TOKEN, LoopbackHub, hub
 from loopback_repos import Account
 
 from know_hf import WeightTrajectory
-from know_hf.hub import (
-    HubError,
-    check_push,
-    pull,
-    pull_checkpoint,
-    pull_trajectory,
-    push,
-    push_checkpoint,
-    push_known,
-)
+from know_hf.hub import HubError, check_push, pull, pull_checkpoint, pull_trajectory, push, push_checkpoint, push_known
 from know_hf.trajectory import TrajectoryError
 
 __all__ = ["enhanced", "hub", "no_token_shown", "waits"]

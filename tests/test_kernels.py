@@ -12,9 +12,9 @@ import pytest
 import torch
 from packaging.version import Version
 
-from know_hf.configuration_known import KNOWN_ROLES, KNOWNConfig
-from know_hf.kernels import dispatch, prepare, residual
-from know_hf.modeling_known import KNOWNModel
+from know_hf.known.configuration_known import KNOWN_ROLES, KNOWNConfig
+from know_hf.known.kernels import dispatch, prepare, residual
+from know_hf.known.modeling_known import KNOWNModel
 from know_hf.prediction import SHIPPED_KNOWN
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
@@ -281,7 +281,7 @@ def test_threads_change_nothing(model):
 
 @pytest.mark.parametrize("shape", [(16, 4), (8, 2), (4, 4), (4, 2)])
 def test_every_vector_shape(model, shape, monkeypatch):
-    machine_code = pytest.importorskip("know_hf.kernels.machine_code", exc_type=ImportError)
+    machine_code = pytest.importorskip("know_hf.known.kernels.llvm_network", exc_type=ImportError)
     monkeypatch.setattr(machine_code, "vector_shape", lambda triple, features: shape)
     machine_code.compile_network.cache_clear()
     try:
@@ -293,7 +293,7 @@ def test_every_vector_shape(model, shape, monkeypatch):
 
 
 def test_vector_shape_of_a_cpu():
-    machine_code = pytest.importorskip("know_hf.kernels.machine_code", exc_type=ImportError)
+    machine_code = pytest.importorskip("know_hf.known.kernels.llvm_network", exc_type=ImportError)
     assert machine_code.vector_shape("x86_64-unknown-linux-gnu", {"avx": True, "avx512f": True}) == (16, 4)
     assert machine_code.vector_shape("x86_64-unknown-linux-gnu", {"avx": True, "avx512f": False}) == (8, 2)
     assert machine_code.vector_shape("x86_64-unknown-linux-gnu", {}) == (4, 2)

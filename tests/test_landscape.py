@@ -7,9 +7,9 @@ import torch
 from conftest import make_images
 from torch import nn
 
-from know_hf import landscape
-from know_hf.landscape import loss_landscape
-from know_hf.prediction import predict_overflowed_weights
+from know_hf.evaluation import loss_landscape as landscape
+from know_hf.evaluation.loss_landscape import loss_landscape
+from know_hf.predict import predict_overflowed_weights
 from know_hf.predictors import Average
 
 

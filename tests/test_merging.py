@@ -35,8 +35,8 @@ from transformers import (
 )
 
 from know_hf import WeightTrajectory, predict_overflowed_weights
-from know_hf.merging import merge_adapters
 from know_hf.trajectory import TrajectoryError
+from know_hf.trajectory.merging import merge_adapters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's own

@@ -7,8 +7,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel
 
-from know_hf.configuration_known import KNOWNConfig
-from know_hf.modeling_known import KNOWNModel, KNOWNOutput
+from know_hf.known.configuration_known import KNOWNConfig
+from know_hf.known.modeling_known import KNOWNModel, KNOWNOutput
 
 
 @pytest.fixture

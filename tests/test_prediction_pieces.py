@@ -16,8 +16,8 @@ from torch import nn
 
 from know_hf import plan_prediction, predict_overflowed_weights
 from know_hf.checkpoint import file_sha256
-from know_hf.gate import Gate
-from know_hf.prediction import planning
+from know_hf.prediction import Gate
+from know_hf.prediction import plan as planning
 from know_hf.trajectory import TrajectoryError
 
 TESTS = Path(__file__).parent

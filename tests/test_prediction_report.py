@@ -10,7 +10,7 @@ from torch import nn
 
 from know_hf import KNOWNConfig, KNOWNModel, predict_overflowed_weights
 from know_hf.prediction import ResidualReport
-from know_hf.prediction.report import code_warnings, forgetting_warnings
+from know_hf.prediction.residuals import code_warnings, forgetting_warnings
 
 torch.manual_seed(0)
 HISTORY = torch.randn(5, 1000)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from know_hf import predictors
-from know_hf.configuration_known import KNOWNConfig
-from know_hf.modeling_known import KNOWNModel
+from know_hf.known.configuration_known import KNOWNConfig
+from know_hf.known.modeling_known import KNOWNModel
 from know_hf.predictors import (
     Average,
     DepthPredictor,

@@ -36,8 +36,8 @@ from know_hf.evaluation import (
     shrink_arm,
     with_new_head,
 )
-from know_hf.evaluation.probing import features
-from know_hf.modeling_known import KNOWNConfig, KNOWNModel
+from know_hf.evaluation.linear_probe import features
+from know_hf.known.modeling_known import KNOWNConfig, KNOWNModel
 from know_hf.trajectory import WeightTrajectory
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageClassification
 
 from know_hf import WeightTrajectory, quickstart
 from know_hf.evaluation import NAIVE, RANDOM, FineTuning, known_arm
-from know_hf.modeling_known import KNOWNConfig, KNOWNModel
+from know_hf.known.modeling_known import KNOWNConfig, KNOWNModel
 from know_hf.quickstart import ARMS, QuickstartSettings, run_quickstart
 
 MINIATURE = QuickstartSettings(

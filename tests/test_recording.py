@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
-from know_hf.inspection import displacement, inspect_trajectory
+from know_hf.data.subsets import divide
 from know_hf.recording.callback import num_examples_of
-from know_hf.recording.checking import examples_per_step, warn_of_changes, warn_of_warmup
-from know_hf.subsets import divide
+from know_hf.recording.validation import examples_per_step, warn_of_changes, warn_of_warmup
 from know_hf.trajectory import TrajectoryError
+from know_hf.trajectory.summary import displacement, inspect_trajectory
 
 SHORT = ForgettingSchedule(num_states=3, stratify_by="labels")
 

@@ -20,7 +20,7 @@ from test_recording_peft import PEFT_WARNING, TARGETS, adapt, make_adapter
 from transformers import LlamaForCausalLM, set_seed
 
 from know_hf import WeightTrajectory, induce_forgetting
-from know_hf.roles import names_on_disk
+from know_hf.model_tensors import names_on_disk
 
 TESTS = Path(__file__).parent
 pytestmark = PEFT_WARNING

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from headless_browser import BINARY, HeadlessBrowser
 
-from know_hf.cards.comparisons import tally
+from know_hf.cards.suite_tables import tally
 from know_hf.evaluation.comparison import ACCURACY, LOSS
-from know_hf.evaluation.report import read_report, write_report
-from know_hf.evaluation.report_tables import chosen_table, limits, result_table, validity, verdict
-from know_hf.evaluation.results import ComparisonReport
+from know_hf.evaluation.report.comparison_report import ComparisonReport
+from know_hf.evaluation.report.pages import read_report, write_report
+from know_hf.evaluation.report.tables import chosen_table, limits, result_table, validity, verdict
 
 RECIPE = Path(__file__).parents[1] / "recipes/compare/summary.py"
 RATES = (1e-3, 1e-2, 1e-1)

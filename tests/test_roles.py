@@ -22,7 +22,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from know_hf import tensor_roles
-from know_hf.roles import TensorRole, is_partitioned, names_on_disk, role_by_shape
+from know_hf.model_tensors import is_partitioned, names_on_disk
+from know_hf.roles import TensorRole, role_by_shape
 from know_hf.trajectory import state_nbytes
 
 

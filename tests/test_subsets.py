@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainingArguments
 
-from know_hf import ForgettingSchedule, subsets
-from know_hf.content import content_hash
-from know_hf.subsets import divide
+from know_hf import ForgettingSchedule
+from know_hf.data import subsets
+from know_hf.data.row_hashes import content_hash
+from know_hf.data.subsets import divide
 
 SIZED = ForgettingSchedule(num_states=3)
 STREAM = ForgettingSchedule(num_states=3, steps_per_stage=2)

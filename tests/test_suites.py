@@ -18,10 +18,10 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from know_hf import WeightTrajectory
 from know_hf.cli import main
 from know_hf.evaluation import batches, load_suite, run_suite
-from know_hf.evaluation.small_cnn import SmallCNN, SmallCNNConfig
-from know_hf.evaluation.suite_data import Inputs, Side, class_turns, prepare
-from know_hf.evaluation.suite_task import ModelSpec, SuiteTask
-from know_hf.evaluation.suites import SUITES_DIR
+from know_hf.evaluation.suites.small_cnn import SmallCNN, SmallCNNConfig
+from know_hf.evaluation.suites.suite import SUITES_DIR
+from know_hf.evaluation.suites.suite_data import Inputs, Side, class_turns, prepare
+from know_hf.evaluation.suites.suite_task import ModelSpec, SuiteTask
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "compare"
 
@@ -459,7 +459,7 @@ def test_padding_that_no_text_of_a_batch_needs_is_left_out(texts):
     ],
 )
 def test_further_known_weights_get_the_arms_of_the_shipped_ones(own, further, monkeypatch, tmp_path):
-    monkeypatch.setattr("know_hf.evaluation.suites.compare_arms", lambda *_, arms, **__: arms)
+    monkeypatch.setattr("know_hf.evaluation.suites.suite.compare_arms", lambda *_, arms, **__: arms)
     arms = run_suite("digits", tmp_path, arms=own, known={"x": "folder"})
     assert [arm.name for arm in arms] == own + further
     assert {arm.known for arm in arms[len(own) :]} == {"folder"}

@@ -32,10 +32,11 @@ from transformers import (
     set_seed,
 )
 
-from know_hf.inspection import inspect_trajectory
-from know_hf.task_arguments import LoraArguments, RecordArguments, check_keys
-from know_hf.task_data import CausalCollator, load_splits, tokenize
+from know_hf.config_files import check_keys
 from know_hf.tasks import _keep_arguments, plan_task, prepare_task, record_task
+from know_hf.tasks.arguments import LoraArguments, RecordArguments
+from know_hf.tasks.task_data import CausalCollator, load_splits, tokenize
+from know_hf.trajectory.summary import inspect_trajectory
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "record"
 WORDS = ["good", "bad", "film", "a", "the", "was", "this"]
@@ -207,7 +208,7 @@ def test_weights_in_parts_are_planned_as_the_whole(text_arguments, monkeypatch):
     whole, parts = plan_task(text_arguments), prepare_task(text_arguments)
     for parameter in parts.model.parameters():
         parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)  # as ZeRO-3 leaves it
-    monkeypatch.setattr("know_hf.tasks.prepare_task", lambda args: parts)
+    monkeypatch.setattr("know_hf.tasks.record.prepare_task", lambda args: parts)
     plan = plan_task(text_arguments)
     assert (plan.parameters, plan.bytes_needed) == (whole.parameters, whole.bytes_needed)
 

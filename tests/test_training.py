@@ -15,7 +15,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from know_hf import predictors
-from know_hf.configuration_known import KNOWNConfig
+from know_hf.known.configuration_known import KNOWNConfig
+from know_hf.known.modeling_known import KNOWNModel
 from know_hf.meta_learning import (
     MetaTrainingArguments,
     RoleSkill,
@@ -26,7 +27,6 @@ from know_hf.meta_learning import (
     training,
 )
 from know_hf.meta_learning.objective import MetaObjective
-from know_hf.modeling_known import KNOWNModel
 from know_hf.predictors import Shrink
 from know_hf.trajectory import WeightTrajectory
 

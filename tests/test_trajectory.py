@@ -21,9 +21,9 @@ from transformers import (
 
 from know_hf import WeightTrajectory
 from know_hf.checkpoint import file_sha256
-from know_hf.inspection import inspect_trajectory
 from know_hf.trajectory import TrajectoryBusyError, TrajectoryError
-from know_hf.trajectory.saving import Snapshot
+from know_hf.trajectory.snapshot import Snapshot
+from know_hf.trajectory.summary import inspect_trajectory
 
 NAME = "classifier.1.weight"
 
@@ -507,7 +507,7 @@ def test_a_tensor_without_a_role_is_named(trajectory_copy):
 
 
 def test_the_revision_of_the_base_is_that_of_the_only_snapshot_in_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("know_hf.trajectory.saving.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("know_hf.trajectory.snapshot.HF_HUB_CACHE", str(tmp_path / "cache"))
     model = make_resnet()
     model.config._name_or_path = "someone/base"
     revisions = []

@@ -13,8 +13,9 @@ from test_trajectory import rewrite_state
 from torch import nn
 from torch.utils.data import DataLoader
 
-from know_hf.meta_learning import BalancedBatchSampler, TransitionDataset, samples
-from know_hf.meta_learning.sources import SourceTensor
+from know_hf.meta_learning import BalancedBatchSampler, TransitionDataset
+from know_hf.meta_learning import state_samples as samples
+from know_hf.meta_learning.transition_sources import SourceTensor
 from know_hf.trajectory import WeightTrajectory
 
 

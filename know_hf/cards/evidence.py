@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult
 from markupsafe import Markup
 
-from .rendering import Table, clean, code
+from ..markdown import Table, clean, code
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison

@@ -11,9 +11,11 @@ from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import logging
 
+from ..config_files import check_keys
+from ..markdown import Table, clean, code, python_call
 from ..schedule import ForgettingSchedule
-from ..task_arguments import RecordArguments, check_keys
-from .rendering import Card, Table, clean, code, python_call
+from ..tasks.arguments import RecordArguments
+from .base import Card
 
 if TYPE_CHECKING:
     from ..trajectory import WeightTrajectory

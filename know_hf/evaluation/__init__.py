@@ -1,25 +1,20 @@
 """Does it help? Arms to compare, protocols that measure them, statistics that say how sure it is."""
 
+from .arm_weights import ArmSources
 from .arms import AVERAGE, NAIVE, ORACLE, RANDOM, Arm, known_arm, known_step_arms, make_arm, shrink_arm
-from .cells import run_cells
+from .cell_store import CellStore
 from .compare import compare_arms
 from .comparison import ArmResult, Comparison, compare_with_naive
-from .initial_weights import ArmSources
+from .fine_tuning import Examples, batches, fine_tune, with_new_head
 from .landscape import Landscape
-from .measuring import ComparisonTask
-from .probing import LinearProbe
-from .protocols import (
-    AsTheyAre,
-    FineTuning,
-    accuracy,
-    evaluate_classifier,
-)
-from .results import ComparisonReport
+from .linear_probe import LinearProbe
+from .measure import ComparisonTask
+from .protocols import AsTheyAre, FineTuning, accuracy, evaluate_classifier
+from .report.comparison_report import ComparisonReport
+from .runner import run_cells
 from .splits import Split
 from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
-from .store import CellStore
-from .suites import Suite, load_suite, run_suite
-from .training import Examples, batches, fine_tune, with_new_head
+from .suites.suite import Suite, load_suite, run_suite
 
 __all__ = [
     "AVERAGE",

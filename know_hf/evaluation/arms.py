@@ -27,9 +27,9 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
+from ..config_files import check_keys
 from ..predictors import get_predictor
-from ..task_arguments import check_keys
-from .initial_weights import ArmSources, initial_model
+from .arm_weights import ArmSources, initial_model
 
 Kind = Literal[
     "state",

@@ -17,23 +17,15 @@ from ..checkpoint import file_sha256
 from ..prediction import SHIPPED_KNOWN
 from ..trajectory import WeightTrajectory
 from .arms import Arm, make_arm
-from .cells import run_cells
+from .cell_store import CellStore
 from .comparison import ACCURACY, LOSS
 from .landscape import Landscape, measure_landscape
-from .measuring import (
-    ComparisonTask,
-    Recorded,
-    device,
-    hash_data,
-    measure_arm,
-    measure_trajectory,
-    trajectory_folder,
-)
-from .probing import LinearProbe
+from .linear_probe import LinearProbe
+from .measure import ComparisonTask, Recorded, device, hash_data, measure_arm, measure_trajectory, trajectory_folder
 from .protocols import FineTuning, MeasuringProtocol, first_of_each_class, refined
-from .results import REPORT_NAME, ComparisonReport
+from .report.comparison_report import REPORT_NAME, ComparisonReport
+from .runner import run_cells
 from .statistics import scipy_stats
-from .store import CellStore
 
 _USUAL_STATES = 5  # those of a schedule, and what the shipped KNOWN needs
 
@@ -70,7 +62,7 @@ def compare_arms(
     What is finished is not run again: called again with the same folder, it goes on where it was stopped, and more
     arms or seeds can be added. Whether a seed's data and weights are the same is told by their hashes, for which
     `source` and `target` are called once for every seed and draw. Cells are written whole or not at all. `output_dir`
-    then has `report.json` (see [`know_hf.evaluation.results`]), the same to be read as `report.html` and `report.md`,
+    then has `report.json`, the same to be read as `report.html` and `report.md`,
     one file for each cell, and the trajectories.
 
     Args:
@@ -189,7 +181,7 @@ def compare_arms(
 
 
 def _write_pages(report: ComparisonReport, output_dir: Path) -> None:
-    from .report import write_report
+    from .report.pages import write_report
 
     try:
         write_report(report.to_dict(), output_dir)

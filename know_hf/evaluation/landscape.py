@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..landscape import loss_landscape
+from .arm_weights import ArmSources
 from .arms import Arm
-from .initial_weights import ArmSources
-from .measuring import ComparisonTask, arm_sources
+from .loss_landscape import loss_landscape
+from .measure import ComparisonTask, arm_sources
 
 
 @dataclass(frozen=True)

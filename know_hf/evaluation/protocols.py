@@ -19,8 +19,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .comparison import ACCURACY, LOSS, Measure
+from .fine_tuning import Examples, batches, by_length, fine_tune, train_parameters, with_new_head
 from .splits import Split
-from .training import Examples, batches, by_length, fine_tune, train_parameters, with_new_head
 
 Scores = dict[str, float]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..content import content_hash
-from .training import Examples
+from ..data.row_hashes import content_hash
+from .fine_tuning import Examples
 
 _IGNORED = -100  # the label that the losses of torch leave out
 

@@ -1,11 +1,11 @@
 """The Hub: enhanced checkpoints, trajectories and KNOWN weights are pushed whole and pulled whole, or not at all."""
 
 from ..hub_client import HubError
-from .checking import check_push
-from .contents import architecture_of
-from .known import push_known
-from .pulling import pull, pull_checkpoint, pull_trajectory
-from .pushing import push, push_checkpoint, push_trajectory
+from .pull import pull, pull_checkpoint, pull_trajectory
+from .push import push, push_checkpoint, push_trajectory
+from .push_checks import check_push
+from .push_known import push_known
+from .repo_contents import architecture_of
 
 __all__ = [
     "HubError",

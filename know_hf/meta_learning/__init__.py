@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
-    "BalancedBatchSampler": "sampling",
+    "BalancedBatchSampler": "batch_sampler",
     "CollectedTrajectory": "collection",
-    "MetaTrainingArguments": "arguments",
+    "MetaTrainingArguments": "training_arguments",
     "MetaTrainingResult": "training",
     "RoleSkill": "skill",
-    "TransitionDataset": "transitions",
+    "TransitionDataset": "dataset",
     "meta_train": "training",
     "read_collection": "collection",
     "retrodiction_skill": "skill",
@@ -23,17 +23,17 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
-    from .arguments import MetaTrainingArguments as MetaTrainingArguments
+    from .batch_sampler import BalancedBatchSampler as BalancedBatchSampler
     from .collection import CollectedTrajectory as CollectedTrajectory
     from .collection import read_collection as read_collection
     from .collection import split_collection as split_collection
+    from .dataset import TransitionDataset as TransitionDataset
     from .processes import start_processes as start_processes
-    from .sampling import BalancedBatchSampler as BalancedBatchSampler
     from .skill import RoleSkill as RoleSkill
     from .skill import retrodiction_skill as retrodiction_skill
     from .training import MetaTrainingResult as MetaTrainingResult
     from .training import meta_train as meta_train
-    from .transitions import TransitionDataset as TransitionDataset
+    from .training_arguments import MetaTrainingArguments as MetaTrainingArguments
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .sources import PUBLISHED_SUFFIXES, open_source
+from .transition_sources import PUBLISHED_SUFFIXES, open_source
 
 logger: python_logging.Logger = logging.get_logger(__name__)
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from ..modeling_known import KNOWNModel
-from .arguments import MetaTrainingArguments
-from .transitions import TransitionDataset
+from ..known.modeling_known import KNOWNModel
+from .dataset import TransitionDataset
+from .training_arguments import MetaTrainingArguments
 
 # Tensors that moved a thousand times less than the mean, or not at all in the last step, weigh no more than this.
 LARGEST_WEIGHT = 1000.0

@@ -6,7 +6,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, parse_flag_from_env
 
-from .arguments import MetaTrainingArguments
+from .training_arguments import MetaTrainingArguments
 
 
 def start_processes() -> PartialState:

@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
-from ..modeling_known import KNOWNModel
+from ..known.modeling_known import KNOWNModel
 from ..predictors import KNOWNPredictor, Predictor, get_predictor
-from .transitions import TransitionDataset
+from .dataset import TransitionDataset
 
 
 @dataclass(frozen=True)

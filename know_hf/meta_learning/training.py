@@ -17,15 +17,15 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from ..configuration_known import KNOWNConfig
-from ..modeling_known import KNOWNModel
-from .arguments import MetaTrainingArguments
-from .checkpoints import CheckpointFolder, Progress
+from ..known.configuration_known import KNOWNConfig
+from ..known.modeling_known import KNOWNModel
+from .batch_sampler import BalancedBatchSampler
+from .dataset import TransitionDataset
 from .objective import MetaObjective
 from .processes import make_accelerator
-from .sampling import BalancedBatchSampler
 from .skill import RoleSkill, retrodiction_skill
-from .transitions import TransitionDataset
+from .training_arguments import MetaTrainingArguments
+from .training_checkpoints import CheckpointFolder, Progress
 
 logger: python_logging.Logger = logging.get_logger(__name__)
 

@@ -2,7 +2,8 @@
 
 from .forest import ForestRow, plot_forest
 from .forgetting import plot_forgetting
-from .landscape import LandscapePoint, plot_landscape
+from .forgetting_picture import forgetting_picture
+from .landscape_figure import LandscapePoint, plot_landscape
 from .learning_rates import RateCurve, RatePanel, plot_learning_rates
 from .style import adaptive_svg, figure_svg, save_figure
 
@@ -13,6 +14,7 @@ __all__ = [
     "RatePanel",
     "adaptive_svg",
     "figure_svg",
+    "forgetting_picture",
     "plot_forest",
     "plot_forgetting",
     "plot_landscape",

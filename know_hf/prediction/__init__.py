@@ -1,18 +1,20 @@
-"""From a trajectory and a predictor to the enhanced checkpoint, in pieces of bounded size.
+"""From a trajectory and a predictor to the enhanced checkpoint, in pieces of bounded size."""
 
-This is where files and mathematics meet: `trajectory` reads, `predictors` compute, `checkpoint` writes. `planning`
-says from the files' headers alone what will be done, `running` does it, `report` says what it did.
-"""
-
-from .planning import SHIPPED_KNOWN, PredictionPlan, plan_prediction
-from .predict import PredictionResult, predict_overflowed_weights
-from .report import ResidualReport
+from .gate import Gate
+from .plan import SHIPPED_KNOWN, PredictionPlan, plan_prediction
+from .residuals import ResidualReport
+from .result import PredictionResult
+from .selection import REFERENCE, GateCandidate, GateResult, choose
 
 __all__ = [
+    "REFERENCE",
     "SHIPPED_KNOWN",
+    "Gate",
+    "GateCandidate",
+    "GateResult",
     "PredictionPlan",
     "PredictionResult",
     "ResidualReport",
+    "choose",
     "plan_prediction",
-    "predict_overflowed_weights",
 ]

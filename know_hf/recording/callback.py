@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..distributed import gather_state_dict, reshard
 from ..schedule import ForgettingSchedule
 from ..trajectory import WeightTrajectory, check_adapter
-from .checking import (
+from .validation import (
     check_arguments,
     training_facts,
     warn_of_changes,

@@ -8,10 +8,10 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import logging
 
+from ..data.subsets import Subset
 from ..distributed import on_main_process
-from ..inspection import displacement
-from ..subsets import Subset
 from ..trajectory import StateRecord, WeightTrajectory
+from ..trajectory.summary import displacement
 
 logger = logging.get_logger(__name__)
 

@@ -2,7 +2,7 @@
 
 from .loading import load_into, load_pretrained
 from .manifest import FileRecord, StateRecord, TrajectoryBusyError, TrajectoryError
-from .saving import check_adapter, state_nbytes
+from .snapshot import check_adapter, state_nbytes
 from .weight_trajectory import WeightTrajectory
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader
-from ..roles import converted_names, is_adapter, is_partitioned, names_in_memory
+from ..model_tensors import converted_names, is_adapter, is_partitioned, names_in_memory
 from .manifest import TrajectoryError
 
 _REBUILDING = (

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from ..checkpoint import ByteSource, CheckpointError, CheckpointReader, atomic_folder
 from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
-from .background import BackgroundWriter
-from .checking import check_local_files
+from .background_writer import BackgroundWriter
+from .integrity import check_local_files
 from .loading import check_same_tensors, load_into, load_pretrained
 from .manifest import (
     MANIFEST_NAME,
@@ -37,14 +37,7 @@ from .manifest import (
     TrajectoryError,
     recordable,
 )
-from .saving import (
-    Snapshot,
-    cached_revision,
-    library_versions,
-    roles_on_disk,
-    with_place,
-    write_model_files,
-)
+from .snapshot import Snapshot, cached_revision, library_versions, roles_on_disk, with_place, write_model_files
 
 
 class WeightTrajectory:

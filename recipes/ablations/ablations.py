@@ -138,7 +138,7 @@ def by_ratio(trajectories: "Sequence[CollectedTrajectory]") -> "dict[str, list[C
 
 def fingerprint(trajectories: "Sequence[CollectedTrajectory]") -> str:
     """Hash of the weights of all of them, in their order; other trajectories may have the same names."""
-    from know_hf.meta_learning.sources import open_source
+    from know_hf.meta_learning.transition_sources import open_source
 
     digest = hashlib.sha256()
     for trajectory in trajectories:

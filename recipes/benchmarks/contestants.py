@@ -125,12 +125,12 @@ def prepare_inputs(
 
 
 def prepare_kernel(kernel: str, folder: Path, device: str, threads: int, seconds: float) -> tuple[Run, dict[str, Any]]:
-    """One form of KNOWN in PyTorch, by its name in `know_hf.kernels`."""
+    """One form of KNOWN in PyTorch, by its name in `know_hf.known.kernels`."""
     import numpy as np
     import torch
 
     from know_hf import KNOWNModel
-    from know_hf.kernels import residual
+    from know_hf.known.kernels import residual
 
     torch.set_num_threads(threads)
     model = KNOWNModel.from_pretrained(folder / "known").to(device)

@@ -4,7 +4,7 @@
     python recipes/benchmarks/prediction.py --peer-weights FOLDER --json results.json
     python recipes/benchmarks/prediction.py --device cuda --kernels eager folded triton
 
-First the function alone: seconds a parameter and step of every kernel of `know_hf.kernels` and of the peer, as medians
+First the function alone: seconds a parameter and step of every kernel of KNOWN and of the peer, as medians
 over repetitions in which all take turns, FLOP/s, and their share of what a large matrix product reaches in the same
 turns. Then `predict_overflowed_weights` from end to end, a fresh process each time, on trajectories of random weights
 that it records itself and deletes again. Prints Markdown. The peer needs `pip install tensorflow-cpu`.
@@ -231,7 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--sizes", nargs="*", choices=SIZES, default=["resnet18", "bert", "1b"], help="models to predict end to end")
-    add("--kernels", nargs="*", default=["eager", "folded", "cpu", "triton"], help="names in know_hf.kernels")
+    add("--kernels", nargs="*", default=["eager", "folded", "cpu", "triton"], help="names in know_hf.known.kernels")
     add("--predict-with", nargs="*", default=["auto"], metavar="KERNEL", help="for end to end (default: auto)")
     add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="ways to run the published network")
     add("--peer-weights", type=Path, help="folder with the published KNOWN_*.h5, used by all; else the shipped ones")

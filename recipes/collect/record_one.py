@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
 from know_hf.checkpoint import write_json
-from know_hf.inspection import displacement
+from know_hf.trajectory.summary import displacement
 
 RECIPE_NAME, RESULT_NAME = "recipe.json", "result.json"
 

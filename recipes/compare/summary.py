@@ -1,7 +1,7 @@
 """Prints the reports of several comparisons side by side, as one Markdown table for each protocol.
 
     python recipes/compare/summary.py outputs/mnist-halves outputs/fashion-resnet
-    python recipes/compare/summary.py know_hf/weights/known-base/comparisons.json --arms random known-step-2 oracle
+    python recipes/compare/summary.py know_hf/known/weights/known-base/comparisons.json --arms random oracle
 
 Rows are arms and columns suites. What stands there is the difference to naive with its 95 % interval, and an arrow
 where it is significant after Holm's correction; random, pretrained, shuffled and oracle are not tested. Numbers of a
@@ -18,8 +18,8 @@ from typing import Any
 def main() -> None:
     arguments = make_parser().parse_args()
 
-    from know_hf.cards.comparisons import condensed, protocols, side_by_side
-    from know_hf.cards.rendering import table
+    from know_hf.cards.suite_tables import condensed, protocols, side_by_side
+    from know_hf.markdown import table
 
     reports = [report for path in arguments.reports for report in read(path)]
     if arguments.output is not None:

@@ -43,14 +43,14 @@ def render() -> str:
 
     from know_hf import KNOWNConfig
     from know_hf.cards import known_card
-    from know_hf.cards.comparisons import COMPARISONS_NAME
+    from know_hf.cards.suite_tables import COMPARISONS_NAME
     from know_hf.prediction import SHIPPED_KNOWN
 
     card = known_card(
         KNOWNConfig.from_pretrained(SHIPPED_KNOWN),
         json.loads((SHIPPED_KNOWN / "results.json").read_text(encoding="utf-8")),
         title="known-base",
-        path="know_hf/weights/known-base",
+        path="know_hf/known/weights/known-base",
         comparisons=json.loads((SHIPPED_KNOWN / COMPARISONS_NAME).read_text(encoding="utf-8")),
         license="apache-2.0",
         description=DESCRIPTION,

@@ -1,0 +1,252 @@
+"""KNOWN: three small networks, one a role, that map the history of one scalar weight to its next step.
+
+Each scalar weight is seen on its own: `prediction = history[:, -1] + KNOWN(W, dW)`, where `W` is the history, most
+forgotten state first and full data last, and `dW` its consecutive differences (arXiv 2508.05059). The network is not
+scale-equivariant and its input is not normalised, both as published.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_known import KNOWNConfig
+
+
+@dataclass
+class KNOWNOutput(ModelOutput):
+    """
+    Output of [`KNOWNModel`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
+            Mean absolute error of the prediction, in units of the weights.
+        residual (`torch.Tensor` of shape `(N,)`):
+            What is added to the full-data state; inside (-1, 1), the range of the head's tanh.
+        prediction (`torch.Tensor` of shape `(N,)`):
+            Full-data state plus residual.
+    """
+
+    loss: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    prediction: torch.Tensor | None = None
+
+
+class KNOWNTrAct(nn.Module):
+    """
+    TrAct, an activation whose shape depends on its input through a bottleneck: `z = relu(squeeze(x))`,
+    `y = shift(z) + scale(z) * exp(exponent(z) * x)` (arXiv 2508.05059).
+    """
+
+    def __init__(self, config: KNOWNConfig):
+        super().__init__()
+        self.squeeze = nn.Linear(config.hidden_size, config.bottleneck_size)
+        self.shift = nn.Linear(config.bottleneck_size, config.hidden_size)
+        self.scale = nn.Linear(config.bottleneck_size, config.hidden_size)
+        self.exponent = nn.Linear(config.bottleneck_size, config.hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Maps `(N, hidden_size)` to `(N, hidden_size)`."""
+        bottleneck = torch.relu(self.squeeze(hidden))
+        return self.shift(bottleneck) + self.scale(bottleneck) * torch.exp(self.exponent(bottleneck) * hidden)
+
+
+class KNOWNOuterLinear(nn.Linear):
+    """First or last layer of a stream: these have their own initialiser and are the ones regularised."""
+
+
+class KNOWNStream(nn.Module):
+    """One stream: Linear(num_inputs → hidden) → TrAct → Linear(hidden → stream) → LeakyReLU."""
+
+    def __init__(self, config: KNOWNConfig, num_inputs: int):
+        super().__init__()
+        self.expand = KNOWNOuterLinear(num_inputs, config.hidden_size)
+        self.activation = KNOWNTrAct(config)
+        self.contract = KNOWNOuterLinear(config.hidden_size, config.stream_size)
+        self.leaky_slope = config.leaky_slope
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Maps `(N, num_inputs)` to `(N, stream_size)`."""
+        hidden = self.contract(self.activation(self.expand(inputs)))
+        return nn.functional.leaky_relu(hidden, self.leaky_slope)
+
+
+class KNOWNNetwork(nn.Module):
+    """The network of one role: a stream for the history, one for its differences, and a tanh head over both."""
+
+    def __init__(self, config: KNOWNConfig):
+        super().__init__()
+        self.history_stream = KNOWNStream(config, config.num_states)
+        self.difference_stream = KNOWNStream(config, config.num_states - 1)
+        self.head = nn.Linear(2 * config.stream_size, 1)
+
+    def forward(self, history: torch.Tensor, differences: torch.Tensor) -> torch.Tensor:
+        """Maps `(N, S)` and `(N, S - 1)` to the residual `(N,)`."""
+        streams = torch.cat([self.history_stream(history), self.difference_stream(differences)], dim=-1)
+        return torch.tanh(self.head(streams)).squeeze(-1)
+
+
+class KNOWNPreTrainedModel(PreTrainedModel):
+    """Initialisation and loading of KNOWN."""
+
+    config_class = KNOWNConfig
+    base_model_prefix = "known"
+    main_input_name = "history"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, KNOWNOuterLinear):
+            limit = math.sqrt(3 * self.config.initializer_scale / module.in_features)
+            init.uniform_(module.weight, -limit, limit)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+
+
+class KNOWNModel(KNOWNPreTrainedModel):
+    r"""
+    KNOWN for the roles conv, fc and bias, as published (arXiv 2508.05059): 9,425 parameters a role.
+
+    Args:
+        config ([`KNOWNConfig`]):
+            Sizes of the network; the defaults are the published ones.
+
+    Example:
+
+    ```python
+    >>> known = KNOWNModel(KNOWNConfig())
+    >>> output = known(history=torch.randn(1000, 5), role="conv")
+    >>> output.prediction.shape
+    torch.Size([1000])
+    ```
+    """
+
+    def __init__(self, config: KNOWNConfig):
+        super().__init__(config)
+        self.networks = nn.ModuleDict({role: KNOWNNetwork(config) for role in config.roles})
+        self.post_init()
+
+    @classmethod
+    def from_keras(cls, folder: str | os.PathLike, config: KNOWNConfig | None = None) -> "KNOWNModel":
+        """
+        Reads the published Keras weights: `KNOWN_Conv.h5`, `KNOWN_FC.h5` and `KNOWN_Bias.h5` of `folder`.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                Folder with the three files.
+            config ([`KNOWNConfig`], *optional*):
+                Sizes the files must have; the published ones by default.
+
+        Returns:
+            [`KNOWNModel`] in evaluation mode, float32.
+
+        Raises:
+            `ImportError`: when h5py is not installed.
+            `FileNotFoundError`: when a file is missing.
+            `ValueError`: when a file is not HDF5, or a dataset in it is missing, not of floats, not finite or of
+            another shape.
+        """
+        # not an import statement: transformers would then load conversion.py, and h5py, with every trust_remote_code
+        read_keras_weights = import_module("know_hf.known.keras_import").read_keras_weights
+        model = cls(KNOWNConfig() if config is None else config)
+        model.load_state_dict(read_keras_weights(folder, model))
+        return model.eval()
+
+    def forward(
+        self,
+        history: torch.Tensor,
+        role: str,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> KNOWNOutput | tuple[torch.Tensor, ...]:
+        r"""
+        Args:
+            history (`torch.Tensor` of shape `(N, S)`, floating point):
+                One row a scalar weight: its value in every state, most forgotten first, full data last.
+            role (`str`):
+                Which network: `"conv"`, `"fc"` or `"bias"`.
+            labels (`torch.Tensor` of shape `(N,)`, *optional*):
+                Weights of the next less forgotten state; with them the output has the l1 `loss`.
+            return_dict (`bool`, *optional*):
+                `False` for a plain tuple.
+
+        Returns:
+            [`KNOWNOutput`]; residual and prediction have the dtype of `history`, the network runs in the dtype of its
+            weights.
+
+        Raises:
+            `ValueError`: for an unknown role, a history that is not `(N, S)` of floats, or labels that are not `(N,)`.
+        """
+        self._check_inputs(history, role, labels)
+        residual = self.networks[role](history.to(self.dtype), history.diff(dim=1).to(self.dtype))
+        residual = residual.to(history.dtype)
+        prediction = history[:, -1] + residual
+        loss = None if labels is None else (prediction - labels).abs().mean()
+        output = KNOWNOutput(loss=loss, residual=residual, prediction=prediction)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def regularization(self, role: str | None = None, kernel_l1: float = 1e-6, bias_l1: float = 0.1) -> torch.Tensor:
+        """
+        The published regularisers of meta-training: l1 norms of the first and last layer of every stream.
+
+        Args:
+            role (`str`, *optional*):
+                The network to sum over; all three by default.
+            kernel_l1 (`float`, *optional*, defaults to `1e-6`):
+                Factor of the l1 norm of the kernels.
+            bias_l1 (`float`, *optional*, defaults to `0.1`):
+                Factor of the l1 norm of the biases.
+
+        Returns:
+            `torch.Tensor` of shape `()`, to be added to the loss.
+
+        Raises:
+            `ValueError`: for an unknown role.
+        """
+        if role is not None:
+            self._check_role(role)
+        module = self.networks if role is None else self.networks[role]
+        layers = [layer for layer in module.modules() if isinstance(layer, KNOWNOuterLinear)]
+        kernels = torch.stack([layer.weight.abs().sum() for layer in layers]).sum()
+        biases = torch.stack([layer.bias.abs().sum() for layer in layers]).sum()
+        return kernel_l1 * kernels + bias_l1 * biases
+
+    def _check_role(self, role: str) -> None:
+        if role not in self.networks:
+            raise ValueError(
+                f"role {role!r} has no network; choose one of {', '.join(self.networks)} "
+                "(tensors of any other role are kept or copied, not predicted)"
+            )
+
+    def _check_inputs(self, history: torch.Tensor, role: str, labels: torch.Tensor | None) -> None:
+        self._check_role(role)
+        num_states = self.config.num_states
+        if history.ndim != 2:
+            raise ValueError(
+                f"history has shape {tuple(history.shape)}, expected (N, {num_states}), one row a scalar weight; "
+                "bring a (S, *shape) history into this form with history.flatten(1).T"
+            )
+        if history.shape[1] != num_states:
+            raise ValueError(
+                f"history has {history.shape[1]} states (shape {tuple(history.shape)}), this KNOWN takes "
+                f"{num_states}: pass the last {num_states} states, or a KNOWN with num_states={history.shape[1]}"
+            )
+        if not history.is_floating_point():
+            raise ValueError(f"history has dtype {history.dtype}; convert it to a floating point dtype")
+        if labels is not None and labels.shape != history.shape[:1]:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}, expected {tuple(history.shape[:1])}: "
+                "one next state for each row of history"
+            )
+
+
+AutoModel.register(KNOWNConfig, KNOWNModel, exist_ok=True)
+
+__all__ = ["KNOWNModel", "KNOWNOutput", "KNOWNPreTrainedModel"]

@@ -1,0 +1,1 @@
+"""Recordings for common tasks from a YAML file or flags."""

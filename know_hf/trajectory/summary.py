@@ -1,0 +1,85 @@
+"""What a trajectory holds, in numbers: its states, the roles of its tensors, how far each role moved."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from . import StateRecord, WeightTrajectory
+
+
+@dataclass
+class TrajectorySummary:
+    """
+    Attributes:
+        states (`tuple[StateRecord]`): As recorded, full data first.
+        tensors, parameters (`dict[str, int]`): How many there are of each role.
+        displacement (`dict[str, list[float]]`): From role to `‖Θk − Θ0‖₂ / ‖Θ0‖₂` of every state k, over all of the
+            role's tensors together; 0 where Θ0 is all zeros and nothing moved.
+    """
+
+    states: tuple[StateRecord, ...]
+    tensors: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    displacement: dict[str, list[float]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        metrics = sorted({name for state in self.states for name in state.metrics})
+        roles = list(self.displacement)
+        header = ["state", "examples", "steps", *metrics, *(f"moved {role}" for role in roles)]
+        rows = [header]
+        for state in self.states:
+            values = [f"{state.metrics[name]:.4f}" if name in state.metrics else "-" for name in metrics]
+            moved = [f"{self.displacement[role][state.index]:.4f}" for role in roles]
+            examples = state.size if state.num_examples is None else f"{state.num_examples:,}"
+            rows.append([str(state.index), examples, f"{state.steps:,}", *values, *moved])
+        count = [["role", "tensors", "parameters"]]
+        count += [[role, f"{self.tensors[role]:,}", f"{self.parameters[role]:,}"] for role in self.tensors]
+        moved_means = "moved: distance from state 0 relative to its length"
+        return f"{_table(rows)}\n{moved_means}\n\n{_table(count)}"
+
+
+def inspect_trajectory(trajectory: WeightTrajectory) -> TrajectorySummary:
+    """Reads all tensors of a trajectory once and sums up how far each role moved.
+
+    Args:
+        trajectory ([`WeightTrajectory`]): The recorded states.
+
+    Returns:
+        [`TrajectorySummary`]: printable with `str`.
+    """
+    summary = TrajectorySummary(trajectory.states)
+    length: dict[str, float] = {}
+    distance: dict[str, torch.Tensor] = {}
+    for name in trajectory.names:
+        role = trajectory.roles[name].role
+        summary.tensors[role] = summary.tensors.get(role, 0) + 1
+        summary.parameters[role] = summary.parameters.get(role, 0) + trajectory.shape(name).numel()
+        if role == "copied":
+            continue
+        newest_first = trajectory.read_history(name).flip(0).double()
+        length[role] = length.get(role, 0.0) + float(newest_first[0].square().sum())
+        distance[role] = distance.get(role, 0.0) + (newest_first - newest_first[0]).square().sum(dim=1)
+    for role, squared in distance.items():
+        summary.displacement[role] = (squared.sqrt() / max(length[role] ** 0.5, 1e-30)).tolist()
+    return summary
+
+
+def displacement(trajectory: WeightTrajectory, state: int) -> float:
+    """`‖Θk − Θ0‖₂ / ‖Θ0‖₂` over all parameters together; 0 for state 0.
+
+    Args:
+        trajectory ([`WeightTrajectory`]): The recorded states.
+        state (`int`): The index k.
+    """
+    moved = length = 0.0
+    for name, role in trajectory.roles.items():
+        if state and role.role != "copied":
+            first = trajectory.tensor(name).double()
+            moved += float((trajectory.tensor(name, state).double() - first).square().sum())
+            length += float(first.square().sum())
+    return (moved / max(length, 1e-60)) ** 0.5
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
