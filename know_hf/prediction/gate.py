@@ -19,8 +19,9 @@ from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, atomic_folder
 from ..distributed import on_main_process
 from ..model_tensors import is_adapter
 from ..predictors import Average, KNOWNPredictor, Predictor, get_predictor
-from . import PredictionPlan, PredictionResult, ResidualReport
-from .result import recalibrate_checkpoint
+from .plan import PredictionPlan
+from .residuals import ResidualReport
+from .result import PredictionResult, recalibrate_checkpoint
 from .selection import REFERENCE, GateResult, check_reference, check_rule, choose
 
 logger = logging.get_logger(__name__)
