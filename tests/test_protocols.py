@@ -256,6 +256,9 @@ def test_a_comparison_finds_the_better_arm_and_says_so():
     assert {name: data[name]["minus_naive"]["p_holm"] for name in p_values} == holm(p_values)
     assert data["oracle"]["minus_naive"]["p_holm"] is None
     assert "minus_naive" not in data["naive"]
+    record = comparison.to_record()
+    assert (record["what"], record["arms"]) == ("transfer", data)
+    assert (record["verdict"], record["validity"]) == (comparison.verdict(), comparison.validity())
 
 
 def test_a_comparison_without_a_better_arm_says_so():

@@ -263,6 +263,10 @@ class Comparison:
         naive."""
         return {name: result.to_dict() for name, result in self.results.items()}
 
+    def to_record(self) -> dict[str, Any]:
+        """Return what a model card shows of the comparison: `what`, `arms` ([`to_dict`]), `verdict` and `validity`."""
+        return {"what": self.what, "arms": self.to_dict(), "verdict": self.verdict(), "validity": self.validity()}
+
     def _rows(self, extra: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
         measure = self.measure
         heading = f"{measure.name} {measure.unit}".rstrip()
