@@ -6,9 +6,10 @@ bias. Here the module that owns a tensor decides, so that it holds for any model
 for is left alone: `norm` (parameters of normalisation layers), `kept` (other parameters) and `copied` (buffers).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
@@ -22,21 +23,37 @@ _ELEMENTWISE = ("A_log",)  # logarithms of the decays of state-space models, a r
 
 @dataclass(frozen=True)
 class TensorRole:
-    """Role of one tensor, one of `ROLES`, and the reason in words."""
+    """Role of a tensor.
+
+    Attributes:
+        role (`str`):
+            One of `ROLES`.
+        reason (`str`):
+            Explanation for people. Code reads the other fields.
+        tied_to (`str`, *optional*):
+            First name of a tied tensor, on all of its other names.
+        is_batch_norm (`bool`):
+            Whether a BatchNorm layer owns the tensor.
+
+    Raises:
+        `ValueError`: If the role is unknown.
+    """
 
     role: str
     reason: str
+    tied_to: str | None = None
+    is_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise TypeError(f"unknown role {self.role!r}; the roles are {', '.join(ROLES)}")
+            raise ValueError(f"unknown role {self.role!r}; choose one of {', '.join(ROLES)}")
 
 
 def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
     """Role of every tensor of the model's state dict.
 
-    Tied tensors are listed under each of their names, all but the first with the reason `tied to …`; a checkpoint on
-    disk holds them once.
+    A tied tensor is listed under each of its names; all but the first have `tied_to`. A checkpoint on disk holds it
+    once.
 
     Args:
         model (`nn.Module`): Any module.
@@ -52,9 +69,12 @@ def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
         owner = owners.get(path)
         if isinstance(owner, nn.ParameterDict):  # peft's, from names of adapters
             attribute = path.rpartition(".")[2]
-        role = _role(owner, name, attribute, tensor)
-        source = first_name.setdefault(id(tensor), name)
-        roles[name] = role if source == name else TensorRole(roles[source].role, f"tied to {source}")
+        first = first_name.setdefault(id(tensor), name)
+        if first == name:
+            role = _role(owner, name, attribute, tensor)
+            roles[name] = replace(role, is_batch_norm=isinstance(owner, _BatchNorm))
+        else:
+            roles[name] = replace(roles[first], reason=f"tied to {first}", tied_to=first)
     return roles
 
 

@@ -201,11 +201,13 @@ def test_roles_of_transformers_models(model, expected):
 
 def test_tied_weights_name_their_source():
     llama = next(model for model, _ in small_models() if isinstance(model, LlamaForCausalLM))
-    assert tensor_roles(llama)["lm_head.weight"] == TensorRole("fc", "tied to model.embed_tokens.weight")
+    assert tensor_roles(llama)["lm_head.weight"] == TensorRole(
+        "fc", "tied to model.embed_tokens.weight", tied_to="model.embed_tokens.weight"
+    )
 
 
 def test_an_unknown_role_is_refused():
-    with pytest.raises(TypeError, match="unknown role 'convolution'; the roles are conv, fc"):
+    with pytest.raises(ValueError, match="'convolution'.* conv, fc"):
         TensorRole("convolution", "")
 
 

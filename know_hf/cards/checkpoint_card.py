@@ -108,7 +108,7 @@ class CheckpointCard(RecordedCard):
             norm=norm,
             dtype=dtype,
             recalibrated=recalibrated,
-            has_batch_norm=any("BatchNorm" in role.reason for role in trajectory.roles.values()),
+            has_batch_norm=any(role.is_batch_norm for role in trajectory.roles.values()),
             roles=[
                 {"role": role} | {name: getattr(report, name) for name in _FIGURES}
                 for role, report in result.report.items()

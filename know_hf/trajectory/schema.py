@@ -146,6 +146,7 @@ def _is_text(value: Any) -> bool:
 
 
 _PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: isinstance(value, bool), "true or false"),
     int: (_is_whole, "a whole number below 2**64"),
     float: (_is_number, "a finite number"),
     str: (_is_text, f"text of at most {MAX_STRING} characters without control characters"),

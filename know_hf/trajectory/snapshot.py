@@ -86,9 +86,8 @@ class Snapshot:
         for name, tensor in source.items():
             if adapter and name not in on_disk:
                 continue
-            reason = roles[name].reason if name in roles else ""
-            if reason.startswith("tied to ") and (owner := reason.removeprefix("tied to ")) in copied:
-                copied[name] = copied[owner]  # gathering gave each its own tensor
+            if name in roles and (first := roles[name].tied_to) in copied:
+                copied[name] = copied[first]  # gathering gave each its own tensor
                 continue
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
             if place not in copies:
@@ -201,9 +200,9 @@ def roles_on_disk(snapshot: Snapshot, reader: CheckpointReader) -> tuple[dict[st
         for name in reader.names
     }
     tied = {
-        name: on_disk[role.reason.removeprefix("tied to ")]
+        name: on_disk[role.tied_to]
         for name, role in owned.items()
-        if role.reason.startswith("tied to ") and name not in roles
+        if role.tied_to is not None and name not in roles
     }
     return roles, tied
 
