@@ -19,9 +19,22 @@ from know_hf.plotting import (
 )
 
 SIZES = [1600, 800, 400]
+ROWS = [
+    ForestRow("random", "reference", -9.0, -10.0, -8.0),
+    ForestRow("shrink", "control", 0.2, -0.4, 0.8, detectable=1.0),
+    ForestRow("known", "method", 1.5, 0.9, 2.1, significant=True, detectable=1.2),
+    ForestRow("oracle", "reference", 3.0, 2.0, 4.0),
+]
+GRID = [-1.0, 0.0, 1.0, 2.0]
+LOSS = [[float(x * x + y * y) for x in GRID] for y in GRID]
+POINTS = [
+    LandscapePoint("Θ0", "state", 0, 0, 0.1, 0),
+    LandscapePoint("Θ1", "state", 1, 0.5, 0.2, 0),
+    LandscapePoint("known-1", "arm", 0.05, 0.02, 0.1, 0.3),
+]
 
 
-def test_the_curve_is_the_mean_over_runs_with_the_sizes_below():
+def test_forgetting_curve_shows_the_mean_over_runs():
     runs = np.array([[0.9, 0.8, 0.6], [0.7, 0.6, 0.4]])
     axes = plot_forgetting(SIZES, runs, title="Forgetting here", chance=0.1).axes[0]
     mean = next(line for line in axes.lines if line.get_label() == "mean of 2 runs")
@@ -29,50 +42,17 @@ def test_the_curve_is_the_mean_over_runs_with_the_sizes_below():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["Θ0\n1,600 (all)", "Θ1\n800", "Θ2\n400"]
     assert [text.get_text() for text in axes.texts] == ["0.800", "0.700", "0.500"]
     assert axes.get_title() == "Forgetting here"
-    assert "accuracy" in axes.get_ylabel()
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["2 single runs", "mean of 2 runs", "guessing: 0.10"]
+    assert len(axes.get_legend().get_texts()) == 3
 
 
-def test_one_run_is_drawn_alone():
-    axes = plot_forgetting(SIZES, [0.9, 0.8, 0.6]).axes[0]
-    assert [line.get_label() for line in axes.lines] == ["one run"]
-
-
-def test_a_figure_is_written_without_pyplot(tmp_path):
-    before = set(sys.modules)
-    path = save_figure(plot_forgetting(SIZES, [0.9, 0.8, 0.6]), tmp_path / "new" / "forgetting.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert "matplotlib.pyplot" not in set(sys.modules) - before
-
-
-def test_scores_that_do_not_fit_the_states_are_an_error():
-    with pytest.raises(ValueError, match="scores of shape \\(2,\\) do not give one score to each of 3 states"):
-        plot_forgetting(SIZES, [0.9, 0.8])
-
-
-def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="know_hf\\[plot\\]"):
-        plot_forgetting(SIZES, [0.9, 0.8, 0.6])
-
-
-def test_sizes_that_are_not_known_are_left_out():
+def test_forgetting_curve_of_one_run_and_unknown_sizes():
     axes = plot_forgetting([None, 5], [0.9, 0.8], digits=1).axes[0]
+    assert len(axes.lines) == 1
     assert [label.get_text() for label in axes.get_xticklabels()] == ["Θ0", "Θ1\n5"]
     assert [text.get_text() for text in axes.texts] == ["0.9", "0.8"]
 
 
-ROWS = [
-    ForestRow("random", "reference", -9.0, -10.0, -8.0),
-    ForestRow("shrink", "control", 0.2, -0.4, 0.8, detectable=1.0),
-    ForestRow("known", "method", 1.5, 0.9, 2.1, significant=True, detectable=1.2),
-    ForestRow("oracle", "reference", 3.0, 2.0, 4.0),
-]
-
-
-def test_the_forest_is_sorted_with_references_below():
+def test_forest_is_sorted_with_references_last():
     figure = plot_forest(ROWS, "points", "accuracy")
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["known", "shrink", "oracle", "random"]
@@ -85,34 +65,23 @@ def test_the_forest_is_sorted_with_references_below():
     ]
     low, high = axes.get_ylim()
     assert low > high  # the first row is at the top
-    assert "difference to naive, points" in axes.get_xlabel()
-    assert axes.get_xlabel().endswith("better →")
+    assert "naive, points" in axes.get_xlabel() and axes.get_xlabel().endswith("better →")
     assert len(figure.legends[0].get_texts()) == 5
 
 
-def test_bands_end_at_the_smallest_difference_that_can_be_found():
+def test_forest_marks_significance_detectable_differences_and_outliers():
     axes = plot_forest(ROWS, "points").axes[0]
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(-1.2, 2.4), (-1.0, 2.0)]
-
-
-def test_what_lies_far_outside_is_an_arrow_and_does_not_squeeze_the_others():
-    axes = plot_forest(ROWS, "points").axes[0]
+    faces = {line.get_marker(): line.get_markerfacecolor() == line.get_color() for line in axes.lines}
+    assert faces["o"] is True and faces["s"] is False
     left, right = axes.get_xlim()
-    assert -3 < left < -2
-    assert 2.1 < right < 4
+    assert -3 < left < -2 and 2.1 < right < 4
     markers = {line.get_marker(): line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1}
     assert left < markers["<"] < left + 0.1
     assert markers["o"] == 1.5
 
 
-def test_only_what_is_significant_is_filled():
-    axes = plot_forest(ROWS, "points").axes[0]
-    faces = {line.get_marker(): line.get_markerfacecolor() == line.get_color() for line in axes.lines}
-    assert faces["o"] is True
-    assert faces["s"] is False
-
-
-def test_where_lower_is_better_the_lowest_comes_first():
+def test_forest_where_lower_is_better():
     axes = plot_forest(ROWS, "loss", higher_is_better=False, digits=3).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["shrink", "known", "random", "oracle"]
     assert axes.get_xlabel().startswith("← better")
@@ -134,73 +103,61 @@ def test_every_arm_has_a_panel_with_naive_behind():
     assert [text.get_text() for text in shown[1].get_legend().get_texts()] == ["factor 1", "factor 2"]
     assert len({line.get_linestyle() for line in shown[1].lines[1:]}) == 2
     assert shown[0].get_ylim() == pytest.approx((0.3 - 0.03, 0.8 + 0.03))
-    assert "grey: naive" in figure.get_supxlabel()
 
 
-GRID = [-1.0, 0.0, 1.0, 2.0]
-LOSS = [[float(x * x + y * y) for x in GRID] for y in GRID]
-POINTS = [
-    LandscapePoint("Θ0", "state", 0, 0, 0.1, 0),
-    LandscapePoint("Θ1", "state", 1, 0.5, 0.2, 0),
-    LandscapePoint("known-1", "arm", 0.05, 0.02, 0.1, 0.3),
-]
-
-
-def test_the_landscape_shows_every_point_under_its_name():
-    figure = plot_landscape(GRID, GRID, LOSS, POINTS, "validation loss", (0.7, 0.2))
+def test_landscape_labels_every_point_without_overlap():
+    loss = [[None if x == 2 else value for x, value in zip(GRID, row, strict=True)] for row in LOSS]
+    figure = plot_landscape(GRID, GRID, loss, POINTS, "validation loss", (0.7, 0.2))
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts] == ["Θ0", "Θ1", "known-1"]
     assert [text.xy for text in axes.texts] == [(0, 0), (1, 0.5), (0.05, 0.02)]
-    assert "(70% of their squared distances to Θ0)" in axes.get_xlabel()
+    assert "70%" in axes.get_xlabel() and "20%" in axes.get_ylabel()
     assert figure.axes[1].get_ylabel() == "validation loss"
-    ways = [list(line.get_xdata()) for line in axes.lines]
-    assert ways == [[0, 1], [0, 1], [0.05]]
-
-
-def test_names_do_not_cover_each_other():
-    figure = plot_landscape(GRID, GRID, LOSS, POINTS)
+    assert [list(line.get_xdata()) for line in axes.lines] == [[0, 1], [0, 1], [0.05]]
     figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    boxes = [text.get_window_extent() for text in axes.texts]
     assert not any(a.overlaps(b) for number, a in enumerate(boxes) for b in boxes[:number])
 
 
-def test_a_loss_that_is_not_finite_leaves_a_hole():
-    loss = [[None if x == 2 else value for x, value in zip(GRID, row, strict=True)] for row in LOSS]
-    figure = plot_landscape(GRID, GRID, loss, POINTS)
-    assert len(figure.axes) == 2
+def test_figure_is_written_without_pyplot(tmp_path):
+    before = set(sys.modules)
+    path = save_figure(plot_forgetting(SIZES, [0.9, 0.8, 0.6]), tmp_path / "new" / "forgetting.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert "matplotlib.pyplot" not in set(sys.modules) - before
 
 
-def test_the_svg_of_a_figure_is_one_element_that_refers_to_nothing_and_stays_the_same(tmp_path):
+def test_svg_is_one_deterministic_element_without_references(tmp_path):
     text = figure_svg(plot_forest(ROWS, "points"))
     assert text.startswith("<svg") and text.rstrip().endswith("</svg>")
     assert figure_svg(plot_forest(ROWS, "points")) == text
     assert "metadata" not in text
-    assert save_figure(plot_forest(ROWS, "points"), tmp_path / "new" / "forest.svg").read_text() == text
+    assert save_figure(plot_forest(ROWS, "points"), tmp_path / "new" / "forest.svg").read_text("utf-8") == text
     assert ">known</text>" in text  # text, not outlines
     minidom.parseString(text)
 
 
 @pytest.mark.parametrize(
-    "figure",
+    "draw",
     [
-        plot_forest(ROWS, "points"),
-        plot_forgetting(SIZES, [0.9, 0.8, 0.6], chance=0.1),
-        plot_learning_rates([RatePanel("a", "method", [RateCurve([1, 9], [1, 2])])], RateCurve([1, 9], [2, 1]), "x"),
-        plot_landscape(GRID, GRID, LOSS, POINTS),
+        lambda: plot_forest(ROWS, "points"),
+        lambda: plot_forgetting(SIZES, [0.9, 0.8, 0.6], chance=0.1),
+        lambda: plot_learning_rates(
+            [RatePanel("a", "method", [RateCurve([1, 9], [1, 2])])], RateCurve([1, 9], [2, 1]), "x"
+        ),
+        lambda: plot_landscape(GRID, GRID, LOSS, POINTS),
     ],
     ids=["forest", "forgetting", "rates", "landscape"],
 )
-def test_no_text_keeps_its_colour_on_a_dark_page(figure):
-    svg = adaptive_svg(figure_svg(figure))
-    document = minidom.parseString(svg)
-    texts = document.getElementsByTagName("text")
+def test_all_text_changes_its_colour_on_a_dark_page(draw):
+    svg = adaptive_svg(figure_svg(draw()))
+    texts = minidom.parseString(svg).getElementsByTagName("text")
     assert len(texts) > 5
-    for text in texts:  # powers of ten are a group that has the colour
+    for text in texts:  # a power of ten is a group with the colour
         assert "fill: var(--c" in text.getAttribute("style") + text.parentNode.getAttribute("style"), text.toxml()
     assert svg.count("--c0:") == 2  # light and dark
 
 
-def test_names_of_strangers_are_drawn_as_they_stand():
+def test_names_are_drawn_as_literal_text():
     rows = [
         ForestRow("$x_{$ <b>&", "method", 1.0, 0.5, 1.5),
         ForestRow("\\frac$", "control", 0.5, 0.1, 0.9),
@@ -215,12 +172,20 @@ def test_names_of_strangers_are_drawn_as_they_stand():
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
-        (lambda: plot_forest([], "points"), "at least one arm besides naive"),
-        (lambda: plot_learning_rates([], RateCurve([1], [1]), "loss"), "at least one arm besides naive"),
-        (lambda: plot_landscape(GRID, GRID[:2], LOSS, []), r"loss of shape \(4, 4\) does not fit a grid of 2 times 4"),
-        (lambda: plot_landscape([0, 1], [0, 1], [[None] * 2] * 2, []), "no loss of the grid is finite"),
+        (lambda: plot_forest([], "points"), "naive"),
+        (lambda: plot_learning_rates([], RateCurve([1], [1]), "loss"), "naive"),
+        (lambda: plot_landscape(GRID, GRID[:2], LOSS, []), r"\(4, 4\).*2 × 4"),
+        (lambda: plot_landscape([0, 1], [0, 1], [[None] * 2] * 2, []), "finite"),
+        (lambda: plot_forgetting(SIZES, [0.9, 0.8]), r"\(2,\).*3 states"),
     ],
 )
-def test_what_cannot_be_drawn_is_an_error(draw, message):
+def test_invalid_input_raises(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"know_hf\[plot\]"):
+        plot_forgetting(SIZES, [0.9, 0.8, 0.6])

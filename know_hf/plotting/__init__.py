@@ -1,10 +1,9 @@
-"""Figures, drawn without pyplot: nothing global is touched and no display is needed."""
+"""Figures, drawn without pyplot: no global state, no display."""
 
-from .forest import ForestRow, plot_forest
-from .forgetting import plot_forgetting
-from .forgetting_picture import forgetting_picture
-from .landscape_figure import LandscapePoint, plot_landscape
-from .learning_rates import RateCurve, RatePanel, plot_learning_rates
+from .forest_plot import ForestRow, plot_forest
+from .forgetting_curve import forgetting_picture, plot_forgetting
+from .landscape_plot import LandscapePoint, plot_landscape
+from .learning_rate_plot import RateCurve, RatePanel, plot_learning_rates
 from .style import adaptive_svg, figure_svg, save_figure
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What all figures share: colours, the figure itself, and how it is written."""
+"""Colours, figure and file output shared by all plots."""
 
 import io
 import re
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito, Color Universal Design, 2008: told apart with every kind of colour blindness.
+# Okabe and Ito, Color Universal Design, 2008: distinguishable with every kind of colour blindness
 BLUE, VERMILION, GREEN = "#0072b2", "#d55e00", "#009e73"
 INK, MUTED, GRID, BAND, PAPER = "#1b1b1d", "#5a5a60", "#d8d8dc", "#e9e9ec", "#fefefe"
 
 ROLE_COLOURS = {"method": BLUE, "control": VERMILION, "reference": MUTED}
 ROLE_MARKERS = {"method": "o", "control": "s", "reference": "D"}
 
-_LONGEST_NAME = 32  # characters of a name
+_LONGEST_NAME = 32  # characters
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
-# What takes the place of each colour where the page around the figure is dark.
+# counterpart of each colour on a dark page
 _DARK = {
     BLUE: "#56b4e9",
     VERMILION: "#f0a35e",
@@ -34,20 +34,20 @@ _DARK = {
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, its size in inches; no pyplot, nothing global.
+    """Return an empty figure; width and height in inches.
 
     Raises:
-        `ImportError`: when matplotlib is missing.
+        `ImportError`: If matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("figures need matplotlib, the extra 'plot': pip install 'know_hf[plot]'") from error
+        raise ImportError("figures need matplotlib; install it with pip install 'know_hf[plot]'") from error
     return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
 
 
 def style_axes(axes: "Axes", title: str, x_label: str, y_label: str, grid: Literal["x", "y", "both"]) -> None:
-    """Labels, and the colours that [`adaptive_svg`] knows: matplotlib's own black would stay black on a dark page."""
+    """Set labels, and the colours that [`adaptive_svg`] replaces on a dark page."""
     axes.set_title(title.replace("$", r"\$"), color=INK, fontsize=11)
     axes.set_xlabel(x_label.replace("$", r"\$"), color=INK, fontsize=9.5)
     axes.set_ylabel(y_label.replace("$", r"\$"), color=INK, fontsize=9.5)
@@ -60,21 +60,20 @@ def style_axes(axes: "Axes", title: str, x_label: str, y_label: str, grid: Liter
 
 
 def plain(text: str) -> str:
-    """Text as it stands, whoever wrote it: `$` is no mathematics, and what can't be seen or drawn is left out."""
+    """Escape a name as literal text: no mathematics, no invisible characters, at most 32 characters."""
     seen = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     cut = seen if len(seen) <= _LONGEST_NAME else seen[: _LONGEST_NAME - 1] + "…"
     return cut.replace("$", r"\$")
 
 
 def save_figure(figure: "Figure", path: str | Path) -> Path:
-    """Writes a figure in the format of the path's suffix.
+    """Write a figure in the format of the path's suffix and return the path.
 
     Args:
-        figure (`matplotlib.figure.Figure`): The figure.
-        path (`str` or `Path`): Where it goes; folders are made.
-
-    Returns:
-        `Path`: the path.
+        figure (`matplotlib.figure.Figure`):
+            The figure.
+        path (`str` or `Path`):
+            Output file. Missing folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,14 +85,14 @@ def save_figure(figure: "Figure", path: str | Path) -> Path:
 
 
 def figure_svg(figure: "Figure") -> str:
-    """A figure as one `<svg>` element that refers to nothing outside of it; the same figure gives the same text."""
+    """Return a figure as one self-contained `<svg>` element, deterministic."""
     import matplotlib
 
     buffer = io.StringIO()
-    # ids that do not change from run to run; text as text, which any viewer can draw, search and read out
+    # fixed ids; text as text, which viewers can search and read aloud
     settings: dict[Any, Any] = {"svg.hashsalt": "know_hf", "svg.fonttype": "none"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # of matplotlib's own font, which only measures here
+        # matplotlib's font only measures the text here
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
@@ -102,7 +101,7 @@ def figure_svg(figure: "Figure") -> str:
 
 
 def adaptive_svg(svg: str) -> str:
-    """The `<svg>` of a figure, in light colours on dark where it is looked at with a dark colour scheme."""
+    """Return the `<svg>` with colours that follow the colour scheme of the page."""
     for number, colour in enumerate(_DARK):
         svg = svg.replace(colour, f"var(--c{number})")
     light = "".join(f"--c{number}:{colour};" for number, colour in enumerate(_DARK))

@@ -1,4 +1,4 @@
-"""Score against learning rate, one panel an arm, naive behind each: whether an arm is better or only moved along."""
+"""Score against learning rate, one panel per arm with naive behind it."""
 
 import math
 from collections.abc import Sequence
@@ -11,18 +11,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SETTING_STYLES = ("-", "--", ":", "-.")
-
 
 @dataclass(frozen=True)
 class RateCurve:
     """One setting of an arm.
 
     Attributes:
-        rates (`Sequence[float]`): Learning rates, increasing.
-        values (`Sequence[float]`): Score at each rate, in the unit of the axis; NaN where there is none.
-        intervals (`Sequence[tuple[float, float]]`, *optional*): Ends of the interval at each rate.
-        label (`str`, *optional*): The setting, where the arm has several.
+        rates (`Sequence[float]`):
+            Learning rates, increasing.
+        values (`Sequence[float]`):
+            Score at each rate, in the unit of the axis; NaN leaves a gap.
+        intervals (`Sequence[tuple[float, float]]`, *optional*):
+            Interval at each rate.
+        label (`str`, *optional*):
+            The setting, if the arm has several.
     """
 
     rates: Sequence[float]
@@ -33,7 +35,7 @@ class RateCurve:
 
 @dataclass(frozen=True)
 class RatePanel:
-    """One arm: its name, role and curves."""
+    """An arm with its role and curves."""
 
     name: str
     role: str
@@ -43,21 +45,26 @@ class RatePanel:
 def plot_learning_rates(
     panels: Sequence[RatePanel], naive: RateCurve, score_name: str, title: str = "", columns: int = 4
 ) -> "Figure":
-    """Draws the score of every arm at every learning rate, each in a panel of its own with naive in grey.
+    """Plot the score of every arm at every learning rate, with naive in grey in each panel.
 
     Args:
-        panels (sequence of [`RatePanel`]): The arms, naive not among them.
-        naive ([`RateCurve`]): Drawn in every panel.
-        score_name (`str`): Label of the vertical axis.
-        title (`str`, *optional*): Title.
-        columns (`int`, *optional*, defaults to `4`): Panels a row.
+        panels (sequence of [`RatePanel`]):
+            All arms but naive.
+        naive ([`RateCurve`]):
+            Curve of naive.
+        score_name (`str`):
+            Label of the vertical axis.
+        title (`str`, *optional*):
+            Title of the figure.
+        columns (`int`, *optional*, defaults to `4`):
+            Panels per row.
 
     Raises:
-        `ValueError`: when there is no panel.
-        `ImportError`: when matplotlib is missing.
+        `ValueError`: If there is no panel.
+        `ImportError`: If matplotlib is not installed.
     """
     if not panels:
-        raise ValueError("a figure of learning rates needs at least one arm besides naive")
+        raise ValueError("the learning rate plot has no panels; give at least one arm besides naive")
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(max(1.9 * columns, 3.2), 0.75 + 1.45 * rows)
@@ -66,18 +73,15 @@ def plot_learning_rates(
         _draw_panel(axes, panel, naive)
     curves = [naive, *(curve for panel in panels for curve in panel.curves)]
     grid[0, 0].set_ylim(_limits([value for curve in curves for value in curve.values]))
-    # of curves without a value the axis does not know the rates
+    # without a finite value, the axis would not show the rates
     low, high = _limits([math.log10(rate) for curve in curves for rate in curve.rates])
     grid[0, 0].set_xlim(10**low, 10**high)
     for number, axes in enumerate(grid.flat):
-        if number >= len(panels):
-            axes.set_visible(False)
-        # the last panel of a column has the rates, also where the last row is not full
+        axes.set_visible(number < len(panels))
+        # label the last panel of each column, also where the last row is not full
         axes.xaxis.set_tick_params(labelbottom=number + columns >= len(panels))
-    label = (
-        "learning rate (grey: naive; shaded: 95% interval)" if len(naive.intervals) else "learning rate (grey: naive)"
-    )
-    figure.supxlabel(label, fontsize=9.5, color=INK)
+    shaded = "; shaded: 95% interval" if len(naive.intervals) else ""
+    figure.supxlabel(f"learning rate (grey: naive{shaded})", fontsize=9.5, color=INK)
     figure.supylabel(plain(score_name), fontsize=9.5, color=INK)
     figure.suptitle(plain(title), fontsize=11, color=INK)
     return figure
@@ -86,11 +90,11 @@ def plot_learning_rates(
 def _draw_panel(axes: "Axes", panel: RatePanel, naive: RateCurve) -> None:
     _draw_curve(axes, naive, MUTED, "-", 1.2)
     several = len(panel.curves) > 1
-    colours = [BLUE, VERMILION, GREEN, INK] if several else [ROLE_COLOURS[panel.role]]
-    if panel.role == "reference" and not several:
-        colours = [INK]
+    colours = [BLUE, VERMILION, GREEN, INK]
+    if not several:
+        colours = [INK if panel.role == "reference" else ROLE_COLOURS[panel.role]]
     for number, curve in enumerate(panel.curves):
-        style = _SETTING_STYLES[number % len(_SETTING_STYLES)] if several else "-"
+        style = ("-", "--", ":", "-.")[number % 4]
         _draw_curve(axes, curve, colours[number % len(colours)], style, 1.6, fill=not several)
     axes.set_xscale("log")
     axes.minorticks_off()
@@ -110,7 +114,7 @@ def _draw_curve(axes: "Axes", curve: RateCurve, colour: str, style: str, width: 
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """Limits that show every value that is finite, with some room."""
+    """Return limits around all finite values."""
     finite = [value for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     room = 0.06 * (high - low) or 0.5
