@@ -3,12 +3,13 @@
 from ..hub_client import HubError
 from .pull import pull, pull_checkpoint, pull_trajectory
 from .push import push, push_checkpoint, push_trajectory
-from .push_checks import check_push
+from .push_checks import PushOptions, check_push
 from .push_known import push_known
 from .repo_contents import architecture_of
 
 __all__ = [
     "HubError",
+    "PushOptions",
     "architecture_of",
     "check_push",
     "pull",

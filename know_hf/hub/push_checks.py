@@ -48,6 +48,30 @@ def check_push(
 
 
 @dataclass(frozen=True)
+class PushOptions:
+    """Options of a push to the Hub.
+
+    Args:
+        private (`bool`, *optional*):
+            Whether a new repo is private; defaults to the setting of the account or organization.
+        revision (`str`, *optional*, defaults to `"main"`):
+            Branch to push to, created from `main` if it does not exist, or `refs/pr/N`, an open pull request.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Whether to open a pull request instead of pushing to the branch.
+        commit_message (`str`, *optional*):
+            First line of the commit message.
+        token (`str` or `bool`, *optional*):
+            Access token; defaults to the token of `hf auth login`.
+    """
+
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+    token: Token = None
+
+
+@dataclass(frozen=True)
 class PushTarget:
     """Where something is pushed to and what it is; see [`check_push`]."""
 
