@@ -5,7 +5,7 @@ whole shards at once; `header` says where each tensor's bytes stand, so that `re
 them. What they write is byte for byte what the library writes.
 """
 
-from .files import atomic_folder, check_free_disk, file_sha256, fsync, parse_json, write_json
+from .files import atomic_folder, check_free_disk, file_sha256, fsync, parse_json, read_json, write_json
 from .header import CheckpointError, TensorEntry, TensorSpec, read_header
 from .reader import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
 from .sources import ByteSource, LocalFile
@@ -28,6 +28,7 @@ __all__ = [
     "fsync",
     "parse_json",
     "read_header",
+    "read_json",
     "replace_tensors",
     "write_json",
 ]

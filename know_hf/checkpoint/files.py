@@ -131,6 +131,29 @@ def parse_json(data: bytes, parse_int: Callable[[str], Any] = int) -> Any:
         raise ValueError("it is nested too deeply, or does not fit into memory") from error
 
 
+def read_json(path: Path, max_bytes: int) -> Any:
+    """Read a JSON file that may come from a stranger.
+
+    Args:
+        path (`Path`):
+            An existing file.
+        max_bytes (`int`):
+            Largest size; of a larger file, no more is read.
+
+    Raises:
+        `ValueError`:
+            When the file is larger, or as [`parse_json`].
+    """
+    with path.open("rb") as handle:
+        data = handle.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes / 1e6:.0f} MB")
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Replaces `path` by `content` as JSON in one step: a crash leaves the old file or the new one, never half."""
     partial = path.with_name(f".{path.name}.partial")

@@ -5,9 +5,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
-from ..checkpoint import CheckpointReader
+from ..checkpoint import CheckpointReader, read_json
 from ..trajectory.manifest import MANIFEST_NAME
-from ..trajectory.schema import SchemaError, read_json
 
 Kind = Literal["checkpoint", "adapter", "trajectory"]
 
@@ -89,7 +88,7 @@ def architecture_of(config: Path) -> str | None:
         return None
     try:
         content = read_json(config, MAX_CONFIG_BYTES)
-    except SchemaError as error:
+    except ValueError as error:
         raise ValueError(f"{config} can't be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{config} is no JSON object")

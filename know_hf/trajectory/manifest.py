@@ -1,72 +1,149 @@
-"""`trajectory.json`: what a trajectory holds, as dataclasses whose annotations say what may stand in it.
+"""`trajectory.json`: the content of a trajectory as dataclasses, validated by pydantic.
 
-Whoever pulls a trajectory reads what a stranger wrote: whatever its bytes are, reading ends in a valid manifest or in
-a `TrajectoryError`, and no path in it leads out of the folder.
+The file may come from a stranger. Reading ends in a valid manifest or in a `TrajectoryError`, and no path in it leads
+out of the folder. Values are never converted, so a manifest that is read is written again byte for byte. Unknown
+fields are ignored, so a newer minor version can add some.
 """
 
 import os
 import posixpath
 import re
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
+from reprlib import Repr
 from typing import Annotated, Any
 
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    FailFast,
+    Field,
+    GetPydanticSchema,
+    PlainValidator,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import core_schema
 from transformers.utils import logging
 
-from ..checkpoint import file_sha256, write_json
+from ..checkpoint import file_sha256, read_json, write_json
 from ..roles import TensorRole
 from ..schedule import ForgettingSchedule, size_in_words
-from .schema import Rule, SchemaError, build, read_json, shorten
 
 logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "trajectory.json"
 FORMAT_VERSION = "1.0"
-MAX_BYTES = 64_000_000  # that of 5 states with 100,000 tensors, most of them stored once, has 39 MB
+MAX_BYTES = 64_000_000  # 5 states of 100,000 tensors, most of them stored once, take 44 MB
 MAX_STATES = 1000
+_MAX_ENTRIES = 250_000  # of a mapping: pydantic collects the errors of all entries before it raises
 
-# What save_pretrained of models, adapters, tokenizers and processors writes. All else is refused, above all what can
-# run: pickles, which do when they are loaded, and Python, which trust_remote_code runs.
+# What save_pretrained of models, adapters, tokenizers and processors writes. Pickles run when they are loaded, Python
+# runs under trust_remote_code: both are refused.
 _FILE_KINDS = re.compile(r".+\.(safetensors|json|jinja|txt|md|model(\.v\w+)?|spm|codes|vocab|tokenizer|tiktoken)")
-# A plain name on every system: not hidden, nothing that Windows takes for a drive, a stream, a device or a separator.
+# A plain name on every system: not hidden, no drive, stream, device or separator of Windows.
 _FILE_NAME = re.compile(r"(?!\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$))[^\\/:*?\"<>|]*[^\\/:*?\"<>|. ]", re.IGNORECASE)
+# Control characters and line separators could forge lines of a card or steer a terminal.
+_PLAIN_TEXT = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
+
+_short = Repr()
+_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxlong = 2, 2, 2, 60, 30
 
 
 class TrajectoryError(ValueError):
-    """A trajectory is damaged, inconsistent or not of a version that can be read."""
+    """A trajectory is damaged, inconsistent or of a version that cannot be read."""
 
 
 class TrajectoryBusyError(RuntimeError, BlockingIOError):
-    """Another process records to the folder, or has since it was read."""
+    """Another process records to the folder, or recorded to it since it was read."""
 
 
-def _stays_inside(path: str) -> bool:
-    return not path.startswith("/") and not re.match(r"\w:", path) and ".." not in re.split(r"[/\\]", path)
+def _number(value: Any) -> int | float:
+    # an int of a thousand digits compares with a float but does not convert to one
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        return value
+    raise ValueError("expected a finite number")
 
 
-def _is_plain(path: str) -> bool:
-    return all(_FILE_NAME.fullmatch(name) and len(name.encode()) <= 255 for name in path.split("/"))
+def _limited(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > _MAX_ENTRIES:
+        raise ValueError(f"expected at most {_MAX_ENTRIES} entries, got {len(value)}")
+    return value
 
 
-_Count = Annotated[int, Rule(lambda value: 0 <= value < 2**63, "a whole number of at least 0")]
-_Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a share from 0 to 1")]
-_Sha256 = Annotated[str, Rule(re.compile("[0-9a-f]{64}").fullmatch, "64 hexadecimal digits in lower case")]
-_RelativePath = Annotated[
-    str,
-    Rule(_stays_inside, "a path that does not lead outside of its folder"),
-    Rule(_is_plain, "a relative path of plain names with / between them"),
-    Rule(_FILE_KINDS.fullmatch, "weights as safetensors, JSON or text: pickles and code are never read"),
-]
-_Schedule = Annotated[ForgettingSchedule, Rule(lambda s: s.num_states <= MAX_STATES, f"at most {MAX_STATES} states")]
+def _relative_path(path: str) -> str:
+    if path.startswith("/") or re.match(r"\w:", path) or ".." in re.split(r"[/\\]", path):
+        raise ValueError("expected a path inside the folder of the trajectory")
+    if not all(_FILE_NAME.fullmatch(name) and len(name.encode()) <= 255 for name in path.split("/")):
+        raise ValueError("expected a relative path of plain names with / between them")
+    if not _FILE_KINDS.fullmatch(path):
+        raise ValueError("expected safetensors, JSON or text; pickles and code are never read")
+    return path
+
+
+_Text = Annotated[str, Strict(), Field(max_length=4096, pattern=_PLAIN_TEXT)]
+_Integer = Annotated[int, Strict(), Field(gt=-(2**64), lt=2**64)]
+_Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
+_Number = Annotated[float, PlainValidator(_number)]
+_Path = Annotated[_Text, AfterValidator(_relative_path)]
+_Texts = Annotated[dict[_Text, _Text], BeforeValidator(_limited)]
+
+
+class _RoleContent(BaseModel):
+    """[`TensorRole`] on disk. Version 0.1 wrote role and reason only."""
+
+    role: _Text
+    reason: _Text
+    tied_to: _Text | None = None
+    is_batch_norm: Annotated[bool | None, Strict()] = None
+
+    def build(self) -> TensorRole:
+        is_batch_norm = "BatchNorm" in self.reason if self.is_batch_norm is None else self.is_batch_norm
+        return TensorRole(self.role, self.reason, self.tied_to, is_batch_norm)
+
+
+class _ScheduleContent(BaseModel):
+    """[`ForgettingSchedule`] on disk, which checks everything but types and size."""
+
+    ratio: _Number = 0.0
+    num_states: Annotated[int, Strict(), Field(le=MAX_STATES)] = 0
+    epochs_per_stage: _Number = 0.0
+    stratify_by: _Text | None = None
+    seed: _Integer = 0
+    group_by: _Text | None = None
+    steps_per_stage: _Integer | None = None
+    key_column: _Text | None = None
+
+    def build(self) -> ForgettingSchedule:
+        return ForgettingSchedule(**self.model_dump(exclude_unset=True))
+
+
+def _built_from(content: type[_RoleContent] | type[_ScheduleContent]) -> GetPydanticSchema:
+    """Annotation of a class outside of this module that is validated as `content`."""
+    return GetPydanticSchema(
+        lambda _, handler: core_schema.no_info_after_validator_function(lambda c: c.build(), handler(content))
+    )
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of a trajectory: its path relative to the trajectory's folder, its size in bytes and its SHA-256."""
+    """One file of a trajectory.
 
-    path: _RelativePath
+    Attributes:
+        path (`str`):
+            Path relative to the trajectory's folder.
+        size (`int`):
+            Size in bytes.
+        sha256 (`str`):
+            SHA-256 of its content, in hexadecimal.
+    """
+
+    path: _Path
     size: _Count
-    sha256: _Sha256
+    sha256: Annotated[_Text, Field(pattern="^[0-9a-f]{64}$")]
 
     @classmethod
     def of(cls, path: Path, name: str) -> "FileRecord":
@@ -78,30 +155,38 @@ class StateRecord:
     """One state Θk.
 
     Attributes:
-        index (`int`): k; 0 is the state trained on all data.
-        num_examples (`int`, *optional*): |Dk|, the size of the subset its stage trained on, where it is known.
-        steps (`int`): Optimizer steps of its stage, 0 where the weights were taken as they were.
-        files (`tuple[FileRecord]`): All files of the state. Its tensors are those of the safetensors files among them
-            and those of `unchanged`.
-        fraction (`float`, *optional*): Share of the data its stage trained on, where the schedule said it.
-        subset_fingerprint (`str`, *optional*): Hash of the subset's data and members.
-        seed (`int`, *optional*): Seed of the stage's training.
-        metrics (`dict[str, float]`): What the state's evaluation gave.
-        training (`dict[str, str]`): The arguments of its training that decide where it ends, as text.
-        unchanged (`dict[str, int]`): Tensors that are stored once: from the name to the earlier state whose files hold
-            it, bit for bit the same.
+        index (`int`):
+            k; 0 is the state trained on all data.
+        num_examples (`int`, *optional*):
+            |Dk|, the size of the subset its stage trained on; `None` for streams.
+        steps (`int`):
+            Optimizer steps of its stage, 0 without training.
+        files (`tuple[FileRecord]`):
+            All files of the state. Its tensors are in the safetensors files among them, or in `unchanged`.
+        fraction (`float`, *optional*):
+            Share of the data its stage trained on.
+        subset_fingerprint (`str`, *optional*):
+            Hash of the subset's data and members.
+        seed (`int`, *optional*):
+            Seed of the stage's training.
+        metrics (`dict[str, float]`):
+            Evaluation results of the state.
+        training (`dict[str, str]`):
+            Training arguments that influence the weights, as text.
+        unchanged (`dict[str, int]`):
+            Tensors that are stored once: from the name to the earlier state whose files hold the same bits.
     """
 
     index: _Count
     num_examples: _Count | None
     steps: _Count
-    files: tuple[FileRecord, ...]
-    fraction: _Share | None = None
-    subset_fingerprint: str | None = None
-    seed: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    training: dict[str, str] = field(default_factory=dict)
-    unchanged: dict[str, _Count] = field(default_factory=dict)
+    files: Annotated[tuple[FileRecord, ...], FailFast()]
+    fraction: Annotated[_Number | None, Field(ge=0, le=1)] = None
+    subset_fingerprint: _Text | None = None
+    seed: _Integer | None = None
+    metrics: Annotated[dict[_Text, _Number], BeforeValidator(_limited)] = field(default_factory=dict)
+    training: _Texts = field(default_factory=dict)
+    unchanged: Annotated[dict[_Text, _Count], BeforeValidator(_limited)] = field(default_factory=dict)
 
     @property
     def size(self) -> str:
@@ -109,105 +194,99 @@ class StateRecord:
         return size_in_words(self.num_examples, self.fraction)
 
     def smaller_than(self, other: "StateRecord") -> bool:
-        """Whether this state's subset is smaller than another's, by what is known of both."""
+        """Whether the subset of this state is known to be smaller than that of another."""
         if self.num_examples is not None and other.num_examples is not None:
             return self.num_examples < other.num_examples
         return self.fraction is not None and other.fraction is not None and self.fraction < other.fraction
 
 
-_States = Annotated[tuple[StateRecord, ...], Rule(lambda s: len(s) <= MAX_STATES, f"at most {MAX_STATES} states")]
-
-
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `trajectory.json`; see the attributes of [`WeightTrajectory`] for their meaning."""
+    """The content of `trajectory.json`; see the attributes of [`WeightTrajectory`]."""
 
-    states: _States
-    schedule: _Schedule | None = None
-    base_model: str | None = None
-    base_revision: str | None = None
-    roles: dict[str, TensorRole] = field(default_factory=dict)
-    tied_weights: dict[str, str] = field(default_factory=dict)
-    files: tuple[FileRecord, ...] = ()
-    library_versions: dict[str, str] = field(default_factory=dict)
-    format_version: str = FORMAT_VERSION
+    states: Annotated[tuple[StateRecord, ...], Field(max_length=MAX_STATES), FailFast()]
+    schedule: Annotated[ForgettingSchedule, _built_from(_ScheduleContent)] | None = None
+    base_model: _Text | None = None
+    base_revision: _Text | None = None
+    roles: Annotated[dict[_Text, Annotated[TensorRole, _built_from(_RoleContent)]], BeforeValidator(_limited)] = field(
+        default_factory=dict
+    )
+    tied_weights: _Texts = field(default_factory=dict)
+    files: Annotated[tuple[FileRecord, ...], FailFast()] = ()
+    library_versions: _Texts = field(default_factory=dict)
+    format_version: _Text = FORMAT_VERSION
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Reads and checks `trajectory.json` of a trajectory's folder; it may come from a stranger.
-
-        Fields that this version does not know are passed over.
+        """Read and check the `trajectory.json` of a folder.
 
         Raises:
-            `FileNotFoundError`: when there is none.
-            `TrajectoryError`: when it is larger than 64 MB, no JSON of this schema, or of another major version; when
-                its states are not in the order of falling size with the full-data state first; and when it names a
-                file twice, in a wrong place, or of a kind that trajectories don't have.
+            `FileNotFoundError`:
+                When the folder has none.
+            `TrajectoryError`:
+                When the file exceeds 64 MB, is not JSON of this schema or has another major version; when the states
+                are not in the order of falling size, full data first; when a file is listed twice, in the wrong
+                folder, or is neither weights nor text.
         """
         path = folder / MANIFEST_NAME
         if not path.exists():
-            raise FileNotFoundError(
-                f"{folder} holds no {MANIFEST_NAME}; it is no trajectory, or no state was finished"
-            )
+            raise FileNotFoundError(f"{folder} has no {MANIFEST_NAME}: not a trajectory, or no state is finished")
         if not path.is_file() or leads_outside(folder, path):
-            raise TrajectoryError(f"{path} is not a file of this folder; put the file itself there")
-        try:
-            content = read_json(path, MAX_BYTES)
-        except SchemaError as error:
-            raise TrajectoryError(f"{path} can't be read: {error}; restore it from a copy") from error
+            raise TrajectoryError(f"{path} is not a file of this folder; replace it by the file itself")
+        content = _read(path)
         _check_version(path, content)
         try:
-            manifest = build(cls, content)
-        except SchemaError as error:
+            manifest: Manifest = _ADAPTER.validate_python(content)
+        except ValidationError as error:
             raise TrajectoryError(
-                f"{path} does not have the fields of format {FORMAT_VERSION}: {error}; restore it from a copy"
-            ) from error
-        manifest.check_order(path)
-        manifest._check_places(path)
+                f"{path} does not match format {FORMAT_VERSION}: {_sentence(error)}; restore it from a copy"
+            ) from None
+        manifest.check(path)
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Writes `trajectory.json`, in one step, if [`read`] will take it.
+        """Write `trajectory.json` in one step.
 
         Raises:
-            `TrajectoryError`: when it would not; nothing is written then.
+            `TrajectoryError`:
+                When [`read`] would refuse it; nothing is written.
         """
         path = folder / MANIFEST_NAME
         content = {"format_version": self.format_version, **asdict(self)}
         try:
-            build(Manifest, content)
-        except SchemaError as error:
-            raise TrajectoryError(f"{path} can't be written, as it could not be read again: {error}") from error
-        self.check_order(path)
-        self._check_places(path)
+            _ADAPTER.validate_python(content)
+        except ValidationError as error:
+            raise TrajectoryError(f"{path} cannot be written, it would be invalid: {_sentence(error)}") from None
+        self.check(path)
         write_json(path, content)
 
-    def check_order(self, path: Path) -> None:
-        for position, state in enumerate(self.states):
-            if state.index != position:
-                raise TrajectoryError(
-                    f"{path}: the state at position {position} has index {state.index}; states stand in the order of"
-                    " their index, the full-data state (index 0) first"
-                )
-            for name, origin in state.unchanged.items():
-                if not 0 <= origin < position:
-                    raise TrajectoryError(
-                        f"{path}: state {position} takes {name!r} from state {origin}, none before it"
-                    )
-            before = self.states[position - 1]
-            if position and not state.smaller_than(before):
-                raise TrajectoryError(
-                    f"{path}: state {position} was trained on {state.size}, state {position - 1} on {before.size};"
-                    " every state must have seen fewer than the one before. Are the states in reversed order? Index 0"
-                    " is the full-data state."
-                )
-
-    def check_what_is_loaded(self, folder: Path) -> None:
-        """Checks that what `from_pretrained` finds in the folders of the states by its name is what was recorded.
+    def check(self, path: Path) -> None:
+        """Check what the schema cannot: the order of the states and the folder of every file.
 
         Raises:
-            `TrajectoryError`: when a state's folder holds weights or JSON that `trajectory.json` does not name, or an
-                index that leads to such.
+            `TrajectoryError`:
+                When a check fails; the message starts with `path`.
+        """
+        for position, state in enumerate(self.states):
+            _check_state(path, position, state, self.states[position - 1])
+        seen: set[str] = set()
+        for owner, records in (("", self.files), *((f"state-{state.index}", state.files) for state in self.states)):
+            for record in records:
+                # names that differ in case only are one file on some systems
+                if record.path.casefold() in seen or _is_misplaced(record.path, owner):
+                    raise TrajectoryError(
+                        f"{path} lists {record.path!r} under {owner or 'the files of the model'}; each file is listed"
+                        " once, and the weights of state k are in the folder state-k: restore it from a copy"
+                    )
+                seen.add(record.path.casefold())
+
+    def check_what_is_loaded(self, folder: Path) -> None:
+        """Check that `from_pretrained` can only read recorded files from the folders of the states.
+
+        Raises:
+            `TrajectoryError`:
+                When the folder of a state has weights or JSON that `trajectory.json` does not list, or an index that
+                leads to such a file.
         """
         listed = {record.path for state in self.states for record in state.files}
         for state in self.states:
@@ -220,70 +299,103 @@ class Manifest:
                 if name.endswith(".index.json"):
                     _check_index(path, name, listed)
 
-    def _check_places(self, path: Path) -> None:
-        """Each path stands once, also where capitals don't count; what loading a state reads is in its folder."""
-        seen: set[str] = set()
-        owners = [("", self.files), *((f"state-{state.index}", state.files) for state in self.states)]
-        for folder, records in owners:
-            for record in records:
-                top = PurePosixPath(record.path).parts[0]
-                is_weights = record.path.endswith((".safetensors", ".index.json"))
-                misplaced = top != folder if folder else top.lower().startswith("state-") or is_weights
-                if misplaced or record.path.casefold() in seen or record.path == MANIFEST_NAME:
-                    owner = folder.replace("-", " ") or "the model's files"
-                    raise TrajectoryError(
-                        f"{path} names {record.path!r} among the files of {owner}; each file stands once, weights in"
-                        " the folder state-k of their state k, nothing else in it: restore it from a copy"
-                    )
-                seen.add(record.path.casefold())
+
+_ADAPTER = TypeAdapter(Manifest)
 
 
 def leads_outside(folder: Path, path: Path) -> bool:
-    """Whether a path, its links followed, is of neither the folder nor the store of the Hub cache it belongs to."""
-    # unlike Path.resolve, realpath never raises on links in a circle
+    """Whether a path, links resolved, is outside of the folder and of the blobs of its Hub cache."""
+    # unlike Path.resolve, realpath never raises on circular links
     root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     in_cache = root.parent.name == "snapshots" and target.is_relative_to(root.parent.parent / "blobs")
     return not (target.is_relative_to(root) or in_cache)
 
 
 def recordable(folder: Path) -> list[str]:
-    """Relative paths of the files in a folder that a trajectory can name, sorted; warns of the others.
+    """Return the sorted relative paths of the files that a trajectory can list, and warn about the others.
 
-    A model or a processor with code of its own saves it with itself; who needs it has to take it from there.
+    Models and processors with custom code save it with themselves; a trajectory leaves it out.
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for name in names:
         if not _FILE_KINDS.fullmatch(name):
             logger.warning_once(
-                f"{name} is neither safetensors nor JSON nor text and is left out of the trajectory, so that pulling"
-                " one is safe; checkpoints made from the trajectory lack it: copy it to them yourself"
+                f"{name} is not safetensors, JSON or text and is left out of the trajectory, so that trajectories are"
+                " safe to load. Checkpoints written from the trajectory lack it: copy it to them."
             )
     return [name for name in names if _FILE_KINDS.fullmatch(name)]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path, MAX_BYTES)
+    except ValueError as error:
+        raise TrajectoryError(f"{path} cannot be read: {error}; restore it from a copy") from error
 
 
 def _check_version(path: Path, content: Any) -> None:
     version = content.get("format_version") if isinstance(content, dict) else None
     match = re.fullmatch("([0-9]{1,9})[.][0-9]{1,9}", version) if isinstance(version, str) else None
-    ours = int(FORMAT_VERSION.split(".")[0])
-    if match is None or int(match[1]) < ours:
+    major = int(FORMAT_VERSION.split(".")[0])
+    if match is None or int(match[1]) < major:
         raise TrajectoryError(
-            f"{path} has the format version {shorten(version)}; expected one like {FORMAT_VERSION!r}: restore it from"
-            " a copy"
+            f"{path} has format version {_short.repr(version)}, expected {FORMAT_VERSION!r}; restore it from a copy"
         )
-    if int(match[1]) > ours:
+    if int(match[1]) > major:
         raise TrajectoryError(
-            f"{path} has format version {version}, this know_hf reads up to {FORMAT_VERSION}; install a newer one"
+            f"{path} has format version {version}, this know_hf reads up to {FORMAT_VERSION}; install a newer know_hf"
         )
+
+
+def _check_state(path: Path, position: int, state: StateRecord, before: StateRecord) -> None:
+    if state.index != position:
+        raise TrajectoryError(
+            f"{path}: the state at position {position} has index {state.index}; order the states by index, the"
+            " full-data state (index 0) first"
+        )
+    for name, origin in state.unchanged.items():
+        if origin >= position:
+            raise TrajectoryError(f"{path}: state {position} takes {name!r} from state {origin}, not an earlier one")
+    if position and not state.smaller_than(before):
+        raise TrajectoryError(
+            f"{path}: state {position} was trained on {state.size}, state {position - 1} on {before.size}; each state"
+            " must see fewer examples than the one before. Are the states in reversed order? Index 0 is the full-data"
+            " state."
+        )
+
+
+def _is_misplaced(path: str, owner: str) -> bool:
+    top = PurePosixPath(path).parts[0]
+    if owner:
+        return top != owner
+    is_weights = path.endswith((".safetensors", ".index.json"))
+    return top.lower().startswith("state-") or is_weights or path == MANIFEST_NAME
 
 
 def _check_index(path: Path, name: str, listed: set[str]) -> None:
-    try:
-        content = read_json(path, MAX_BYTES)
-    except SchemaError as error:
-        raise TrajectoryError(f"{path} can't be read: {error}; restore it from a copy") from error
+    content = _read(path)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     for target in weight_map.values() if isinstance(weight_map, dict) else [None]:
         if not isinstance(target, str) or posixpath.normpath(f"{posixpath.dirname(name)}/{target}") not in listed:
             raise TrajectoryError(
-                f"{path} leads to {shorten(target)}, which is no recorded file; restore it from a copy"
+                f"{path} leads to {_short.repr(target)}, which is not a recorded file; restore it from a copy"
             )
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first error in one line: `states[1].steps is '3' (Input should be a valid integer)`."""
+    first = error.errors(include_url=False)[0]
+    name = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif part != "[key]":  # pydantic's mark of an invalid key, which is the part before
+            name += f".{part}" if part.isidentifier() and len(part) < 60 else f"[{_short.repr(part)}]"
+    name = name.removeprefix(".") or "the content"
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("string_pattern_mismatch", "string_unicode"):
+        is_text = first.get("ctx", {}).get("pattern") in (None, _PLAIN_TEXT)
+        reason = f"expected {'text without control characters' if is_text else '64 hexadecimal digits in lower case'}"
+    return f"{name} is {_short.repr(first['input'])} ({reason})"
