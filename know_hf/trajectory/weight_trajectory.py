@@ -337,7 +337,7 @@ class WeightTrajectory:
             metrics=dict(metrics or {}),
             training=dict(training or {}),
         )
-        replace(self._manifest, states=(*self.states, state)).check_order(self.path)
+        replace(self._manifest, states=(*self.states, state)).check(self.path)
         snapshot = Snapshot.of(model, state_dict, dtype, self._copies)
         self._copies = snapshot.state_dict if background else {}
 
