@@ -6,11 +6,11 @@ import torch
 from conftest import make_resnet
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from know_hf import WeightTrajectory, predict_overflowed_weights, predictors
+from know_hf import WeightTrajectory, predict_overflowed_weights
 from know_hf.evaluation import NAIVE, Arm, ArmSources, known_arm, known_step_arms, make_arm
 from know_hf.evaluation.task_singular_vectors import merge_task_singular_vectors
 from know_hf.known.modeling_known import KNOWNConfig, KNOWNModel
-from know_hf.predictors import register_predictor
+from know_hf.predictors import protocol, register_predictor
 
 NAMES = (
     *("naive", "random", "pretrained", "oracle", "shuffled", "shrink", "average", "ema", "task-vector", "linear"),
@@ -73,7 +73,7 @@ def test_an_arm_of_ones_own():
 
 
 def test_any_registered_predictor_is_an_arm_and_a_method(sources, monkeypatch):
-    monkeypatch.setattr(predictors, "_PREDICTORS", dict(predictors._PREDICTORS))
+    monkeypatch.setattr(protocol, "_PREDICTORS", dict(protocol._PREDICTORS))
 
     @register_predictor("plus-one-for-arms")
     class PlusOne:

@@ -14,7 +14,6 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from know_hf import predictors
 from know_hf.known.configuration_known import KNOWNConfig
 from know_hf.known.modeling_known import KNOWNModel
 from know_hf.meta_learning import (
@@ -27,7 +26,7 @@ from know_hf.meta_learning import (
     training,
 )
 from know_hf.meta_learning.objective import MetaObjective
-from know_hf.predictors import Shrink
+from know_hf.predictors import Shrink, protocol
 from know_hf.trajectory import WeightTrajectory
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "meta_train"
@@ -364,7 +363,7 @@ def test_recipe_looks_at_what_it_compares_with_before_it_trains(recipe, tmp_path
     class Long(Shrink):
         num_states = 9
 
-    monkeypatch.setitem(predictors._PREDICTORS, "long", Long)
+    monkeypatch.setitem(protocol._PREDICTORS, "long", Long)
     monkeypatch.setattr("know_hf.meta_train", lambda *_, **__: pytest.fail("trained"))
     for number in range(2):
         record(tmp_path / f"net-{number}", seed=number)

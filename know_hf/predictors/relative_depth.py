@@ -1,24 +1,23 @@
 """Relative depth of every tensor, from names alone: 0 at the input, 1 at the output.
 
-The order of a model's modules is written nowhere on disk, and names are sorted there. What names do tell is the index
-of a block in its list. The rules, in the order they apply:
+A checkpoint does not store the order of its modules, but names contain block indices. The rules, in order:
 
-1. A name under a head (`lm_head`, `classifier`, `decode_head.layers.0`, …) has depth 1.
-2. An index counts where its list is one of blocks: `layer.3`, `layers.3`, `h.3`, `blocks.3`, `stages.3`, `features.3`,
-   `layer3`, `denseblock3` (numbers in names count from 1). Inside of a block, further indices count where their list
-   is again one of blocks or stands right in the first (`stages.1.layers.0.layer.1`, `block.3.layer.1`, `block.0.1`);
-   experts, heads of attention and the parts of a `Sequential` inside of a block don't. The tuples of indices of one
-   *tower* (what stands before the list, such as `bert.encoder`) are its blocks, in lexicographic order and evenly
-   spaced: the first has depth 0, the last 1. An outermost index that no name has still takes its place, as adapters
-   may be in some layers only. A list of another name beside the blocks goes by its index
-   (`encoder.patch_embeddings.2` with `encoder.block.2`).
-3. Towers stand one after the other by what their names say: first a stem, backbone or feature extractor, then
-   encoders and whatever sees or hears, then decoders and the rest. Towers of the same kind are side by side and share
-   the span of depth (text and image of CLIP), so that in T5 the encoder goes from 0 to about a half.
-4. A name in no block is at depth 0 where it embeds (`embed…`, `patch…`, `stem`, `wte`, `cls_token`, `shared`, `conv1`,
-   …), else at the end of the tower that it shares the longest beginning with (`encoder.final_layer_norm`), else at 1.
-5. Without any list of blocks every index counts (`0.weight`, `attentions.3`), and without any index modules are taken
-   in the order of their names, numbers as numbers: `conv1`, `conv2`, `fc1`, `fc2`. That order is a guess.
+1. A tensor under a head (`lm_head`, `classifier`, `decode_head.layers.0`, …) has depth 1.
+2. An index counts if its list holds blocks: `layer.3`, `layers.3`, `h.3`, `blocks.3`, `stages.3`, `features.3`,
+   `layer3`, `denseblock3` (numbers within names count from 1). Inside a block, further indices count if their list
+   holds blocks too or directly follows the first index (`stages.1.layers.0.layer.1`, `block.3.layer.1`,
+   `block.0.1`); experts, attention heads and parts of a `Sequential` do not. The index tuples of one *tower* (the
+   name before the list, such as `bert.encoder`) are its blocks, evenly spaced in lexicographic order from 0 to 1. A
+   missing outermost index keeps its slot, since adapters may cover some layers only. A list of another name beside
+   the blocks uses its index (`encoder.patch_embeddings.2` with `encoder.block.2`).
+3. Towers follow each other by kind: stems, backbones and feature extractors, then encoders and anything that sees or
+   hears, then decoders and the rest. Towers of one kind share the same span (text and image of CLIP), so the encoder
+   of T5 ends at about one half.
+4. A tensor in no block has depth 0 if its name is that of an input (`embed…`, `patch…`, `stem`, `wte`, `cls_token`,
+   `shared`, `conv1`, …). Otherwise it has the depth at the end of the tower with the longest common prefix
+   (`encoder.final_layer_norm`), or 1.
+5. Without lists of blocks every index counts (`0.weight`, `attentions.3`). Without any index, modules are sorted by
+   name, numbers as numbers: `conv1`, `conv2`, `fc1`, `fc2`. That order is a guess.
 """
 
 import re
@@ -40,13 +39,14 @@ _ENCODER = re.compile(r"encoder|vision|visual|image|audio|speech")
 
 
 def relative_depths(names: Sequence[str]) -> dict[str, float]:
-    """Relative depth of the layer that each tensor belongs to; the rules stand in this module's docstring.
+    """Relative depth of the layer of each tensor; the rules are in the docstring of this module.
 
     Args:
-        names (`Sequence[str]`): Names of all tensors of a model or of an adapter as they are on disk, in any order.
+        names (`Sequence[str]`):
+            Names on disk of all tensors of a model or an adapter, in any order.
 
     Returns:
-        `dict[str, float]`: from each name to its depth in [0, 1], in the order given.
+        `dict[str, float]`: Depth in [0, 1] by name, in the given order.
     """
     paths = {name: _path(name) for name in names}
     blocks = {name: _block(path, any_list=False) for name, path in paths.items()}
@@ -67,7 +67,7 @@ def relative_depths(names: Sequence[str]) -> dict[str, float]:
 
 
 def _path(name: str) -> Path:
-    """Components of the module's name, without what peft puts before it and behind."""
+    """Components of the module's name without the prefix and suffix of peft."""
     path = tuple(name.removeprefix("base_model.model.").split("."))
     return next((path[:i] for i, part in enumerate(path) if part.startswith("lora_")), path[:-1]) or path
 
@@ -81,7 +81,7 @@ def _is_input(path: Path) -> bool:
 
 
 def _block(path: Path, any_list: bool) -> Block | None:
-    """Tower and indices of a block, `None` where there is none or a head holds it."""
+    """Tower and indices of a block, or `None` outside of blocks and in heads."""
     tower: Path | None = None
     indices: list[int] = []
     last = -1
@@ -107,24 +107,24 @@ def _block(path: Path, any_list: bool) -> Block | None:
 
 
 def _spans(blocks: Sequence[Block]) -> dict[Block, float]:
-    """Depth of every block: towers of one kind side by side, kinds one after the other."""
+    """Depth of every block: towers of one kind share a span, kinds follow each other."""
     towers: dict[Path, set[tuple[int, ...]]] = defaultdict(set)
     for tower, indices in blocks:
         towers[tower].add(indices)
-    for of_tower in towers.values():
-        outermost = {indices[0] for indices in of_tower}
-        of_tower |= {(index,) for index in range(max(outermost)) if index not in outermost}
+    for members in towers.values():
+        outermost = {indices[0] for indices in members}
+        members |= {(index,) for index in range(max(outermost)) if index not in outermost}
     lengths: dict[int, int] = defaultdict(int)
-    for tower, of_tower in towers.items():
-        lengths[_kind(tower)] = max(lengths[_kind(tower)], len(of_tower))
+    for tower, members in towers.items():
+        lengths[_kind(tower)] = max(lengths[_kind(tower)], len(members))
     last = sum(lengths.values()) - 1
 
     depths = {}
-    for tower, of_tower in towers.items():
+    for tower, members in towers.items():
         start = sum(length for kind, length in lengths.items() if kind < _kind(tower))
         length = lengths[_kind(tower)] - 1
-        for rank, indices in enumerate(sorted(of_tower)):
-            share = rank / (len(of_tower) - 1) if len(of_tower) > 1 else 0.5
+        for rank, indices in enumerate(sorted(members)):
+            share = rank / (len(members) - 1) if len(members) > 1 else 0.5
             depths[tower, indices] = (start + share * length) / last if last else 0.5
     return depths
 
@@ -141,7 +141,7 @@ def _kind(tower: Path) -> int:
 
 
 def _beside(path: Path, spans: dict[Block, float]) -> Block | None:
-    """The block of the same index as that of another list beside the blocks."""
+    """The block with the index of a list of another name beside the blocks."""
     if _is_head(path):
         return None
     for position, part in enumerate(path[1:], 1):
@@ -174,5 +174,5 @@ def _by_name(paths: dict[str, Path]) -> dict[str, float]:
 
 
 def _natural(path: Path) -> list[list[tuple[str, int]]]:
-    """Sorting key in which numbers count as numbers: `conv2` before `conv10`."""
+    """Sorting key that compares numbers as numbers: `conv2` before `conv10`."""
     return [[(text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d*)", part)] for part in path]

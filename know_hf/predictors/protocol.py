@@ -1,0 +1,108 @@
+"""What a predictor is, and the registry of predictors by name.
+
+A predictor maps the history of each scalar weight `(N, S)` to the residual that is added to Θ0 `(N,)`. It reads no
+files: `know_hf.prediction` passes histories to it in chunks.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """Predicts a residual from histories.
+
+    Rows are independent: the residual of a row must not depend on the other rows, because tensors arrive in chunks. A
+    predictor that depends on the layer also implements [`DepthPredictor.at_depth`].
+    """
+
+    @property
+    def num_states(self) -> int | None:
+        """Required length S of the history, or `None` for any length of at least 2."""
+
+    def residual(self, history: torch.Tensor, role: str) -> torch.Tensor:
+        """
+        Args:
+            history (`torch.Tensor` of shape `(N, S)`, float32):
+                One row per scalar weight, most forgotten state first, Θ0 last.
+            role (`str`):
+                `"conv"`, `"fc"` or `"bias"`.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`, float32, on the device of `history`: what is added to `history[:, -1]`.
+        """
+
+
+@runtime_checkable
+class DepthPredictor(Predictor, Protocol):
+    """A predictor that differs between layers. [`at_depth`] is called once per tensor."""
+
+    def at_depth(self, depth: float) -> Predictor:
+        """
+        Args:
+            depth (`float`):
+                Relative depth of the tensor's layer, 0 at the input and 1 at the head; see [`relative_depths`].
+
+        Returns:
+            [`Predictor`]: The predictor for tensors at this depth.
+        """
+
+
+_PREDICTORS: dict[str, Callable[..., Predictor]] = {}
+_PredictorClass = TypeVar("_PredictorClass", bound=Callable[..., Predictor])
+
+
+def register_predictor(name: str) -> Callable[[_PredictorClass], _PredictorClass]:
+    """Register a predictor class for [`get_predictor`]; used as a class decorator.
+
+    Args:
+        name (`str`):
+            Name of the predictor.
+
+    Raises:
+        `ValueError`: If another class has this name.
+    """
+
+    def register(predictor_class: _PredictorClass) -> _PredictorClass:
+        registered = _PREDICTORS.setdefault(name, predictor_class)
+        if registered is not predictor_class:
+            raise ValueError(f"the name {name!r} is already registered for {registered!r}; choose another name")
+        return predictor_class
+
+    return register
+
+
+def get_predictor(name: str, **kwargs: Any) -> Predictor:
+    """Create a registered predictor.
+
+    Args:
+        name (`str`):
+            `"known"` ([`KNOWNPredictor`]), `"task_vector"` ([`TaskVector`]), `"linear"` ([`LinearFit`]), `"log"`
+            ([`LogarithmicFit`]), `"average"` ([`Average`]), `"ema"` ([`MovingAverage`]), `"shrink"` ([`Shrink`]),
+            `"lines"` ([`LayerScaling`]) or a name given to [`register_predictor`].
+        kwargs:
+            Fields of the predictor, for example `factor` of [`Shrink`].
+
+    Raises:
+        `ValueError`: If the name is unknown or a field has an invalid value.
+        `TypeError`: If a field is unknown or a required field is missing.
+    """
+    if name not in _PREDICTORS:
+        raise ValueError(f"unknown predictor {name!r}; choose one of {', '.join(sorted(_PREDICTORS))}")
+    signature = inspect.signature(_PREDICTORS[name])
+    try:
+        signature.bind(**kwargs)
+    except TypeError as error:
+        raise TypeError(f"predictor {name!r} takes {signature}: {error}") from error
+    return _PREDICTORS[name](**kwargs)
+
+
+def check_finite(**values: float) -> None:
+    """Raise a `ValueError` that names the first value that is not a finite number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
