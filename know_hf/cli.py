@@ -1,26 +1,36 @@
-"""`know-hf`: every command is a thin cover of a public function. Heavy imports wait until a command runs."""
+"""`know-hf`: each command covers one public function. Heavy imports wait until a command runs."""
 
 import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .tasks.arguments import add_flags
+from .config_files import add_flags, read_flags
+from .tasks import RecordArguments
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Accept `--output_dir` for `--output-dir`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args([_dashed(arg) for arg in (sys.argv[1:] if args is None else args)], namespace)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        argv (`Sequence[str]`, *optional*): Arguments after the program's name; those of the process by default.
+        argv (`Sequence[str]`, *optional*):
+            Arguments after the program name; defaults to those of the process.
 
     Returns:
-        `int`: 0, or 1 when the command ended with an error, which is then told on standard error.
+        `int`: 0, or 1 after an error, which is printed to standard error in one line.
     """
     args = make_parser().parse_args(argv)
     try:
@@ -28,138 +38,89 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"know-hf {args.command}: {error}\n")
         return 1
-    _leave_processes()
+    _destroy_process_group()
     return 0
 
 
-def _leave_processes() -> None:
-    """Ends the process group of a launched command: left to the end of the interpreter, it may abort there."""
-    if "torch" in sys.modules:
-        from torch import distributed
-
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="know-hf", description="Record forgetting, run it backwards, see whether it helped."
+    """Return the parser of all commands."""
+    parser = _Parser(
+        prog="know-hf",
+        description="Record how a model forgets, predict better weights from it, and measure whether they are better.",
     )
     parser.add_argument("--version", action="version", version=f"know_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    quickstart = commands.add_parser(
-        "quickstart", help="the whole way on real images, in minutes, without network: record, predict, compare"
-    )
-    quickstart.add_argument("--output-dir", required=True, metavar="DIR", help="where everything is written")
-    quickstart.add_argument("--seed", type=int, default=0, help="first seed of the comparison (default: 0)")
-    quickstart.set_defaults(run=_quickstart)
-
-    record = commands.add_parser(
-        "record",
-        help="fine-tune any model on any dataset for a common task, make it forget, keep every state",
-        description="Fine-tunes a model on ever smaller subsets of a dataset and records every state. A flag"
-        " overrides the YAML file. Run again, it goes on with the first state that is missing.",
-    )
-    record.add_argument("--config", metavar="FILE", help="YAML file; its keys are the flags below, with _ for -")
-    record.add_argument("--plan", action="store_true", help="load everything, print steps, cost and disk, and stop")
-    add_flags(record)
-    record.set_defaults(run=_record)
-
-    inspect = commands.add_parser("inspect", help="states, sizes, roles and displacement of a trajectory")
-    inspect.add_argument("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
-    inspect.add_argument("--roles", action="store_true", help="list every tensor with its role and the reason")
-    inspect.set_defaults(run=_inspect)
-
-    merge = commands.add_parser("merge", help="make a trajectory of whole models from one of adapters")
-    merge.add_argument("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
-    merge.add_argument("--base-model", metavar="ID", help="Hub id or folder (default: the one that was recorded)")
-    merge.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the new trajectory")
-    merge.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (default: float32)")
-    merge.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
-    merge.set_defaults(run=_merge)
-
-    predict = commands.add_parser("predict", help="write the retrodicted checkpoint of a trajectory")
-    predict.add_argument("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
-    predict.add_argument("--steps", type=int, default=1, help="steps back, each standing for 1/ratio times the data")
-    predict.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the enhanced checkpoint")
-    predict.add_argument("--known", metavar="ID", help="KNOWN weights, folder or Hub id (default: the shipped ones)")
-    predict.add_argument("--predictor", metavar="NAME", help="another predictor instead of KNOWN, such as average")
-    predict.add_argument(
-        "--predictor-options", type=_json_object, metavar="JSON", help="its fields, such as '{\"factor\": 0.9}'"
-    )
-    predict.add_argument("--norm", choices=("keep", "predict"), default="keep", help="normalisation layers")
-    predict.add_argument("--dtype", choices=_DTYPES, help="write weights in this dtype")
-    predict.add_argument("--kernel", default="auto", metavar="NAME", help="form of KNOWN that computes")
-    predict.add_argument("--dry-run", action="store_true", help="print roles, memory, disk and time, and stop")
-    predict.add_argument("--report", metavar="FILE", help="write the report on every tensor to this JSON file")
-    predict.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
-    predict.add_argument("--push-to-hub", metavar="ID", help="push the checkpoint to this Hub repo")
-    _add_push_flags(predict)
-    predict.set_defaults(run=_predict)
-
-    compare = commands.add_parser(
-        "compare", help="ask of a suite whether predicted weights are better than what they came from"
-    )
-    compare.add_argument("suite", metavar="SUITE", help="name of a suite of recipes/compare, or a YAML file")
-    compare.add_argument("--output-dir", required=True, metavar="DIR", help="cells, report.json and report.html")
-    compare.add_argument("--arms", nargs="+", metavar="ARM", help="instead of the suite's, such as naive known-step-1")
-    compare.add_argument("--seeds", type=int, nargs="+", metavar="N", help="trajectory seeds instead of the suite's")
-    compare.add_argument("--processes", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
-    for flag, what in (("--data", "dataset"), ("--model", "pretrained model")):
-        compare.add_argument(
-            flag, type=_pair, action="append", metavar="ID=PATH", help=f"read this {what} from a folder"
-        )
-    compare.add_argument(
-        "--known",
-        type=_pair,
-        action="append",
-        metavar="NAME=ID",
-        help="more KNOWN weights, folder or Hub id",
-    )
-    compare.set_defaults(run=_compare)
-
-    push = commands.add_parser("push", help="push a checkpoint, a trajectory or KNOWN weights to the Hub")
-    push.add_argument("path", metavar="PATH", help="their folder")
-    push.add_argument("repo_id", metavar="ID", help="Hub repo, made if it is not there")
-    push.add_argument("--message", metavar="TEXT", help="first line of the commit")
-    _add_push_flags(push)
-    push.set_defaults(run=_push)
-
-    pull = commands.add_parser("pull", help="pull a checkpoint, a trajectory or KNOWN weights from the Hub, whole")
-    pull.add_argument("repo_id", metavar="ID", help="Hub repo")
-    pull.add_argument("--output-dir", required=True, metavar="DIR", help="folder; it appears once all is there")
-    pull.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: main)")
-    pull.set_defaults(run=_pull)
+    for add_command in (
+        _add_quickstart,
+        _add_record,
+        _add_inspect,
+        _add_merge,
+        _add_predict,
+        _add_compare,
+        _add_push,
+        _add_pull,
+    ):
+        add_command(commands)
     return parser
+
+
+def _add_quickstart(commands: Any) -> None:
+    parser = _add_command(commands, "quickstart", _quickstart, "record, predict and compare on small images, offline")
+    add = parser.add_argument
+    add("--output-dir", required=True, metavar="DIR", help="folder for all files")
+    add("--seed", type=int, default=0, metavar="N", help="first seed of the comparison (default: 0)")
 
 
 def _quickstart(args: argparse.Namespace) -> None:
     from .quickstart import run_quickstart
 
-    _say(str(run_quickstart(args.output_dir, seed=args.seed)))
+    _print(str(run_quickstart(args.output_dir, seed=args.seed)))
+
+
+def _add_record(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "record",
+        _record,
+        "fine-tune a model on smaller and smaller subsets of a dataset and record every state",
+        "Fine-tune a model on smaller and smaller subsets of a dataset and record every state. Flags override the YAML"
+        " file. A second run with the same arguments resumes at the first missing state.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the flags below as keys, with _ for -")
+    parser.add_argument("--plan", action="store_true", help="load everything, print steps, cost and disk, and stop")
+    add_flags(parser, RecordArguments)
 
 
 def _record(args: argparse.Namespace) -> None:
-    from .tasks.arguments import read_flags
-
-    arguments = read_flags(args)  # before the heavy imports: mistyped keys are told at once
+    flags = read_flags(args, RecordArguments)  # before the heavy imports: a typo is reported at once
+    if args.config is None:
+        arguments = RecordArguments.from_dict(flags, "the flags")
+    else:
+        arguments = RecordArguments.from_yaml(args.config, flags)
 
     from accelerate import PartialState
 
-    from .tasks.record import plan_task, record_task
+    from .tasks.record import record_task
+    from .tasks.recording_plan import plan_task
     from .trajectory.summary import inspect_trajectory
 
     if args.plan:
         plan = plan_task(arguments)
         if PartialState().is_main_process:
-            _say(str(plan))
+            _print(str(plan))
         return
     trajectory = record_task(arguments)
     if PartialState().is_main_process:
         enhanced = trajectory.path.with_name("enhanced")
-        _say(f"{inspect_trajectory(trajectory)}\n\nrecorded in {trajectory.path}; next:")
-        _say(shlex.join(["know-hf", "predict", str(trajectory.path), "--output-dir", str(enhanced)]))
+        _print(f"{inspect_trajectory(trajectory)}\n\nrecorded in {trajectory.path}; next:")
+        _print(shlex.join(["know-hf", "predict", str(trajectory.path), "--output-dir", str(enhanced)]))
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _add_command(commands, "inspect", _inspect, "print states, sizes, roles and displacement of a trajectory")
+    add = parser.add_argument
+    add("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
+    add("--roles", action="store_true", help="also print the role of every tensor and the reason")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -167,11 +128,21 @@ def _inspect(args: argparse.Namespace) -> None:
     from .trajectory.summary import inspect_trajectory
 
     trajectory = WeightTrajectory(args.trajectory)
-    _say(str(inspect_trajectory(trajectory)))
+    _print(str(inspect_trajectory(trajectory)))
     if args.roles:
-        _say("")
+        _print("")
         for name, role in trajectory.roles.items():
-            _say(f"{role.role:7} {'×'.join(map(str, trajectory.shape(name))):>16}  {name}: {role.reason}")
+            _print(f"{role.role:7} {'×'.join(map(str, trajectory.shape(name))):>16}  {name}: {role.reason}")
+
+
+def _add_merge(commands: Any) -> None:
+    parser = _add_command(commands, "merge", _merge, "merge a trajectory of adapters into one of full models")
+    add = parser.add_argument
+    add("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
+    add("--base-model", metavar="ID", help="Hub id or folder (default: the base model that was recorded)")
+    add("--output-dir", required=True, metavar="DIR", help="folder for the new trajectory")
+    add("--dtype", choices=_DTYPES, default="float32", help="dtype of the merged weights (default: float32)")
+    add("--overwrite", action="store_true", help="replace DIR if it exists")
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -186,11 +157,52 @@ def _merge(args: argparse.Namespace) -> None:
         dtype=getattr(torch, args.dtype),
         overwrite=args.overwrite,
     )
-    _say(f"{merged.num_states} states of whole models, written to {merged.path}")
+    _print(f"{merged.num_states} states merged, written to {merged.path}")
+
+
+def _add_predict(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "predict",
+        _predict,
+        "predict weights from a trajectory and write the enhanced checkpoint",
+        "Predict weights from a recorded trajectory and write a checkpoint that from_pretrained loads. Run it with"
+        " --dry-run first to see what will be predicted and how much memory, disk and time it takes.",
+    )
+    add = parser.add_argument
+    add("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
+    add(
+        "--steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="steps to predict, each for 1/ratio times the data (default: 1)",
+    )
+    add("--output-dir", required=True, metavar="DIR", help="folder for the enhanced checkpoint")
+    add("--known", metavar="ID", help="folder or Hub id of KNOWN weights (default: the ones shipped with know_hf)")
+    add("--predictor", metavar="NAME", help="use another predictor than KNOWN, for example average")
+    add(
+        "--predictor-options",
+        type=_json_object,
+        metavar="JSON",
+        help="options of the predictor, for example '{\"factor\": 0.9}'",
+    )
+    add("--norm", choices=("keep", "predict"), default="keep", help="norm layers (default: keep those of state 0)")
+    add("--dtype", choices=_DTYPES, help="dtype of the written weights (default: the recorded dtype)")
+    add("--kernel", default="auto", metavar="NAME", help="implementation of KNOWN (default: auto, the fastest)")
+    add("--dry-run", action="store_true", help="print roles, memory, disk and time, and stop")
+    add("--report", metavar="FILE", help="write the statistics of every tensor to this JSON file")
+    add("--overwrite", action="store_true", help="replace DIR if it exists")
+    add("--push-to-hub", metavar="ID", help="push the checkpoint to this Hub repo")
+    _add_push_flags(parser)
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from pathlib import Path
+    for flag in ("private", "revision", "create_pr"):
+        if getattr(args, flag) and not args.push_to_hub:
+            raise ValueError(f"--{flag.replace('_', '-')} needs --push-to-hub")
+    if args.report and not Path(args.report).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--report {args.report}: folder {Path(args.report).parent} does not exist; create it")
 
     import torch
     from accelerate import Accelerator
@@ -199,31 +211,17 @@ def _predict(args: argparse.Namespace) -> None:
     from .predict import predict_overflowed_weights
     from .prediction import plan_prediction
 
-    for flag in ("private", "revision", "create_pr"):
-        if getattr(args, flag) and not args.push_to_hub:
-            raise ValueError(f"--{flag.replace('_', '-')} is of a push; give --push-to-hub too")
-    if args.report and not Path(args.report).absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"--report {args.report}: there is no folder {Path(args.report).parent}; make it first"
-        )
-    shared = {
-        "trajectory": args.trajectory,
-        "known": args.known,
-        "steps": args.steps,
-        "predictor": args.predictor,
-        "predictor_options": args.predictor_options,
-        "norm": args.norm,
-        "dtype": getattr(torch, args.dtype) if args.dtype else None,
-        "kernel": args.kernel,
-    }
+    options = {name: getattr(args, name) for name in ("known", "steps", "predictor", "predictor_options", "norm")}
+    options |= {"kernel": args.kernel, "dtype": getattr(torch, args.dtype) if args.dtype else None}
     accelerator = Accelerator()
     if args.dry_run:
-        plan = plan_prediction(**shared, device=accelerator.device)
+        plan = plan_prediction(args.trajectory, **options, device=accelerator.device)
         if accelerator.is_main_process:
-            _say(str(plan))
+            _print(str(plan))
         return
     result = predict_overflowed_weights(
-        **shared,
+        args.trajectory,
+        **options,
         output_dir=args.output_dir,
         overwrite=args.overwrite,
         accelerator=accelerator,
@@ -235,7 +233,27 @@ def _predict(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         if args.report:
             write_json(Path(args.report), result.to_dict())
-        _say(f"{result}\n\nwritten to {result.path}" + (f", pushed: {result.url}" if result.url else ""))
+        _print(f"{result}\n\nwritten to {result.path}" + (f", pushed to {result.url}" if result.url else ""))
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "compare",
+        _compare,
+        "compare predicted weights with the recorded ones and with controls on a suite",
+        "Compare predicted weights with the recorded weights they come from and with controls, on the tasks of a"
+        " suite. A second run into the same folder resumes.",
+    )
+    add = parser.add_argument
+    add("suite", metavar="SUITE", help="name of a suite, for example digits, or a YAML file")
+    add("--output-dir", required=True, metavar="DIR", help="folder for results, report.json and report.html")
+    add("--arms", nargs="+", metavar="ARM", help="arms to compare instead of the suite's, for example naive random")
+    add("--seeds", type=int, nargs="+", metavar="N", help="trajectory seeds instead of the suite's")
+    add("--processes", type=int, default=1, metavar="N", help="number of worker processes (default: 1)")
+    add("--data", type=_pair, action="append", metavar="ID=PATH", help="read this dataset from a local folder")
+    add("--model", type=_pair, action="append", metavar="ID=PATH", help="read this model from a local folder")
+    add("--known", type=_pair, action="append", metavar="NAME=ID", help="also compare these KNOWN weights")
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -252,7 +270,16 @@ def _compare(args: argparse.Namespace) -> None:
         num_processes=args.processes,
         command=shlex.join(["know-hf", *sys.argv[1:]]),
     )
-    _say(str(report))
+    _print(str(report))
+
+
+def _add_push(commands: Any) -> None:
+    parser = _add_command(commands, "push", _push, "push a checkpoint, a trajectory or KNOWN weights to the Hub")
+    add = parser.add_argument
+    add("path", metavar="PATH", help="folder to push")
+    add("repo_id", metavar="ID", help="Hub repo; created if it does not exist")
+    add("--message", metavar="TEXT", help="first line of the commit message")
+    _add_push_flags(parser)
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -266,24 +293,41 @@ def _push(args: argparse.Namespace) -> None:
         create_pr=args.create_pr,
         commit_message=args.message,
     )
-    _say(f"pushed: {url}")
+    _print(f"pushed to {url}")
+
+
+def _add_pull(commands: Any) -> None:
+    parser = _add_command(commands, "pull", _pull, "download a checkpoint, a trajectory or KNOWN weights from the Hub")
+    add = parser.add_argument
+    add("repo_id", metavar="ID", help="Hub repo")
+    add("--output-dir", required=True, metavar="DIR", help="folder to create; it appears once all files are complete")
+    add("--revision", metavar="NAME", help="branch, tag or commit (default: main)")
 
 
 def _pull(args: argparse.Namespace) -> None:
     from .hub import pull
 
-    _say(f"pulled to {pull(args.repo_id, args.output_dir, revision=args.revision)}")
+    _print(f"pulled to {pull(args.repo_id, args.output_dir, revision=args.revision)}")
+
+
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, description: str | None = None
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=description or f"{summary[0].upper()}{summary[1:]}.")
+    parser.set_defaults(run=run)
+    return parser
 
 
 def _add_push_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--private", action="store_true", default=None, help="make the repo private")
-    parser.add_argument("--revision", metavar="NAME", help="branch to push to (default: main)")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    add = parser.add_argument
+    add("--private", action="store_true", default=None, help="create the repo as private")
+    add("--revision", metavar="NAME", help="branch to push to (default: main)")
+    add("--create-pr", action="store_true", help="open a pull request instead of pushing to the branch")
 
 
 def _pair(text: str) -> tuple[str, str]:
-    name, separator, value = text.partition("=")
-    if not (name and separator and value):
+    name, _, value = text.partition("=")
+    if not (name and value):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
     return name, value
 
@@ -292,11 +336,25 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, write it like '{{\"factor\": 0.9}}'")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object; write it as '{{\"factor\": 0.9}}'")
     return content
 
 
-def _say(text: str) -> None:
+def _dashed(arg: str) -> str:
+    flag, equals, value = arg.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else arg
+
+
+def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
+
+
+def _destroy_process_group() -> None:
+    """End the process group of a launched command; the interpreter may abort if it is left open at exit."""
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()

@@ -1,32 +1,149 @@
-"""Reading YAML and JSON configuration files."""
+"""Configuration from YAML files and command-line flags."""
 
+import argparse
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+T = TypeVar("T")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
 def check_keys(content: Mapping[str, Any], known: Sequence[str], source: str) -> None:
-    """Raises `ValueError` that names the first key that is not known, and the known one nearest to it."""
+    """Raise a `ValueError` that names the first unknown key and the known key nearest to it."""
     for name in content:
         if name not in known:
             raise ValueError(f"{source}: unknown key {name!r}; {nearest(str(name), known)}")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
+    """Return a hint: the known name closest to `name`, or all known names."""
     near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    return f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(known)}"
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML; a syntax error is a `ValueError` that names the source."""
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {error}") from error
 
 
 def read_numbers(content: Any) -> Any:
-    """What a YAML file holds, with numbers such as 1e-5 at any depth, which PyYAML leaves as strings."""
+    """Convert numbers such as `1e-5`, which YAML 1.1 reads as strings, at any depth."""
     if isinstance(content, Mapping):
         return {key: read_numbers(value) for key, value in content.items()}
-    return [read_numbers(value) for value in content] if isinstance(content, list) else _scalar(content)
+    if isinstance(content, list):
+        return [read_numbers(value) for value in content]
+    return float(content) if isinstance(content, str) and _NUMBER.fullmatch(content) else content
 
 
-def _scalar(value: Any) -> Any:
-    # YAML 1.1, which PyYAML reads, takes 1e-5 for a string: it wants 1.0e-5.
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+def build(cls: type[T], content: Mapping[str, Any], source: str) -> T:
+    """Build a dataclass from a mapping.
+
+    Args:
+        cls (`type`):
+            The dataclass. Nested dataclasses are built from nested mappings.
+        content (`Mapping[str, Any]`):
+            Values by field name. Strings are converted to the type of the field, as flags give them; `"none"` and
+            `"null"` mean `None`. A key without a value keeps the default of its field.
+        source (`str`):
+            Where the values come from, for error messages.
+
+    Raises:
+        `ValueError`:
+            For an unknown or missing key, or a value of the wrong type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    hints = get_type_hints(cls)
+    check_keys(content, [field.name for field in fields(cls)], source)  # type: ignore[arg-type]
+    values = {}
+    for name, value in content.items():
+        if isinstance(value, str) and value.lower() in ("none", "null"):
+            value = None
+        if nested := [kind for kind in _kinds(hints[name]) if is_dataclass(kind)]:
+            if isinstance(value, Mapping):
+                value = build(nested[0], value, f"{source}, {name}")  # type: ignore[arg-type]
+        if value is not None or NoneType in _kinds(hints[name]):
+            values[name] = value
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+        if error["type"] == "value_error":  # from the checks of the dataclass
+            raise ValueError(f"{source}: {error['ctx']['error']}") from None
+        name = ".".join(map(str, error["loc"]))
+        if error["type"] == "missing":
+            raise ValueError(f"{source}: {name} is missing; set it in the YAML or pass {_flag(name)}") from None
+        raise ValueError(f"{source}: {name}={error['input']!r}: {error['msg']}") from None
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Add a flag for every field of a dataclass; the help text is the `help` of the field's metadata.
+
+    A field that holds a mapping or a dataclass takes `KEY=VALUE` pairs, a list takes several values. The types are
+    checked by [`build`].
+    """
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        kinds = _kinds(hints[field.name])
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"].replace("%", "%%")}
+        if _holds_pairs(kinds):
+            options |= {"nargs": "*", "metavar": "KEY=VALUE"}
+        elif bool in kinds:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = "N" if kinds & {int, float} else field.name.split("_")[-1].upper()
+            if list in kinds and str not in kinds:
+                options["nargs"] = "+"
+        if not any(field.default is silent for silent in (MISSING, None, False)):
+            options["help"] += f" (default: {field.default:g})" if float in kinds else f" (default: {field.default})"
+        parser.add_argument(_flag(field.name), **options)
+
+
+def read_flags(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """Return the values of the flags that were given, by field name.
+
+    Raises:
+        `ValueError`:
+            When a flag for a mapping holds something else than `KEY=VALUE`.
+    """
+    values = {field.name: getattr(namespace, field.name) for field in fields(cls) if hasattr(namespace, field.name)}
+    hints = get_type_hints(cls)
+    return {
+        name: _read_pairs(_flag(name), value) if _holds_pairs(_kinds(hints[name])) else value
+        for name, value in values.items()
+    }
+
+
+def _read_pairs(flag: str, pairs: Sequence[str]) -> dict[str, Any] | None:
+    if [pair.lower() for pair in pairs] == ["none"]:
+        return None
+    content = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{flag} {pair}: expected KEY=VALUE")
+        content[key] = read_numbers(parse_yaml(value, f"{flag} {pair}"))
+    return content
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """Types that a field accepts: the members of a union, generics without their arguments."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return {get_origin(member) or member for member in members}
+
+
+def _holds_pairs(kinds: set[Any]) -> bool:
+    return any(kind is dict or is_dataclass(kind) for kind in kinds)

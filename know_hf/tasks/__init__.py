@@ -1,1 +1,5 @@
-"""Recordings for common tasks from a YAML file or flags."""
+"""Recordings of common tasks from a YAML file, flags or a few arguments."""
+
+from .arguments import LoraArguments, RecordArguments
+
+__all__ = ["LoraArguments", "RecordArguments"]

@@ -1,0 +1,219 @@
+"""Model, processor, data and training arguments of a task, ready for a `Trainer`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BaseImageProcessor,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from ..config_files import check_keys
+from .arguments import IMAGE, LABELS, LM, TEXT, LoraArguments, RecordArguments
+from .task_data import CausalCollator, load_splits, process_images, tokenize
+
+_DEFAULT_MAX_LENGTH = 512
+_AUTO_MODELS = {
+    TEXT: AutoModelForSequenceClassification,
+    IMAGE: AutoModelForImageClassification,
+    LM: AutoModelForCausalLM,
+}
+_LORA_TASKS = {TEXT: "SEQ_CLS", IMAGE: None, LM: "CAUSAL_LM"}
+Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor
+
+
+@dataclass
+class TrainerParts:
+    """Keyword arguments of a task's `Trainer`."""
+
+    model: nn.Module
+    args: TrainingArguments
+    train_dataset: datasets.Dataset
+    eval_dataset: datasets.Dataset | None
+    processing_class: Processor
+    data_collator: Callable[[list[Any]], Any]
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
+    preprocess_logits_for_metrics: Callable[[Any, torch.Tensor], torch.Tensor] | None
+
+    def make_trainer(self) -> Trainer:
+        return Trainer(**{part.name: getattr(self, part.name) for part in fields(self)})
+
+
+def prepare_task(args: RecordArguments) -> TrainerParts:
+    """Load data, processor and model of a task.
+
+    Args:
+        args ([`RecordArguments`]):
+            The task; raises the same errors as [`record_task`].
+
+    Returns:
+        [`TrainerParts`]
+    """
+    training = training_arguments(args)
+    with training.main_process_first(desc="data"):
+        train, evaluation, classes = load_splits(args)
+        config = AutoConfig.from_pretrained(args.model, **_revision(args))
+        processor: Processor
+        if args.task == IMAGE:
+            # The PIL backend gives the same pixels whether torchvision is installed or not.
+            processor = AutoImageProcessor.from_pretrained(args.model, backend="pil", **_revision(args))
+            prepare = partial(process_images, processor=processor, channels=getattr(config, "num_channels", 3))
+        else:
+            processor = _load_tokenizer(args)
+            length = _max_length(args, processor, config)
+            prepare = partial(tokenize, tokenizer=processor, max_length=length, causal=args.task == LM, pack=args.pack)
+        train, evaluation = prepare(train), None if evaluation is None else prepare(evaluation)
+    model, new_tensors = _load_model(args, classes)
+    text_config = model.config.get_text_config()
+    if isinstance(processor, PreTrainedTokenizerBase) and getattr(text_config, "pad_token_id", None) is None:
+        text_config.pad_token_id = processor.pad_token_id
+    collators = {TEXT: DataCollatorWithPadding, LM: CausalCollator}
+    return TrainerParts(
+        model=model if args.lora is None else _add_adapter(model, args.lora, args.task, new_tensors),
+        args=training,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=processor,
+        data_collator=default_data_collator if args.task == IMAGE else collators[args.task](processor),
+        compute_metrics=None if args.task == LM else _accuracy,
+        preprocess_logits_for_metrics=None if args.task == LM else _arg_max,
+    )
+
+
+def training_arguments(args: RecordArguments) -> TrainingArguments:
+    """Return the `TrainingArguments` of a recording.
+
+    Raises:
+        `ValueError`:
+            For a key of `args.training` that `TrainingArguments` does not have.
+    """
+    check_keys(args.training, [option.name for option in fields(TrainingArguments) if option.init], "training")
+    options: dict[str, Any] = {
+        "save_strategy": "no",
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        **args.training,
+        "num_train_epochs": args.epochs,
+        "seed": args.seed,
+        "label_names": [LABELS],
+        # No model takes the image column, and the collator makes the labels of language modelling.
+        "remove_unused_columns": args.task == TEXT,
+    }
+    return TrainingArguments(str(Path(args.output_dir) / "trainer"), **options)
+
+
+def _revision(args: RecordArguments) -> dict[str, str]:
+    return {} if args.model_revision is None else {"revision": args.model_revision}
+
+
+def _load_tokenizer(args: RecordArguments) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(args.model, **_revision(args))
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"the tokenizer of {args.model} has neither a padding nor an end-of-text token; save it with a"
+                " pad_token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _max_length(args: RecordArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if args.max_length is None:
+        return min(limit, _DEFAULT_MAX_LENGTH)
+    if args.max_length > limit:
+        raise ValueError(f"max_length={args.max_length}: {args.model} takes at most {limit} tokens")
+    return args.max_length
+
+
+def _load_model(args: RecordArguments, classes: list[str] | None) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model, and the names of the tensors that its checkpoint does not have."""
+    options: dict[str, Any] = _revision(args)
+    if classes is not None:
+        label2id = {name: index for index, name in enumerate(classes)}
+        options |= {"num_labels": len(classes), "id2label": dict(enumerate(classes)), "label2id": label2id}
+        options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced
+    set_seed(args.seed)
+    model, info = _AUTO_MODELS[args.task].from_pretrained(
+        args.model,
+        dtype=args.dtype or ("float32" if args.lora is None else "auto"),
+        output_loading_info=True,
+        **options,
+    )
+    if classes is not None:
+        # These models accept the Trainer's num_items_in_batch but do not divide by it: the loss would grow with the
+        # number of processes and of accumulated batches.
+        model.accepts_loss_kwargs = False
+    new_tensors = sorted({*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])})
+    if new_tensors and args.start == "current":
+        raise ValueError(
+            f"start='current' uses the weights of {args.model} as state 0, but the checkpoint has no"
+            f" {new_tensors[0]!r} for {args.task}; use start='train', or a model trained on the task"
+        )
+    return model, new_tensors
+
+
+def _add_adapter(model: PreTrainedModel, lora: LoraArguments, task: str, new_tensors: list[str]) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    heads = [] if task == LM else _heads(model)
+    others = {name.rpartition(".")[0] for name in new_tensors}
+    # The training moves BatchNorm statistics; below an adapter no state would hold them.
+    others |= {
+        name for name, part in model.named_modules() if isinstance(part, _BatchNorm) and part.track_running_stats
+    }
+    in_full = heads + sorted(name for name in others if name and name.partition(".")[0] not in heads)
+    targets = lora.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",")]
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        modules_to_save=in_full or None,
+        task_type=_LORA_TASKS[task],
+    )
+    return get_peft_model(model, config)
+
+
+def _heads(model: PreTrainedModel) -> list[str]:
+    """Names of the modules on top of the base model."""
+    base = model.base_model
+    if base is model:
+        return []
+    return [
+        name for name, child in model.named_children() if child is not base and any(True for _ in child.parameters())
+    ]
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+
+
+def _arg_max(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
