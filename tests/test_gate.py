@@ -1,4 +1,5 @@
-import json
+"""The gate: evaluating candidates and writing the best."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,8 @@ from transformers import BertConfig, BertForSequenceClassification, DefaultDataC
 
 from know_hf.batch_norm import recalibrate_batch_norm
 from know_hf.predict import predict_overflowed_weights
-from know_hf.prediction import Gate, choose, plan_prediction, predict_through_gate
+from know_hf.prediction import Gate, WriteOptions, choose, plan_prediction
+from know_hf.prediction.gate import write_best_candidate
 from know_hf.predictors import Average
 from know_hf.trajectory import TrajectoryError
 
@@ -52,173 +54,10 @@ def distance_to(target: float):
     return compute_loss
 
 
-def through(gate, trajectory, folder, predictor=None, steps=2, **arguments):
+def through(gate, trajectory, folder, predictor=None, steps=2, finish=None, **options):
     plan = plan_prediction(trajectory, steps=steps, predictor=predictor or Constant(), estimate_time=False)
-    return predict_through_gate(gate, plan, output_dir=folder / "out", **arguments)
-
-
-# Choosing
-
-
-def noise(random, kind, size):
-    if kind == "normal":
-        return random.normal(size=size)
-    if kind == "heavy right tail":
-        return np.exp(1.5 * random.normal(size=size)) - np.exp(1.5**2 / 2)
-    return 5.0 * (random.random(size) < 0.02) - 0.1  # rare disasters: mean 0, most values below it
-
-
-@pytest.mark.parametrize("kind", ["normal", "heavy right tail", "rare disasters"])
-@pytest.mark.parametrize("count", [20, 200])
-def test_noise_is_rarely_chosen(kind, count):
-    random = np.random.default_rng(count)
-    chosen = 0
-    for run in range(60):
-        reference = random.exponential(size=count)
-        own = noise(random, kind, (6, count))
-        losses = {f"candidate {k}": reference + 0.3 * values for k, values in enumerate(own)}
-        result = choose({"Θ0": reference, **losses}, num_resamples=199, seed=run)
-        chosen += not result.is_reference
-    # level 0.05; of 60 runs 9 or more are seen with probability 0.003 then
-    assert chosen <= 8
-
-
-def test_a_planted_gain_is_found_and_the_largest_taken():
-    random = np.random.default_rng(0)
-    found = []
-    for run in range(20):
-        reference = random.exponential(size=200)
-        losses = {"Θ0": reference}
-        for gain in (0.0, 0.1, 0.2, 0.4):
-            losses[f"gain {gain}"] = reference - gain + 0.5 * random.normal(size=200)
-        result = choose(losses, num_resamples=199, seed=run)
-        found.append(result.chosen)
-        best = next(candidate for candidate in result.candidates if candidate.name == "gain 0.4")
-        assert best.low < -0.4 < best.high
-    assert found == ["gain 0.4"] * 20
-
-
-def test_intervals_cover_all_candidates_at_once():
-    random = np.random.default_rng(1)
-    missed = 0
-    for run in range(60):
-        reference = random.exponential(size=100)
-        losses = {str(k): reference + 0.1 * k + random.normal(size=100) for k in range(6)}
-        result = choose({"Θ0": reference, **losses}, num_resamples=199, seed=run)
-        missed += any(not c.low < 0.1 * k < c.high for k, c in enumerate(result.candidates[1:]))
-    assert missed <= 8
-
-
-def test_one_candidate_is_tested_as_student_does():
-    """For normal values the studentised bootstrap and the t-test agree."""
-    stats = pytest.importorskip("scipy.stats")
-    random = np.random.default_rng(2)
-    reference = random.normal(size=400)
-    other = reference + random.normal(-0.1, 1, size=400)
-    result = choose({"Θ0": reference, "other": other}, num_resamples=9999)
-    test = stats.ttest_rel(other, reference)
-    candidate = result.candidates[1]
-    assert candidate.p_value == pytest.approx(test.pvalue, abs=0.01)
-    interval = test.confidence_interval(0.95)
-    assert [candidate.low, candidate.high] == pytest.approx([interval.low, interval.high], abs=0.005)
-
-
-def test_more_candidates_need_more_evidence():
-    random = np.random.default_rng(3)
-    reference = random.normal(size=100)
-    noise = random.normal(size=100)
-    good = reference + noise - noise.mean() - 0.2
-    alone = choose({"Θ0": reference, "good": good}).candidates[1]
-    others = {str(k): reference + random.normal(size=100) for k in range(20)}
-    among = choose({"Θ0": reference, "good": good, **others}).candidates[1]
-    assert among.p_value > 2 * alone.p_value
-    assert among.high - among.low > 1.3 * (alone.high - alone.low)
-
-
-def test_the_margin_must_be_passed_too():
-    random = np.random.default_rng(4)
-    reference = random.normal(size=100)
-    losses = {"Θ0": reference, "good": reference - 0.2 + 0.1 * random.normal(size=100)}
-    assert choose(losses).chosen == "good"
-    assert choose(losses, margin=0.1).chosen == "good"
-    kept = choose(losses, margin=0.3)
-    assert kept.is_reference
-    assert "lies below -0.3 (95%" in kept.rule
-    assert "lies below 0 (95%" in choose(losses).rule
-
-
-def test_what_is_not_finite_or_without_spread_is_not_chosen():
-    reference = np.linspace(1, 2, 20)
-    result = choose({"Θ0": reference, "diverged": [*reference[:-1] - 1, np.nan], "shifted": reference - 0.5})
-    assert result.is_reference
-    diverged, shifted = result.candidates[1:]
-    assert (diverged.loss, diverged.p_value) == (None, None)
-    assert (shifted.difference, shifted.low, shifted.high, shifted.p_value) == (-0.5, None, None, None)
-    assert result.scores == {"Θ0": 1.5, "shifted": 1.0}
-    assert "| diverged | not finite |  |  |  |" in result.markdown()
-    assert (
-        "with a validation loss of 1 (-0.5 on every value, so that nothing says how sure that is)" in result.sentence
-    )
-    assert result.rule.endswith("no noise to test it by: it is not chosen unless a margin is set.")
-
-
-def test_equal_differences_are_chosen_by_the_margin_alone():
-    random = np.random.default_rng(6)
-    reference = random.exponential(size=50).astype(np.float32)
-    moved = [reference - np.float32(0.3), reference - np.float32(0.1)]
-    losses = {"Θ0": reference, "more": moved[0], "less": moved[1], "noisy": reference + random.normal(size=50)}
-    assert moved[0].astype(float).std() != reference.astype(float).std()  # but for the rounding of float32
-    assert choose(losses).is_reference and choose(losses, margin=0.0).is_reference
-    assert choose(losses, margin=0.4).is_reference
-    result = choose(losses, margin=0.2)
-    assert result.chosen == "more"
-    assert "the gate chose more, with a validation loss of" in result.sentence
-    assert "(-0.3 on every value, so that nothing says how sure that is); Θ0 has" in result.sentence
-    assert result.rule.endswith("it is better when it is lower by more than 0.2.")
-    assert result.candidates[3].p_value is not None
-    json.dumps(result.to_dict(), allow_nan=False)
-
-
-def test_a_gain_on_a_single_example_is_not_enough():
-    reference = np.ones(20)
-    lucky = np.r_[0.0, np.ones(19)]
-    result = choose({"Θ0": reference, "lucky": lucky})
-    assert result.is_reference
-    assert result.candidates[1].low is None
-    assert "| lucky | 0.95 | -0.05 | unbounded |" in result.markdown()
-    json.dumps(result.to_dict(), allow_nan=False)
-
-
-def test_one_number_is_compared_with_the_margin_and_no_test_is_claimed():
-    losses = {"Θ0": 1.0, "a": 0.95, "b": 0.92}
-    assert choose(losses, margin=0.1).is_reference
-    result = choose(losses, margin=0.06)
-    assert result.chosen == "b"
-    assert "no test was made" in result.rule
-    assert result.sentence == (
-        "Of Θ0 and 2 other candidates the gate chose b, with a validation loss of 0.92 (-0.08); Θ0 has 1."
-    )
-
-
-@pytest.mark.parametrize(
-    ("losses", "options", "message"),
-    [
-        ({"a": [1.0] * 10}, {}, "there are no losses of Θ0, only of a"),
-        ({"Θ0": 1.0, "a": 0.5}, {}, "compute_loss gave one number.*set margin="),
-        ({"Θ0": [1.0] * 9, "a": [0.5] * 9}, {}, "9 losses of Θ0.*at least 10"),
-        ({"Θ0": [], "a": []}, {}, "0 losses of Θ0"),
-        ({"Θ0": [1.0] * 9 + [np.nan], "a": [0.5] * 10}, {}, "losses of Θ0 are to be finite"),
-        ({"Θ0": [1.0] * 10, "a": [0.5] * 11}, {}, r"a has losses of shape \(11,\), Θ0 of shape \(10,\)"),
-        ({"Θ0": [1.0] * 10}, {"level": 1.0}, "level must lie strictly between 0 and 1, got 1.0"),
-        ({"Θ0": [1.0] * 10}, {"margin": -0.1}, "margin must be 0 or more.*got -0.1"),
-    ],
-)
-def test_losses_that_cannot_be_compared_are_an_error(losses, options, message):
-    with pytest.raises(ValueError, match=message):
-        choose(losses, **options)
-
-
-# Trying
+    result = write_best_candidate(gate, plan, folder / "out", WriteOptions(**options), finish)
+    return result, result.gate
 
 
 def test_the_best_number_of_steps_is_kept(trajectory, tmp_path):
@@ -239,9 +78,7 @@ def test_the_best_number_of_steps_is_kept(trajectory, tmp_path):
         "recalibrated": False,
         "state": None,
     }
-    assert decided.sentence.startswith(
-        "Of Θ0 and 8 other candidates the gate chose Constant, 2 steps, with a distance"
-    )
+    assert decided.sentence.startswith("The gate chose Constant, 2 steps over Θ0 and 7 other candidates: distance of")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in result.path.iterdir()) == ["config.json", "model.safetensors"]
 
@@ -255,7 +92,7 @@ def test_theta_0_is_kept_bit_for_bit_when_nothing_is_better(trajectory, tmp_path
     before = trajectory.path / "state-0/model.safetensors"
     assert (result.path / "model.safetensors").read_bytes() == before.read_bytes()
     assert decided.candidates[1].name == "Θ0, BatchNorm recalibrated"
-    assert "The gate kept Θ0: none of 8 other candidates is better by more than noise." in decided.sentence
+    assert "kept Θ0: none of 8 other candidates" in decided.sentence
 
 
 def test_a_state_can_be_chosen_and_is_copied_bit_for_bit(trajectory, tmp_path):
@@ -263,9 +100,9 @@ def test_a_state_can_be_chosen_and_is_copied_bit_for_bit(trajectory, tmp_path):
     result, decided = through(gate, trajectory, tmp_path)
     assert decided.chosen == "Θ2"
     assert decided.recipe == {
-        "predictor": "task_vector",
-        "predictor_options": {"scale": -1.0, "since": 2},
-        "steps": 1,
+        "predictor": None,
+        "predictor_options": None,
+        "steps": 0,
         "recalibrated": False,
         "state": 2,
     }
@@ -325,13 +162,11 @@ def test_examples_of_different_lengths_need_a_collator_that_pads():
     tokens = [[5] * (3 + index % 4) for index in range(24)]
     examples = [{"input_ids": ids, "labels": 0} for ids in tokens]
     model = bert()
-    with pytest.raises(
-        ValueError, match=r"8 examples .*expected sequence.*data_collator=.*DataCollatorWithPadding"
-    ) as e:
+    with pytest.raises(ValueError, match=r"8 examples.*data_collator=.*DataCollatorWithPadding") as e:
         Gate(dataset=examples).losses(model)
     assert isinstance(e.value.__cause__, ValueError)
     columns = Dataset.from_list(examples).with_format("torch")
-    with pytest.raises(ValueError, match=r"stack expects each tensor .*pass data_collator="):
+    with pytest.raises(ValueError, match="data_collator="):
         Gate(dataset=columns).losses(model)
     with pytest.raises(ZeroDivisionError):  # one's own collator says itself what is wrong
         Gate(dataset=examples, data_collator=lambda rows: 1 / 0).losses(model)
@@ -340,7 +175,7 @@ def test_examples_of_different_lengths_need_a_collator_that_pads():
 def test_a_plain_module_is_refused_before_the_work_and_can_be_chosen_by_hand(record_states, tmp_path):
     module = nn.Linear(2, 2)
     trajectory = record_states(module, num_states=2)
-    with pytest.raises(ValueError, match=r"plain module, which the gate can't make: .*load_into"):
+    with pytest.raises(ValueError, match=r"plain nn\.Module.*load_into"):
         through(Gate(lambda model: [1.0] * 10), trajectory, tmp_path)
     assert not (tmp_path / "out").exists()
     result = predict_overflowed_weights(trajectory, predictor=Constant(1.0), output_dir=tmp_path / "out")
@@ -389,7 +224,7 @@ def test_the_card_says_what_the_gate_chose(trajectory, tmp_path):
     assert result.gate.sentence in str(result)
     assert result.to_dict()["gate"]["chosen"] == "Θ1"
     card = (result.path / "README.md").read_text()
-    assert "the gate chose Θ1, with a validation loss of" in card
+    assert result.gate.sentence in card.replace("&#124;", "|")
     assert "| `Θ1` (these weights) |" in card
     assert "| candidate | `validation loss` | minus Θ0 | 95% interval | p (corrected) |" in card
     assert "| all tensors | those of the state Θ1 as it was recorded |" in card
@@ -400,11 +235,11 @@ def test_the_card_says_what_the_gate_chose(trajectory, tmp_path):
 
 
 def test_what_was_chosen_is_finished_before_it_appears(trajectory, tmp_path):
-    def finish(folder, result, decided):
+    def finish(folder, result):
         assert not (tmp_path / "out").exists()
         assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
         assert result.path == tmp_path / "out"
-        (folder / "README.md").write_text(decided.sentence)
+        (folder / "README.md").write_text(result.gate.sentence)
 
     gate = Gate(lambda model: 1.0, margin=0.0)
     result, decided = through(gate, trajectory, tmp_path, steps=1, finish=finish)
@@ -446,7 +281,7 @@ def test_adapters_are_tried_on_their_base_which_stays_as_it_was(record_states, t
     untouched = base().state_dict()
     assert model.state_dict().keys() == untouched.keys()
     assert all(torch.equal(tensor, untouched[name]) for name, tensor in model.state_dict().items())
-    with pytest.raises(ValueError, match=r"one of adapters.*pass it as base_model="):
+    with pytest.raises(ValueError, match=r"adapters.*base_model="):
         through(Gate(compute_loss), trajectory, tmp_path / "other")
 
 
@@ -461,7 +296,7 @@ def test_an_error_leaves_nothing_behind_and_comes_early(trajectory, tmp_path):
         through(Gate(compute_loss), trajectory, tmp_path)
     assert len(calls) == 1
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="compute_loss is to give one number or a list of numbers, got None"):
+    with pytest.raises(ValueError, match=r"compute_loss must return.*None"):
         through(Gate(lambda model: None), trajectory, tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
@@ -472,7 +307,7 @@ def test_an_error_leaves_nothing_behind_and_comes_early(trajectory, tmp_path):
 
 def test_a_model_without_loss_is_an_error():
     images = make_images(12).remove_columns("labels")
-    with pytest.raises(ValueError, match="gives no loss for batches of pixel_values; the validation examples need"):
+    with pytest.raises(ValueError, match="no loss for batches of pixel_values"):
         Gate(dataset=images).losses(make_resnet())
 
 
@@ -481,26 +316,11 @@ def test_a_model_without_loss_is_an_error():
     [
         ({}, "either compute_loss or dataset"),
         ({"compute_loss": len, "dataset": [1]}, "not both"),
-        ({"dataset": [1], "batch_size": 0}, "batch_size=0: choose at least 1"),
-        ({"dataset": [1], "level": 0.0}, "level must lie strictly between 0 and 1, got 0.0"),
-        ({"dataset": [1], "margin": float("nan")}, "margin must be 0 or more.*got nan"),
+        ({"dataset": [1], "batch_size": 0}, "batch_size=0"),
+        ({"dataset": [1], "level": 0.0}, "level.*0.0"),
+        ({"dataset": [1], "margin": float("nan")}, "margin.*nan"),
     ],
 )
 def test_options_that_make_no_gate_are_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         Gate(**options)
-
-
-def test_the_table_and_the_dictionary_say_what_was_tried():
-    random = np.random.default_rng(5)
-    reference = random.exponential(size=50)
-    result = choose({"Θ0": reference, "Θ1": reference - 0.5 + 0.1 * random.normal(size=50)}, metric="error")
-    lines = result.markdown().splitlines()
-    assert lines[0] == "| candidate | error | minus Θ0 | 95% interval | p (corrected) |"
-    assert lines[2].startswith("| Θ0 | ") and lines[2].endswith(" |  |  |  |")
-    assert lines[3].startswith("| **Θ1** (chosen) | ")
-    record = result.to_dict()
-    assert record["scores"].keys() == {"Θ0", "Θ1"}
-    assert record["chosen"] == "Θ1"
-    assert record["sentence"] in str(result) and record["rule"] in str(result)
-    assert record["candidates"][1]["p_value"] == result.candidates[1].p_value

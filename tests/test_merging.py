@@ -16,7 +16,7 @@ from peft import (
     TaskType,
     get_peft_model,
 )
-from test_prediction import Constant
+from test_predict import Constant
 from torch import nn
 from transformers import (
     BertConfig,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_images, make_resnet, make_trainer
 from datasets import Dataset
-from test_prediction import Constant
+from test_predict import Constant
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,

@@ -6,7 +6,7 @@ from conftest import SCHEDULE, make_resnet, make_trainer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, ShiraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from test_prediction import Constant
+from test_predict import Constant
 from test_recording_models import CASES
 from transformers import (
     BertConfig,

@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..batch_norm import recalibrate_batch_norm
-from ..checkpoint import replace_tensors
-from ..known.modeling_known import KNOWNModel
+from ..known import KNOWNModel
 from ..model_tensors import is_adapter
-from ..predict import predict_overflowed_weights
-from ..prediction import PredictionResult
+from ..prediction import PredictionPlan, TensorSource, WriteOptions, plan_prediction, write_checkpoint
+from ..prediction.engine import PredictedTensors
+from ..prediction.tensor_sources import full_tensors
+from ..prediction.write_checkpoint import measure
 from ..predictors import get_predictor
-from ..trajectory import WeightTrajectory
+from ..trajectory import WeightTrajectory, load_pretrained
 from ..trajectory.merging import merge_adapter
 from .task_singular_vectors import merge_task_singular_vectors
 
@@ -43,8 +44,6 @@ class ArmSources:
         base_model (callable, *optional*): For a trajectory of adapters, makes the model that they belong to. Adapters
             are merged into it: arms are whole models.
         model_class (`type`, *optional*): The model's class, where transformers has none of its name.
-        keep (`bool`, *optional*, defaults to `False`): Whether predicted checkpoints are to be kept: they then get
-            their own BatchNorm statistics and a model card.
         device (`torch.device`, *optional*): Where models are put; by default on the CPU.
     """
 
@@ -58,7 +57,6 @@ class ArmSources:
     train_further: Callable[[PreTrainedModel, list[int]], PreTrainedModel] | None = None
     base_model: Callable[[], PreTrainedModel] | None = None
     model_class: type[PreTrainedModel] | None = None
-    keep: bool = False
     device: torch.device | None = None
 
     def recalibrate(self, model: PreTrainedModel) -> None:
@@ -137,64 +135,62 @@ def _shuffled(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
 
 
 def _predicted(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    batches = sources.batches if sources.keep and not sources.trajectory.is_adapter else None
-    return _loaded(_predict(arm, sources, batches), sources)
+    plan = _plan(arm, sources)
+    return _written(arm, sources, PredictedTensors(plan))
 
 
 def _matched_shrink(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    result = _predict(arm, sources)
-    shrunk = {
-        name: report.shrink_factor * sources.trajectory.tensor(name).float()
-        for name, report in result.tensors.items()
-        if report.predicted
-    }
-    replace_tensors(result.path, shrunk)
-    return _loaded(result, sources)
+    """Scale each predicted tensor of Θ0 by the shrink factor of the prediction."""
+    trajectory = sources.trajectory
+    plan = _plan(arm, sources)
+    reports = measure(trajectory, PredictedTensors(plan))
+
+    def shrunk(name: str, start: int, stop: int) -> Tensor | None:
+        if not reports[name].predicted:
+            return None
+        return reports[name].shrink_factor * trajectory.read(name, start, stop).float()
+
+    return _written(arm, sources, shrunk)
 
 
 def _task_singular_vectors(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    # the files come from a prediction that changes nothing; all tensors of the model's weights are then replaced
-    result = predict_overflowed_weights(
-        sources.trajectory,
-        output_dir=sources.output_dir / arm.name,
-        predictor="shrink",
-        predictor_options={"factor": 1.0},
-        model_class=sources.model_class,
-        dtype=torch.float32,
-        overwrite=True,
-        card=False,
-    )
-    merged = {}
-    for name, role in result.roles.items():
-        if role != "copied" and not sources.trajectory.is_unchanged(name):
-            newest_first = sources.trajectory.history(name).flip(0)
-            moves = list(newest_first[:-1] - newest_first[1:])
-            merged[name] = newest_first[0] + arm.options.get("scale", 1.0) * merge_task_singular_vectors(moves)
-    replace_tensors(result.path, merged)
-    return _loaded(result, sources)
+    trajectory, scale = sources.trajectory, arm.options.get("scale", 1.0)
+
+    def merged(name: str) -> Tensor | None:
+        if trajectory.roles[name].role == "copied" or trajectory.is_unchanged(name):
+            return None
+        newest_first = trajectory.history(name).flip(0)
+        moves = list(newest_first[:-1] - newest_first[1:])
+        return newest_first[0] + scale * merge_task_singular_vectors(moves)
+
+    return _written(arm, sources, full_tensors(merged))
 
 
-def _predict(
-    arm: "Arm", sources: ArmSources, batches: Sequence[Mapping[str, Tensor]] | None = None
-) -> PredictionResult:
+def _written(
+    arm: "Arm", sources: ArmSources, tensors: TensorSource | Callable[[str, int, int], Tensor | None]
+) -> PreTrainedModel:
+    """Write tensors as a float32 checkpoint and load it."""
+    folder = sources.output_dir / arm.name
+    options = WriteOptions(dtype=torch.float32, overwrite=True, model_class=sources.model_class)
+    write_checkpoint(sources.trajectory, tensors, folder, options)
+    return _loaded(folder, sources)
+
+
+def _plan(arm: "Arm", sources: ArmSources) -> PredictionPlan:
     is_known = arm.predictor == "known" and not arm.options
-    return predict_overflowed_weights(
+    return plan_prediction(
         sources.trajectory,
         (arm.known or sources.known) if is_known else None,
         arm.steps,
-        output_dir=sources.output_dir / arm.name,
         predictor=None if is_known else get_predictor(arm.predictor, **arm.options),
         norm=arm.norm,
-        recalibrate_with=batches,
-        model_class=sources.model_class,
-        dtype=None if sources.keep else torch.float32,
-        overwrite=True,
-        card=sources.keep,
+        estimate_time=False,
     )
 
 
-def _loaded(result: PredictionResult, sources: ArmSources) -> PreTrainedModel:
-    return sources.whole(result.load_model(None if sources.base_model is None else sources.base_model()))
+def _loaded(folder: Path, sources: ArmSources) -> PreTrainedModel:
+    base = None if sources.base_model is None else sources.base_model()
+    return sources.whole(load_pretrained(folder, sources.model_class, base))
 
 
 def _given(arm: "Arm", maker: Callable[..., Any] | None, name: str, what: str) -> Callable[..., Any]:

@@ -1,10 +1,16 @@
-"""From a trajectory and a predictor to the enhanced checkpoint, in pieces of bounded size."""
+"""From a trajectory and a predictor to the enhanced checkpoint, in pieces of bounded size.
 
+`plan` decides from the files' headers, `engine` predicts, `write_checkpoint` writes, `gate` chooses.
+"""
+
+from .._moved import forward
 from .gate import Gate
 from .plan import SHIPPED_KNOWN, PredictionPlan, plan_prediction
 from .residuals import ResidualReport
 from .result import PredictionResult
 from .selection import REFERENCE, GateCandidate, GateResult, choose
+from .tensor_sources import StateTensors, TensorSource
+from .write_checkpoint import WriteOptions, write_checkpoint
 
 __all__ = [
     "REFERENCE",
@@ -15,6 +21,12 @@ __all__ = [
     "PredictionPlan",
     "PredictionResult",
     "ResidualReport",
+    "StateTensors",
+    "TensorSource",
+    "WriteOptions",
     "choose",
     "plan_prediction",
+    "write_checkpoint",
 ]
+
+__getattr__ = forward(__name__, predict_overflowed_weights="know_hf.predict")

@@ -1,215 +1,179 @@
-"""Doing what was planned, piece by piece: the next pieces are read and the last ones written while one is computed."""
+"""Predict the tensors of a checkpoint from their histories."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from transformers.utils import logging
 
-from ..checkpoint import CheckpointWriter
-from ..predictors import Predictor
-from ..predictors.relative_depth import relative_depths
+from ..checkpoint import parse_json
+from ..predictors import KNOWNPredictor, Predictor, relative_depths
 from ..trajectory import TrajectoryError, WeightTrajectory
-from .plan import READ_AHEAD, WRITE_BEHIND, Piece, PredictionPlan
+from .pieces import Piece, pieces_of
+from .plan import COPIED_COST, PredictionPlan
 from .residuals import ResidualReport, is_finite
+from .result import PredictionResult
+from .tensor_sources import TensorSource, cast, check_finite, count_piece
+from .warnings import code_warnings, forgetting_warnings, range_warnings, rounding_warnings
+from .write_checkpoint import Reports, WriteOptions, write_checkpoint
 
-T = TypeVar("T")
+logger = logging.get_logger(__name__)
 
 
-def run(
-    plan: PredictionPlan, writer: CheckpointWriter, pieces: Sequence[Piece], progress: bool = True
-) -> dict[str, ResidualReport]:
-    """Predicts or copies pieces and writes them to their places.
+def write_prediction(
+    plan: PredictionPlan,
+    output_dir: str | Path,
+    options: WriteOptions,
+    finish: Callable[[Path, PredictionResult], None] | None = None,
+) -> PredictionResult:
+    """Predict and write the checkpoint of a plan.
 
     Args:
-        plan ([`PredictionPlan`]): What to do with each tensor.
-        writer ([`CheckpointWriter`]): Its files are there already.
-        pieces (`Sequence[Piece]`): The pieces of this process.
-        progress (`bool`, *optional*, defaults to `True`): Whether a bar counts the parameters.
-
-    Returns:
-        `dict[str, ResidualReport]`: from the name of each tensor to what happened to it here. A tensor counts as one
-        on the process that has its first piece.
-
-    Raises:
-        `TrajectoryError`: when a value of a state is not finite; names tensor and state.
-        `ValueError`: when a prediction is not finite; names the tensor.
+        plan ([`PredictionPlan`]):
+            Trajectory, predictor and what happens to each tensor.
+        output_dir (`str` or `Path`):
+            Output folder.
+        options ([`WriteOptions`]):
+            How to write.
+        finish (`Callable[[Path, PredictionResult], None]`, *optional*):
+            Called on the main process with the folder before it gets its final name.
     """
-    reports: dict[str, ResidualReport] = {}
-    predict = _Predicting(plan)
-    bar = tqdm(
-        total=sum(piece.stop - piece.start for piece in pieces),
-        desc=f"predicting {plan.steps} step(s)",
-        unit="parameter",
-        unit_scale=True,
-        disable=not progress,
+
+    def make_result(reports: Reports) -> PredictionResult:
+        return prediction_result(plan, reports, output_dir, options)
+
+    reports = write_checkpoint(
+        plan.trajectory,
+        PredictedTensors(plan),
+        output_dir,
+        options,
+        finish=None if finish is None else lambda folder, reports: finish(folder, make_result(reports)),
     )
-    with bar, _InOrder(WRITE_BEHIND) as written:
-        for piece, (original, history) in _ahead(pieces, predict.read):
-            result, report = predict(piece, original, history)
-            written.submit(partial(writer.write, piece.name, result, piece.start))
-            reports[piece.name] = reports.get(piece.name, ResidualReport()) + report
-            bar.update(piece.stop - piece.start)
-    writer.flush()
-    return reports
+    return make_result(reports)
 
 
-class _Predicting:
-    """Reads and predicts pieces; knows which tensors move."""
+def prediction_result(
+    plan: PredictionPlan, reports: Reports, output_dir: str | Path, options: WriteOptions
+) -> PredictionResult:
+    """Join the reports of a written checkpoint with the warnings that follow from them."""
+    roles = {name: tensor.role for name, tensor in plan.tensors.items()}
+    warnings = [*_warnings(plan, reports), *code_warnings(_configs(plan.trajectory), plan.trajectory.base_model)]
+    return PredictionResult(Path(output_dir), reports, roles, warnings, options.model_class)
+
+
+class PredictedTensors(TensorSource):
+    """The tensors that a plan predicts; see [`write_checkpoint`].
+
+    Args:
+        plan ([`PredictionPlan`]):
+            Trajectory, predictor and what happens to each tensor.
+    """
 
     def __init__(self, plan: PredictionPlan) -> None:
         self.plan = plan
-        self.device = getattr(plan.predictor, "device", torch.device("cpu"))
-        depths = relative_depths(list(plan.tensors))
-        self.predictors: dict[str, Predictor] = {
+        self.trajectory = plan.trajectory
+        self.description = f"Predicting {plan.steps} step{'s' if plan.steps > 1 else ''}"
+        self._device = getattr(plan.predictor, "device", torch.device("cpu"))
+        self._predictors: dict[str, Predictor] = {
             name: plan.predictor.at_depth(depth) if hasattr(plan.predictor, "at_depth") else plan.predictor
-            for name, depth in depths.items()
+            for name, depth in relative_depths(list(plan.tensors)).items()
         }
-        self._moves: dict[str, bool] = {}
+        self._changes: dict[str, bool] = {}
+
+    def cost(self, name: str) -> float:
+        return self.plan.steps if self.plan.tensors[name].network else COPIED_COST
 
     def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The piece of Θ0 as it is stored, `(N,)`; and its history, `(S, N)` float32, where it is predicted."""
-        trajectory, tensor = self.plan.trajectory, self.plan.tensors[piece.name]
-        if tensor.network:
-            history = trajectory.read_history(piece.name, piece.start, piece.stop)
-            if self._tensor_moves(piece, history):
-                if trajectory.dtype(piece.name) == torch.float32:
-                    return history[-1], history
-                return trajectory.read(piece.name, piece.start, piece.stop), history
-        return trajectory.read(piece.name, piece.start, piece.stop), None
+        """Read Θ0 as stored, `(N,)`, and the history, `(S, N)` float32, of a piece that is predicted."""
+        read = partial(self.trajectory.read, piece.name, piece.start, piece.stop)
+        if not self.plan.tensors[piece.name].network:
+            return read(), None
+        history = self.trajectory.read_history(piece.name, piece.start, piece.stop)
+        if not self._tensor_changes(piece, history):
+            return read(), None
+        return history[-1] if self.trajectory.dtype(piece.name) == torch.float32 else read(), history
 
-    def __call__(
-        self, piece: Piece, original: torch.Tensor, history: torch.Tensor | None
+    def values(
+        self, piece: Piece, data: tuple[torch.Tensor, torch.Tensor | None]
     ) -> tuple[torch.Tensor, ResidualReport]:
-        """What is written of a piece, `(N,)` in the dtype of the tensor, and its report."""
-        tensor, trajectory = self.plan.tensors[piece.name], self.plan.trajectory
-        is_first = piece.start == 0
-        report = ResidualReport(
-            tensors=int(is_first),
-            parameters=tensor.spec.shape.numel() if is_first else 0,
-            unchanged=int(is_first and history is None and self._stands_still(piece.name)),
-        )
+        original, history = data
+        tensor, trajectory = self.plan.tensors[piece.name], self.trajectory
+        unchanged = trajectory.is_unchanged(piece.name) or self._changes.get(piece.name) is False
+        report = count_piece(trajectory, piece, unchanged=history is None and unchanged)
         if history is None:
             if tensor.role != "copied":
-                _check_finite(original[None], piece.name, trajectory)
-            return self._cast(original, piece.name), report
-        _check_finite(history, piece.name, trajectory)
+                check_finite(original, piece.name, trajectory, state=0)
+            return original, report
+        for state, values in enumerate(history.flip(0)):
+            check_finite(values, piece.name, trajectory, state)
         residual = self._residual(history, piece.name, tensor.network or "")
         if not is_finite(residual):
             raise ValueError(
                 f"the prediction of tensor {piece.name!r} of {trajectory.path} is not finite after {self.plan.steps}"
-                f" step(s); its largest value is {float(history.abs().max()):.3g}: use fewer steps"
+                f" step(s); its largest recorded value is {float(history.abs().max()):.3g}. Use fewer steps"
             )
+        copied = cast(original, tensor.spec.dtype, piece.name, trajectory)
+        result = cast(_add(original, residual), tensor.spec.dtype, piece.name, trajectory)
+        # -0.0 + 0.0 is +0.0: only a copy is bit-identical where the residual is zero
+        result = torch.where(residual == 0, copied, result)
         used = history[-self.plan.num_states :]
-        trained_on = self.plan.trained_on(tensor.network or "")
-        unchanged = self._cast(original, piece.name)
-        result = _plus(original, residual, unchanged)
-        self._check_cast(result, piece.name)
-        report += ResidualReport.of(used, residual, trained_on)
+        report += ResidualReport.of(used, residual, self.plan.trained_on(tensor.network or ""))
         if result.dtype != torch.float32:
-            report.lost = int(((residual != 0) & (result == unchanged)).sum())
+            report.lost = int(((residual != 0) & (result == copied)).sum())
         return result, report
 
-    def _cast(self, original: torch.Tensor, name: str) -> torch.Tensor:
-        cast = original.to(self.plan.tensors[name].spec.dtype)
-        if cast.dtype != original.dtype and is_finite(original):
-            self._check_cast(cast, name)
-        return cast
-
-    def _check_cast(self, cast: torch.Tensor, name: str) -> None:
-        if cast.is_floating_point() and not is_finite(cast):
-            raise ValueError(
-                f"tensor {name!r} of {self.plan.trajectory.path} has numbers that are too large for {cast.dtype};"
-                " write bfloat16 or float32"
-            )
-
     def _residual(self, history: torch.Tensor, name: str, network: str) -> torch.Tensor:
-        """Sum of the residuals of all steps, `(N,)` float32 on the CPU, from a history `(S, N)`."""
-        predictor, steps, states = self.predictors[name], self.plan.steps, self.plan.num_states
-        # one buffer for the history and every step, so that each window is a view: rows are states, as on disk
-        buffer = torch.empty(states + steps, history.shape[1], device=self.device)
+        """Sum the residuals of all steps, `(N,)` float32 on the CPU, from a history `(S, N)`."""
+        predictor, steps, states = self._predictors[name], self.plan.steps, self.plan.num_states
+        # rows are states: one buffer holds the history and every step, and each window is a view of it
+        buffer = torch.empty(states + steps, history.shape[1], device=self._device)
         buffer[:states] = history[-states:]
-        total = torch.zeros(history.shape[1], device=self.device)
+        total = torch.zeros(history.shape[1], device=self._device)
         for step in range(steps):
             residual = predictor.residual(buffer[step : step + states].T, network).to(buffer)
             total += residual
             torch.add(buffer[step + states - 1], residual, out=buffer[step + states])
         return total.cpu()
 
-    def _tensor_moves(self, piece: Piece, history: torch.Tensor) -> bool:
-        """Whether any element of a tensor differs between states; only where this piece does not, others are read."""
+    def _tensor_changes(self, piece: Piece, history: torch.Tensor) -> bool:
+        """Whether any element of the tensor differs between states. Reads other pieces only if this one is equal."""
         name = piece.name
-        if name not in self._moves:
-            self._moves[name] = _differs(history) or any(
-                _differs(self.plan.trajectory.read_history(name, other.start, other.stop))
-                for other in self.plan.pieces()  # of all tensors: not listed unless this piece stands still
-                if other.name == name and other != piece
+        if name not in self._changes:
+            others = (other for other in pieces_of(name, self.plan.tensors[name].spec) if other != piece)
+            self._changes[name] = _differs(history) or any(
+                _differs(self.trajectory.read_history(name, other.start, other.stop)) for other in others
             )
-        return self._moves[name]
-
-    def _stands_still(self, name: str) -> bool:
-        return self.plan.trajectory.is_unchanged(name) or self._moves.get(name) is False
-
-
-class _InOrder:
-    """Jobs done one after the other in a thread, at most a few of them waiting; errors come out of later calls."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="know_hf-prediction")
-        self._jobs: deque[Future[Any]] = deque()
-
-    def submit(self, job: Callable[[], Any]) -> None:
-        self._jobs.append(self._pool.submit(job))
-        while len(self._jobs) > self._limit:
-            self._jobs.popleft().result()
-
-    def __enter__(self) -> "_InOrder":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-        if kind is None:
-            for job in self._jobs:
-                job.result()
-
-
-def _ahead(pieces: Iterable[Piece], read: Callable[[Piece], T]) -> Iterator[tuple[Piece, T]]:
-    """Each piece with what was read of it, the next ones being read meanwhile."""
-    with ThreadPoolExecutor(1, thread_name_prefix="know_hf-reading") as pool:
-        waiting: deque[tuple[Piece, Future[T]]] = deque()
-        try:
-            for piece in pieces:
-                waiting.append((piece, pool.submit(read, piece)))
-                if len(waiting) > READ_AHEAD:
-                    first, result = waiting.popleft()
-                    yield first, result.result()
-            for first, result in waiting:
-                yield first, result.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        return self._changes[name]
 
 
 def _differs(history: torch.Tensor) -> bool:
     return bool((history != history[-1]).any())
 
 
-def _plus(tensor: torch.Tensor, residual: torch.Tensor, unchanged: torch.Tensor) -> torch.Tensor:
-    total = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + residual
-    # -0.0 + 0.0 is +0.0: without the choice a zero residual would not be bit-identical
-    return torch.where(residual == 0, unchanged, total.to(unchanged.dtype))
+def _add(tensor: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + residual
 
 
-def _check_finite(history: torch.Tensor, name: str, trajectory: WeightTrajectory) -> None:
-    if not is_finite(history):
-        infinite = ~torch.isfinite(history)
-        row = int(infinite.any(dim=1).nonzero()[0])
-        state = len(history) - 1 - row
-        count = int(infinite[row].sum())
-        raise TrajectoryError(
-            f"tensor {name!r} of state {state} of {trajectory.path} has {count} values that are NaN or infinite: its"
-            " training diverged; record the trajectory again with a lower learning rate"
-        )
+def _warnings(plan: PredictionPlan, reports: Mapping[str, ResidualReport]) -> list[str]:
+    warnings = []
+    if isinstance(plan.predictor, KNOWNPredictor):  # the others do not claim to run the forgetting backwards
+        warnings += forgetting_warnings([state.metrics.get("eval_loss") for state in plan.trajectory.states])
+    for network in sorted({tensor.network for tensor in plan.tensors.values() if tensor.network}):
+        trained_on = plan.trained_on(network)
+        if trained_on is not None:
+            of_network = {name: reports[name] for name, t in plan.tensors.items() if t.network == network}
+            warnings += range_warnings(network, of_network, trained_on)
+    return warnings + rounding_warnings(reports)
+
+
+def _configs(trajectory: WeightTrajectory) -> list[Any]:
+    configs = []
+    for path in trajectory.model_files:
+        if path.name.endswith("config.json"):
+            try:
+                configs.append(parse_json(path.read_bytes()))
+            except ValueError as error:
+                raise TrajectoryError(f"{path} cannot be read ({error}); restore it from a copy") from error
+    return configs

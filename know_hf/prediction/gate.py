@@ -1,12 +1,13 @@
-"""Writing the candidates one after the other, trying each on validation data, and keeping one."""
+"""[`Gate`]: evaluate candidates on validation data and write the best; Θ0 stays unless another one is better."""
 
 import inspect
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,56 +16,65 @@ from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import logging
 
-from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, atomic_folder
 from ..distributed import on_main_process
 from ..model_tensors import is_adapter
-from ..predictors import Average, KNOWNPredictor, Predictor, get_predictor
+from ..predictors import Average, KNOWNPredictor, get_predictor
+from ..trajectory import load_pretrained
+from .engine import PredictedTensors, prediction_result
 from .plan import PredictionPlan
-from .residuals import ResidualReport
-from .result import PredictionResult, recalibrate_checkpoint
-from .selection import REFERENCE, GateResult, check_reference, check_rule, choose
+from .result import PredictionResult
+from .selection import REFERENCE, check_reference, check_rule, choose
+from .tensor_sources import StateTensors, TensorSource
+from .write_checkpoint import WriteOptions, checkpoint_folder, fill_checkpoint
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a prediction is tried on before it is written: `predict_overflowed_weights(..., gate=Gate(...))`.
+    """Validation data and the rule by which `predict_overflowed_weights(..., gate=Gate(...))` chooses what to write.
 
-    Tried are Θ0, the other states, every number of steps up to the one asked for, and the average of the states;
-    with `recalibrate_with` all of them with BatchNorm statistics computed anew, and Θ0 also as it is. Give either
-    `compute_loss` or `dataset`.
+    The candidates are Θ0, the other states, every number of steps up to the requested one, and the average of the
+    states. With `recalibrate_with`, all of them get recalibrated BatchNorm statistics, and Θ0 is evaluated with its
+    recorded ones too. Pass either `compute_loss` or `dataset`.
 
     <Tip>
 
-    The data is used up by choosing: the loss of what was chosen is too good on it. Report on other data.
+    The choice uses up the data: the validation loss of the chosen candidate is optimistic. Report on other data.
 
     </Tip>
 
     Args:
-        compute_loss (callable, *optional*): From a model in evaluation mode to its loss on validation data, lower is
-            better: a list with one value an example or batch, at least 10, the same ones in the same order for every
-            model; or one number, which needs `margin`, since nothing says how much of it is noise.
-        dataset (`torch.utils.data.Dataset`, *optional*): Validation examples with labels. The model's own loss of each
-            batch is one value.
-        data_collator (callable, *optional*): From a list of examples to a batch, as of `Trainer`; examples of
-            different lengths need one that pads, such as `DataCollatorWithPadding(tokenizer)`.
-        batch_size (`int`, *optional*, defaults to `8`): Examples of a batch of `dataset`.
-        metric (`str`, *optional*, defaults to `"validation loss"`): What the values are called in result and card.
-        level (`float`, *optional*, defaults to `0.05`): Bound on the chance that anything is chosen that is not better
-            than Θ0, whatever the number of candidates. It is approximate: with fewer than some 50 values, of which a
-            few are far larger than the others, the chance can be several times that.
-        margin (`float`, *optional*): How much lower than that of Θ0 a loss must be at least, 0 by default; in the
-            units of the loss. It alone decides where nothing says how much of a difference is noise: of one number,
-            and of losses that all differ from those of Θ0 by the same amount, which without it are not better.
-        base_model (`PreTrainedModel`, *optional*): For adapters, the model they belong to; it is given back as it was.
-        device (`torch.device` or `str`, *optional*): Where models are tried; by default the accelerator's, or the CPU.
-        seed (`int`, *optional*, defaults to `0`): Of the bootstrap, and of torch in each call of `compute_loss`.
-        remove_unused_columns (`bool`, *optional*, defaults to `True`): Whether columns that the model does not take
-            are dropped before `data_collator`, as by `Trainer`.
+        compute_loss (`Callable`, *optional*):
+            Maps a model in evaluation mode to its loss; lower is better. Returns one value per example or batch, at
+            least 10 and always in the same order, or a single number, which needs `margin`.
+        dataset (`torch.utils.data.Dataset`, *optional*):
+            Labelled validation examples. The model's own loss on each batch is one value.
+        data_collator (`Callable`, *optional*):
+            Makes a batch of a list of examples, as in `Trainer`. Examples of different lengths need one that pads,
+            such as `DataCollatorWithPadding(tokenizer)`.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Number of examples per batch of `dataset`.
+        metric (`str`, *optional*, defaults to `"validation loss"`):
+            Name of the values in result and card.
+        level (`float`, *optional*, defaults to `0.05`):
+            Bound on the probability of choosing any candidate that is not better than Θ0, whatever their number. It
+            is approximate: with fewer than about 50 values and a few large outliers, the probability can be several
+            times higher.
+        margin (`float`, *optional*):
+            Minimum improvement over Θ0, in units of the loss; 0 by default. It alone decides if the noise is unknown:
+            for single numbers, and for losses that all differ from Θ0's by the same amount.
+        base_model (`PreTrainedModel`, *optional*):
+            Base model of an adapter trajectory. It is left unchanged.
+        device (`torch.device` or `str`, *optional*):
+            Device of the evaluation; the accelerator's or the CPU by default.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the bootstrap, and of torch in each evaluation.
+        remove_unused_columns (`bool`, *optional*, defaults to `True`):
+            Whether to drop columns that the model does not accept before `data_collator`, as in `Trainer`.
 
     Raises:
-        `ValueError`: when both or none of `compute_loss` and `dataset` are given, or a number is off.
+        `ValueError`: if both or neither of `compute_loss` and `dataset` are given, or a number is out of range.
     """
 
     compute_loss: Callable[[Any], float | Sequence[float]] | None = None
@@ -81,239 +91,213 @@ class Gate:
 
     def __post_init__(self) -> None:
         if (self.compute_loss is None) == (self.dataset is None):
-            raise ValueError("a gate needs either compute_loss or dataset, the validation data; not both")
+            raise ValueError("Gate needs either compute_loss or dataset (the validation data), not both")
         if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: choose at least 1 example")
+            raise ValueError(f"batch_size={self.batch_size}: choose at least 1")
         check_rule(self.level, self.margin)
 
     @torch.no_grad()
     def losses(self, model: Any) -> float | list[float]:
-        """The loss of a model, as `compute_loss` gives it, or one value a batch of `dataset`."""
+        """Return the losses of a model: what `compute_loss` returns, or one value per batch of `dataset`."""
         model.eval()
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            found = self._batch_losses(model) if self.compute_loss is None else self.compute_loss(model)
+            values = self._batch_losses(model) if self.compute_loss is None else self.compute_loss(model)
         try:
-            return torch.as_tensor(found, dtype=torch.float64).tolist()
+            return torch.as_tensor(values, dtype=torch.float64).tolist()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"compute_loss is to give one number or a list of numbers, got {found!r}") from error
+            raise ValueError(f"compute_loss must return a number or a list of numbers, got {values!r}") from error
 
     def _batch_losses(self, model: Any) -> list[float]:
-        collate: Any = self.data_collator or _collated
+        collate: Any = self.data_collator or _default_collate
         if self.remove_unused_columns:
-            taken = inspect.signature((model.get_base_model() if is_adapter(model) else model).forward).parameters
-            collate = RemoveColumnsCollator(collate, {*taken, "label", "label_ids"})
-        values = []
+            accepted = inspect.signature((model.get_base_model() if is_adapter(model) else model).forward).parameters
+            collate = RemoveColumnsCollator(collate, {*accepted, "label", "label_ids"})
+        losses = []
         for batch in DataLoader(self.dataset, self.batch_size, collate_fn=collate):
-            moved = {name: _as_taken(value, name, model) for name, value in batch.items()}
-            loss = model(**moved).loss
+            inputs = {name: _to_model(value, name, model) for name, value in batch.items()}
+            loss = model(**inputs).loss
             if loss is None:
                 raise ValueError(
-                    f"{type(model).__name__} gives no loss for batches of {', '.join(moved)}; the validation examples"
-                    " need labels, or give compute_loss"
+                    f"{type(model).__name__} returns no loss for batches of {', '.join(inputs)}; add labels to the"
+                    " validation examples or pass compute_loss"
                 )
-            values.append(float(loss))
-        return values
+            losses.append(float(loss))
+        return losses
 
 
-def _collated(examples: list[Any]) -> Mapping[str, Any]:
-    try:
-        return default_data_collator(examples)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{len(examples)} examples of the gate's dataset can't be made one batch ({error}); pass data_collator=,"
-            " where their lengths differ one that pads, such as DataCollatorWithPadding(tokenizer)"
-        ) from error
-
-
-def _as_taken(value: Any, name: str, model: Any) -> Any:
-    """A batch's value where the model is, in its dtype, which need not be that of the dataset's images."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    is_input = value.is_floating_point() and not name.startswith("label")
-    return value.to(model.device, model.dtype) if is_input else value.to(model.device)
-
-
-def predict_through_gate(
+def write_best_candidate(
     gate: Gate,
     plan: PredictionPlan,
-    *,
     output_dir: str | Path,
-    norm: Literal["keep", "predict"] = "keep",
-    recalibrate_with: Iterable[Mapping[str, torch.Tensor]] | None = None,
-    model_class: type[PreTrainedModel] | None = None,
-    dtype: torch.dtype | None = None,
-    max_shard_size: int = DEFAULT_SHARD_SIZE,
-    accelerator: Accelerator | None = None,
-    overwrite: bool = False,
-    finish: Callable[[Path, PredictionResult, GateResult], object] | None = None,
-) -> tuple[PredictionResult, GateResult]:
-    """Writes every candidate, tries it, and moves the one that is chosen to `output_dir`.
+    options: WriteOptions,
+    finish: Callable[[Path, PredictionResult], None] | None = None,
+) -> PredictionResult:
+    """Write each candidate in turn, evaluate it, and write the chosen one to `output_dir`.
 
-    Candidates stay on the disk until one is chosen; one model is in memory at a time. On several processes the main
-    one tries them while the others wait.
+    One candidate is on disk at a time. With several processes, the main one evaluates while the others wait.
 
     Args:
-        gate ([`Gate`]): The validation data and the rule.
-        plan ([`PredictionPlan`]): Trajectory, predictor, and the largest number of steps.
-        output_dir, norm, recalibrate_with, model_class, dtype, max_shard_size, accelerator, overwrite: As of
-            [`predict_overflowed_weights`].
-        finish (callable, *optional*): Called on the main process with the folder before it takes its final name, what
-            was chosen, and the choice; such as to write a card into it.
+        gate ([`Gate`]):
+            Validation data and rule.
+        plan ([`PredictionPlan`]):
+            Trajectory, predictor and largest number of steps.
+        output_dir (`str` or `Path`):
+            Output folder.
+        options ([`WriteOptions`]):
+            How to write.
+        finish (`Callable[[Path, PredictionResult], None]`, *optional*):
+            Called on the main process with the folder before it gets its final name.
 
     Returns:
-        `tuple[PredictionResult, GateResult]`: what was chosen, at `output_dir`, and the choice.
+        [`PredictionResult`]: the chosen checkpoint; its `gate` has all candidates.
 
     Raises:
-        `ValueError`: for a plan with adapters and a gate without `base_model`, a trajectory of a plain module,
-            examples that can't be made a batch, or losses that can't be compared (see [`choose`]); and all that
-            [`predict_overflowed_weights`] raises. Nothing is left behind then.
+        `ValueError`: for an adapter trajectory and a gate without `base_model`, a trajectory of a plain module,
+            examples that cannot be collated, or losses that cannot be compared (see [`choose`]). Nothing is left on
+            disk.
     """
-    from ..predict import predict_overflowed_weights
-
-    trajectory = plan.trajectory
-    if trajectory.is_adapter and gate.base_model is None:
-        raise ValueError(
-            f"{trajectory.path} is one of adapters, which can only be tried on the model they belong to; pass it as"
-            " base_model= of the gate"
-        )
-    if not trajectory.is_adapter and not (trajectory.path / "config.json").exists():
-        raise ValueError(
-            f"{trajectory.path} is one of a plain module, which the gate can't make: predict without a gate, load the"
-            " states and the predictions into a module of yours by load_into(module), of the trajectory and of the"
-            " results, and give the losses of each to know_hf.prediction.choose"
-        )
-    batches = None if recalibrate_with is None else list(recalibrate_with)
-    candidates = _candidates(plan, batches)
-    results: dict[str, PredictionResult] = {}
+    trajectory, accelerator = plan.trajectory, options.accelerator
+    _check_can_load(gate, plan)
+    if options.recalibrate_with is not None:
+        options = replace(options, recalibrate_with=list(options.recalibrate_with))
+    candidates = _candidates(plan, recalibrates=options.recalibrate_with is not None)
     losses: dict[str, float | Sequence[float]] = {}
-    with ExitStack() as stack:
-        whole = atomic_folder(Path(output_dir), overwrite, [trajectory.path])
-        place = on_main_process(accelerator, lambda: stack.enter_context(whole))
-        for number, candidate in enumerate(candidates):
-            folder = place / f"candidate-{number}"
-            results[candidate.name] = result = predict_overflowed_weights(
-                trajectory,
-                steps=candidate.steps,
-                output_dir=folder,
-                predictor=candidate.predictor,
-                norm=norm,
-                recalibrate_with=None if candidate.state else candidate.batches,
-                model_class=model_class,
-                dtype=dtype,
-                max_shard_size=max_shard_size,
-                accelerator=accelerator,
-                card=False,
+    with checkpoint_folder(trajectory, output_dir, options) as folder:
+        scratch = folder / "candidate"
+        for candidate in candidates:
+            on_main_process(accelerator, scratch.mkdir)
+            fill_checkpoint(
+                trajectory, candidate.tensors, scratch, candidate.adapt(options), verify=candidate is candidates[0]
             )
-
-            def try_it(
-                candidate: _Candidate = candidate, result: PredictionResult = result
-            ) -> tuple[float | list[float], dict[str, ResidualReport]]:
-                reports = result.tensors
-                if candidate.state:
-                    reports = _copy_state(plan, candidate.state, result.path, max_shard_size)
-                    if candidate.batches is not None:
-                        recalibrate_checkpoint(result.path, candidate.batches, trajectory, model_class)
-                return _tried(gate, result, accelerator), reports
-
-            losses[candidate.name], result.tensors = on_main_process(accelerator, try_it)
-            check_reference(losses[REFERENCE], gate.margin)  # it is the first
-
-        def decide() -> GateResult:
-            decided = choose(losses, metric=gate.metric, level=gate.level, margin=gate.margin, seed=gate.seed)
-            winner = next(candidate for candidate in candidates if candidate.name == decided.chosen)
-            decided = replace(decided, recipe=winner.facts)
-            for path in list(results[winner.name].path.iterdir()):
-                path.rename(place / path.name)
-            for result in results.values():
-                shutil.rmtree(result.path)
-            if finish is not None:
-                finish(place, replace(results[winner.name], path=Path(output_dir)), decided)
-            stack.close()
-            return decided
-
-        decided = on_main_process(accelerator, decide)
+            losses[candidate.name] = on_main_process(accelerator, partial(_evaluate, gate, scratch, options))
+            on_main_process(accelerator, partial(shutil.rmtree, scratch))
+            check_reference(losses[REFERENCE], gate.margin)
+        decision = choose(losses, metric=gate.metric, level=gate.level, margin=gate.margin, seed=gate.seed)
+        winner = next(candidate for candidate in candidates if candidate.name == decision.chosen)
+        reports = fill_checkpoint(trajectory, winner.tensors, folder, winner.adapt(options), verify=False)
+        result = prediction_result(winner.plan, reports, output_dir, options)
+        result.gate = replace(decision, recipe=winner.recipe)
+        if finish is not None:
+            on_main_process(accelerator, lambda: finish(folder, result))
     if accelerator is None or accelerator.is_main_process:
-        logger.info(decided.sentence)
-    return replace(results[decided.chosen], path=Path(output_dir)), decided
+        logger.info(decision.sentence)
+    return result
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """How one is written; a state is copied over what its predictor wrote, which is the state up to rounding."""
+    """A candidate and how to write it; `state` is `None` for predictions."""
 
     name: str
-    predictor: Predictor
-    steps: int
-    recipe: Mapping[str, Any]
-    batches: Sequence[Mapping[str, torch.Tensor]] | None = None
+    tensors: TensorSource
+    plan: PredictionPlan
+    predictor: str | None = None
+    steps: int = 0
     state: int | None = None
+    recalibrated: bool = False
+
+    def adapt(self, options: WriteOptions) -> WriteOptions:
+        return options if self.recalibrated else replace(options, recalibrate_with=None)
 
     @property
-    def facts(self) -> dict[str, Any]:
-        return {**self.recipe, "recalibrated": self.batches is not None, "state": self.state}
+    def recipe(self) -> dict[str, Any]:
+        return {
+            "predictor": self.predictor,
+            "predictor_options": None if self.predictor is None else {},
+            "steps": self.steps,
+            "recalibrated": self.recalibrated,
+            "state": self.state,
+        }
 
 
-def _candidates(plan: PredictionPlan, batches: Sequence[Mapping[str, torch.Tensor]] | None) -> list[_Candidate]:
-    """All that is tried, Θ0 first."""
+def _candidates(plan: PredictionPlan, recalibrates: bool) -> list[_Candidate]:
+    """List all candidates, Θ0 first."""
+    trajectory = plan.trajectory
+    average = replace(plan, predictor=get_predictor("average"), steps=1)
 
-    def named(name: str, predictor: str, state: int | None = None, **options: Any) -> _Candidate:
-        recipe = {"predictor": predictor, "predictor_options": options, "steps": 1}
-        return _Candidate(name, get_predictor(predictor, **options), 1, recipe, batches, state)
+    def state(index: int, name: str, recalibrated: bool) -> _Candidate:
+        tensors = StateTensors(trajectory, index)
+        return _Candidate(name, tensors, average, state=index, recalibrated=recalibrated)
 
-    theta = named(REFERENCE, "shrink", 0, factor=1.0)  # times 1: bit for bit, nothing to copy over it
-    found = [replace(theta, batches=None)]
-    if batches is not None and any("BatchNorm" in role.reason for role in plan.trajectory.roles.values()):
-        found.append(replace(theta, name=f"{REFERENCE}, BatchNorm recalibrated"))
-    for state in range(1, plan.trajectory.num_states):
-        found.append(named(f"Θ{state}", "task_vector", state, scale=-1.0, since=state))
+    candidates = [state(0, REFERENCE, recalibrated=False)]
+    if recalibrates and any(role.is_batch_norm for role in trajectory.roles.values()):
+        candidates.append(state(0, f"{REFERENCE}, BatchNorm recalibrated", recalibrated=True))
+    candidates += [state(index, f"Θ{index}", recalibrates) for index in range(1, trajectory.num_states)]
     kind = "KNOWN" if isinstance(plan.predictor, KNOWNPredictor) else type(plan.predictor).__name__
     for steps in range(1, plan.steps + 1):
-        recipe = {"predictor": None, "predictor_options": None, "steps": steps}
         name = f"{kind}, {steps} step{'s' if steps > 1 else ''}"
-        found.append(_Candidate(name, plan.predictor, steps, recipe, batches))
-    return found if isinstance(plan.predictor, Average) else [*found, named("average of the states", "average")]
-
-
-def _copy_state(plan: PredictionPlan, state: int, folder: Path, max_shard_size: int) -> dict[str, ResidualReport]:
-    """Gives all tensors of a checkpoint the values of a state, bit for bit where the dtype is the same; says by how
-    much they differ from Θ0."""
-    trajectory = plan.trajectory
-    writer = CheckpointWriter(folder, plan.specs, max_shard_size, adapter=trajectory.is_adapter)
-    reports: dict[str, ResidualReport] = {}
-    for piece in plan.pieces():
-        spec, is_first = plan.specs[piece.name], piece.start == 0
-        values = trajectory.read(piece.name, piece.start, piece.stop, state)
-        writer.write(piece.name, values.to(spec.dtype), piece.start)
-        is_unchanged = trajectory.is_unchanged(piece.name)
-        report = ResidualReport(
-            tensors=int(is_first),
-            parameters=spec.shape.numel() if is_first else 0,
-            unchanged=int(is_first and is_unchanged),
+        of_steps = replace(plan, steps=steps)
+        candidates.append(
+            _Candidate(name, PredictedTensors(of_steps), of_steps, steps=steps, recalibrated=recalibrates)
         )
-        if spec.dtype.is_floating_point and values.numel() and not is_unchanged:
-            history = trajectory.read_history(piece.name, piece.start, piece.stop)
-            report += ResidualReport.of(history, values.float() - history[-1], None)
-        reports[piece.name] = reports.get(piece.name, ResidualReport()) + report
-    writer.flush()
-    return reports
+    if not isinstance(plan.predictor, Average):
+        candidates.append(
+            _Candidate(
+                "average of the states", PredictedTensors(average), average, "average", 1, recalibrated=recalibrates
+            )
+        )
+    return candidates
 
 
-def _tried(gate: Gate, result: PredictionResult, accelerator: Accelerator | None) -> float | list[float]:
+def _check_can_load(gate: Gate, plan: PredictionPlan) -> None:
+    trajectory = plan.trajectory
+    if trajectory.is_adapter and gate.base_model is None:
+        raise ValueError(f"{trajectory.path} records adapters; pass the model they belong to as Gate(base_model=)")
+    if not trajectory.is_adapter and not (trajectory.path / "config.json").exists():
+        raise ValueError(
+            f"{trajectory.path} records a plain nn.Module; Gate cannot instantiate it. Predict without a gate, load"
+            " states and predictions into your module with load_into(module), and pass their losses to"
+            " know_hf.prediction.choose"
+        )
+
+
+def _evaluate(gate: Gate, folder: Path, options: WriteOptions) -> float | list[float]:
+    accelerator: Accelerator | None = options.accelerator
     device = gate.device or (None if accelerator is None else accelerator.device)
-    base = gate.base_model
-    home = None if base is None else base.device
-    trained = {} if base is None else {parameter: parameter.requires_grad for parameter in base.parameters()}
-    training = {} if base is None else {module: module.training for module in base.modules()}
-    model: Any = result.load_model(base)
+    with _unchanged(gate.base_model) as base:
+        model: Any = load_pretrained(folder, options.model_class, base)
+        try:
+            return gate.losses(model if device is None else model.to(device))
+        finally:
+            if base is not None:
+                # delete first: unload() alone would keep the modules that were trained beside the adapter
+                model.delete_adapter(model.active_adapter)
+                model.unload()
+
+
+@contextmanager
+def _unchanged(model: PreTrainedModel | None) -> Iterator[PreTrainedModel | None]:
+    """Give a model its device, modes and `requires_grad` back after the block."""
+    if model is None:
+        yield None
+        return
+    device = model.device
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
     try:
-        return gate.losses(model if device is None else model.to(device))
+        yield model
     finally:
-        if base is not None:
-            # without its adapter, peft also gives back the modules that were trained beside it as they were before
-            model.delete_adapter(model.active_adapter)
-            model.unload().to(home)
-            for parameter, required in trained.items():
-                parameter.requires_grad_(required)
-            for module, was_training in training.items():
-                module.training = was_training
+        model.to(device)
+        for parameter, required in trained.items():
+            parameter.requires_grad_(required)
+        for module, was_training in modes.items():
+            module.training = was_training
+
+
+def _default_collate(examples: list[Any]) -> Mapping[str, Any]:
+    try:
+        return default_data_collator(examples)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{len(examples)} examples of the gate's dataset cannot be collated ({error}); pass data_collator=, such"
+            " as DataCollatorWithPadding(tokenizer) for examples of different lengths"
+        ) from error
+
+
+def _to_model(value: Any, name: str, model: Any) -> Any:
+    """Move a tensor to the model's device, and inputs to its dtype."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    is_input = value.is_floating_point() and not name.startswith("label")
+    return value.to(model.device, model.dtype) if is_input else value.to(model.device)

@@ -1,28 +1,31 @@
-"""What a prediction did, in numbers: how large the residual is, what it is made of, how familiar its inputs were."""
+"""[`ResidualReport`]: how large a residual is, what it consists of, and how familiar its inputs were."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
-
-# Mean move of a weight, relative to the mean that KNOWN was trained on, below which it is said to be far smaller.
-FAR_SMALLER = 0.01
 
 
 @dataclass
 class ResidualReport:
-    """What happened to a tensor, or to all tensors of a role together: sums, so that reports can be added.
+    """Figures on the residual of one tensor or of several together. Reports of pieces add up.
 
     Attributes:
-        tensors, parameters (`int`): How many there are.
-        unchanged (`int`): Tensors of a predicted role that are equal in all states and were copied bit for bit.
-        predicted (`int`): Scalar weights that a residual was added to.
-        largest_residual (`float`): Largest |Θ̂ − Θ0|, in units of the weights.
-        largest_weight, largest_move (`float`): Largest |W| and |dW| of the histories that were predicted from.
-        outside (`int`): Scalar weights with a |W| or |dW| larger than any that the predictor was trained on.
-        lost (`int`): Scalar weights whose residual is smaller than the rounding of the dtype that is written.
+        tensors, parameters (`int`):
+            Number of tensors and of their elements.
+        unchanged (`int`):
+            Tensors of a predicted role that are equal in all states and were copied bit for bit.
+        predicted (`int`):
+            Scalar weights that got a residual.
+        outside (`int`):
+            Scalar weights with a |W| or |dW| larger than any that the predictor was trained on.
+        lost (`int`):
+            Scalar weights whose residual is smaller than the rounding of the written dtype.
+        largest_residual (`float`):
+            Largest |Θ̂ − Θ0|, in units of the weights.
+        largest_weight, largest_move (`float`):
+            Largest |W| and |dW| of the histories.
     """
 
     tensors: int = 0
@@ -47,13 +50,15 @@ class ResidualReport:
     def of(
         cls, history: torch.Tensor, residual: torch.Tensor, trained_on: Mapping[str, float] | None = None
     ) -> "ResidualReport":
-        """Measures one piece.
+        """Measure one piece.
 
         Args:
-            history (`torch.Tensor` of shape `(S, N)`): Most forgotten state first, full data last.
-            residual (`torch.Tensor` of shape `(N,)`): What was added to the last.
-            trained_on (`Mapping`, *optional*): `largest_weight` and `largest_displacement` of what the predictor was
-                trained on for this role.
+            history (`torch.Tensor` of shape `(S, N)`):
+                Most forgotten state first, full data last.
+            residual (`torch.Tensor` of shape `(N,)`):
+                What was added to the last state.
+            trained_on (`Mapping[str, float]`, *optional*):
+                `largest_weight` and `largest_displacement` of the predictor's training data for this role.
         """
         weight, moves = history[-1], history.diff(dim=0)
         report = cls(
@@ -90,7 +95,7 @@ class ResidualReport:
 
     @property
     def mean_ratio(self) -> float:
-        """Σ|Θ̂ − Θ0| / Σ|Θ0| over the predicted weights; infinite where all of Θ0 is zero."""
+        """Σ|Θ̂ − Θ0| / Σ|Θ0| over the predicted weights; infinite if all of Θ0 is zero."""
         if not self._weight_sum:
             return float("inf") if self._residual_sum else 0.0
         return self._residual_sum / self._weight_sum
@@ -102,28 +107,26 @@ class ResidualReport:
 
     @property
     def shrink_factor(self) -> float:
-        """What the weights are multiplied by as far as the residual is a multiple of them: 1 + ⟨R, Θ0⟩ / ‖Θ0‖²."""
+        """Factor of the part of the residual that scales the weights: 1 + ⟨R, Θ0⟩ / ‖Θ0‖²."""
         return 1 + _ratio(self._residual_weight, self._weight_square)
 
     @property
     def shrink_share(self) -> float:
-        """Share of ‖R‖² that lies along Θ0: cos²(R, Θ0), from 0 to 1. Whether it shrinks or grows, `shrink_factor`
-        says."""
+        """Share of ‖R‖² along Θ0: cos²(R, Θ0), from 0 to 1. `shrink_factor` has the direction."""
         return _ratio(self._residual_weight**2, self._residual_square * self._weight_square)
 
     @property
     def extrapolation_factor(self) -> float:
-        """How far the residual goes on along Θ0 − Θ1, in lengths of it: ⟨R, Θ0 − Θ1⟩ / ‖Θ0 − Θ1‖²; below 0 it goes
-        back."""
+        """Extrapolation along the last move, in units of it: ⟨R, Θ0 − Θ1⟩ / ‖Θ0 − Θ1‖²; negative values go back."""
         return _ratio(self._residual_move, self._move_square)
 
     @property
     def extrapolation_share(self) -> float:
-        """Share of ‖R‖² that lies along Θ0 − Θ1: cos²(R, Θ0 − Θ1), from 0 to 1. It can overlap with `shrink_share`."""
+        """Share of ‖R‖² along Θ0 − Θ1: cos²(R, Θ0 − Θ1), from 0 to 1. It can overlap with `shrink_share`."""
         return _ratio(self._residual_move**2, self._residual_square * self._move_square)
 
     def to_dict(self) -> dict[str, int | float | None]:
-        """All figures, JSON values only: `None` for a ratio to weights that are all zero."""
+        """Return all figures as JSON values; `None` for a ratio to weights that are all zero."""
         properties = [name for name, value in vars(ResidualReport).items() if isinstance(value, property)]
         names = [field.name for field in fields(self) if not field.name.startswith("_")] + properties
         values = {name: getattr(self, name) for name in names}
@@ -131,11 +134,13 @@ class ResidualReport:
 
 
 def table(reports: Mapping[str, ResidualReport], heading: str) -> str:
-    """A table for people, one row a report.
+    """Format reports as a text table.
 
     Args:
-        reports (`Mapping[str, ResidualReport]`): From the name of a row to its report.
-        heading (`str`): Of the names.
+        reports (`Mapping[str, ResidualReport]`):
+            One row per report, by name.
+        heading (`str`):
+            Heading of the names.
     """
     width = max(len(name) for name in (heading, *reports))
     columns = ("tensors", "parameters", "unchanged", "mean |R|", "max |R|", "ΣR/ΣΘ0", "along Θ0", "along Θ0−Θ1")
@@ -152,82 +157,13 @@ def table(reports: Mapping[str, ResidualReport], heading: str) -> str:
     return "\n".join(lines)
 
 
-def range_warnings(role: str, tensors: Mapping[str, ResidualReport], trained_on: Mapping[str, float]) -> list[str]:
-    """Sentences on inputs unlike those that a predictor was trained on.
-
-    Args:
-        role (`str`): Whose network.
-        tensors (`Mapping[str, ResidualReport]`): Reports of the role's tensors, by name.
-        trained_on (`Mapping`): What the predictor was trained on for this role, see [`KNOWNConfig`].
-    """
-    warnings = []
-    total = sum(tensors.values(), ResidualReport())
-    if total.outside:
-        worst = max(tensors, key=lambda name: tensors[name].outside)
-        report = tensors[worst]
-        warnings.append(
-            f"{role}: {total.outside / total.predicted:.2%} of the weights lie outside of what the network was trained"
-            f" on (weights up to {trained_on['largest_weight']:.3g}, moves up to"
-            f" {trained_on['largest_displacement']:.3g}); most of them in {worst!r}, with weights up to"
-            f" {report.largest_weight:.3g} and moves up to {report.largest_move:.3g}"
-        )
-    mean = trained_on["mean_displacement"]
-    if total.predicted and total.mean_move < FAR_SMALLER * mean:
-        warnings.append(
-            f"{role}: weights moved by {total.mean_move:.2g} on average between the last two states, the network was"
-            f" trained on moves of {mean:.2g}: what it adds says more about the size of a weight than about its way"
-        )
-    return warnings
-
-
-def forgetting_warnings(losses: Sequence[float | None]) -> list[str]:
-    """Sentences on later states that are no worse than Θ0, so that there was no forgetting to run backwards.
-
-    Args:
-        losses (`Sequence[float | None]`): Evaluation loss of every state, full data first; `None` where there is none.
-    """
-    full_data = losses[0]
-    if full_data is None:
-        return []
-    no_worse = [(state, loss) for state, loss in enumerate(losses) if state and loss is not None and loss <= full_data]
-    if not no_worse:
-        return []
-    named = ", ".join(f"Θ{state} ({loss:.4g})" for state, loss in no_worse)
-    return [
-        f"by evaluation loss {named} {'is' if len(no_worse) == 1 else 'are'} no worse than Θ0 ({full_data:.4g}): what"
-        " was to make the model forget trained it on, and to run that backwards may undo training; train Θ0 longer"
-    ]
-
-
-def code_warnings(configs: Sequence[Any], base_model: str | None) -> list[str]:
-    """Sentences on code that configs lead to (`auto_map`) and that a checkpoint lacks, as trajectories hold none.
-
-    Args:
-        configs (sequence): Content of the JSON files of model, tokenizer and processor, whoever wrote them.
-        base_model (`str`, *optional*): Name of the model that has the code.
-    """
-    maps = [config.get("auto_map") for config in configs if isinstance(config, dict)]
-    values = [value for found in maps if isinstance(found, dict) for value in found.values()]
-    references = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    # repo--module.Class is fetched from that repo
-    modules = {name.rpartition(".")[0] for name in references if isinstance(name, str) and "--" not in name}
-    if not modules:
-        return []
-    return [
-        f"the model has code of its own, in {', '.join(f'{module}.py' for module in sorted(modules))}, which"
-        " trajectories don't hold: before the checkpoint is loaded with trust_remote_code=True, copy these files, and"
-        f" those that they import, into it from {base_model or 'where the model was loaded from'}; with the class"
-        " itself, load_model(model_class=) loads it as it is"
-    ]
-
-
 def is_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite; several times faster than `torch.isfinite`, which makes a tensor."""
+    """Whether no value is NaN or infinite. Several times faster than `torch.isfinite`, which allocates a tensor."""
     return math.isfinite(_largest(values))
 
 
 def _largest(values: torch.Tensor) -> float:
-    """Largest |value|, NaN where one is."""
+    """Largest |value|; NaN if a value is NaN."""
     if not values.numel():
         return 0.0
     low, high = values.aminmax()

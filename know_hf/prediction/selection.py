@@ -1,9 +1,8 @@
-"""Choosing among candidates by their losses on the same examples: Θ0 stays unless another one is better than chance.
+"""[`choose`]: compare candidates with Θ0 by their losses on the same examples.
 
-The comparison is one of many candidates with one reference. Losses have a heavy right tail, so that a t-test takes
-the rare disasters it did not see for a gain; the studentised bootstrap of the largest |t| over all candidates sees the
-tail and how candidates hang together (Romano and Wolf, *Stepwise Multiple Testing as Formalized Data Snooping*,
-Econometrica 73, 2005; its single-step form, two-sided).
+Losses have a heavy right tail, and a t-test takes the rare large losses it did not see for a gain. The studentised
+bootstrap of the largest |t| over all candidates sees the tail and the correlation of candidates (single-step form,
+two-sided; Romano and Wolf, *Stepwise Multiple Testing as Formalized Data Snooping*, Econometrica 73, 2005).
 """
 
 import math
@@ -14,22 +13,28 @@ from typing import Any
 import numpy as np
 
 REFERENCE = "Θ0"
-MINIMUM_VALUES = 10  # of fewer losses the bootstrap can't tell chance from gain
-_ROUNDING = float(np.finfo(np.float32).eps)  # of a loss, as models compute it
-_CHUNK = 4_000_000  # numbers drawn at a time
+MINIMUM_VALUES = 10  # with fewer losses the bootstrap cannot separate noise from gain
+_ROUNDING = float(np.finfo(np.float32).eps)  # relative, of a loss computed in float32
+_CHUNK = 4_000_000  # random numbers per draw
 
 
 @dataclass(frozen=True)
 class GateCandidate:
-    """
+    """One candidate of a gate.
+
     Attributes:
-        name (`str`): What was tried.
-        loss (`float`, *optional*): Mean over the values; `None` when it is not finite.
-        difference (`float`, *optional*): To the loss of Θ0; below 0 is better.
-        low, high (`float`, *optional*): Ends of the interval of the difference, simultaneous over all candidates;
-            `None` where there was one value only, or too few that differ to bound it.
-        p_value (`float`, *optional*): Of the two-sided test against the margin, corrected for the number of
-            candidates; `None` where no test was made: of one value, or of differences that are all equal.
+        name (`str`):
+            Name of the candidate.
+        loss (`float`, *optional*):
+            Mean loss; `None` if it is not finite.
+        difference (`float`, *optional*):
+            Loss minus that of Θ0; negative is better.
+        low, high (`float`, *optional*):
+            Interval of the difference, simultaneous over all candidates; `None` for a single value, or if too few
+            values differ to bound it.
+        p_value (`float`, *optional*):
+            Two-sided test against the margin, corrected for the number of candidates; `None` for a single value and
+            for differences that are all equal.
     """
 
     name: str
@@ -42,19 +47,23 @@ class GateCandidate:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What the gate tried and what it chose; printable with `str`.
+    """The candidates of a gate and its choice; `str(result)` is the verdict and the rule.
 
     Attributes:
-        chosen (`str`): Name of what was kept.
-        candidates (`tuple[GateCandidate, ...]`): All that was tried, Θ0 first.
-        metric (`str`): What the losses are.
-        num_values (`int`): Losses of each candidate, over which differences were paired.
-        level, margin (`float`): The rule's.
-        recipe (`dict`, *optional*): `predictor`, `predictor_options` and `steps` with which
-            [`predict_overflowed_weights`] makes what was chosen without a gate, `predictor` being `None` for the one
-            that was given; whether BatchNorm statistics were `recalibrated`; and the `state` that was chosen, 0 for
-            Θ0, `None` where it is none. Of a later state it makes the predicted weights alone, up to rounding: the
-            whole state is `trajectory.load_model(state)`.
+        chosen (`str`):
+            Name of the chosen candidate.
+        candidates (`tuple[GateCandidate, ...]`):
+            All candidates, Θ0 first.
+        metric (`str`):
+            Name of the losses.
+        num_values (`int`):
+            Number of paired losses per candidate.
+        level, margin (`float`):
+            Level and margin of the rule.
+        recipe (`dict`, *optional*):
+            How to make the chosen candidate again: its `state` (0 for Θ0, `None` for a prediction); for a prediction
+            `predictor` (`None` for the requested one), `predictor_options` and `steps`; and whether BatchNorm
+            statistics were `recalibrated`.
     """
 
     chosen: str
@@ -67,54 +76,54 @@ class GateResult:
 
     @property
     def scores(self) -> dict[str, float]:
-        """From candidate to its mean loss, of those whose loss is finite."""
+        """Mean loss of every candidate with a finite loss, by name."""
         return {candidate.name: candidate.loss for candidate in self.candidates if candidate.loss is not None}
 
     @property
     def is_reference(self) -> bool:
-        """Whether Θ0 was kept."""
+        """Whether Θ0 was chosen."""
         return self.chosen == REFERENCE
 
     @property
     def rule(self) -> str:
-        """How it was chosen."""
+        """The decision rule, as sentences."""
         beyond = f" by more than {self.margin:g}" if self.margin else ""
         if self.num_values == 1:
             return (
-                f"Each candidate gave one number, which says nothing of its noise: no test was made, and the lowest"
-                f" was taken if it lies below that of {REFERENCE}{beyond}."
+                f"Each candidate has a single loss, so its noise is unknown and no test is possible. The lowest loss"
+                f" is chosen if it is below that of {REFERENCE}{beyond}."
             )
         untested = ""
         if any(self._is_untested(candidate) for candidate in self.candidates):
-            decided = f"is better when it is lower{beyond}" if self.margin else "is not chosen unless a margin is set"
-            untested = f" One that differs by the same amount on every value has no noise to test it by: it {decided}."
+            decided = f"is better if it is lower{beyond}" if self.margin else "is chosen only if a margin is set"
+            untested = f" A candidate that differs by the same amount on every value cannot be tested: it {decided}."
         return (
-            f"A candidate is better than {REFERENCE} when the whole interval of its paired difference lies below"
+            f"A candidate is better than {REFERENCE} if the interval of its paired difference is below"
             f" {-self.margin if self.margin else 0:g} ({1 - self.level:.0%}, simultaneous over all candidates,"
-            f" studentised bootstrap of the largest |t|, Romano and Wolf 2005). Of these the one with the lowest mean"
-            f" is chosen; where there is none, {REFERENCE} stays.{untested}"
+            f" studentised bootstrap of the largest |t|, Romano and Wolf 2005). Of the better candidates, the one with"
+            f" the lowest mean is chosen; without any, {REFERENCE} is kept.{untested}"
         )
 
     @property
     def sentence(self) -> str:
-        """What was chosen, and by how much."""
-        tried = len(self.candidates) - 1
-        others = f"{tried} other candidate{'s' if tried != 1 else ''}"
-        best = next((c for c in self.candidates if c.name == self.chosen), None)
-        if best is not None and not self.is_reference:
+        """The verdict: what was chosen and by how much."""
+        reference, *others = self.candidates
+        chosen = next((candidate for candidate in others if candidate.name == self.chosen), None)
+        if chosen is not None:
+            rivals = f" and {_count(len(others) - 1, 'other candidate')}" if len(others) > 1 else ""
             return (
-                f"Of {REFERENCE} and {others} the gate chose {best.name}, {self._compared(best)};"
-                f" {REFERENCE} has {self.candidates[0].loss:.4g}."
+                f"The gate chose {chosen.name} over {REFERENCE}{rivals}: {self._compared(chosen)}; {REFERENCE} has"
+                f" {reference.loss:.4g}."
             )
-        rest = [candidate for candidate in self.candidates[1:] if candidate.loss is not None]
-        if not rest:
-            return f"The gate kept {REFERENCE}: it had no other candidate with a finite {self.metric}."
-        lowest = min(rest, key=lambda candidate: candidate.loss or 0.0)
+        finite = [candidate for candidate in others if candidate.loss is not None]
+        if not finite:
+            return f"The gate kept {REFERENCE}: no other candidate has a finite {self.metric}."
+        lowest = min(finite, key=lambda candidate: candidate.loss or 0.0)
         reason = "by more than the margin" if self.num_values == 1 else "by more than noise"
         return (
-            f"The gate kept {REFERENCE}: none of {others} is better {reason}. {REFERENCE} has a {self.metric} of"
-            f" {self.candidates[0].loss:.4g}; the lowest of the others is that of {lowest.name},"
-            f" {self._compared(lowest)}."
+            f"The gate kept {REFERENCE}: none of {_count(len(others), 'other candidate')} is better {reason}."
+            f" {REFERENCE} has a {self.metric} of {reference.loss:.4g}; the best other candidate is"
+            f" {lowest.name} with a {self._compared(lowest)}."
         )
 
     def _is_untested(self, candidate: GateCandidate) -> bool:
@@ -122,15 +131,15 @@ class GateResult:
         return self.num_values > 1 and candidate.difference is not None and candidate.p_value is None
 
     def _compared(self, candidate: GateCandidate) -> str:
-        text = f"with a {self.metric} of {candidate.loss:.4g} ({candidate.difference:+.4g}"
+        text = f"{self.metric} of {candidate.loss:.4g} ({candidate.difference:+.4g}"
         if self._is_untested(candidate):
-            return f"{text} on every value, so that nothing says how sure that is)"
+            return f"{text} on every value, so its noise is unknown)"
         if candidate.p_value is None:
             return f"{text})"
         return f"{text}, interval {_interval(candidate)}, p = {candidate.p_value:.2g})"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values only; what a card takes as `gate`."""
+        """Return JSON values, as a card takes them."""
         return {
             "metric": self.metric,
             "scores": self.scores,
@@ -145,7 +154,7 @@ class GateResult:
         }
 
     def markdown(self) -> str:
-        """The table of all candidates, for a card."""
+        """Return the table of all candidates."""
         rows = [["candidate", self.metric, f"minus {REFERENCE}", f"{1 - self.level:.0%} interval", "p (corrected)"]]
         for candidate in self.candidates:
             name = f"**{candidate.name}** (chosen)" if candidate.name == self.chosen else candidate.name
@@ -169,39 +178,41 @@ def choose(
     num_resamples: int = 4999,
     seed: int = 0,
 ) -> GateResult:
-    """Compares candidates with Θ0 on the same examples and chooses.
+    """Compare candidates with Θ0 on the same examples and choose one.
 
-    A candidate is better when the whole of its interval lies below `-margin`. The intervals hold for all candidates at
-    once: mean ± c · (standard error), c the `1 - level` quantile of the largest |t| over candidates when examples are
-    drawn anew, each draw studentised with its own standard error. A candidate that differs from Θ0 by the same amount
-    on every example, up to the rounding of float32, has no standard error. As of a single number, nothing says how
-    sure the difference is: no test is made, and it is better only when there is a margin and it is lower by more.
+    A candidate is better if its interval is below `-margin`. The intervals hold for all candidates at once: mean ± c ·
+    (standard error), where c is the `1 - level` quantile of the largest |t| over candidates in bootstrap resamples of
+    the examples. A single number, or losses that differ from Θ0's by the same amount on every example (up to float32
+    rounding), have no standard error: they are better only by more than a given margin.
 
     Args:
-        losses (`Mapping[str, float | Sequence[float]]`): From candidate to its losses, `(n,)` of the same n examples
-            or batches in the same order, or one number; `"Θ0"` is among them.
-        metric, level, margin: As of [`Gate`].
-        num_resamples (`int`, *optional*, defaults to `4999`): Draws of the bootstrap.
-        seed (`int`, *optional*, defaults to `0`): Of the draws.
-
-    Returns:
-        [`GateResult`].
+        losses (`Mapping[str, float | Sequence[float]]`):
+            Losses of each candidate by name, `(n,)` on the same n examples or batches in the same order, or one
+            number. `"Θ0"` is among them.
+        metric, level, margin:
+            See [`Gate`].
+        num_resamples (`int`, *optional*, defaults to `4999`):
+            Number of bootstrap resamples.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the resamples.
 
     Raises:
-        `ValueError`: when Θ0 is missing or its loss is not finite, candidates have different numbers of losses or
-            fewer than 10, or one number each without a margin.
+        `ValueError`: if Θ0 is missing or its loss is not finite, candidates have different numbers of losses or fewer
+            than 10, or single numbers come without a margin.
     """
     check_rule(level, margin)
     if REFERENCE not in losses:
-        raise ValueError(f"there are no losses of {REFERENCE}, only of {', '.join(losses)}")
+        raise ValueError(
+            f"losses has no {REFERENCE!r}, only {', '.join(losses)}; add the losses of the full-data state"
+        )
     values = {name: np.atleast_1d(np.asarray(given, dtype=np.float64)) for name, given in losses.items()}
     reference = check_reference(values.pop(REFERENCE), margin)
     count = len(reference)
     for name, array in values.items():
         if array.shape != reference.shape:
             raise ValueError(
-                f"{name} has losses of shape {array.shape}, {REFERENCE} of shape {reference.shape}: compute_loss is to"
-                " give the losses of the same examples in the same order for every model"
+                f"{name} has losses of shape {array.shape} and {REFERENCE} of shape {reference.shape}; compute_loss"
+                " must return the losses of the same examples in the same order for every model"
             )
     finite = {name: array for name, array in values.items() if np.isfinite(array).all()}
     candidates = {name: GateCandidate(name, None) for name in values}
@@ -222,7 +233,7 @@ def choose(
 
 
 def _is_shifted(values: np.ndarray, reference: np.ndarray) -> bool:
-    """Whether all differences of two sets of losses `(n,)` are equal, up to rounding; of one value they are."""
+    """Whether two sets of losses `(n,)` differ by the same amount everywhere, up to rounding."""
     difference = values - reference
     rounding = _ROUNDING * (np.abs(values) + np.abs(reference))
     return bool((np.abs(difference - difference.mean()) <= rounding).all())
@@ -231,24 +242,24 @@ def _is_shifted(values: np.ndarray, reference: np.ndarray) -> bool:
 def _simultaneous(
     differences: np.ndarray, level: float, margin: float, num_resamples: int, random: np.random.Generator
 ) -> list[tuple[float | None, float | None, float]]:
-    """Ends of the simultaneous interval of each mean of differences `(n, m)`, and its p value corrected for m."""
+    """Return low and high of the simultaneous interval of each mean of differences `(n, m)`, and the corrected p."""
     count = len(differences)
     mean = differences.mean(axis=0)
     error = differences.std(axis=0, ddof=1) / math.sqrt(count)
     scaled = (differences - mean) / (error * math.sqrt(count))
     largest = np.concatenate(list(_largest_t(scaled, num_resamples, random)))
     critical = float(np.quantile(largest, 1 - level, method="higher"))
-    found: list[tuple[float | None, float | None, float]] = []
+    tests: list[tuple[float | None, float | None, float]] = []
     for centre, spread in zip(mean.tolist(), error.tolist(), strict=True):
         p_value = (1 + int((largest >= abs(centre + margin) / spread).sum())) / (1 + num_resamples)
         bounded = math.isfinite(critical)
         ends = (centre - critical * spread, centre + critical * spread) if bounded else (None, None)
-        found.append((*ends, p_value))
-    return found
+        tests.append((*ends, p_value))
+    return tests
 
 
 def _largest_t(scaled: np.ndarray, num_resamples: int, random: np.random.Generator) -> Iterator[np.ndarray]:
-    """The largest |t| over candidates of each draw with replacement, from centred values `(n, m)`."""
+    """Yield the largest |t| over candidates in each bootstrap resample of centred values `(n, m)`."""
     count = len(scaled)
     both = np.concatenate([scaled, scaled**2], axis=1).astype(np.float32)
     size = max(1, _CHUNK // count)
@@ -258,7 +269,7 @@ def _largest_t(scaled: np.ndarray, num_resamples: int, random: np.random.Generat
         times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float32)
         means, squares = np.split(times @ both / count, 2, axis=1)
         errors = np.sqrt(np.maximum(squares - means**2, 0) / (count - 1))
-        # a draw without spread, up to rounding, says that the sample is too small: it counts against every candidate
+        # a resample without spread, up to rounding, means too few examples: it counts against every candidate
         yield np.where(errors > 1e-3 * np.abs(means), np.abs(means) / np.maximum(errors, 1e-30), np.inf).max(axis=1)
 
 
@@ -269,34 +280,38 @@ def _is_better(candidate: GateCandidate, count: int, level: float, margin: float
 
 
 def check_rule(level: float, margin: float | None) -> None:
-    """Raises a `ValueError` for numbers that make no rule."""
+    """Raise a `ValueError` if level or margin is out of range."""
     if not 0 < level < 1:
-        raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
+        raise ValueError(f"level must be between 0 and 1 (exclusive), got {level}")
     if margin is not None and not 0 <= margin < math.inf:
-        raise ValueError(f"margin must be 0 or more, in the units of the loss; got {margin}")
+        raise ValueError(f"margin must be 0 or more, in units of the loss, got {margin}")
 
 
 def check_reference(losses: float | Sequence[float] | np.ndarray, margin: float | None) -> np.ndarray:
-    """The losses of Θ0 as an array `(n,)`, if the others can be compared with them.
+    """Return the losses of Θ0 as an array `(n,)` if others can be compared with them.
 
     Raises:
-        `ValueError`: when they are not finite, fewer than 10, or one number without a margin.
+        `ValueError`: if they are not finite, fewer than 10, or one number without a margin.
     """
     reference = np.atleast_1d(np.asarray(losses, dtype=np.float64))
     if reference.ndim != 1 or not np.isfinite(reference).all():
-        raise ValueError(f"the losses of {REFERENCE} are to be finite numbers, one each; got {reference.tolist()}")
+        raise ValueError(f"the losses of {REFERENCE} must be finite numbers, got {reference.tolist()}")
     count = len(reference)
     if count == 1 and margin is None:
         raise ValueError(
-            "compute_loss gave one number, which says nothing of its noise; let it give a list with the loss of every"
-            " example or batch, or set margin= to how much lower a loss must be"
+            "compute_loss returned one number, whose noise is unknown; return a list with the loss of every example or"
+            " batch, or set margin= to the improvement that counts"
         )
     if count < MINIMUM_VALUES and count != 1:
         raise ValueError(
-            f"there are {count} losses of {REFERENCE}, from which chance can't be told from gain; at least"
-            f" {MINIMUM_VALUES} are needed: one an example, or smaller batches"
+            f"{count} losses of {REFERENCE} are too few to separate noise from gain; give at least {MINIMUM_VALUES}:"
+            " one per example, or smaller batches"
         )
     return reference
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def _interval(candidate: GateCandidate) -> str:

@@ -24,7 +24,7 @@ class FailOnRankOne:
 
     def residual(self, history: torch.Tensor, role: str) -> torch.Tensor:
         if self.rank == 1:
-            raise ValueError("rank 1 fails on purpose")
+            raise ValueError("rank 1 fails")
         return torch.zeros(len(history))
 
 

@@ -1,3 +1,5 @@
+"""`predict_overflowed_weights`: what is written, refused and reported."""
+
 import json
 from dataclasses import dataclass
 
@@ -101,9 +103,9 @@ def test_steps_are_a_recursion_with_the_full_data_last(trajectory, tmp_path):
     history = trajectory.history(BIAS)
     first, second, third = (window for role, window in predictor.asked if role == "bias")
     assert torch.equal(first, history[-3:].T)
-    assert torch.equal(second, torch.stack([history[3], history[4], history[4] + 0.25], dim=1))
-    assert torch.equal(third[:, 1:], torch.stack([history[4] + 0.25, history[4] + 0.5], dim=1))
-    assert torch.equal(weights(tmp_path / "out")[BIAS], trajectory.tensor(BIAS) + 0.75)
+    torch.testing.assert_close(second, torch.stack([history[3], history[4], history[4] + 0.25], dim=1))
+    torch.testing.assert_close(third[:, 1:], torch.stack([history[4] + 0.25, history[4] + 0.5], dim=1))
+    torch.testing.assert_close(weights(tmp_path / "out")[BIAS], trajectory.tensor(BIAS) + 0.75)
 
 
 def test_the_checkpoint_is_an_ordinary_one(trajectory, known, tmp_path):
@@ -175,7 +177,7 @@ def test_the_dtype_to_write_can_be_chosen(trajectory, tmp_path, dtype):
     assert torch.equal(out[NORM], trajectory.tensor(NORM).to(dtype))
     assert {t.dtype for name, t in out.items() if "num_batches" not in name} == {dtype}
     assert result.load_model().dtype == dtype
-    with pytest.raises(ValueError, match=r"dtype must be one of floating point, .* got torch\.int8"):
+    with pytest.raises(ValueError, match=r"dtype.*torch\.int8"):
         predict_overflowed_weights(trajectory, predictor="shrink", dtype=torch.int8, output_dir=tmp_path / "no")
 
 
@@ -184,7 +186,7 @@ def test_residuals_below_the_rounding_are_told(record_states, tmp_path):
     trajectory = WeightTrajectory(trajectory.path)
     result = predict_overflowed_weights(trajectory, predictor=Constant(1e-7), output_dir=tmp_path / "out")
     assert sum(report.lost for report in result.report.values()) == 72
-    assert result.warnings[0].startswith("100% of the residuals are smaller than the rounding")
+    assert result.warnings[0].startswith("100% of the residuals")
     result = predict_overflowed_weights(
         trajectory, predictor=Constant(1e-4), dtype=torch.float32, output_dir=tmp_path / "single"
     )
@@ -260,7 +262,7 @@ def test_numbers_that_are_too_large_for_the_dtype_are_told(record_states, tmp_pa
     model = make_resnet()
     model.get_buffer(MEAN.replace("running_mean", "running_var")).fill_(1e5)
     trajectory = record_states(model, num_states=2)
-    with pytest.raises(ValueError, match=r"running_var' .* has numbers that are too large for torch\.float16"):
+    with pytest.raises(ValueError, match=r"running_var'.*too large for torch\.float16"):
         predict_overflowed_weights(trajectory, predictor="shrink", dtype=torch.float16, output_dir=tmp_path / "out")
 
 
@@ -284,7 +286,7 @@ def test_a_plan_of_a_predictor_that_differs_by_depth_has_a_time(trajectory):
 def test_statistics_of_a_plain_module_are_refused_before_the_work(record_states, tmp_path):
     trajectory = record_states(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), num_states=2)
     predictor = Constant()
-    with pytest.raises(ValueError, match="is one of a plain module, which can't be loaded here"):
+    with pytest.raises(ValueError, match=r"plain nn\.Module.*recalibrate_batch_norm"):
         predict_overflowed_weights(
             trajectory,
             predictor=predictor,
@@ -303,7 +305,7 @@ def test_a_prediction_is_copied_into_a_model(record_states, tmp_path, make):
     model = make()
     result.load_into(model)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights(result.path).items())
-    with pytest.raises(TrajectoryError, match=r"tensor .* is not both in .*out and in the given Linear"):
+    with pytest.raises(TrajectoryError, match=r"tensor.*Linear"):
         result.load_into(nn.Linear(2, 2))
 
 
@@ -325,14 +327,14 @@ def test_a_prediction_of_a_class_of_ones_own_says_how_it_is_loaded(record_states
 
     trajectory = record_states(MyResNet(make_resnet().config), num_states=2)
     result = predict_overflowed_weights(trajectory, predictor=Constant(0.5), output_dir=tmp_path / "out")
-    with pytest.raises(TrajectoryError, match=r"transformers has no class 'MyResNet'.* pass model_class="):
+    with pytest.raises(TrajectoryError, match=r"'MyResNet'.*model_class="):
         result.load_model()
     assert type(result.load_model(model_class=MyResNet)) is MyResNet
 
 
 @pytest.mark.parametrize("place", ["trajectory", "."])
 def test_the_trajectory_is_not_replaced_by_its_prediction(trajectory_copy, tmp_path, place):
-    with pytest.raises(ValueError, match="which is read: it would be replaced"):
+    with pytest.raises(ValueError, match="trajectory"):
         predict_overflowed_weights(
             trajectory_copy,
             predictor=Constant(),
@@ -344,7 +346,7 @@ def test_the_trajectory_is_not_replaced_by_its_prediction(trajectory_copy, tmp_p
 
 def test_other_weights_are_not_taken_for_known(trajectory, tmp_path):
     make_resnet().save_pretrained(tmp_path / "resnet")
-    with pytest.raises(ValueError, match="resnet holds no KNOWN weights: there is no "):
+    with pytest.raises(ValueError, match="resnet holds no KNOWN weights"):
         predict_overflowed_weights(trajectory, tmp_path / "resnet", output_dir=tmp_path / "out")
 
 
@@ -380,20 +382,20 @@ def shipped():
 def test_values_that_are_not_finite_name_tensor_and_state(trajectory_copy, known, tmp_path, value, name):
     state = 2 if name == CONV else 0
     rewrite_state(trajectory_copy, state, lambda tensors: tensors[name].view(-1)[0].fill_(value))
-    with pytest.raises(TrajectoryError, match=rf"'{name}' of state {state} .* has 1 values that are NaN or infinite"):
+    with pytest.raises(TrajectoryError, match=rf"'{name}' of state {state} .* 1 NaN or infinite"):
         predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_prediction_that_is_not_finite_names_the_tensor(trajectory, tmp_path):
-    with pytest.raises(ValueError, match=r"prediction of tensor 'classifier\.1\.bias' .* not finite after 2 step"):
+    with pytest.raises(ValueError, match=r"'classifier\.1\.bias'.*not finite after 2 step"):
         predict_overflowed_weights(trajectory, predictor=Constant(float("nan")), steps=2, output_dir=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_reversed_states_are_refused(trajectory_copy, known, tmp_path):
     edit_manifest(trajectory_copy, lambda content: content["states"].reverse())
-    with pytest.raises(TrajectoryError, match="state at position 0 has index 4"):
+    with pytest.raises(TrajectoryError, match="index 4"):
         predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
 
 
@@ -401,26 +403,26 @@ def test_swapped_state_folders_are_refused(trajectory_copy, known, tmp_path):
     (trajectory_copy / "state-0").rename(trajectory_copy / "x")
     (trajectory_copy / "state-1").rename(trajectory_copy / "state-0")
     (trajectory_copy / "x").rename(trajectory_copy / "state-1")
-    with pytest.raises(TrajectoryError, match="of state 0 is not the file that was recorded"):
+    with pytest.raises(TrajectoryError, match="state 0"):
         predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
 
 
 def test_a_truncated_state_is_refused(trajectory_copy, known, tmp_path):
     path = trajectory_copy / "state-4/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(TrajectoryError, match=r"of state 4 has .* truncated"):
+    with pytest.raises(TrajectoryError, match="state 4"):
         predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
 
 
 def test_a_missing_tensor_is_refused(trajectory_copy, known, tmp_path):
     rewrite_state(trajectory_copy, 1, lambda tensors: tensors.pop(FC))
-    with pytest.raises(TrajectoryError, match=r"state 1 .* has no tensor 'classifier\.1\.weight'"):
+    with pytest.raises(TrajectoryError, match=r"state 1 .*'classifier\.1\.weight'"):
         predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
 
 
 def test_too_few_states_name_the_schedule(record_states, known, tmp_path):
     trajectory = record_states(make_resnet(), num_states=3)
-    with pytest.raises(ValueError, match=r"has 3 states, KNOWNPredictor needs 5; record with .*num_states=5"):
+    with pytest.raises(ValueError, match=r"3 states.*KNOWNPredictor needs 5.*num_states=5"):
         predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "out")
 
 
@@ -428,34 +430,34 @@ def test_quantised_weights_are_refused(trajectory_copy, known, tmp_path):
     config = trajectory_copy / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"bits": 4}}))
     edit_manifest(trajectory_copy, lambda content: content["files"][0].update(size=config.stat().st_size))
-    with pytest.raises(TrajectoryError, match=r"config\.json says that the weights are quantised.*dequantize"):
+    with pytest.raises(TrajectoryError, match=r"config\.json.*quanti.*dequantize"):
         predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": 0}, "steps.*got 0"),
         ({"steps": 1.5}, "got 1.5"),
-        ({"norm": "drop"}, "norm must be 'keep' or 'predict', got 'drop'"),
-        ({"predictor": "shrink"}, "give either known or predictor"),
+        ({"norm": "drop"}, "norm.*'drop'"),
+        ({"predictor": "shrink"}, "either known or predictor"),
         (
             {"predictor_options": {"factor": 1}},
-            r"predictor_options=\{'factor': 1\} are for a predictor given by its name",
+            "predictor_options=.*name of a predictor",
         ),
-        ({"known": None, "predictor": "shrnk"}, "unknown predictor 'shrnk'"),
+        ({"known": None, "predictor": "shrnk"}, "'shrnk'"),
         (
             {"known": None, "predictor": "known", "predictor_options": {"kernel": "eager"}},
-            "are not for KNOWN; give known=",
+            "predictor_options.*KNOWN",
         ),
         (
             {"known": None, "predictor": "shrink", "kernel": "eager"},
-            "kernel='eager' is a form of KNOWN, and 'shrink' is",
+            "kernel='eager'.*KNOWN",
         ),
-        ({"known": None, "predictor": "lines", "predictor_options": {"base": 5}}, "base=5: choose a predictor"),
+        ({"known": None, "predictor": "lines", "predictor_options": {"base": 5}}, "base.*5"),
         (
             {"known": None, "predictor": "shrink", "predictor_options": {"fraction": 1}},
-            r"'shrink' takes \(factor.*unexpected keyword argument 'fraction'",
+            "'shrink'.*'fraction'",
         ),
     ],
 )

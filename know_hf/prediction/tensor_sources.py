@@ -1,0 +1,148 @@
+"""Where the values of a checkpoint come from: a recorded state, a function, or a prediction (see `engine`)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..trajectory import TrajectoryError, WeightTrajectory
+from .pieces import Piece
+from .residuals import ResidualReport, is_finite
+
+TensorFunction = Callable[[str, int, int], torch.Tensor | None]
+
+
+class TensorSource(ABC):
+    """Values of all tensors of a checkpoint, piece by piece.
+
+    `read` runs in a thread ahead of `values`, so that disk and processor work at the same time.
+    """
+
+    description = "Writing checkpoint"
+
+    def cost(self, name: str) -> float:
+        """Cost per element of a tensor, in units of a copied element."""
+        return 1.0
+
+    @abstractmethod
+    def read(self, piece: Piece) -> Any:
+        """Read what [`values`] needs for a piece."""
+
+    @abstractmethod
+    def values(self, piece: Piece, data: Any) -> tuple[torch.Tensor, ResidualReport]:
+        """Return the piece's values `(N,)`, which the writer casts to the dtype on disk, and a report on them."""
+
+
+class StateTensors(TensorSource):
+    """The tensors of one recorded state, copied bit for bit.
+
+    Args:
+        trajectory ([`WeightTrajectory`]):
+            The recorded states.
+        state (`int`):
+            Index of the state.
+    """
+
+    def __init__(self, trajectory: WeightTrajectory, state: int) -> None:
+        if not 0 <= state < trajectory.num_states:
+            raise ValueError(
+                f"state={state}: {trajectory.path} has states 0 to {trajectory.num_states - 1}; choose one of them"
+            )
+        self.trajectory = trajectory
+        self.state = state
+
+    def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor | None]:
+        trajectory = self.trajectory
+        values = trajectory.read(piece.name, piece.start, piece.stop, self.state)
+        if not values.is_floating_point() or not values.numel() or trajectory.is_unchanged(piece.name):
+            return values, None
+        return values, trajectory.read_history(piece.name, piece.start, piece.stop)
+
+    def values(
+        self, piece: Piece, data: tuple[torch.Tensor, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, ResidualReport]:
+        values, history = data
+        if self.trajectory.roles[piece.name].role != "copied":
+            check_finite(values, piece.name, self.trajectory, self.state)
+        report = count_piece(self.trajectory, piece, unchanged=self.trajectory.is_unchanged(piece.name))
+        if history is not None:
+            report += ResidualReport.of(history, values.float() - history[-1])
+        return values, report
+
+
+class FunctionTensors(TensorSource):
+    """The tensors that a function computes; see [`write_checkpoint`].
+
+    Args:
+        trajectory ([`WeightTrajectory`]):
+            The recorded states.
+        function (`Callable[[str, int, int], torch.Tensor | None]`):
+            From name, start and stop to the values of these elements, `(stop - start,)`, or `None` for those of Θ0.
+    """
+
+    def __init__(self, trajectory: WeightTrajectory, function: TensorFunction) -> None:
+        self.trajectory = trajectory
+        self.function = function
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        values = self.function(piece.name, piece.start, piece.stop)
+        return self.trajectory.read(piece.name, piece.start, piece.stop) if values is None else values
+
+    def values(self, piece: Piece, data: torch.Tensor) -> tuple[torch.Tensor, ResidualReport]:
+        if data.numel() != piece.size:
+            raise ValueError(
+                f"the function returned {data.numel()} values for elements {piece.start} to {piece.stop - 1} of tensor"
+                f" {piece.name!r}; return {piece.size}"
+            )
+        return data.flatten(), count_piece(self.trajectory, piece)
+
+
+def full_tensors(function: Callable[[str], torch.Tensor | None]) -> TensorFunction:
+    """Turn a function of a tensor's name into one of pieces; the last tensor is kept in memory.
+
+    Args:
+        function (`Callable[[str], torch.Tensor | None]`):
+            From a name to all values of the tensor, or `None` for those of Θ0.
+    """
+    last: tuple[str, torch.Tensor | None] | None = None
+
+    def piece(name: str, start: int, stop: int) -> torch.Tensor | None:
+        nonlocal last
+        if last is None or last[0] != name:
+            last = name, function(name)
+        return None if last[1] is None else last[1].flatten()[start:stop]
+
+    return piece
+
+
+def count_piece(trajectory: WeightTrajectory, piece: Piece, unchanged: bool = False) -> ResidualReport:
+    """Count a tensor in the report of its first piece."""
+    if not piece.is_first:
+        return ResidualReport()
+    return ResidualReport(tensors=1, parameters=trajectory.shape(piece.name).numel(), unchanged=int(unchanged))
+
+
+def check_finite(values: torch.Tensor, name: str, trajectory: WeightTrajectory, state: int) -> None:
+    """Raise a `TrajectoryError` if a value of a recorded tensor is NaN or infinite."""
+    if not is_finite(values):
+        count = int((~torch.isfinite(values)).sum())
+        raise TrajectoryError(
+            f"tensor {name!r} of state {state} of {trajectory.path} has {count} NaN or infinite values: the training"
+            " diverged. Record the trajectory again with a lower learning rate"
+        )
+
+
+def cast(values: torch.Tensor, dtype: torch.dtype, name: str, trajectory: WeightTrajectory) -> torch.Tensor:
+    """Cast values to the dtype on disk.
+
+    Raises:
+        `ValueError`: if a finite value overflows the dtype.
+    """
+    result = values.to(dtype)
+    overflows = result.dtype != values.dtype and result.is_floating_point() and not is_finite(result)
+    if overflows and is_finite(values):
+        raise ValueError(
+            f"tensor {name!r} of {trajectory.path} has values too large for {dtype}; write bfloat16 or float32"
+        )
+    return result

@@ -1,0 +1,100 @@
+"""Reasons to doubt a prediction, as sentences."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .residuals import ResidualReport
+
+FAR_SMALLER = 0.01  # mean move relative to the one KNOWN was trained on, below which a warning is given
+
+
+def range_warnings(role: str, tensors: Mapping[str, ResidualReport], trained_on: Mapping[str, float]) -> list[str]:
+    """Warn about inputs outside of the range that a predictor was trained on.
+
+    Args:
+        role (`str`):
+            Role whose network predicts.
+        tensors (`Mapping[str, ResidualReport]`):
+            Reports on the tensors of the role, by name.
+        trained_on (`Mapping[str, float]`):
+            Range of the training data of this role, see [`KNOWNConfig`].
+    """
+    warnings = []
+    total = sum(tensors.values(), ResidualReport())
+    if total.outside:
+        worst = max(tensors, key=lambda name: tensors[name].outside)
+        warnings.append(
+            f"{role}: {total.outside / total.predicted:.2%} of the weights are outside of the range that the network"
+            f" was trained on (weights up to {trained_on['largest_weight']:.3g}, moves up to"
+            f" {trained_on['largest_displacement']:.3g}), most of them in {worst!r} (weights up to"
+            f" {tensors[worst].largest_weight:.3g}, moves up to {tensors[worst].largest_move:.3g})"
+        )
+    mean = trained_on["mean_displacement"]
+    if total.predicted and total.mean_move < FAR_SMALLER * mean:
+        warnings.append(
+            f"{role}: the weights moved by {total.mean_move:.2g} on average between the last two states, and the"
+            f" network was trained on moves of {mean:.2g}. Its residual then depends on the size of a weight more"
+            " than on how the weight moved"
+        )
+    return warnings
+
+
+def forgetting_warnings(losses: Sequence[float | None]) -> list[str]:
+    """Warn about later states that are no worse than Θ0: there is no forgetting to run backwards.
+
+    Args:
+        losses (`Sequence[float | None]`):
+            Evaluation loss of every state, full data first; `None` if it is unknown.
+    """
+    full_data = losses[0]
+    if full_data is None:
+        return []
+    no_worse = [(state, loss) for state, loss in enumerate(losses) if state and loss is not None and loss <= full_data]
+    if not no_worse:
+        return []
+    states = ", ".join(f"Θ{state} ({loss:.4g})" for state, loss in no_worse)
+    verb = "is" if len(no_worse) == 1 else "are"
+    return [
+        f"the model did not forget: by evaluation loss {states} {verb} no worse than Θ0 ({full_data:.4g}). Predicting"
+        " backwards may undo training; train Θ0 longer"
+    ]
+
+
+def rounding_warnings(tensors: Mapping[str, ResidualReport]) -> list[str]:
+    """Warn if most residuals are smaller than the rounding of the written dtype."""
+    total = sum(tensors.values(), ResidualReport())
+    if total.lost <= total.predicted / 2:
+        return []
+    return [
+        f"{total.lost / total.predicted:.0%} of the residuals are smaller than the rounding of the written dtype and"
+        " changed nothing. Write float32 with dtype=torch.float32, or record in float32"
+    ]
+
+
+def code_warnings(configs: Sequence[Any], base_model: str | None) -> list[str]:
+    """Warn about custom code that configs refer to (`auto_map`): trajectories and checkpoints hold no code.
+
+    Args:
+        configs (`Sequence[Any]`):
+            Content of the JSON files of model, tokenizer and processor.
+        base_model (`str`, *optional*):
+            Name of the model that has the code; of a folder only the last part is shown.
+    """
+    maps = [config.get("auto_map") for config in configs if isinstance(config, dict)]
+    values = [value for auto_map in maps if isinstance(auto_map, dict) for value in auto_map.values()]
+    references = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    # repo--module.Class is fetched from that repo
+    modules = {name.rpartition(".")[0] for name in references if isinstance(name, str) and "--" not in name}
+    if not modules:
+        return []
+    files = ", ".join(f"{module}.py" for module in sorted(modules))
+    origin = "the folder or repo that the model was loaded from"
+    if base_model:
+        is_folder = base_model.startswith((".", "/")) or "\\" in base_model or Path(base_model).exists()
+        origin = Path(base_model).name if is_folder else base_model  # cards show no paths
+    return [
+        f"the model uses custom code ({files}), which the checkpoint does not contain. Before loading it with"
+        f" trust_remote_code=True, copy these files and the files they import from {origin}; or pass the class to"
+        " load_model(model_class=)"
+    ]

@@ -1,0 +1,305 @@
+"""[`write_checkpoint`]: the one way a checkpoint is written, in pieces, in shards and atomically."""
+
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..batch_norm import recalibrate_batch_norm
+from ..checkpoint import (
+    DEFAULT_SHARD_SIZE,
+    CheckpointWriter,
+    TensorSpec,
+    atomic_folder,
+    replace_tensors,
+    write_json,
+)
+from ..distributed import on_every_process, on_main_process
+from ..model_tensors import names_on_disk
+from ..trajectory import WeightTrajectory, load_pretrained
+from .pieces import Piece, split_pieces
+from .residuals import ResidualReport
+from .tensor_sources import FunctionTensors, TensorFunction, TensorSource, cast
+
+READ_AHEAD, WRITE_BEHIND = 2, 2  # pieces
+T = TypeVar("T")
+Reports = dict[str, ResidualReport]
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a checkpoint is written.
+
+    Args:
+        dtype (`torch.dtype`, *optional*):
+            Floating-point dtype on disk; the recorded dtype of each tensor by default.
+        max_shard_size (`int`, *optional*, defaults to `5_000_000_000`):
+            Largest size of a safetensors file in bytes.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace an existing output folder.
+        model_class (`type`, *optional*):
+            Class of the model if transformers has none of its name.
+        recalibrate_with (iterable of batches, *optional*):
+            Batches (keyword arguments of the model) of source data. The BatchNorm statistics of the written weights
+            are computed from them.
+        accelerator (`Accelerator`, *optional*):
+            Its processes share the work on a disk that they share. The bytes do not depend on their number.
+    """
+
+    dtype: torch.dtype | None = None
+    max_shard_size: int = DEFAULT_SHARD_SIZE
+    overwrite: bool = False
+    model_class: type[PreTrainedModel] | None = None
+    recalibrate_with: Iterable[Mapping[str, torch.Tensor]] | None = None
+    accelerator: Accelerator | None = None
+
+
+def write_checkpoint(
+    trajectory: WeightTrajectory,
+    tensors: TensorSource | TensorFunction,
+    output_dir: str | Path,
+    options: WriteOptions | None = None,
+    *,
+    finish: Callable[[Path, Reports], None] | None = None,
+) -> Reports:
+    """Write a checkpoint with the tensors and model files of a trajectory and other values.
+
+    Tensors are read, computed and written in pieces at the same time, so memory does not grow with the model. The
+    recorded files are compared with their SHA-256 along the way.
+
+    ```python
+    halved = lambda name, start, stop: 0.5 * trajectory.read(name, start, stop)
+    write_checkpoint(trajectory, halved, "halved/")
+    ```
+
+    Args:
+        trajectory ([`WeightTrajectory`]):
+            Gives names, shapes, dtypes, config and tokenizer files.
+        tensors ([`TensorSource`] or `Callable[[str, int, int], torch.Tensor | None]`):
+            The values. A function maps name, start and stop to elements `start` to `stop - 1` of the tensor in
+            row-major order, shape `(stop - start,)`, or to `None` to copy those of Θ0.
+        output_dir (`str` or `Path`):
+            Output folder. It appears complete or not at all.
+        options ([`WriteOptions`], *optional*):
+            How to write.
+        finish (`Callable[[Path, dict[str, ResidualReport]], None]`, *optional*):
+            Called on the main process with the folder before it gets its final name, for example to add a card.
+
+    Returns:
+        `dict[str, ResidualReport]`: a report per tensor.
+
+    Raises:
+        `TrajectoryError`: if a recorded file changed or a recorded value is not finite.
+        `ValueError`: if `output_dir` contains the trajectory, or a value is too large for the dtype.
+        `FileExistsError`: if `output_dir` is not empty and `overwrite` is off.
+        `OSError`: if the disk has too little space or another process writes to `output_dir`.
+    """
+    options = options or WriteOptions()
+    source = tensors if isinstance(tensors, TensorSource) else FunctionTensors(trajectory, tensors)
+    with checkpoint_folder(trajectory, output_dir, options) as folder:
+        reports = fill_checkpoint(trajectory, source, folder, options)
+        if finish is not None:
+            on_main_process(options.accelerator, lambda: finish(folder, reports))
+    return reports
+
+
+@contextmanager
+def checkpoint_folder(trajectory: WeightTrajectory, output_dir: str | Path, options: WriteOptions) -> Iterator[Path]:
+    """Give every process a folder to write to. It becomes `output_dir` when the block ends without an error."""
+    with ExitStack() as stack:
+        target = atomic_folder(Path(output_dir), options.overwrite, [trajectory.path])
+        yield on_main_process(options.accelerator, lambda: stack.enter_context(target))
+        on_main_process(options.accelerator, stack.close)
+
+
+def fill_checkpoint(
+    trajectory: WeightTrajectory, source: TensorSource, folder: Path, options: WriteOptions, *, verify: bool = True
+) -> Reports:
+    """Write all files of a checkpoint into an existing folder; see [`write_checkpoint`].
+
+    Args:
+        trajectory ([`WeightTrajectory`]):
+            The recorded states.
+        source ([`TensorSource`]):
+            The values.
+        folder (`Path`):
+            The folder, the same on every process.
+        options ([`WriteOptions`]):
+            How to write.
+        verify (`bool`, *optional*, defaults to `True`):
+            Whether to compare the recorded files with their SHA-256.
+    """
+    accelerator = options.accelerator
+    specs = checkpoint_specs(trajectory, options.dtype)
+    writer = CheckpointWriter(folder, specs, options.max_shard_size, adapter=trajectory.is_adapter)
+    part, parts = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+
+    def begin() -> None:
+        _copy_model_files(trajectory, folder, options.dtype)
+        writer.create()
+
+    def write_my_part() -> tuple[Reports, int]:
+        pieces = split_pieces(specs, source.cost, part, parts)
+        with _verified(trajectory, part, parts, verify):
+            return _write_pieces(
+                trajectory, source, writer, specs, pieces, show_progress=part == 0
+            ), writer.bytes_written
+
+    def finish(num_bytes: int) -> None:
+        writer.close(num_bytes)
+        if options.recalibrate_with is not None:
+            _recalibrate(folder, trajectory, options)
+
+    on_main_process(accelerator, begin)
+    results = on_every_process(accelerator, write_my_part)
+    on_main_process(accelerator, lambda: finish(sum(count for _, count in results)))
+    return _merged(reports for reports, _ in results)
+
+
+def measure(trajectory: WeightTrajectory, source: TensorSource) -> Reports:
+    """Return the reports that writing would give, without writing."""
+    specs = checkpoint_specs(trajectory)
+    pieces = split_pieces(specs, source.cost)
+    return _merged({piece.name: source.values(piece, data)[1]} for piece, data in _read_ahead(pieces, source.read))
+
+
+def checkpoint_specs(trajectory: WeightTrajectory, dtype: torch.dtype | None = None) -> dict[str, TensorSpec]:
+    """Return dtype and shape of every tensor of a checkpoint; `dtype` replaces floating-point dtypes only."""
+    specs = {}
+    for name in trajectory.names:
+        stored = trajectory.dtype(name)
+        specs[name] = TensorSpec(dtype if dtype and stored.is_floating_point else stored, trajectory.shape(name))
+    return specs
+
+
+def _copy_model_files(trajectory: WeightTrajectory, folder: Path, dtype: torch.dtype | None) -> None:
+    for path in trajectory.model_files:
+        target = folder / path.relative_to(trajectory.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    config = folder / "config.json"
+    if dtype is not None and config.exists():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        write_json(config, {**content, "dtype": str(dtype).removeprefix("torch.")})
+
+
+@contextmanager
+def _verified(trajectory: WeightTrajectory, part: int, parts: int, verify: bool) -> Iterator[None]:
+    """Compare the files with their hashes while the block runs. A damaged file explains any other error."""
+    if not verify:
+        yield
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="know_hf-verify") as pool:
+        verification = pool.submit(trajectory.verify, part, parts)
+        try:
+            yield
+        except Exception as error:
+            if (damage := verification.exception()) is not None:
+                raise damage from error
+            raise
+        verification.result()
+
+
+def _write_pieces(
+    trajectory: WeightTrajectory,
+    source: TensorSource,
+    writer: CheckpointWriter,
+    specs: Mapping[str, TensorSpec],
+    pieces: list[Piece],
+    show_progress: bool,
+) -> Reports:
+    reports: Reports = {}
+    bar = tqdm(
+        total=sum(piece.size for piece in pieces),
+        desc=source.description,
+        unit="parameter",
+        unit_scale=True,
+        disable=not show_progress,
+    )
+    with bar, _WriteBehind(WRITE_BEHIND) as background:
+        for piece, data in _read_ahead(pieces, source.read):
+            values, report = source.values(piece, data)
+            values = cast(values, specs[piece.name].dtype, piece.name, trajectory)
+            background.submit(writer.write, piece.name, values, piece.start)
+            reports[piece.name] = reports.get(piece.name, ResidualReport()) + report
+            bar.update(piece.size)
+    writer.flush()
+    return reports
+
+
+def _read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], T]) -> Iterator[tuple[Piece, T]]:
+    """Yield each piece with its data while the next pieces are read."""
+    with ThreadPoolExecutor(1, thread_name_prefix="know_hf-read") as pool:
+        waiting: deque[tuple[Piece, Future[T]]] = deque()
+        try:
+            for piece in pieces:
+                waiting.append((piece, pool.submit(read, piece)))
+                if len(waiting) > READ_AHEAD:
+                    first, data = waiting.popleft()
+                    yield first, data.result()
+            for first, data in waiting:
+                yield first, data.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _WriteBehind:
+    """Run jobs in order in a thread, with at most `limit` waiting. Errors surface in later calls."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="know_hf-write")
+        self._jobs: deque[Future[Any]] = deque()
+
+    def submit(self, job: Callable[..., Any], *args: Any) -> None:
+        self._jobs.append(self._pool.submit(job, *args))
+        while len(self._jobs) > self._limit:
+            self._jobs.popleft().result()
+
+    def __enter__(self) -> "_WriteBehind":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            for job in self._jobs:
+                job.result()
+
+
+def _merged(parts: Iterable[Reports]) -> Reports:
+    total: Reports = {}
+    for reports in parts:
+        for name, report in reports.items():
+            total[name] = total.get(name, ResidualReport()) + report
+    return dict(sorted(total.items()))
+
+
+def _recalibrate(folder: Path, trajectory: WeightTrajectory, options: WriteOptions) -> None:
+    """Replace the BatchNorm statistics in the files. Computed in float32, stored in the dtype of the file."""
+    model = load_pretrained(folder, options.model_class).float()
+    recalibrate_batch_norm(
+        model, ({name: _as_float32(v) for name, v in b.items()} for b in options.recalibrate_with or ())
+    )
+    state, on_disk = model.state_dict(), names_on_disk(model)
+    statistics = [name for name in state if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    for name in statistics:
+        if on_disk.get(name) not in trajectory.roles:
+            raise ValueError(
+                f"{folder} has no tensor for the BatchNorm statistics {name!r} of {type(model).__name__}. Load the"
+                " model and call recalibrate_batch_norm(model, batches)"
+            )
+    replace_tensors(folder, {on_disk[name]: state[name] for name in statistics})
+
+
+def _as_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
