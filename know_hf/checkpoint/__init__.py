@@ -1,14 +1,14 @@
-"""Checkpoints on disk: safetensors read and written piece by piece, so that no tensor need fit into memory twice.
+"""Safetensors checkpoints, read and written piece by piece, and atomic files and folders.
 
-Nothing is computed here and nothing is unpickled. The safetensors library maps whole files into memory and writes
-whole shards at once; `header` says where each tensor's bytes stand, so that `reader` and `writer` move any piece of
-them. What they write is byte for byte what the library writes.
+The safetensors library maps complete files into memory and writes complete shards. Here, the position of each tensor's
+bytes in the header lets reader and writer move any piece. The files are byte for byte those of the library.
 """
 
-from .files import atomic_folder, check_free_disk, file_sha256, fsync, parse_json, read_json, write_json
+from .atomic_folders import atomic_folder
+from .byte_sources import ByteSource, LocalFile
+from .files import check_free_disk, file_sha256, fsync, parse_json, read_json, write_json
 from .header import CheckpointError, TensorEntry, TensorSpec, read_header
 from .reader import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
-from .sources import ByteSource, LocalFile
 from .writer import DEFAULT_SHARD_SIZE, CheckpointWriter, replace_tensors
 
 __all__ = [

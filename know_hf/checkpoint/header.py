@@ -1,8 +1,8 @@
-"""The header of a safetensors file: name, dtype, shape and place of every tensor in it.
+"""The header of a safetensors file: name, dtype, shape and position of every tensor.
 
-A file is 8 bytes with the header's length N (little endian), N bytes of JSON, then the bytes of all tensors without a
-gap (https://huggingface.co/docs/safetensors, "Format"). The library reads and writes whole tensors only; knowing the
-places, any piece of one can be. Headers are refused wherever the library refuses them.
+A file consists of 8 bytes with the length N of the header (little endian), N bytes of JSON, and the bytes of all
+tensors without gaps (https://huggingface.co/docs/safetensors, "Format"). The library reads and writes complete
+tensors; with their positions any piece of a tensor can be. Every header that the library rejects is rejected here.
 """
 
 import json
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from .byte_sources import ByteSource
 from .files import parse_json
-from .sources import ByteSource
 
-MAX_HEADER_SIZE = 100_000_000  # the library's own limit
+MAX_HEADER_SIZE = 100_000_000  # limit of the library
 
-# In the order of the library's enumeration: within a file it sorts tensors by it, last first, and then by name.
+# In the order of the library, which sorts the tensors of a file by dtype, last first, and then by name.
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -37,14 +37,14 @@ DTYPES = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
-# Bits of an element, also of the dtypes that torch has not or packs several of into one.
+# Bits of an element, including dtypes that torch lacks or packs several of into one.
 _BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
 _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 _RANKS = {dtype: (rank, name) for rank, (name, dtype) in enumerate(DTYPES.items())}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint on disk is damaged, incomplete or not of a kind that can be read."""
+    """A checkpoint on disk is damaged, incomplete or of an unsupported kind."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,18 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: its dtype as the header names it, its shape, and its bytes `start` to `stop - 1` of the
-    file."""
+    """Position of a tensor in a file.
+
+    Attributes:
+        dtype (`str`):
+            Name of the dtype in the header.
+        shape (`torch.Size`):
+            Shape of the tensor.
+        start (`int`):
+            Offset of its first byte in the file.
+        stop (`int`):
+            Offset after its last byte.
+    """
 
     dtype: str
     shape: torch.Size
@@ -71,85 +81,77 @@ class TensorEntry:
 
 
 def read_header(source: ByteSource) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file.
-
-    Args:
-        source ([`ByteSource`]): The file.
-
-    Returns:
-        `dict[str, TensorEntry]`: in the order of the header.
+    """Read the tensors' positions from a safetensors file, in the order of the header.
 
     Raises:
-        `CheckpointError`: when the file is not safetensors, is truncated, or its header contradicts itself; names the
-            file and the tensor.
-        `OSError`: when it can't be read.
+        `CheckpointError`:
+            If the file is not safetensors, is truncated, or its header contradicts itself. The message names the file
+            and the tensor.
+        `OSError`:
+            If the file cannot be read.
     """
     try:
         return _parse(source)
     except ValueError as error:
         raise CheckpointError(
-            f"{source.name} can't be read as safetensors ({error}); it is truncated or damaged: restore it from a"
-            " copy, or delete its checkpoint and write it again"
+            f"{source.name} cannot be read as safetensors ({error}); it is truncated or damaged. Restore it from a"
+            " copy, or delete its checkpoint and write it again."
         ) from error
 
 
 def make_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, TensorEntry]]:
-    """The header of a file with these tensors, as the library writes it.
+    """Lay out a file as the library does.
 
     Args:
-        tensors (`Mapping[str, TensorSpec]`): The tensors; their order does not matter.
+        tensors (`Mapping[str, TensorSpec]`):
+            The tensors, in any order.
 
     Returns:
-        `tuple[bytes, dict[str, TensorEntry]]`: the bytes before the first tensor, and where each tensor goes.
+        `tuple[bytes, dict[str, TensorEntry]]`: The bytes before the first tensor, and the position of each tensor.
 
     Raises:
-        `CheckpointError`: for a dtype that safetensors does not have.
+        `CheckpointError`:
+            If safetensors does not support a dtype.
     """
     for name, spec in tensors.items():
         if spec.dtype not in _RANKS:
-            raise CheckpointError(f"tensor {name!r} has dtype {spec.dtype}, which safetensors can't store")
-    ordered = sorted(tensors.items(), key=lambda item: (-_RANKS[item[1].dtype][0], item[0].encode()))
-    places: dict[str, TensorEntry] = {}
+            raise CheckpointError(f"tensor {name!r} has dtype {spec.dtype}, which safetensors does not support")
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, spec in ordered:
-        places[name] = TensorEntry(_RANKS[spec.dtype][1], spec.shape, offset, offset + spec.nbytes)
+    for name, spec in sorted(tensors.items(), key=lambda item: (-_RANKS[item[1].dtype][0], item[0].encode())):
+        offsets = [offset, offset + spec.nbytes]
+        content[name] = {"dtype": _RANKS[spec.dtype][1], "shape": list(spec.shape), "data_offsets": offsets}
         offset += spec.nbytes
-        content[name] = {
-            "dtype": places[name].dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [places[name].start, places[name].stop],
-        }
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
-    placed = {name: TensorEntry(e.dtype, e.shape, base + e.start, base + e.stop) for name, e in places.items()}
-    return len(text).to_bytes(8, "little") + text, placed
+    del content["__metadata__"]
+    return len(text).to_bytes(8, "little") + text, {name: _entry(name, entry, base) for name, entry in content.items()}
 
 
 def _parse(source: ByteSource) -> dict[str, TensorEntry]:
     if source.size < 8:
-        raise ValueError(f"it has {source.size} bytes, a header alone has more")
+        raise ValueError(f"it has only {source.size} bytes")
     length = int.from_bytes(_bytes(source, 0, 8), "little")
     if length > min(MAX_HEADER_SIZE, source.size - 8):
-        raise ValueError(f"its header should have {length} bytes, the file has {source.size}")
+        raise ValueError(f"its header has {length} bytes, the file {source.size}")
     text = _bytes(source, 8, length)
     if not text.startswith(b"{"):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     content = parse_json(text, parse_int=_natural)
     metadata = content.pop("__metadata__", None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
-        raise ValueError("its __metadata__ is not a mapping of strings")
+        raise ValueError("its __metadata__ does not map strings to strings")
     for string in (*content, *(metadata or {}).keys(), *(metadata or {}).values()):
-        string.encode()  # refuses halves of surrogate pairs, which escapes may stand for
+        string.encode()  # fails for unpaired surrogates, which escapes can contain
     base = 8 + length
     entries = {name: _entry(name, entry, base) for name, entry in content.items()}
     end = base
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
-            raise ValueError(f"tensor {name!r} starts at byte {entry.start}, the one before ends at {end}")
+            raise ValueError(f"tensor {name!r} starts at byte {entry.start}, the previous one ends at {end}")
         end = entry.stop
     if end != source.size:
         raise ValueError(f"its tensors end at byte {end}, the file has {source.size} bytes")
@@ -158,7 +160,7 @@ def _parse(source: ByteSource) -> dict[str, TensorEntry]:
 
 def _entry(name: str, entry: Any, base: int) -> TensorEntry:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+        raise ValueError(f"tensor {name!r} needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r} has dtype {dtype!r:.50}, shape {shape!r:.50}, data_offsets {offsets!r:.50}")
@@ -166,11 +168,11 @@ def _entry(name: str, entry: Any, base: int) -> TensorEntry:
     if start > stop:
         raise ValueError(f"tensor {name!r} ends at byte {stop}, before its start {start}")
     if dtype not in _BITS:
-        raise ValueError(f"tensor {name!r} has dtype {dtype!r:.50}, which safetensors does not have")
+        raise ValueError(f"tensor {name!r} has dtype {dtype!r:.50}, which safetensors does not support")
     count = 1
     for size in shape:
         count *= size
-        if count >= 2**64:  # refused even where a 0 follows; and a long shape takes no quadratic time
+        if count >= 2**64:  # an error even if a 0 follows, as in the library; bounds the time for long shapes
             break
     if count * _BITS[dtype] != 8 * (stop - start):
         raise ValueError(f"tensor {name!r} of shape {shape!r:.50} and dtype {dtype} has {stop - start} bytes")
@@ -183,7 +185,7 @@ def _are_sizes(values: Any) -> bool:
 
 def _natural(digits: str) -> int:
     if digits.startswith("-"):
-        raise ValueError(f"its header holds {digits:.50}, a negative number")
+        raise ValueError(f"its header contains the negative number {digits:.50}")
     return int(digits)
 
 

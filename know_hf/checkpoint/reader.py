@@ -1,34 +1,37 @@
-"""Reading: one tensor, or a piece of one, from the files of a checkpoint."""
+"""Read tensors, or pieces of tensors, from the files of a checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from .byte_sources import ByteSource, LocalFile
 from .files import parse_json
 from .header import DTYPES, CheckpointError, TensorEntry, read_header
-from .sources import ByteSource, LocalFile
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
 class CheckpointReader:
-    """The tensors of one checkpoint, read piece by piece from one or more safetensors files.
+    """Reads the tensors of a checkpoint piece by piece.
 
     Args:
-        files (`Sequence[Path | ByteSource]`): The safetensors files; each tensor stands in exactly one of them.
-        elsewhere (`Mapping[str, CheckpointReader]`, *optional*): Tensors that another checkpoint holds for this one.
+        files (`Sequence[Path | ByteSource]`):
+            The safetensors files. Each tensor is in exactly one of them.
+        elsewhere (`Mapping[str, CheckpointReader]`, *optional*):
+            Readers of tensors that other checkpoints store for this one, by name.
 
     Raises:
-        `CheckpointError`: when a file is missing, truncated or not safetensors, or a tensor stands in two files.
+        `CheckpointError`:
+            If a file is missing, truncated or not safetensors, or two files contain the same tensor.
     """
 
     def __init__(
         self, files: Sequence[Path | ByteSource], elsewhere: "Mapping[str, CheckpointReader] | None" = None
     ) -> None:
-        self._places: dict[str, tuple[ByteSource, TensorEntry]] = {
-            name: reader._places[name] for name, reader in (elsewhere or {}).items()
+        self._entries: dict[str, tuple[ByteSource, TensorEntry]] = {
+            name: reader.locate(name) for name, reader in (elsewhere or {}).items()
         }
         for file in files:
             try:
@@ -36,71 +39,77 @@ class CheckpointReader:
                 entries = read_header(source)
             except OSError as error:
                 if not isinstance(file, Path):
-                    raise  # it says itself what to do
-                raise CheckpointError(f"{file} can't be read ({error}); restore it from a copy") from error
+                    raise  # the source names itself
+                raise CheckpointError(f"{file} cannot be read ({error}); restore it from a copy") from error
             for name, entry in entries.items():
-                if name in self._places:
-                    raise CheckpointError(
-                        f"tensor {name!r} of {source.name} stands in a second file of the same checkpoint"
-                    )
-                self._places[name] = (source, entry)
+                if name in self._entries:
+                    raise CheckpointError(f"tensor {name!r} is in two files of a checkpoint, one is {source.name}")
+                self._entries[name] = (source, entry)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "CheckpointReader":
-        """Reads `model.safetensors`, or the shards its index names, of a folder as `save_pretrained` leaves it."""
+        """Read `model.safetensors`, or the shards of its index, from a folder written by `save_pretrained`."""
         index = folder / INDEX_NAME
         if not index.exists():
             return cls([folder / WEIGHTS_NAME])
         try:
             files = {str(name) for name in parse_json(index.read_bytes())["weight_map"].values()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is no index of shards ({error!r}); restore it from a copy") from error
-        if any(Path(name).name != name for name in files):
-            raise CheckpointError(f"{index} names {min(files)!r}, which is not in its folder; restore it from a copy")
+            raise CheckpointError(f"{index} is not an index of shards ({error!r}); restore it from a copy") from error
+        if outside := sorted(name for name in files if Path(name).name != name):
+            raise CheckpointError(f"{index} names {outside[0]!r}, which is outside its folder; restore it from a copy")
         return cls([folder / name for name in sorted(files)])
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._entries
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors, sorted."""
-        return sorted(self._places)
+        """Sorted names of all tensors."""
+        return sorted(self._entries)
+
+    def locate(self, name: str) -> tuple[ByteSource, TensorEntry]:
+        """Return the file that contains a tensor, and the tensor's position in it."""
+        return self._entries[name]
 
     def file(self, name: str) -> str:
-        """Path or address of the file that holds a tensor."""
-        return self._places[name][0].name
+        """Path or address of the file that contains a tensor."""
+        return self._entries[name][0].name
 
     def shape(self, name: str) -> torch.Size:
-        """Shape of a tensor, from the header alone."""
-        return self._places[name][1].shape
+        """Shape of a tensor, read from the header."""
+        return self._entries[name][1].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype a tensor is stored in, from the header alone; a `CheckpointError` for one that torch does not read."""
-        dtype = self._places[name][1].dtype
+        """Dtype of a tensor, read from the header. Raises a `CheckpointError` if torch lacks it."""
+        dtype = self._entries[name][1].dtype
         if dtype not in DTYPES:
-            raise CheckpointError(f"tensor {name!r} is stored as {dtype}, which know_hf does not read")
+            raise CheckpointError(f"tensor {name!r} has dtype {dtype}, which torch does not support")
         return DTYPES[dtype]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor on the CPU, in the dtype it is stored in."""
+        """Read a complete tensor to the CPU, in its stored dtype."""
         return self.read(name).reshape(self.shape(name))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """A piece of a tensor; nothing else of its file is read.
+        """Read a piece of a tensor, and no other bytes of its file.
 
         Args:
-            name (`str`): Name of the tensor.
-            start (`int`, *optional*, defaults to `0`): First element, counted through the tensor row by row.
-            stop (`int`, *optional*): One after the last element; by default the tensor's end.
+            name (`str`):
+                Name of the tensor.
+            start (`int`, *optional*, defaults to `0`):
+                First element of the flattened tensor.
+            stop (`int`, *optional*):
+                Element after the last one. Defaults to the end of the tensor.
 
         Returns:
-            `torch.Tensor` of shape `(stop - start,)` on the CPU, in the dtype it is stored in.
+            `torch.Tensor` of shape `(stop - start,)` on the CPU, in the stored dtype.
 
         Raises:
-            `OSError`: when the file can't be read.
+            `OSError`:
+                If the file cannot be read.
         """
-        source, entry = self._places[name]
+        source, entry = self._entries[name]
         dtype = self.dtype(name)
         piece = torch.empty((entry.shape.numel() if stop is None else stop) - start, dtype=dtype)
         if piece.numel():

@@ -1,4 +1,4 @@
-"""Writing: shards laid out before the first tensor is there, then filled piece by piece, by one process or several."""
+"""Write shards piece by piece, from one process or several."""
 
 import os
 from collections.abc import Mapping
@@ -16,22 +16,24 @@ DEFAULT_SHARD_SIZE = 5 * 10**9
 
 
 class CheckpointWriter:
-    """Writes the pieces of tensors to their places in safetensors shards of bounded size; the index comes last.
+    """Writes pieces of tensors into safetensors shards of bounded size, with the names of `save_pretrained`.
 
-    The layout follows from the tensors' dtypes and shapes alone: nothing but the piece in hand is in memory, and
-    several processes that share a disk can fill the same files. Names and layout are those of `save_pretrained`: one
-    `model.safetensors`, or `model-00001-of-0000N.safetensors` with `model.safetensors.index.json`.
+    Dtypes and shapes alone determine the layout. Only the current piece is in memory, and several processes that share
+    a disk can fill the same files.
 
     Args:
-        folder (`Path`): An existing folder, best one of [`atomic_folder`].
-        tensors (`Mapping[str, TensorSpec]`): All tensors of the checkpoint.
-        max_shard_size (`int`, *optional*, defaults to `5_000_000_000`): Bytes; a larger tensor gets its own shard.
-        adapter (`bool`, *optional*, defaults to `False`): Whether it is an adapter, one `adapter_model.safetensors`
-            whatever its size.
+        folder (`Path`):
+            An existing folder, preferably from [`atomic_folder`].
+        tensors (`Mapping[str, TensorSpec]`):
+            All tensors of the checkpoint.
+        max_shard_size (`int`, *optional*, defaults to `5_000_000_000`):
+            Bytes per shard. A larger tensor gets its own shard.
+        adapter (`bool`, *optional*, defaults to `False`):
+            Whether to write one `adapter_model.safetensors` of any size.
 
     Attributes:
-        bytes_written (`int`): By this writer, of the tensors' bytes.
-        total_bytes (`int`): Bytes of all tensors.
+        bytes_written (`int`):
+            Tensor bytes that this writer has written.
     """
 
     def __init__(
@@ -44,10 +46,10 @@ class CheckpointWriter:
         self.folder = folder
         self._tensors = tensors
         self.bytes_written = 0
-        self.total_bytes = sum(spec.nbytes for spec in tensors.values())
+        self._total_bytes = sum(spec.nbytes for spec in tensors.values())
         self._total_parameters = sum(spec.shape.numel() for spec in tensors.values())
         self._headers: dict[str, bytes] = {}
-        self._places: dict[str, tuple[str, TensorEntry]] = {}
+        self._entries: dict[str, tuple[str, TensorEntry]] = {}
         shards = [list(tensors)] if adapter else _shards(tensors, max_shard_size)
         for number, names in enumerate(shards, start=1):
             if len(shards) == 1:
@@ -55,18 +57,19 @@ class CheckpointWriter:
             else:
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._headers[file], entries = make_header({name: tensors[name] for name in names})
-            self._places.update({name: (file, entry) for name, entry in entries.items()})
-        self._touched: set[str] = set()
+            self._entries.update((name, (file, entry)) for name, entry in entries.items())
+        self._written_files: set[str] = set()
 
     def create(self) -> None:
-        """Makes the shards at their full size, without the tensors' bytes; by one process, before any [`write`].
+        """Create the shards at their full size. One process calls it, before any [`write`].
 
         Raises:
-            `OSError`: when the disk has too little room for them.
+            `OSError`:
+                If the disk has too little free space.
         """
-        check_free_disk(self.folder, self.total_bytes)
+        check_free_disk(self.folder, self._total_bytes)
         ends = {file: len(header) for file, header in self._headers.items()}
-        for file, entry in self._places.values():
+        for file, entry in self._entries.values():
             ends[file] = max(ends[file], entry.stop)
         for file, header in self._headers.items():
             with (self.folder / file).open("wb") as handle:
@@ -74,19 +77,23 @@ class CheckpointWriter:
                 handle.truncate(ends[file])
 
     def write(self, name: str, piece: torch.Tensor, start: int = 0) -> None:
-        """Writes a tensor or a piece of it.
+        """Write a tensor or a piece of it.
 
         Args:
-            name (`str`): Name of the tensor.
-            piece (`torch.Tensor`): Its elements from `start` on, in the tensor's dtype and of any shape.
-            start (`int`, *optional*, defaults to `0`): First element, counted through the tensor row by row.
+            name (`str`):
+                Name of the tensor.
+            piece (`torch.Tensor`):
+                Its elements from `start` on, in the dtype of the tensor and of any shape.
+            start (`int`, *optional*, defaults to `0`):
+                First element in the flattened tensor.
 
         Raises:
-            `TypeError`: when the piece is not of the tensor's dtype.
+            `TypeError`:
+                If the piece has another dtype than the tensor.
         """
-        file, entry = self._places[name]
+        file, entry = self._entries[name]
         if piece.dtype != self._tensors[name].dtype:
-            raise TypeError(f"tensor {name!r} is laid out as {self._tensors[name].dtype}, its piece is {piece.dtype}")
+            raise TypeError(f"tensor {name!r} has dtype {self._tensors[name].dtype}, its piece has {piece.dtype}")
         if not piece.numel():
             return
         piece = piece.detach().cpu().contiguous().flatten()
@@ -96,44 +103,46 @@ class CheckpointWriter:
             while remaining:
                 remaining = remaining[handle.write(remaining) :]
         self.bytes_written += piece.nbytes
-        self._touched.add(file)
+        self._written_files.add(file)
 
     def flush(self) -> None:
-        """Hands what this process wrote to the disk, so that processes on other machines find it."""
-        for file in sorted(self._touched):
+        """Flush what this process wrote to the disk, so that other machines can read it."""
+        for file in sorted(self._written_files):
             fsync(self.folder / file)
 
     def close(self, bytes_written: int | None = None) -> None:
-        """Writes the index, where there are several shards.
+        """Write the index of several shards.
 
         Args:
-            bytes_written (`int`, *optional*): By all writers of this checkpoint together; by default by this one.
+            bytes_written (`int`, *optional*):
+                Bytes that all writers of this checkpoint wrote. Defaults to those of this writer.
 
         Raises:
-            `RuntimeError`: when not every byte was written.
+            `RuntimeError`:
+                If bytes are missing.
         """
         written = self.bytes_written if bytes_written is None else bytes_written
-        if written != self.total_bytes:
-            raise RuntimeError(f"{written} of the {self.total_bytes} bytes of {self.folder} were written")
+        if written != self._total_bytes:
+            raise RuntimeError(f"only {written} of {self._total_bytes} bytes of {self.folder} were written")
         if len(self._headers) > 1:
-            weight_map = {name: file for name, (file, _) in sorted(self._places.items())}
-            metadata = {"total_size": self.total_bytes, "total_parameters": self._total_parameters}
+            weight_map = {name: file for name, (file, _) in sorted(self._entries.items())}
+            metadata = {"total_size": self._total_bytes, "total_parameters": self._total_parameters}
             write_json(self.folder / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
 
 
 def replace_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Gives tensors of a checkpoint new values of the same shape; the shards that hold none stay as they are."""
+    """Replace values of tensors of a checkpoint. Shards without these tensors stay untouched."""
     for path in sorted(folder.glob("*.safetensors")):
         shard = load_file(path)
         new = {name: tensors[name].to(old.dtype) for name, old in shard.items() if name in tensors}
         if new:
-            partial = path.with_name(f".{path.name}.partial")  # never over a file that is memory-mapped
+            partial = path.with_name(f".{path.name}.partial")  # never write over a memory-mapped file
             save_file({**shard, **new}, partial, metadata={"format": "pt"})
             os.replace(partial, path)
 
 
 def _shards(tensors: Mapping[str, TensorSpec], max_shard_size: int) -> list[list[str]]:
-    """The names of each shard, in their order; at least one shard."""
+    """Names of the tensors of each shard, in order; at least one shard."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, spec in tensors.items():

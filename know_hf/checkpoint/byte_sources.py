@@ -1,0 +1,60 @@
+"""Where the bytes of a file come from: the local disk, or any source that serves byte ranges."""
+
+from pathlib import Path
+from typing import Protocol
+
+
+class ByteSource(Protocol):
+    """A file that can be read by byte ranges.
+
+    Attributes:
+        name (`str`):
+            Path or address, for messages.
+        size (`int`):
+            Size in bytes.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from `offset` on.
+
+        Args:
+            buffer (`memoryview`):
+                Writable buffer of bytes.
+            offset (`int`):
+                Position of the first byte.
+
+        Raises:
+            `OSError`:
+                If that many bytes cannot be read. The message names the file.
+        """
+
+
+class LocalFile:
+    """A file on the local disk. It is open only while it is read, so that many files fit the limit of a process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        with self.path.open("rb", buffering=0) as handle:
+            handle.seek(offset)
+            filled = 0
+            while filled < len(buffer):
+                count = handle.readinto(buffer[filled:])  # may read fewer bytes than requested
+                if not count:
+                    raise OSError(
+                        f"{self.path} ended at byte {offset + filled}, but had {self.size} bytes when it was opened;"
+                        " another process changed it"
+                    )
+                filled += count
