@@ -1,4 +1,4 @@
-"""The fast forms of KNOWN against the model itself."""
+"""The kernels of KNOWN against the model."""
 
 import copy
 import gc
@@ -12,17 +12,16 @@ import pytest
 import torch
 from packaging.version import Version
 
-from know_hf.known.configuration_known import KNOWN_ROLES, KNOWNConfig
+from know_hf.known import KNOWN_ROLES, KNOWNConfig, KNOWNModel, modeling_known
 from know_hf.known.kernels import dispatch, prepare, residual
-from know_hf.known.modeling_known import KNOWNModel
-from know_hf.prediction import SHIPPED_KNOWN
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+SHIPPED_KNOWN = Path(modeling_known.__file__).parent / "weights" / "known-base"
 NAMES = ["folded", "cpu", "triton"]
 
 
 def make_history(rows: int, weight: float = 0.05, step: float = 1e-3, num_states: int = 5) -> torch.Tensor:
-    """Random walks: the size of weights, and by how much a state differs from the one before."""
+    """Random walks that start at random weights of the given scale."""
     generator = torch.Generator().manual_seed(rows)
     steps = step * torch.randn(rows, num_states, generator=generator)
     steps[:, 0] = weight * torch.randn(rows, generator=generator)
@@ -30,7 +29,7 @@ def make_history(rows: int, weight: float = 0.05, step: float = 1e-3, num_states
 
 
 def make_model(**sizes: int) -> KNOWNModel:
-    """Random weights, biases too."""
+    """A model with random weights and biases."""
     torch.manual_seed(0)
     model = KNOWNModel(KNOWNConfig(**sizes)).eval()
     with torch.no_grad():
@@ -47,7 +46,7 @@ def known(request: pytest.FixtureRequest) -> KNOWNModel:
     if request.param == "random":
         return make_model()
     if not (REFERENCE / "golden.npz").is_file():
-        pytest.skip("the published weights are not at hand")
+        pytest.skip("needs the published weights")
     return KNOWNModel.from_keras(REFERENCE)
 
 
@@ -63,13 +62,13 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "triton":
         pytest.importorskip("triton")
         if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("set TRITON_INTERPRET=1 to run Triton's interpreter: it is read when torch is imported")
+            pytest.skip("set TRITON_INTERPRET=1, which is read when torch is imported, to run Triton's interpreter")
         cut_products_to_tf32(monkeypatch)
     return request.param
 
 
 def cut_products_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU's matrix units do to float32 and the interpreter does not: drop the last 13 bits."""
+    """Drop the last 13 bits of float32 as tensor cores do and the interpreter does not."""
     from triton.runtime import interpreter
 
     multiply = interpreter.InterpreterBuilder.create_dot
@@ -89,7 +88,7 @@ def cut_products_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def eager(known: KNOWNModel, history: torch.Tensor, role: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residual of the model, and in float64."""
+    """The residual of the model, in float32 and in float64."""
     with torch.inference_mode():
         network = copy.deepcopy(known.networks[role]).double()
         exact = network(history.double(), history.diff(dim=1).double())
@@ -109,17 +108,19 @@ def test_agrees_with_the_model(known, kernel, role):
     ):
         history = make_history(1000, weight, step)
         expected, exact = eager(known, history, role)
-        found = residual(known, history, role, kernel)
-        assert found.dtype == torch.float32 and found.shape == (1000,)
-        assert not found.requires_grad and not found.is_inference()
-        assert (found - expected).abs().max() <= bound
-        if kernel != "triton":  # the rounding of the model itself, a few times
-            assert (found - exact).abs().max() <= 4 * (expected - exact).abs().max() + 1e-8
-            relative, of_model = (((value - exact) / exact).abs().quantile(0.9) for value in (found, expected))
+        actual = residual(known, history, role, kernel)
+        assert actual.dtype == torch.float32 and actual.shape == (1000,)
+        assert not actual.requires_grad and not actual.is_inference()
+        assert (actual - expected).abs().max() <= bound
+        if kernel != "triton":  # a few times the rounding of the model
+            assert (actual - exact).abs().max() <= 4 * (expected - exact).abs().max() + 1e-8
+            relative, of_model = (((value - exact) / exact).abs().quantile(0.9) for value in (actual, expected))
             assert relative <= 5 * of_model + 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter, in a branch not taken
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning"
+)  # in an untaken branch
 @pytest.mark.parametrize("role", KNOWN_ROLES)
 def test_weights_far_outside(known, kernel, role):
     history = make_history(1000, 1.0, 1.0)
@@ -130,18 +131,18 @@ def test_weights_far_outside(known, kernel, role):
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("role", KNOWN_ROLES)
-def test_overflow_is_never_a_wrong_number(known, kernel, role):
+def test_overflow_gives_nan(known, kernel, role):
     for size in (3.0, 10.0, 30.0, 1e3, 1e10, 1e30, 3e38):
         history = make_history(500, size, size / 10)
         expected, _ = eager(known, history, role)
-        found = residual(known, history, role, kernel)
-        assert (found.isnan() & ~expected.isnan()).float().mean() <= 0.01
-        if kernel == "triton":  # where arguments of the exponential are near its overflow, they differ by up to 1
-            assert (expected.isnan() & ~found.isnan()).float().mean() <= 0.01
+        actual = residual(known, history, role, kernel)
+        assert (actual.isnan() & ~expected.isnan()).float().mean() <= 0.01
+        if kernel == "triton":  # near the overflow of the exponential, its arguments differ by up to 1
+            assert (expected.isnan() & ~actual.isnan()).float().mean() <= 0.01
         else:
-            assert not (expected.isnan() & ~found.isnan()).any()
-            finite = ~found.isnan()
-            torch.testing.assert_close(found[finite], expected[finite], atol=2e-2, rtol=0)
+            assert not (expected.isnan() & ~actual.isnan()).any()
+            finite = ~actual.isnan()
+            torch.testing.assert_close(actual[finite], expected[finite], atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 63, 64, 65, 4097])
@@ -151,33 +152,33 @@ def test_rows(model, kernel, rows):
     torch.testing.assert_close(residual(model, history, "conv", kernel), expected, atol=1e-7, rtol=0)
 
 
-def test_rows_beside_it_change_nothing(model, kernel):
+def test_other_rows_do_not_change_a_row(model, kernel):
     history = make_history(5000)
-    whole = residual(model, history, "bias", kernel)
+    expected = residual(model, history, "bias", kernel)
     for start, end in ((0, 1), (1, 18), (77, 4200), (4090, 5000), (4999, 5000)):
-        assert_same(residual(model, history[start:end], "bias", kernel), whole[start:end], kernel)
-    assert_same(residual(model, history.flip(0), "bias", kernel), whole.flip(0), kernel)
+        assert_same(residual(model, history[start:end], "bias", kernel), expected[start:end], kernel)
+    assert_same(residual(model, history.flip(0), "bias", kernel), expected.flip(0), kernel)
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor, kernel: str) -> None:
-    """Bit for bit, but for the interpreter of Triton, which multiplies with NumPy."""
-    if kernel == "triton":
-        torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, kernel: str) -> None:
+    """Bit for bit for machine code; torch and NumPy may sum the rows of a matrix product in different orders."""
+    if kernel == "cpu":
+        assert torch.equal(actual, expected)
     else:
-        assert torch.equal(found, expected)
+        torch.testing.assert_close(actual, expected, atol=1e-7, rtol=0)
 
 
 def test_eager(model):
     history = make_history(5000)
     expected, _ = eager(model, history, "bias")
-    found = residual(model, history, "bias", "eager")
-    torch.testing.assert_close(found, expected, atol=1e-8, rtol=0)
-    assert torch.equal(residual(model, history[77:4200], "bias", "eager"), found[77:4200])
+    actual = residual(model, history, "bias", "eager")
+    torch.testing.assert_close(actual, expected, atol=1e-8, rtol=0)
+    assert_same(residual(model, history[77:4200], "bias", "eager"), actual[77:4200], "eager")
     with torch.no_grad():
         changed = copy.deepcopy(model)
         prepared = prepare(changed, "bias", "eager")
         changed.networks["bias"].head.bias += 1
-    assert not torch.equal(prepared(history), found)
+    assert not torch.equal(prepared(history), actual)
 
 
 def test_strides(model, kernel):
@@ -188,16 +189,16 @@ def test_strides(model, kernel):
     for view in (history.T.contiguous().T, padded[:, 1:11:2], history.repeat_interleave(2, dim=0)[1::2]):
         assert not view.is_contiguous()
         assert torch.equal(residual(model, view, "fc", kernel), expected)
-    same = history[:1].expand(300, 5)
-    assert torch.equal(residual(model, same, "fc", kernel), expected[:1].expand(300))
+    repeated = history[:1].expand(300, 5)
+    assert_same(residual(model, repeated, "fc", kernel), expected[:1].expand(300), kernel)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(model, kernel, dtype):
     history = make_history(100).to(dtype)
-    found = residual(model, history, "conv", kernel)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, residual(model, history.float(), "conv", kernel))
+    actual = residual(model, history, "conv", kernel)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, residual(model, history.float(), "conv", kernel))
     converted = copy.deepcopy(model).to(dtype)
     expected = copy.deepcopy(converted).float()(history=history.float(), role="conv").residual.detach()
     torch.testing.assert_close(residual(converted, history, "conv", kernel), expected, atol=1e-7, rtol=0)
@@ -219,29 +220,29 @@ def test_other_sizes(kernel, sizes):
     torch.testing.assert_close(residual(model, history, "fc", kernel), expected, atol=1e-7, rtol=0)
 
 
-def test_changed_weights_are_seen(kernel):
+def test_changed_weights_are_used(kernel):
     model = make_model()
     history = make_history(64)
 
     def check() -> torch.Tensor:
-        found = residual(model, history, "conv", kernel)
+        actual = residual(model, history, "conv", kernel)
         expected, _ = eager(model, history, "conv")
-        torch.testing.assert_close(found, expected, atol=5e-7, rtol=0)
-        return found
+        torch.testing.assert_close(actual, expected, atol=5e-7, rtol=0)
+        return actual
 
-    seen = [check()]
+    residuals = [check()]
     weight = model.networks["conv"].head.weight
     weight.data[0, 0] += 0.1
-    seen.append(check())
+    residuals.append(check())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(history=history, role="conv", labels=torch.zeros(64)).loss.backward()
     optimizer.step()
-    seen.append(check())
+    residuals.append(check())
     model.load_state_dict({name: 1.5 * value for name, value in model.state_dict().items()})
-    seen.append(check())
+    residuals.append(check())
     model.bfloat16().float()
-    seen.append(check())
-    assert all(not torch.equal(before, after) for before, after in pairwise(seen))
+    residuals.append(check())
+    assert all(not torch.equal(before, after) for before, after in pairwise(residuals))
 
 
 def test_unchanged_weights_are_prepared_once(model, kernel, monkeypatch):
@@ -251,11 +252,11 @@ def test_unchanged_weights_are_prepared_once(model, kernel, monkeypatch):
     for role in ("conv", "fc", "conv", "fc"):
         residual(fresh, make_history(10), role, kernel)
     assert [role for _, role, _ in calls] == ["conv", "fc"]
-    gone = weakref.ref(fresh)
+    reference = weakref.ref(fresh)
     del fresh
     calls.clear()
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
 def test_prepared_kernel_keeps_its_weights(kernel):
@@ -268,7 +269,7 @@ def test_prepared_kernel_keeps_its_weights(kernel):
     assert torch.equal(prepared(history), before)
 
 
-def test_threads_change_nothing(model):
+def test_threads_do_not_change_the_result(model):
     pytest.importorskip("llvmlite")
     history = make_history(50_001)
     single = residual(model, history, "conv", "cpu")
@@ -281,23 +282,23 @@ def test_threads_change_nothing(model):
 
 @pytest.mark.parametrize("shape", [(16, 4), (8, 2), (4, 4), (4, 2)])
 def test_every_vector_shape(model, shape, monkeypatch):
-    machine_code = pytest.importorskip("know_hf.known.kernels.llvm_network", exc_type=ImportError)
-    monkeypatch.setattr(machine_code, "vector_shape", lambda triple, features: shape)
-    machine_code.compile_network.cache_clear()
+    llvm_network = pytest.importorskip("know_hf.known.kernels.llvm_network", exc_type=ImportError)
+    monkeypatch.setattr(llvm_network, "vector_shape", lambda triple, features: shape)
+    llvm_network.compile_network.cache_clear()
     try:
         history = make_history(101)
         expected, _ = eager(model, history, "conv")
         torch.testing.assert_close(prepare(model, "conv", "cpu")(history), expected, atol=1e-7, rtol=0)
     finally:
-        machine_code.compile_network.cache_clear()
+        llvm_network.compile_network.cache_clear()
 
 
 def test_vector_shape_of_a_cpu():
-    machine_code = pytest.importorskip("know_hf.known.kernels.llvm_network", exc_type=ImportError)
-    assert machine_code.vector_shape("x86_64-unknown-linux-gnu", {"avx": True, "avx512f": True}) == (16, 4)
-    assert machine_code.vector_shape("x86_64-unknown-linux-gnu", {"avx": True, "avx512f": False}) == (8, 2)
-    assert machine_code.vector_shape("x86_64-unknown-linux-gnu", {}) == (4, 2)
-    assert machine_code.vector_shape("arm64-apple-darwin24.1.0", {"neon": True}) == (4, 4)
+    llvm_network = pytest.importorskip("know_hf.known.kernels.llvm_network", exc_type=ImportError)
+    assert llvm_network.vector_shape("x86_64-unknown-linux-gnu", {"avx": True, "avx512f": True}) == (16, 4)
+    assert llvm_network.vector_shape("x86_64-unknown-linux-gnu", {"avx": True, "avx512f": False}) == (8, 2)
+    assert llvm_network.vector_shape("x86_64-unknown-linux-gnu", {}) == (4, 2)
+    assert llvm_network.vector_shape("arm64-apple-darwin24.1.0", {"neon": True}) == (4, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -308,22 +309,20 @@ def test_on_a_gpu(known, name):
         history = make_history(1000, weight, step)
         for role in KNOWN_ROLES:
             _, exact = eager(known, history, role)
-            found = residual(on_gpu, history.cuda(), role, name)
-            assert found.device.type == "cuda"
-            assert (found.cpu() - exact).abs().max() <= bound
-            assert torch.equal(residual(on_gpu, history, role, name), found.cpu())
-            assert torch.equal(residual(on_gpu, history[77:400].cuda(), role, name), found[77:400])
+            actual = residual(on_gpu, history.cuda(), role, name)
+            assert actual.device.type == "cuda"
+            assert (actual.cpu() - exact).abs().max() <= bound
+            assert torch.equal(residual(on_gpu, history, role, name), actual.cpu())
+            assert torch.equal(residual(on_gpu, history[77:400].cuda(), role, name), actual[77:400])
 
 
-def test_auto_takes_what_runs(model, monkeypatch):
+def test_auto_without_llvmlite(model, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     history = make_history(10)
     expected = residual(model, history, "conv", "folded")
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     assert torch.equal(residual(model, history, "conv"), expected)
-    with pytest.raises(
-        ImportError, match=r"'cpu' can't run: llvmlite is not installed; pip install 'know_hf\[fast\]'"
-    ):
+    with pytest.raises(ImportError, match=r"'cpu'.*llvmlite.*'know_hf\[fast\]'"):
         residual(model, history, "conv", "cpu")
 
 
@@ -332,11 +331,11 @@ def test_auto_with_an_old_llvmlite(model, monkeypatch):
     monkeypatch.setattr(dispatch, "_installed_version", lambda package: Version("0.44.0"))
     history = make_history(10)
     assert torch.equal(residual(model, history, "conv"), residual(model, history, "conv", "folded"))
-    with pytest.raises(ImportError, match=r"llvmlite 0\.44\.0 is older than 0\.45; pip install 'know_hf\[fast\]'"):
+    with pytest.raises(ImportError, match=r"llvmlite 0\.45.*0\.44\.0.*'know_hf\[fast\]'"):
         residual(model, history, "conv", "cpu")
 
 
-def test_auto_on_a_cpu_is_the_machine_code(model):
+def test_auto_on_a_cpu_is_the_llvm_network(model):
     pytest.importorskip("llvmlite")
     history = make_history(10)
     assert torch.equal(residual(model, history, "conv"), residual(model, history, "conv", "cpu"))
@@ -345,24 +344,24 @@ def test_auto_on_a_cpu_is_the_machine_code(model):
 def test_kernels_that_cannot_run(model, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     history = make_history(10)
-    with pytest.raises(ValueError, match=r"unknown kernel 'fast'; choose one of auto, eager, folded, cpu, triton"):
+    with pytest.raises(ValueError, match=r"'fast'.*auto, eager, folded, cpu, triton"):
         residual(model, history, "conv", "fast")
-    with pytest.raises(ValueError, match=r"'triton' can't run: the model is on cpu; move it with model\.cuda\(\)"):
+    with pytest.raises(ValueError, match=r"'triton'.*cpu.*model\.cuda\(\)"):
         prepare(model, "conv", "triton")
-    with pytest.raises(ValueError, match=r"'cpu' can't run: the model is on meta; move it with model\.cpu\(\)"):
+    with pytest.raises(ValueError, match=r"'cpu'.*meta.*model\.cpu\(\)"):
         prepare(copy.deepcopy(model).to("meta"), "conv", "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ImportError, match=r"'triton' can't run: triton is not installed; pip install triton"):
+    with pytest.raises(ImportError, match=r"pip install triton"):
         prepare(model, "conv", "triton")
 
 
 def test_wrong_histories_and_roles(model):
-    with pytest.raises(ValueError, match="role 'norm' has no network"):
+    with pytest.raises(ValueError, match="'norm'"):
         residual(model, make_history(3), "norm")
-    with pytest.raises(ValueError, match="role 'norm' has no network"):
+    with pytest.raises(ValueError, match="'norm'"):
         prepare(model, "norm")
-    with pytest.raises(ValueError, match="history has 4 states"):
+    with pytest.raises(ValueError, match="4 states"):
         residual(model, make_history(3, num_states=4), "conv")
-    with pytest.raises(ValueError, match=r"history has dtype torch\.int64"):
+    with pytest.raises(ValueError, match=r"torch\.int64"):
         residual(model, make_history(3).long(), "conv")

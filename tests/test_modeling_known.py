@@ -1,4 +1,4 @@
-"""KNOWN: sizes, arithmetic, initialisation, saving and errors."""
+"""KNOWN: sizes, arithmetic, initialization, saving and errors."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_forward_adds_the_residual_to_the_last_state(known, dtype):
     assert isinstance(plain, tuple) and torch.equal(plain[0], output.residual) and len(plain) == 2
 
 
-def test_rows_roles_and_order_matter_as_they_should(known):
+def test_residual_depends_on_role_and_order_but_not_on_other_rows(known):
     history = torch.randn(6, 5)
     residual = known(history=history, role="conv").residual
     torch.testing.assert_close(known(history=history[2:3], role="conv").residual, residual[2:3])
@@ -46,14 +46,14 @@ def test_rows_roles_and_order_matter_as_they_should(known):
     assert known(history=history[:0], role="conv").prediction.shape == (0,)
 
 
-def test_double_network_agrees_with_single(known):
+def test_float64_agrees_with_float32(known):
     history = torch.randn(100, 5)
     single = known(history=history, role="conv").residual
     double = known.double()(history=history.double(), role="conv").residual
     torch.testing.assert_close(single, double.float(), atol=1e-6, rtol=0)
 
 
-def test_initialisation_is_the_published_one():
+def test_initialization_is_the_published_one():
     torch.manual_seed(0)
     known = KNOWNModel(KNOWNConfig())
     for network in known.networks.values():
@@ -118,12 +118,12 @@ def test_learns_linear_motion():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"role": "norm"}, r"role 'norm' has no network; choose one of conv, fc, bias"),
-        ({"history": torch.zeros(5, 3, 3)}, r"shape \(5, 3, 3\), expected \(N, 5\).*flatten\(1\)\.T"),
-        ({"history": torch.zeros(2, 4)}, r"4 states.*this KNOWN takes 5.*num_states=4"),
-        ({"history": torch.zeros(2, 5, dtype=torch.int64)}, r"dtype torch\.int64"),
-        ({"labels": torch.zeros(3)}, r"labels have shape \(3,\), expected \(2,\)"),
-        ({"labels": torch.zeros(2, 1)}, r"labels have shape \(2, 1\), expected \(2,\)"),
+        ({"role": "norm"}, r"'norm'.*conv, fc, bias"),
+        ({"history": torch.zeros(5, 3, 3)}, r"\(N, 5\).*\(5, 3, 3\).*flatten\(1\)\.T"),
+        ({"history": torch.zeros(2, 4)}, r"4 states.*takes 5.*num_states=4"),
+        ({"history": torch.zeros(2, 5, dtype=torch.int64)}, r"torch\.int64"),
+        ({"labels": torch.zeros(3)}, r"labels.*\(2,\).*\(3,\)"),
+        ({"labels": torch.zeros(2, 1)}, r"labels.*\(2,\).*\(2, 1\)"),
     ],
 )
 def test_wrong_inputs(known, inputs, message):
@@ -132,18 +132,18 @@ def test_wrong_inputs(known, inputs, message):
 
 
 def test_regularization_of_unknown_role(known):
-    with pytest.raises(ValueError, match="role 'norm' has no network"):
+    with pytest.raises(ValueError, match="'norm'"):
         known.regularization("norm")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_states": 1}, "num_states=1: a history has at least 2 states"),
-        ({"bottleneck_size": 0}, "bottleneck_size=0: a layer needs at least 1 unit"),
-        ({"leaky_slope": 1.5}, "leaky_slope=1.5: choose a slope in"),
-        ({"initializer_scale": 0.0}, "initializer_scale=0.0: choose a scale above 0"),
-        ({"num_states": "5"}, "num_states.*expected int, got str"),
+        ({"num_states": 1}, "num_states.*1"),
+        ({"bottleneck_size": 0}, "bottleneck_size.*0"),
+        ({"leaky_slope": 1.5}, "leaky_slope.*1.5"),
+        ({"initializer_scale": 0.0}, "initializer_scale.*0.0"),
+        ({"num_states": "5"}, "num_states.*str"),
     ],
 )
 def test_wrong_config(fields, message):

@@ -1,4 +1,4 @@
-"""Configuration of KNOWN, the network that predicts by how much a weight would move with more data."""
+"""Configuration of KNOWN, the hyper-model that predicts how a scalar weight would move with more training data."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ KNOWN_ROLES = ("conv", "fc", "bias")
 @strict
 class KNOWNConfig(PreTrainedConfig):
     r"""
-    The defaults are the published network: 9,425 parameters for each of the three roles conv, fc and bias
-    (arXiv 2508.05059).
+    Configuration of a [`KNOWNModel`]. The defaults give the published network (arXiv 2508.05059): 9,425 parameters
+    for each of the roles conv, fc and bias.
 
     Args:
         num_states (`int`, *optional*, defaults to `5`):
@@ -22,18 +22,17 @@ class KNOWNConfig(PreTrainedConfig):
         bottleneck_size (`int`, *optional*, defaults to `8`):
             Inner width of the TrAct activation.
         stream_size (`int`, *optional*, defaults to `32`):
-            Number of features each stream hands to the head.
+            Number of features that each stream passes to the head.
         leaky_slope (`float`, *optional*, defaults to `0.3`):
-            Slope of the LeakyReLU at the end of a stream for negative inputs.
+            Slope for negative inputs of the LeakyReLU at the end of a stream.
         initializer_scale (`float`, *optional*, defaults to `0.1`):
-            Scale of the variance-scaling initialiser (fan in, uniform) of the first and last layer of a stream.
+            Scale of the variance-scaling initializer (fan in, uniform) of the first and last layer of a stream.
         trained_on (`dict[str, Any]`, *optional*):
-            What the weights were meta-trained on, JSON values only: for instance the numbers of trajectories and
-            the largest weight and displacement seen, so that a prediction far outside can be told.
+            Description of the meta-training data, JSON values only: for instance the number of trajectories and the
+            largest weight and displacement. Prediction warns when its input lies far outside.
 
     Raises:
-        `huggingface_hub.errors.StrictDataclassClassValidationError`: when a value is out of range; the message names
-        the field, its value and the mend.
+        `huggingface_hub.errors.StrictDataclassClassValidationError`: If a value is out of range.
     """
 
     model_type = "known"
@@ -48,26 +47,28 @@ class KNOWNConfig(PreTrainedConfig):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles a model has a network for; fixed, one network each."""
+        """Roles with a network of their own; fixed."""
         return KNOWN_ROLES
 
     def validate_num_states(self) -> None:
-        """Two states are the least that have a difference."""
+        """Require two states, the fewest that have a difference."""
         if self.num_states < 2:
-            raise ValueError(f"num_states={self.num_states}: a history has at least 2 states, the published one has 5")
+            raise ValueError(f"num_states must be at least 2, got {self.num_states}; the published network uses 5")
 
     def validate_sizes(self) -> None:
-        """Every layer has at least one unit."""
+        """Require at least one unit in every layer."""
         for name in ("hidden_size", "bottleneck_size", "stream_size"):
             if (size := getattr(self, name)) < 1:
-                raise ValueError(f"{name}={size}: a layer needs at least 1 unit; leave it out for the published size")
+                raise ValueError(f"{name} must be at least 1, got {size}; omit it for the published size")
 
     def validate_scales(self) -> None:
-        """The slope leaves the LeakyReLU monotone, the initialiser a positive variance."""
+        """Require a monotone LeakyReLU and an initializer with positive variance."""
         if not 0 <= self.leaky_slope < 1:
-            raise ValueError(f"leaky_slope={self.leaky_slope}: choose a slope in [0, 1), the published one is 0.3")
+            raise ValueError(f"leaky_slope must be in [0, 1), got {self.leaky_slope}; the published value is 0.3")
         if not self.initializer_scale > 0:
-            raise ValueError(f"initializer_scale={self.initializer_scale}: choose a scale above 0, published: 0.1")
+            raise ValueError(
+                f"initializer_scale must be positive, got {self.initializer_scale}; the published value is 0.1"
+            )
 
 
 AutoConfig.register("known", KNOWNConfig, exist_ok=True)

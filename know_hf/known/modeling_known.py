@@ -1,8 +1,8 @@
-"""KNOWN: three small networks, one a role, that map the history of one scalar weight to its next step.
+"""KNOWN: three small networks, one per role, that map the history of a scalar weight to its next step.
 
-Each scalar weight is seen on its own: `prediction = history[:, -1] + KNOWN(W, dW)`, where `W` is the history, most
-forgotten state first and full data last, and `dW` its consecutive differences (arXiv 2508.05059). The network is not
-scale-equivariant and its input is not normalised, both as published.
+Each scalar weight is processed independently: `prediction = history[:, -1] + KNOWN(W, dW)`, where `W` is the history,
+most forgotten state first and full-data state last, and `dW` its consecutive differences (arXiv 2508.05059). As
+published, the network is not scale-equivariant and its input is not normalized.
 """
 
 import math
@@ -24,11 +24,11 @@ class KNOWNOutput(ModelOutput):
     """
     Output of [`KNOWNModel`].
 
-    Args:
+    Attributes:
         loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
             Mean absolute error of the prediction, in units of the weights.
         residual (`torch.Tensor` of shape `(N,)`):
-            What is added to the full-data state; inside (-1, 1), the range of the head's tanh.
+            Value added to the full-data state, in (-1, 1), the range of the head's tanh.
         prediction (`torch.Tensor` of shape `(N,)`):
             Full-data state plus residual.
     """
@@ -40,7 +40,7 @@ class KNOWNOutput(ModelOutput):
 
 class KNOWNTrAct(nn.Module):
     """
-    TrAct, an activation whose shape depends on its input through a bottleneck: `z = relu(squeeze(x))`,
+    TrAct activation, whose shape depends on its input through a bottleneck: `z = relu(squeeze(x))`,
     `y = shift(z) + scale(z) * exp(exponent(z) * x)` (arXiv 2508.05059).
     """
 
@@ -52,13 +52,13 @@ class KNOWNTrAct(nn.Module):
         self.exponent = nn.Linear(config.bottleneck_size, config.hidden_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Maps `(N, hidden_size)` to `(N, hidden_size)`."""
+        """Map `(N, hidden_size)` to `(N, hidden_size)`."""
         bottleneck = torch.relu(self.squeeze(hidden))
         return self.shift(bottleneck) + self.scale(bottleneck) * torch.exp(self.exponent(bottleneck) * hidden)
 
 
 class KNOWNOuterLinear(nn.Linear):
-    """First or last layer of a stream: these have their own initialiser and are the ones regularised."""
+    """First or last layer of a stream, with its own initializer; only these layers are regularized."""
 
 
 class KNOWNStream(nn.Module):
@@ -72,13 +72,13 @@ class KNOWNStream(nn.Module):
         self.leaky_slope = config.leaky_slope
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Maps `(N, num_inputs)` to `(N, stream_size)`."""
+        """Map `(N, num_inputs)` to `(N, stream_size)`."""
         hidden = self.contract(self.activation(self.expand(inputs)))
         return nn.functional.leaky_relu(hidden, self.leaky_slope)
 
 
 class KNOWNNetwork(nn.Module):
-    """The network of one role: a stream for the history, one for its differences, and a tanh head over both."""
+    """Network of one role: a stream for the history, one for its differences, and a tanh head over both."""
 
     def __init__(self, config: KNOWNConfig):
         super().__init__()
@@ -87,13 +87,13 @@ class KNOWNNetwork(nn.Module):
         self.head = nn.Linear(2 * config.stream_size, 1)
 
     def forward(self, history: torch.Tensor, differences: torch.Tensor) -> torch.Tensor:
-        """Maps `(N, S)` and `(N, S - 1)` to the residual `(N,)`."""
+        """Map `(N, S)` and `(N, S - 1)` to the residual `(N,)`."""
         streams = torch.cat([self.history_stream(history), self.difference_stream(differences)], dim=-1)
         return torch.tanh(self.head(streams)).squeeze(-1)
 
 
 class KNOWNPreTrainedModel(PreTrainedModel):
-    """Initialisation and loading of KNOWN."""
+    """Base class of KNOWN for weight initialization and loading."""
 
     config_class = KNOWNConfig
     base_model_prefix = "known"
@@ -112,11 +112,11 @@ class KNOWNPreTrainedModel(PreTrainedModel):
 
 class KNOWNModel(KNOWNPreTrainedModel):
     r"""
-    KNOWN for the roles conv, fc and bias, as published (arXiv 2508.05059): 9,425 parameters a role.
+    KNOWN with one network for each of the roles conv, fc and bias (arXiv 2508.05059).
 
     Args:
         config ([`KNOWNConfig`]):
-            Sizes of the network; the defaults are the published ones.
+            Sizes of the networks; the defaults are the published ones.
 
     Example:
 
@@ -136,24 +136,24 @@ class KNOWNModel(KNOWNPreTrainedModel):
     @classmethod
     def from_keras(cls, folder: str | os.PathLike, config: KNOWNConfig | None = None) -> "KNOWNModel":
         """
-        Reads the published Keras weights: `KNOWN_Conv.h5`, `KNOWN_FC.h5` and `KNOWN_Bias.h5` of `folder`.
+        Load the published Keras weights `KNOWN_Conv.h5`, `KNOWN_FC.h5` and `KNOWN_Bias.h5`.
 
         Args:
             folder (`str` or `os.PathLike`):
                 Folder with the three files.
             config ([`KNOWNConfig`], *optional*):
-                Sizes the files must have; the published ones by default.
+                Sizes of the networks in the files; defaults to the published ones.
 
         Returns:
             [`KNOWNModel`] in evaluation mode, float32.
 
         Raises:
-            `ImportError`: when h5py is not installed.
-            `FileNotFoundError`: when a file is missing.
-            `ValueError`: when a file is not HDF5, or a dataset in it is missing, not of floats, not finite or of
-            another shape.
+            `ImportError`: If h5py is not installed.
+            `FileNotFoundError`: If a file is missing.
+            `ValueError`: If a file is not HDF5, or one of its datasets is missing, has the wrong shape or dtype, or
+            contains non-finite values.
         """
-        # not an import statement: transformers would then load conversion.py, and h5py, with every trust_remote_code
+        # Not an import statement: transformers resolves those of remote code, even where know_hf is not installed.
         read_keras_weights = import_module("know_hf.known.keras_import").read_keras_weights
         model = cls(KNOWNConfig() if config is None else config)
         model.load_state_dict(read_keras_weights(folder, model))
@@ -169,22 +169,23 @@ class KNOWNModel(KNOWNPreTrainedModel):
         r"""
         Args:
             history (`torch.Tensor` of shape `(N, S)`, floating point):
-                One row a scalar weight: its value in every state, most forgotten first, full data last.
+                One row per scalar weight: its value in every state, most forgotten first, full data last.
             role (`str`):
-                Which network: `"conv"`, `"fc"` or `"bias"`.
+                Network to apply: `"conv"`, `"fc"` or `"bias"`.
             labels (`torch.Tensor` of shape `(N,)`, *optional*):
-                Weights of the next less forgotten state; with them the output has the l1 `loss`.
+                Weights of the next less forgotten state, for the L1 `loss`.
             return_dict (`bool`, *optional*):
-                `False` for a plain tuple.
+                Whether to return a [`KNOWNOutput`] instead of a tuple; defaults to `config.return_dict`.
 
         Returns:
-            [`KNOWNOutput`]; residual and prediction have the dtype of `history`, the network runs in the dtype of its
-            weights.
+            [`KNOWNOutput`] or `tuple`. Residual and prediction have the dtype of `history`; the network computes in
+            the dtype of its weights.
 
         Raises:
-            `ValueError`: for an unknown role, a history that is not `(N, S)` of floats, or labels that are not `(N,)`.
+            `ValueError`: If the role is unknown, `history` is not a floating-point `(N, S)` tensor, or `labels` is
+            not `(N,)`.
         """
-        self._check_inputs(history, role, labels)
+        self.check_inputs(history, role, labels)
         residual = self.networks[role](history.to(self.dtype), history.diff(dim=1).to(self.dtype))
         residual = residual.to(history.dtype)
         prediction = history[:, -1] + residual
@@ -194,56 +195,58 @@ class KNOWNModel(KNOWNPreTrainedModel):
 
     def regularization(self, role: str | None = None, kernel_l1: float = 1e-6, bias_l1: float = 0.1) -> torch.Tensor:
         """
-        The published regularisers of meta-training: l1 norms of the first and last layer of every stream.
+        Compute the published regularizers of meta-training: L1 norms of the first and last layer of every stream.
 
         Args:
             role (`str`, *optional*):
-                The network to sum over; all three by default.
+                Network to sum over; defaults to all three.
             kernel_l1 (`float`, *optional*, defaults to `1e-6`):
-                Factor of the l1 norm of the kernels.
+                Factor of the L1 norm of the kernels.
             bias_l1 (`float`, *optional*, defaults to `0.1`):
-                Factor of the l1 norm of the biases.
+                Factor of the L1 norm of the biases.
 
         Returns:
-            `torch.Tensor` of shape `()`, to be added to the loss.
+            `torch.Tensor` of shape `()`, a term of the loss.
 
         Raises:
-            `ValueError`: for an unknown role.
+            `ValueError`: If the role is unknown.
         """
         if role is not None:
-            self._check_role(role)
+            self.check_role(role)
         module = self.networks if role is None else self.networks[role]
         layers = [layer for layer in module.modules() if isinstance(layer, KNOWNOuterLinear)]
         kernels = torch.stack([layer.weight.abs().sum() for layer in layers]).sum()
         biases = torch.stack([layer.bias.abs().sum() for layer in layers]).sum()
         return kernel_l1 * kernels + bias_l1 * biases
 
-    def _check_role(self, role: str) -> None:
+    def check_role(self, role: str) -> None:
+        """Raise a `ValueError` if no network predicts this role."""
         if role not in self.networks:
             raise ValueError(
-                f"role {role!r} has no network; choose one of {', '.join(self.networks)} "
-                "(tensors of any other role are kept or copied, not predicted)"
+                f"KNOWN has no network for role {role!r}; choose one of {', '.join(self.networks)} "
+                "(tensors of other roles are copied, not predicted)"
             )
 
-    def _check_inputs(self, history: torch.Tensor, role: str, labels: torch.Tensor | None) -> None:
-        self._check_role(role)
+    def check_inputs(self, history: torch.Tensor, role: str, labels: torch.Tensor | None = None) -> None:
+        """Raise a `ValueError` if the arguments of `forward` have the wrong role, shape or dtype."""
+        self.check_role(role)
         num_states = self.config.num_states
         if history.ndim != 2:
             raise ValueError(
-                f"history has shape {tuple(history.shape)}, expected (N, {num_states}), one row a scalar weight; "
-                "bring a (S, *shape) history into this form with history.flatten(1).T"
+                f"history must have shape (N, {num_states}), got {tuple(history.shape)}; "
+                "convert an (S, *shape) history with history.flatten(1).T"
             )
         if history.shape[1] != num_states:
             raise ValueError(
-                f"history has {history.shape[1]} states (shape {tuple(history.shape)}), this KNOWN takes "
-                f"{num_states}: pass the last {num_states} states, or a KNOWN with num_states={history.shape[1]}"
+                f"history has {history.shape[1]} states, but this KNOWN takes {num_states}; pass the last "
+                f"{num_states} states, or use a KNOWN with num_states={history.shape[1]}"
             )
         if not history.is_floating_point():
-            raise ValueError(f"history has dtype {history.dtype}; convert it to a floating point dtype")
+            raise ValueError(f"history must have a floating-point dtype, got {history.dtype}")
         if labels is not None and labels.shape != history.shape[:1]:
             raise ValueError(
-                f"labels have shape {tuple(labels.shape)}, expected {tuple(history.shape[:1])}: "
-                "one next state for each row of history"
+                f"labels must have shape {tuple(history.shape[:1])}, one value per row of history, "
+                f"got {tuple(labels.shape)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Fast forms of KNOWN: the same function as [`KNOWNModel`], for whole checkpoints."""
+"""Inference kernels of KNOWN: the function of [`KNOWNModel`], for all weights of a checkpoint."""
 
 from .dispatch import KERNELS, prepare, residual
 

@@ -1,33 +1,35 @@
-"""Running a network of torch operations over many rows, chunk by chunk."""
+"""Chunked evaluation of a network of torch operations over many rows."""
 
 from collections.abc import Callable
 
 import torch
 
+ResidualFunction = Callable[[torch.Tensor], torch.Tensor]
+"""Function from a history `(N, S)` of any floating dtype and device to its residual `(N,)`, float32, on its device."""
+
 CPU_ROWS = 4096
-"""Fastest of 256 … 8,192 on a core, eager and folded: the activations of one pass stay in its cache."""
+"""Fastest of 256 … 8,192 on one core, for `eager` and `folded`: the activations of one pass fit into its cache."""
 
 GPU_ROWS = 262_144
-"""Enough to fill a GPU; the activations of one pass are below 1 GB."""
+"""Enough rows to fill a GPU; the activations of one pass take less than 1 GB."""
 
 
-def in_chunks(
-    forward: Callable[[torch.Tensor], torch.Tensor], device: torch.device
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def in_chunks(forward: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> ResidualFunction:
     """
-    Wraps a forward pass that takes the memory of many activations a row.
+    Bound the memory of a forward pass by applying it to chunks of rows.
 
-    Every pass has the same number of rows, the last one filled up: matrix products of another height may sum in
-    another order, and a row's result would depend on how many there are beside it.
+    Every chunk is padded to the same number of rows: matrix products of another height may sum in another order, so
+    that the result of a row would depend on the number of rows.
 
     Args:
-        forward (`Callable`):
-            From a history `(rows, S)`, float32, on `device` to a residual `(rows,)`.
+        forward (`Callable[[torch.Tensor], torch.Tensor]`):
+            Function from a history `(rows, S)`, float32, on `device` to a residual `(rows,)`.
         device (`torch.device`):
-            Where `forward` computes.
+            Device on which `forward` computes.
 
     Returns:
-        `Callable`: from a history `(N, S)` of any dtype and device to the residual `(N,)`, float32, on its device.
+        `Callable[[torch.Tensor], torch.Tensor]`: Function from a history `(N, S)` of any dtype and device to the
+        residual `(N,)`, float32, on its device.
     """
     rows = CPU_ROWS if device.type == "cpu" else GPU_ROWS
 
@@ -36,8 +38,8 @@ def in_chunks(
         with torch.no_grad():
             for start in range(0, len(history), rows):
                 chunk = history[start : start + rows].float().to(device)
-                filled = torch.nn.functional.pad(chunk, (0, 0, 0, rows - len(chunk)))
-                residual[start : start + rows] = forward(filled)[: len(chunk)]
+                padded = torch.nn.functional.pad(chunk, (0, 0, 0, rows - len(chunk)))
+                residual[start : start + rows] = forward(padded)[: len(chunk)]
         return residual
 
     return run

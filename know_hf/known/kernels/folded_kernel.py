@@ -1,72 +1,97 @@
 """KNOWN with fewer and smaller layers: the same function, folded exactly in float64 and rounded once.
 
-A stream is `h = expand(x)`, `z = relu(squeeze(h))`, `y = shift(z) + scale(z) * exp(exponent(z) * h)`,
-`leaky_relu(contract(y))`. Two of its layers need not be computed:
+A stream computes `h = expand(x)`, `z = relu(squeeze(h))`, `y = shift(z) + scale(z) * exp(exponent(z) * h)` and
+`leaky_relu(contract(y))`. Two of its layers can be folded away:
 
-- `squeeze` follows `expand` without an activation between them: both are one layer from n inputs to 8;
+- `squeeze` follows `expand` without an activation in between: together they are one layer from n inputs to 8;
 - with `exp(a) = 1 + expm1(a)`, `y` is `shift(z) + scale(z)`, which is linear in `z` and folds with `contract` into one
   layer from 8 to 32, plus `scale(z) * expm1(exponent(z) * h)`.
 
-For weights as networks have them the arguments of the exponential are of size 1e-4, so that what goes through the
-64 → 32 product is small and so is its rounding: that is what the matrix units of a GPU gain from.
+For typical weights the arguments of the exponential are about 1e-4. The values that go through the 64 → 32 product are
+therefore small, and so is their rounding error, which allows reduced-precision matrix units.
 
-Differences of states are taken before the first layer, not folded into it: `D (W)` cancels in float32 where `D W` does
-not.
+Differences of states are taken before the first layer, not folded into it: `D (W)` cancels in float32, `D W` does not.
 """
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
 
 from ..modeling_known import KNOWNModel, KNOWNNetwork, KNOWNStream
-from .chunks import in_chunks
+from .chunks import ResidualFunction, in_chunks
+
+
+class _Folded:
+    """Base class of the folded dataclasses, whose fields all have `to`."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        return type(self)(**{name: part.to(device, dtype) for name, part in vars(self).items()})
 
 
 @dataclass(frozen=True)
-class FoldedLayer:
-    """`x @ weight.T + bias`, weight `(outputs, inputs)` and bias `(outputs,)`."""
+class FoldedLayer(_Folded):
+    """
+    Linear layer `x @ weight.T + bias`.
+
+    Attributes:
+        weight (`torch.Tensor` of shape `(outputs, inputs)`):
+            Weight of the layer.
+        bias (`torch.Tensor` of shape `(outputs,)`):
+            Bias of the layer.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor
 
     @classmethod
-    def of(cls, layer: nn.Linear) -> "FoldedLayer":
-        """A layer in float64 on the CPU."""
+    def from_linear(cls, layer: nn.Linear) -> "FoldedLayer":
+        """Copy a layer to the CPU in float64."""
         return cls(layer.weight.detach().cpu().double(), layer.bias.detach().cpu().double())
 
     def after(self, first: "FoldedLayer") -> "FoldedLayer":
-        """The layer that does what `first` and then this one do."""
+        """Compose `first` and this layer into one."""
         return FoldedLayer(self.weight @ first.weight, self.weight @ first.bias + self.bias)
 
     def plus(self, other: "FoldedLayer") -> "FoldedLayer":
+        """Add the outputs of both layers."""
         return FoldedLayer(self.weight + other.weight, self.bias + other.bias)
 
     def beside(self, other: "FoldedLayer") -> "FoldedLayer":
-        """One layer that has the outputs of this one and then those of `other`."""
+        """Concatenate the outputs of both layers."""
         return FoldedLayer(torch.cat([self.weight, other.weight]), torch.cat([self.bias, other.bias]))
 
     def outputs(self, start: int, end: int | None = None) -> "FoldedLayer":
+        """Select a range of outputs."""
         return FoldedLayer(self.weight[start:end], self.bias[start:end])
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "FoldedLayer":
-        return FoldedLayer(self.weight.to(device, dtype), self.bias.to(device, dtype))
+    def base_two(self) -> "FoldedLayer":
+        """Divide by ln 2, so that `exp2` of the outputs is `exp` of those of this layer."""
+        return FoldedLayer(self.weight / math.log(2), self.bias / math.log(2))
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(inputs, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
-class FoldedStream:
+class FoldedStream(_Folded):
     """
-    One stream of KNOWN: `leaky_relu(shift(z) + (scale(z) * expm1(exponent(z) * expand(x))) @ contract.T)` with
+    Stream of KNOWN: `leaky_relu(shift(z) + (scale(z) * expm1(exponent(z) * expand(x))) @ contract.T)` with
     `z = relu(squeeze(x))`.
 
     Attributes:
-        first ([`FoldedLayer`]): `expand` and `squeeze` beside each other.
-        exponent, scale, shift ([`FoldedLayer`]): From the bottleneck; `shift` to the outputs of `contract`.
-        contract (`torch.Tensor` of shape `(stream, hidden)`): Its bias is part of `shift`.
+        first ([`FoldedLayer`]):
+            `expand` and `squeeze`, concatenated.
+        exponent ([`FoldedLayer`]):
+            From the bottleneck to the hidden units.
+        scale ([`FoldedLayer`]):
+            From the bottleneck to the hidden units.
+        shift ([`FoldedLayer`]):
+            From the bottleneck to the outputs of `contract`.
+        contract (`torch.Tensor` of shape `(stream, hidden)`):
+            Weight of the last layer; its bias is part of `shift`.
     """
 
     first: FoldedLayer
@@ -84,66 +109,68 @@ class FoldedStream:
         return self.first.outputs(self.contract.shape[1])
 
     @classmethod
-    def of(cls, stream: KNOWNStream) -> "FoldedStream":
-        """Folds a stream in float64 on the CPU."""
+    def fold(cls, stream: KNOWNStream) -> "FoldedStream":
+        """Fold a stream in float64 on the CPU."""
         activation = stream.activation
-        expand, scale, contract = map(FoldedLayer.of, (stream.expand, activation.scale, stream.contract))
+        expand, scale, contract = map(FoldedLayer.from_linear, (stream.expand, activation.scale, stream.contract))
         return cls(
-            first=expand.beside(FoldedLayer.of(activation.squeeze).after(expand)),
-            exponent=FoldedLayer.of(activation.exponent),
+            first=expand.beside(FoldedLayer.from_linear(activation.squeeze).after(expand)),
+            exponent=FoldedLayer.from_linear(activation.exponent),
             scale=scale,
-            shift=contract.after(FoldedLayer.of(activation.shift).plus(scale)),
+            shift=contract.after(FoldedLayer.from_linear(activation.shift).plus(scale)),
             contract=contract.weight,
         )
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "FoldedStream":
-        return FoldedStream(
-            first=self.first.to(device, dtype),
-            exponent=self.exponent.to(device, dtype),
-            scale=self.scale.to(device, dtype),
-            shift=self.shift.to(device, dtype),
-            contract=self.contract.to(device, dtype),
-        )
-
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Maps `(N, n)` to `(N, stream)`, before the LeakyReLU."""
+        """Map `(N, inputs)` to `(N, stream)`, before the LeakyReLU."""
         expanded, bottleneck = self.first(inputs).tensor_split([self.contract.shape[1]], dim=1)
         bottleneck = bottleneck.relu()
         hidden = self.exponent(bottleneck).mul_(expanded).expm1_().mul_(self.scale(bottleneck))
         return self.shift(bottleneck).addmm_(hidden, self.contract.T)
 
 
-def fold(model: KNOWNModel, role: str) -> tuple[FoldedStream, FoldedStream, FoldedLayer]:
-    """The streams of the history and of its differences, and the head, float64 on the CPU."""
-    network = model.networks[role]
-    assert isinstance(network, KNOWNNetwork)
-    return (
-        FoldedStream.of(network.history_stream),
-        FoldedStream.of(network.difference_stream),
-        FoldedLayer.of(network.head),
-    )
-
-
-def prepare_folded(model: KNOWNModel, role: str) -> Callable[[torch.Tensor], torch.Tensor]:
+@dataclass(frozen=True)
+class FoldedNetwork(_Folded):
     """
-    Folded layers on the device of the model, in float64 for a model in float64 and in float32 for every other.
+    Network of one role.
 
-    Args:
-        model ([`KNOWNModel`]):
-            The networks of the three roles.
-        role (`str`):
-            Which of them.
-
-    Returns:
-        `Callable`: from a history `(N, S)` to the residual `(N,)`, float32, on its device.
+    Attributes:
+        history_stream ([`FoldedStream`]):
+            Stream of the history, S inputs.
+        difference_stream ([`FoldedStream`]):
+            Stream of the differences, S - 1 inputs.
+        head ([`FoldedLayer`]):
+            From the outputs of both streams to the argument of the tanh.
     """
+
+    history_stream: FoldedStream
+    difference_stream: FoldedStream
+    head: FoldedLayer
+
+    @classmethod
+    def fold(cls, model: KNOWNModel, role: str) -> "FoldedNetwork":
+        """Fold the network of a role in float64 on the CPU."""
+        network = model.networks[role]
+        assert isinstance(network, KNOWNNetwork)
+        streams = FoldedStream.fold(network.history_stream), FoldedStream.fold(network.difference_stream)
+        return cls(*streams, FoldedLayer.from_linear(network.head))
+
+    @property
+    def streams_and_heads(self) -> list[tuple[FoldedStream, torch.Tensor]]:
+        """Each stream with its part `(1, stream)` of the head's weight."""
+        history_head, difference_head = self.head.weight.chunk(2, dim=1)
+        return [(self.history_stream, history_head), (self.difference_stream, difference_head)]
+
+
+def prepare_folded(model: KNOWNModel, role: str) -> ResidualFunction:
+    """Fold a network for the device of the model, in float64 if the model is float64 and in float32 otherwise."""
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    history_stream, difference_stream, head = (part.to(model.device, dtype) for part in fold(model, role))
+    network = FoldedNetwork.fold(model, role).to(model.device, dtype)
     slope = model.config.leaky_slope
 
     def forward(chunk: torch.Tensor) -> torch.Tensor:
-        inputs = chunk.to(dtype), chunk.diff(dim=1).to(dtype)
-        streams = torch.cat([history_stream(inputs[0]), difference_stream(inputs[1])], dim=1)
-        return head(nn.functional.leaky_relu_(streams, slope)).tanh_()[:, 0]
+        differences = chunk.diff(dim=1).to(dtype)
+        streams = torch.cat([network.history_stream(chunk.to(dtype)), network.difference_stream(differences)], dim=1)
+        return network.head(nn.functional.leaky_relu_(streams, slope)).tanh_()[:, 0]
 
     return in_chunks(forward, model.device)

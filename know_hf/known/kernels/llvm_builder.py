@@ -1,7 +1,7 @@
-"""Vector operations in LLVM's intermediate language, written one after another by Python.
+"""Builder of vector operations in LLVM's intermediate representation.
 
-The exponential is computed inline: `2^a - 1` with `a = n + f`, `n` whole and `|f| <= 1/2` exactly, `2^n` put together
-from bits and `2^f - 1` a near-minimax polynomial of degree 6, whose relative error is 2e-8 before rounding.
+The exponential is computed inline: `2^a - 1` with `a = n + f`, `n` an integer and `|f| <= 1/2` exactly, `2^n`
+assembled from bits and `2^f - 1` a near-minimax polynomial of degree 6, whose relative error is 2e-8 before rounding.
 """
 
 import math
@@ -15,19 +15,21 @@ from numpy.polynomial import Chebyshev, Polynomial
 
 FLOAT, INDEX, POINTER = ir.FloatType(), ir.IntType(64), ir.PointerType()
 
-# Adding it to a float32 below 2^22 rounds that to a whole number n and leaves n + 127, the exponent bits of 2^n, in
-# the lowest bits.
+# Adding it to a float32 below 2^22 rounds that to an integer n and leaves n + 127, the exponent bits of 2^n, in the
+# lowest bits.
 _ROUNDER = 1.5 * 2**23 + 127
 
 
 class Loop:
     """
-    A loop being written.
+    Loop under construction.
 
     Attributes:
-        index: Number of the round, from 0 on.
-        carried (`list`): What the last round left; after the loop, what the last of all left. Assign what this one
-            leaves.
+        index (`llvmlite.ir.Value`):
+            Number of the iteration, from 0.
+        carried (`list[llvmlite.ir.Value]`):
+            Values that one iteration passes to the next: inside the loop, those of the previous iteration until they
+            are assigned; after the loop, those of the last one.
     """
 
     def __init__(self, index: ir.Value, carried: Sequence[ir.Value]):
@@ -37,13 +39,13 @@ class Loop:
 
 class VectorCode:
     """
-    Writes into a function.
+    Builder of a function body.
 
     Args:
         function (`llvmlite.ir.Function`):
-            Still without a body.
+            Function without a body.
         lanes (`int`):
-            Floats of a vector.
+            Floats per vector.
     """
 
     def __init__(self, function: ir.Function, lanes: int):
@@ -55,7 +57,7 @@ class VectorCode:
         self._multiply_add = ir.Function(function.module, signature, f"llvm.fmuladd.v{lanes}f32")
 
     def address(self, base: ir.Value, offset: int | ir.Value, unit: int = 1) -> ir.Value:
-        """`offset` times `unit` floats after `base`."""
+        """Return the address `offset * unit` floats after `base`."""
         if isinstance(offset, int):
             return self.builder.gep(base, [INDEX(offset * unit)], source_etype=FLOAT)
         return self.builder.gep(base, [self.builder.mul(offset, INDEX(unit))], source_etype=FLOAT)
@@ -69,8 +71,8 @@ class VectorCode:
     def load_float(self, base: ir.Value, offset: int = 0) -> ir.Value:
         return self.builder.load(self.address(base, offset), typ=FLOAT)
 
-    def spread(self, base: ir.Value, offset: int = 0) -> ir.Value:
-        """One float of memory in all lanes."""
+    def broadcast(self, base: ir.Value, offset: int = 0) -> ir.Value:
+        """Load one float into all lanes."""
         empty = ir.Constant(self.type, ir.Undefined)
         vector = self.builder.insert_element(empty, self.load_float(base, offset), INDEX(0))
         return self.builder.shuffle_vector(vector, empty, ir.Constant(self.bits, self.lanes * [0]))
@@ -82,15 +84,15 @@ class VectorCode:
         return self.builder.call(self._multiply_add, [factor, other, addend])
 
     def at_least(self, vector: ir.Value, limit: ir.Value) -> ir.Value:
-        """The larger of two; NaN where `vector` is NaN."""
+        """Return the larger value; NaN where `vector` is NaN."""
         return self.builder.select(self.builder.fcmp_ordered("<", vector, limit), limit, vector)
 
     def at_most(self, vector: ir.Value, limit: ir.Value) -> ir.Value:
-        """The smaller of two; NaN where `vector` is NaN."""
+        """Return the smaller value; NaN where `vector` is NaN."""
         return self.builder.select(self.builder.fcmp_ordered(">", vector, limit), limit, vector)
 
     def power_of_two_minus_one(self, exponent: ir.Value) -> ir.Value:
-        """`2^a - 1`; NaN from a = 127.5 on, so that no overflow ends as a wrong finite number."""
+        """Compute `2^a - 1`; NaN from a = 127.5 on, so that an overflow never yields a wrong finite number."""
         builder = self.builder
         exponent = self.at_most(self.at_least(exponent, self.constant(-126)), self.constant(128))
         rounded = builder.fadd(exponent, self.constant(_ROUNDER))
@@ -101,18 +103,18 @@ class VectorCode:
             slope = self.multiply_add(slope, fraction, self.constant(coefficient))
         exponent_bits = builder.shl(builder.bitcast(rounded, self.bits), ir.Constant(self.bits, self.lanes * [23]))
         power = builder.bitcast(exponent_bits, self.type)
-        # with p = 2^f - 1 and q = 2^n: p q + (q - 1), which is p exactly where n is 0
+        # With p = 2^f - 1 and q = 2^n: p q + (q - 1), which is exactly p where n is 0.
         return self.multiply_add(builder.fmul(slope, fraction), power, builder.fsub(power, self.constant(1)))
 
     def tanh(self, vector: ir.Value) -> ir.Value:
-        """`p / (p + 2)` with `p = exp(2 x) - 1`: as exact for small x as for large ones."""
+        """Compute `p / (p + 2)` with `p = exp(2 x) - 1`, which is equally accurate for small and large x."""
         doubled = self.builder.fmul(vector, self.constant(2 / math.log(2)))
         power = self.power_of_two_minus_one(self.at_most(doubled, self.constant(64)))
         return self.builder.fdiv(power, self.builder.fadd(power, self.constant(2)))
 
     @contextmanager
     def loop(self, count: int | ir.Value, carried: Sequence[ir.Value] = ()) -> Iterator[Loop]:
-        """What is written in the `with` block runs `count` times, and once if that is 0."""
+        """Run the code of the `with` block `count` times, at least once."""
         builder = self.builder
         before, body, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
         builder.branch(body)
@@ -134,6 +136,6 @@ class VectorCode:
 
 @lru_cache
 def _power_coefficients() -> tuple[float, ...]:
-    """Of `(2^f - 1) / f` for `|f| <= 1/2`, constant first: interpolated at the zeros of a Chebyshev polynomial."""
+    """Coefficients of `(2^f - 1) / f` for `|f| <= 1/2`, constant first, interpolated at Chebyshev nodes."""
     slope = Chebyshev.interpolate(lambda f: np.expm1(f * math.log(2)) / f, deg=5, domain=[-0.5, 0.5])
     return tuple(slope.convert(kind=Polynomial).coef.tolist())

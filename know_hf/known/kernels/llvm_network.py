@@ -1,9 +1,9 @@
-"""The folded network of one role as machine code, made by LLVM for the CPU at hand.
+"""The folded network of one role as machine code, compiled by LLVM for the current CPU.
 
-A block of rows goes through the network at once, one row a vector lane. Every weight is read once a block and spread
-over the lanes; what a block holds (inputs, bottlenecks, 64 hidden values a row) stays in the first-level cache, and
-sums stay in registers. Each lane does the same operations in the same order, so that a row's result does not depend on
-the rows beside it.
+A block of rows passes through the network at once, one row per vector lane. Each weight is read once per block and
+broadcast over the lanes. The values of a block (inputs, bottleneck and 64 hidden values per row) stay in the L1 cache,
+its sums in registers. All lanes do the same operations in the same order, so that the result of a row does not depend
+on other rows.
 """
 
 import ctypes
@@ -18,12 +18,12 @@ from llvmlite import ir
 from .llvm_builder import INDEX, POINTER, VectorCode
 
 TILE = 4
-"""Units of the 64 → 32 layer whose sums are in registers at the same time."""
+"""Units of the 64 → 32 layer whose sums are in registers simultaneously."""
 
 
 @dataclass(frozen=True)
 class NetworkSizes:
-    """What the code of a network depends on, see [`KNOWNConfig`]."""
+    """Constants of the compiled code; the fields are those of [`KNOWNConfig`]."""
 
     num_states: int
     hidden: int
@@ -33,24 +33,23 @@ class NetworkSizes:
 
     @property
     def tiles(self) -> int:
-        """Number of tiles of the stream units, the last one filled up."""
+        """Number of tiles of the stream units; the last one is padded."""
         return math.ceil(self.stream / TILE)
 
 
 @dataclass(frozen=True)
 class MachineCode:
     """
-    Compiled code.
+    Compiled network.
 
     Attributes:
         function (`Callable`):
-            Takes `(history, row_stride, state_stride, rows, weights, scratch, residual)`: addresses, and counts of
-            floats and rows, at least one row. The order of the weights is that of `llvm_kernel`. It runs
-            without Python's lock.
+            Function of `(history, row_stride, state_stride, rows, weights, scratch, residual)`: addresses, strides in
+            floats, and at least one row. `llvm_kernel` packs the weights. It releases the GIL.
         block_rows (`int`):
-            Rows that go through the network at once.
+            Rows that pass through the network at once.
         scratch_size (`int`):
-            Floats of memory that a call needs for itself.
+            Floats of scratch memory that a call needs.
         engine (`llvmlite.binding.ExecutionEngine`):
             Owner of the code.
     """
@@ -63,7 +62,7 @@ class MachineCode:
 
 @lru_cache
 def compile_network(sizes: NetworkSizes) -> MachineCode:
-    """Compiles, in about 0.1 s for the published sizes."""
+    """Compile the network for the current CPU, in about 0.1 s for the published sizes."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     triple, features = llvm.get_process_triple(), llvm.get_host_cpu_features()
@@ -81,7 +80,7 @@ def compile_network(sizes: NetworkSizes) -> MachineCode:
 
 
 def vector_shape(triple: str, features: dict[str, bool]) -> tuple[int, int]:
-    """Floats of a vector register and vectors of a block: 4 where there are 32 registers for them, 2 where 16."""
+    """Return the floats per vector register and the vectors per block: 4 for 32 registers, 2 for 16."""
     if features.get("avx512f"):
         return 16, 4
     if features.get("avx"):
@@ -90,13 +89,13 @@ def vector_shape(triple: str, features: dict[str, bool]) -> tuple[int, int]:
 
 
 class _Network:
-    """Writes the function `residual` into a module."""
+    """Generator of the function `residual` in an LLVM module."""
 
     def __init__(self, sizes: NetworkSizes, lanes: int, num_vectors: int):
         self.sizes = sizes
         self.block_rows = lanes * num_vectors
         self.starts = range(0, self.block_rows, lanes)
-        # offsets in the scratch memory
+        # Offsets into the scratch memory.
         self.inputs = 0
         self.bottleneck = sizes.num_states * self.block_rows
         self.hidden = self.bottleneck + sizes.bottleneck * self.block_rows
@@ -116,7 +115,7 @@ class _Network:
             used = builder.select(builder.icmp_signed("<", left, size), left, size)
             self._read(code.address(history, builder.mul(first, row_stride)), row_stride, state_stride, used)
             self.next_weights = weights
-            head = len(self.starts) * [code.spread(self._weights(1))]
+            head = len(self.starts) * [code.broadcast(self._weights(1))]
             head = self._stream(self.sizes.num_states, head)
             self._take_differences()
             head = self._stream(self.sizes.num_states - 1, head)
@@ -128,12 +127,12 @@ class _Network:
         builder.ret_void()
 
     def _weights(self, count: int) -> ir.Value:
-        """Where the next weights are."""
+        """Return the address of the next weights, and advance by their count."""
         weights, self.next_weights = self.next_weights, self.code.address(self.next_weights, count)
         return weights
 
     def _read(self, history: ir.Value, row_stride: ir.Value, state_stride: ir.Value, used: ir.Value) -> None:
-        """One block, state by state; rows past the end repeat the last one."""
+        """Copy one block to the scratch memory, state by state; rows past the end repeat the last one."""
         code, builder = self.code, self.code.builder
         with code.loop(self.block_rows) as row:
             inside = builder.icmp_signed("<", row.index, used)
@@ -151,7 +150,7 @@ class _Network:
             code.store(code.builder.fsub(later, code.load(self.scratch, offset)), self.scratch, offset)
 
     def _stream(self, num_inputs: int, head: list[ir.Value]) -> list[ir.Value]:
-        """What the head sums up, with one more stream."""
+        """Add the outputs of one stream to the sums of the head."""
         self._squeeze(num_inputs)
         self._activate(num_inputs)
         return self._contract(head)
@@ -182,11 +181,11 @@ class _Network:
                 code.store(builder.fmul(scale[i], power), target, self.hidden + start)
 
     def _layer(self, weights: ir.Value, values: int, num_values: int) -> list[ir.Value]:
-        """The sums of one unit, whose bias and weights follow each other, over values in the scratch memory."""
+        """Return the sums of one unit, whose bias and weights are contiguous, over values in the scratch memory."""
         code = self.code
-        sums = len(self.starts) * [code.spread(weights)]
+        sums = len(self.starts) * [code.broadcast(weights)]
         for value in range(num_values):
-            weight = code.spread(weights, 1 + value)
+            weight = code.broadcast(weights, 1 + value)
             for i, start in enumerate(self.starts):
                 vector = code.load(self.scratch, values + value * self.block_rows + start)
                 sums[i] = code.multiply_add(weight, vector, sums[i])
@@ -200,7 +199,7 @@ class _Network:
         all_weights = self._weights(sizes.tiles * count)
         with code.loop(sizes.tiles, head) as tile:
             weights = code.address(all_weights, tile.index, count)
-            sums = [[code.spread(weights, unit)] * len(self.starts) for unit in range(TILE)]
+            sums = [[code.broadcast(weights, unit)] * len(self.starts) for unit in range(TILE)]
             for value in range(sizes.bottleneck):
                 vectors = code.address(self.scratch, self.bottleneck + value * self.block_rows)
                 sums = self._add_to_tile(sums, code.address(weights, TILE * (1 + value)), vectors)
@@ -212,19 +211,19 @@ class _Network:
                 )
                 hidden.carried = [vector for unit in sums for vector in unit]
             for unit, unit_sums in enumerate(sums):
-                weight = code.spread(weights, head_at + unit)
+                weight = code.broadcast(weights, head_at + unit)
                 for i, vector in enumerate(unit_sums):
                     leaky = code.at_least(vector, code.builder.fmul(vector, code.constant(sizes.leaky_slope)))
                     tile.carried[i] = code.multiply_add(weight, leaky, tile.carried[i])
         return tile.carried
 
     def _add_to_tile(self, sums: list[list[ir.Value]], weights: ir.Value, vectors: ir.Value) -> list[list[ir.Value]]:
-        """Adds one value of every row, times a weight for each unit of the tile."""
+        """Add one value of every row, times a weight per unit of the tile."""
         code = self.code
         values = [code.load(vectors, start) for start in self.starts]
         result = []
         for unit, unit_sums in enumerate(sums):
-            weight = code.spread(weights, unit)
+            weight = code.broadcast(weights, unit)
             pairs = zip(values, unit_sums, strict=True)
             result.append([code.multiply_add(weight, value, total) for value, total in pairs])
         return result

@@ -1,20 +1,12 @@
-"""KNOWN on a GPU, as one Triton kernel: it reads the S values of a row once and writes its residual once.
+"""KNOWN on a GPU, as one Triton kernel that reads the S values of a row once and writes its residual once.
 
-A program keeps all weights and takes tile after tile of 64 rows. The layers run on the matrix units: `squeeze` and
-`shift`, which carry the residual, in tf32x3, as exact as float32, the others in tf32. Those give only the small part
-`scale(z) * expm1(exponent(z) * h)` (see `folded_kernel`), and so their error is small: with products cut to
-tf32, as a GPU cuts them, at most 1e-7 against the network in float64 for weights of 0.05, 1e-5 for weights of 0.3 that
-moved by 0.1, and up to 1e-2 for weights of 1 that moved by 1 (`tests/test_kernels.py` imitates the cut). Where an
-exponential exceeds float32 the result is NaN, as it is in the model.
-
-It has run in Triton's interpreter only, and was compiled for Hopper (Triton 3.9: wgmma on all layers, no spilled
-registers) but never timed. Its limits on an H200, from data sheets: 7,424 multiply-adds a stream on the matrix units,
-6e-11 s a parameter at 494 TFLOP/s in tf32; 128 exponentials, 4e-11 s on the special function units; 24 bytes, 5e-12 s
-at 4.8 TB/s.
+A program loads all weights and loops over tiles of 64 rows. The layers run on tensor cores: `squeeze` and `shift`,
+which carry most of the residual, in TF32x3, as accurate as float32, the others in TF32. The latter only compute the
+small part `scale(z) * expm1(exponent(z) * h)` (see `folded_kernel`), so that their error is small: against the network
+in float64, at most 1e-7 for weights of 0.05, 1e-5 for weights of 0.3 that moved by 0.1, and 1e-2 for weights of 1 that
+moved by 1. The result is NaN where an exponential exceeds float32, as in the model.
 """
 
-import math
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -23,33 +15,23 @@ import triton.language as tl
 from torch import nn
 
 from ..modeling_known import KNOWNModel
-from .folded_kernel import FoldedLayer, FoldedStream, fold
+from .chunks import ResidualFunction
+from .folded_kernel import FoldedLayer, FoldedNetwork, FoldedStream
 
 ROWS = 64
-"""Rows of a tile: what the matrix units of a group of four warps take at once."""
+"""Rows of a tile: the height of one matrix operation of four warps."""
 
 NUM_WARPS = 4
 
 PROGRAMS_PER_PROCESSOR = 2
-"""A program keeps the weights and takes tile after tile."""
+"""Each program loads the weights once and loops over tiles."""
 
-# Shortest side of a matrix product that every version of Triton takes.
+# Shortest side of a matrix product that every version of Triton accepts.
 _SHORTEST_SIDE = 16
 
 
-def prepare_triton(model: KNOWNModel, role: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """
-    Packs the weights, in float32, on the device of the model. Triton compiles at the first call.
-
-    Args:
-        model ([`KNOWNModel`]):
-            The networks of the three roles.
-        role (`str`):
-            Which of them.
-
-    Returns:
-        `Callable`: from a history `(N, S)` to the residual `(N,)`, float32, on its device.
-    """
+def prepare_triton(model: KNOWNModel, role: str) -> ResidualFunction:
+    """Pack the weights of a network in float32 on the device of the model. Triton compiles at the first call."""
     config, device = model.config, model.device
     sides = {
         "INPUTS": _side(config.num_states + 1),
@@ -57,18 +39,17 @@ def prepare_triton(model: KNOWNModel, role: str) -> Callable[[torch.Tensor], tor
         "HIDDEN": _side(config.hidden_size),
         "STREAM": _side(config.stream_size),
     }
-    *streams, head = fold(model, role)
-    halves = head.weight.chunk(2, dim=1)
+    network = FoldedNetwork.fold(model, role)
     history_weights, difference_weights = (
-        _pack(stream, half, sides).to(device, torch.float32) for stream, half in zip(streams, halves, strict=True)
+        _pack(stream, head, sides).to(device, torch.float32) for stream, head in network.streams_and_heads
     )
-    head_bias = float(head.bias)
+    head_bias = float(network.head.bias)
 
     def run(history: torch.Tensor) -> torch.Tensor:
         rows = history.detach().to(device, torch.float32)
         residual = torch.empty(len(rows), dtype=torch.float32, device=device)
         num_tiles = triton.cdiv(len(rows), ROWS)
-        # Triton launches on the current GPU, whichever the tensors are on
+        # Triton launches on the current GPU, which may not be that of the tensors.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             if num_tiles:
                 _known[(min(num_tiles, _num_programs(device)),)](
@@ -103,21 +84,20 @@ def _num_programs(device: torch.device) -> int:
 
 def _pack(stream: FoldedStream, head: torch.Tensor, sides: dict[str, int]) -> torch.Tensor:
     """
-    The matrices `(inputs, outputs)` of the layers one after another, filled up with zeros. A bias is the weight of one
-    more input, which is 1: the first that is filled up.
+    Concatenate the matrices `(inputs, outputs)` of the layers, padded with zeros. A bias is the weight of one more
+    input that is 1: the first padded one.
     """
     inputs, bottleneck, hidden, outputs = sides.values()
-    in_powers_of_two = FoldedLayer(stream.exponent.weight / math.log(2), stream.exponent.bias / math.log(2))
-    squeeze = _filled(_with_bias(stream.squeeze), inputs, bottleneck)
+    squeeze = _pad(_with_bias(stream.squeeze), inputs, bottleneck)
     squeeze[stream.squeeze.weight.shape[1], stream.squeeze.weight.shape[0]] = 1
     matrices = [
         squeeze,
-        _filled(_with_bias(stream.expand), inputs, hidden),
-        _filled(_with_bias(in_powers_of_two), bottleneck, hidden),
-        _filled(_with_bias(stream.scale), bottleneck, hidden),
-        _filled(_with_bias(stream.shift), bottleneck, outputs),
-        _filled(stream.contract.T, hidden, outputs),
-        _filled(head, 1, outputs),
+        _pad(_with_bias(stream.expand), inputs, hidden),
+        _pad(_with_bias(stream.exponent.base_two()), bottleneck, hidden),
+        _pad(_with_bias(stream.scale), bottleneck, hidden),
+        _pad(_with_bias(stream.shift), bottleneck, outputs),
+        _pad(stream.contract.T, hidden, outputs),
+        _pad(head, 1, outputs),
     ]
     return torch.cat([matrix.flatten() for matrix in matrices])
 
@@ -126,7 +106,7 @@ def _with_bias(layer: FoldedLayer) -> torch.Tensor:
     return torch.cat([layer.weight, layer.bias[:, None]], dim=1).T
 
 
-def _filled(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def _pad(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return nn.functional.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
 
 
@@ -206,13 +186,13 @@ def _stream(inputs: tl.tensor, layers: tl.tuple, leaky_slope: float, head: tl.te
 
 @triton.jit
 def _round(x: tl.tensor) -> tl.tensor:
-    """Adds half of the last place of tf32: the matrix units cut off what is behind it."""
+    """Round to TF32 by adding half of its last place: tensor cores truncate their inputs."""
     return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _tanh(x: tl.tensor) -> tl.tensor:
-    """A continued fraction (Lambert's) near 0, where the other form loses digits."""
+    """Compute tanh, near 0 by Lambert's continued fraction, where the other form loses digits."""
     square = x * x
     near = x * (945 + square * (105 + square)) / (945 + square * (420 + 15 * square))
     power = tl.exp(-2 * tl.abs(x))

@@ -1,6 +1,6 @@
-"""Reading the published Keras weights."""
+"""Import of the published Keras weights."""
 
-import builtins
+import sys
 from pathlib import Path
 
 import h5py
@@ -20,7 +20,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.skipif(not (REFERENCE / "golden.npz").is_file(), reason="the published weights are not at hand")
+@pytest.mark.skipif(not (REFERENCE / "golden.npz").is_file(), reason="needs the published weights")
 def test_agrees_with_the_original_program():
     known = KNOWNModel.from_keras(REFERENCE)
     assert not known.training
@@ -42,10 +42,10 @@ def test_agrees_with_an_independent_program(keras_folder):
             np.testing.assert_allclose(residual, numpy_known(weights[role], history), atol=2e-6)
 
 
-def test_missing_file_and_folder(keras_folder, tmp_path):
+def test_missing_file_or_folder(keras_folder, tmp_path):
     folder, _ = keras_folder
     (folder / "KNOWN_FC.h5").unlink()
-    with pytest.raises(FileNotFoundError, match=r"KNOWN_FC\.h5 not found: from_keras needs KNOWN_Conv\.h5"):
+    with pytest.raises(FileNotFoundError, match=r"KNOWN_FC\.h5 not found"):
         KNOWNModel.from_keras(folder)
     with pytest.raises(FileNotFoundError, match=r"nowhere.*KNOWN_Conv\.h5 not found"):
         KNOWNModel.from_keras(tmp_path / "nowhere")
@@ -54,57 +54,45 @@ def test_missing_file_and_folder(keras_folder, tmp_path):
 def test_file_that_is_not_hdf5(keras_folder):
     folder, _ = keras_folder
     (folder / "KNOWN_Bias.h5").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match=r"KNOWN_Bias\.h5 is not a readable HDF5 file"):
-        KNOWNModel.from_keras(folder)
-
-
-def test_missing_dataset(keras_folder):
-    folder, _ = keras_folder
-    with h5py.File(folder / "KNOWN_Bias.h5", "a") as file:
-        del file["dense_7/dense_7/bias:0"]
-    with pytest.raises(ValueError, match=r"KNOWN_Bias\.h5 has no dataset 'dense_7/dense_7/bias:0'"):
+    with pytest.raises(ValueError, match=r"KNOWN_Bias\.h5 .*HDF5"):
         KNOWNModel.from_keras(folder)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros((64, 8), np.float32), r"'dense_2/dense_2/kernel:0' of .*KNOWN_FC\.h5 is float32 of shape \(64, 8\)"),
-        (np.zeros((8, 64), np.int64), r"'dense_2/dense_2/kernel:0' of .*KNOWN_FC\.h5 is int64"),
-        (np.full((8, 64), np.nan, np.float32), r"'dense_2/dense_2/kernel:0' of .*KNOWN_FC\.h5 .*not finite"),
+        (None, r"KNOWN_FC\.h5 .*'dense_2/dense_2/kernel:0'"),
+        (np.zeros((64, 8), np.float32), r"'dense_2/dense_2/kernel:0' of .*KNOWN_FC\.h5 .*float32 of shape \(64, 8\)"),
+        (np.zeros((8, 64), np.int64), r"'dense_2/dense_2/kernel:0' of .*KNOWN_FC\.h5 .*int64"),
+        (np.full((8, 64), np.nan, np.float32), r"'dense_2/dense_2/kernel:0' of .*KNOWN_FC\.h5 .*finite"),
     ],
+    ids=["missing", "shape", "dtype", "not finite"],
 )
 def test_wrong_dataset(keras_folder, values, message):
     folder, _ = keras_folder
     with h5py.File(folder / "KNOWN_FC.h5", "a") as file:
         del file["dense_2/dense_2/kernel:0"]
-        file["dense_2/dense_2/kernel:0"] = values
+        if values is not None:
+            file["dense_2/dense_2/kernel:0"] = values
     with pytest.raises(ValueError, match=message):
         KNOWNModel.from_keras(folder)
 
 
 def test_config_of_another_size(keras_folder):
     folder, _ = keras_folder
-    with pytest.raises(ValueError, match=r"'dense/dense/kernel:0'.*\(5, 64\), expected floats of shape \(3, 64\)"):
+    with pytest.raises(ValueError, match=r"'dense/dense/kernel:0'.*\(5, 64\).*\(3, 64\)"):
         KNOWNModel.from_keras(folder, KNOWNConfig(num_states=3))
 
 
 def test_without_h5py(keras_folder, monkeypatch):
-    real_import = builtins.__import__
-
-    def import_without_h5py(name, *args, **kwargs):
-        if name == "h5py":
-            raise ImportError("No module named 'h5py'")
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", import_without_h5py)
+    monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ImportError, match=r'pip install "know_hf\[keras\]"'):
         KNOWNModel.from_keras(keras_folder[0])
 
 
 @pytest.fixture
 def keras_folder(tmp_path):
-    """Files in the layout of the published ones, and their arrays: `{role: [(kernel, bias), …]}`."""
+    """Folder with files in the published layout, and their arrays `{role: [(kernel, bias), …]}`."""
     rng = np.random.default_rng(0)
     weights = {}
     for role, name in FILES.items():
@@ -121,7 +109,7 @@ def keras_folder(tmp_path):
 
 
 def numpy_known(layers, history):
-    """The published formula in float64, written without PyTorch."""
+    """The published formula in float64, in NumPy."""
     streams = []
     for inputs, first in ((history, 0), (np.diff(history, axis=1), 6)):
         expand, squeeze, shift, scale, exponent, contract = (
