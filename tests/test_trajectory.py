@@ -507,7 +507,7 @@ def test_a_tensor_without_a_role_is_named(trajectory_copy):
 
 
 def test_the_revision_of_the_base_is_that_of_the_only_snapshot_in_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("know_hf.trajectory.snapshot.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("know_hf.trajectory.model_files.HF_HUB_CACHE", str(tmp_path / "cache"))
     model = make_resnet()
     model.config._name_or_path = "someone/base"
     revisions = []

@@ -11,7 +11,6 @@ from ..cards import trajectory_card
 from ..hub_client import HubError, RemoteRepo, Token, retried
 from ..trajectory import TrajectoryError, WeightTrajectory
 from ..trajectory.manifest import MANIFEST_NAME, Manifest
-from ..trajectory.remote import RemoteTrajectory
 from .push_checks import PushTarget, check_target
 from .repo_contents import CARD, architecture_of, checkpoint_files, is_card_file, is_state_file, is_weights, kind_of
 
@@ -129,7 +128,7 @@ def push_trajectory(
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
     folder, num_states = trajectory.path, trajectory.num_states
-    if isinstance(trajectory, RemoteTrajectory):
+    if trajectory.repo is not None:
         raise TrajectoryError(f"{trajectory!r} is on the Hub; pull it first, with know_hf.hub.pull")
     if not num_states:
         raise TrajectoryError(f"{folder} has no finished state yet; record one first")

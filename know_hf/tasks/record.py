@@ -15,7 +15,7 @@ from ..checkpoint import write_json
 from ..plotting import forgetting_picture, save_figure
 from ..recording import induce_forgetting
 from ..trajectory import WeightTrajectory
-from ..trajectory.snapshot import with_place
+from ..trajectory.model_files import explicit_path
 from .arguments import RecordArguments
 from .trainer_parts import prepare_task, training_arguments
 
@@ -73,4 +73,4 @@ def _check_or_write_arguments(args: RecordArguments, output_dir: Path, write: bo
 
 
 def _with_explicit_paths(content: dict[str, Any]) -> dict[str, Any]:
-    return content | {key: with_place(content[key]) for key in ("model", "dataset") if key in content}
+    return content | {key: explicit_path(content[key]) for key in ("model", "dataset") if key in content}

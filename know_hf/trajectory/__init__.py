@@ -1,4 +1,4 @@
-"""The record on disk of how weights changed: [`WeightTrajectory`] and what `trajectory.json` says."""
+"""Trajectories on disk: [`WeightTrajectory`], the records of `trajectory.json`, and loading models from a state."""
 
 from .loading import load_into, load_pretrained
 from .manifest import FileRecord, StateRecord, TrajectoryBusyError, TrajectoryError

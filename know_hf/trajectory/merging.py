@@ -31,7 +31,8 @@ from transformers.utils import logging
 
 from ..checkpoint import atomic_folder, check_free_disk
 from ..model_tensors import is_adapter
-from . import WeightTrajectory, state_nbytes
+from .snapshot import state_nbytes
+from .weight_trajectory import WeightTrajectory
 
 logger = logging.get_logger(__name__)
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import StateRecord, WeightTrajectory
+from .manifest import StateRecord
+from .weight_trajectory import WeightTrajectory
 
 
 @dataclass
