@@ -1,4 +1,4 @@
-"""Values as Markdown text, escaped so that no name breaks the page."""
+"""Markdown from untrusted values: every name is escaped, so that none changes the page."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,58 +9,51 @@ from markupsafe import Markup
 
 Table: TypeAlias = Sequence[Sequence[object]]
 
-
-_LONGEST_NAME = 120  # characters; longer names are cut
-
-
-_NO_LETTER = re.compile(r"[^\w /.:-]|_")
-
-
+_LONGEST_NAME = 120  # characters
+_SPECIAL = re.compile(r"[^\w /.:-]|_")
 _PLAIN_CODE = re.compile(r"[\w .,:;@/+=()\[\]{}*#%^?!'\"~…-]+")
-
-
-# What is Markdown, HTML or mathematics to the Hub. An underscore inside of a word is none of them, nor is a bracket
-# without what would make it a link, nor the sign of a number.
+# Syntax of Markdown, HTML and mathematics on the Hub. An underscore inside a word is none, nor is a bracket that
+# starts no link, nor the sign of a number.
 _SYNTAX = re.compile(r"[\\`*<>|~$&]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|^[#>]|^[+=-](?![\d.])|^\d+(?=[.)](?:\s|$))")
 
 
 def clean(value: object) -> str:
-    """Text of one line without characters that can't be seen or encoded."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    """Return one line of text without invisible characters."""
+    return " ".join(_printable(str(value), " ").split())
 
 
 def markdown(value: object) -> Markup:
-    """A value as text of a Markdown paragraph or table cell; what is Markdown already stays as it is.
+    """Escape a value as text of a paragraph or table cell. Markdown from this module passes unchanged.
 
     Raises:
-        `ValueError`: for `None`.
+        `ValueError`: If the value is `None`.
     """
     if hasattr(value, "__html__"):
         return Markup(value)
     if value is None:
-        raise ValueError("a template put out a value that is None; it must say what is not known")
-    return Markup(_SYNTAX.sub(lambda found: _entities(found[0]), clean(value)))
+        raise ValueError("the template printed None; print what is unknown in words")
+    return Markup(_SYNTAX.sub(lambda match: _entities(match[0]), clean(value)))
 
 
 def code(value: object) -> Markup:
-    """A name in the type of code, in a paragraph or table cell."""
+    """Format a name as inline code."""
     text = clean(value)
     if len(text) > _LONGEST_NAME:
         text = text[: _LONGEST_NAME - 1] + "…"
     if _PLAIN_CODE.fullmatch(text):
         return Markup(f"`{text}`")
-    return Markup("<code>%s</code>") % Markup(_NO_LETTER.sub(lambda found: _entities(found[0]), text) or " ")
+    return Markup("<code>%s</code>") % Markup(_SPECIAL.sub(lambda match: _entities(match[0]), text) or " ")
 
 
 def fenced(text: str, language: str) -> Markup:
-    """A block of code, whatever is in it."""
-    text = text.strip("\n").encode("utf-8", "replace").decode()
+    """Format text as a block of code."""
+    text = "\n".join(_printable(line.expandtabs(), "") for line in text.strip("\n").split("\n"))
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return Markup(f"{fence}{language}\n{text}\n{fence}")
 
 
 def python(value: object) -> Markup:
-    """A value as Python writes it, strings in double quotes where they can be."""
+    """Return the Python literal of a value, with double quotes if possible."""
     if isinstance(value, Mapping):
         return Markup(f"{{{', '.join(f'{python(key)}: {python(item)}' for key, item in value.items())}}}")
     literal = repr(value)
@@ -68,32 +61,44 @@ def python(value: object) -> Markup:
 
 
 def python_call(name: str, arguments: Mapping[str, Any]) -> Markup:
-    """A call with keyword arguments as Python writes it."""
+    """Return a Python call with keyword arguments."""
     return Markup(f"{name}({', '.join(f'{key}={python(value)}' for key, value in arguments.items())})")
 
 
 def link(repo_id: str, kind: str = "model") -> Markup:
-    """A link to a repo on the Hub; its id must be a valid one."""
+    """Return a link to a Hub repo. The id must be valid."""
     return Markup(f"[{repo_id}](https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo_id})")
 
 
 def url(path: str) -> Markup:
-    """A relative path as a link takes it."""
+    """Quote a relative path for a link."""
     return Markup(quote(clean(path)))
 
 
-def table(rows: Table) -> Markup:
-    """A table; the first row is its head."""
+def table(rows: Table, numeric: Sequence[bool] = ()) -> Markup:
+    """Format a table.
+
+    Args:
+        rows (sequence of rows):
+            Cells, the head first.
+        numeric (`Sequence[bool]`, *optional*):
+            Columns to align to the right.
+    """
     lines = [Markup(f"| {' | '.join(map(markdown, row))} |") for row in rows]
-    return Markup("\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]))
+    rule = " | ".join("---:" if is_number else "---" for is_number in numeric or [False] * len(rows[0]))
+    return Markup("\n".join([lines[0], f"| {rule} |", *lines[1:]]))
 
 
 def size(count: int) -> str:
-    """Bytes in words."""
+    """Format a number of bytes."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
     return f"{count} bytes"
+
+
+def _printable(text: str, replacement: str) -> str:
+    return "".join(character if character.isprintable() else replacement for character in text)
 
 
 def _entities(text: str) -> str:

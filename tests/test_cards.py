@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_resnet
+from doubles.simulated_report import simulated_report
 from huggingface_hub import ModelCard, ModelCardData
-from test_report import made_up_report
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import know_hf
@@ -257,9 +257,9 @@ def test_the_known_card_of_weights_that_were_not_trained_on_all_roles(results):
 def test_the_known_card_says_what_was_compared():
     config = KNOWNConfig.from_pretrained(SHIPPED_KNOWN)
     assert "Not known: no comparison was given" in str(known_card(config, title="x", path="me/x"))
-    reports = [condensed(made_up_report(name)) for name in ("one", "two")]
+    reports = [condensed(simulated_report(name)) for name in ("one", "two")]
     text = str(known_card(config, title="x", path="me/x", comparisons=reports))
-    assert "| few-shot | one | two |" in text and "| source | one | two |" in text
+    assert "| few-shot | one | two |" in text and "| source (zero-shot) | one | two |" in text
     cells = [f"{100 * report['results'][0]['arms']['shrink']['minus_naive']['mean']:+.1f} " for report in reports]
     assert re.search(rf"\| shrink \| {re.escape(cells[0])}\[.*\] \| {re.escape(cells[1])}\[", text)
     assert "- `two`: Simulated. 10 trajectories, 1 downstream draw of each; 2 minutes of one process." in text

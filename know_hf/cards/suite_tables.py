@@ -1,4 +1,4 @@
-"""Reports of several comparisons side by side: what was measured of some KNOWN weights, one column a suite."""
+"""Tables of several comparisons side by side, one column per suite."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,76 +11,90 @@ Report = Mapping[str, Any]
 
 _HEAD = ("name", "description", "seeds", "draws", "seconds")
 _RESULT = ("protocol", "measure", "valid", "headroom", "better", "worse", "better_than_controls")
-_DIGITS = 6
+_PROTOCOL_LABELS = {"source": "source (zero-shot)"}
 
 
 def condensed(report: Report) -> dict[str, Any]:
-    """What these tables need of a `report.json`, in its own form: no cells, curves or values of single seeds."""
+    """Return the part of a `report.json` that these tables need: no cells, curves or values of single seeds."""
     results = []
     for result in report["results"]:
         arms = {}
         for name, values in result["arms"].items():
-            arms[name] = {key: _rounded(values[key]) for key in ("mean", "ci95")}
+            arms[name] = _estimate(values)
             if "minus_naive" in values:
-                difference = values["minus_naive"]
-                arms[name]["minus_naive"] = {key: _rounded(difference[key]) for key in ("mean", "ci95")}
+                arms[name]["minus_naive"] = _estimate(values["minus_naive"])
         results.append({**{key: result[key] for key in _RESULT}, "arms": arms})
     return {**{key: report[key] for key in _HEAD}, "results": results}
 
 
 def protocols(reports: Iterable[Report]) -> list[str]:
-    """Names of all protocols of some reports, the most important first."""
+    """Return the protocol names of all reports, the most important first."""
     return list(dict.fromkeys(result["protocol"] for report in reports for result in report["results"]))
 
 
 def side_by_side(
     reports: Sequence[Report], protocol: str, measure: str = "accuracy", arms: Sequence[str] | None = None
 ) -> Table:
-    """Arms by suites: differences to naive with their 95% intervals, in the units of the reports' own tables.
+    """Return a table of arms by suites: differences to naive with 95% intervals, in the units of the reports.
 
-    An arrow stands where a difference is significant after Holm's correction, up where it is a gain. Numbers of a
-    suite that could show nothing, by its own controls, are in brackets.
+    An arrow marks a significant difference after Holm's correction, up for a gain. Numbers of a suite whose positive
+    control failed are in brackets.
 
     Args:
-        reports (sequence of mappings): Contents of `report.json`, or [`condensed`].
-        protocol (`str`): What of them.
-        measure (`str`, *optional*, defaults to `"accuracy"`): By what.
-        arms (`Sequence[str]`, *optional*): Rows after naive; by default all arms, in the order of the reports.
-
-    Returns:
-        Rows, the first of them the head; no column for a report without the protocol and measure.
+        reports (sequence of mappings):
+            Contents of `report.json`, possibly [`condensed`].
+        protocol (`str`):
+            Protocol to show. Reports without it have no column.
+        measure (`str`, *optional*, defaults to `"accuracy"`):
+            Measure to show.
+        arms (`Sequence[str]`, *optional*):
+            Rows after naive; by default all arms, in the order of the reports.
     """
-    found = [(report["name"], _result(report, protocol, measure)) for report in reports]
-    columns = [(name, result) for name, result in found if result is not None]
+    columns = {report["name"]: result for report in reports if (result := _result(report, protocol, measure))}
+    results = columns.values()
     if arms is None:
-        arms = list(dict.fromkeys(arm for _, result in columns for arm in result["arms"]))
+        arms = list(dict.fromkeys(arm for result in results for arm in result["arms"]))
     rows: list[Sequence[object]] = [
-        [protocol, *(name for name, _ in columns)],
-        ["could show a gain", *(_validity(result) for _, result in columns)],
-        ["naive", *(_interval(result, result["arms"]["naive"], sign="") for _, result in columns)],
+        [_PROTOCOL_LABELS.get(protocol, protocol), *columns],
+        ["positive control", *map(positive_control, results)],
+        ["naive", *(_interval(result, result["arms"]["naive"], sign="") for result in results)],
     ]
     for arm in arms:
-        if arm != "naive" and any(arm in result["arms"] for _, result in columns):
-            rows.append([arm, *(_difference(result, arm) for _, result in columns)])
+        if arm != "naive" and any(arm in result["arms"] for result in results):
+            rows.append([arm, *(_difference(result, arm) for result in results)])
     return rows
 
 
+def positive_control(result: Mapping[str, Any]) -> str:
+    """Return the outcome of the positive control of one result in a few words."""
+    if result["valid"] is None:
+        return "not run"
+    if not result["valid"]:
+        return "failed"
+    return "oracle not clearly better" if result["headroom"] is False else "passed"
+
+
 def tally(reports: Iterable[Report], protocol: str, arm: str, measure: str = "accuracy") -> dict[str, list[str]]:
-    """Names of the suites in which an arm was `better` or `worse` than naive, or `neither`; those in which more data
-    did not clearly help either, so that a missing difference is no answer, are `unclear`. Left out are suites that
-    show nothing, where naive does not beat what it started from."""
-    found: dict[str, list[str]] = {"better": [], "worse": [], "neither": [], "unclear": []}
+    """Sort the names of the suites by what an arm did in them.
+
+    Suites in which naive does not beat its own start are left out.
+
+    Returns:
+        `dict[str, list[str]]`: Suites in which the arm was significantly `better` or `worse` than naive, or `neither`;
+        `unclear` instead of `neither` if the oracle did not clearly beat naive.
+    """
+    suites: dict[str, list[str]] = {"better": [], "worse": [], "neither": [], "unclear": []}
     for report in reports:
         result = _result(report, protocol, measure)
         if result is not None and result["valid"] and arm in result["arms"]:
             otherwise = "unclear" if result["headroom"] is False else "neither"
-            which = next((key for key in ("better", "worse") if arm in result[key]), otherwise)
-            found[which].append(report["name"])
-    return found
+            outcome = next((key for key in ("better", "worse") if arm in result[key]), otherwise)
+            suites[outcome].append(report["name"])
+    return suites
 
 
 def better_than_controls(reports: Iterable[Report], measure: str = "accuracy") -> list[str]:
-    """Every method that was better than each control of its suite, as "method in protocol of suite"."""
+    """List the methods that beat each control of their suite, as "method in protocol of suite"."""
     return [
         f"{method} in {result['protocol']} of {report['name']}"
         for report in reports
@@ -95,20 +109,11 @@ def _result(report: Report, protocol: str, measure: str) -> Mapping[str, Any] | 
     return next(matching, None)
 
 
-def _validity(result: Mapping[str, Any]) -> str:
-    if result["valid"] is None:
-        return "not known"
-    if not result["valid"]:
-        return "no"
-    return "oracle not clearly better" if result["headroom"] is False else "yes"
-
-
 def _difference(result: Mapping[str, Any], arm: str) -> str:
     if arm not in result["arms"]:
         return ""
     text = _interval(result, result["arms"][arm]["minus_naive"], sign="+")
-    up, down = (result[key] for key in ("better", "worse"))
-    text += " ↑" if arm in up else " ↓" if arm in down else ""
+    text += " ↑" if arm in result["better"] else " ↓" if arm in result["worse"] else ""
     return f"({text})" if result["valid"] is False else text
 
 
@@ -118,7 +123,5 @@ def _interval(result: Mapping[str, Any], values: Mapping[str, Any], sign: str) -
     return f"{mean} [{low}, {high}]"
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return value if value is None else round(value, _DIGITS)
+def _estimate(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"mean": round(values["mean"], 6), "ci95": [round(end, 6) for end in values["ci95"]]}

@@ -1,1 +1,1 @@
-"""The report of a comparison as JSON, Markdown and HTML."""
+"""Reports of comparisons: `report.json` and the same as Markdown and HTML."""

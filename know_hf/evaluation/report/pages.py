@@ -1,26 +1,18 @@
-"""The report that people read: `report.json` as Markdown and as one HTML page that stands alone in its file.
+"""The report for people: `report.json` as Markdown with figures, and as one HTML file."""
 
-The page has no script and asks no network; a content security policy in it forbids both. Names and sentences may come
-from strangers: all text is escaped, in tables and in pictures.
-"""
-
-import base64
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import yaml_dump
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 
-from ...markdown import clean, code, fenced, markdown, table
-from ...plotting import adaptive_svg
+from ...markdown import fenced, markdown
 from .comparison_report import REPORT_NAME, SCHEMA_VERSION
 from .figures import Report, ReportFigure, forest_figure, forgetting_figure, landscape_figure, rates_figure
+from .html_page import ReportSection, html_page
 from .tables import (
     ReportTable,
     arms_table,
@@ -36,14 +28,21 @@ from .tables import (
 )
 
 HTML_NAME, MARKDOWN_NAME, FIGURES_NAME = "report.html", "report.md", "figures"
+_REQUIRED = (
+    *("name", "description", "created_with", "task", "seeds", "draws", "counted", "trials_per_rate", "warnings"),
+    *("arms", "protocols", "results", "curves", "chosen", "states", "landscape", "seconds"),
+)
 
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """
+    """Files of a report.
+
     Attributes:
-        html, markdown (`Path`): The page, and the same in Markdown.
-        figures (`tuple[Path, ...]`): The pictures that the Markdown shows, SVG.
+        html, markdown (`Path`):
+            The report in both formats.
+        figures (`tuple[Path, ...]`):
+            SVG files that the Markdown shows.
     """
 
     html: Path
@@ -51,243 +50,158 @@ class ReportFiles:
     figures: tuple[Path, ...]
 
 
-@dataclass(frozen=True)
-class _Section:
-    """One part of the report.
-
-    Attributes:
-        title (`str`): Heading.
-        sentences (`Sequence[str]`): Paragraphs before tables and pictures.
-        figures, tables: What it shows.
-        is_folded (`bool`): Whether the page shows only the title until one asks.
-        is_invalid (`bool`): Whether it shows nothing, which is said first.
-    """
-
-    title: str
-    sentences: Sequence[str] = ()
-    figures: Sequence[ReportFigure] = ()
-    tables: Sequence[ReportTable] = ()
-    is_folded: bool = False
-    is_invalid: bool = False
-
-
 def write_report(report: Report | str | Path, output_dir: str | Path, *, command: str | None = None) -> ReportFiles:
-    """Writes `report.html`, `report.md` and the pictures of a comparison.
+    """Write `report.html`, `report.md` and the figures of a comparison.
 
     Args:
-        report (`Mapping`, `str` or `Path`): What stands in `report.json` , the file
-            or its folder.
-        output_dir (`str` or `Path`): Where to; made if it is not there.
-        command (`str`, *optional*): The command that makes the comparison again; by default what the report has under
-            `command`.
+        report (`Mapping`, `str` or `Path`):
+            Content of `report.json`, the file or its folder.
+        output_dir (`str` or `Path`):
+            Output folder, created if missing.
+        command (`str`, *optional*):
+            Command that reproduces the comparison; by default the one in the report.
 
     Returns:
-        [`ReportFiles`]: where they are.
+        [`ReportFiles`]: The paths.
 
     Raises:
-        `ValueError`: for a report of a newer schema, or one that lacks what its schema asks for; names the key.
-        `ImportError`: when matplotlib is missing.
+        `ValueError`: If the report has a newer schema or lacks a key.
+        `ImportError`: If matplotlib or markdown-it-py is not installed.
     """
     report = read_report(report)
+    figures: dict[str, ReportFigure] = {}
+    header = _header(report)
+    sections = _sections(report, command or report.get("command"), figures)
+    texts = {path: figure.svg for path, figure in figures.items()}
+    texts[MARKDOWN_NAME] = "\n".join(
+        f"{'##' if number else '#'} {markdown(section.title)}\n\n{section.body}\n"
+        for number, section in enumerate([header, *sections])
+    )
+    texts[HTML_NAME] = html_page(header, sections, figures)
     folder = Path(output_dir)
-    title, sections = _sections(report)
-    command = command or report.get("command")
-    texts = {f"{FIGURES_NAME}/{f.name}.svg": f.svg for section in sections for f in section.figures}
-    texts[MARKDOWN_NAME] = _markdown(report, title, sections, command)
-    texts[HTML_NAME] = _html(report, title, sections, command)
     for name, text in texts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
-    *figures, text_file, page = (folder / name for name in texts)
-    return ReportFiles(page, text_file, tuple(figures))
+    *svg_files, markdown_file, html_file = (folder / name for name in texts)
+    return ReportFiles(html_file, markdown_file, tuple(svg_files))
 
 
 def read_report(report: Report | str | Path) -> Report:
-    """The content of a `report.json`, checked for its schema.
+    """Return the content of a `report.json` after a check of its schema.
 
     Raises:
-        `ValueError`: when it is no report, of a newer schema, or lacks a key.
+        `ValueError`: If it is not a report, has a newer schema or lacks a key.
     """
     if not isinstance(report, Mapping):
         path = Path(report)
         path = path / REPORT_NAME if path.is_dir() else path
         report = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(report, Mapping):
-            raise ValueError(f"{path} is no report: it holds a {type(report).__name__}, not an object")
+            raise ValueError(f"{path} is not a report: it holds a {type(report).__name__} instead of an object")
     version = report.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ValueError(
-            f"the report has schema version {version!r}, this know_hf reads versions up to {SCHEMA_VERSION}; update it"
+            f"the report has schema version {version!r}, but this know_hf reads versions up to {SCHEMA_VERSION};"
+            " update know_hf"
         )
-    if missing := [key for key in _KEYS if key not in report]:
-        raise ValueError(f"the report has no {', no '.join(missing)}; was it written by another program?")
-    if len(report["results"]) and "naive" not in report["arms"]:
-        raise ValueError(f"the report has no arm naive, only {', '.join(report['arms'])}")
+    if missing := [key for key in _REQUIRED if key not in report]:
+        raise ValueError(f"the report lacks the keys {', '.join(missing)}; write it again with know-hf compare")
+    if report["results"] and "naive" not in report["arms"]:
+        raise ValueError(f"the report has no arm naive, only {', '.join(report['arms'])}; run naive as well")
     return report
 
 
-_SHOWS_NOTHING = "This part shows nothing, whatever its numbers are: naive does not beat what it started from."
-_KEYS = (
-    "name",
-    "description",
-    "created_with",
-    "task",
-    "seeds",
-    "draws",
-    "counted",
-    "trials_per_rate",
-    "warnings",
-    "arms",
-    "protocols",
-    "results",
-    "curves",
-    "chosen",
-    "states",
-    "landscape",
-    "seconds",
-)
+def _header(report: Report) -> ReportSection:
+    """Return the title, verdict, warnings and positive control."""
+    status, words, sentence = validity(report)
+    trajectories, draws = len(report["seeds"]), report["draws"]
+    size = (
+        f"{len(report['arms'])} arms; {_plural(trajectories, 'trajectory', 'trajectories')},"
+        f" {_plural(draws, 'downstream draw')} each; {_plural(report['trials_per_rate'], 'tuning trial')} per arm and"
+        f" learning rate; {_duration(report['seconds'])} on one process."
+    )
+    return ReportSection(
+        f"{report['name']}: does it help?",
+        _joined(
+            f"**{markdown(verdict(report))}**",
+            *(f"**Warning:** {markdown(text)}" for text in report["warnings"]),
+            f"> **{words}.** {markdown(sentence)}",
+            markdown(report["results"][0]["verdict_on_methods"]) if report["results"] else "",
+            markdown(report["description"]),
+            size,
+        ),
+        status,
+    )
 
 
-def _sections(report: Report) -> tuple[str, list[_Section]]:
-    """Title and parts, in the order of the page."""
-    sections = [_Section("All comparisons", tables=[overview_table(report)])] if report["results"] else []
-    shown: set[str] = set()
+def _sections(report: Report, command: str | None, figures: dict[str, ReportFigure]) -> list[ReportSection]:
+    """Return the sections below the header, and add the figures that they show."""
+
+    def show(figure: ReportFigure | None) -> str:
+        if figure is None:
+            return ""
+        path = f"{FIGURES_NAME}/{figure.name}.svg"
+        figures[path] = figure
+        return f"![{markdown(figure.alternative)}]({path})\n\n{markdown(figure.caption)}"
+
+    sections = [ReportSection("All comparisons", overview_table(report).markdown())] if report["results"] else []
+    protocols: set[str] = set()
     for number, result in enumerate(report["results"]):
-        sentences = [result[key] for key in ("validity", "verdict", "verdict_on_methods", "sensitivity")]
-        tables = [result_table(report, number), controls_table(report, number)]
+        failed = "> **The positive control failed: this section shows nothing.** naive does not beat its start."
         sections.append(
-            _Section(
-                _capital(result["what"]),
-                [sentence for sentence in sentences if sentence],
-                _present(forest_figure(report, number)),
-                _present(*tables),
-                is_folded=result["protocol"] in shown,
-                is_invalid=result["valid"] is False,
+            ReportSection(
+                result["what"][:1].upper() + result["what"][1:],
+                _joined(
+                    failed if result["valid"] is False else "",
+                    *(markdown(result[key]) for key in ("validity", "verdict", "verdict_on_methods", "sensitivity")),
+                    show(forest_figure(report, number)),
+                    result_table(report, number).markdown(),
+                    _optional(controls_table(report, number)),
+                ),
+                "invalid" if result["valid"] is False else "unknown",
+                is_folded=result["protocol"] in protocols,
             )
         )
-        shown.add(result["protocol"])
-    for protocol, facts in report["protocols"].items():
-        picture, chosen = rates_figure(report, protocol), chosen_table(report, protocol)
-        if picture or chosen:
-            sections.append(_Section(f"Learning rates: {facts['what']}", (), _present(picture), _present(chosen)))
-    if (picture := forgetting_figure(report)) is not None:
-        sections.append(_Section("Forgetting", (), [picture]))
-    if (picture := landscape_figure(report)) is not None:
-        sections.append(_Section("Loss landscape", (), [picture], [landscape_table(report)]))
-    sections.append(_Section("What was compared", (), (), [arms_table(report)]))
-    return report["name"], sections
-
-
-def _markdown(report: Report, title: str, sections: Sequence[_Section], command: str | None) -> str:
-    parts = [f"# {markdown(title)}", f"**{markdown(verdict(report))}**", markdown(validity(report)[2])]
-    parts += [f"**{markdown(text)}**" for text in report["warnings"]]
-    parts += [markdown(report["description"]), markdown(_facts_sentence(report))]
-    for section in sections:
-        parts.append(f"## {markdown(section.title)}")
-        parts += [f"**{_SHOWS_NOTHING}**"] if section.is_invalid else []
-        parts += [markdown(sentence) for sentence in section.sentences]
-        for figure in section.figures:
-            alternative = markdown(figure.alternative)
-            parts.append(f"![{alternative}]({FIGURES_NAME}/{figure.name}.svg)\n\n{markdown(figure.caption)}")
-        parts += [_markdown_table(shown) for shown in section.tables]
-    parts += ["## Limits", "\n".join(f"- {markdown(text)}" for text in limits(report)), "## How to make it again"]
-    parts.append(fenced(command, "bash") if command else "The command was not recorded.")
-    parts.append(markdown(_seeds_sentence(report)))
-    if report["task"]:
-        parts += ["The task:", fenced(_yaml(report["task"]), "yaml")]
-    parts += ["The protocols:", fenced(_yaml(report["protocols"]), "yaml"), _markdown_table(environment_table(report))]
-    return "\n\n".join(str(part) for part in parts if part) + "\n"
-
-
-def _markdown_table(shown: ReportTable) -> str:
-    rows = [[code(row[0]), *row[1:]] for row in shown.rows]
-    marked = [
-        [Markup("**%s**") % row[0] if str(names[0]) in shown.marked else row[0], *row[1:]]
-        for row, names in zip(rows, shown.rows, strict=True)
+        protocols.add(result["protocol"])
+    for protocol, settings in report["protocols"].items():
+        chosen = _optional(chosen_table(report, protocol))
+        if body := _joined(show(rates_figure(report, protocol)), chosen):
+            sections.append(ReportSection(f"Learning rates: {settings['what']}", body))
+    if body := show(forgetting_figure(report)):
+        sections.append(ReportSection("Forgetting", body))
+    if body := show(landscape_figure(report)):
+        sections.append(ReportSection("Loss landscape", _joined(body, landscape_table(report).markdown())))
+    seeds = ", ".join(map(str, report["seeds"]))
+    sections += [
+        ReportSection("Arms", arms_table(report).markdown()),
+        ReportSection("Limits", "\n".join(f"- {markdown(sentence)}" for sentence in limits(report))),
+        ReportSection(
+            "How to reproduce",
+            _joined(
+                fenced(command, "bash") if command else "The command was not recorded.",
+                f"Trajectory seeds: {seeds}. `report.json` holds every number of this report and every trial.",
+                environment_table(report).markdown(),
+            ),
+        ),
     ]
-    return f"{table([shown.head, *marked])}\n\n{markdown(shown.caption)}"
+    details = {"Task": report["task"], "Protocols": report["protocols"]}
+    sections += [ReportSection(title, _yaml(content), is_folded=True) for title, content in details.items() if content]
+    return sections
 
 
-def _html(report: Report, title: str, sections: Sequence[_Section], command: str | None) -> str:
-    status, words, sentence = validity(report)
-    return (
-        _environment()
-        .get_template("report.html")
-        .render(
-            title=title,
-            description=report["description"],
-            verdict=verdict(report),
-            verdict_on_methods=report["results"][0]["verdict_on_methods"] if report["results"] else "",
-            status=status,
-            validity_words=words,
-            validity=sentence,
-            warnings=report["warnings"],
-            facts=_facts_sentence(report),
-            sections=sections,
-            limits=limits(report),
-            command=command,
-            seeds=_seeds_sentence(report),
-            task=_yaml(report["task"]) if report["task"] else None,
-            protocols=_yaml(report["protocols"]),
-            environment=environment_table(report),
-            shows_nothing=_SHOWS_NOTHING,
-        )
-    )
+def _joined(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
 
 
-@cache
-def _environment() -> Environment:
-    made = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        autoescape=True,
-        finalize=_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters["block"] = _block
-    made.filters["picture"] = _picture
-    return made
+def _optional(table: ReportTable | None) -> str:
+    return "" if table is None else table.markdown()
 
 
-def _visible(value: object) -> object:
-    """What a template puts out, without characters that can't be seen or encoded."""
-    if value is None:
-        raise ValueError("the template of the report put out a value that is None; it must say what is not known")
-    return value if hasattr(value, "__html__") else clean(value)
-
-
-def _block(text: str) -> Markup:
-    """Text of several lines."""
-    lines = text.strip("\n").splitlines()
-    return Markup("\n").join(escape("".join(c for c in line if c.isprintable())) for line in lines)
-
-
-def _picture(figure: ReportFigure) -> Markup:
-    svg = base64.b64encode(adaptive_svg(figure.svg).encode()).decode()
-    width, height = (round(96 * float(inches)) for inches in figure.figure.get_size_inches())
-    return Markup('<img src="data:image/svg+xml;base64,%s" width="%s" height="%s" alt="%s">') % (
-        svg,
-        width,
-        height,
-        clean(figure.alternative),
-    )
-
-
-def _facts_sentence(report: Report) -> str:
-    trajectories, draws = len(report["seeds"]), report["draws"]
-    return (
-        f"{len(report['arms'])} arms; {_plural(trajectories, 'trajectory', 'trajectories')},"
-        f" {_plural(draws, 'downstream draw')} of each; {_plural(report['trials_per_rate'], 'trial')} of every arm at"
-        f" each learning rate; {_duration(report['seconds'])} of one process."
-    )
-
-
-def _seeds_sentence(report: Report) -> str:
-    return f"Trajectory seeds: {', '.join(map(str, report['seeds']))}."
+def _yaml(content: Mapping[str, Any]) -> str:
+    return fenced(yaml_dump(json.loads(json.dumps(content)), sort_keys=False), "yaml")
 
 
 def _plural(count: int, one: str, many: str = "") -> str:
@@ -298,15 +212,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _yaml(content: Mapping[str, Any]) -> str:
-    return yaml_dump(json.loads(json.dumps(content)), sort_keys=False)
-
-
-def _present(*found: Any) -> list[Any]:
-    return [one for one in found if one is not None]

@@ -1,4 +1,4 @@
-"""From `report.json` to tables of text and to sentences."""
+"""Tables and sentences of a report, from the content of `report.json`."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -6,21 +6,29 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from markupsafe import Markup
+
+from ...cards.suite_tables import positive_control
+from ...markdown import markdown, table
 from .figures import ROLES, Report, options_text
 
-_ALPHA = 0.05
-_FEW = 3  # names that are listed in a cell
-_AT_EDGE = 0.25  # by how much more of the draws than by chance a grid is called too short
+_MAX_LISTED = 3  # names in a cell
+_EDGE_TOLERANCE = 0.25  # of the draws, beyond chance
 
 
 @dataclass(frozen=True)
 class ReportTable:
-    """
+    """A table of text.
+
     Attributes:
-        caption (`str`): What it shows.
-        head (`Sequence[str]`): Headings of the columns.
-        rows (`Sequence[Sequence[str]]`): Cells; the first of a row names it.
-        marked (`frozenset[str]`): Names of the rows that stand out.
+        caption (`str`):
+            What the table shows.
+        head (`Sequence[str]`):
+            Column names.
+        rows (`Sequence[Sequence[str]]`):
+            Cells. The first cell names the row.
+        marked (`frozenset[str]`):
+            Names of the rows in bold.
     """
 
     caption: str
@@ -28,83 +36,80 @@ class ReportTable:
     rows: Sequence[Sequence[str]]
     marked: frozenset[str] = frozenset()
 
-    @property
-    def kinds(self) -> list[str]:
-        """`"number"` for columns of numbers, which are set to the right, else `"text"`."""
+    def markdown(self) -> str:
+        """Return the caption and the table, numbers aligned to the right."""
+        bold = Markup("**%s**")
+        rows = [[bold % markdown(row[0]) if row[0] in self.marked else row[0], *row[1:]] for row in self.rows]
         columns = list(zip(*self.rows, strict=True)) or [()] * len(self.head)
-        return ["number" if _are_numbers(column) else "text" for column in columns]
+        numeric = [number > 0 and _is_numeric(column) for number, column in enumerate(columns)]
+        return f"{markdown(self.caption)}\n\n{table([self.head, *rows], numeric)}"
 
 
 def verdict(report: Report) -> str:
-    """What comes first: what the most important comparison says, or that it says nothing; and of methods that are
-    better than naive, whether they are better than what is trivial too."""
+    """Return the verdict of the first result, with the methods that no trivial control rules out."""
     if not report["results"]:
-        return "Nothing was compared: there is no protocol with a result of two arms."
+        return "Nothing was compared: no protocol has results of at least two arms."
     first = report["results"][0]
-    hardest = {
-        name: first["against_controls"][name]["hardest"]
+    not_shown = [
+        f"{name} (against {first['against_controls'][name]['hardest']})"
         for name in first["better"]
         if name in first["against_controls"] and name not in first["better_than_controls"]
-    }
-    if not hardest:
+    ]
+    if not not_shown:
         return first["verdict"]
-    pairs = ", ".join(f"{name} (against {control})" for name, control in hardest.items())
-    return f"{first['verdict']} Not shown to be better than every trivial control: {pairs}."
+    return f"{first['verdict']} Not shown to be better than every trivial control: {', '.join(not_shown)}."
 
 
 def validity(report: Report) -> tuple[str, str, str]:
-    """Whether a gain could have shown, by the most important comparison: `"valid"`, `"invalid"` or `"unknown"`, the
-    same in a few words, and in the sentence that says why."""
+    """Return the outcome of the positive control in the first result.
+
+    Returns:
+        `tuple[str, str, str]`: `"valid"`, `"invalid"` or `"unknown"`; a few words; the sentence with the reason.
+    """
     if not report["results"]:
-        return "unknown", "Whether a gain could have shown is not known", "There is no result that could tell."
+        return "unknown", "Positive control not run", "The report has no result."
     first = report["results"][0]
     if first["valid"] is False:
-        status, words = "invalid", "This suite can show nothing"
-    elif first["valid"] is None:
-        status, words = "unknown", "Whether a gain could have shown is not known"
-    elif first["headroom"] is False:
-        status, words = "unknown", "There may have been nothing to gain"
-    else:
-        status, words = "valid", "A gain could have shown"
-    return status, words, first["validity"]
+        return "invalid", "Positive control failed: this suite shows nothing", first["validity"]
+    if first["valid"] is None:
+        return "unknown", "Positive control not run", first["validity"]
+    if first["headroom"] is False:
+        return "unknown", "Positive control inconclusive: the oracle does not clearly beat naive", first["validity"]
+    without_oracle = "" if first["headroom"] else ", without an oracle"
+    return "valid", f"Positive control passed{without_oracle}", first["validity"]
 
 
 def overview_table(report: Report) -> ReportTable:
-    """One row a protocol and measure."""
+    """Return one row per protocol and measure."""
     rows = []
     for result in report["results"]:
         measure, naive = result["measure"], result["arms"]["naive"]
-        choosable = {
+        value = f"{_value(measure, naive['mean'])}{_with_comma(measure['unit']).replace(' %', '%')}"
+        row = [result["what"], positive_control(result), value]
+        if result["valid"] is False:
+            rows.append([*row, *["shows nothing"] * 4])
+            continue
+        candidates = {
             name: values["minus_naive"]
             for name, values in result["arms"].items()
             if report["arms"][name]["role"] != "reference" and values.get("minus_naive")
         }
         sign = 1 if measure["higher_is_better"] else -1
-        best = max(choosable, key=lambda name: sign * choosable[name]["mean"], default=None)
-        row = [result["what"], {True: "yes", False: "no", None: "not known"}[result["valid"]]]
-        row.append(_value(measure, naive["mean"]) + _space(measure["unit"]))
-        if result["valid"] is False:
-            rows.append([*row, *["shows nothing"] * 4])
-            continue
-        row.append("–" if best is None else f"{best}: {_difference(measure, choosable[best])}")
-        rows.append(row + [_few(result[key]) for key in ("better", "worse", "better_than_controls")])
-    head = ["compared by", "valid", "naive", "best of all arms", "better than naive", "worse than naive"]
+        best = max(candidates, key=lambda name: sign * candidates[name]["mean"], default=None)
+        row.append("–" if best is None else f"{best}: {_difference(measure, candidates[best])}")
+        rows.append(row + [_listed(result[key]) for key in ("better", "worse", "better_than_controls")])
+    head = ["comparison", "positive control", "naive", "best candidate", "better than naive", "worse than naive"]
     return ReportTable(
-        "All comparisons. Better and worse are significant after Holm's correction.",
+        '"Better" and "worse" are significant after Holm\'s correction.',
         [*head, "methods better than every control"],
         rows,
     )
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names) if 0 < len(names) <= _FEW else f"{len(names)} arms" if names else "none"
-
-
 def result_table(report: Report, number: int) -> ReportTable:
-    """All arms of one entry of `results`, in the order of the forest plot."""
+    """Return all arms of one result, in the order of the forest plot."""
     result = report["results"][number]
     measure = result["measure"]
-    unit, difference_unit = _space(measure["unit"]), _space(measure["difference_unit"])
     sign = -1 if measure["higher_is_better"] else 1
 
     def order(name: str) -> tuple[bool, bool, float]:
@@ -122,41 +127,42 @@ def result_table(report: Report, number: int) -> ReportTable:
             continue
         effect, detectable = difference["effect_size"], difference["minimum_detectable"]
         row += [_value(measure, difference["mean"], "+"), _interval(measure, difference["ci95"], "+")]
-        row.append("reference" if difference["p_holm"] is None else p_value(difference["p_holm"]))
+        row.append("reference" if difference["p_holm"] is None else _p_value(difference["p_holm"]))
         row.append("–" if effect is None else f"{effect:+.2f}".replace("-", "−"))
         rows.append([*row, "–" if detectable is None else _value(measure, detectable)])
-    head = ["arm", "role", f"{measure['name']}{unit}", "95% interval", f"minus naive{difference_unit}"]
+    difference_unit = _with_comma(measure["difference_unit"])
+    head = ["arm", "role", f"{measure['name']}{_with_comma(measure['unit'])}", "95% interval"]
+    head += [f"minus naive{difference_unit}", "95% interval", "p (Holm)", "d", f"detectable{difference_unit}"]
     return ReportTable(
-        f"All arms in {result['what']}: mean over {_count(report)}, difference to naive paired over them. d is Cohen's"
-        " d of the paired differences; detectable is the smallest true difference found with a chance of 80%.",
-        [*head, "95% interval", "p (Holm)", "d", f"detectable{difference_unit}"],
+        f"All arms in {result['what']}: mean over {_count(report)}, paired difference to naive. d is Cohen's d of the"
+        ' paired differences; "detectable" is the minimum detectable difference at a power of 80%.',
+        head,
         rows,
         frozenset([*result["better"], *result["worse"]]),
     )
 
 
 def controls_table(report: Report, number: int) -> ReportTable | None:
-    """Each method against the control that is hardest to beat; `None` without methods or controls."""
+    """Return each method against its hardest control, or `None` without methods or controls."""
     result = report["results"][number]
-    measure = result["measure"]
     rows = []
     for name, against in result["against_controls"].items():
-        difference = against["differences"][against["hardest"]]
-        beaten = "yes" if name in result["better_than_controls"] else "no"
-        rows.append([name, beaten, against["hardest"], _difference(measure, difference), p_value(against["p"])])
+        difference = _difference(result["measure"], against["differences"][against["hardest"]])
+        is_better = "yes" if name in result["better_than_controls"] else "no"
+        rows.append([name, is_better, against["hardest"], difference, _p_value(against["p"])])
     if not rows:
         return None
     return ReportTable(
-        "Methods against what is hardest to beat, a control or naive: a method that is no better than every trivial"
-        " control has shown nothing of its own. Whether it is, is corrected for the number of methods.",
-        ["method", "better than all of them", "hardest to beat", "method minus that", "p (one-sided)"],
+        "Each method against its hardest control (naive counts as one). A method that does not beat every trivial"
+        " control has shown no effect of its own. Corrected for the number of methods.",
+        ["method", "better than every control", "hardest control", "difference to it", "p (one-sided)"],
         rows,
         frozenset(result["better_than_controls"]),
     )
 
 
 def chosen_table(report: Report, protocol: str) -> ReportTable | None:
-    """What validation data chose, and how often at an end of the grid; `None` for what was not tuned."""
+    """Return the selected learning rates and settings, or `None` for a protocol without tuning."""
     rows = []
     for name, chosen in report["chosen"].get(protocol, {}).items():
         rates = [trial["learning_rate"] for trial in chosen if trial["learning_rate"] is not None]
@@ -164,113 +170,108 @@ def chosen_table(report: Report, protocol: str) -> ReportTable | None:
             continue
         settings = Counter(options_text(trial["options"]) for trial in chosen if trial["options"])
         common = ", ".join(f"{text} ({count / len(chosen):.0%})" for text, count in settings.most_common(2)) or "–"
-        spread = f"{_rate(min(rates))} to {_rate(max(rates))}"
-        rows.append([name, _rate(median(rates)), spread, f"{_share_at_edge(report, protocol, name)[0]:.0%}", common])
+        spread = f"{min(rates):.2g} to {max(rates):.2g}"
+        rows.append([name, f"{median(rates):.2g}", spread, f"{_share_at_edge(report, protocol, name)[0]:.0%}", common])
     if not rows:
         return None
-    head = ["arm", "median learning rate", "range", "at an end of the grid", "settings chosen most often"]
     return ReportTable(
-        f"Chosen by validation data in {report['protocols'][protocol]['what']}, over all seeds and draws.", head, rows
+        f"Selected on validation data in {report['protocols'][protocol]['what']}, over all seeds and draws.",
+        ["arm", "median learning rate", "range", "at an edge of the grid", "most frequent settings"],
+        rows,
     )
 
 
 def landscape_table(report: Report) -> ReportTable:
-    """The points of the landscape."""
-    found = report["landscape"]
-    rows = [
-        [
-            point["name"],
-            f"{point['x']:.3g}",
-            f"{point['y']:.3g}",
-            f"{point['off_plane']:.3g}",
-            "not finite" if point["loss"] is None else f"{point['loss']:.4g}",
-        ]
-        for point in found["points"]
-    ]
+    """Return the points of the loss landscape."""
+    landscape = report["landscape"]
+    rows = []
+    for point in landscape["points"]:
+        loss = "not finite" if point["loss"] is None else f"{point['loss']:.4g}"
+        numbers = [*(f"{point[key]:.3g}" for key in ("x", "y", "off_plane")), loss]
+        rows.append([point["name"], *(number.replace("-", "−") for number in numbers)])
     return ReportTable(
-        "Points of the landscape: distances in weights from Θ0, and their own loss, not that of the plane.",
-        ["weights", "first direction", "second direction", "distance from the plane", found["measure"]],
-        [[cell.replace("-", "−") if column else cell for column, cell in enumerate(row)] for row in rows],
+        "Points of the landscape: distances in weights from Θ0, and the loss of the weights themselves, not of their"
+        " projection.",
+        ["weights", "first component", "second component", "distance from the plane", landscape["measure"]],
+        rows,
     )
 
 
 def arms_table(report: Report) -> ReportTable:
-    """What was compared."""
+    """Return the description of every arm."""
     rows = []
     for role in ROLES:
         for name, arm in report["arms"].items():
             if arm["role"] == role:
                 settings = "; ".join(text for options in arm["settings"] if (text := options_text(options)))
                 rows.append([name, role, arm["description"], settings or "–"])
-    return ReportTable("Arms: the ways to initialise the task.", ["arm", "role", "what it is", "settings tried"], rows)
+    head = ["arm", "role", "description", "settings evaluated"]
+    return ReportTable("Arms: the initial weights that were compared.", head, rows)
 
 
 def environment_table(report: Report) -> ReportTable:
-    """Versions."""
+    """Return the library versions."""
     rows = [[name, version] for name, version in report["created_with"].items()]
-    return ReportTable("Versions that it was run with.", ["library", "version"], rows)
+    return ReportTable("Versions.", ["library", "version"], rows)
 
 
 def limits(report: Report) -> list[str]:
-    """What the numbers do not say."""
-    found = [
-        f"Intervals and tests are over {_count(report)}; another model, other data or another way of training are not"
-        " covered.",
-        "Intervals are of one arm by itself, not corrected for the number of arms; p (Holm) is.",
-        "Learning rates and settings were chosen on validation data, with the same number of trials for every arm in"
-        " fine-tuning and probes; the numbers are of test data.",
+    """Return what the numbers do not show."""
+    sentences = [
+        f"Intervals and tests are over {_count(report)}. They do not cover other models, data or training setups.",
+        "Each interval is for one arm, without correction for the number of arms. p (Holm) is corrected.",
+        "Learning rates and settings were selected on validation data, with the same number of tuning trials per arm."
+        " All numbers are from test data.",
     ]
-    sensitivity = report["results"][0]["sensitivity"] if report["results"] else ""
-    found += [sensitivity] if sensitivity else []
-    for protocol in report["protocols"]:
+    if report["results"] and report["results"][0]["sensitivity"]:
+        sentences.append(report["results"][0]["sensitivity"])
+    for protocol, settings in report["protocols"].items():
         arms = []
         for name in report["arms"]:
             share, by_chance = _share_at_edge(report, protocol, name)
-            if share > by_chance + _AT_EDGE:
+            if share > by_chance + _EDGE_TOLERANCE:
                 arms.append(f"{name} ({share:.0%}, by chance {by_chance:.0%})")
         if arms:
-            found.append(
-                f"In {report['protocols'][protocol]['what']}, the best learning rate lay at an end of the grid more"
-                f" often than by chance for {', '.join(arms)}: the grid was too short for them."
+            sentences.append(
+                f"In {settings['what']}, the grid of learning rates may be too narrow: the best rate lies at its edge"
+                f" more often than by chance for {', '.join(arms)}."
             )
     if not any(arm["kind"] == "oracle" for arm in report["arms"].values()):
-        found.append("No oracle was run: how much could have been gained at all is not known.")
-    return found
-
-
-def p_value(value: float) -> str:
-    """A p value, not more exact than it is."""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _are_numbers(cells: Sequence[str]) -> bool:
-    others = ("–", "reference", "not finite")
-    return any(cell not in others for cell in cells) and all(
-        cell in others or cell[:1] in "+−[<0123456789" for cell in cells
-    )
-
-
-def _count(report: Report) -> str:
-    count = len(report["seeds"]) if len(report["seeds"]) > 1 else report["draws"]
-    return f"{count} {report['counted']}"
+        sentences.append("No oracle was run, so the possible gain is unknown.")
+    return sentences
 
 
 def _share_at_edge(report: Report, protocol: str, arm: str) -> tuple[float, float]:
-    """Share of the draws in which the chosen rate was the grid's smallest or largest, or beyond; and the share of all
-    rates tried that are, which is how often that happens where the rate makes no difference."""
+    """Return the share of selected learning rates at or beyond the edges of the grid, and the same share of all rates
+    evaluated, which is the expected value if the rate has no effect."""
     grid = report["protocols"][protocol].get("learning_rates", [])
-    tried = [
+    evaluated = [
         rate
         for curve in report["curves"]
         if curve["protocol"] == protocol and curve["arm"] == arm
         for rate in curve["learning_rates"]
     ]
-    chosen = [trial["learning_rate"] for trial in report["chosen"].get(protocol, {}).get(arm, [])]
-    if len(grid) < 2 or not tried or not chosen:
+    selected = [trial["learning_rate"] for trial in report["chosen"].get(protocol, {}).get(arm, [])]
+    if len(grid) < 2 or not evaluated or not selected:
         return 0.0, 0.0
     low, high = min(grid), max(grid)
-    share, by_chance = (sum(not low < rate < high for rate in rates) / len(rates) for rates in (chosen, tried))
+    share, by_chance = (sum(not low < rate < high for rate in rates) / len(rates) for rates in (selected, evaluated))
     return share, by_chance
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    words = ("–", "reference", "not finite")
+    numbers = [cell for cell in cells if cell not in words]
+    return bool(numbers) and all(cell[:1] in "+−[<0123456789" for cell in numbers)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if 0 < len(names) <= _MAX_LISTED else f"{len(names)} arms" if names else "none"
+
+
+def _count(report: Report) -> str:
+    count = len(report["seeds"]) if len(report["seeds"]) > 1 else report["draws"]
+    return f"{count} {report['counted']}"
 
 
 def _value(measure: Mapping[str, Any], value: float, sign: str = "") -> str:
@@ -285,9 +286,9 @@ def _difference(measure: Mapping[str, Any], difference: Mapping[str, Any]) -> st
     return f"{_value(measure, difference['mean'], '+')} {_interval(measure, difference['ci95'], '+')}"
 
 
-def _space(unit: str) -> str:
-    return f", {unit}" if unit not in ("", "%") else f" {unit}" if unit else ""
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _rate(value: float) -> str:
-    return f"{value:.2g}"
+def _with_comma(unit: str) -> str:
+    return f" {unit}" if unit == "%" else f", {unit}" if unit else ""
