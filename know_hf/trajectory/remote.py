@@ -10,31 +10,19 @@ from pathlib import Path
 from ..checkpoint import ByteSource, file_sha256
 from ..hub_client import RemoteRepo, RemoteSource, Token
 from .manifest import MANIFEST_NAME, MAX_BYTES, FileRecord, Manifest, TrajectoryError
+from .store import Store
 
 
-class HubStore:
-    """A model repo at one commit; see [`Store`].
+class HubStore(Store):
+    """A model repo at one commit; see [`WeightTrajectory.from_hub`]. Downloads go to the Hub cache."""
 
-    Args:
-        repo_id (`str`):
-            Id of the repo.
-        revision (`str`, *optional*):
-            Branch, tag or commit; by default `main`.
-        token (`str` or `bool`, *optional*):
-            Token of an account that may read it.
-
-    Raises:
-        `TrajectoryError`:
-            When the repo has no `trajectory.json`.
-        `HubError`:
-            When the repo cannot be read.
-    """
+    repo: RemoteRepo
 
     def __init__(self, repo_id: str, revision: str | None = None, token: Token = None) -> None:
         self.repo = RemoteRepo.open(repo_id, revision, token)
         self._token = token
         self._fetched: set[str] = set()
-        self.path = fetch_manifest(self.repo, token).parent
+        super().__init__(fetch_manifest(self.repo, token).parent)
 
     def check(self, manifest: Manifest, hashes: bool = False, part: int = 0, parts: int = 1) -> None:
         check_remote_files(manifest, self.repo)
@@ -42,7 +30,7 @@ class HubStore:
     def source(self, record: FileRecord) -> Path | ByteSource:
         if self.repo.files[record.path].sha256 is None:  # the Hub has no hash to compare
             self.fetch([record])
-            return self.path / record.path
+            return super().source(record)
         return RemoteSource(self.repo, record.path, self._token)
 
     def fetch(self, records: Iterable[FileRecord]) -> None:

@@ -1,29 +1,27 @@
-"""The files of a trajectory in a local folder. `remote` has the same for a repo on the Hub."""
+"""The files of a trajectory in a local folder. `remote` has those in a repo on the Hub."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 from ..checkpoint import ByteSource, file_sha256
 from ..hub_client import RemoteRepo
 from .manifest import FileRecord, Manifest, TrajectoryError, leads_outside
 
 
-class Store(Protocol):
-    """The files of a trajectory.
+class Store:
+    """The files of a trajectory in a local folder.
 
     Attributes:
         path (`Path`):
-            Local folder; for a repo on the Hub, its folder in the Hub cache with the files downloaded so far.
+            The folder.
         repo ([`RemoteRepo`], *optional*):
-            Repo that the files are read from. Only a local folder can be recorded to.
+            The repo that files are downloaded from to `path`.
     """
 
-    @property
-    def path(self) -> Path: ...
+    repo: RemoteRepo | None = None
 
-    @property
-    def repo(self) -> RemoteRepo | None: ...
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def check(self, manifest: Manifest, hashes: bool = False, part: int = 0, parts: int = 1) -> None:
         """Compare the files with the manifest.
@@ -40,26 +38,6 @@ class Store(Protocol):
             `TrajectoryError`:
                 When a file is missing or is not the recorded one; names it.
         """
-
-    def source(self, record: FileRecord) -> Path | ByteSource:
-        """Return the file that pieces of tensors are read from."""
-
-    def fetch(self, records: Iterable[FileRecord]) -> None:
-        """Make files available under `path`."""
-
-    def fetch_state(self, manifest: Manifest, index: int) -> None:
-        """Make all files that loading a state reads available under `path`."""
-
-
-class LocalStore:
-    """A local folder; see [`Store`]."""
-
-    repo = None
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def check(self, manifest: Manifest, hashes: bool = False, part: int = 0, parts: int = 1) -> None:
         records = [(record, "the model") for record in manifest.files]
         records += [(record, f"state {state.index}") for state in manifest.states for record in state.files]
         for record, owner in records[part::parts]:
@@ -82,10 +60,11 @@ class LocalStore:
             manifest.check_what_is_loaded(self.path)
 
     def source(self, record: FileRecord) -> Path | ByteSource:
+        """Return the file to read pieces of tensors from."""
         return self.path / record.path
 
     def fetch(self, records: Iterable[FileRecord]) -> None:
-        pass
+        """Download files that are not in `path` yet."""
 
     def fetch_state(self, manifest: Manifest, index: int) -> None:
-        pass
+        """Download the files that loading a state reads."""

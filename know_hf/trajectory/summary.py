@@ -1,4 +1,4 @@
-"""What a trajectory holds, in numbers: its states, the roles of its tensors, how far each role moved."""
+"""Statistics of a trajectory: its states, the roles of its tensors, and how far the tensors of each role moved."""
 
 from dataclasses import dataclass, field
 
@@ -10,12 +10,16 @@ from .weight_trajectory import WeightTrajectory
 
 @dataclass
 class TrajectorySummary:
-    """
+    """Statistics of a trajectory; `str` gives two tables.
+
     Attributes:
-        states (`tuple[StateRecord]`): As recorded, full data first.
-        tensors, parameters (`dict[str, int]`): How many there are of each role.
-        displacement (`dict[str, list[float]]`): From role to `‖Θk − Θ0‖₂ / ‖Θ0‖₂` of every state k, over all of the
-            role's tensors together; 0 where Θ0 is all zeros and nothing moved.
+        states (`tuple[StateRecord]`):
+            The states, full data first.
+        tensors, parameters (`dict[str, int]`):
+            Number of tensors and of their elements, by role.
+        displacement (`dict[str, list[float]]`):
+            By role, `‖Θk − Θ0‖₂ / ‖Θ0‖₂` of every state k over all tensors of the role; 0 where Θ0 is all zeros and
+            nothing moved.
     """
 
     states: tuple[StateRecord, ...]
@@ -26,27 +30,23 @@ class TrajectorySummary:
     def __str__(self) -> str:
         metrics = sorted({name for state in self.states for name in state.metrics})
         roles = list(self.displacement)
-        header = ["state", "examples", "steps", *metrics, *(f"moved {role}" for role in roles)]
-        rows = [header]
+        rows = [["state", "examples", "steps", *metrics, *(f"moved {role}" for role in roles)]]
         for state in self.states:
             values = [f"{state.metrics[name]:.4f}" if name in state.metrics else "-" for name in metrics]
             moved = [f"{self.displacement[role][state.index]:.4f}" for role in roles]
             examples = state.size if state.num_examples is None else f"{state.num_examples:,}"
             rows.append([str(state.index), examples, f"{state.steps:,}", *values, *moved])
-        count = [["role", "tensors", "parameters"]]
-        count += [[role, f"{self.tensors[role]:,}", f"{self.parameters[role]:,}"] for role in self.tensors]
-        moved_means = "moved: distance from state 0 relative to its length"
-        return f"{_table(rows)}\n{moved_means}\n\n{_table(count)}"
+        counts = [["role", "tensors", "parameters"]]
+        counts += [[role, f"{self.tensors[role]:,}", f"{self.parameters[role]:,}"] for role in self.tensors]
+        return f"{_table(rows)}\nmoved: distance from state 0, relative to its norm\n\n{_table(counts)}"
 
 
 def inspect_trajectory(trajectory: WeightTrajectory) -> TrajectorySummary:
-    """Reads all tensors of a trajectory once and sums up how far each role moved.
+    """Read all tensors of a trajectory once and measure how far those of each role moved.
 
     Args:
-        trajectory ([`WeightTrajectory`]): The recorded states.
-
-    Returns:
-        [`TrajectorySummary`]: printable with `str`.
+        trajectory ([`WeightTrajectory`]):
+            The recorded states.
     """
     summary = TrajectorySummary(trajectory.states)
     length: dict[str, float] = {}
@@ -66,11 +66,13 @@ def inspect_trajectory(trajectory: WeightTrajectory) -> TrajectorySummary:
 
 
 def displacement(trajectory: WeightTrajectory, state: int) -> float:
-    """`‖Θk − Θ0‖₂ / ‖Θ0‖₂` over all parameters together; 0 for state 0.
+    """Return `‖Θk − Θ0‖₂ / ‖Θ0‖₂` over all parameters; 0 for state 0.
 
     Args:
-        trajectory ([`WeightTrajectory`]): The recorded states.
-        state (`int`): The index k.
+        trajectory ([`WeightTrajectory`]):
+            The recorded states.
+        state (`int`):
+            The index k.
     """
     moved = length = 0.0
     for name, role in trajectory.roles.items():

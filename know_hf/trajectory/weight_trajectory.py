@@ -26,31 +26,13 @@ from .manifest import MANIFEST_NAME, Manifest, StateRecord
 from .recorded_states import RecordedStates
 from .recorder import Recorder
 from .remote import HubStore
-from .store import LocalStore
+from .store import Store
 
 _READ_EARLY = ("config.json", "adapter_config.json")  # read through `path`, without a question for `model_files`
 
 
 class Stage(TypedDict):
-    """The stage that ends in a state: arguments of [`WeightTrajectory.record`].
-
-    Attributes:
-        num_examples (`int`, *optional*):
-            Number of examples the stage trained on, fewer than the stage before; `None` for a stream of unknown
-            length.
-        steps (`int`):
-            Optimizer steps.
-        fraction (`float`, *optional*):
-            Share of the data that the stage trained on.
-        subset_fingerprint (`str`, *optional*):
-            Hash of the subset.
-        seed (`int`, *optional*):
-            Seed of the training.
-        metrics (`Mapping[str, float]`, *optional*):
-            Evaluation results.
-        training (`Mapping[str, str]`, *optional*):
-            Training arguments, as text.
-    """
+    """The stage that ends in a state; see [`StateRecord`]."""
 
     num_examples: int | None
     steps: int
@@ -97,7 +79,7 @@ class WeightTrajectory:
     """
 
     def __init__(self, path: str | Path, states: RecordedStates | None = None) -> None:
-        self._states = RecordedStates.open(LocalStore(Path(path))) if states is None else states
+        self._states = RecordedStates.open(Store(Path(path))) if states is None else states
         self._recorder = Recorder(self._states)
 
     @classmethod
@@ -123,7 +105,7 @@ class WeightTrajectory:
             raise FileExistsError(
                 f"{path} has a model, whose {model_files[0]} recording would replace; record to another folder"
             )
-        return cls(path, RecordedStates(LocalStore(path), Manifest(states=(), schedule=schedule)))
+        return cls(path, RecordedStates(Store(path), Manifest(states=(), schedule=schedule)))
 
     @classmethod
     def from_hub(
@@ -359,7 +341,9 @@ class WeightTrajectory:
             on_written (`Callable[[StateRecord], object]`, *optional*):
                 Called when the state has been entered.
             stage (*optional*):
-                `num_examples`, `steps` and the other fields of [`Stage`].
+                Fields of [`StateRecord`] but index and files: `num_examples`, smaller than that of the state before
+                (`None` for a stream of unknown length), `steps`, and if known `fraction`, `subset_fingerprint`,
+                `seed`, `metrics` and `training`.
 
         Raises:
             `TrajectoryError`:
