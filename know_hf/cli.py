@@ -72,7 +72,7 @@ def _add_quickstart(commands: Any) -> None:
 
 
 def _quickstart(args: argparse.Namespace) -> None:
-    from .quickstart import run_quickstart
+    from .evaluation.suites import run_quickstart
 
     _print(str(run_quickstart(args.output_dir, seed=args.seed)))
 

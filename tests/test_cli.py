@@ -62,7 +62,7 @@ def test_errors_are_one_line(tmp_path, capsys):
 
 
 def test_quickstart_prints_its_tables(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("know_hf.quickstart.run_quickstart", lambda output_dir, seed: f"{output_dir}, seed {seed}")
+    monkeypatch.setattr("know_hf.evaluation.suites.run_quickstart", lambda output_dir, seed: f"{output_dir}, seed {seed}")
     assert main(["quickstart", "--output-dir", str(tmp_path), "--seed", "3"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}, seed 3\n"
 

@@ -1,159 +1,113 @@
+"""The quickstart on a suite of small sizes."""
+
 import json
 import shutil
-from dataclasses import replace
+import sys
 
-import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForImageClassification
 
-from know_hf import WeightTrajectory, quickstart
-from know_hf.evaluation import NAIVE, RANDOM, FineTuning, known_arm
-from know_hf.known.modeling_known import KNOWNConfig, KNOWNModel
-from know_hf.quickstart import ARMS, QuickstartSettings, run_quickstart
+from know_hf import WeightTrajectory
+from know_hf.evaluation import accuracy, load_suite, run_suite
+from know_hf.evaluation.suites import quickstart, run_quickstart
+from know_hf.evaluation.suites.suite_task import SuiteTask
 
-MINIATURE = QuickstartSettings(
-    frame=8,
-    embedding_size=8,
-    hidden_sizes=(8, 8),
-    source_images=64,
-    batch_size=4,
-    epochs=2,
-    epochs_per_stage=1,
-    labels_per_digit=2,
-    validation_images=20,
-    few_shot=FineTuning((1e-3, 1e-2), steps=3, head_steps=5),
-)
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("known")
-    KNOWNModel(KNOWNConfig()).save_pretrained(folder)
-    return folder
+SMALL = """
+name: small
+description: The quickstart at small sizes.
+seeds: 2
+inputs: {image_size: 8, mean: 0.08, std: 0.22}
+source: {dataset: sklearn/digits, classes: [0, 2, 4, 6, 8], train: 64, validation: 20}
+target: {dataset: sklearn/digits, classes: [1, 3, 5, 7, 9], train: 10, validation: 20}
+model:
+  class_name: ResNetForImageClassification
+  config: {num_channels: 1, embedding_size: 8, hidden_sizes: [8, 8], depths: [1, 1], layer_type: basic}
+schedule: {ratio: 0.5, num_states: 5}
+training: {num_train_epochs: 2, per_device_train_batch_size: 4, learning_rate: 0.003, use_cpu: true}
+protocols:
+  - {kind: fine_tuning, labels_per_class: 2, learning_rates: [0.001, 0.01], steps: 3, head_steps: 5}
+  - {kind: as_they_are}
+arms: [naive]
+"""
 
 
 @pytest.fixture(scope="module")
-def finished(known, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quickstart") / "out"
-    return run_quickstart(folder, 3, num_seeds=2, settings=MINIATURE, known=known, num_processes=1)
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("suite") / "small.yaml"
+    path.write_text(SMALL)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("know_hf.evaluation.suites.quickstart.SUITE", path)
+        monkeypatch.setattr("know_hf.evaluation.suites.quickstart.NUM_SEEDS", 2)
+        yield path
 
 
-def test_the_report_has_every_arm_in_both_tables(finished):
-    data = json.loads((finished.path / "report.json").read_text())
-    names = ["naive", "random", "known-x2", "known-x4", "known-x8", "shrink", "average", "oracle"]
-    for table in (data["arms"], data["source"]):
-        assert list(table) == names
-        for result in table.values():
-            assert result["mean"] == pytest.approx(np.mean(result["per_seed"]))
-            assert result["ci95"][0] <= result["mean"] <= result["ci95"][1]
-            assert len(result["per_seed"]) == 2 and all(0 <= value <= 1 for value in result["per_seed"])
-    assert data["seeds"] == [3, 4]
-    assert data["seconds"] > 0
-    assert data["states"]["num_examples"] == [64, 32, 16, 8, 4]
-    assert set(data["learning_rates"]["chosen"]["shrink"]) <= {1e-3, 1e-2}
-    assert data == json.loads(json.dumps(finished.data))
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    return run_quickstart(tmp_path_factory.mktemp("quickstart") / "out", 3, num_processes=1)
 
 
-def test_the_source_accuracy_of_naive_is_that_of_state_0(finished):
-    trajectory = WeightTrajectory(finished.data["trajectory"])
-    recorded = [state.metrics["unseen_accuracy"] for state in trajectory.states]
-    assert recorded == finished.data["states"]["per_seed"][0]
-    assert [accuracies[0] for accuracies in finished.data["states"]["per_seed"]] == (
-        finished.data["source"]["naive"]["per_seed"]
-    )
-
-
-def test_the_enhanced_checkpoint_loads_and_gives_its_accuracy(finished):
-    model = AutoModelForImageClassification.from_pretrained(finished.data["enhanced"]).eval()
-    assert finished.data["enhanced_arm"] == "known-x4"
-    assert model.config.id2label == {0: "0", 1: "2", 2: "4", 3: "6", 4: "8"}
-    source = quickstart._draw(0, 3, MINIATURE)
-    with torch.no_grad():
-        predicted = model(source["pixel_values"][128:]).logits.argmax(1)
-    accuracy = (predicted == source["labels"][128:]).float().mean()
-    assert float(accuracy) == pytest.approx(finished.data["source"]["known-x4"]["per_seed"][0])
-
-
-def test_the_text_has_both_tables_and_the_verdict(finished):
+def test_the_text_starts_with_the_verdict_and_names_the_files(finished):
     text = str(finished)
-    for name in finished.data["arms"]:
-        assert text.count(f"\n   {name} ") == 2
-    assert finished.data["verdict"]["transfer"] in text
-    assert str(finished.path) in text
+    transfer = finished.comparison.comparisons["few-shot", "accuracy"]
+    assert text.startswith(transfer.verdict()) and transfer.validity() in text
+    for path in (finished.trajectory, finished.enhanced, finished.path / "report.html"):
+        assert str(path) in text and path.exists()
 
 
-def test_only_the_promised_files_stay(finished):
-    names = {"cells", "enhanced", "forgetting.png", "identity.json", "report.json", "trajectory"}
-    assert {path.name for path in finished.path.iterdir()} == names
+def test_the_report_is_the_comparison(finished):
+    report = json.loads((finished.path / "report.json").read_text())
+    assert list(report["arms"]) == list(quickstart.ARMS) and report["seeds"] == [3, 4]
+    assert report["command"] == f"know-hf quickstart --output-dir {finished.path} --seed 3"
 
 
-def test_a_second_run_resumes_and_gives_the_same(finished, known, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(finished.path, copy)
-    (copy / "cells" / "seed-3.json").unlink()  # as if killed in the first seed, its trajectory recorded
-    again = run_quickstart(copy, 3, num_seeds=2, settings=MINIATURE, known=known, num_processes=1)
-    assert again.data["arms"] == finished.data["arms"]
-    assert again.data["source"] == finished.data["source"]
-    assert again.data["resumed_seeds"] == [4]
+def test_the_enhanced_checkpoint_has_the_accuracy_of_its_arm_and_a_card(finished, small):
+    model = AutoModelForImageClassification.from_pretrained(finished.enhanced)
+    test = SuiteTask(load_suite(small)).source_split(3).test
+    source = finished.comparison.comparisons["source", "accuracy"].results["known-step-2"]
+    assert accuracy(model, test) == pytest.approx(source.per_seed[0])
+    card = (finished.enhanced / "README.md").read_text()
+    assert "accuracy" in card and (finished.enhanced / "forgetting.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"seed": 4}, "holds results with other seed: 3 there, 4 now"),
-        ({"arms": ARMS[:3]}, "holds results with other arms"),
-        ({"settings": replace(MINIATURE, epochs=3)}, "holds results with other settings"),
-        ({"known": None}, "holds results with other known"),
-    ],
-)
-def test_another_run_in_the_same_folder_is_refused(finished, known, changed, message):
-    arguments = {"seed": 3, "num_seeds": 2, "settings": MINIATURE, "known": known, **changed}
-    with pytest.raises(ValueError, match=message):
-        run_quickstart(finished.path, **arguments)
+def test_the_trajectory_has_the_accuracy_of_its_states(finished):
+    recorded = [state.metrics["unseen_accuracy"] for state in WeightTrajectory(finished.trajectory).states]
+    assert len(recorded) == 5
+    assert recorded[0] == finished.comparison.comparisons["source", "accuracy"].results["naive"].per_seed[0]
 
 
-def test_a_folder_with_something_else_is_refused(tmp_path):
+def test_a_second_run_resumes(finished, tmp_path):
+    copy = shutil.copytree(finished.path, tmp_path / "copy")
+    (copy / "cells" / "seed-3.oracle.json").unlink()
+    shutil.rmtree(copy / "enhanced")
+    again = run_quickstart(copy, 3, num_processes=1)
+    times = [{cell["arm"]: cell["seconds"] for cell in run.comparison.cells} for run in (finished, again)]
+    assert all(times[0][arm] == times[1][arm] for arm in quickstart.ARMS if arm != "oracle")
+    result = [run.comparison.comparisons["few-shot", "accuracy"].results["oracle"] for run in (finished, again)]
+    assert result[0].per_seed == result[1].per_seed and again.enhanced.exists()
+
+
+def test_another_comparison_in_the_folder_is_an_error(finished, small, tmp_path):
+    path = tmp_path / "other.yaml"
+    path.write_text(small.read_text().replace("train: 10", "train: 20"))
+    with pytest.raises(ValueError, match="task"):
+        run_suite(path, finished.path)
+
+
+def test_a_folder_with_other_files_is_an_error(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(FileExistsError, match=r"is not empty and holds no identity\.json"):
+    with pytest.raises(FileExistsError, match=str(tmp_path)):
         run_quickstart(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"seed": -1}, "seed must lie in"),
-        ({"num_seeds": 1}, "num_seeds must be at least 2"),
-        ({"arms": [RANDOM, known_arm(1, 0.5)]}, "naive arm must be among the arms, got \\['random', 'known-x2'\\]"),
-    ],
-)
-def test_arguments_that_are_off_are_errors(tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        run_quickstart(tmp_path / "out", **arguments)
+def test_a_negative_seed_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"seed .*-1"):
+        run_quickstart(tmp_path / "out", -1)
     assert not (tmp_path / "out").exists()
 
 
-def test_images_are_real_scans_in_turn_of_class():
-    source = quickstart._draw(0, 0, QuickstartSettings())
-    target = quickstart._draw(1, 0, QuickstartSettings())
-    assert len(source["labels"]) + len(target["labels"]) == 1797
-    assert source["pixel_values"].shape[1:] == (1, 16, 16)
-    for examples in (source, target):
-        for size in (50, 160, 320):
-            counts = examples["labels"][:size].bincount(minlength=5)
-            assert counts.max() - counts.min() == 0
-    other = quickstart._draw(0, 1, QuickstartSettings())
-    assert not torch.equal(other["labels"], source["labels"]) or not torch.equal(
-        other["pixel_values"], source["pixel_values"]
-    )
+def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
+    from know_hf.evaluation.suites.suite_data import digits_in_frames
 
-
-def test_without_the_extra_the_error_names_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(quickstart, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="needs sklearn, of the extra 'demo'"):
-        run_quickstart(tmp_path)
-
-
-def test_naive_is_the_first_arm():
-    assert ARMS[0] is NAIVE
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match="know_hf\\[demo\\]"):
+        digits_in_frames(16)

@@ -1,4 +1,4 @@
-"""Suites: what their files may hold, how their data is divided, and one whose truth is known."""
+"""Suites: what their files may contain, how their data is divided, and one with a known outcome."""
 
 import json
 import pickle
@@ -18,12 +18,12 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from know_hf import WeightTrajectory
 from know_hf.cli import main
 from know_hf.evaluation import batches, load_suite, run_suite
+from know_hf.evaluation.suites import SUITES_DIR, Suite
 from know_hf.evaluation.suites.small_cnn import SmallCNN, SmallCNNConfig
-from know_hf.evaluation.suites.suite import SUITES_DIR
 from know_hf.evaluation.suites.suite_data import Inputs, Side, class_turns, prepare
-from know_hf.evaluation.suites.suite_task import ModelSpec, SuiteTask
+from know_hf.evaluation.suites.suite_task import SuiteTask
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "compare"
+COMPARE = Path(__file__).parents[1] / "recipes" / "compare" / "compare.py"
 
 KNOWN_TRUTH = """
 name: known-truth
@@ -43,39 +43,49 @@ arms: [naive, random, oracle, shuffled]
 """
 
 
-def written(folder, content=KNOWN_TRUTH, **changes):
+def write_suite(folder, text=KNOWN_TRUTH, **changes):
     path = folder / "suite.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(content), **changes}, sort_keys=False))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(text), **changes}, sort_keys=False))
     return path
+
+
+def make_task(**changes):
+    content = {
+        **yaml.safe_load(KNOWN_TRUTH),
+        "inputs": {"image_size": 8},
+        "source": digits(40, classes=[0, 2, 4], test=100),
+        "target": digits(20, classes=[5, 3]),
+        "model": {"class_name": "SmallCNN", "config": {"width": 4, "num_layers": 1}},
+        "schedule": {"ratio": 0.5, "num_states": 2},
+        "training": {"use_cpu": True},
+    }
+    paths = {name: changes.pop(name) for name in ("dataset_paths", "model_paths") if name in changes}
+    return SuiteTask(Suite.from_dict({**content, **changes}, "a test"), **paths)
+
+
+def digits(train, **options):
+    return {"dataset": "sklearn/digits", "train": train, "validation": 30, **options}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite")
-    return folder, run_suite(written(folder), folder / "out", pages=False)
+    return folder, run_suite(write_suite(folder), folder / "out", pages=False)
 
 
-def test_where_the_truth_is_known_it_is_found(finished):
+def test_a_known_outcome_is_reported(finished):
     _, report = finished
     source = report.comparisons["source", "accuracy"]
     assert source.valid is True and source.headroom is True
     means = {name: result.estimate.mean for name, result in source.results.items()}
     assert means["oracle"] > means["naive"] + 0.05 and means["naive"] > means["shuffled"] + 0.3
-    gap = source.results["shuffled"].difference
-    assert gap.high < -0.3  # as good as guessing
-    assert abs(source.results["shuffled"].estimate.mean - 0.2) < 0.1
-    assert source.validity().endswith("a gain could have shown.")
-
-
-def test_where_nothing_is_transferred_that_is_said(finished):
-    _, report = finished
+    assert source.results["shuffled"].difference.high < -0.3
+    assert abs(source.results["shuffled"].estimate.mean - 0.2) < 0.1, "as good as guessing"
     probe = report.comparisons["linear-probe", "accuracy"]
-    assert probe.valid is False
-    assert probe.verdict().endswith("nothing is shown: naive does not clearly beat what it started from.")
-    assert probe.validity() in report.warnings
+    assert probe.valid is False and probe.validity() in report.warnings
 
 
-def test_the_report_names_what_it_came_from(finished):
+def test_the_report_names_its_data_and_seeds(finished):
     _, report = finished
     data = report.to_dict()
     assert data["task"]["source"]["train"] == 40 and len(data["task"]["data"]) == 4
@@ -87,61 +97,56 @@ def test_the_report_names_what_it_came_from(finished):
     )
 
 
-def test_compute_matched_takes_the_steps_of_the_later_states_on_all_data(finished, monkeypatch):
+def test_compute_matched_trains_for_the_steps_of_the_later_states_on_all_data(finished, monkeypatch):
     folder, _ = finished
-    lengths, train = [], SuiteTask._trainer
+    lengths, make_trainer = [], SuiteTask._trainer
 
-    def spy(self, seed, num_examples, *args, **options):
-        trainer = train(self, seed, num_examples, *args, **options)
+    def spy(self, *args, **options):
+        trainer = make_trainer(self, *args, **options)
         if "max_steps" in options:
             lengths.append((options["max_steps"], len(trainer.train_dataset), trainer.args.seed))
         return trainer
 
-    def again(self, seed, folder):
-        raise AssertionError(f"{folder} was recorded before: processes that measure would shut each other out")
-
     monkeypatch.setattr(SuiteTask, "_trainer", spy)
-    monkeypatch.setattr(SuiteTask, "record", again)
+    monkeypatch.setattr(SuiteTask, "record", lambda *_: pytest.fail("the trajectory was recorded before"))
     report = run_suite(
         folder / "suite.yaml", folder / "out", arms=["naive", "compute-matched"], seeds=[0, 1], pages=False
     )
     assert report.trajectories[0]["steps"] == [160, 5, 1]
     assert lengths == [(5, 40, 1), (1, 40, 2), (5, 40, 101), (1, 40, 102)]
-    assert [cell["arm"] for cell in report.cells] == ["naive", "compute-matched"] * 2  # naive was there already
+    assert [cell["arm"] for cell in report.cells] == ["naive", "compute-matched"] * 2  # naive is read from its cell
 
 
-def test_the_command_runs_a_suite_and_the_script_is_the_command(tmp_path, capsys, monkeypatch):
+def test_the_command_and_the_recipe_run_a_suite(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "out"
-    arguments = [str(written(tmp_path)), "--output-dir", str(folder), "--arms", "naive", "random", "--seeds", "0", "1"]
+    arguments = [
+        str(write_suite(tmp_path)),
+        "--output-dir",
+        str(folder),
+        "--arms",
+        "naive",
+        "random",
+        "--seeds",
+        "0",
+        "1",
+    ]
     assert main(["compare", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("known-truth: 2 trajectories, 1 downstream draws each\n\n2 trajectory seeds are few")
+    assert printed.startswith("known-truth: 2 trajectories")
     data = json.loads((folder / "report.json").read_text())
     assert list(data["arms"]) == ["naive", "random"] and data["seeds"] == [0, 1]
     assert (folder / "report.html").exists()
     monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(RECIPE / "compare.py"), run_name="__main__")
+        runpy.run_path(str(COMPARE), run_name="__main__")
     assert ended.value.code == 0 and capsys.readouterr().out == printed
-
-
-def make_task(**changes):
-    given = {
-        "inputs": Inputs(image_size=8),
-        "source": Side("sklearn/digits", 40, 30, 100, classes=(0, 2, 4)),
-        "target": Side("sklearn/digits", 20, 30, classes=(5, 3)),
-        "model": ModelSpec(class_name="SmallCNN", config={"width": 4, "num_layers": 1}),
-        "schedule": {"ratio": 0.5, "num_states": 2},
-        "training": {"use_cpu": True},
-    }
-    return SuiteTask(**{**given, **changes})
 
 
 def fingerprints(examples):
     return {tuple(pixels.flatten().tolist()) for pixels in examples["pixel_values"]}
 
 
-def test_no_example_is_in_two_parts_and_the_oracle_sees_no_test_example(tmp_path):
+def test_splits_do_not_overlap_and_the_oracle_sees_no_test_example(tmp_path):
     task = make_task()
     source, target = task.source_split(3), task.target_split(3, 1)
     oracle_pixels = fingerprints(task._trainer(3, 80, tmp_path).train_dataset.__getitems__(list(range(80))))
@@ -157,7 +162,7 @@ def test_no_example_is_in_two_parts_and_the_oracle_sees_no_test_example(tmp_path
 
 @pytest.fixture
 def labelled(tmp_path):
-    """A writer of splits with given labels, of one text for each row; gives the folder."""
+    """Writes splits with the given labels, one text per row; returns the folder."""
 
     def write(**splits):
         (tmp_path / "data").mkdir()
@@ -170,15 +175,15 @@ def labelled(tmp_path):
 
 
 def text_task(texts, data, unseen, **options):
-    side = Side("someone/texts", 4, 2, unseen=unseen, **options)
-    places = {"sources": {"someone/texts": data}, "models": {"someone/bert": str(texts / "bert")}}
-    model = ModelSpec("someone/bert")
-    return make_task(inputs=Inputs(max_length=4), source=side, target=side, model=model, **places)
+    side = {"dataset": "someone/texts", "train": 4, "validation": 2, "unseen": unseen, **options}
+    paths = {"dataset_paths": {"someone/texts": data}, "model_paths": {"someone/bert": str(texts / "bert")}}
+    model = {"pretrained": "someone/bert"}
+    return make_task(inputs={"max_length": 4}, source=side, target=side, model=model, **paths)
 
 
-def test_the_pools_own_name_as_unseen_leaks_nothing(texts, labelled):
+def test_naming_the_pool_as_unseen_leaks_no_example(texts, labelled):
     task = text_task(texts, labelled(train=[0, 1] * 10), unseen="train")
-    stored = prepare(task.target, "train", task.inputs, task.sources, str(texts / "bert"))
+    stored = prepare(task.suite.target, "train", task.suite.inputs, task.dataset_paths, str(texts / "bert"))
     order = stored.rows([0, 1, 0]).tolist()
     split = task.target_split(0, 0)
     for part, rows in ((split.train, order[:4]), (split.validation, order[4:6]), (split.test, order[6:])):
@@ -189,29 +194,24 @@ def test_the_pools_own_name_as_unseen_leaks_nothing(texts, labelled):
 @pytest.mark.parametrize(
     ("unseen", "message"),
     [
-        ([-1] * 8, r"split 'test' of someone/texts has examples without a label \(class -1\)"),
-        ([0, 2] * 4, r"'train' and 'test' of someone/texts have different classes, \[0, 1, 2\] and \[0, 2\]"),
+        ([-1] * 8, "'test' of someone/texts .*class -1"),
+        ([0, 2] * 4, r"'train' and 'test' of someone/texts .*\[0, 1, 2\] and \[0, 2\]"),
     ],
 )
 def test_splits_with_other_classes_are_errors(texts, labelled, unseen, message):
     data = labelled(train=[0, 1, 2] * 6, test=unseen)
     with pytest.raises(ValueError, match=message):
-        text_task(texts, data, "test").task({})
+        text_task(texts, data, "test").comparison_task()
 
 
-def test_digits_have_one_split():
-    with pytest.raises(ValueError, match="sklearn/digits has no unseen 'test': it is one set of images"):
-        Side("sklearn/digits", 40, 30, unseen="test")
-
-
-def test_processes_get_the_task_of_a_suite_whole():
-    task = make_task().task({})
+def test_the_task_of_a_suite_is_picklable():
+    task = make_task().comparison_task()
     copy = pickle.loads(pickle.dumps(task))
     assert torch.equal(copy.target(1, 2).train["pixel_values"], task.target(1, 2).train["pixel_values"])
     assert torch.equal(copy.fresh_model(1).classifier.weight, task.fresh_model(1).classifier.weight)
 
 
-def test_seeds_and_draws_give_other_examples_and_the_same_ones_again():
+def test_seeds_and_draws_decide_the_examples():
     task = make_task()
     assert torch.equal(task.target_split(0, 0).train["pixel_values"], task.target_split(0, 0).train["pixel_values"])
     for seed, draw in ((0, 1), (1, 0)):
@@ -220,7 +220,7 @@ def test_seeds_and_draws_give_other_examples_and_the_same_ones_again():
     assert not torch.equal(task.source_split(0).train["pixel_values"], task.source_split(1).train["pixel_values"])
 
 
-def test_initialisations_differ_where_they_should():
+def test_seeds_decide_the_initialisation():
     task = make_task()
     start, fresh = task.start(0), task.fresh_model(0)
     assert torch.equal(start.classifier.weight, task.start(0).classifier.weight)
@@ -231,19 +231,17 @@ def test_initialisations_differ_where_they_should():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": Side("sklearn/digits", 500, 30, classes=(0, 2, 4))}, "the oracle trains on 1000 examples, but"),
-        (
-            {"target": Side("sklearn/digits", 20, 30, 5000, classes=(5, 3))},
-            "30 and 5000 unseen examples are asked for",
-        ),
-        ({"target": Side("sklearn/digits", 900, 30, classes=(5, 3))}, "900 examples are asked for, but split 'train'"),
-        ({"source": Side("sklearn/digits", 20, 30, classes=(5, 11))}, "sklearn/digits has no example of class 11"),
+        ({"source": digits(500, classes=[0, 2, 4])}, "oracle trains on 1000 examples"),
+        ({"target": digits(20, test=5000, classes=[5, 3])}, "validation=30 and test=5000"),
+        ({"target": digits(900, classes=[5, 3])}, "900 training examples, but split 'train'"),
+        ({"source": digits(20, classes=[5, 11])}, "sklearn/digits has no example of class 11"),
+        ({"model": {"class_name": "LargeCNN"}}, "LargeCNN"),
     ],
 )
-def test_too_little_data_is_told_before_anything_is_trained(changes, message):
+def test_errors_are_raised_before_any_training(changes, message):
     task = make_task(**changes)
     with pytest.raises(ValueError, match=message):
-        task.task({})
+        task.comparison_task()
 
 
 def test_classes_take_turns():
@@ -272,7 +270,7 @@ def test_images_of_any_mode_and_size_are_read_from_a_folder(tmp_path):
     assert set(stored.flatten().tolist()) == {0, 40, 80, 100, 140, 180}
 
 
-def test_the_small_network_has_the_layers_it_says():
+def test_layers_of_the_small_network():
     plain, normed = (
         SmallCNN(SmallCNNConfig(width=4, num_layers=2, batch_norm=norm, num_labels=3)) for norm in (False, True)
     )
@@ -287,58 +285,69 @@ def test_the_small_network_has_the_layers_it_says():
     ("changes", "message"),
     [
         ({"sizes": 3}, "unknown key 'sizes'"),
-        ({"inputs": {"image_size": 8, "max_length": 5}}, "either image_size or max_length"),
-        ({"source": {"dataset": "x", "train": 5}}, "missing 1 required positional argument: 'validation'"),
-        ({"model": {}}, "a model needs pretrained, class_name, or both"),
-        ({"model": {"class_name": "LargeCNN"}}, "transformers has no class 'LargeCNN', and it is not SmallCNN"),
-        ({"protocols": [{"kind": "magic"}]}, "is of kind 'magic'; there are fine_tuning"),
-        ({"protocols": [{"kind": "linear_probe", "rates": [1]}]}, "unknown key 'rates'"),
-        ({"arms": ["naive", "magic"]}, "unknown arm 'magic'"),
-        ({"schedule": {"ration": 0.5}}, "schedule of .* unknown key 'ration'; did you mean 'ratio'"),
-        ({"schedule": {"ratio": 2}}, "ratio"),
-        ({"training": {"learning_rat": 1}}, "training of .* unknown key 'learning_rat'; did you mean 'learning_rate'"),
-        ({"training": [3]}, "training of .* must hold keys, got"),
+        ({"seed": 3}, "unknown key 'seed'; did you mean 'seeds'"),
+        ({"content": {}}, "unknown key 'content'"),
+        ({"seeds": "many"}, "seeds: .*integer, got 'many'"),
+        ({"seeds": 0}, "seeds: .*greater than 0, got 0"),
+        ({"draws": 1.5}, "draws: .*integer.*1.5"),
+        ({"inputs": {"image_size": 8, "max_length": 5}}, "inputs: .*either image_size or max_length"),
+        ({"inputs": {"image_size": 8, "channels": 2}}, "channels must be 1 or 3, got 2"),
+        ({"source": {"dataset": "x", "train": 5}}, "'source.validation' is missing.*dataset, train"),
+        ({"source": {"dataset": "x", "train": 5, "validation": 5, "clases": [1]}}, "'source.clases'.*'classes'"),
+        ({"source": digits(40, classes=["one"])}, "source.classes.0: .*'one'"),
+        ({"source": digits(40, unseen="test")}, "unseen='test'"),
+        ({"model": {}}, "model: .*pretrained, class_name, or both"),
+        ({"model": {"class_name": "SmallCNN", "lora": {"r": 2}}}, "model: lora needs pretrained"),
+        ({"protocols": [{"kind": "magic"}]}, "protocols.0: kind .*fine_tuning.*magic"),
+        ({"protocols": ["magic"]}, "protocols.0: kind .*magic"),
+        ({"protocols": [{"kind": "linear_probe", "learning_rate": [1]}]}, "'protocols.0.learning_rate'.*'learning_ra"),
+        ({"protocols": [{"kind": "linear_probe", "learning_rates": [1, "x"]}]}, "protocols.0.learning_rates.1: .*'x'"),
+        ({"arms": ["naive", "magic"]}, "arms.1: unknown arm 'magic'"),
+        ({"schedule": {"ration": 0.5}}, "schedule: unknown key 'ration'; did you mean 'ratio'"),
+        ({"schedule": {"ratio": 2}}, "schedule: .*ratio"),
+        ({"training": {"learning_rat": 1}}, "training: unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ({"training": [3]}, r"training: .*\[3\]"),
+        ({"landscape": {"resolution": "fine"}}, "landscape.resolution: .*'fine'"),
     ],
 )
-def test_a_file_that_is_off_is_an_error(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        run_suite(written(tmp_path, **changes), tmp_path / "out")
+def test_a_file_with_an_invalid_key_or_value_is_an_error(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=rf"suite\.yaml: .*{message}"):
+        load_suite(write_suite(tmp_path, **changes))
 
 
-def test_numbers_may_be_written_as_people_do(tmp_path):
-    content = {**yaml.safe_load(KNOWN_TRUTH), "training": {"learning_rate": "3e-5", "use_cpu": True}}
-    content["protocols"] = [{"kind": "linear_probe", "learning_rates": ["1e-3", "1e-2"]}]
-    suite = load_suite(written(tmp_path, yaml.safe_dump(content)))
+def test_numbers_in_scientific_notation_are_numbers(tmp_path):
+    protocols = [{"kind": "linear_probe", "learning_rates": ["1e-3", "1e-2"]}]
+    suite = load_suite(write_suite(tmp_path, training={"learning_rate": "3e-5"}, protocols=protocols))
     assert suite.training["learning_rate"] == 3e-5 and suite.protocols[0].learning_rates == (1e-3, 1e-2)
 
 
-def test_folders_for_what_the_suite_does_not_read_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="data names 'digits', which known-truth does not read; it reads sklearn/dig"):
-        run_suite(written(tmp_path), tmp_path / "out", data={"digits": "folder"})
-    with pytest.raises(ValueError, match="models names 'bert', which known-truth does not read; it reads none"):
-        run_suite(written(tmp_path), tmp_path / "out", models={"bert": "folder"})
+def test_paths_of_data_that_the_suite_does_not_read_are_errors(tmp_path):
+    for argument, message in (("data", "known-truth reads sklearn/digits"), ("models", "known-truth reads none")):
+        with pytest.raises(ValueError, match=f"{argument} names 'other', .*{message}"):
+            run_suite(write_suite(tmp_path), tmp_path / "out", **{argument: {"other": "folder"}})
 
 
-def test_a_file_without_a_needed_key_or_any_is_an_error(tmp_path):
-    (tmp_path / "a.yaml").write_text("name: x")
-    with pytest.raises(ValueError, match=r"a\.yaml has no 'description'; a suite needs name, description"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("name: x", "'description' is missing"), ("- 1", "must contain keys"), ("a: [", "not valid YAML")],
+)
+def test_a_file_that_is_no_suite_is_an_error(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.yaml.*{message}"):
         load_suite(tmp_path / "a.yaml")
-    (tmp_path / "b.yaml").write_text("- 1")
-    with pytest.raises(ValueError, match=r"b\.yaml holds no keys"):
-        load_suite(tmp_path / "b.yaml")
-    (tmp_path / "c.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match=r"c\.yaml is not valid YAML"):
-        load_suite(tmp_path / "c.yaml")
-    with pytest.raises(FileNotFoundError, match=r"there is no suite .*; give a YAML file, or one of"):
+
+
+def test_a_missing_file_is_an_error():
+    with pytest.raises(FileNotFoundError, match=r"no-such-suite.*digits, fashion-halves"):
         load_suite("no-such-suite")
 
 
-def test_variants_change_keys_and_the_first_is_taken_without_a_name(tmp_path):
-    path = written(tmp_path, variants={"small": {"seeds": 2}, "large": {"seeds": 9, "draws": 3}})
+def test_variants_change_keys_and_the_first_is_the_default(tmp_path):
+    path = write_suite(tmp_path, variants={"small": {"seeds": 2}, "large": {"seeds": 9, "draws": 3}})
     assert load_suite(path).seeds == 2 and load_suite(path).name == "known-truth:small"
     large = load_suite(f"{path}:large")
     assert (large.seeds, large.draws, large.name) == (9, 3, "known-truth:large")
-    with pytest.raises(ValueError, match="has no variant 'huge'; it has small, large"):
+    with pytest.raises(ValueError, match=r"'huge'.*small, large"):
         load_suite(f"{path}:huge")
 
 
@@ -350,19 +359,18 @@ SUITES = [
 
 
 @pytest.mark.parametrize(("name", "variant"), SUITES)
-def test_the_suites_of_the_project_are_whole(name, variant):
+def test_suites_of_the_package(name, variant):
     suite = load_suite(f"{name}:{variant}" if variant else name)
     assert suite.seeds >= 10 and suite.first_seed == 0  # sizes were chosen on seeds from 1000 on
     assert {"naive", "random", "known-step-1", "shrink", "oracle"} <= {arm.name for arm in suite.arms}
     assert all(suite.trials_per_rate % len(arm.settings) == 0 for arm in suite.arms)
     assert any(protocol.on_source for protocol in suite.protocols) and not suite.protocols[0].on_source
-    suite.model.model_class  # noqa: B018  it is there
+    assert suite.model.class_name is None or suite.model.model_class
 
 
-def test_there_are_suites():
+def test_names_of_the_suites_of_the_package():
     names = {name for name, _ in SUITES}
-    assert {"digits", "mnist-halves", "fashion-halves", "reviews", "reviews-lora", "imagenet-style"} <= names
-    assert names == {path.stem for path in RECIPE.glob("*.yaml")}, "pyproject.toml names those that are installed"
+    assert names == {"digits", "mnist-halves", "fashion-halves", "reviews", "reviews-lora", "imagenet-style"}
 
 
 @pytest.fixture(scope="module")
@@ -417,30 +425,29 @@ arms: [naive, pretrained, known-step-1, compute-matched, oracle]
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 @pytest.mark.parametrize("lora", [None, {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["query", "value"]}])
-def test_texts_and_adapters_go_the_same_way(texts, tmp_path, lora):
+def test_texts_and_adapters(texts, tmp_path, lora):
     model = {"pretrained": "someone/bert", **({} if lora is None else {"lora": lora})}
-    sources = {"data": {"someone/texts": str(texts / "data")}, "models": {"someone/bert": str(texts / "bert")}}
+    paths = {"data": {"someone/texts": str(texts / "data")}, "models": {"someone/bert": str(texts / "bert")}}
     arms = None if lora else ["naive", "pretrained"]
-    report = run_suite(written(tmp_path, TEXTS, model=model), tmp_path / "out", arms=arms, pages=False, **sources)
+    suite = write_suite(tmp_path, TEXTS, model=model)
+    report = run_suite(suite, tmp_path / "out", arms=arms, pages=False, **paths)
     trajectory = WeightTrajectory(tmp_path / "out" / "trajectories" / "seed-0")
     assert trajectory.is_adapter is (lora is not None)
     assert trajectory.base_model == ("someone/bert" if lora is None else str(texts / "bert"))
     scores = report.comparisons["source", "loss"].results
-    assert scores["naive"].estimate.mean < scores["pretrained"].estimate.mean  # it has learned
+    assert scores["naive"].estimate.mean < scores["pretrained"].estimate.mean
     states = report.to_dict()["states"]["measures"]["loss"]["per_seed"]
     assert [of_seed[0] for of_seed in states] == list(scores["naive"].per_seed)
     assert lora is None or scores["compute-matched"].per_seed != scores["naive"].per_seed
-    tried = report.cells[0]["measured"]["few-shot"][0]["trials"]
-    assert len(tried) == 1 and report.to_dict()["seeds"] == [0, 1]
+    assert len(report.cells[0]["measured"]["few-shot"][0]["trials"]) == 1
     other = tmp_path / "other"
     shutil.copytree(texts / "bert", other)
     BertModel(BertConfig.from_pretrained(other)).save_pretrained(other)  # another initialisation
-    with pytest.raises(ValueError, match="holds results with other task"):
-        again = {**sources, "models": {"someone/bert": str(other)}}
-        run_suite(written(tmp_path, TEXTS, model=model), tmp_path / "out", arms=arms, pages=False, **again)
+    with pytest.raises(ValueError, match="task"):
+        run_suite(suite, tmp_path / "out", arms=arms, **{**paths, "models": {"someone/bert": str(other)}})
 
 
-def test_padding_that_no_text_of_a_batch_needs_is_left_out(texts):
+def test_batches_are_trimmed_to_their_longest_text(texts):
     side = Side("someone/texts", 8, 4)
     prepared = prepare(side, "train", Inputs(max_length=16), {side.dataset: str(texts / "data")}, str(texts / "bert"))
     examples = prepared.take(prepared.rows([0])[:20])
@@ -458,8 +465,8 @@ def test_padding_that_no_text_of_a_batch_needs_is_left_out(texts):
         (["naive"], [f"{kind}x-step-{count}" for count in (1, 2, 3) for kind in ("", "matched-shrink-")]),
     ],
 )
-def test_further_known_weights_get_the_arms_of_the_shipped_ones(own, further, monkeypatch, tmp_path):
-    monkeypatch.setattr("know_hf.evaluation.suites.suite.compare_arms", lambda *_, arms, **__: arms)
+def test_further_known_weights_get_the_arms_of_the_shipped_weights(own, further, monkeypatch, tmp_path):
+    monkeypatch.setattr("know_hf.evaluation.suites.suite_run.compare_arms", lambda *_, arms, **__: arms)
     arms = run_suite("digits", tmp_path, arms=own, known={"x": "folder"})
     assert [arm.name for arm in arms] == own + further
     assert {arm.known for arm in arms[len(own) :]} == {"folder"}

@@ -14,7 +14,7 @@ from .report.comparison_report import ComparisonReport
 from .runner import run_cells
 from .splits import Split
 from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
-from .suites.suite import Suite, load_suite, run_suite
+from .suites import Suite, load_suite, run_suite
 
 __all__ = [
     "AVERAGE",

@@ -1,5 +1,7 @@
-"""Suites: comparisons written down in YAML."""
+"""Suites: comparisons written as YAML, and the quickstart."""
 
-from .suite import SUITES_DIR, Suite, load_suite, run_suite
+from .quickstart import QuickstartReport, run_quickstart
+from .suite import SUITES_DIR, Suite, load_suite
+from .suite_run import run_suite
 
-__all__ = ["SUITES_DIR", "Suite", "load_suite", "run_suite"]
+__all__ = ["SUITES_DIR", "QuickstartReport", "Suite", "load_suite", "run_quickstart", "run_suite"]

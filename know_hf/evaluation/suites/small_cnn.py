@@ -1,4 +1,4 @@
-"""A plain convolutional network, with or without BatchNorm, for suites: transformers has none that is small."""
+"""A small convolutional network for suites, with or without BatchNorm."""
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -13,11 +13,14 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 class SmallCNNConfig(PreTrainedConfig):
     r"""
     Args:
-        width (`int`, *optional*, defaults to `16`): Channels of the first layer; each later one has twice as many.
-        num_layers (`int`, *optional*, defaults to `3`): Convolutions, each of which halves the image.
-        num_channels (`int`, *optional*, defaults to `1`): Channels of an image.
-        batch_norm (`bool`, *optional*, defaults to `False`): Whether a BatchNorm follows each convolution, which then
-            has no bias.
+        width (`int`, *optional*, defaults to `16`):
+            Channels of the first layer. Each further layer doubles them.
+        num_layers (`int`, *optional*, defaults to `3`):
+            Number of convolutions. Each halves the image.
+        num_channels (`int`, *optional*, defaults to `1`):
+            Channels of an image.
+        batch_norm (`bool`, *optional*, defaults to `False`):
+            Whether BatchNorm follows each convolution, which then has no bias.
     """
 
     model_type = "know_hf_small_cnn"
@@ -29,7 +32,7 @@ class SmallCNNConfig(PreTrainedConfig):
 
 
 class SmallCNN(PreTrainedModel):
-    """3×3 convolutions, each with ReLU and a 2×2 max pooling, the mean over all places, and a linear classifier."""
+    """3×3 convolutions, each with ReLU and 2×2 max pooling, then global average pooling and a linear classifier."""
 
     config_class = SmallCNNConfig
     base_model_prefix = "features"
@@ -60,9 +63,9 @@ class SmallCNN(PreTrainedModel):
             super()._init_weights(module)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutputWithNoAttention:
-        """Maps images `(B, C, H, W)` to logits `(B, num_labels)`; with labels `(B,)` also the cross-entropy."""
-        # Pooling is more than twice as fast in this memory format, which a single channel has to be copied to.
-        copied = torch.empty_like(pixel_values, memory_format=torch.channels_last).copy_(pixel_values)
-        logits = self.classifier(self.features(copied))
+        """Map images `(B, C, H, W)` to logits `(B, num_labels)`; with labels `(B,)` also return the cross-entropy."""
+        # Pooling is twice as fast in this memory format. Tensor.to() does not convert images with a single channel.
+        images = torch.empty_like(pixel_values, memory_format=torch.channels_last).copy_(pixel_values)
+        logits = self.classifier(self.features(images))
         loss = None if labels is None else cross_entropy(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)

@@ -1,238 +1,215 @@
-"""Suites: comparisons that are written down in YAML before they are run; `know-hf compare` runs them.
+"""Suites: comparisons written as YAML before they run. `know-hf compare` runs them.
 
-Keys of the file are the fields of [`Suite`]. Under `variants` there are changes of them, one of which is run with
-`name:variant`; without a name it is the first. Suites of this project are in `recipes/compare`.
+The keys of a file are the fields of [`Suite`]. Its `variants` are named changes to these keys: `name:variant` selects
+one, `name` alone the first.
 """
 
-import copy
-import os
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    PlainValidator,
+    PositiveInt,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 from transformers import TrainingArguments
 
-from ...config_files import check_keys, read_numbers
+from ...config_files import nearest, parse_yaml, read_numbers
 from ...schedule import ForgettingSchedule
-from ..arms import Arm, known_step_arms, make_arm
-from ..compare import compare_arms
+from ..arms import Arm, make_arm
 from ..landscape import Landscape
 from ..linear_probe import LinearProbe
-from ..protocols import AsTheyAre, FineTuning, MeasuringProtocol
-from ..report.comparison_report import ComparisonReport
+from ..protocols import AsTheyAre, FineTuning
 from .suite_data import Inputs, Side
-from .suite_task import ModelSpec, SuiteTask
+from .suite_model import ModelSpec
 
 SUITES_DIR = Path(__file__).parent
 
-Part = TypeVar("Part")
 _PROTOCOLS = {"fine_tuning": FineTuning, "linear_probe": LinearProbe, "as_they_are": AsTheyAre}
+_PARTS: dict[str, type] = {
+    "inputs": Inputs,
+    "source": Side,
+    "target": Side,
+    "model": ModelSpec,
+    "schedule": ForgettingSchedule,
+    "training": TrainingArguments,
+    "landscape": Landscape,
+    **_PROTOCOLS,
+}
+# Further seeds, arms and draws extend a comparison; these keys do not tell one comparison from another.
+_EXTENSIBLE = ("seeds", "first_seed", "arms", "description", "landscape", "draws", "trials_per_rate", "protocols")
+
+
+def _check_schedule(content: dict[str, Any]) -> dict[str, Any]:
+    _check_names(content, ForgettingSchedule)
+    ForgettingSchedule(**content)
+    return content
+
+
+def _check_training(content: dict[str, Any]) -> dict[str, Any]:
+    _check_names(content, TrainingArguments)
+    return content
+
+
+def _without_kind(content: Any) -> Any:
+    # the output of a validator is Python, where strict pydantic takes no list for a tuple
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in content.items() if key != "kind"}
+
+
+ProtocolEntry = Annotated[
+    Annotated[FineTuning, BeforeValidator(_without_kind), Tag("fine_tuning")]
+    | Annotated[LinearProbe, BeforeValidator(_without_kind), Tag("linear_probe")]
+    | Annotated[AsTheyAre, BeforeValidator(_without_kind), Tag("as_they_are")],
+    Discriminator(
+        lambda content: content.get("kind") if isinstance(content, Mapping) else None,
+        custom_error_type="protocol_kind",
+        custom_error_message=f"kind must be one of {', '.join(_PROTOCOLS)}",
+    ),
+]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A comparison as it is written down.
+    """A comparison as written in YAML.
 
     Args:
-        name, description (`str`): For the report.
-        seeds (`int`): Number of trajectory seeds, counted from `first_seed`.
-        inputs ([`Inputs`]): What rows become.
-        source, target ([`Side`]): Where examples come from, and how many.
-        model ([`ModelSpec`]): What is trained.
-        schedule (`Mapping`): Fields of [`ForgettingSchedule`].
-        training (`Mapping`): Fields of `TrainingArguments`.
-        protocols (`tuple`): What is measured, the most important first.
-        arms (`tuple[Arm, ...]`): What is compared.
-        draws (`int`, *optional*, defaults to `1`): Downstream draws of each trajectory.
-        trials_per_rate (`int`, *optional*, defaults to `4`): Trials of every arm at each learning rate.
-        first_seed (`int`, *optional*, defaults to `0`): The first trajectory seed.
-        landscape ([`Landscape`], *optional*): Picture of the loss.
+        name (`str`):
+            Name of the comparison.
+        description (`str`):
+            Description for the report.
+        seeds (`int`):
+            Number of trajectory seeds, counted from `first_seed`.
+        inputs ([`Inputs`]):
+            Model inputs that rows are converted to.
+        source ([`Side`]):
+            Examples of the source task.
+        target ([`Side`]):
+            Examples of the target task.
+        model ([`ModelSpec`]):
+            Model to train.
+        schedule (`Mapping[str, Any]`):
+            Fields of [`ForgettingSchedule`]. Seed and classes are set by the suite.
+        training (`Mapping[str, Any]`):
+            Fields of `TrainingArguments` for Θ0. Later stages differ by the schedule.
+        protocols (`tuple`):
+            Measuring protocols, the most important first.
+        arms (`tuple[Arm, ...]`):
+            Arms to compare.
+        draws (`int`, *optional*, defaults to `1`):
+            Downstream draws of each trajectory.
+        trials_per_rate (`int`, *optional*, defaults to `4`):
+            Tuning trials of each arm at each learning rate.
+        first_seed (`int`, *optional*, defaults to `0`):
+            First trajectory seed.
+        landscape ([`Landscape`], *optional*):
+            Loss landscape to plot.
+        content (`Mapping[str, Any]`, *optional*):
+            Content of the YAML file.
     """
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
     name: str
     description: str
-    seeds: int
+    seeds: PositiveInt
     inputs: Inputs
     source: Side
     target: Side
     model: ModelSpec
-    schedule: Mapping[str, Any]
-    training: Mapping[str, Any]
-    protocols: tuple[MeasuringProtocol, ...]
-    arms: tuple[Arm, ...]
-    draws: int = 1
-    trials_per_rate: int = 4
+    schedule: Annotated[Mapping[str, Any], AfterValidator(_check_schedule)]
+    training: Annotated[Mapping[str, Any], AfterValidator(_check_training)]
+    protocols: tuple[ProtocolEntry, ...]
+    arms: tuple[Annotated[Arm, PlainValidator(make_arm)], ...]
+    draws: PositiveInt = 1
+    trials_per_rate: PositiveInt = 4
     first_seed: int = 0
     landscape: Landscape | None = None
     content: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str) -> "Suite":
-        """A suite from what its YAML file holds, without `variants`.
+        """Build a suite from the content of its YAML file, without `variants`.
 
         Args:
-            content (`Mapping[str, Any]`): The file's content.
-            source (`str`): Where it comes from, for errors.
+            content (`Mapping[str, Any]`):
+                Content of the file.
+            source (`str`):
+                Path of the file, for error messages.
 
         Raises:
-            `ValueError`: for keys that are missing or not known, and for values that are off.
+            `ValueError`: if a key is missing or unknown, or a value is invalid.
         """
         content = read_numbers(content)
-        names = [f.name for f in fields(cls) if f.name != "content"]
-        check_keys(content, names, source)
-        required = names[: names.index("draws")]
-        if missing := [name for name in required if name not in content]:
-            raise ValueError(f"{source} has no {missing[0]!r}; a suite needs {', '.join(required)}")
-        read = dict(content)
-        read["inputs"] = _part(Inputs, content["inputs"], f"inputs of {source}")
-        for side in ("source", "target"):
-            read[side] = _part(Side, content[side], f"{side} of {source}")
-        read["model"] = _part(ModelSpec, content["model"], f"model of {source}")
-        for name, kind in (("schedule", ForgettingSchedule), ("training", TrainingArguments)):
-            _check_mapping(content[name], kind, f"{name} of {source}")
-        _part(ForgettingSchedule, content["schedule"], f"schedule of {source}")
-        read["protocols"] = tuple(_protocol(entry, source) for entry in content["protocols"])
-        read["arms"] = tuple(make_arm(entry) for entry in content["arms"])
-        if content.get("landscape") is not None:
-            read["landscape"] = _part(Landscape, content["landscape"], f"landscape of {source}")
-        return cls(**read, content=copy.deepcopy(dict(content)))
+        if "content" in content:
+            raise ValueError(f"{source}: unknown key 'content'")
+        # JSON, whose arrays strict pydantic takes for tuples
+        document = json.dumps({**content, "content": content}, default=str)
+        try:
+            return TypeAdapter(cls).validate_json(document)
+        except ValidationError as error:
+            raise ValueError(f"{source}: {_explain(error)}") from error
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What its results depend on, as it stands in the file; seeds and arms can be added later."""
-        later = ("seeds", "first_seed", "arms", "description", "landscape", "draws", "trials_per_rate", "protocols")
-        return {key: value for key, value in self.content.items() if key not in later}
+    def identity(self) -> dict[str, Any]:
+        """Keys of the file that the results depend on."""
+        return {key: value for key, value in self.content.items() if key not in _EXTENSIBLE}
 
 
 def load_suite(name: str | Path) -> Suite:
-    """Reads a suite.
+    """Load a suite.
 
     Args:
-        name (`str` or `Path`): A YAML file, or the name of one in `recipes/compare`, which are installed with the
-            package; with `:variant` behind it one of its variants.
+        name (`str` or `Path`):
+            Path of a YAML file, or name of a suite of the package. `:variant` after it selects a variant.
 
     Raises:
-        `FileNotFoundError`: when there is no such file.
-        `ValueError`: when there is no such variant, or as [`Suite.from_dict`].
+        `FileNotFoundError`: if there is no such file.
+        `ValueError`: if there is no such variant, and as [`Suite.from_dict`].
     """
-    import yaml  # type: ignore[import-untyped]
-
     text, _, variant = str(name).partition(":")
     path = Path(text) if text.endswith((".yaml", ".yml")) else SUITES_DIR / f"{text}.yaml"
     if not path.exists():
-        there = ", ".join(sorted(found.stem for found in SUITES_DIR.glob("*.yaml"))) or "none on this machine"
-        raise FileNotFoundError(f"there is no suite {path}; give a YAML file, or one of these: {there}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        names = ", ".join(sorted(file.stem for file in SUITES_DIR.glob("*.yaml")))
+        raise FileNotFoundError(f"suite {path} does not exist; give a YAML file or one of {names}")
+    content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no keys; see recipes/compare for suites")
+        raise ValueError(f"{path} must contain keys, got {content!r}; see the suites in {SUITES_DIR}")
     variants = content.pop("variants", {})
     if variant and variant not in variants:
-        raise ValueError(f"{path} has no variant {variant!r}; it has {', '.join(variants) or 'none'}")
+        raise ValueError(f"{path} has no variant {variant!r}; its variants: {', '.join(variants) or 'none'}")
     if variants:
-        chosen = variant or next(iter(variants))
-        content = {**content, **variants[chosen], "name": f"{content.get('name')}:{chosen}"}
+        variant = variant or next(iter(variants))
+        content = {**content, **variants[variant], "name": f"{content.get('name')}:{variant}"}
     return Suite.from_dict(content, str(path))
 
 
-def run_suite(
-    suite: Suite | str | Path,
-    output_dir: str | Path,
-    *,
-    arms: Sequence[Arm | str | Mapping[str, Any]] | None = None,
-    data: Mapping[str, str] | None = None,
-    models: Mapping[str, str] | None = None,
-    known: Mapping[str, str] | None = None,
-    seeds: Sequence[int] | None = None,
-    num_processes: int = 1,
-    command: str | None = None,
-    pages: bool = True,
-) -> ComparisonReport:
-    """Runs a suite: records its trajectories and compares the arms; resumes, and takes more arms or seeds.
-
-    Args:
-        suite ([`Suite`], `str` or `Path`): The suite, its file or name, see [`load_suite`].
-        output_dir (`str` or `Path`): As of [`compare_arms`].
-        arms (sequence, *optional*): Arms instead of the suite's, see [`make_arm`].
-        data (`Mapping[str, str]`, *optional*): Folders to read the suite's datasets from, by their Hub ids.
-        models (`Mapping[str, str]`, *optional*): Folders to read its pretrained models from, by their Hub ids.
-        known (`Mapping[str, str]`, *optional*): Further KNOWN weights, from a name to a folder or Hub id. Each gets
-            the arms that the shipped ones have, at one to three steps and as matched shrink; all of these where they
-            have none.
-        seeds (sequence of `int`, *optional*): Trajectory seeds instead of the suite's.
-        num_processes, command, pages (*optional*): As of [`compare_arms`].
-
-    Returns:
-        [`ComparisonReport`]: printable.
-
-    Raises:
-        `ValueError`: when `data` or `models` name what the suite does not read.
-        `ValueError`, `FileExistsError`, `RuntimeError`: as [`load_suite`] and [`compare_arms`].
-    """
-    if not isinstance(suite, Suite):
-        suite = load_suite(suite)
-    for what, given, read in (
-        ("data", data, {suite.source.dataset, suite.target.dataset}),
-        ("models", models, {suite.model.pretrained} - {None}),
-    ):
-        if other := sorted(set(given or {}) - read):
-            raise ValueError(
-                f"{what} names {other[0]!r}, which {suite.name} does not read; it reads"
-                f" {', '.join(sorted(map(str, read))) or 'none'}"
-            )
-    chosen = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in (suite.arms if arms is None else arms)]
-    names = {arm.name for arm in chosen}
-    for name, weights in (known or {}).items():
-        further = known_step_arms(name=name, known=os.path.expanduser(weights))
-        alike = [arm for shipped, arm in zip(known_step_arms(), further, strict=True) if shipped.name in names]
-        chosen += alike or further
-    task = SuiteTask(
-        inputs=suite.inputs,
-        source=suite.source,
-        target=suite.target,
-        model=suite.model,
-        schedule=suite.schedule,
-        training=suite.training,
-        sources={name: os.path.expanduser(place) for name, place in (data or {}).items()},
-        models={name: os.path.expanduser(place) for name, place in (models or {}).items()},
-    )
-    return compare_arms(
-        task.task(suite.facts),
-        output_dir,
-        protocols=suite.protocols,
-        arms=chosen,
-        seeds=range(suite.first_seed, suite.first_seed + suite.seeds) if seeds is None else seeds,
-        draws=suite.draws,
-        trials_per_rate=suite.trials_per_rate,
-        landscape=suite.landscape,
-        num_processes=num_processes,
-        name=suite.name,
-        description=suite.description,
-        command=command,
-        pages=pages,
-    )
+def _check_names(content: Mapping[str, Any], cls: type) -> None:
+    names = [f.name for f in fields(cls)]
+    for name in content:
+        if name not in names:
+            raise ValueError(f"unknown key {name!r}; {nearest(name, names)}")
 
 
-def _part(kind: type[Part], content: Any, source: str) -> Part:
-    _check_mapping(content, kind, source)
-    try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
-    except TypeError as error:
-        raise ValueError(f"{source}: {error}") from error
-
-
-def _check_mapping(content: Any, kind: type, source: str) -> None:
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{source} must hold keys, got {content!r}")
-    check_keys(content, [f.name for f in fields(kind)], source)
-
-
-def _protocol(content: Mapping[str, Any], source: str) -> MeasuringProtocol:
-    read = dict(content)
-    kind = read.pop("kind", None)
-    if kind not in _PROTOCOLS:
-        raise ValueError(f"protocol of {source} is of kind {kind!r}; there are {', '.join(_PROTOCOLS)}")
-    return _part(_PROTOCOLS[kind], read, f"protocol {kind} of {source}")
+def _explain(error: ValidationError) -> str:
+    """Describe the first problem, unknown keys before others: a key may be missing because it is misspelled."""
+    first = min(error.errors(), key=lambda entry: entry["type"] != "unexpected_keyword_argument")
+    path = [part for part in first["loc"] if part not in _PROTOCOLS]
+    parent = next((part for part in reversed(first["loc"][:-1]) if isinstance(part, str)), "")
+    names = [f.name for f in fields(_PARTS.get(parent, Suite)) if f.name != "content"]
+    key = ".".join(map(str, path))
+    if first["type"] == "unexpected_keyword_argument":
+        return f"unknown key {key!r}; {nearest(str(path[-1]), names)}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing; the keys here: {', '.join(names)}"
+    if first["type"] == "value_error":
+        return f"{key}: {first['ctx']['error']}"
+    return f"{key}: {first['msg'].removeprefix('Input ')}, got {first['input']!r}"

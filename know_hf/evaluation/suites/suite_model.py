@@ -1,0 +1,136 @@
+"""The model of a suite."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+
+from ...checkpoint import file_sha256
+from .small_cnn import SmallCNN
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model of a suite.
+
+    Args:
+        pretrained (`str`, *optional*):
+            Hub id of the weights to start from.
+        class_name (`str`, *optional*):
+            Class of transformers, or `"SmallCNN"`. Defaults to the class that the `Auto` classes choose for
+            `pretrained`.
+        config (`Mapping[str, Any]`, *optional*):
+            Configuration of the model, or changes to that of `pretrained`.
+        new (`bool`, *optional*, defaults to `False`):
+            Whether to take only the architecture of `pretrained`, with random weights.
+        lora (`Mapping[str, Any]`, *optional*):
+            Arguments of `peft.LoraConfig`, to train an adapter instead of the model.
+    """
+
+    pretrained: str | None = None
+    class_name: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    new: bool = False
+    lora: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.pretrained is None and self.class_name is None:
+            raise ValueError("a model needs pretrained, class_name, or both")
+        if self.lora is not None and not self.starts_pretrained:
+            raise ValueError("lora needs pretrained weights to adapt; give pretrained, without new")
+
+    @property
+    def starts_pretrained(self) -> bool:
+        """Whether training starts from pretrained weights."""
+        return self.pretrained is not None and not self.new
+
+    @property
+    def model_class(self) -> type[PreTrainedModel] | None:
+        """The class called `class_name`."""
+        import transformers
+
+        if self.class_name is None:
+            return None
+        model_class = SmallCNN if self.class_name == "SmallCNN" else getattr(transformers, self.class_name, None)
+        if model_class is None:
+            raise ValueError(f"transformers has no class {self.class_name!r}; give one of its classes or SmallCNN")
+        return model_class
+
+    def path(self, model_paths: Mapping[str, str]) -> str | None:
+        """Return the folder or Hub id that `pretrained` is read from."""
+        return None if self.pretrained is None else model_paths.get(self.pretrained, self.pretrained)
+
+    def build(self, seed: int, num_labels: int, path: str | None, is_image: bool, new: bool) -> PreTrainedModel:
+        """Load or initialise the model, without an adapter.
+
+        Args:
+            seed (`int`):
+                Seed of the weights that are initialised.
+            num_labels (`int`):
+                Classes of the head.
+            path (`str`, *optional*):
+                See [`ModelSpec.path`].
+            is_image (`bool`):
+                Whether the model classifies images or texts.
+            new (`bool`):
+                Whether to initialise all weights.
+        """
+        options = {**self.config, "num_labels": num_labels}
+        model_class = self.model_class
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if path is None:
+                assert model_class is not None and model_class.config_class is not None
+                return model_class(model_class.config_class(**options))
+            auto = AutoModelForImageClassification if is_image else AutoModelForSequenceClassification
+            if new:
+                config = AutoConfig.from_pretrained(path, **options)
+                return auto.from_config(config) if model_class is None else model_class(config)
+            model = (model_class or auto).from_pretrained(path, ignore_mismatched_sizes=True, **options)
+            if self.lora is None:  # peft needs the folder: it reads the base model's config whenever it saves
+                model.name_or_path = model.config.name_or_path = self.pretrained
+            return model
+
+    def with_adapter(self, model: PreTrainedModel, seed: int) -> nn.Module:
+        """Add the adapter of `lora`, if any."""
+        if self.lora is None:
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return get_peft_model(model, LoraConfig(**self.lora))
+
+    def weights_hash(self, path: str | None) -> str | None:
+        """Return the hashes of the pretrained weight files, in a folder or the Hub cache."""
+        if path is None or not self.starts_pretrained:
+            return None
+        for index, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+            if file := _cached(path, single):
+                return file_sha256(file)[:20]
+            if file := _cached(path, index):
+                names = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+                return ",".join(file_sha256(shard)[:20] for name in names if (shard := _cached(path, name)))
+        return None
+
+
+def _cached(path: str, name: str) -> Path | None:
+    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else Path(file)

@@ -1,0 +1,90 @@
+"""[`run_suite`] records the trajectories of a suite and compares its arms."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..arms import Arm, known_step_arms, make_arm
+from ..compare import compare_arms
+from ..report.comparison_report import ComparisonReport
+from .suite import Suite, load_suite
+from .suite_task import SuiteTask
+
+
+def run_suite(
+    suite: Suite | str | Path,
+    output_dir: str | Path,
+    *,
+    arms: Sequence[Arm | str | Mapping[str, Any]] | None = None,
+    data: Mapping[str, str] | None = None,
+    models: Mapping[str, str] | None = None,
+    known: Mapping[str, str] | None = None,
+    seeds: Sequence[int] | None = None,
+    **options: Any,
+) -> ComparisonReport:
+    """Record the trajectories of a suite and compare its arms.
+
+    Finished cells are not run again; arms and seeds can be added later.
+
+    Args:
+        suite ([`Suite`], `str` or `Path`):
+            The suite, its file or its name, see [`load_suite`].
+        output_dir (`str` or `Path`):
+            See [`compare_arms`].
+        arms (sequence, *optional*):
+            Arms instead of those of the suite, see [`make_arm`].
+        data (`Mapping[str, str]`, *optional*):
+            Folders to read the datasets of the suite from, by their Hub ids.
+        models (`Mapping[str, str]`, *optional*):
+            Folders to read its pretrained models from, by their Hub ids.
+        known (`Mapping[str, str]`, *optional*):
+            Further KNOWN weights, from a name to a folder or Hub id. Each gets the same KNOWN and matched-shrink arms
+            as the shipped weights; all of them if the suite has none.
+        seeds (sequence of `int`, *optional*):
+            Trajectory seeds instead of those of the suite.
+        options (*optional*):
+            `num_processes`, `command` and `pages` of [`compare_arms`].
+
+    Returns:
+        [`ComparisonReport`]: the report, printable.
+
+    Raises:
+        `ValueError`: if `data` or `models` names something that the suite does not read, and as [`load_suite`] and
+            [`compare_arms`].
+        `FileExistsError`, `RuntimeError`: as [`compare_arms`].
+    """
+    if not isinstance(suite, Suite):
+        suite = load_suite(suite)
+    _check_ids("data", data, {suite.source.dataset, suite.target.dataset}, suite.name)
+    _check_ids("models", models, {suite.model.pretrained} - {None}, suite.name)
+    compared = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in (suite.arms if arms is None else arms)]
+    names = {arm.name for arm in compared}
+    for name, weights in (known or {}).items():
+        further = known_step_arms(name=name, known=os.path.expanduser(weights))
+        matching = [arm for shipped, arm in zip(known_step_arms(), further, strict=True) if shipped.name in names]
+        compared += matching or further
+    task = SuiteTask(suite, _expanded(data), _expanded(models))
+    return compare_arms(
+        task.comparison_task(),
+        output_dir,
+        protocols=suite.protocols,
+        arms=compared,
+        seeds=range(suite.first_seed, suite.first_seed + suite.seeds) if seeds is None else seeds,
+        draws=suite.draws,
+        trials_per_rate=suite.trials_per_rate,
+        landscape=suite.landscape,
+        name=suite.name,
+        description=suite.description,
+        **options,
+    )
+
+
+def _check_ids(argument: str, paths: Mapping[str, str] | None, ids: set[Any], suite: str) -> None:
+    for name in paths or {}:
+        if name not in ids:
+            raise ValueError(f"{argument} names {name!r}, but {suite} reads {', '.join(sorted(ids)) or 'none'}")
+
+
+def _expanded(paths: Mapping[str, str] | None) -> dict[str, str]:
+    return {name: os.path.expanduser(path) for name, path in (paths or {}).items()}
