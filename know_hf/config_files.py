@@ -109,12 +109,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
 
 
 def read_flags(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """Return the values of the flags that were given, by field name.
-
-    Raises:
-        `ValueError`:
-            When a flag for a mapping holds something else than `KEY=VALUE`.
-    """
+    """Return the values of the given flags by field name; raise a `ValueError` for a pair other than `KEY=VALUE`."""
     values = {field.name: getattr(namespace, field.name) for field in fields(cls) if hasattr(namespace, field.name)}
     hints = get_type_hints(cls)
     return {

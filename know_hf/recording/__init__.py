@@ -1,4 +1,4 @@
-"""Recording: structured forgetting with a `Trainer`, every state handed to a [`WeightTrajectory`]."""
+"""Recording: train on smaller and smaller subsets with a `Trainer`, and hand every state to a trajectory."""
 
 from .callback import WeightTransitionCallback
 from .induce import induce_forgetting

@@ -1,4 +1,4 @@
-"""[`WeightTransitionCallback`] holds the one idea: when a training ends, its weights are the next state."""
+"""[`WeightTransitionCallback`]: when a training ends, its weights become the next state."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,20 +11,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..distributed import gather_state_dict, reshard
 from ..schedule import ForgettingSchedule
 from ..trajectory import WeightTrajectory, check_adapter
-from .validation import (
-    check_arguments,
-    training_facts,
-    warn_of_changes,
-    warn_of_early_end,
-    warn_of_statistics,
-    warn_of_warmup,
-)
+from .resuming import recorded_arguments
+from .training_warnings import warn_about_early_end, warn_about_statistics, warn_about_warmup
+from .validation import check_arguments, check_reloadable
 
 
 class WeightTransitionCallback(TrainerCallback):
-    """Records the weights at the end of every training as the next state of one trajectory.
+    """Record the weights at the end of every training as the next state of one trajectory.
 
-    [`induce_forgetting`] uses it; it also works alone, in a loop of one's own that trains on ever smaller subsets:
+    [`induce_forgetting`] uses it. On its own it works in any loop that trains on smaller and smaller subsets:
 
     ```python
     callback = WeightTransitionCallback("trajectory/", schedule)
@@ -32,27 +27,33 @@ class WeightTransitionCallback(TrainerCallback):
         Trainer(model, args, train_dataset=dataset.select(indices), callbacks=[callback]).train()
     ```
 
-    The weights are copied, and where the schedule has more states to come, a thread writes them while the training
-    goes on. An error of the writing is logged at once and raised when the next training begins or ends, or the
-    trajectory is read.
+    The weights are copied. If the schedule has more states to come, a thread writes them while the next training runs.
+    A write error is logged at once, and raised when the next training begins or ends or the trajectory is read.
 
     Args:
-        output_dir (`str` or `Path`): The trajectory's folder; one that holds a trajectory is continued.
-        schedule ([`ForgettingSchedule`], *optional*): Kept in `trajectory.json` and compared when continuing. Streams
-            need it: state k is then recorded as trained on the share `ratio**k`.
-        trainer (`Trainer`, *optional*): Needed where no process holds the whole weights (FSDP, ZeRO-3).
-        dtype (`torch.dtype`, *optional*): Floating-point dtype to store, such as `torch.bfloat16`; by default that of
-            each weight. A run that resumes goes on from what was stored.
+        output_dir (`str` or `Path`):
+            Folder of the trajectory; an existing trajectory is continued.
+        schedule ([`ForgettingSchedule`], *optional*):
+            Stored in `trajectory.json` and compared when continuing. Required for streams: state k is recorded as
+            trained on the share `ratio**k`.
+        trainer (`Trainer`, *optional*):
+            Required when each process holds only a part of the weights (FSDP, ZeRO-3).
+        dtype (`torch.dtype`, *optional*):
+            Floating-point dtype to store, such as `torch.bfloat16`; defaults to the dtype of each weight. A resumed
+            run continues from the stored weights.
 
     Attributes:
-        trajectory ([`WeightTrajectory`]): The states recorded so far. Only the main process writes.
+        trajectory ([`WeightTrajectory`]):
+            The states recorded so far. Only the main process writes.
 
     Raises:
-        `FileExistsError`: when the folder holds a model.
-        `ValueError`: when the folder's trajectory was recorded with another schedule; before a training, when its
-            subset is not smaller than that of the last state, is a stream without a schedule, the adapter can't be
-            recorded, or `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on; after it, when a weight
-            is not finite or no process holds all weights.
+        `FileExistsError`:
+            When the folder holds a model.
+        `ValueError`:
+            When the trajectory in the folder has another schedule. Before a training: when its subset is not smaller
+            than that of the last state or is a stream without a schedule, the adapter cannot be recorded, or
+            `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on. After a training: when a weight is not
+            finite or no process holds all weights.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class WeightTransitionCallback(TrainerCallback):
             self.trajectory = WeightTrajectory(output_dir)
             if schedule is not None and self.trajectory.schedule != schedule:
                 raise ValueError(
-                    f"{output_dir} was recorded with {self.trajectory.schedule}, not with {schedule}; continue with"
-                    " the same schedule or record to another folder"
+                    f"{output_dir} was recorded with {self.trajectory.schedule}, not with {schedule}; use the same"
+                    " schedule to resume, or record to another folder"
                 )
         else:
             self.trajectory = WeightTrajectory.create(output_dir, schedule)
@@ -85,9 +86,8 @@ class WeightTransitionCallback(TrainerCallback):
         size = num_examples_of(kwargs)
         if size is None and self.trajectory.schedule is None:
             raise ValueError(
-                f"a state of {self.trajectory.path} would be trained on a stream, which has no size to compare with"
-                " that of the state before; give the callback the schedule that divided the stream:"
-                " WeightTransitionCallback(output_dir, schedule)"
+                f"the training data of the next state of {self.trajectory.path} is a stream, whose size is unknown;"
+                " pass the schedule that divided it: WeightTransitionCallback(output_dir, schedule)"
             )
         if not state.is_world_process_zero:
             return
@@ -96,58 +96,58 @@ class WeightTransitionCallback(TrainerCallback):
         if size is not None and last is not None and size >= last:
             raise ValueError(
                 f"state {len(self._sizes)} of {self.trajectory.path} would be trained on {size} examples, but state"
-                f" {len(self._sizes) - 1} saw {last}; every stage trains on fewer examples"
+                f" {len(self._sizes) - 1} was trained on {last}; every stage needs fewer examples than the one before"
             )
-        warn_of_warmup(args, state)
+        warn_about_warmup(args, state)
         if not self._sizes:
-            warn_of_changes(kwargs["model"])
+            check_reloadable(kwargs["model"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and not self._stepped:
-            warn_of_statistics(kwargs["model"])  # not before: each step sets the mode of every layer
+            warn_about_statistics(kwargs["model"])  # not earlier: each step sets the mode of every layer
         self._stepped = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        state_dict = gather_state_dict(kwargs["model"], self.trainer)  # takes every process
+        state_dict = gather_state_dict(kwargs["model"], self.trainer)  # a collective call: on every process
         if state.is_world_process_zero:
-            warn_of_early_end(len(self._sizes), state)
+            warn_about_early_end(len(self._sizes), state)
             self.record(
                 kwargs["model"],
                 state_dict=state_dict,
                 num_examples=num_examples_of(kwargs),
                 steps=state.global_step,
                 seed=args.seed,
-                training=training_facts(args),
+                training=recorded_arguments(args),
                 processing_class=kwargs.get("processing_class"),
             )
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        reshard(kwargs["model"])  # the optimizer of the next training is made before any event of it
+        reshard(kwargs["model"])  # the next training creates its optimizer before any of its events
 
-    def record(self, model: nn.Module, **facts: Any) -> None:
-        """Copies the weights and lets a thread write the next state; arguments as [`WeightTrajectory.record`].
+    def record(self, model: nn.Module, **details: Any) -> None:
+        """Copy the weights and write them as the next state; takes the arguments of [`WeightTrajectory.record`].
 
-        The last state of the schedule is waited for, and so is every state without one: what comes after the loop
-        finds the trajectory whole.
+        A thread writes the state, unless it is the last of the schedule or there is no schedule: the trajectory is
+        complete when the loop ends.
         """
         schedule = self.trajectory.schedule
-        if schedule is not None and facts["num_examples"] is None:
-            facts.setdefault("fraction", schedule.ratio ** len(self._sizes))
+        if schedule is not None and details["num_examples"] is None:
+            details.setdefault("fraction", schedule.ratio ** len(self._sizes))
         more = schedule is not None and len(self._sizes) + 1 < schedule.num_states
-        self.trajectory.record(model, dtype=self.dtype, background=more, **facts)
-        self._sizes.append(facts["num_examples"])
+        self.trajectory.record(model, dtype=self.dtype, background=more, **details)
+        self._sizes.append(details["num_examples"])
 
 
 def num_examples_of(kwargs: Mapping[str, Any]) -> int | None:
-    """Number of examples that a training's loader has, from the arguments of its events; `None` of a stream."""
+    """Return the size of the training data, from the keyword arguments of a callback event; `None` for a stream."""
     dataset = kwargs["train_dataloader"].dataset
     try:
         return len(dataset)
-    except TypeError:  # a stream; accelerate's share of one for a process has a __len__ that fails
+    except TypeError:  # a stream; the shard that accelerate makes of one has a __len__ that fails
         return None

@@ -1,4 +1,4 @@
-"""[`induce_forgetting`] runs the stages with a given `Trainer` and resumes where an earlier run stopped."""
+"""[`induce_forgetting`] trains stage after stage with a given `Trainer` and resumes an interrupted recording."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -19,60 +19,11 @@ from ..schedule import ForgettingSchedule
 from ..trajectory import StateRecord, WeightTrajectory, state_nbytes
 from .callback import WeightTransitionCallback, num_examples_of
 from .progress import Progress
-from .validation import (
-    check_same_training,
-    check_trainer,
-    examples_per_step,
-    training_facts,
-    warn_of_changes,
-    warn_of_warmup,
-)
+from .resuming import check_same_recording, examples_per_step, recorded_arguments
+from .training_warnings import warn_about_warmup
+from .validation import check_reloadable, check_trainer
 
 logger = logging.get_logger(__name__)
-
-
-class _StageCallback(WeightTransitionCallback):
-    """The callback as [`induce_forgetting`] uses it: told what a stage is, its errors kept for all processes."""
-
-    def __init__(self, output_dir: str | Path, schedule: ForgettingSchedule, **options: Any) -> None:
-        super().__init__(output_dir, schedule, **options)
-        self.subset: Subset | None = None
-        self.training: dict[str, str] = {}
-        self.on_written: Callable[[StateRecord], object] | None = None
-        self.failure: Exception | None = None
-        self._loaded: tuple[Subset, int | None] | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
-        """The sizes were looked at before the first stage; whether the loader follows them shows only now."""
-        assert self.subset is not None
-        if state.is_world_process_zero:
-            warn_of_warmup(args, state)
-        last, found = self._loaded, num_examples_of(kwargs)
-        self._loaded = self.subset, found
-        if last is None or last[0] is self.subset:  # begun again with a smaller batch, by auto_find_batch_size
-            return
-        if found is not None and last[1] is not None and found >= last[1]:
-            raise ValueError(
-                f"the trainer's loader has {found} examples for the subset of {self.subset.size}, and had"
-                f" {last[1]} for the state before: it does not follow trainer.train_dataset; let get_train_dataloader"
-                " read self.train_dataset, which is the subset of each stage"
-            )
-
-    def record(self, model: nn.Module, **facts: Any) -> None:
-        assert self.subset is not None
-        facts |= {"num_examples": self.subset.num_examples, "fraction": self.subset.fraction}
-        facts |= {"subset_fingerprint": self.subset.fingerprint, "on_written": self.on_written}
-        # not those of its end: auto_find_batch_size may have changed them
-        facts |= {"training": self.training if facts["steps"] else {}}
-        try:
-            super().record(model, **facts)
-        except Exception as error:
-            self.failure = error
-
-    def raise_failure(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-        self.trajectory.check()
 
 
 def induce_forgetting(
@@ -83,81 +34,88 @@ def induce_forgetting(
     *,
     dtype: torch.dtype | None = None,
 ) -> WeightTrajectory:
-    """Trains a model on ever smaller nested subsets of its data and records every state (KNOW paper, §3).
+    """Train a model on smaller and smaller nested subsets of its data and record every state (KNOW paper, §3).
 
-    Each stage starts from the weights of the stage before, with a fresh optimizer and scheduler made from the
-    trainer's own arguments, and is seeded with `trainer.args.seed + state`. Finished states are never trained again:
-    called again with the same folder and arguments, the run goes on with the first state that is missing, and ends in
-    the same weights as a run that was never interrupted, unless `dtype` rounds what is stored. Where the trainer has
-    an `eval_dataset`, every state is evaluated. Size, displacement and metrics of every state go to the trainer's
-    loggers under `forgetting/`.
+    Each stage starts from the weights of the stage before, with a new optimizer and scheduler from the trainer's
+    arguments and the seed `trainer.args.seed + state`. If the trainer has an `eval_dataset`, every state is evaluated.
+    Size, displacement and metrics of every state go to the trainer's loggers under `forgetting/`.
 
-    To be called on every process of a distributed training; the main one writes, and its errors come out on all.
+    A second call with the same folder and arguments resumes at the first missing state. It ends in the same weights as
+    an uninterrupted run, unless `dtype` rounds the stored weights. A recording under ZeRO-3 cannot be resumed.
+
+    In distributed training, call it on every process; the main process writes, and its errors are raised on all.
 
     Afterwards the trainer has its own dataset, arguments and callbacks again, and its model holds Θ0, the weights
-    after training on all data (under FSDP and ZeRO-3 it keeps those of the last state).
+    trained on all data (under FSDP and ZeRO-3 those of the last state).
 
-    Adapters hold no statistics of the BatchNorm layers below them. Where these are in training mode, they stay as the
-    last stage left them and a resumed run ends in other weights: a warning says so. Layers in `modules_to_save`, or in
-    evaluation mode, are not concerned. A recording under ZeRO-3 can't be resumed.
-
-    Warned of are also a model that its config does not describe, such as with another head: it is recorded and
-    resumed, but not loaded by `from_pretrained`; a warmup longer than a stage; and a stage that ends before its last
-    step.
+    Warns when a warmup is longer than a stage, when a stage ends early, when the config does not describe the model
+    (states then load with `load_into`, not with `from_pretrained`), and when BatchNorm layers below an adapter are in
+    training mode (no state holds their statistics, so a resumed run ends in other weights).
 
     Args:
-        trainer (`Trainer`): Any trainer of transformers' kind with a `train_dataset`. Of a `PeftModel` the adapter is
-            recorded: one, and none that learns a prompt.
-        schedule ([`ForgettingSchedule`]): The subsets.
-        output_dir (`str` or `Path`): The trajectory's folder.
+        trainer (`Trainer`):
+            Any `transformers.Trainer` with a `train_dataset`. For a `PeftModel` the adapter is recorded; it must have
+            one adapter, and not a prompt-learning one.
+        schedule ([`ForgettingSchedule`]):
+            The subsets.
+        output_dir (`str` or `Path`):
+            Folder of the trajectory.
         start (`"train"` or `"current"`, *optional*, defaults to `"train"`):
-            `"train"` makes Θ0 by training on all data, just as `trainer.train()` would; `"current"` takes the weights
-            that the model has.
-        dtype (`torch.dtype`, *optional*): Floating-point dtype to store, see [`WeightTransitionCallback`].
+            `"train"` trains state 0 on all data, like `trainer.train()`; `"current"` uses the model's current weights
+            as state 0.
+        dtype (`torch.dtype`, *optional*):
+            Floating-point dtype to store, see [`WeightTransitionCallback`].
 
     Returns:
         [`WeightTrajectory`]: with `schedule.num_states` states.
 
     Raises:
-        `TypeError`: when trainer or schedule are something else.
-        `ValueError`: when the subsets are too small, the dataset can't be divided, an adapter can't be recorded, the
-            trainer's optimizer can't be made afresh, `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is
-            on, the trainer's loader does not follow its `train_dataset`, a state is not finite, or the folder holds a
-            trajectory of another schedule, other data or other training arguments, or one to go on with under ZeRO-3.
-        `FileExistsError`: when the folder holds a model.
-        `OSError`: before the training, when the disk has not the space that all states need.
-        `TrajectoryBusyError`: when another process records to the folder.
+        `TypeError`:
+            When trainer or schedule have another type.
+        `ValueError`:
+            When the subsets are too small, the dataset cannot be divided, an adapter cannot be recorded, the
+            trainer's optimizer cannot be created again, `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval`
+            is on, the trainer's loader does not follow its `train_dataset`, a state is not finite, or the folder holds
+            a trajectory of another schedule, other data or other training arguments, or one to resume under ZeRO-3.
+        `FileExistsError`:
+            When the folder holds a model.
+        `OSError`:
+            Before the training, when the disk has too little space for all states.
+        `TrajectoryBusyError`:
+            When another process records to the folder.
     """
     if start not in ("train", "current"):
         raise ValueError(f"start must be 'train' or 'current', got {start!r}")
     check_trainer(trainer)
     if not isinstance(schedule, ForgettingSchedule):
-        raise TypeError(f"schedule={schedule!r} is no ForgettingSchedule; give ForgettingSchedule(ratio=0.5)")
+        raise TypeError(f"schedule must be a ForgettingSchedule, got {schedule!r}")
     subsets = divide(trainer.train_dataset, schedule, examples_per_step(trainer.args))
+    arguments = [_stage_arguments(trainer.args, index, schedule) for index in range(schedule.num_states)]
     callback = _StageCallback(output_dir, schedule, trainer=trainer, dtype=dtype)
     trajectory = callback.trajectory
     with ExitStack() as stack:
-        done = on_main_process(
-            trainer.accelerator, lambda: _begin(stack, trajectory, subsets, trainer, schedule, dtype)
-        )
-        if done:
-            trajectory.load_into(trainer.model, done - 1)
-        stack.enter_context(_borrowed(trainer))
+
+        def begin() -> int:
+            stack.enter_context(trajectory.recording())
+            check_same_recording(trajectory, subsets, arguments)
+            _check_missing_states(trajectory, trainer.model, schedule, dtype)
+            return trajectory.num_states
+
+        num_recorded = on_main_process(trainer.accelerator, begin)
+        if num_recorded:
+            trajectory.load_into(trainer.model, num_recorded - 1)
+        stack.enter_context(_restored(trainer))
         progress = stack.enter_context(Progress(trainer, trajectory, schedule.num_states))
-        callback.on_written = progress.written
-        if done and on_main_process(trainer.accelerator, lambda: not trajectory.states[-1].metrics):
-            progress.evaluate(done - 1)
-        for index in range(done, schedule.num_states):
+        callback.on_written = progress.on_written
+        if num_recorded and on_main_process(trainer.accelerator, lambda: not trajectory.states[-1].metrics):
+            progress.evaluate(num_recorded - 1)
+        for index in range(num_recorded, schedule.num_states):
             callback.subset = subsets[index]
             progress.begin(index, subsets[index])
             if index == 0 and start == "current":
-                state_dict = gather_state_dict(trainer.model, trainer)
-                if trainer.accelerator.is_main_process:
-                    callback.record(
-                        trainer.model, state_dict=state_dict, steps=0, processing_class=trainer.processing_class
-                    )
+                callback.record_current(trainer)
             else:
-                _train_stage(trainer, index, schedule, subsets[index], callback)
+                _train_stage(trainer, arguments[index], subsets[index], callback)
             on_main_process(trainer.accelerator, callback.raise_failure)
             progress.evaluate(index)
         on_main_process(trainer.accelerator, progress.finish)
@@ -167,40 +125,74 @@ def induce_forgetting(
     return trajectory
 
 
-def _begin(
-    stack: ExitStack,
-    trajectory: WeightTrajectory,
-    subsets: list[Subset],
-    trainer: Trainer,
-    schedule: ForgettingSchedule,
-    dtype: torch.dtype | None,
-) -> int:
-    """Whether the run can go on and end, told before anything is trained; returns the number of finished states."""
-    stack.enter_context(trajectory.recording())
-    for state, subset in zip(trajectory.states, subsets, strict=False):
-        if state.subset_fingerprint != subset.fingerprint:
+class _StageCallback(WeightTransitionCallback):
+    """The callback of [`induce_forgetting`]: knows the subset, and keeps errors to raise them on all processes."""
+
+    def __init__(self, output_dir: str | Path, schedule: ForgettingSchedule, **options: Any) -> None:
+        super().__init__(output_dir, schedule, **options)
+        self.subset: Subset | None = None
+        self.training: dict[str, str] = {}
+        self.on_written: Callable[[StateRecord], object] | None = None
+        self._failure: Exception | None = None
+        self._last_loaded: tuple[Subset, int | None] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        """Check that the loader follows the subsets; everything else was checked before the first stage."""
+        assert self.subset is not None
+        if state.is_world_process_zero:
+            warn_about_warmup(args, state)
+        last, size = self._last_loaded, num_examples_of(kwargs)
+        self._last_loaded = self.subset, size
+        if last is None or last[0] is self.subset:  # restarted with a smaller batch by auto_find_batch_size
+            return
+        if size is not None and last[1] is not None and size >= last[1]:
             raise ValueError(
-                f"state {state.index} of {trajectory.path} was trained on other data: {state.size} with fingerprint"
-                f" {state.subset_fingerprint}, now {subset.size} with {subset.fingerprint}; give the same dataset or"
-                " record to another folder"
+                f"the trainer's loader has {size} examples for the subset of {self.subset.size}, and had {last[1]} for"
+                " the state before: it does not follow trainer.train_dataset; read self.train_dataset, the subset of"
+                " each stage, in get_train_dataloader"
             )
-        check_same_training(trajectory, state.index, _stage_arguments(trainer.args, state.index, schedule))
-    missing = len(subsets) - trajectory.num_states
+
+    def record(self, model: nn.Module, **details: Any) -> None:
+        assert self.subset is not None
+        details |= {"num_examples": self.subset.num_examples, "fraction": self.subset.fraction}
+        details |= {"subset_fingerprint": self.subset.fingerprint, "on_written": self.on_written}
+        # The arguments from the start of the stage: auto_find_batch_size may have changed them.
+        details |= {"training": self.training if details["steps"] else {}}
+        try:
+            super().record(model, **details)
+        except Exception as error:
+            self._failure = error
+
+    def record_current(self, trainer: Trainer) -> None:
+        """Record the current weights as state 0, without training."""
+        state_dict = gather_state_dict(trainer.model, trainer)
+        if trainer.accelerator.is_main_process:
+            self.record(trainer.model, state_dict=state_dict, steps=0, processing_class=trainer.processing_class)
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self.trajectory.check()
+
+
+def _check_missing_states(
+    trajectory: WeightTrajectory, model: nn.Module, schedule: ForgettingSchedule, dtype: torch.dtype | None
+) -> None:
+    missing = schedule.num_states - trajectory.num_states
     if not missing:
         logger.warning(
-            f"{trajectory.path} holds all {trajectory.num_states} states already: nothing is trained; record to"
-            " another folder to train anew"
+            f"{trajectory.path} already holds all {trajectory.num_states} states: nothing is trained. Record to"
+            " another folder to train again"
         )
     if not trajectory.num_states:
-        warn_of_changes(trainer.model)
-    first, further = state_nbytes(trainer.model, dtype)
+        check_reloadable(model)
+    first, further = state_nbytes(model, dtype)
     check_free_disk(trajectory.path, missing * further + (0 if trajectory.num_states else first - further))
-    return trajectory.num_states
 
 
 @contextmanager
-def _borrowed(trainer: Trainer) -> Iterator[None]:
-    """Gives the trainer back as it was, whatever happens; stages change nothing else of it."""
+def _restored(trainer: Trainer) -> Iterator[None]:
+    """Restore every attribute of the trainer that the stages change."""
     names = ("args", "train_dataset", "model_init", "optimizer", "lr_scheduler", "state", "control")
     before = {name: getattr(trainer, name) for name in names}
     trainer.model_init = None  # or every stage would start from new weights
@@ -222,19 +214,16 @@ def _stage_arguments(args: TrainingArguments, index: int, schedule: ForgettingSc
     return stage
 
 
-def _train_stage(
-    trainer: Trainer, index: int, schedule: ForgettingSchedule, subset: Subset, callback: _StageCallback
-) -> None:
-    args = trainer.args
-    stage = _stage_arguments(args, index, schedule)
-    callback.training = training_facts(stage)
-    trainer.args, trainer.train_dataset = stage, subset.dataset
+def _train_stage(trainer: Trainer, args: TrainingArguments, subset: Subset, callback: _StageCallback) -> None:
+    callback.training = recorded_arguments(args)
+    before = trainer.args
+    trainer.args, trainer.train_dataset = args, subset.dataset
     trainer.optimizer = trainer.lr_scheduler = None
     reshard(trainer.model)
     trainer.add_callback(callback)
-    set_seed(stage.seed)
+    set_seed(args.seed)
     try:
         trainer.train()
     finally:
         trainer.remove_callback(callback)
-        trainer.args = args
+        trainer.args = before

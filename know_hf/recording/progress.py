@@ -1,4 +1,4 @@
-"""What is seen of a recording: bar, evaluation and logs of the stages."""
+"""Progress bar, evaluation and logs of the stages."""
 
 import math
 from collections.abc import Mapping
@@ -15,19 +15,33 @@ from ..trajectory.summary import displacement
 
 logger = logging.get_logger(__name__)
 
+_TIMINGS = ("_runtime", "_per_second", "_preparation_time")
+
 
 class Progress:
-    """Bar, evaluation and logs of the stages."""
+    """Show, evaluate and log the stages of a recording.
+
+    Args:
+        trainer (`Trainer`):
+            Evaluates the states; its loggers get the values under `forgetting/`.
+        trajectory ([`WeightTrajectory`]):
+            The trajectory that is recorded.
+        num_states (`int`):
+            Number of states to record.
+    """
 
     def __init__(self, trainer: Trainer, trajectory: WeightTrajectory, num_states: int) -> None:
         self._trainer, self._trajectory = trainer, trajectory
         self._steps = {state.index: state.steps for state in trajectory.states}
         self._metrics: dict[int, dict[str, float]] = {}
         self._written: dict[int, dict[str, float]] = {}
-        self._moved = ""
-        hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+        self._last_move = ""
         self._bar = tqdm(
-            total=num_states, initial=trajectory.num_states, desc="forgetting", unit="state", disable=hidden
+            total=num_states,
+            initial=trajectory.num_states,
+            desc="forgetting",
+            unit="state",
+            disable=trainer.args.disable_tqdm or not trainer.accelerator.is_main_process,
         )
 
     def __enter__(self) -> "Progress":
@@ -37,29 +51,30 @@ class Progress:
         self._bar.close()
 
     def begin(self, index: int, subset: Subset) -> None:
+        """Show the stage that begins."""
         self._log()
-        self._bar.set_postfix_str(f"state {index}: {subset.size}{self._moved}")
+        self._bar.set_postfix_str(f"state {index}: {subset.size}{self._last_move}")
 
-    def written(self, record: StateRecord) -> None:
-        """Called by the thread that wrote a state."""
+    def on_written(self, record: StateRecord) -> None:
+        """Note the displacement of a state; called by the thread that wrote it."""
         moved = displacement(self._trajectory, record.index)
         values = {"state": record.index, "displacement": moved, "num_examples": record.num_examples}
         self._steps[record.index] = record.steps
-        self._moved = f", state {record.index} moved by {moved:.1%}" if record.index else ""
+        self._last_move = f", state {record.index} moved by {moved:.1%}" if record.index else ""
         self._written[record.index] = {key: value for key, value in values.items() if value is not None}
         self._bar.update()
 
     def evaluate(self, index: int) -> None:
-        """Evaluates the state that the model holds, while it is being written."""
+        """Evaluate the state that the model holds, while it is written, and record its finite metrics."""
         if self._trainer.eval_dataset is None:
             return
-        timing = ("_runtime", "_per_second", "_preparation_time")
-        found: Mapping[str, Any] = self._trainer.evaluate()
+        results: Mapping[str, Any] = self._trainer.evaluate()
         metrics = {}
-        for name in [name for name in found if name.startswith("eval_") and not name.endswith(timing)]:
-            number = _finite_number(found[name])
-            if number is None:
-                logger.warning(f"{name} of state {index} is {found[name]!r}, no finite number, and is not recorded")
+        for name, value in results.items():
+            if not name.startswith("eval_") or name.endswith(_TIMINGS):
+                continue
+            if (number := _finite_number(value)) is None:
+                logger.warning(f"{name} of state {index} is not a finite number ({value!r}) and is not recorded")
             else:
                 metrics[name] = number
         self._metrics[index] = metrics
@@ -67,7 +82,7 @@ class Progress:
         self._log()
 
     def finish(self) -> None:
-        """Waits for the last state, and raises what went wrong with it."""
+        """Wait for the last state and raise its write error, if any."""
         self._trajectory.check(wait=True)
         self._log()
 
@@ -76,7 +91,7 @@ class Progress:
         step = state.global_step
         for index in sorted(self._written):
             values = {**self._written.pop(index), **self._metrics.pop(index, {})}
-            # every stage counts its steps from 0; loggers want them to rise
+            # Every stage counts its steps from 0, but loggers expect them to rise.
             state.global_step = sum(self._steps[k] for k in range(index + 1))
             self._trainer.log({f"forgetting/{name}": value for name, value in values.items()})
         state.global_step = step

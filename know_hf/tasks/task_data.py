@@ -108,16 +108,7 @@ def tokenize(
 
 
 def process_images(dataset: datasets.Dataset, processor: BaseImageProcessor, channels: int) -> datasets.Dataset:
-    """Return a dataset that computes `pixel_values` when its rows are read.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Columns `image` and `labels`.
-        processor (`BaseImageProcessor`):
-            The image processor of the model.
-        channels (`int`):
-            Input channels of the model: 1 for grey images; else images are converted to RGB.
-    """
+    """Return a dataset that computes `pixel_values` when its rows are read; for `channels != 1` images become RGB."""
     return dataset.with_transform(_ImageTransform(processor, "L" if channels == 1 else "RGB"))
 
 
@@ -134,12 +125,7 @@ class _ImageTransform:  # a closure cannot be pickled for spawned workers
 
 
 class CausalCollator:
-    """Pad examples and use their tokens as labels; padding is excluded from the loss, end-of-text tokens are not.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            A tokenizer with a padding token.
-    """
+    """Pad examples and use their tokens as labels; padding is excluded from the loss, end-of-text tokens are not."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.pad = DataCollatorWithPadding(tokenizer)

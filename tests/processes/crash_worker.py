@@ -1,7 +1,7 @@
-"""Forks one recording for every line of JSON that it reads, kills it when told to, and answers how it ended.
+"""Forks one recording for every line of JSON on stdin, kills it if asked to, and prints how it ended.
 
-The imports take seconds, a fork takes milliseconds: this is what makes many kills cheap. A request has the fields of
-[`Request`]; the answer has the signal or the code that the recording ended with and its seconds.
+The imports take seconds, a fork takes milliseconds: this makes many kills cheap. A line has the fields of [`Request`];
+the answer is the signal or exit code of the recording and its seconds.
 """
 
 import gc
@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 from conftest import make_resnet, make_trainer
+from doubles.small_trainers import BALANCED
 from torch import nn
 from transformers import TrainerCallback
 
-from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
-
-SCHEDULE = ForgettingSchedule(num_states=3, stratify_by="labels")
+from know_hf import WeightTrajectory, induce_forgetting
 
 
 @dataclass
@@ -32,14 +31,21 @@ class Request:
     """What to record and how it ends.
 
     Attributes:
-        task (`str`): Name of one of `TASKS`.
-        folder (`str`): The trajectory's.
-        notes (`str`): A folder outside of it. There `trainings` gets a line with the index at the start of every
-            training, `output` is what was printed, `changes` the number of changes to the trajectory's files.
-        kill_after (`float`, *optional*): Seconds after which it gets `signal`.
-        kill_at (`int`, *optional*): Number of the change to the folder's files before which it kills itself.
-        signal (`int`, *optional*, defaults to `SIGKILL`)
-        trouble (`str`, *optional*): Name of one of `TROUBLES`, which the training of state 2 starts with.
+        task (`str`):
+            A key of `TASKS`.
+        folder (`str`):
+            Folder of the trajectory.
+        notes (`str`):
+            Another folder. `trainings` gets the index of every stage that begins, `output` what was printed, `changes`
+            the number of changes to the files of the trajectory.
+        kill_after (`float`, *optional*):
+            Seconds after which to send `signal`.
+        kill_at (`int`, *optional*):
+            Number of the change to the files before which the recording kills itself.
+        signal (`int`, *optional*, defaults to `SIGKILL`):
+            The signal.
+        trouble (`str`, *optional*):
+            A key of `TROUBLES`, for the training of state 2.
     """
 
     task: str
@@ -60,19 +66,16 @@ class Request:
         return Path(self.notes, name)
 
 
-class Begin(TrainerCallback):
-    def __init__(self, request: Request, sizes: list[int]):
-        self.request = request
-        self.sizes = sizes
-
-    def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
-        self.request.begin(self.sizes.index(len(train_dataloader.dataset)))
-
-
 def record_with_trainer(request: Request) -> None:
     trainer = make_trainer(request.note("trainer"), num_train_epochs=1)
-    trainer.add_callback(Begin(request, SCHEDULE.sizes(len(trainer.train_dataset))))
-    induce_forgetting(trainer, SCHEDULE, request.folder)
+    sizes = BALANCED.sizes(len(trainer.train_dataset))
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
+            request.begin(sizes.index(len(train_dataloader.dataset)))
+
+    trainer.add_callback(Begin())
+    induce_forgetting(trainer, BALANCED, request.folder)
 
 
 def record_in_a_loop(request: Request, model: nn.Module, sizes: tuple[int, ...]) -> None:
@@ -90,16 +93,9 @@ def record_in_a_loop(request: Request, model: nn.Module, sizes: tuple[int, ...])
 
 
 def large_module() -> nn.Module:
-    """12 MB, so that the writing takes most of the time."""
+    """12 MB, so that most of the time is spent writing."""
     torch.manual_seed(0)
     return nn.Linear(3000, 1000)
-
-
-TASKS: dict[str, Callable[[Request], None]] = {
-    "trainer": record_with_trainer,
-    "loop": lambda request: record_in_a_loop(request, make_resnet(), (4, 2)),
-    "large": lambda request: record_in_a_loop(request, large_module(), (8, 4, 2)),
-}
 
 
 def limit_file_size(request: Request) -> None:
@@ -114,37 +110,28 @@ def fill_disk(request: Request) -> None:
 
 def pause(request: Request) -> None:
     request.note("paused").touch()
-    while not request.note("go").exists():
+    while not request.note("resume").exists():
         time.sleep(0.005)
 
 
-TROUBLES: dict[str, Callable[[Request], None]] = {
-    "limit_file_size": limit_file_size,
-    "fill_disk": fill_disk,
-    "pause": pause,
+TASKS: dict[str, Callable[[Request], None]] = {
+    "trainer": record_with_trainer,
+    "loop": lambda request: record_in_a_loop(request, make_resnet(), (4, 2)),
+    "large": lambda request: record_in_a_loop(request, large_module(), (8, 4, 2)),
 }
+TROUBLES = {"limit_file_size": limit_file_size, "fill_disk": fill_disk, "pause": pause}
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 
 
-def watch(request: Request) -> Callable[[], int]:
-    """Counts the changes to the folder's files, those of every thread, and dies before the one that was asked for."""
+def count_changes(request: Request) -> Callable[[], int]:
+    """Counts the changes to files in the folder, by all threads, and dies before the one that was asked for."""
     changes = 0
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
     def hook(event: str, args: tuple) -> None:
         nonlocal changes
-        if event == "open":
-            counts = bool(args[2] & writing)
-        else:
-            counts = event in (
-                "os.mkdir",
-                "os.rename",
-                "os.remove",
-                "os.rmdir",
-                "os.link",
-                "os.symlink",
-                "os.truncate",
-            )
-        path = os.fsdecode(args[0]) if counts else ""
+        is_change = bool(args[2] & writing) if event == "open" else event in CHANGES
+        path = os.fsdecode(args[0]) if is_change else ""
         if path.startswith(request.folder + "/") and not path.endswith(".lock"):
             changes += 1
             if changes == request.kill_at:
@@ -159,12 +146,12 @@ def child(request: Request) -> None:
     output = os.open(request.note("output"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    changes = watch(request)
+    changes = count_changes(request)
     TASKS[request.task](request)
     request.note("changes").write_text(str(changes()))
 
 
-def answer(request: Request) -> dict[str, float]:
+def run(request: Request) -> dict[str, float]:
     start = time.monotonic()
     process = multiprocessing.get_context("fork").Process(target=child, args=(request,))
     process.start()
@@ -179,7 +166,7 @@ def main() -> None:
     torch.set_num_threads(1)
     gc.freeze()
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(answer(Request(**json.loads(line)))) + "\n")
+        sys.stdout.write(json.dumps(run(Request(**json.loads(line)))) + "\n")
         sys.stdout.flush()
 
 

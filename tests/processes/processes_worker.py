@@ -13,29 +13,33 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import make_trainer
-from test_recording_models import CASES, OPTIONS, StopAfter, next_tokens, tiny_llama
-from test_recording_models import SCHEDULE as SHARDED_SCHEDULE
-from test_recording_peft import TARGETS, adapt, make_adapter
+from doubles.small_trainers import (
+    BALANCED,
+    OPTIONS,
+    SCHEDULE,
+    TARGETS,
+    StopAfter,
+    adapt,
+    make_adapter,
+    make_case,
+    next_tokens,
+    tiny_llama,
+)
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
 
-SCHEDULE = ForgettingSchedule(num_states=3, stratify_by="labels")
 
-
-class Fail(TrainerCallback):
+class FailOnRankOne(TrainerCallback):
     """Fails on one rank in the training of state 1."""
 
-    def __init__(self, rank: int):
-        self.rank = rank
-
     def on_step_end(self, args, state, control, train_dataloader, **kwargs):
-        if args.process_index == self.rank and len(train_dataloader.dataset) == 32:
-            raise ArithmeticError(f"rank {self.rank} fails on purpose")
+        if args.process_index == 1 and len(train_dataloader.dataset) == 32:
+            raise ArithmeticError("rank 1 fails")
 
 
 def watch_writes(folder: Path) -> set[str]:
-    """Names of the files that this process opens for writing below a folder from now on, those of all threads."""
+    """Names of the files in a folder that any thread of this process opens for writing from now on."""
     written = set()
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -48,7 +52,7 @@ def watch_writes(folder: Path) -> set[str]:
 
 def error_of(trainer: Any, folder: Path) -> str:
     try:
-        induce_forgetting(trainer, SCHEDULE, folder)
+        induce_forgetting(trainer, BALANCED, folder)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "none"
@@ -56,7 +60,7 @@ def error_of(trainer: Any, folder: Path) -> str:
 
 @contextmanager
 def sharding() -> Iterator[None]:
-    """accelerate makes FSDP of several GPUs only; once it is told that this is FSDP, it shards on CPUs with gloo."""
+    """Makes accelerate use FSDP on CPUs with gloo; by default it does so only on several GPUs."""
     init = AcceleratorState.__init__
 
     def init_sharding(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -89,7 +93,7 @@ def make_sharded_trainer(root: Path) -> Trainer:
 
 
 def record_interrupted(make: Callable[[Path], Trainer], schedule: ForgettingSchedule, root: Path, name: str) -> None:
-    """All processes stop in the training of state 2 and come back."""
+    """All processes stop in the training of state 2 and resume."""
     trainer = make(root)
     trainer.add_callback(StopAfter(2))
     with suppress(KeyboardInterrupt):
@@ -102,8 +106,8 @@ def record_in_a_loop(root: Path) -> None:
     """The callback alone, in a loop that evaluates between its trainings."""
     trainer = make_sharded_trainer(root)
     data = trainer.train_dataset
-    trainer.add_callback(WeightTransitionCallback(root / "sharded_loop", SHARDED_SCHEDULE, trainer=trainer))
-    for indices in SHARDED_SCHEDULE.indices(len(data)):
+    trainer.add_callback(WeightTransitionCallback(root / "sharded_loop", SCHEDULE, trainer=trainer))
+    for indices in SCHEDULE.indices(len(data)):
         trainer.train_dataset = data.select(indices)
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.train()
@@ -113,8 +117,8 @@ def record_in_a_loop(root: Path) -> None:
 def record_sharded(root: Path) -> dict[str, Any]:
     with sharding():
         trainer = make_sharded_trainer(root)
-        trajectory = induce_forgetting(trainer, SHARDED_SCHEDULE, root / "sharded")
-        record_interrupted(make_sharded_trainer, SHARDED_SCHEDULE, root, "sharded_interrupted")
+        trajectory = induce_forgetting(trainer, SCHEDULE, root / "sharded")
+        record_interrupted(make_sharded_trainer, SCHEDULE, root, "sharded_interrupted")
         record_in_a_loop(root)
         return {
             "distributed_type": trainer.accelerator.distributed_type,
@@ -130,7 +134,7 @@ def main() -> None:
     trainer = make_trainer(root / "out")
     rank = trainer.accelerator.process_index
     written = watch_writes(root / "trajectory")
-    trajectory = induce_forgetting(trainer, SCHEDULE, root / "trajectory")
+    trajectory = induce_forgetting(trainer, BALANCED, root / "trajectory")
     notes = {
         "num_processes": trainer.accelerator.num_processes,
         "distributed_type": trainer.accelerator.distributed_type,
@@ -139,32 +143,32 @@ def main() -> None:
         "weight": trainer.model.classifier[1].weight.flatten().tolist(),
     }
     written.clear()
-    induce_forgetting(trainer, SCHEDULE, root / "trajectory")
+    induce_forgetting(trainer, BALANCED, root / "trajectory")
     notes["written_again"] = sorted(written)
 
-    record_interrupted(lambda root: make_trainer(root / "out"), SCHEDULE, root, "interrupted")
+    record_interrupted(lambda root: make_trainer(root / "out"), BALANCED, root, "interrupted")
 
     adapter = make_trainer(root / "out", make_adapter("lora"))
-    notes["adapter_states"] = induce_forgetting(adapter, SCHEDULE, root / "adapter").num_states
+    notes["adapter_states"] = induce_forgetting(adapter, BALANCED, root / "adapter").num_states
 
     for name in TARGETS:
-        for kind, wrap in (("full", lambda trainer: trainer), ("lora", adapt)):
-            set_seed(0)
-            trainer = wrap(CASES[name][0](root / "out"))
-            induce_forgetting(trainer, ForgettingSchedule(num_states=2), root / f"{name}-{kind}")
+        trainer = make_case(name, root / "out")
+        induce_forgetting(trainer, ForgettingSchedule(num_states=2), root / f"{name}-full")
+        trainer = adapt(make_case(name, root / "out"), name)
+        induce_forgetting(trainer, ForgettingSchedule(num_states=2), root / f"{name}-lora")
 
     notes["bad_folder"] = error_of(make_trainer(root / "out"), root / "file" / "trajectory")
 
     trainer = make_trainer(root / "out")
     if rank == 0:
-        trainer.model.classifier[1].bias.data[0] = float("nan")  # DDP gives it to all
+        trainer.model.classifier[1].bias.data[0] = float("nan")  # DDP copies it to all
     notes["diverged"] = error_of(trainer, root / "diverged")
     notes["sharded"] = record_sharded(root)
     (root / f"rank-{rank}.json").write_text(json.dumps(notes))
 
     trainer = make_trainer(root / "out")
-    trainer.add_callback(Fail(rank=1))
-    induce_forgetting(trainer, SCHEDULE, root / "failed")
+    trainer.add_callback(FailOnRankOne())
+    induce_forgetting(trainer, BALANCED, root / "failed")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,280 @@
+"""What a recording refuses before or during the training, and what it warns about."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SCHEDULE, make_images, make_resnet, make_trainer
+from doubles.small_trainers import BALANCED, StopAfter, assert_same_states
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ResNetForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
+from know_hf.recording.resuming import examples_per_step
+from know_hf.recording.training_warnings import warn_about_warmup
+from know_hf.recording.validation import check_reloadable
+from know_hf.trajectory import TrajectoryError
+
+SHORT = ForgettingSchedule(num_states=2)
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+class NoTraining(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        pytest.fail("a training has begun")
+
+
+def assert_refused(trainer, error, match, schedule=BALANCED, **options):
+    """The recording fails before any training and before anything is written."""
+    trainer.add_callback(NoTraining())
+    folder = options.pop("folder")
+    with pytest.raises(error, match=match):
+        induce_forgetting(trainer, schedule, folder, **options)
+    assert not WeightTrajectory.exists(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda t: {"trainer": t.model}, TypeError, r"Trainer.*ResNetForImageClassification"),
+        (lambda t: {"schedule": 0.5}, TypeError, r"ForgettingSchedule.*0\.5"),
+        (lambda t: {"start": "here"}, ValueError, "here"),
+        (lambda t: {"schedule": ForgettingSchedule(stratify_by="label")}, ValueError, "label"),
+        (lambda t: setattr(t, "train_dataset", None), ValueError, "train_dataset"),
+        (lambda t: setattr(t, "train_dataset", make_images().to_iterable_dataset()), ValueError, "stream"),
+        (lambda t: setattr(t, "train_dataset", make_images(12)), ValueError, r"\[12, 6, 3\]"),
+        (lambda t: setattr(t.args, "per_device_train_batch_size", 32), ValueError, "32"),
+        (lambda t: setattr(t.args, "gradient_accumulation_steps", 8), ValueError, "32"),
+        (lambda t: setattr(t.args, "enable_jit_checkpoint", True), ValueError, "enable_jit_checkpoint"),
+        (lambda t: setattr(t.args, "bf16_full_eval", True), ValueError, "bf16_full_eval"),
+        (lambda t: setattr(t.args, "fp16_full_eval", True), ValueError, "fp16_full_eval"),
+        (lambda t: setattr(t.model, "_hf_peft_config_loaded", True), ValueError, "get_peft_model"),
+        (
+            lambda t: setattr(t, "optimizer", torch.optim.SGD(t.model.parameters(), lr=0.1)),
+            ValueError,
+            r"SGD.*optimizer_cls_and_kwargs",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused_before_training(tmp_path, change, error, match):
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(NoTraining())
+    call = {"trainer": trainer, "schedule": BALANCED, "output_dir": tmp_path / "trajectory", **(change(trainer) or {})}
+    with pytest.raises(error, match=match):
+        induce_forgetting(**call)
+    assert not (tmp_path / "trajectory").exists()
+
+
+def test_an_optimizer_given_to_a_subclass_that_creates_its_own_is_refused(tmp_path):
+    class Decorated(Trainer):
+        def create_optimizer(self, *args, **kwargs):
+            return super().create_optimizer(*args, **kwargs)
+
+    template = make_trainer(tmp_path)
+    given = torch.optim.SGD(template.model.parameters(), lr=0.1)
+    trainer = Decorated(template.model, template.args, train_dataset=template.train_dataset, optimizers=(given, None))
+    assert_refused(trainer, ValueError, r"SGD.*optimizer_cls_and_kwargs", folder=tmp_path / "trajectory")
+    assert trainer.optimizer is given
+
+
+def test_the_callback_alone_refuses_the_same_arguments(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.args.enable_jit_checkpoint = True
+    trainer.add_callback(WeightTransitionCallback(tmp_path / "trajectory", BALANCED))
+    with pytest.raises(ValueError, match="enable_jit_checkpoint"):
+        trainer.train()
+
+
+def test_a_folder_with_a_model_is_refused(tmp_path):
+    make_resnet().save_pretrained(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert_refused(make_trainer(tmp_path), FileExistsError, r"config\.json", folder=tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(NoTraining())
+    with pytest.raises(OSError, match="file/trajectory"):
+        induce_forgetting(trainer, BALANCED, tmp_path / "file/trajectory")
+
+
+def test_a_full_disk_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
+    assert_refused(make_trainer(tmp_path), OSError, "free", folder=tmp_path / "trajectory")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"learning_rate": 0.03}, r"learning_rate=0\.01.*0\.03"),
+        ({"per_device_train_batch_size": 2}, r"examples_per_step=4.*2"),
+        ({"num_train_epochs": 3}, r"num_train_epochs=2.*3"),
+        ({"lr_scheduler_type": "cosine"}, r"lr_scheduler_type=linear.*cosine"),
+        ({"seed": 43}, r"seed=42.*43"),
+    ],
+)
+def test_resuming_with_other_arguments_is_refused(tmp_path, recorded, change, match):
+    with pytest.raises(ValueError, match=rf"state 0 .*{match}"):
+        induce_forgetting(make_trainer(tmp_path, **change), SCHEDULE, recorded)
+
+
+def test_resuming_with_another_schedule_or_other_data_is_refused(tmp_path, recorded):
+    with pytest.raises(ValueError, match=r"ratio=0\.5.*ratio=0\.6"):
+        induce_forgetting(make_trainer(tmp_path), ForgettingSchedule(ratio=0.6), recorded)
+    trainer = make_trainer(tmp_path)
+    trainer.train_dataset = make_images(seed=1)
+    fingerprint = WeightTrajectory(recorded).states[0].subset_fingerprint
+    with pytest.raises(ValueError, match=f"state 0 .*64 .*{fingerprint}.*64"):
+        induce_forgetting(trainer, SCHEDULE, recorded)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"num_train_epochs": 1, "weight_decay": 0}, {"num_train_epochs": 1.0, "weight_decay": 0.0}),
+        ({"max_steps": 2, "num_train_epochs": 1}, {"max_steps": 2, "num_train_epochs": 5}),
+        ({"optim": "sgd", "adam_beta2": 0.9}, {"optim": "sgd", "adam_beta2": 0.99}),
+    ],
+)
+def test_arguments_without_effect_may_change(tmp_path, before, after):
+    induce_forgetting(make_trainer(tmp_path, **before), SHORT, tmp_path / "trajectory")
+    again = ForgettingSchedule(num_states=2, epochs_per_stage=1.0)
+    assert induce_forgetting(make_trainer(tmp_path, **after), again, tmp_path / "trajectory").num_states == 2
+
+
+def test_examples_per_step_count_all_processes(tmp_path):
+    assert examples_per_step(make_trainer(tmp_path, gradient_accumulation_steps=3).args) == 12
+    several = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=3, world_size=2)
+    several.accelerator_config = SimpleNamespace(split_batches=False)
+    assert examples_per_step(several) == 24
+    several.accelerator_config.split_batches = True
+    assert examples_per_step(several) == 12
+
+
+def test_a_diverged_training_names_the_tensor(tmp_path):
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args, state, control, model, train_dataloader, **kwargs):
+            if len(train_dataloader.dataset) == 32 and state.global_step == state.max_steps:
+                model.classifier[1].bias.data[0] = float("nan")
+
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(Diverge())
+    with pytest.raises(ValueError, match=r"'classifier\.1\.bias' is not finite .*state 1"):
+        induce_forgetting(trainer, BALANCED, tmp_path / "trajectory")
+    assert WeightTrajectory(tmp_path / "trajectory").num_states == 1
+
+
+def test_a_loader_that_ignores_the_subsets_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    everything = trainer.get_train_dataloader()
+    trainer.get_train_dataloader = lambda: everything
+    with pytest.raises(ValueError, match=r"64 examples .*32 examples.*train_dataset"):
+        induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
+    assert WeightTrajectory(tmp_path / "trajectory").num_states == 1  # state 0 is complete
+    del trainer.get_train_dataloader
+    assert induce_forgetting(trainer, SHORT, tmp_path / "trajectory").num_states == 2
+
+
+def test_a_model_unlike_its_config_is_recorded_resumed_and_warned_about(tmp_path, caplog):
+    def changed():
+        model = make_resnet()
+        model.classifier = nn.Sequential(model.classifier[0], nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+        return model
+
+    complete = induce_forgetting(make_trainer(tmp_path, changed()), BALANCED, tmp_path / "complete")
+    assert "'classifier.1.bias'" in caplog.text and "load_into" in caplog.text
+    for model_class in (None, type(make_resnet())):
+        with pytest.raises(TrajectoryError, match=r"'classifier\.1\.bias'.*8.*4.*ResNet"):
+            complete.load_model(1, model_class)
+    trainer = make_trainer(tmp_path, changed())
+    trainer.add_callback(StopAfter(1))
+    with pytest.raises(KeyboardInterrupt):
+        induce_forgetting(trainer, BALANCED, tmp_path / "resumed")
+    trainer = make_trainer(tmp_path, changed())
+    assert_same_states(induce_forgetting(trainer, BALANCED, tmp_path / "resumed"), complete)
+    assert torch.equal(trainer.model.classifier[3].weight, complete.tensor("classifier.3.weight", 0))
+
+
+def test_a_class_that_needs_more_than_its_config_is_recorded_and_resumed(tmp_path, caplog):
+    class WeightedResNetForImageClassification(ResNetForImageClassification):
+        def __init__(self, config, class_weights):
+            super().__init__(config)
+            self.class_weights = class_weights
+
+    trainer = make_trainer(tmp_path, WeightedResNetForImageClassification(make_resnet().config, torch.ones(4)))
+    assert induce_forgetting(trainer, SHORT, tmp_path / "trajectory").num_states == 2
+    assert "WeightedResNetForImageClassification" in caplog.text and "load_into" in caplog.text
+    assert induce_forgetting(trainer, SHORT, tmp_path / "trajectory").num_states == 2
+
+
+def test_a_class_that_needs_more_than_its_config_and_has_fused_experts_is_refused(tmp_path):
+    class Weighted(MixtralForCausalLM):
+        def __init__(self, config, weights):
+            super().__init__(config)
+
+    model = Weighted(MixtralConfig(vocab_size=8, **SIZES, num_key_value_heads=1, num_local_experts=2), None)
+    assert_refused(
+        make_trainer(tmp_path, model), ValueError, r"Weighted.*experts\.down_proj", folder=tmp_path / "trajectory"
+    )
+
+
+def test_a_config_that_does_not_save_the_number_of_labels_gives_a_warning(caplog):
+    sizes = {"vocab_size": 8, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    check_reloadable(BartForSequenceClassification(BartConfig(**sizes, num_labels=2)))  # 2 is not saved, 3 is loaded
+    assert "'classification_head.out_proj.bias'" in caplog.text
+
+
+def test_a_model_like_its_config_gives_no_warning_and_uses_no_random_numbers(caplog):
+    model = make_resnet()
+    set_seed(0)
+    expected = torch.rand(())
+    set_seed(0)
+    check_reloadable(model)
+    assert caplog.text == ""
+    assert torch.rand(()) == expected
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "arguments", "advice"),
+    [
+        (4, {"warmup_steps": 8, "lr_scheduler_type": "constant"}, None),
+        (4, {"warmup_steps": 8, "lr_scheduler_type": "linear"}, "share"),
+        (2, {"warmup_steps": 0.1}, None),
+        (1, {"warmup_steps": 0.1}, "to 0"),
+    ],
+)
+def test_a_warmup_as_long_as_the_stage_gives_a_warning(caplog, max_steps, arguments, advice):
+    args = TrainingArguments(use_cpu=True)
+    for name, value in arguments.items():
+        setattr(args, name, value)  # strings, as scripts set them
+    warn_about_warmup(args, SimpleNamespace(max_steps=max_steps))
+    assert bool(caplog.text) == (advice is not None)
+    if advice is not None:
+        assert "warmup_steps" in caplog.text and f"{max_steps} steps" in caplog.text and advice in caplog.text
+
+
+def test_stages_are_checked_for_warmup_and_early_end(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6
+
+    trainer = make_trainer(tmp_path, warmup_steps=8)
+    trainer.add_callback(Stop())
+    trajectory = induce_forgetting(trainer, BALANCED, tmp_path / "trajectory")
+    assert [state.steps for state in trajectory.states] == [6, 6, 4]
+    warmups = [record.message for record in caplog.records if "warmup_steps=8" in record.message]
+    assert len(warmups) == 2 and "8 steps" in warmups[0] and "4 steps" in warmups[1]
+    early = [record.message for record in caplog.records if " ended after " in record.message]
+    assert len(early) == 2 and "state 0 ended after 6 of 32" in early[0] and "state 1 ended after 6 of 8" in early[1]
