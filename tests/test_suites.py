@@ -23,7 +23,8 @@ from know_hf.evaluation.suites.small_cnn import SmallCNN, SmallCNNConfig
 from know_hf.evaluation.suites.suite_data import Inputs, Side, class_turns, prepare
 from know_hf.evaluation.suites.suite_task import SuiteTask
 
-COMPARE = Path(__file__).parents[1] / "recipes" / "compare" / "compare.py"
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "compare"
 
 KNOWN_TRUTH = """
 name: known-truth
@@ -138,7 +139,7 @@ def test_the_command_and_the_recipe_run_a_suite(tmp_path, capsys, monkeypatch):
     assert (folder / "report.html").exists()
     monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(COMPARE), run_name="__main__")
+        runpy.run_path(str(RECIPE / "compare.py"), run_name="__main__")
     assert ended.value.code == 0 and capsys.readouterr().out == printed
 
 
@@ -349,6 +350,15 @@ def test_variants_change_keys_and_the_first_is_the_default(tmp_path):
     assert (large.seeds, large.draws, large.name) == (9, 3, "known-truth:large")
     with pytest.raises(ValueError, match=r"'huge'.*small, large"):
         load_suite(f"{path}:huge")
+
+
+def test_the_tables_of_the_recipe_are_the_output_of_its_command(capsys, monkeypatch):
+    readme = (RECIPE / "README.md").read_text()
+    command = next(line for line in readme.splitlines() if "summary.py" in line)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", command.split()[1:])
+    runpy.run_path(str(RECIPE / "summary.py"), run_name="__main__")
+    assert readme.endswith(capsys.readouterr().out)
 
 
 SUITES = [

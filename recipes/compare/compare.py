@@ -1,11 +1,8 @@
-r"""Compares initial weights on a suite, or on one of your own.
+r"""Compare the arms of a suite; the same as `know-hf compare`.
 
     python recipes/compare/compare.py mnist-halves --output-dir outputs/mnist-halves --processes 2
     python recipes/compare/compare.py fashion-halves:resnet --output-dir outputs/fashion-resnet --processes 2 \
         --data zalando-datasets/fashion_mnist=/path/to/fashion_mnist
-    python recipes/compare/compare.py --help
-
-The same as `know-hf compare`, from a checkout.
 """
 
 import sys
