@@ -15,7 +15,7 @@ LAYERS = [
     {"cli"},
     {"predict", "evaluation"},
     {"cards", "hub", "meta_learning", "tasks"},
-    {"prediction", "recording"},
+    {"prediction", "recording", "plotting"},
     {"predictors", "trajectory"},
     {"known"},
 ]

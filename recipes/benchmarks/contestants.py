@@ -5,13 +5,14 @@ can't touch another, and a crash ends only itself.
 """
 
 import multiprocessing
-import resource
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from memory import current_memory, peak_memory
 
 CHECKED_ROWS = 1 << 16
 ROLES = ("conv", "fc", "bias")
@@ -243,14 +244,3 @@ def _memory(device: str, peak: bool) -> int:
 
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     return peak_memory() if peak else current_memory()
-
-
-def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def current_memory() -> int:
-    """Resident set of this process, in bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contestants import current_memory, peak_memory
+from memory import current_memory, peak_memory
 
 if TYPE_CHECKING:
     import torch

@@ -32,7 +32,8 @@ def main(arguments: argparse.Namespace) -> int:
             print(json.dumps(recipe.to_dict()))
         return 0
     from index import push, summary, write_index
-    from workers import RESULT_NAME, Job, record_all, result
+    from jobs import RESULT_NAME, Job, result
+    from workers import record_all
 
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1 and arguments.workers > 1:

@@ -12,13 +12,13 @@ import datasets
 import numpy as np
 from filelock import FileLock
 from images import ImageBatches, decode
+from jobs import Job, result
 from safetensors.torch import load_file, save_file
 from space import Recipe
 from texts import TextBatches, make_tokenizer, tokenize
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
-from workers import Job, result
 
 from know_hf.checkpoint import write_json
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from jobs import result
 from space import SPLITS, Space
-from workers import result
 
 INDEX_NAME, SPACE_NAME, CARD_NAME = "index.jsonl", "space.yaml", "README.md"
 _TITLE = "Trajectories of structured forgetting"

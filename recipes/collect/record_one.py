@@ -10,6 +10,7 @@ import models
 import torch
 import transformers
 from examples import accuracy, arg_max, load_examples
+from jobs import RESULT_NAME
 from space import Recipe
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
@@ -17,7 +18,7 @@ from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
 from know_hf.checkpoint import write_json
 from know_hf.trajectory.summary import displacement
 
-RECIPE_NAME, RESULT_NAME = "recipe.json", "result.json"
+RECIPE_NAME = "recipe.json"
 
 
 def record_one(recipe: Recipe, source: dict[str, str], local_models: dict[str, str], output_dir: Path) -> None:

@@ -6,7 +6,6 @@ is no other word between processes: any number may come and go, and a killed one
 idle.
 """
 
-import json
 import os
 import sys
 import time
@@ -21,34 +20,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from socket import gethostname
 from threading import Thread
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from space import Recipe
+from jobs import RESULT_NAME, Job, result
+from space import Recipe
 
-RESULT_NAME = "result.json"
 _MOST_DEATHS = 2  # of processes, before what they died of is called a failure
 _PATIENCE = 1.0  # seconds between looks at what others do
 
 # What a launcher tells a rank, and would make its trainer wait for the other ranks.
 _OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to know; pickled to it.
-
-    Args:
-        recipes (`list[Recipe]`): All of them, whoever records them.
-        sources (`dict`): From the name of a dataset in the space to where it is.
-        models (`dict[str, str]`): Folders to take instead of Hub ids of models.
-        output_dir (`Path`): Folder of the collection.
-    """
-
-    recipes: "list[Recipe]"
-    sources: dict[str, dict[str, str]]
-    models: dict[str, str]
-    output_dir: Path
 
 
 @dataclass
@@ -57,12 +37,6 @@ class _Worker:
     messages: Connection
     number: int
     at: str | None = field(default=None)  # the trajectory it is at
-
-
-def result(output_dir: Path, name: str) -> dict[str, object] | None:
-    """How a trajectory ended: with `"status"` `"finished"` or `"failed"`; `None` for one that has not."""
-    path = output_dir / name / RESULT_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def record_all(job: Job, workers: int, first_device: int, show: bool) -> None:
@@ -141,7 +115,7 @@ def take_what_is_left(job: Job, messages: Connection) -> None:
             time.sleep(_PATIENCE)
 
 
-def _record(job: Job, recipe: "Recipe") -> str | None:
+def _record(job: Job, recipe: Recipe) -> str | None:
     """Records one trajectory; a failure is written down and returned."""
     print(f"{recipe.name}: recording", flush=True)
     try:

@@ -1,0 +1,15 @@
+"""Memory of this process."""
+
+import resource
+from pathlib import Path
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def current_memory() -> int:
+    """Resident set of this process, in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
