@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import gc
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,3 +106,11 @@ def record_states(tmp_path: Path) -> Callable[..., WeightTrajectory]:
         return trajectory
 
     return record
+
+
+def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+    """Changes the content of a `trajectory.json`."""
+    path = folder / "trajectory.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
