@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import (
     PreTrainedModel,
     ResNetConfig,
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
+from know_hf.checkpoint import file_sha256
 
 NUM_EXAMPLES = 64
 SCHEDULE = ForgettingSchedule(ratio=0.5, num_states=5, stratify_by="labels")
@@ -114,3 +116,18 @@ def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def rewrite_state(folder: Path, state: int, change: Callable[[dict], object]) -> None:
+    """Changes the tensors of a state and records the new file, as a faulty program would."""
+    (path,) = folder.glob(f"state-{state}/*.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+    def enter(content: dict) -> None:
+        for record in content["states"][state]["files"]:
+            if record["path"].endswith(".safetensors"):
+                record.update(size=path.stat().st_size, sha256=file_sha256(path))
+
+    edit_manifest(folder, enter)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import NUM_EXAMPLES, SCHEDULE, edit_manifest, make_resnet
-from safetensors.torch import load_file, save_file
+from conftest import NUM_EXAMPLES, SCHEDULE, edit_manifest, make_resnet, rewrite_state
+from safetensors.torch import load_file
 from torch import nn
 from transformers import ResNetForImageClassification
 
@@ -147,21 +147,6 @@ def _fails(trajectory, part, parts):
     except TrajectoryError:
         return True
     return False
-
-
-def rewrite_state(folder, state, change):
-    """Changes the tensors of a state and records the new file, as a faulty program would."""
-    (path,) = folder.glob(f"state-{state}/*.safetensors")
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-    def enter(content):
-        for record in content["states"][state]["files"]:
-            if record["path"].endswith(".safetensors"):
-                record.update(size=path.stat().st_size, sha256=file_sha256(path))
-
-    edit_manifest(folder, enter)
 
 
 @pytest.mark.parametrize(
