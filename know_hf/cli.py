@@ -30,13 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments after the program name; defaults to those of the process.
 
     Returns:
-        `int`: 0, or 1 after an error, which is printed to standard error in one line.
+        `int`: 0, or 1 after an error, which is printed to standard error with its notes.
     """
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
     except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"know-hf {args.command}: {error}\n")
+        message = "\n".join([str(error).strip(), *getattr(error, "__notes__", ())])
+        sys.stderr.write(f"know-hf {args.command}: {message}\n")
         return 1
     _destroy_process_group()
     return 0

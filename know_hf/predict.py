@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .cards import checkpoint_card
 from .distributed import on_main_process
-from .hub import HubError, PushOptions, architecture_of, check_push, push_checkpoint
+from .hub import PushOptions, architecture_of, check_push, push_checkpoint
 from .known import KNOWNModel
 from .plotting import forgetting_picture, save_figure
 from .prediction import Gate, PredictionPlan, PredictionResult, WriteOptions, plan_prediction
@@ -106,7 +106,8 @@ def predict_overflowed_weights(
             cannot be compared.
         `FileExistsError`: if `output_dir` is not empty and `overwrite` is off.
         `OSError`: before the work, if the disk has too little space or another process writes to `output_dir`.
-        `HubError`: if the checkpoint cannot be pushed; after the work, the checkpoint is in `output_dir`.
+        `HubError` or an error of huggingface_hub: if the checkpoint cannot be pushed; after the work, the checkpoint is in
+            `output_dir`.
         `RuntimeError`: on the other processes, if one failed.
     """
     write = _with_keywords(write or WriteOptions(), options)
@@ -219,6 +220,6 @@ def _push(folder: Path, repo_id: str, push: PushOptions) -> str:
     options = {field.name: getattr(push, field.name) for field in fields(push)}
     try:
         return push_checkpoint(folder, repo_id, **options)
-    except HubError as error:
+    except (OSError, ValueError) as error:  # of know_hf, huggingface_hub or the connection
         error.add_note(f"The checkpoint is complete in {folder}; push it with: know-hf push {folder} {repo_id}")
         raise

@@ -17,7 +17,7 @@ import datasets
 import pytest
 from collect_space import ARCHITECTURES, FOLDER, TRAINING, VISION, collect, sources, write_space
 from huggingface_hub import snapshot_download
-from loopback_hub import LoopbackHub, environment, hub
+from doubles.loopback_hub import LoopbackHub, environment, hub
 
 from know_hf import WeightTrajectory
 

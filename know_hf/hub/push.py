@@ -1,263 +1,196 @@
-"""Pushing: a checkpoint in one commit; a trajectory state by state, and what makes it one last."""
+"""Push checkpoints and KNOWN weights in one commit, and trajectories state by state with the manifest last."""
 
+import json
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Unpack
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-
-from ..cards import trajectory_card
-from ..hub_client import HubError, RemoteRepo, Token, retried
+from ..cards import known_card, trajectory_card
+from ..cards.suite_tables import COMPARISONS_NAME
+from ..checkpoint import CheckpointReader, write_json
+from ..known import configuration_known, modeling_known
+from ..known.configuration_known import KNOWNConfig
+from ..known.modeling_known import KNOWNModel
 from ..trajectory import TrajectoryError, WeightTrajectory
-from ..trajectory.manifest import MANIFEST_NAME, Manifest
-from .push_checks import PushTarget, check_target
-from .repo_contents import CARD, architecture_of, checkpoint_files, is_card_file, is_state_file, is_weights, kind_of
+from ..trajectory.manifest import MANIFEST_NAME, FileRecord, Manifest
+from .push_target import PushKeywords, PushOptions, PushTarget
+from .repo_contents import CARD, architecture_of, checkpoint_files, is_card_file, is_weights, kind_of, read_config
+
+_RESULTS = "results.json"
+_AUTO_MAP = {"AutoConfig": "configuration_known.KNOWNConfig", "AutoModel": "modeling_known.KNOWNModel"}
 
 
-def push(
-    path: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    token: Token = None,
-) -> str:
-    """Pushes the enhanced checkpoint, the trajectory or the KNOWN weights of a folder; see [`push_checkpoint`],
-    [`push_trajectory`] and [`push_known`], which have the same arguments.
+def push(path: str | Path, repo_id: str, **options: Unpack[PushKeywords]) -> str:
+    """Push the checkpoint, the trajectory or the KNOWN weights in a folder.
+
+    Calls [`push_checkpoint`], [`push_trajectory`] or [`push_known`] with the same arguments.
 
     Raises:
-        `FileNotFoundError`: when the folder holds none of them.
+        `FileNotFoundError`: If the folder holds none of the three.
     """
-    from .push_known import is_known, push_known
-
     path = Path(path)
-    pushing: Callable[..., str]
+    push_it: Callable[..., str]
     if WeightTrajectory.exists(path):
-        pushing = push_trajectory
+        push_it = push_trajectory
     else:
-        pushing = push_known if is_known(path) else push_checkpoint
-    return pushing(
-        path,
-        repo_id,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message,
-        token=token,
-    )
+        push_it = push_known if _is_known(path) else push_checkpoint
+    return push_it(path, repo_id, **options)
 
 
-def push_checkpoint(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    token: Token = None,
-) -> str:
-    """Pushes a checkpoint with its card in one commit: there is no moment at which half of it is on the Hub.
+def push_checkpoint(folder: str | Path, repo_id: str, **options: Unpack[PushKeywords]) -> str:
+    """Push a checkpoint with its card in one commit.
 
-    Weights that are there under other names, as of another number of shards, are removed by the same commit. Nothing
-    is sent that is there already.
+    The same commit deletes weights under other names, such as those of another number of shards. Files that are on the
+    Hub already are not sent again.
 
     Args:
-        folder (`str` or `Path`): The checkpoint, with `README.md`, its card.
-        repo_id (`str`): Where to push to; it is made if it is not there.
-        private (`bool`, *optional*): Whether the repo is made private; by default as the account's settings say.
-        revision (`str`, *optional*): Branch to push to, made from `main` if it is not there, or `refs/pr/N`, a pull
-            request that is open; by default `main`.
-        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
-        commit_message (`str`, *optional*): First line of the commit.
-        token (`str` or `bool`, *optional*): Of the account that pushes; by default the one logged in.
+        folder (`str` or `Path`):
+            Folder of the checkpoint; its `README.md` is the card.
+        repo_id (`str`):
+            Id of the repo, created if it does not exist.
+        options (*optional*):
+            `private`, `revision`, `create_pr`, `commit_message` and `token`, the fields of [`PushOptions`].
 
     Returns:
-        `str`: address of the commit, or of the pull request.
+        `str`: Address of the commit, or of the pull request.
 
     Raises:
-        `FileNotFoundError`, `CheckpointError` or `ValueError`: when the folder holds no whole checkpoint, or files
-            that are not part of one; or see [`check_push`].
-        `HubError`: when it can't be pushed; says what to do. Nothing was committed then.
+        `FileNotFoundError`, `CheckpointError` or `ValueError`: If the folder holds an incomplete checkpoint, or other
+            files.
+        `HubError` or `HfHubHTTPError`: If the push is refused or fails; nothing was committed. See [`check_push`].
     """
     folder = Path(folder)
     files = checkpoint_files(folder)
     kind = kind_of(files) or "checkpoint"
     architecture = architecture_of(folder / "config.json") if kind == "checkpoint" else None
-    target = PushTarget(repo_id, kind, architecture, private, revision, create_pr)
-    message = commit_message or f"Add {kind} made with know_hf"
-    pushed = Push(target, *check_target(target, token), message, token)
-    pushed.commit(files, message, is_weights)
-    return pushed.url
+    target = PushTarget(repo_id, kind, architecture, PushOptions(**options))
+    message = options.get("commit_message") or f"Add {kind} made with know_hf"
+    target.create(message)
+    target.commit(files, message, is_weights)
+    return target.url
 
 
-def push_trajectory(
-    trajectory: WeightTrajectory | str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    token: Token = None,
-) -> str:
-    """Pushes a trajectory, one commit a state, and `trajectory.json` with the last: without it a repo is none.
+def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **options: Unpack[PushKeywords]) -> str:
+    """Push a trajectory with one commit per state and `trajectory.json` in the last one.
 
-    Pushed again after an interruption it goes on where it was; files that are there are not sent again. Another
-    trajectory that is there is taken apart by the first commit and replaced by the last.
+    A repo without `trajectory.json` cannot be read as a trajectory. After an interruption, push again: states on the
+    Hub are skipped. If the repo holds another trajectory, the first commit deletes its `trajectory.json` and the last
+    commit its other states.
 
-    On the Hub, states that share tensors with earlier ones can't be loaded with `from_pretrained(repo_id,
-    subfolder="state-k")`, which does not leave the subfolder; `WeightTrajectory.from_hub(repo_id).load_model(k)` can,
-    and so can whoever has pulled it.
+    States that share tensors with earlier ones cannot be loaded from the Hub with `from_pretrained(repo_id,
+    subfolder="state-k")`, which does not read other subfolders. Use `WeightTrajectory.from_hub(repo_id).load_model(k)`
+    or pull the repo first.
 
     Args:
-        trajectory ([`WeightTrajectory`], `str` or `Path`): The trajectory; every file is compared with its hash first.
-            Its folder's `README.md` is the card; one is made where there is none.
-        repo_id, private, revision, create_pr, commit_message, token: See [`push_checkpoint`].
-
-    Returns:
-        `str`: address of the last commit, or of the pull request.
+        trajectory ([`WeightTrajectory`], `str` or `Path`):
+            A local trajectory; every file is compared with its hash. `README.md` in its folder is the card; without
+            one, a card is generated.
+        repo_id, options:
+            See [`push_checkpoint`].
 
     Raises:
-        `TrajectoryError`: when a file is not the one recorded.
-        `ValueError` or `HubError`: when it can't be pushed; says what to do. See [`check_push`].
+        `TrajectoryError`: If the trajectory is on the Hub, has no complete state, or has a file that differs from the
+            recorded one.
     """
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
     folder, num_states = trajectory.path, trajectory.num_states
     if trajectory.repo is not None:
-        raise TrajectoryError(f"{trajectory!r} is on the Hub; pull it first, with know_hf.hub.pull")
+        raise TrajectoryError(f"{trajectory!r} is on the Hub; pull it first with know_hf.hub.pull")
     if not num_states:
-        raise TrajectoryError(f"{folder} has no finished state yet; record one first")
+        raise TrajectoryError(f"{folder} has no complete state; record one first")
     architecture = architecture_of(folder / "config.json")
-    target = PushTarget(repo_id, "trajectory", architecture, private, revision, create_pr)
-    checked = check_target(target, token)  # before every file is read
+    target = PushTarget(repo_id, "trajectory", architecture, PushOptions(**options))  # before all files are read
     trajectory.verify()
-    message = commit_message or f"Add a trajectory of {num_states} states recorded with know_hf"
-    pushed = Push(target, *checked, message, token)
+    message = options.get("commit_message") or f"Add a trajectory of {num_states} states recorded with know_hf"
+    repo = target.create(message)
 
     manifest = Manifest.read(folder)
-    is_same = pushed.holds(MANIFEST_NAME, folder / MANIFEST_NAME)
+    remote_manifest = repo.files.get(MANIFEST_NAME)
+    is_other = remote_manifest is not None and not remote_manifest.has_content_of(folder / MANIFEST_NAME)
+
+    def is_on_hub(record: FileRecord) -> bool:
+        remote = repo.files.get(record.path)
+        return remote is not None and remote.has_content_of(folder / record.path, record.sha256)
+
     for state in manifest.states:
-        files = {record.path: folder / record.path for record in state.files}
-        hashes = {record.path: record.sha256 for record in state.files}
-        if not all(pushed.holds(name, path, hashes[name]) for name, path in files.items()):
+        if not all(map(is_on_hub, state.files)):
+            files = {record.path: folder / record.path for record in state.files}
             title = f"{message}: state {state.index}"
-            pushed.commit(files, title, lambda name: name == MANIFEST_NAME and not is_same, hashes)
-    named = {record.path for state in manifest.states for record in state.files}
+            target.commit(files, title, lambda name: is_other and name == MANIFEST_NAME)
+    state_files = {record.path for state in manifest.states for record in state.files}
     last = {record.path: folder / record.path for record in manifest.files}
     last |= {path.name: path for path in sorted(folder.iterdir()) if is_card_file(path.name)}
     last[MANIFEST_NAME] = folder / MANIFEST_NAME
-    with tempfile.TemporaryDirectory(prefix="know_hf-") as made:
+    with tempfile.TemporaryDirectory(prefix="know_hf-") as temporary:
         if CARD not in last:
-            last[CARD] = Path(made) / CARD
-            last[CARD].write_text(str(trajectory_card(trajectory, repo_id=checked[0])), encoding="utf-8")
-        pushed.commit(last, message, lambda name: is_state_file(name) and name not in named)
-    return pushed.url
+            last[CARD] = Path(temporary) / CARD
+            last[CARD].write_text(str(trajectory_card(trajectory, repo_id=target.repo_id)), encoding="utf-8")
+        target.commit(last, message, lambda name: name not in state_files and name.startswith("state-"))
+    return target.url
 
 
-class Push:
-    """One push that has been checked: makes what is missing to push to, and commits.
+def push_known(model: KNOWNModel | str | Path, repo_id: str, **options: Unpack[PushKeywords]) -> str:
+    """Push KNOWN weights with their card and the code that loads them, in one commit.
+
+    `KNOWNModel.from_pretrained(repo_id)` loads them, and so does `AutoModel.from_pretrained(repo_id)` once
+    `know_hf.KNOWNModel` is imported. Without know_hf, `AutoModel.from_pretrained(repo_id, trust_remote_code=True)`
+    runs code in the repo.
 
     Args:
-        target ([`PushTarget`]): Where to and what.
-        repo_id (`str`), found ([`RemoteRepo`], *optional*): What [`check_target`] gave.
-        message (`str`): First line of the commits, title of the pull request.
-        token (`str` or `bool`, *optional*): Of the account that pushes.
+        model ([`KNOWNModel`], `str` or `Path`):
+            The weights or their folder. `README.md` in the folder is the card; without one, a card is generated from
+            `config.json`, `results.json` and `comparisons.json`.
+        repo_id, options:
+            See [`push_checkpoint`].
 
-    Attributes:
-        repo ([`RemoteRepo`]): The repo at the commit that was looked at last.
-        url (`str`): Address of the last commit, or of the pull request.
+    Raises:
+        `ValueError`: If the folder does not hold KNOWN weights.
     """
+    with tempfile.TemporaryDirectory(prefix="know_hf-") as temporary:
+        folder = Path(temporary)
+        if isinstance(model, KNOWNModel):
+            model.save_pretrained(folder)
+        else:
+            _copy_known(Path(model), folder)
+        config = folder / "config.json"
+        write_json(config, {**read_config(config), "auto_map": _AUTO_MAP})
+        for module in (configuration_known, modeling_known):
+            shutil.copy2(str(module.__file__), folder)
+        if not (folder / CARD).exists():
+            repo_id = PushTarget(repo_id, "checkpoint", architecture_of(config), PushOptions(**options)).repo_id
+            _write_known_card(folder, repo_id)
+        options["commit_message"] = options.get("commit_message") or "Add KNOWN weights"
+        return push_checkpoint(folder, repo_id, **options)
 
-    def __init__(self, target: PushTarget, repo_id: str, found: RemoteRepo | None, message: str, token: Token) -> None:
-        self._token = token
-        self._api = HfApi(token=token)
-        self._target = replace(target, repo_id=repo_id)
-        self._pull_request: str | None = None
-        if found is None:
-            retried(
-                lambda: self._api.create_repo(repo_id, private=target.private, exist_ok=True),
-                f"{repo_id} can't be made",
-            )
-        self._revision = self._make_revision(message)
-        self.repo = RemoteRepo.open(repo_id, self._revision, token)
-        self._checked = {found.commit if found else self.repo.commit}
-        self.url = self._pull_request or ""
 
-    def holds(self, name: str, path: Path, sha256: str | None = None) -> bool:
-        """Whether the repo has a file of this name with the bytes of `path`, which are only read where need be."""
-        found = self.repo.files.get(name)
-        if found is None or sha256 is None or found.sha256 is None:
-            return found is not None and found.is_same_as(path)
-        return found.sha256 == sha256
+def _is_known(folder: Path) -> bool:
+    return read_config(folder / "config.json").get("model_type") == KNOWNConfig.model_type
 
-    def commit(
-        self,
-        files: Mapping[str, Path],
-        message: str,
-        is_obsolete: Callable[[str], bool],
-        hashes: Mapping[str, str] | None = None,
-    ) -> None:
-        """Commits files in one step, after a look at what is there now.
 
-        Args:
-            files (`Mapping[str, Path]`): From their path in the repo to that on the disk.
-            message (`str`): First line.
-            is_obsolete (`Callable[[str], bool]`): Of a path in the repo, whether it is removed by this commit.
-            hashes (`Mapping[str, str]`, *optional*): SHA-256 of files where they are known.
+def _copy_known(source: Path, folder: Path) -> None:
+    """Copy the weights and what describes them; training leaves its own checkpoints beside them."""
+    if not _is_known(source):
+        raise ValueError(f"{source} does not hold KNOWN weights; push other checkpoints with push_checkpoint")
+    CheckpointReader.from_folder(source)  # detects missing or damaged weights
+    for path in source.iterdir():
+        is_described = path.name in ("config.json", _RESULTS, COMPARISONS_NAME) or is_card_file(path.name)
+        if path.is_file() and (is_described or is_weights(path.name)):
+            shutil.copy2(path, folder)
 
-        Raises:
-            `HubError`: when it can't be committed; nothing was then.
-        """
 
-        def attempt() -> CommitInfo:
-            self.repo = RemoteRepo.open(self._target.repo_id, self._revision, self._token)
-            if self.repo.commit not in self._checked:  # somebody else committed
-                self._target.check_contents(self.repo, self._token)
-            given = hashes or {}
-            missing = {name: path for name, path in files.items() if not self.holds(name, path, given.get(name))}
-            gone = [name for name in self.repo.files if name not in files and is_obsolete(name)]
-            return self._api.create_commit(
-                self._target.repo_id,
-                [
-                    *(CommitOperationAdd(name, path) for name, path in missing.items()),
-                    *(CommitOperationDelete(name, is_folder=False) for name in gone),
-                ],
-                commit_message=message,
-                revision=self._revision,
-                parent_commit=self.repo.commit,
-            )
+def _write_known_card(folder: Path, repo_id: str) -> None:
+    def content(name: str) -> Any:
+        path = folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-        try:
-            info = retried(attempt, f"{message!r} was not committed to {self._target.repo_id}")
-        except HubError as error:
-            if self._pull_request is None:
-                raise
-            raise HubError(
-                f"{error}. The pull request {self._pull_request} is open: give revision={self._revision!r} and not"
-                " create_pr to go on with it"
-            ) from error
-        self._checked.add(info.oid)
-        self.url = self._pull_request or info.commit_url
-
-    def _make_revision(self, message: str) -> str | None:
-        repo_id, revision = self._target.repo_id, self._target.revision
-        if self._target.create_pr:
-            # opened by itself: with the commit, one that is tried again would open a second one
-            opened = retried(
-                lambda: self._api.create_pull_request(repo_id, title=message),
-                f"no pull request can be opened at {repo_id}",
-                again=False,
-            )
-            self._pull_request = opened.url
-            return opened.git_reference
-        if revision is not None and revision != "main" and not revision.startswith("refs/"):
-            retried(
-                lambda: self._api.create_branch(repo_id, branch=revision, exist_ok=True),
-                f"the branch {revision!r} of {repo_id} can't be made",
-            )
-        return revision
+    card = known_card(
+        KNOWNConfig.from_pretrained(folder),
+        content(_RESULTS),
+        title=repo_id.split("/")[-1],
+        path=repo_id,
+        comparisons=content(COMPARISONS_NAME) or (),
+    )
+    (folder / CARD).write_text(str(card), encoding="utf-8")

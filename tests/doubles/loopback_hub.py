@@ -1,8 +1,7 @@
-"""A Hub on loopback: the HTTP endpoints that huggingface_hub's real client calls, answered from memory.
+"""A Hub on the loopback interface: answers huggingface_hub's real client from memory.
 
-Repositories are as on the Hub: commits with a parent and a tree, branches, tags and pull requests, small files in the
-commit and large ones in LFS storage. Large files are stored and served by a second server, as the Hub's are by a CDN:
-a token must not be sent there. Every request is recorded, and faults are switched on with [`LoopbackHub.fail`].
+Repos have commits, branches, tags and pull requests. A second server stores and serves large files, like the CDN of
+the Hub, and must not receive a token. All requests are recorded. [`LoopbackHub.fail`] switches faults on.
 """
 
 import json
@@ -20,15 +19,16 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import pytest
-from loopback_endpoints import Endpoints, HubError
-from loopback_repos import GITATTRIBUTES, LFS_SUFFIXES, Account, Entry, Repo
+
+from .loopback_endpoints import Endpoints, StatusError
+from .loopback_repos import GITATTRIBUTES, LFS_SUFFIXES, Account, Entry, Repo
 
 TOKEN, READ_TOKEN, FOREIGN_TOKEN = "hf_writeWRITEwrite", "hf_readREADread", "hf_foreignFOREIGN"
 
 
 @dataclass
 class Request:
-    """What came in and what went out: bytes of bodies, without headers."""
+    """A request, with the bytes of both bodies."""
 
     method: str
     path: str
@@ -42,13 +42,13 @@ class Request:
 
 @dataclass
 class Fault:
-    """What goes wrong with requests whose `METHOD path` matches; the first `times` of them."""
+    """A fault of the first `times` requests whose `METHOD path` matches; see [`LoopbackHub.fail`]."""
 
     pattern: str
     times: int
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
-    message: str = "switched on by a test"
+    message: str = "fault of a test"
     cut: int | None = None
     reset: bool = True
     lose_answer: bool = False
@@ -57,7 +57,7 @@ class Fault:
 
 
 class LoopbackHub:
-    """Two servers, one for the Hub's API and one for large files, and what they hold."""
+    """Two servers, for the API and for large files, and their content."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -65,7 +65,7 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.accounts = {
-            TOKEN: Account("me", orgs={"lab": "write", "library": "read"}),
+            TOKEN: Account("me", orgs={"lab": "write"}),
             READ_TOKEN: Account("me", role="read"),
             FOREIGN_TOKEN: Account("somebody"),
         }
@@ -82,21 +82,23 @@ class LoopbackHub:
             server.server_close()
 
     def fail(self, pattern: str, times: int = 1, **fault: Any) -> Fault:
-        """Switches a fault on.
+        """Switch a fault on.
 
         Args:
-            pattern (`str`): Regular expression searched in `METHOD path`, the path unquoted and without query.
-            times (`int`, *optional*, defaults to `1`): How many requests it strikes.
-            **fault: Of [`Fault`]: `status` with `message` is answered instead; `headers` are added; `cut` closes the
-                connection after that many bytes of the body, of the request for PUT and POST and of the answer for
-                GET, with a reset unless `reset` is off; `lose_answer` does what was asked but closes the connection
-                instead of answering; `tamper` changes the bytes of the answer; `before` is called first.
+            pattern (`str`):
+                Regular expression searched in `METHOD path`, the path unquoted and without query.
+            times (`int`, *optional*, defaults to `1`):
+                Number of requests with the fault.
+            **fault:
+                Fields of [`Fault`]: answer `status` with `message`; add `headers`; close the connection after `cut`
+                bytes of the body (of the request for PUT and POST, of the answer for GET), with a reset unless `reset`
+                is off; `lose_answer` after doing what was requested; `tamper` with the answer; call `before` first.
         """
         self.faults.append(Fault(pattern, times, **fault))
         return self.faults[-1]
 
     def create(self, repo_id: str, files: dict[str, bytes] | None = None, **options: Any) -> Repo:
-        """A repository made without a client."""
+        """Create a repo without a client."""
         repo = Repo(repo_id, options.pop("type", "model"), options.pop("private", False), **options)
         repo.commit("refs/heads/main", {".gitattributes": Entry(GITATTRIBUTES, False)}, "initial commit")
         self.repos[repo.type, repo_id] = repo
@@ -107,11 +109,11 @@ class LoopbackHub:
     def add(
         self, repo_id: str, files: dict[str, bytes], repo_type: str = "model", ref: str = "refs/heads/main"
     ) -> str:
-        """A commit made without a client."""
+        """Commit files without a client."""
         repo = self.repos[repo_type, repo_id]
         entries = {path: Entry(content, path.endswith(LFS_SUFFIXES)) for path, content in files.items()}
         self.large_files |= {entry.sha256: entry.content for entry in entries.values() if entry.is_lfs}
-        return repo.commit(ref, repo.commits[repo.refs[ref]].tree | entries, "made by a test")
+        return repo.commit(ref, repo.commits[repo.refs[ref]].tree | entries, "by a test")
 
     def repo(self, repo_id: str, repo_type: str = "model") -> Repo:
         return self.repos[repo_type, repo_id]
@@ -121,11 +123,11 @@ class LoopbackHub:
         return sum(bool(re.search(pattern, f"{r.method} {r.path}")) for r in self.requests)
 
     def sent(self, pattern: str = "") -> int:
-        """Bytes of the bodies of answers to requests whose `METHOD path` matches."""
+        """Bytes sent in answers to requests whose `METHOD path` matches."""
         return sum(r.sent for r in self.requests if re.search(pattern, f"{r.method} {r.path}"))
 
     def received(self, pattern: str = "") -> int:
-        """Bytes of the bodies of requests whose `METHOD path` matches."""
+        """Bytes received in requests whose `METHOD path` matches."""
         return sum(r.received for r in self.requests if re.search(pattern, f"{r.method} {r.path}"))
 
 
@@ -139,7 +141,7 @@ class _Server(ThreadingHTTPServer):
     hub: LoopbackHub
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients close connections whenever they like."""
+        """Ignore connections that the client closed."""
 
 
 class _Handler(Endpoints, BaseHTTPRequestHandler):
@@ -149,7 +151,7 @@ class _Handler(Endpoints, BaseHTTPRequestHandler):
     server: _Server
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing goes to the tests' output."""
+        """Print nothing."""
 
     def do_any(self) -> None:
         self.hub = self.server.hub
@@ -169,7 +171,7 @@ class _Handler(Endpoints, BaseHTTPRequestHandler):
                 self.fault.before()
             body = self._read_body()
             if self.fault and self.fault.status:
-                raise HubError(self.fault.status, self.fault.message)
+                raise StatusError(self.fault.status, self.fault.message)
             with self.hub.lock:
                 status, headers, content = self.route(parts.path, body)
             if self.fault and self.fault.lose_answer:
@@ -177,7 +179,7 @@ class _Handler(Endpoints, BaseHTTPRequestHandler):
         except _Cut:
             self._cut_connection()
             return
-        except HubError as error:
+        except StatusError as error:
             status, content = error.status, json.dumps({"error": error.message}).encode()
             headers = {"X-Error-Message": error.message}
             headers |= {"X-Error-Code": error.code} if error.code else {}
@@ -241,7 +243,7 @@ class _Handler(Endpoints, BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A Hub that this process and those with [`environment`] talk to, with an empty cache; [`TOKEN`] is logged in."""
+    """Loopback Hub of this process, with an empty cache; [`TOKEN`] is logged in."""
     server = LoopbackHub()
     huggingface_hub.close_session()
     for name, value in {
@@ -259,7 +261,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
 
 
 def environment(hub: LoopbackHub, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-    """Environment of a new process that talks to the Hub, `home` being the folder of its cache."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    """Environment of a new process that uses the Hub; `home` is the folder of its cache."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    return kept | settings | ({"HF_TOKEN": token} if token else {})
+    return inherited | settings | ({"HF_TOKEN": token} if token else {})

@@ -1,4 +1,4 @@
-"""What the Hub on loopback answers, endpoint by endpoint."""
+"""Answers of the loopback Hub, one method per endpoint."""
 
 import base64
 import hashlib
@@ -8,23 +8,23 @@ from collections.abc import Callable
 from email.message import Message
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 
-from loopback_repos import DATE, LFS_SUFFIXES, Account, Commit, Entry, Repo
+from .loopback_repos import DATE, LFS_SUFFIXES, Account, Commit, Entry, Repo
 
 if TYPE_CHECKING:
-    from loopback_hub import LoopbackHub
+    from .loopback_hub import LoopbackHub
 
 
-class HubError(Exception):
-    """An answer with an error status."""
+class StatusError(Exception):
+    """Answer with an error status."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         self.status, self.message, self.code = status, message, code
 
 
 class Endpoints:
-    """Answers one request; mixed into the request handler, which reads and writes."""
+    """Answers to requests; a mixin of the request handler."""
 
     hub: "LoopbackHub"
     command: str
@@ -36,64 +36,56 @@ class Endpoints:
             if method == self.command and (match := re.fullmatch(pattern, path)):
                 answer = action(self, body, *map(unquote, match.groups("")))
                 return answer if isinstance(answer, tuple) else (200, {}, json.dumps(answer).encode())
-        raise HubError(404, f"no such endpoint: {self.command} {path}")
+        raise StatusError(404, f"no such endpoint: {self.command} {path}")
 
     def _account(self) -> Account | None:
         header = self.headers.get("Authorization")
         if header is None:
             return None
         if (account := self.hub.accounts.get(header.removeprefix("Bearer "))) is None:
-            raise HubError(401, "Invalid credentials in Authorization header")
+            raise StatusError(401, "Invalid credentials in Authorization header")
         return account
 
     def _repo(self, kind: str, repo_id: str) -> Repo:
         account = self._account()
         repo = self.hub.repos.get((kind.removesuffix("s") or "model", repo_id))
-        if repo is None or (repo.private and not (account and account.can_write(repo_id.split("/")[0]))):
-            raise HubError(404 if account else 401, "Repository not found", "RepoNotFound")
+        if repo is None or (repo.private and not (account and account.is_member(repo_id.split("/")[0]))):
+            raise StatusError(404 if account else 401, "Repository not found", "RepoNotFound")
         return repo
 
     def _commit_of(self, repo: Repo, revision: str) -> Commit:
         if (commit := repo.resolve(revision)) is None:
-            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise StatusError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
     def _check_write(self, namespace: str, as_member: bool = True) -> Account:
         if (account := self._account()) is None:
-            raise HubError(401, "Invalid username or password.")
-        if account.role == "read" or (account.role == "fineGrained" and not account.may_write(namespace)):
-            raise HubError(403, "Forbidden: you must use a write token to upload to a repository.")
-        if as_member and not account.can_write(namespace):
-            raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
+            raise StatusError(401, "Invalid username or password.")
+        if account.role == "read":
+            raise StatusError(403, "Forbidden: you must use a write token to upload to a repository.")
+        if as_member and not account.is_member(namespace):
+            raise StatusError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
         return account
 
     # Accounts and repositories
 
     def whoami(self, body: bytes) -> Any:
         if (account := self._account()) is None:
-            raise HubError(401, "Invalid credentials in Authorization header")
+            raise StatusError(401, "Invalid credentials in Authorization header")
         return account.whoami()
 
     def create_repo(self, body: bytes) -> Any:
-        asked = json.loads(body)
+        payload = json.loads(body)
         account = self._account()
-        repo_id = f"{asked['organization'] or (account and account.name)}/{asked['name']}"
+        repo_id = f"{payload['organization'] or (account and account.name)}/{payload['name']}"
         self._check_write(repo_id.split("/")[0])
-        kind = asked.get("type") or "model"
+        kind = payload.get("type") or "model"
         answer = {"url": f"{self.hub.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}", "name": repo_id}
         if (kind, repo_id) in self.hub.repos:
             return 409, {}, json.dumps({"error": "You already created this model repo", **answer}).encode()
-        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        private = payload.get("visibility") == "private" or bool(payload.get("private"))
         self.hub.create(repo_id, type=kind, private=private)
         return answer
-
-    def delete_repo(self, body: bytes) -> Any:
-        asked = json.loads(body)
-        repo_id = f"{asked['organization']}/{asked['name']}"
-        self._check_write(repo_id.split("/")[0])
-        self._repo(asked.get("type") or "model", repo_id)
-        del self.hub.repos[asked.get("type") or "model", repo_id]
-        return {}
 
     def validate_yaml(self, body: bytes) -> Any:
         return {"warnings": [], "errors": []}
@@ -127,22 +119,12 @@ class Endpoints:
         prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
         inside = {path: entry for path, entry in sorted(commit.tree.items()) if path.startswith(prefix)}
         if prefix and not inside:
-            raise HubError(404, f"{prefix} does not exist", "EntryNotFound")
+            raise StatusError(404, f"{prefix} does not exist", "EntryNotFound")
         rest = {path: path.removeprefix(prefix) for path in inside}
         folders = sorted({f"{prefix}{Path(r).parts[0]}" for r in rest.values() if "/" in r})
         recursive = self.query.get("recursive", "").lower() in ("true", "1")
         files = [entry.info(path) for path, entry in inside.items() if recursive or "/" not in rest[path]]
         return [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in folders] + files
-
-    def paths_info(self, body: bytes, kind: str, repo_id: str, revision: str) -> Any:
-        commit = self._commit_of(self._repo(kind, repo_id), revision)
-        if self.headers["Content-Type"].startswith("application/json"):
-            paths = json.loads(body)["paths"]
-        else:
-            paths = parse_qs(body.decode())["paths"]
-        found = [commit.tree[path].info(path) for path in paths if path in commit.tree]
-        folders = {p for p in paths if any(name.startswith(f"{p}/") for name in commit.tree)}
-        return found + [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in sorted(folders)]
 
     def auth_check(self, body: bytes, kind: str, repo_id: str, write: str) -> Any:
         self._repo(kind, repo_id)
@@ -150,31 +132,15 @@ class Endpoints:
             self._check_write(repo_id.split("/")[0])
         return {}
 
-    def refs(self, body: bytes, kind: str, repo_id: str) -> Any:
-        repo = self._repo(kind, repo_id)
-
-        def under(prefix: str) -> list[dict[str, str]]:
-            found = {ref: sha for ref, sha in repo.refs.items() if ref.startswith(prefix)}
-            return [{"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": sha} for ref, sha in found.items()]
-
-        answer = {"branches": under("refs/heads/"), "tags": under("refs/tags/"), "converts": []}
-        return answer | ({"pullRequests": under("refs/pr/")} if "include_prs" in self.query else {})
-
     def create_branch(self, body: bytes, kind: str, repo_id: str, branch: str) -> Any:
         repo = self._repo(kind, repo_id)
         self._check_write(repo_id.split("/")[0])
         if branch.startswith("refs/"):
-            raise HubError(400, f"Invalid reference for a branch: {branch}")
+            raise StatusError(400, f"Invalid reference for a branch: {branch}")
         if f"refs/heads/{branch}" in repo.refs:
-            raise HubError(409, "Reference already exists")
+            raise StatusError(409, "Reference already exists")
         start = self._commit_of(repo, json.loads(body or b"{}").get("startingPoint") or "main")
         repo.refs[f"refs/heads/{branch}"] = start.sha
-        return {}
-
-    def create_tag(self, body: bytes, kind: str, repo_id: str, revision: str) -> Any:
-        repo = self._repo(kind, repo_id)
-        self._check_write(repo_id.split("/")[0])
-        repo.refs[f"refs/tags/{json.loads(body)['tag']}"] = self._commit_of(repo, revision).sha
         return {}
 
     def open_discussion(self, body: bytes, kind: str, repo_id: str) -> Any:
@@ -185,22 +151,22 @@ class Endpoints:
     def discussion(self, body: bytes, kind: str, repo_id: str, number: str) -> Any:
         repo = self._repo(kind, repo_id)
         if int(number) > len(repo.discussions):
-            raise HubError(404, "no such discussion")
+            raise StatusError(404, "no such discussion")
         return repo.discussions[int(number) - 1]
 
-    def _discuss(self, repo: Repo, account: Account, asked: dict[str, Any], start: str) -> int:
+    def _discuss(self, repo: Repo, account: Account, payload: dict[str, Any], start: str) -> int:
         number = len(repo.discussions) + 1
         discussion = {
-            "title": asked["title"],
+            "title": payload["title"],
             "num": number,
             "author": {"name": account.name},
             "createdAt": DATE,
             "status": "draft",
             "repo": {"name": repo.id, "type": repo.type},
-            "isPullRequest": bool(asked.get("pullRequest")),
+            "isPullRequest": bool(payload.get("pullRequest")),
             "events": [],
         }
-        if asked.get("pullRequest"):
+        if payload.get("pullRequest"):
             repo.refs[f"refs/pr/{number}"] = start
             discussion |= {"changes": {"base": "refs/heads/main"}, "filesWithConflicts": [], "diff": ""}
         repo.discussions.append(discussion)
@@ -229,29 +195,20 @@ class Endpoints:
 
     def lfs_batch(self, body: bytes, kind: str, repo_id: str) -> Any:
         self._repo(kind, repo_id)
-        asked = json.loads(body)
-        revision = asked.get("ref", {}).get("name")
+        payload = json.loads(body)
+        revision = payload.get("ref", {}).get("name")
         self._check_write(repo_id.split("/")[0], as_member=not (revision is None or self._is_open_to_all(revision)))
         objects = []
-        for wanted in asked["objects"]:
-            actions = {
-                "upload": {"href": f"{self.hub.cdn_url}/lfs/{wanted['oid']}"},
-                "verify": {"href": f"{self.hub.url}/lfs-verify"},
-            }
+        for wanted in payload["objects"]:
+            actions = {"upload": {"href": f"{self.hub.cdn_url}/lfs/{wanted['oid']}"}}
             stored = {"oid": wanted["oid"], "size": wanted["size"]}
             objects.append(stored if wanted["oid"] in self.hub.large_files else {**stored, "actions": actions})
         return {"transfer": "basic", "objects": objects}
 
     def lfs_put(self, body: bytes, oid: str) -> Any:
         if hashlib.sha256(body).hexdigest() != oid:
-            raise HubError(400, "the SHA-256 of the content is not the one announced")
+            raise StatusError(400, "the SHA-256 of the content is not the one announced")
         self.hub.large_files[oid] = body
-        return {}
-
-    def lfs_verify(self, body: bytes) -> Any:
-        asked = json.loads(body)
-        if len(self.hub.large_files.get(asked["oid"], b"")) != asked["size"]:
-            raise HubError(404, "the object is not stored")
         return {}
 
     def commit(self, body: bytes, kind: str, repo_id: str, revision: str) -> Any:
@@ -262,22 +219,22 @@ class Endpoints:
         header = lines[0]["value"]
         pull_request = None
         if "create_pr" in self.query:
-            asked = {"title": header["summary"], "pullRequest": True}
-            pull_request = self._discuss(repo, account, asked, head.sha)
+            payload = {"title": header["summary"], "pullRequest": True}
+            pull_request = self._discuss(repo, account, payload, head.sha)
             ref = f"refs/pr/{pull_request}"
         else:
             ref = revision if revision.startswith("refs/") else f"refs/heads/{revision}"
             if ref not in repo.refs:
-                raise HubError(400, f"{revision} is no branch")
+                raise StatusError(400, f"{revision} is no branch")
             if not head.sha.startswith(header.get("parentCommit") or head.sha):
-                raise HubError(412, "A commit has happened since. Please refresh and try again.")
+                raise StatusError(412, "A commit has happened since. Please refresh and try again.")
         tree = dict(head.tree)
         for line in lines[1:]:
             self._apply(tree, line["key"], line["value"])
         sha = repo.commit(ref, tree, header["summary"])
-        place = f"{self.hub.url}/{'' if repo.type == 'model' else repo.type + 's/'}{repo_id}"
-        answer = {"success": True, "commitOid": sha, "commitUrl": f"{place}/commit/{sha}"}
-        return answer | ({"pullRequestUrl": f"{place}/discussions/{pull_request}"} if pull_request else {})
+        url = f"{self.hub.url}/{'' if repo.type == 'model' else repo.type + 's/'}{repo_id}"
+        answer = {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}"}
+        return answer | ({"pullRequestUrl": f"{url}/discussions/{pull_request}"} if pull_request else {})
 
     def _apply(self, tree: dict[str, Entry], key: str, value: dict[str, Any]) -> None:
         path = value["path"]
@@ -285,13 +242,13 @@ class Endpoints:
             tree[path] = Entry(base64.b64decode(value["content"]), is_lfs=False)
         elif key == "lfsFile":
             if value["oid"] not in self.hub.large_files:
-                raise HubError(400, f"LFS pointer of {path} points to a file that does not exist")
+                raise StatusError(400, f"LFS pointer of {path} points to a file that does not exist")
             tree[path] = Entry(self.hub.large_files[value["oid"]], is_lfs=True)
         else:
-            gone = [name for name in tree if name == path or name.startswith(f"{path.rstrip('/')}/")]
-            if not gone:
-                raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
-            for name in gone:
+            deleted = [name for name in tree if name == path or name.startswith(f"{path.rstrip('/')}/")]
+            if not deleted:
+                raise StatusError(404, "A file with this name doesn't exist", "EntryNotFound")
+            for name in deleted:
                 del tree[name]
 
     # Download
@@ -317,8 +274,6 @@ class Endpoints:
         if match is None:
             return 200, headers, content
         start, stop = int(match[1]), min(int(match[2] or len(content)) + 1, len(content))
-        if start >= len(content):
-            raise HubError(416, "Range Not Satisfiable")
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
         return 206, headers, content[start:stop]
 
@@ -328,22 +283,17 @@ _FILES = r"/(?:(dataset)s/)?([^/]+/[^/]+)"
 _ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("GET", r"/api/whoami-v2", Endpoints.whoami),
     ("POST", r"/api/repos/create", Endpoints.create_repo),
-    ("DELETE", r"/api/repos/delete", Endpoints.delete_repo),
     ("POST", r"/api/validate-yaml", Endpoints.validate_yaml),
     ("GET", rf"{_API}(?:/revision/([^/]+))?", Endpoints.repo_info),
     ("GET", rf"{_API}/tree/([^/]+)(/.*)?", Endpoints.tree),
-    ("POST", rf"{_API}/paths-info/([^/]+)", Endpoints.paths_info),
     ("GET", rf"{_API}/auth-check(/write)?", Endpoints.auth_check),
-    ("GET", rf"{_API}/refs", Endpoints.refs),
     ("POST", rf"{_API}/branch/([^/]+)", Endpoints.create_branch),
-    ("POST", rf"{_API}/tag/([^/]+)", Endpoints.create_tag),
     ("POST", rf"{_API}/discussions", Endpoints.open_discussion),
     ("GET", rf"{_API}/discussions/(\d+)", Endpoints.discussion),
     ("POST", rf"{_API}/preupload/([^/]+)", Endpoints.preupload),
     ("POST", rf"{_API}/commit/([^/]+)", Endpoints.commit),
     ("POST", rf"{_FILES}\.git/info/lfs/objects/batch", Endpoints.lfs_batch),
     ("PUT", r"/lfs/([0-9a-f]{64})", Endpoints.lfs_put),
-    ("POST", r"/lfs-verify", Endpoints.lfs_verify),
     *((method, rf"{_FILES}/resolve/([^/]+)/(.+)", Endpoints.resolve) for method in ("GET", "HEAD")),
     *((method, r"/lfs/([0-9a-f]{64})", Endpoints.lfs_get) for method in ("GET", "HEAD")),
 ]

@@ -1,4 +1,4 @@
-"""Repositories and accounts of the Hub on loopback, as git has them and in memory."""
+"""Repos and accounts of the loopback Hub, kept in memory."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for s
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of a commit: its bytes, and whether it is in LFS storage."""
+    """A file of a commit."""
 
     content: bytes
     is_lfs: bool
@@ -54,7 +54,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository; `refs` has the full names, such as `refs/heads/main`."""
+    """A repo; `refs` has full names such as `refs/heads/main`."""
 
     id: str
     type: str
@@ -76,7 +76,7 @@ class Repo:
         return commit.sha
 
     def titles(self, revision: str = "main") -> list[str]:
-        """Titles of the commits of a revision, newest first."""
+        """Commit titles of a revision, newest first."""
         titles, commit = [], self.resolve(revision)
         while commit is not None:
             titles.append(commit.title)
@@ -91,28 +91,19 @@ class Repo:
 
 @dataclass(frozen=True)
 class Account:
-    """Whose a token is: a user, the role of the token, and the user's role in organisations."""
+    """Owner of a token, the role of the token, and the roles of the owner in organizations."""
 
     name: str
     role: str = "write"
     orgs: dict[str, str] = field(default_factory=dict)
-    scopes: tuple[dict[str, Any], ...] = ()
 
-    def can_write(self, namespace: str) -> bool:
+    def is_member(self, namespace: str) -> bool:
         return namespace == self.name or self.orgs.get(namespace) in ("write", "admin")
 
-    def may_write(self, namespace: str) -> bool:
-        """Of a fine-grained token."""
-        return any(s["entity"]["name"] == namespace and "repo.write" in s["permissions"] for s in self.scopes)
-
     def whoami(self) -> dict[str, Any]:
-        access = {"displayName": "test", "role": self.role, "createdAt": DATE}
-        if self.role == "fineGrained":
-            access["fineGrained"] = {"global": [], "scoped": list(self.scopes)}
-        orgs = [{"type": "org", "name": name, "roleInOrg": role} for name, role in self.orgs.items()]
         return {
             "type": "user",
             "name": self.name,
-            "orgs": orgs,
-            "auth": {"type": "access_token", "accessToken": access},
+            "orgs": [{"type": "org", "name": name, "roleInOrg": role} for name, role in self.orgs.items()],
+            "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": self.role}},
         }

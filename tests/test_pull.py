@@ -1,0 +1,114 @@
+"""Pulls from the loopback Hub into a folder: complete and equal to the repo, or not at all."""
+
+from pathlib import Path
+
+import pytest
+from doubles.hub_fixtures import contents, enhanced, no_sleep, no_token_shown, raises, store
+from doubles.loopback_hub import LoopbackHub, hub
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+from know_hf import WeightTrajectory
+from know_hf.checkpoint import CheckpointError
+from know_hf.hub import HubError, pull, pull_checkpoint, pull_trajectory
+from know_hf.trajectory import TrajectoryError
+
+__all__ = ["enhanced", "hub", "no_sleep", "no_token_shown"]
+
+FAULTS = {
+    "reset": {"cut": 100},
+    "cut": {"cut": 100, "reset": False},
+    "500": {"status": 500},
+    "429": {"status": 429, "headers": {"Retry-After": "3"}},
+    "wrong bytes": {"tamper": lambda content: content[:-1] + bytes([content[-1] ^ 1])},
+    "truncated": {"tamper": lambda content: content[:-1]},
+}
+
+
+def test_checkpoint(hub: LoopbackHub, enhanced: Path, tmp_path: Path) -> None:
+    odd = {"pytorch_model.bin": b"pickle", ".hidden.json": b"{}", "a/../../outside.json": b"{}", "run.sh": b"rm"}
+    hub.create("me/x", contents(enhanced) | odd)
+    assert contents(pull_checkpoint("me/x", tmp_path / "deep" / "pulled")) == contents(enhanced)
+    (tmp_path / "empty").mkdir()
+    assert contents(pull("me/x", tmp_path / "empty")) == contents(enhanced)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["pulled"]
+    assert not list(tmp_path.rglob("*outside*"))
+
+
+def test_refused_pulls(hub: LoopbackHub, enhanced: Path, recorded: Path, tmp_path: Path) -> None:
+    store(hub, enhanced, "me/x")
+    store(hub, recorded, "me/t")
+    hub.create("me/pickle", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
+    hub.create("me/damaged", contents(enhanced) | {"model.safetensors": b"garbage"})
+    target = tmp_path / "pulled"
+    with raises(HubError, "no safetensors weights"):
+        pull("me/pickle", target)
+    with raises(CheckpointError, "model.safetensors"):
+        pull("me/damaged", target)
+    with raises(HubError, "holds a trajectory"):
+        pull_checkpoint("me/t", target)
+    with raises(TrajectoryError, "trajectory.json"):
+        pull_trajectory("me/x", target)
+    with raises(RepositoryNotFoundError, "me/none"):
+        pull("me/none", target)
+    with raises(RevisionNotFoundError, "none"):
+        pull("me/x", target, revision="none")
+    with raises(ValueError, "token"):
+        pull("me/x", target, token="hf two")
+    assert {path.name for path in tmp_path.iterdir()} <= {"home"}
+    target.write_bytes(b"")
+    with raises(FileExistsError, "another folder"):
+        pull("me/x", target)
+
+
+@pytest.mark.parametrize(
+    ("fault", "pattern"),
+    [*((fault, "GET /lfs") for fault in FAULTS), ("500", "GET .*json"), ("wrong bytes", "GET .*json")],
+)
+def test_pull_after_a_fault(hub: LoopbackHub, recorded: Path, tmp_path: Path, fault: str, pattern: str) -> None:
+    store(hub, recorded, "me/t")
+    switched_on = hub.fail(pattern, **FAULTS[fault])
+    pulled = pull_trajectory("me/t", tmp_path / "once")
+    assert switched_on.times == 0
+    pulled.verify()
+    hub.fail(pattern, times=1000, **FAULTS[fault])
+    with raises(OSError, "Run it again"):
+        pull("me/t", tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    hub.faults.clear()
+    assert contents(pull("me/t", tmp_path / "never")) == contents(pulled.path)
+    assert not (tmp_path / ".never.pull").exists()
+
+
+def test_interrupted_pull_fetches_missing_files_only(hub: LoopbackHub, recorded: Path, tmp_path: Path) -> None:
+    store(hub, recorded, "me/t")
+    sha256 = hub.repo("me/t").resolve("main").tree["state-3/model.safetensors"].sha256
+    hub.fail(f"GET /lfs/{sha256}", times=100, cut=500)
+    with raises(ConnectionError, "Could not pull me/t"):
+        pull("me/t", tmp_path / "pulled")
+    hub.faults.clear()
+    before = hub.sent("GET /lfs")
+    pull("me/t", tmp_path / "pulled")
+    assert hub.sent("GET /lfs") - before == (recorded / "state-3" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("state-1/model.safetensors", lambda content: content[:-1] + b"\1"),
+        ("state-2/model.safetensors", lambda content: content + b"\1"),
+        ("state-1/config.json", lambda content: content.replace(b"relu", b"gelu")),
+        ("config.json", lambda content: content.replace(b"relu", b"gelu")),
+        ("state-4/model.safetensors", None),
+    ],
+)
+def test_repo_differs_from_the_recorded_trajectory(
+    hub: LoopbackHub, recorded: Path, tmp_path: Path, name: str, change: object
+) -> None:
+    files = contents(recorded)
+    content = files.pop(name)
+    hub.create("me/t", files | ({name: change(content)} if callable(change) else {}))
+    with raises(TrajectoryError, name):
+        WeightTrajectory.from_hub("me/t").load_model(1)
+    with raises(TrajectoryError, name):
+        pull("me/t", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
