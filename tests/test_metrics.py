@@ -10,6 +10,7 @@ import torch
 
 from know_hf import WeightTrajectory
 from know_hf.metrics import ForgettingRate, KnowledgeGain, RetrodictionSkill
+from know_hf.trajectory.summary import inspect_trajectory
 
 
 def test_retrodiction_skill():
@@ -39,6 +40,9 @@ def test_forgetting_rate_of_a_trajectory(tmp_path):
     for accuracy, count in ((0.9, 64), (0.7, 32)):
         trajectory.record(torch.nn.Linear(2, 2), num_examples=count, steps=1, metrics={"eval_accuracy": accuracy})
     assert ForgettingRate().of_trajectory(trajectory)["forgetting_rate"] == pytest.approx(0.2)
+    summary = inspect_trajectory(trajectory)
+    assert summary.forgetting == {"eval_accuracy": pytest.approx(0.2)}
+    assert "per halving of the examples: eval_accuracy -0.2000" in str(summary)
     with pytest.raises(ValueError, match=r"state 0 .*'eval_loss'.*eval_accuracy"):
         ForgettingRate().of_trajectory(trajectory, "eval_loss")
 

@@ -20,12 +20,15 @@ class TrajectorySummary:
         displacement (`dict[str, list[float]]`):
             By role, `‖Θk − Θ0‖₂ / ‖Θ0‖₂` of every state k over all tensors of the role; 0 where Θ0 is all zeros and
             nothing moved.
+        forgetting (`dict[str, float]`):
+            By metric that every state has, its fall per halving of the examples, see [`ForgettingRate`].
     """
 
     states: tuple[StateRecord, ...]
     tensors: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     displacement: dict[str, list[float]] = field(default_factory=dict)
+    forgetting: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         metrics = sorted({name for state in self.states for name in state.metrics})
@@ -38,7 +41,11 @@ class TrajectorySummary:
             rows.append([str(state.index), examples, f"{state.steps:,}", *values, *moved])
         counts = [["role", "tensors", "parameters"]]
         counts += [[role, f"{self.tensors[role]:,}", f"{self.parameters[role]:,}"] for role in self.tensors]
-        return f"{_table(rows)}\nmoved: distance from state 0, relative to its norm\n\n{_table(counts)}"
+        notes = ["moved: distance from state 0, relative to its norm"]
+        if self.forgetting:
+            changes = ", ".join(f"{name} {-rate:+.4f}" for name, rate in self.forgetting.items())
+            notes.append(f"per halving of the examples: {changes}")
+        return "\n".join([_table(rows), *notes, "", _table(counts)])
 
 
 def inspect_trajectory(trajectory: WeightTrajectory) -> TrajectorySummary:
@@ -62,6 +69,7 @@ def inspect_trajectory(trajectory: WeightTrajectory) -> TrajectorySummary:
         distance[role] = distance.get(role, 0.0) + (newest_first - newest_first[0]).square().sum(dim=1)
     for role, squared in distance.items():
         summary.displacement[role] = (squared.sqrt() / max(length[role] ** 0.5, 1e-30)).tolist()
+    summary.forgetting = _forgetting(trajectory)
     return summary
 
 
@@ -81,6 +89,18 @@ def displacement(trajectory: WeightTrajectory, state: int) -> float:
             moved += float((trajectory.tensor(name, state).double() - first).square().sum())
             length += float(first.square().sum())
     return (moved / max(length, 1e-60)) ** 0.5
+
+
+def _forgetting(trajectory: WeightTrajectory) -> dict[str, float]:
+    sizes = {state.num_examples for state in trajectory.states}
+    metrics = [set(state.metrics) for state in trajectory.states]
+    names = sorted(set.intersection(*metrics)) if metrics else []
+    if not names or None in sizes or len(sizes) < 2:
+        return {}
+    from ..metrics import ForgettingRate  # importing evaluate takes a second
+
+    rate = ForgettingRate()
+    return {name: rate.of_trajectory(trajectory, name)["forgetting_rate"] for name in names}
 
 
 def _table(rows: list[list[str]]) -> str:
