@@ -17,6 +17,7 @@ from memory import current_memory, peak_memory
 CHECKED_ROWS = 1 << 16
 ROLES = ("conv", "fc", "bias")
 TIMED_ROLE = "fc"
+QUICK = 0.05  # seconds of a matrix product below which a larger one is tried
 
 Run = Callable[[], dict[str, Any]]
 
@@ -84,9 +85,7 @@ def _serve(connection: Connection, prepare: Callable[..., tuple[Run, dict[str, A
             connection.send(run())
     except EOFError:
         pass  # the benchmark is done with this contestant
-    except (
-        Exception
-    ) as error:  # whatever it is that a kernel or a compiler can't do here is told, and the others go on
+    except Exception as error:  # report whatever a kernel or compiler cannot do here, and go on with the others
         reason = " ".join(str(error).split()) or type(error).__name__
         connection.send({"failure": reason, "details": traceback.format_exc()})
 
@@ -202,29 +201,41 @@ def prepare_matrix_product(device: str, threads: int) -> tuple[Run, dict[str, An
     import torch
 
     torch.set_num_threads(threads)
-    size = 2048 if device == "cpu" else 8192
-    single = torch.randn(size, size, device=device)
-    half = single.bfloat16()
-    products = {"torch.mm": lambda: torch.mm(single, single), "bfloat16": lambda: torch.mm(half, half)}
-    if device == "cpu" and torch.backends.mkldnn.is_available():
-        # the library behind torch.mm may leave the widest vectors of a CPU of another maker unused; oneDNN does not
-        packed = single.to_mkldnn()
-        products["oneDNN"] = lambda: torch.nn.functional.linear(packed, packed)
+
+    def make_products(size: int) -> dict[str, Callable[[], object]]:
+        single = torch.randn(size, size, device=device)
+        half = single.bfloat16()
+        products: dict[str, Callable[[], object]] = {
+            "torch.mm": lambda: torch.mm(single, single),
+            "bfloat16": lambda: torch.mm(half, half),
+        }
+        if device == "cpu" and torch.backends.mkldnn.is_available():
+            # the library behind torch.mm may leave the widest vectors of another maker's CPU unused; oneDNN does not
+            packed = single.to_mkldnn()
+            products["oneDNN"] = lambda: torch.nn.functional.linear(packed, packed)
+        return products
+
+    def seconds(product: Callable[[], object], repetitions: int) -> float:
+        shortest = float("inf")
+        for _ in range(repetitions):
+            start = time.perf_counter()
+            product()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            shortest = min(shortest, time.perf_counter() - start)
+        return shortest
+
+    # double the size while all products are quick: bfloat16 runs at 1 GFLOP/s on CPUs without instructions for it
+    size, largest = 128, 2048 if device == "cpu" else 8192
+    products = make_products(size)
+    while size < largest and all(seconds(product, 2) < QUICK for product in products.values()):
+        size *= 2
+        products = make_products(size)
 
     def run() -> dict[str, Any]:
-        rates = {}
-        for name, product in products.items():
-            duration = float("inf")
-            for _ in range(6):
-                start = time.perf_counter()
-                product()
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                duration = min(duration, time.perf_counter() - start)
-            rates[name] = 2 * size**3 / duration
+        rates = {name: 2 * size**3 / seconds(product, 6) for name, product in products.items()}
         return rates | {"float32": max(rates["torch.mm"], rates.get("oneDNN", 0))}
 
-    run()
     return run, {"device": torch.cuda.get_device_name() if device != "cpu" else ""}
 
 

@@ -68,25 +68,7 @@ def time_function(args: argparse.Namespace, folder: Path, threads: int, results:
         product = stack.enter_context(Contestant(prepare_matrix_product, args.device, threads))
         if product.failure:
             raise SystemExit(f"not run on {args.device}: {product.failure}")
-        contestants: dict[str, Contestant | str] = {}
-        for kernel in args.kernels:
-            tell(f"preparing {kernel}")
-            contestants[kernel] = stack.enter_context(
-                Contestant(prepare_kernel, kernel, folder, args.device, threads, args.seconds)
-            )
-        for mode in args.peers:
-            tell(f"preparing the peer: {mode}")
-            if find_spec("tensorflow") is None:
-                contestants[mode] = "tensorflow is not installed"
-            elif args.device != "cpu":
-                contestants[mode] = "the peer is timed on the CPU"
-            else:
-                with Contestant(prepare_batch_size, mode, folder, threads) as search:
-                    stop_at_failure(search)
-                contestants[mode] = stack.enter_context(
-                    Contestant(prepare_peer, mode, folder, search.facts["batch_size"], threads, args.seconds)
-                )
-                contestants[mode].facts |= search.facts
+        contestants = start_contestants(args, folder, threads, stack)
         peaks, runs = [], {name: [] for name in contestants}
         for repetition in range(args.repetitions):
             tell(f"the function alone, repetition {repetition + 1} of {args.repetitions}")
@@ -107,6 +89,31 @@ def time_function(args: argparse.Namespace, folder: Path, threads: int, results:
             form = "published" if name == "eager" or name in PEERS else "folded"
             rate = results["flops"][form] / results["function"][name]["seconds"]
             results["function"][name] |= {"flops_per_second": rate, "share_of_peak": rate / results["peak"]["float32"]}
+
+
+def start_contestants(
+    args: argparse.Namespace, folder: Path, threads: int, stack: ExitStack
+) -> dict[str, Contestant | str]:
+    """Starts a process per kernel and peer; a string says why one cannot run."""
+    contestants: dict[str, Contestant | str] = {}
+    for kernel in args.kernels:
+        tell(f"preparing {kernel}")
+        contestants[kernel] = stack.enter_context(
+            Contestant(prepare_kernel, kernel, folder, args.device, threads, args.seconds)
+        )
+    for mode in args.peers:
+        tell(f"preparing the peer: {mode}")
+        if find_spec("tensorflow") is None:
+            contestants[mode] = "tensorflow is not installed"
+        elif args.device != "cpu":
+            contestants[mode] = "the peer is timed on the CPU"
+        else:
+            with Contestant(prepare_batch_size, mode, folder, threads) as search:
+                stop_at_failure(search)
+            peer = Contestant(prepare_peer, mode, folder, search.facts["batch_size"], threads, args.seconds)
+            peer.facts |= search.facts
+            contestants[mode] = stack.enter_context(peer)
+    return contestants
 
 
 def time_prediction(args: argparse.Namespace, size: str, folder: Path, threads: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from space import Space
+    from space import Recipe, Space
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -42,8 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
     job = Job(recipes, _sources(space, arguments.data), _pairs("--model", arguments.model), output_dir)
     for recipe in recipes:
         recipe.check_same(output_dir / recipe.name / "recipe.json")
-        ended = result(output_dir, recipe.name)
-        if arguments.retry_failed and rank == 0 and ended is not None and ended["status"] == "failed":
+        if arguments.retry_failed and rank == 0 and _failure(output_dir, recipe) is not None:
             (output_dir / recipe.name / RESULT_NAME).unlink()
     if not all(result(output_dir, recipe.name) for recipe in recipes):
         from examples import check_same_data
@@ -57,13 +56,24 @@ def main(arguments: argparse.Namespace) -> int:
     _print_table(summary(rows))
     if arguments.push_to_hub is not None:
         print(push(output_dir, rows, arguments.push_to_hub, arguments.private))
-    failures = [(recipe.name, ended) for recipe in recipes if (ended := result(output_dir, recipe.name))]
-    failures = [(name, ended["error"]) for name, ended in failures if ended["status"] == "failed"]
-    for name, error in failures:
+    return _report_failures(output_dir, recipes)
+
+
+def _report_failures(output_dir: Path, recipes: "list[Recipe]") -> int:
+    """Prints the trajectories that failed; returns the exit code."""
+    failures = {recipe.name: error for recipe in recipes if (error := _failure(output_dir, recipe)) is not None}
+    for name, error in failures.items():
         print(f"failed: {name}: {error}", file=sys.stderr)
     if failures:
-        print("failed trajectories are left out of the index; --retry-failed tries them again", file=sys.stderr)
+        print("failed trajectories are not in the index; run again with --retry-failed", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _failure(output_dir: Path, recipe: "Recipe") -> str | None:
+    from jobs import result
+
+    ended = result(output_dir, recipe.name)
+    return str(ended["error"]) if ended is not None and ended["status"] == "failed" else None
 
 
 def make_parser() -> argparse.ArgumentParser:

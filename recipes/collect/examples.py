@@ -202,4 +202,5 @@ def _prepare(
 
 
 def _key(split: datasets.Dataset, *facts: Any) -> str:
-    return hashlib.sha256(json.dumps([split._fingerprint, *facts], sort_keys=True).encode()).hexdigest()[:16]
+    fingerprint = split._fingerprint  # noqa: SLF001 - datasets has no public name for it
+    return hashlib.sha256(json.dumps([fingerprint, *facts], sort_keys=True).encode()).hexdigest()[:16]

@@ -94,7 +94,7 @@ def make_model(recipe: Recipe, num_labels: int, tokenizer: Any, local_models: di
     if recipe.pretrained is not None:
         model = model_class.from_pretrained(local_models.get(recipe.pretrained, recipe.pretrained), **options)
         # What is published names the model, not the folder of this machine that it was read from.
-        model.name_or_path = model.config._name_or_path = recipe.pretrained
+        model.name_or_path = model.config.name_or_path = recipe.pretrained
     else:
         if tokenizer is None:
             options |= {"image_size": recipe.inputs["image_size"], "num_channels": recipe.inputs["image_channels"]}
