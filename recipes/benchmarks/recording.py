@@ -3,8 +3,8 @@
     python recipes/benchmarks/recording.py --model sentence-transformers/all-MiniLM-L6-v2
     python recipes/benchmarks/recording.py --model random-350m
 
-Prints medians over the repetitions: how long the training waits for a state, as a share of `save_pretrained`; the memory
-of the copy, as a share of the weights; and how much slower training steps are while a state is written.
+Prints medians over the repetitions: how long the training waits for a state, as a share of `save_pretrained`; the
+memory of the copy, as a share of the weights; and how much slower training steps are while a state is written.
 """
 
 import argparse
