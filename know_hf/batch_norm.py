@@ -1,4 +1,4 @@
-"""BatchNorm statistics belong to the weights they were measured with; here they are measured anew."""
+"""BatchNorm statistics belong to the weights they were computed with; other weights need new ones."""
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -11,19 +11,21 @@ from torch.optim.swa_utils import update_bn
 
 
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
-    """Computes running means and variances anew, in place, as the plain average over all batches.
+    """Recompute running means and variances in place, as the average over all batches.
 
-    Only the BatchNorm layers are in training mode meanwhile: dropout would widen the statistics beyond those met at
-    inference (arXiv 1801.05134). Momentum and training mode of every module are as they were afterwards. Models
-    without BatchNorm are left alone and the batches unread.
+    Only BatchNorm layers are in training mode meanwhile: dropout would inflate the variances (arXiv 1801.05134).
+    Momentum and training modes are restored. For a model without BatchNorm, the batches are not read.
 
     Args:
-        model (`nn.Module`): Any module.
-        batches (iterable of mappings): Keyword arguments of the model, such as `{"pixel_values": (B, C, H, W)}`; moved
-            to the model's device. Batches of equal size give every example equal weight.
+        model (`nn.Module`):
+            Any module.
+        batches (iterable of mappings):
+            Keyword arguments of the model, for example `{"pixel_values": (B, C, H, W)}`, on any device. Use batches of
+            equal size to weight all examples equally.
 
     Raises:
-        `ValueError`: when there is BatchNorm and no batch; the statistics are then as they were.
+        `ValueError`:
+            If the model has BatchNorm layers and there is no batch. The statistics are unchanged.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
@@ -32,8 +34,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Mapping[str, Any]
     first = next(remaining, None)
     if first is None:
         raise ValueError(
-            f"the model has {len(norms)} BatchNorm layers and there is no batch to compute their statistics from;"
-            " give at least one"
+            f"no batch to compute the statistics of {len(norms)} BatchNorm layers from; pass at least one batch"
         )
     training = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
@@ -47,7 +48,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Mapping[str, Any]
 
 
 class _Keywords(nn.Module):
-    """What `update_bn` takes for the model: passes a batch on as keyword arguments, which it does not."""
+    """Adapter for `update_bn`: passes a batch to the model as keyword arguments."""
 
     def __init__(self, model: nn.Module, norms: list[_BatchNorm]) -> None:
         super().__init__()

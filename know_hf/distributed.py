@@ -1,4 +1,4 @@
-"""Several processes: who writes, how an error of one reaches all, and who holds the weights."""
+"""Several processes: actions with results and errors on all of them, and sharded weights."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,18 +16,17 @@ T = TypeVar("T")
 
 
 def on_main_process(accelerator: Accelerator | None, action: Callable[[], T]) -> T:
-    """Runs an action on the main process; its result, or its error, comes out on every process.
+    """Run an action on the main process and return its result on every process.
 
     Args:
-        accelerator (`Accelerator`, *optional*): Says which processes there are; on one the action is just run.
-        action (`Callable[[], T]`): Called on the main process; what it returns is sent to the others.
-
-    Returns:
-        What the action returned.
+        accelerator (`Accelerator`, *optional*):
+            The accelerator of the run. By default the only process runs the action.
+        action (`Callable[[], T]`):
+            The action. Its result must be picklable.
 
     Raises:
-        The action's error on the main process, a `RuntimeError` with its text on the others: no process is left
-        waiting for one that failed.
+        The error of the action on the main process, a `RuntimeError` with its text on the others, so that no process
+        waits for a failed one.
     """
     if accelerator is None or accelerator.num_processes == 1:
         return action()
@@ -48,17 +47,17 @@ def on_main_process(accelerator: Accelerator | None, action: Callable[[], T]) ->
 
 
 def on_every_process(accelerator: Accelerator | None, action: Callable[[], T]) -> list[T]:
-    """Runs an action on every process at once; all results, or an error where any failed, come out on every process.
+    """Run an action on every process and return all results, by rank, on every process.
 
     Args:
-        accelerator (`Accelerator`, *optional*): Says which processes there are; on one the action is just run.
-        action (`Callable[[], T]`): Called on each process.
-
-    Returns:
-        `list[T]`: What the action returned on each process, in the order of their ranks.
+        accelerator (`Accelerator`, *optional*):
+            The accelerator of the run. By default the only process runs the action.
+        action (`Callable[[], T]`):
+            The action. Its result must be picklable.
 
     Raises:
-        The action's error on the processes where it failed, a `RuntimeError` with the text of the first on the others.
+        The error of the action on the processes where it failed, a `RuntimeError` with the text of the first error on
+        the others.
     """
     if accelerator is None or accelerator.num_processes == 1:
         return [action()]
@@ -79,47 +78,46 @@ def on_every_process(accelerator: Accelerator | None, action: Callable[[], T]) -
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Whether each process holds only a part of the weights."""
+    """Whether the weights are sharded over the processes."""
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         return trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     return trainer.accelerator.distributed_type == DistributedType.FSDP
 
 
 def check_gathering(trainer: Trainer) -> None:
-    """Fails before the training where ZeRO-3 could not give its weights after it.
-
-    Raises:
-        `ValueError`: when gathering is switched off in the DeepSpeed config.
-    """
+    """Raise a `ValueError` if the DeepSpeed config keeps ZeRO-3 from gathering the weights after the training."""
     if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED or not is_sharded(trainer):
         return
     config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
     name = "stage3_gather_16bit_weights_on_model_save"
     if not config.get("zero_optimization", {}).get(name, False):
         raise ValueError(
-            f"ZeRO-3 does not gather its weights: zero_optimization.{name} is off in the DeepSpeed config, so no state"
-            " could be recorded; set it to true"
+            f"ZeRO-3 does not gather its weights, so no state can be recorded; set zero_optimization.{name} to true in"
+            " the DeepSpeed config"
         )
 
 
 def gather_state_dict(model: nn.Module, trainer: Trainer | None) -> dict[str, torch.Tensor] | None:
-    """The whole weights where each process holds a part of them; to be called on every process.
+    """Gather sharded weights. Every process must call it.
 
     Args:
-        model (`nn.Module`): The model as a callback gets it.
-        trainer (`Trainer`, *optional*): Its trainer.
+        model (`nn.Module`):
+            The model as a callback receives it.
+        trainer (`Trainer`, *optional*):
+            The trainer of the model.
 
     Returns:
-        `dict[str, torch.Tensor]` on the main process (elsewhere it may be empty), or `None` where the model itself
-        holds all of its weights.
+        `dict[str, torch.Tensor]`: The weights on the main process (possibly none elsewhere), or `None` if they are not
+        sharded.
 
     Raises:
-        `ValueError`: when the weights are in parts and no trainer was given.
+        `ValueError`:
+            If the weights are sharded and `trainer` is missing.
     """
     if trainer is None:
         if type(model).__name__.startswith(("FSDP", "FullyShardedDataParallel")) or is_partitioned(model):
             raise ValueError(
-                f"no process holds the whole weights of this {type(model).__name__}; give the callback its trainer:"
+                f"the weights of this {type(model).__name__} are sharded; pass the trainer to the callback:"
                 " WeightTransitionCallback(output_dir, trainer=trainer)"
             )
         return None
@@ -129,13 +127,10 @@ def gather_state_dict(model: nn.Module, trainer: Trainer | None) -> dict[str, to
 
 
 def reshard(model: nn.Module) -> None:
-    """Gives each process its part of the weights again, where FSDP2 has put them together.
+    """Shard weights again that FSDP2 has gathered; other modules stay unchanged.
 
-    The outermost weights stay whole after an evaluation; an optimizer made then would train these copies, and the
-    model would keep its old weights.
-
-    Args:
-        model (`nn.Module`): Any model; one without FSDP2 is left as it is.
+    FSDP2 keeps the outermost weights gathered after an evaluation. An optimizer created then would train these copies
+    and leave the model unchanged.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,8 +1,8 @@
-"""Which examples each stage of structured forgetting trains on: ever smaller nested subsets of one dataset.
+"""The subsets of structured forgetting: ever smaller, nested, and the same on every machine.
 
-Every subset is a prefix of one seeded ordering of the examples, so that each lies inside the one before whatever the
-sizes are. For a stratified schedule the ordering spreads every class evenly, so that each prefix holds the same share
-of every class, rounded to whole examples. A grouped schedule orders the groups, and takes those that fit.
+Every subset is a prefix of one seeded order of the examples. A stratified schedule spreads each class evenly over the
+order, so each prefix holds the same share of each class, rounded to examples. A grouped schedule orders groups and
+takes those that fit.
 """
 
 import operator
@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+Values = Sequence[Any] | np.ndarray
+
 
 @dataclass(frozen=True)
 class ForgettingSchedule:
@@ -20,30 +22,30 @@ class ForgettingSchedule:
 
     Args:
         ratio (`float`, *optional*, defaults to `0.5`):
-            The sampling rate r: the share of the examples that each stage keeps. Published values are 0.5 and 0.33.
+            The sampling rate r, the share of the examples that each stage keeps. Published values are 0.5 and 0.33.
         num_states (`int`, *optional*, defaults to `5`):
-            S, the number of weight states, the one trained on all of the data among them.
+            Number of states S, including the one trained on all data.
         epochs_per_stage (`float`, *optional*, defaults to `1`):
-            Epochs trained on each of the S - 1 smaller subsets, unless `steps_per_stage` is given.
+            Epochs on each of the S - 1 smaller subsets, unless `steps_per_stage` is set.
         stratify_by (`str`, *optional*):
-            Column of the dataset with the class of each example; its balance is then kept in every subset, as far as
-            whole examples allow (see [`indices`]).
+            Dataset column with the class of each example. Every subset keeps the class balance (see [`indices`]).
         seed (`int`, *optional*, defaults to `0`):
-            Chooses the examples. The same seed chooses the same examples on every machine.
+            Seed of the order of the examples.
         group_by (`str`, *optional*):
-            Column of the dataset that says what an example belongs to (a document, a patient). All examples of a
-            group are in a subset or none is; sizes are then as near to round(r^k · |D0|) as whole groups, taken in
-            random order, come.
+            Dataset column with the group of each example, for example its document or patient. A group is in a subset
+            with all of its examples or not at all. Sizes come as near to round(r^k · |D0|) as groups in random order
+            allow.
         steps_per_stage (`int`, *optional*):
-            Optimizer steps on each of the S - 1 smaller subsets, instead of `epochs_per_stage`. Streaming datasets
-            need it: they have no length to count epochs with.
+            Optimizer steps on each of the S - 1 smaller subsets, instead of `epochs_per_stage`. Required for streaming
+            datasets, whose epochs have no known length.
         key_column (`str`, *optional*):
-            For streaming datasets: the column that identifies an example. What it holds decides whether the example is
-            in a subset; without it the content of the whole example does. See [`~know_hf.data.subsets.divide`].
+            Column that identifies an example of a streaming dataset. Its value decides whether the example is in a
+            subset; by default the content of the example does. See [`~know_hf.data.subsets.divide`].
 
     Raises:
-        `ValueError`: for a ratio outside (0, 1), fewer than two states, a stage of no length, a length in both epochs
-            and steps, numbers that should be whole and aren't, or columns that can't go together.
+        `ValueError`:
+            If a number is out of range or not an integer, both lengths of a stage are set, or columns exclude each
+            other.
     """
 
     ratio: float = 0.5
@@ -58,71 +60,58 @@ class ForgettingSchedule:
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise ValueError(
-                f"ratio must lie strictly between 0 and 1, got {self.ratio}; published values are 0.5, 0.33"
+                f"ratio must lie strictly between 0 and 1, got {self.ratio}; published values are 0.5 and 0.33"
             )
-        if (num_states := _whole(self.num_states)) is None or num_states < 2:
-            raise ValueError(f"num_states must be a whole number of at least 2, got {self.num_states}")
         if not self.epochs_per_stage > 0:
             raise ValueError(f"epochs_per_stage must be positive, got {self.epochs_per_stage}")
-        if (seed := _whole(self.seed)) is None or not 0 <= seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2**32) and be a whole number, got {self.seed}")
-        steps_per_stage = None
-        if self.steps_per_stage is not None:
-            if (steps_per_stage := _whole(self.steps_per_stage)) is None or steps_per_stage < 1:
-                raise ValueError(f"steps_per_stage must be a whole number of at least 1, got {self.steps_per_stage!r}")
-            if self.epochs_per_stage != 1:
-                raise ValueError(
-                    f"a stage has one length, got steps_per_stage={self.steps_per_stage} and"
-                    f" epochs_per_stage={self.epochs_per_stage}; leave one of them out"
-                )
-        if self.group_by is not None and self.stratify_by is not None:
+        if self.steps_per_stage is not None and self.epochs_per_stage != 1:
             raise ValueError(
-                f"got group_by={self.group_by!r} and stratify_by={self.stratify_by!r}, but whole groups can't be dealt"
-                " out by class; leave one of them out"
+                f"got both steps_per_stage={self.steps_per_stage} and epochs_per_stage={self.epochs_per_stage}; remove"
+                " one of them"
             )
-        if self.group_by is not None and self.key_column is not None:
-            raise ValueError(
-                f"got group_by={self.group_by!r} and key_column={self.key_column!r}, but the group is the key of its"
-                " examples; leave key_column out"
-            )
-        # NumPy's numbers become Python's: trajectory.json takes no others.
+        if self.group_by is not None and (self.stratify_by is not None or self.key_column is not None):
+            name = "stratify_by" if self.stratify_by is not None else "key_column"
+            raise ValueError(f"group_by={self.group_by!r} excludes {name}={getattr(self, name)!r}; remove one of them")
+        # trajectory.json stores Python numbers, not those of NumPy
         epochs = self.epochs_per_stage if type(self.epochs_per_stage) is int else float(self.epochs_per_stage)
-        numbers = {"ratio": float(self.ratio), "num_states": num_states, "epochs_per_stage": epochs, "seed": seed}
-        for name, number in (numbers | {"steps_per_stage": steps_per_stage}).items():
+        numbers = {
+            "ratio": float(self.ratio),
+            "num_states": _integer("num_states", self.num_states, 2),
+            "epochs_per_stage": epochs,
+            "seed": _integer("seed", self.seed, 0),
+        }
+        if self.steps_per_stage is not None:
+            numbers["steps_per_stage"] = _integer("steps_per_stage", self.steps_per_stage, 1)
+        for name, number in numbers.items():
             object.__setattr__(self, name, number)
 
     @property
     def relative_cost(self) -> float:
-        """Examples seen by one epoch of every state, all data included, in units of one epoch on all data: Σ r^k."""
+        """Cost of one epoch on every subset, D0 included, in epochs on D0: Σ r^k."""
         return sum(self.ratio**k for k in range(self.num_states))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def sizes(self, num_examples: int, batch_size: int = 1) -> list[int]:
-        """Number of examples of every state.
+        """Number of examples of every subset, largest first.
 
         Args:
-            num_examples (`int`): |D0|, the number of examples of the whole dataset.
-            batch_size (`int`, *optional*, defaults to `1`): Examples of one optimizer step.
-
-        Returns:
-            `list[int]`: `num_states` sizes, strictly falling, all of the data first.
+            num_examples (`int`):
+                Size of the dataset, |D0|.
+            batch_size (`int`, *optional*, defaults to `1`):
+                Examples of one optimizer step.
 
         Raises:
-            `ValueError`: when the last subset is smaller than one batch, or two subsets are of the same size; the
-            message names all sizes.
+            `ValueError`:
+                If the last subset is smaller than one batch, or sizes do not shrink.
         """
         sizes = [round(self.ratio**k * num_examples) for k in range(self.num_states)]
         self.check_sizes(sizes, f"{num_examples} examples", batch_size)
         return sizes
 
     def check_sizes(self, sizes: Sequence[int], source: str, batch_size: int = 1) -> None:
-        """Refuses sizes that can't be trained on; `source` says in the message what was divided.
-
-        Raises:
-            `ValueError`: as [`sizes`].
-        """
+        """Raise a `ValueError` as [`sizes`]; `source` describes the data in the message."""
         sizes = list(sizes)
         if sizes[-1] < max(batch_size, 1):
             raise ValueError(
@@ -136,70 +125,62 @@ class ForgettingSchedule:
             )
 
     def indices(
-        self,
-        num_examples: int,
-        labels: Sequence[Any] | np.ndarray | None = None,
-        batch_size: int = 1,
-        groups: Sequence[Any] | np.ndarray | None = None,
+        self, num_examples: int, labels: Values | None = None, batch_size: int = 1, groups: Values | None = None
     ) -> list[np.ndarray]:
-        """Indices of every subset.
+        """Indices of the examples of every subset.
 
         Args:
-            num_examples (`int`): |D0|, the number of examples of the whole dataset.
-            labels (sequence of length `num_examples`, *optional*): The class of each example. With it every subset
-                holds the same share of each class, rounded. Of n examples in C classes, a class of m is then off its
-                share of the subset by at most ½·(1 + C·m/n) examples: by one where classes are of equal size, by more
-                for a large class beside very many small ones, which are all rounded the same way.
-            batch_size (`int`, *optional*, defaults to `1`): Examples of one optimizer step, see [`sizes`].
-            groups (sequence of length `num_examples`, *optional*): The group of each example, hashable. With it every
-                subset is made of whole groups.
+            num_examples (`int`):
+                Size of the dataset, |D0|.
+            labels (sequence of length `num_examples`, *optional*):
+                Class of each example, to stratify by. Of n examples in C classes, a class of m differs from its share
+                of a subset by at most ½·(1 + C·m/n) examples: one for equal classes, more for a large class beside
+                many small ones, which are all rounded alike.
+            batch_size (`int`, *optional*, defaults to `1`):
+                Examples of one optimizer step, see [`sizes`].
+            groups (sequence of length `num_examples`, *optional*):
+                Group of each example, hashable. Groups are never divided.
 
         Returns:
-            `list[np.ndarray]`: `num_states` sorted int64 arrays, each a subset of the one before; the first is
+            `list[np.ndarray]`: `num_states` sorted int64 arrays, each a subset of the one before. The first is
             `arange(num_examples)`.
 
         Raises:
-            `ValueError`: as [`sizes`], for the sizes that whole groups give too; when the schedule is stratified but
-                no labels, or grouped but no groups, or too few of them, are given; and for labels with groups.
+            `ValueError`:
+                As [`sizes`]; also if labels and groups are both given, are missing although the schedule has such a
+                column, or do not have one value per example.
         """
         sizes = self.sizes(num_examples, batch_size)
-        if labels is None and self.stratify_by is not None:
-            raise ValueError(f"the schedule is stratified by {self.stratify_by!r}, but no labels were given")
-        if labels is not None and len(labels) != num_examples:
-            raise ValueError(
-                f"got {len(labels)} labels for {num_examples} examples; there must be one label an example"
-            )
-        if groups is None and self.group_by is not None:
-            raise ValueError(f"the schedule is grouped by {self.group_by!r}, but no groups were given")
+        if labels is not None and groups is not None:
+            raise ValueError("got both labels and groups; a subset cannot balance classes and keep groups together")
+        for values, column, what in ((labels, self.stratify_by, "labels"), (groups, self.group_by, "groups")):
+            if values is None and column is not None:
+                raise ValueError(f"the schedule uses the column {column!r}; pass its values as {what}=")
+            if values is not None and len(values) != num_examples:
+                raise ValueError(f"got {len(values)} {what} for {num_examples} examples; pass one per example")
         if groups is not None:
-            if labels is not None:
-                raise ValueError("got both labels and groups; whole groups can't be dealt out by class")
-            if len(groups) != num_examples:
-                raise ValueError(
-                    f"got {len(groups)} groups for {num_examples} examples; there must be one group an example"
-                )
             return self._grouped(sizes, groups, batch_size)
         order = self._order(num_examples, labels)
         return [np.sort(order[:size]) for size in sizes]
 
-    def _grouped(self, sizes: list[int], groups: Sequence[Any] | np.ndarray, batch_size: int) -> list[np.ndarray]:
-        # Numbered as they come, not by value: "7" and 7 name the same groups.
+    def _grouped(self, sizes: list[int], groups: Values, batch_size: int) -> list[np.ndarray]:
+        # groups are numbered by first appearance: "7" and 7 give the same subsets
         numbers: dict[Any, int] = {}
         values = groups.tolist() if isinstance(groups, np.ndarray) else groups
         group = np.array([numbers.setdefault(value, len(numbers)) for value in values])
         counts = np.bincount(group)
-        chosen = np.argsort(np.random.RandomState(self.seed).random_sample(len(counts)), kind="stable")
+        remaining = np.argsort(np.random.RandomState(self.seed).random_sample(len(counts)), kind="stable")
         subsets = [np.arange(len(group))]
         for size in sizes[1:]:
-            chosen = chosen[_nearest(counts[chosen].tolist(), size)]
-            subsets.append(np.flatnonzero(np.isin(group, chosen)))
+            remaining = remaining[_fill(counts[remaining].tolist(), size)]
+            subsets.append(np.flatnonzero(np.isin(group, remaining)))
         name = "" if self.group_by is None else f" of {self.group_by!r}"
-        source = f"{len(group)} examples in {len(counts)} whole groups{name}, the largest of {counts.max()},"
+        source = f"{len(group)} examples in {len(counts)} groups{name}, the largest of {counts.max()},"
         self.check_sizes([len(subset) for subset in subsets], source, batch_size)
         return subsets
 
-    def _order(self, num_examples: int, labels: Sequence[Any] | np.ndarray | None) -> np.ndarray:
-        # RandomState.random_sample is frozen: the same doubles on every platform and in every numpy release.
+    def _order(self, num_examples: int, labels: Values | None) -> np.ndarray:
+        # RandomState.random_sample gives the same doubles on every platform and in every NumPy release
         shuffled = np.argsort(np.random.RandomState(self.seed).random_sample(num_examples), kind="stable")
         if labels is None:
             return shuffled
@@ -210,32 +191,34 @@ class ForgettingSchedule:
         return shuffled[np.argsort(position, kind="stable")]
 
 
-def _whole(value: Any) -> int | None:
-    """A whole number of any library as Python's; `None` for what is none, booleans too."""
+def size_in_words(num_examples: int | None, fraction: float | None) -> str:
+    """Size of a subset: `64 examples`, or `0.25 of the stream`."""
+    if num_examples is not None:
+        return f"{num_examples} examples"
+    return "a stream" if fraction is None else f"{fraction:.3g} of the stream" if fraction < 1 else "the full stream"
+
+
+def _integer(name: str, value: Any, minimum: int) -> int:
     try:
-        return None if isinstance(value, bool) else operator.index(value)
+        number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        return None
+        number = None
+    if number is None or not minimum <= number < 2**32:
+        raise ValueError(f"{name} must be an integer from {minimum} to 2**32 - 1, got {value!r}")
+    return number
 
 
-def _nearest(counts: list[int], size: int) -> list[int]:
-    """Positions of the counts that, taken in order wherever they still fit, sum up nearest to `size`."""
-    total, taken, larger = 0, [], None
+def _fill(counts: list[int], size: int) -> list[int]:
+    """Positions of counts with a sum close to `size`: all that still fit, in order, and one more if that is closer."""
+    total, positions, larger = 0, [], None
     for position, count in enumerate(counts):
         if total + count <= size:
             total += count
-            taken.append(position)
+            positions.append(position)
             if total == size:
-                return taken
+                return positions
         elif larger is None or count < counts[larger]:
             larger = position
     if larger is not None and total + counts[larger] - size < size - total:
-        taken.append(larger)
-    return sorted(taken)
-
-
-def size_in_words(num_examples: int | None, fraction: float | None) -> str:
-    """`64 examples`, or for streams `0.25 of the stream`."""
-    if num_examples is not None:
-        return f"{num_examples} examples"
-    return "a stream" if fraction is None else f"{fraction:.3g} of the stream" if fraction < 1 else "the whole stream"
+        positions.append(larger)
+    return sorted(positions)

@@ -1,4 +1,4 @@
-"""Relative depth from names, on the names that real models have on disk."""
+"""Relative depth from names on disk of real models."""
 
 import random
 from collections.abc import Callable
@@ -37,7 +37,7 @@ SIZES = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
 
 @pytest.fixture
 def names_of(tmp_path) -> Callable[[PreTrainedModel], list[str]]:
-    """Names that a checkpoint has, in an order that tells nothing."""
+    """Names in a checkpoint, in random order."""
 
     def save(model: PreTrainedModel) -> list[str]:
         model.save_pretrained(tmp_path / type(model).__name__)
@@ -49,7 +49,7 @@ def names_of(tmp_path) -> Callable[[PreTrainedModel], list[str]]:
 
 
 def depth_of(depths: dict[str, float], start: str) -> float:
-    """The one depth of all names that start so."""
+    """The common depth of all names with this start."""
     (depth,) = {depth for name, depth in depths.items() if name.startswith(start)}
     return depth
 
@@ -99,7 +99,7 @@ def test_a_stack_of_blocks(names_of, make, blocks, inputs, outputs):
         assert depth_of(depths, start) == 1
 
 
-def test_experts_are_no_depth(names_of):
+def test_experts_share_the_depth_of_their_block(names_of):
     names = names_of(mixtral())
     assert any(".experts.3." in name for name in names)
     assert {depth for name, depth in relative_depths(names).items() if ".layers.1." in name} == {0.5}
@@ -171,13 +171,13 @@ def test_towers_side_by_side_and_one_after_the_other(names_of):
     assert list(relative_depths(vision_language).values()) == [0, 1 / 3, 1 / 3, 2 / 3, 1, 1]
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # raised by peft
 def test_adapters_of_some_layers(names_of):
     config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[5, 10])
     names = names_of(get_peft_model(llama(), config))
     depths = relative_depths(names)
     assert len(names) == 4 and all(name.startswith("base_model.model.model.layers.") for name in names)
-    for index in (5, 10):  # of 11, of which 0 to 4 have no adapter
+    for index in (5, 10):  # of 11 layers; the first five have no adapter
         assert depth_of(depths, f"base_model.model.model.layers.{index}.") == index / 10
 
 

@@ -1,3 +1,5 @@
+"""Roles of tensors by module, and names on disk."""
+
 import pytest
 import torch
 from conftest import make_resnet
@@ -76,18 +78,13 @@ def test_roles_of_torch_modules(module, expected):
     assert {name: role.role for name, role in tensor_roles(module).items()} == expected
 
 
-def test_a_scalar_parameter_is_kept():
-    module = nn.Module()
-    module.logit_scale = nn.Parameter(torch.tensor(2.0))
-    assert tensor_roles(module) == {"logit_scale": TensorRole("kept", "scalar of Module")}
-
-
 class Scales(nn.Module):
-    """Parameters of more than one axis as models have them that are no matrices, and some that are."""
+    """Parameters of two or more axes, some of which are not matrices."""
 
     def __init__(self):
         super().__init__()
         self.logit_scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.temperature = nn.Parameter(torch.tensor(2.0))
         self.A_log = nn.Parameter(torch.ones(4, 3))
         self.ia3_l = nn.ParameterDict({"default": torch.ones(1, 4)})
         self.lora_embedding_A = nn.ParameterDict({"default": torch.ones(1, 4)})
@@ -98,11 +95,16 @@ class Scales(nn.Module):
         self.rnn = nn.LSTM(1, 2, bias=False)
 
 
-def test_what_scales_is_kept_whatever_its_axes():
+def test_scales_with_several_axes_are_kept():
     roles = {name.split(".")[0]: role for name, role in tensor_roles(Scales()).items()}
-    assert {name for name, role in roles.items() if role.role == "kept"} == {"logit_scale", "A_log", "ia3_l"}
+    assert {name for name, role in roles.items() if role.role == "kept"} == {
+        "logit_scale",
+        "temperature",
+        "A_log",
+        "ia3_l",
+    }
     assert {role.role for role in roles.values()} == {"kept", "fc"}
-    assert roles["ia3_l"].reason.startswith("ia3_l of ParameterDict is a vector, of shape 1×4")
+    assert "1×4" in roles["ia3_l"].reason
 
 
 def test_global_response_normalisation_is_a_norm():
@@ -111,28 +113,23 @@ def test_global_response_normalisation_is_a_norm():
     assert {role.role for name, role in roles.items() if ".grn." in name} == {"norm"}
 
 
-def test_weights_that_zero_3_has_in_parts_have_the_roles_of_the_whole():
-    def part(tensor):
-        whole = tensor.shape
-        tensor = nn.Parameter(torch.empty(0))
-        tensor.ds_shape = whole
-        return tensor
-
-    whole, parts = nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3)
-    parts.weight, parts.bias = part(parts.weight), part(parts.bias)
-    assert tensor_roles(parts) == tensor_roles(whole)
-    assert (is_partitioned(parts), is_partitioned(whole)) == (True, False)
-    assert state_nbytes(parts) == state_nbytes(whole) == (228, 228)
+def test_partitioned_weights_have_the_same_roles():
+    conv, partitioned = nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3)
+    for parameter in partitioned.parameters():  # as under ZeRO-3
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert tensor_roles(partitioned) == tensor_roles(conv)
+    assert (is_partitioned(partitioned), is_partitioned(conv)) == (True, False)
+    assert state_nbytes(partitioned) == state_nbytes(conv) == (228, 228)
 
 
-def test_frozen_experts_that_saving_splits_are_counted_in_every_state():
+def test_frozen_experts_count_in_every_state_because_saving_splits_them():
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = MixtralForCausalLM(MixtralConfig(vocab_size=8, **sizes, num_key_value_heads=1, num_local_experts=2))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("experts" not in name)
     first, further = state_nbytes(model)
     assert first == further
-    model.get_input_embeddings().weight.requires_grad_(False)  # is only renamed
+    model.get_input_embeddings().weight.requires_grad_(False)  # saving only renames it
     assert state_nbytes(model) == (first, first - 8 * 8 * 4)
 
 
@@ -141,6 +138,9 @@ def test_reasons_name_the_owner():
     assert roles["resnet.embedder.embedder.convolution.weight"].reason == "7×7 kernel of Conv2d"
     assert roles["resnet.encoder.stages.1.layers.0.shortcut.convolution.weight"].role == "fc"
     assert roles["classifier.1.bias"].reason == "bias of Linear"
+    assert {name for name, role in roles.items() if role.is_batch_norm} == {
+        name for name in roles if ".normalization." in name
+    }
 
 
 def small_models():
@@ -199,15 +199,15 @@ def test_roles_of_transformers_models(model, expected):
     assert {name: roles[name].role for name in expected} == expected
 
 
-def test_tied_weights_name_their_source():
+def test_tied_weights_name_their_first_name():
     llama = next(model for model, _ in small_models() if isinstance(model, LlamaForCausalLM))
     assert tensor_roles(llama)["lm_head.weight"] == TensorRole(
         "fc", "tied to model.embed_tokens.weight", tied_to="model.embed_tokens.weight"
     )
 
 
-def test_an_unknown_role_is_refused():
-    with pytest.raises(ValueError, match="'convolution'.* conv, fc"):
+def test_an_unknown_role_is_an_error():
+    with pytest.raises(ValueError, match=r"'convolution'.* conv, fc"):
         TensorRole("convolution", "")
 
 
@@ -228,7 +228,7 @@ def test_role_by_shape(name, shape, floating, role):
     assert role_by_shape(name, shape, floating).role == role
 
 
-def test_names_on_disk_follow_what_saving_renames(tmp_path):
+def test_names_on_disk_are_those_that_saving_writes(tmp_path):
     for model, _ in small_models():
         names = names_on_disk(model)
         model.save_pretrained(tmp_path)

@@ -1,3 +1,5 @@
+"""Subsets of datasets and streams, their fingerprints, and hashes of rows."""
+
 import io
 import pickle
 import random
@@ -14,9 +16,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainingArguments
 
 from know_hf import ForgettingSchedule
-from know_hf.data import subsets
-from know_hf.data.row_hashes import content_hash
-from know_hf.data.subsets import divide
+from know_hf.data import content_hash, divide, streams
 
 SIZED = ForgettingSchedule(num_states=3)
 STREAM = ForgettingSchedule(num_states=3, steps_per_stage=2)
@@ -42,7 +42,7 @@ def texts(part):
 
 
 class TorchStream(TorchIterableDataset):
-    """Dicts of tensors; each worker takes every n-th row."""
+    """Mappings of tensors; each worker takes every n-th row."""
 
     def __init__(self, num_examples=400):
         self.num_examples = num_examples
@@ -59,7 +59,7 @@ class TorchStream(TorchIterableDataset):
 
 
 class TorchRows(torch.utils.data.Dataset):
-    """Tensors, with what is done to each row at every reading."""
+    """Tensors with a transform that runs at every reading."""
 
     def __init__(self, values=range(100), transform=lambda x: x):
         self.values = list(values)
@@ -76,8 +76,8 @@ class TorchRows(torch.utils.data.Dataset):
 # Datasets with a length
 
 
-def test_the_members_and_fingerprints_of_the_first_trajectories_stay():
-    # written down from the first release: other values mean that its trajectories can't be resumed
+def test_members_and_fingerprints_are_those_of_version_0_1():
+    # fixed values: recorded trajectories could not resume with others
     parts = divide(make_rows(), SIZED, batch_size=8)
     assert fingerprints(parts) == ["1f7c120289e6cc26", "603cbdc0a63ac79c", "fe532c45c0651f12"]
     stratified = divide(make_rows(), ForgettingSchedule(num_states=3, stratify_by="label"))
@@ -93,7 +93,7 @@ def test_the_first_subset_is_the_dataset_itself():
         assert divide(dataset, schedule)[0].dataset is dataset
 
 
-def test_formats_and_transforms_do_not_change_the_fingerprint_but_the_data_does():
+def test_the_fingerprint_depends_on_data_but_not_on_formats_and_transforms():
     rows, expected = make_rows(), fingerprints(divide(make_rows(), SIZED))
     noisy = rows.with_transform(lambda batch: {"x": [random.random() for _ in batch["text"]]})
     assert fingerprints(divide(rows.with_format("torch"), SIZED)) == expected
@@ -114,6 +114,8 @@ def test_grouped_rows_stay_together():
 
 def test_a_torch_dataset_is_divided_grouped_and_stratified():
     parts = divide(TorchRows(), SIZED)
+    assert fingerprints(divide(TorchRows(), SIZED)) == fingerprints(parts)
+    assert not set(fingerprints(divide(TorchRows(range(1, 101)), SIZED))) & set(fingerprints(parts))
     for part, indices in zip(parts[1:], SIZED.indices(100)[1:], strict=True):
         assert [row["x"].item() for row in part.dataset] == pytest.approx([index / 3 for index in indices])
     stratified = divide(TorchRows(), ForgettingSchedule(num_states=3, stratify_by="label"))[2].dataset
@@ -122,13 +124,7 @@ def test_a_torch_dataset_is_divided_grouped_and_stratified():
     assert len({row["label"] for row in grouped}) == 1
 
 
-def test_swapped_data_of_the_same_length_is_noticed_in_torch_datasets():
-    expected = fingerprints(divide(TorchRows(), SIZED))
-    assert fingerprints(divide(TorchRows(), SIZED)) == expected
-    assert not set(fingerprints(divide(TorchRows(range(1, 101)), SIZED))) & set(expected)
-
-
-def test_random_augmentation_of_a_torch_dataset_does_no_harm():
+def test_seeded_augmentation_does_not_change_the_fingerprint():
     def augmented(values=range(100)):
         return TorchRows(values, lambda x: x + torch.rand(1) + random.random() + np.random.rand())
 
@@ -140,7 +136,7 @@ def test_random_augmentation_of_a_torch_dataset_does_no_harm():
     assert fingerprints(divide(augmented(), SIZED)) == expected
     assert fingerprints(divide(augmented(range(1, 101)), SIZED)) != expected
 
-    generator = np.random.default_rng()  # seeds of its own: what it reads can't be compared, only counted
+    generator = np.random.default_rng()  # not reset by global seeds: only the length counts
     own, other = (TorchRows(values, lambda x: x + generator.random()) for values in (range(100), range(1, 101)))
     assert fingerprints(divide(own, SIZED)) == fingerprints(divide(other, SIZED))
     assert fingerprints(divide(own, SIZED)) != fingerprints(divide(TorchRows(range(99)), SIZED))
@@ -162,8 +158,8 @@ def test_streamed_subsets_are_nested_and_of_the_expected_share():
         assert abs(len(members) - expected) <= 4 * np.sqrt(expected * (1 - part.fraction))
 
 
-def test_streamed_members_and_fingerprints_are_the_same_on_every_machine():
-    # written down once: another value means that trajectories of other machines can't be resumed
+def test_streamed_members_and_fingerprints_are_those_of_version_0_1():
+    # fixed values: recorded trajectories could not resume with others
     parts = divide(make_stream(100), STREAM)
     assert fingerprints(parts) == ["33ddffed2b391607", "66bc2501bf8e8e36", "ce4619bb743f745c"]
     assert texts(parts[2].dataset)[:6] == ["row 0", "row 3", "row 4", "row 6", "row 9", "row 11"]
@@ -174,12 +170,12 @@ def test_another_seed_chooses_other_rows():
         set(texts(divide(make_stream(1000), ForgettingSchedule(steps_per_stage=2, seed=seed))[1].dataset))
         for seed in (0, 1)
     )
-    assert abs(len(first & second) - 250) < 60  # as two independent halves
+    assert abs(len(first & second) - 250) < 60  # two independent halves
 
 
 @pytest.mark.parametrize("column", ["key_column", "group_by"])
 @pytest.mark.parametrize("empty", [None, float("nan")])
-def test_rows_of_a_stream_without_a_key_are_divided_one_by_one(column, empty):
+def test_streamed_rows_without_a_key_are_divided_by_content(column, empty):
     rows = Dataset.from_dict({"text": [str(i) for i in range(1000)], "key": [empty] * 1000}).to_iterable_dataset()
     schedule = ForgettingSchedule(num_states=2, steps_per_stage=1, **{column: "key"})
     assert len(list(divide(rows, schedule)[1].dataset)) == pytest.approx(500, abs=80)
@@ -202,7 +198,7 @@ def test_membership_depends_on_neither_order_nor_sharding_nor_workers(key_column
     assert sorted(texts(loader)) == expected
 
 
-def test_a_streamed_subset_resumes_where_it_stopped():
+def test_a_streamed_subset_resumes_from_its_state_dict():
     part = divide(make_stream(), STREAM)[1].dataset
     everything = texts(part)
     rows = iter(part)
@@ -214,7 +210,7 @@ def test_a_streamed_subset_resumes_where_it_stopped():
     assert texts(again) == everything[30:]
 
 
-def test_format_features_and_rows_of_a_stream_stay():
+def test_format_features_and_rows_of_a_stream_are_preserved():
     stream = make_stream().with_format("torch")
     parts = divide(stream, STREAM)
     assert parts[1].dataset.features == stream.features
@@ -225,7 +221,7 @@ def test_format_features_and_rows_of_a_stream_stay():
         assert {name: str(value) for name, value in row.items()} == {
             name: str(value) for name, value in rows[row["text"]].items()
         }
-    # 32-bit copies of the numbers do not change who is in
+    # 32-bit copies of the numbers do not change the members
     assert texts(parts[2].dataset) == texts(divide(make_stream(), STREAM)[2].dataset)
     assert fingerprints(parts) == fingerprints(divide(make_stream(), STREAM))
 
@@ -244,7 +240,7 @@ def make_pictures(format="PNG", **options):
 
 
 @pytest.mark.parametrize("change", [lambda s: s, lambda s: s.shuffle(seed=0, buffer_size=10)])
-def test_images_count_as_stored_and_come_decoded(change):
+def test_images_count_by_their_bytes_and_are_decoded(change):
     rows = make_pictures("JPEG")
     stream = change(rows.to_iterable_dataset(num_shards=2))
     parts = divide(stream, STREAM)
@@ -259,14 +255,14 @@ def test_images_count_as_stored_and_come_decoded(change):
     assert [row["label"] for row in again[2].dataset] == [row["label"] for row in parts[2].dataset]
 
 
-def test_images_are_not_decoded_to_choose():
+def test_images_are_not_decoded_for_the_hash():
     first, second = (
         divide(make_pictures(compress_level=level).to_iterable_dataset(), STREAM) for level in (0, 9)
     )  # the same pixels in other bytes
     assert fingerprints(first) != fingerprints(second)
 
 
-def test_images_that_a_filter_decoded_count_by_their_pixels():
+def test_decoded_images_count_by_their_pixels():
     stream = make_pictures().to_iterable_dataset(num_shards=2).filter(lambda row: row["image"] is not None)
     members = {row["label"] for row in divide(stream, STREAM)[1].dataset}
     assert 0 < len(members) < 80
@@ -310,7 +306,7 @@ def test_fingerprints_of_streams():
     assert len(set(expected)) == 3
     assert fingerprints(divide(make_stream(), STREAM)) == expected
     stream = make_stream()
-    stream.set_epoch(2)  # as a training leaves it
+    stream.set_epoch(2)  # as after a training
     assert fingerprints(divide(stream, STREAM)) == expected
     swapped = make_stream().map(lambda row: {"text": row["text"].upper()})
     for other, schedule in (
@@ -321,9 +317,9 @@ def test_fingerprints_of_streams():
         assert not set(fingerprints(divide(other, schedule))) & set(expected)
 
 
-def test_a_stream_that_reads_otherwise_each_time_needs_a_key():
+def test_a_stream_with_random_content_needs_a_key():
     noisy = make_stream().map(lambda row: {"score": row["score"] + random.random()})
-    with pytest.raises(ValueError, match="the first 64 rows of the IterableDataset are others when read again"):
+    with pytest.raises(ValueError, match="first 64 rows of the IterableDataset differ"):
         divide(noisy, STREAM)
     keyed = ForgettingSchedule(num_states=3, steps_per_stage=2, key_column="text")
     parts = divide(noisy, keyed)
@@ -379,84 +375,56 @@ class Nothing(TorchIterableDataset):
         return iter(())
 
 
+def sized(**columns):
+    return ForgettingSchedule(**columns)
+
+
+def streamed(**columns):
+    return ForgettingSchedule(steps_per_stage=2, **columns)
+
+
 @pytest.mark.parametrize(
     ("dataset", "schedule", "message"),
     [
-        (None, SIZED, "there is no train_dataset"),
-        (DatasetDict({"train": make_rows()}), SIZED, r"got a DatasetDict of \['train'\]; give one of them"),
-        (no_rows(), SIZED, "a generator has no length with an index and is no IterableDataset"),
-        (make_rows(10), SIZED, r"10 examples have sizes \[10, 5, 2\]; the last is smaller than one batch of 4"),
-        (
-            make_rows(),
-            ForgettingSchedule(stratify_by="y"),
-            r"no column 'y' to stratify by; it has \['text', 'label', ",
-        ),
-        (make_rows(), ForgettingSchedule(group_by="doc"), r"no column 'doc' to group by; it has \['text', 'label', "),
-        (TorchRows(), ForgettingSchedule(group_by="doc"), r"no column 'doc' to group by; it has \['x', 'label'\]"),
-        ([(1, 2)] * 99, ForgettingSchedule(group_by="doc"), "rows of type tuple, without named columns"),
-        (TorchRows(), ForgettingSchedule(group_by="x"), r"column 'x' holds a list, \[0\.0\]; group by single"),
-        (
-            [{"label": [index, 1]} for index in range(99)],
-            ForgettingSchedule(stratify_by="label"),
-            r"column 'label' holds a list, \[0, 1\]; stratify by single values",
-        ),
-        (
-            Dataset.from_dict({"label": ["a", "b", None] * 33}),
-            ForgettingSchedule(stratify_by="label"),
-            "column 'label' holds no class in row 2, counted from 0; leave out the rows without one",
-        ),
-        (
-            Dataset.from_dict({"document": ["a", "b", None] * 33}),
-            ForgettingSchedule(group_by="document"),
-            "column 'document' holds no group in row 2, counted from 0: None; give such rows a group, one each",
-        ),
-        (
-            Dataset.from_dict({"patient": [1.0, float("nan")] * 33}),
-            ForgettingSchedule(group_by="patient"),
-            "column 'patient' holds no group in row 1, counted from 0: nan",
-        ),
-        (make_rows(), ForgettingSchedule(key_column="text"), "key_column='text' is for streams, but this Dataset has"),
-        (make_stream(), SIZED, "IterableDataset is a stream, .* give the schedule steps_per_stage"),
-        (TorchStream(), SIZED, "TorchStream is a stream, .* give the schedule steps_per_stage"),
-        (
-            make_stream(),
-            ForgettingSchedule(stratify_by="label", steps_per_stage=2),
-            "can't be stratified by 'label'.* on average only",
-        ),
-        (
-            make_stream(),
-            ForgettingSchedule(key_column="id", steps_per_stage=2),
-            r"no column 'id' to choose by; it has \['text', 'label', 'score'\]",
-        ),
-        (Nothing(), STREAM, "the Nothing is empty"),
-        (make_rows(1).to_iterable_dataset().skip(1), STREAM, "the IterableDataset is empty"),
-        (
-            make_stream(8, 1),
-            STREAM,
-            r"the IterableDataset, which ends after 8 rows, have sizes \[8, 4, 4\], which do not shrink",
-        ),
-        (
-            make_stream(6, 1),
-            STREAM,
-            r"the IterableDataset, which ends after 6 rows, have sizes \[6, 3, 3\]; the last is smaller than one",
-        ),
+        (None, SIZED, "train_dataset"),
+        (DatasetDict({"train": make_rows()}), SIZED, r"DatasetDict of \['train'\]"),
+        (no_rows(), SIZED, "generator .*not an IterableDataset"),
+        (make_rows(10), SIZED, r"10 examples have sizes \[10, 5, 2\].* batch of 4"),
+        (make_rows(), sized(stratify_by="y"), r"no column 'y' to stratify by.*\['text', 'label', "),
+        (make_rows(), sized(group_by="doc"), r"no column 'doc' to group by.*\['text', 'label', "),
+        (TorchRows(), sized(group_by="doc"), r"no column 'doc' to group by.*\['x', 'label'\]"),
+        ([(1, 2)] * 99, sized(group_by="doc"), "rows of type tuple"),
+        (TorchRows(), sized(group_by="x"), r"'x' holds a list, \[0\.0\]"),
+        ([{"label": [i, 1]} for i in range(99)], sized(stratify_by="label"), r"'label' holds a list, \[0, 1\]"),
+        (Dataset.from_dict({"y": ["a", "b", None] * 33}), sized(stratify_by="y"), "'y' has no class in row 2 "),
+        (Dataset.from_dict({"doc": ["a", "b", None] * 33}), sized(group_by="doc"), "no group in row 2 .*None"),
+        (Dataset.from_dict({"doc": [1.0, float("nan")] * 33}), sized(group_by="doc"), "no group in row 1 .*nan"),
+        (make_rows(), sized(key_column="text"), "key_column='text' is for streams, but this Dataset"),
+        (make_stream(), SIZED, "IterableDataset is a stream.* steps_per_stage"),
+        (TorchStream(), SIZED, "TorchStream is a stream.* steps_per_stage"),
+        (make_stream(), streamed(stratify_by="label"), "cannot be stratified by 'label'"),
+        (make_stream(), streamed(key_column="id"), r"no column 'id' to choose by.*\['text', 'label', 'score'\]"),
+        (Nothing(), STREAM, "Nothing is empty"),
+        (make_rows(1).to_iterable_dataset().skip(1), STREAM, "IterableDataset is empty"),
+        (make_stream(8, 1), STREAM, r"ends after 8 rows, have sizes \[8, 4, 4\].* not shrink"),
+        (make_stream(6, 1), STREAM, r"ends after 6 rows, have sizes \[6, 3, 3\].* batch of 4"),
     ],
-)
-def test_datasets_that_cannot_be_divided_are_refused(dataset, schedule, message):
+)  # fmt: skip
+def test_datasets_that_cannot_be_divided(dataset, schedule, message):
     with pytest.raises(ValueError, match=message):
         divide(dataset, schedule, batch_size=4)
 
 
-def test_a_stream_whose_rows_share_one_key_is_not_read_for_ever(monkeypatch):
+def test_an_endless_stream_with_one_key_is_an_error(monkeypatch):
     class Endless(TorchIterableDataset):
         def __iter__(self):
             while True:
                 yield {"doc": "the same", "x": 1}
 
-    monkeypatch.setattr(subsets, "_PATIENCE", 100)
+    monkeypatch.setattr(streams, "_PATIENCE", 100)
     for seed, sizes in ((0, "400, 0, 0"), (1, "400, 400, 400"), (7, "400, 400, 0")):
         schedule = ForgettingSchedule(num_states=3, steps_per_stage=2, group_by="doc", seed=seed)
-        with pytest.raises(ValueError, match=rf"first 400 rows of the Endless .* hold \[{sizes}\].* value of 'doc'"):
+        with pytest.raises(ValueError, match=rf"\[{sizes}\] of the first 400 rows of the Endless.* 'doc'"):
             divide(Endless(), schedule, batch_size=1)
 
 
@@ -465,7 +433,7 @@ def test_rows_without_canonical_content_name_the_column():
         def __iter__(self):
             return iter([{"id": index, "audio": object()} for index in range(100)])
 
-    with pytest.raises(ValueError, match=r"column 'audio': a builtins\.object has no content .* key_column"):
+    with pytest.raises(ValueError, match=r"column 'audio'.* builtins\.object .*key_column"):
         divide(Objects(), STREAM)
     keyed = ForgettingSchedule(num_states=3, steps_per_stage=2, key_column="id")
     assert fingerprints(divide(Objects(), keyed)) == fingerprints(divide(Objects(), keyed))
@@ -474,7 +442,7 @@ def test_rows_without_canonical_content_name_the_column():
 # Content
 
 
-def test_content_does_not_depend_on_the_kind_of_number_or_the_order_of_columns():
+def test_content_is_independent_of_number_types_and_column_order():
     assert content_hash(5) == content_hash(np.int32(5)) == content_hash(torch.tensor(5))
     assert content_hash({"a": 1, "b": [1, 2]}) == content_hash({"b": (1, 2), "a": 1})
     assert content_hash(np.arange(3, dtype="<f4")) == content_hash(np.arange(3, dtype=">f4"))
@@ -482,7 +450,7 @@ def test_content_does_not_depend_on_the_kind_of_number_or_the_order_of_columns()
     assert content_hash({"text": "ä", "ids": [1, 2], "none": None}).hex() == "15c04d5cc77a8ab963e943e8460d7f38"
 
 
-def test_stored_media_count_by_their_bytes_or_else_by_the_name_of_their_file():
+def test_media_files_count_by_their_bytes_or_file_name():
     def media(data, path):
         return content_hash({"bytes": data, "path": path})
 

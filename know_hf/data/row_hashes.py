@@ -1,4 +1,4 @@
-"""Hashes of what a row of a dataset holds, the same on every machine and in every process."""
+"""Hashes of the content of dataset rows, equal on every machine and in every process."""
 
 import hashlib
 import struct
@@ -10,81 +10,99 @@ from typing import Any
 import numpy as np
 import torch
 
+_Update = Callable[[bytes], None]
+
 
 class NoContentError(ValueError):
-    """An object whose content can't be told on every machine alike."""
+    """An object has no content that is equal on every machine."""
 
 
 def content_hash(value: Any) -> bytes:
-    """Hash of a value, the same on every machine and in every process. 16 bytes."""
+    """Hash of a value, 16 bytes, equal on every machine and in every process.
+
+    Args:
+        value (*any*):
+            A row or a cell: numbers, text, bytes, dates, arrays, tensors, PIL images, and lists and mappings of them.
+
+    Raises:
+        `NoContentError`:
+            If an object of another kind is inside. The message names its column.
+    """
     digest = hashlib.blake2b(digest_size=16)
     _feed(digest.update, value)
     return digest.digest()
 
 
-def _feed(update: Callable[[bytes], None], value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        shared = not value.is_floating_point() or value.dtype in (torch.float16, torch.float32, torch.float64)
-        value = (value if shared else value.float()).numpy()  # NumPy has no bfloat16
-    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
-        value = value.item()
+_ENCODERS: tuple[tuple[Any, bytes, Callable[[Any], bytes]], ...] = (
+    (bool | int, b"I", lambda value: str(int(value)).encode()),
+    (float, b"F", lambda value: b"nan" if value != value else struct.pack("<d", value)),
+    (str, b"S", lambda value: value.encode("utf-8", "surrogatepass")),
+    (bytes | bytearray | memoryview, b"B", bytes),
+    (date | time, b"D", lambda value: value.isoformat().encode()),
+    (timedelta | Decimal, b"D", lambda value: str(value).encode()),
+)
 
-    # A tag and a length before every payload, or ["ab", "c"] would be ["a", "bc"].
+
+def _feed(update: _Update, value: Any) -> None:
+    value = _without_torch(value)
+    # every payload has a tag and a length: ["ab", "c"] differs from ["a", "bc"]
+    for kinds, tag, encode in _ENCODERS:
+        if isinstance(value, kinds):
+            return _feed_bytes(update, tag, encode(value))
     if value is None:
         update(b"N")
-    elif isinstance(value, bool | int):
-        _feed_bytes(update, b"I", str(int(value)).encode())
-    elif isinstance(value, float):
-        _feed_bytes(update, b"F", b"nan" if value != value else struct.pack("<d", value))
-    elif isinstance(value, str):
-        _feed_bytes(update, b"S", value.encode("utf-8", "surrogatepass"))
-    elif isinstance(value, bytes | bytearray | memoryview):
-        _feed_bytes(update, b"B", bytes(value))
     elif isinstance(value, Mapping):
-        items = sorted(_without_folder(value).items())
-        update(f"M{len(items)};".encode())
-        for key, item in items:
-            _feed(update, key)
-            try:
-                _feed(update, item)
-            except NoContentError as error:
-                raise NoContentError(f"column {key!r}: {error}") from None
+        _feed_mapping(update, value)
     elif isinstance(value, np.ndarray) and value.dtype.kind not in "OV":
         little = np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"), copy=False)
         _feed_bytes(update, f"A{little.dtype.str}{value.shape}".encode(), little.tobytes())
     elif isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype.kind == "O"):
-        kinds = set(map(type, value))
-        if kinds == {int}:  # token ids come in thousands
-            _feed_bytes(update, b"i", ",".join(map(str, value)).encode())
-        elif kinds == {float}:
-            _feed_bytes(update, b"f", struct.pack(f"<{len(value)}d", *value))
-        else:
-            update(f"L{len(value)};".encode())
-            for item in value:
-                _feed(update, item)
-    elif isinstance(value, date | time):
-        _feed_bytes(update, b"D", value.isoformat().encode())
-    elif isinstance(value, timedelta | Decimal):
-        _feed_bytes(update, b"D", str(value).encode())
+        _feed_sequence(update, value)
     elif all(hasattr(value, name) for name in ("mode", "size", "tobytes")):  # a PIL image
         _feed_bytes(update, f"P{value.mode}{value.size}".encode(), value.tobytes())
     else:
         raise NoContentError(
-            f"a {type(value).__module__}.{type(value).__qualname__} has no content that is the same on every machine;"
-            " give the schedule key_column, a column with numbers or text that identifies a row"
+            f"objects of type {type(value).__module__}.{type(value).__qualname__} have no content that is equal on"
+            " every machine; set key_column of the schedule to a column of numbers or text that identifies a row"
         )
 
 
-def _feed_bytes(update: Callable[[bytes], None], tag: bytes, payload: bytes) -> None:
+def _without_torch(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        in_numpy = not value.is_floating_point() or value.dtype in (torch.float16, torch.float32, torch.float64)
+        value = (value if in_numpy else value.float()).numpy()  # NumPy has no bfloat16
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        value = value.item()
+    return value
+
+
+def _feed_mapping(update: _Update, value: Mapping[Any, Any]) -> None:
+    if set(value) == {"bytes", "path"}:  # a media file: its folder differs between machines
+        name = str(value["path"]).replace("\\", "/").rsplit("/", 1)[-1]
+        has_name_only = value["bytes"] is None and value["path"] is not None
+        value = {"path": name} if has_name_only else {"bytes": value["bytes"]}
+    update(f"M{len(value)};".encode())
+    for key, item in sorted(value.items()):
+        _feed(update, key)
+        try:
+            _feed(update, item)
+        except NoContentError as error:
+            raise NoContentError(f"column {key!r}: {error}") from None
+
+
+def _feed_sequence(update: _Update, value: list[Any] | tuple[Any, ...] | np.ndarray) -> None:
+    kinds = set(map(type, value))
+    if kinds == {int}:  # fast path for token ids
+        _feed_bytes(update, b"i", ",".join(map(str, value)).encode())
+    elif kinds == {float}:
+        _feed_bytes(update, b"f", struct.pack(f"<{len(value)}d", *value))
+    else:
+        update(f"L{len(value)};".encode())
+        for item in value:
+            _feed(update, item)
+
+
+def _feed_bytes(update: _Update, tag: bytes, payload: bytes) -> None:
     update(tag + str(len(payload)).encode() + b";")
     update(payload)
-
-
-def _without_folder(value: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Stored media files lie in another folder on every machine: their bytes count, or else the name of the file."""
-    if set(value) != {"bytes", "path"}:
-        return value
-    if value["bytes"] is not None or value["path"] is None:
-        return {"bytes": value["bytes"]}
-    return {"path": str(value["path"]).replace("\\", "/").rsplit("/", 1)[-1]}
