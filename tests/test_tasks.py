@@ -1,5 +1,6 @@
 """Recordings of the common tasks, on small models and datasets in folders."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -39,7 +40,7 @@ from know_hf.tasks.recording_plan import plan_task
 from know_hf.tasks.task_data import CausalCollator, load_splits, tokenize
 from know_hf.tasks.trainer_parts import prepare_task
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "record"
+RECIPES = Path(__file__).parents[1] / "recipes"
 WORDS = ["good", "bad", "film", "a", "the", "was", "this"]
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 QUICK = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
@@ -425,7 +426,7 @@ def test_max_examples_draws_the_same_rows_every_time(text_arguments):
     assert load_splits(replace(args, seed=1))[0]["text"][:] != train["text"][:]
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("record/*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_parse(path):
     args = RecordArguments.from_yaml(path)
     check_keys(args.training, TrainingArguments.__dataclass_fields__, str(path))
@@ -433,6 +434,25 @@ def test_the_recipes_parse(path):
     assert (args.lora is not None) == path.stem.endswith("_lora")
     sizes = args.schedule.sizes(args.max_examples or 10_000, args.training["per_device_train_batch_size"])
     assert all(small < large for large, small in pairwise(sizes))
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # on CPUs
+def test_the_text_classification_recipe(bert, tmp_path, capsys):
+    for split, size in (("train", 64), ("test", 8)):
+        rows = make_texts(size).rename_columns({"text": "review", "label": "kind"})
+        rows.to_parquet(tmp_path / f"reviews/{split}.parquet")
+    path = RECIPES / "text_classification/text_classification.py"
+    spec = importlib.util.spec_from_file_location("text_classification", path)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    flags = f"--output-dir {tmp_path}/out --model {bert} --dataset {tmp_path}/reviews --text-column review"
+    flags += " --label-column kind --epochs 1 --batch-size 4 --max-length 8"
+    recipe.main(recipe.make_parser().parse_args(flags.split()))
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    states = [f"state {index} ({size} examples)" for index, size in enumerate((64, 32, 16, 8, 4))]
+    assert list(results) == [*states, "known-1", "known-2", "known-3", "average"]
+    assert all(0 <= result["eval_accuracy"] <= 1 and result["eval_loss"] > 0 for result in results.values())
+    assert "weights" in capsys.readouterr().out
 
 
 REQUIRED = {"task": "causal-lm", "model": "m", "dataset": "d", "output_dir": "o"}

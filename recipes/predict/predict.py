@@ -1,10 +1,8 @@
-"""Writes the retrodicted checkpoint of a trajectory, on one process or several.
+"""`know-hf predict` as a script for `accelerate launch`.
 
-    accelerate launch recipes/predict/predict.py trajectory/ --steps 2 --output-dir enhanced/
-    accelerate launch recipes/predict/predict.py trajectory/ --steps 2 --output-dir enhanced/ --dry-run
-    accelerate launch recipes/predict/predict.py --help
-
-The same as `know-hf predict`, as a script for `accelerate launch`.
+accelerate launch recipes/predict/predict.py trajectory/ --steps 2 --output-dir enhanced/
+accelerate launch recipes/predict/predict.py trajectory/ --steps 2 --output-dir enhanced/ --dry-run
+accelerate launch recipes/predict/predict.py --help
 """
 
 import sys

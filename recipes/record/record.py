@@ -1,11 +1,10 @@
-"""Fine-tunes any model on any dataset for a common task, makes it forget, and records every state.
+"""`know-hf record` as a script for `accelerate launch`.
 
     accelerate launch recipes/record/record.py --config recipes/record/imdb.yaml
-    accelerate launch recipes/record/record.py --config recipes/record/imdb.yaml --plan   # only cost and disk
+    accelerate launch recipes/record/record.py --config recipes/record/imdb.yaml --plan
     accelerate launch recipes/record/record.py --help
 
-The same as `know-hf record`, as a script for `accelerate launch`. Flags go before the YAML. Run again, it goes on with
-the first state that is missing.
+A second run with the same arguments resumes at the first missing state.
 """
 
 import sys

@@ -1,10 +1,9 @@
-"""Fine-tune a text classifier on ever smaller subsets, run the forgetting backwards, and see whether it helped.
+"""Fine-tune a text classifier on smaller and smaller subsets, predict weights from the states, and evaluate both.
 
     python recipes/text_classification/text_classification.py --output-dir outputs/imdb
 
-Any Hub id or local folder does for the model and the dataset. Run again, it resumes with the first state that is
-missing. Prints loss and accuracy on the test split of every recorded state and of every predicted checkpoint, and
-writes them to OUTPUT_DIR/results.json.
+Prints loss and accuracy on the test split for every recorded state and every predicted checkpoint, and writes them to
+OUTPUT_DIR/results.json. A second run resumes at the first missing state.
 """
 
 import argparse
@@ -29,18 +28,15 @@ def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
-    def split(name: str, size: int):
-        data = load_dataset(args.dataset, split=name).shuffle(seed=args.seed)
-        data = data.select(range(min(size, len(data))))
-        if args.label_column != "label":  # the Trainer leaves out columns of names that it doesn't know
-            data = data.select_columns([args.text_column, args.label_column])
-            data = data.rename_column(args.label_column, "label")
+    def load(split: str, size: int):
+        data = load_dataset(args.dataset, split=split).shuffle(seed=args.seed)
+        data = data.select(range(min(size, len(data)))).select_columns([args.text_column, args.label_column])
+        data = data.rename_columns({args.text_column: "text", args.label_column: "label"})
         return data.map(
-            lambda batch: tokenizer(batch[args.text_column], truncation=True, max_length=args.max_length),
-            batched=True,
+            lambda batch: tokenizer(batch["text"], truncation=True, max_length=args.max_length), batched=True
         )
 
-    train, test = split(args.train_split, args.num_train), split(args.test_split, args.num_test)
+    train, test = load(args.train_split, args.num_train), load(args.test_split, args.num_test)
     set_seed(args.seed)
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(set(train["label"])))
     training_args = TrainingArguments(
@@ -68,8 +64,12 @@ def main(args: argparse.Namespace) -> None:
     trajectory = induce_forgetting(make_trainer(model), schedule, output_dir / "trajectory")
 
     results = {f"state {s.index} ({s.num_examples} examples)": s.metrics for s in trajectory.states}
-    for predictor, steps in ((None, 1), (None, 2), (None, 3), ("average", 1)):
-        name = predictor or f"known-{steps}"
+    for name, predictor, steps in (
+        ("known-1", None, 1),
+        ("known-2", None, 2),
+        ("known-3", None, 3),
+        ("average", "average", 1),
+    ):
         enhanced = predict_overflowed_weights(
             trajectory, steps=steps, predictor=predictor, output_dir=output_dir / name, overwrite=True
         )
@@ -80,28 +80,27 @@ def main(args: argparse.Namespace) -> None:
     print(f"\n{'weights':28}{'loss':>8}{'accuracy':>10}")
     for name, metrics in results.items():
         print(f"{name:28}{metrics['eval_loss']:8.4f}{metrics['eval_accuracy']:10.4f}")
-    (output_dir / "results.json").write_text(
-        json.dumps({"arguments": vars(args), "results": results}, indent=2) + "\n"
-    )
+    content = {"arguments": vars(args), "results": results}
+    (output_dir / "results.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output-dir", required=True, metavar="DIR", help="trajectory, predicted checkpoints and results go there")
+    add("--output-dir", required=True, metavar="DIR", help="folder for trajectory, predicted checkpoints and results")
     add("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="Hub id or folder (default: %(default)s)")
     add("--dataset", default="stanfordnlp/imdb", help="Hub id or folder (default: %(default)s)")
     add("--train-split", default="train")
     add("--test-split", default="test")
     add("--text-column", default="text")
     add("--label-column", default="label")
-    add("--num-train", type=int, default=2000, help="examples to train on (default: %(default)s)")
-    add("--num-test", type=int, default=1000, help="examples to evaluate on (default: %(default)s)")
-    add("--max-length", type=int, default=128, help="tokens of a text (default: %(default)s)")
-    add("--epochs", type=float, default=2, help="epochs on all of the data (default: %(default)s)")
+    add("--num-train", type=int, default=2000, help="number of training examples (default: %(default)s)")
+    add("--num-test", type=int, default=1000, help="number of test examples (default: %(default)s)")
+    add("--max-length", type=int, default=128, help="maximum number of tokens of a text (default: %(default)s)")
+    add("--epochs", type=float, default=2, help="epochs on all data (default: %(default)s)")
     add("--learning-rate", type=float, default=5e-5)
     add("--batch-size", type=int, default=16)
-    add("--ratio", type=float, default=0.5, help="share of the data each stage keeps (default: %(default)s)")
+    add("--ratio", type=float, default=0.5, help="share of the data that each stage keeps (default: %(default)s)")
     add("--seed", type=int, default=0)
     return parser
 
