@@ -1,4 +1,4 @@
-"""Whatever the bytes of `trajectory.json` are: a valid trajectory or an error that says so, and nothing outside."""
+"""Any bytes of `trajectory.json` give a valid trajectory or a `TrajectoryError`, and no file outside is opened."""
 
 import copy
 import io
@@ -47,7 +47,7 @@ values = st.recursive(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two states of a tiny ResNet, with a secret beside the folder that paths lead to."""
+    """Two states of a tiny ResNet, with a secret file beside the folder."""
     home = tmp_path_factory.mktemp("fuzz")
     trajectory = WeightTrajectory.create(home / "states", ForgettingSchedule())
     model = make_resnet()
@@ -66,7 +66,7 @@ def valid(folder):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    """Every path that Python opens while the tests of this module run."""
+    """Every path that Python opens during the tests of this module."""
     paths = []
     with pytest.MonkeyPatch.context() as patch:
         for module in (io, os):
@@ -81,7 +81,7 @@ def opened(folder):
 
 
 def open_bytes(folder, opened, data):
-    """Opens a trajectory of these bytes and returns what came of it: `"refused"`, `"read"` or `"whole"`."""
+    """Opens a trajectory with these bytes; returns `"refused"`, `"read"` (but not verified) or `"verified"`."""
     path = folder / "trajectory.json"
     path.unlink(missing_ok=True)
     path.write_bytes(data)
@@ -102,7 +102,7 @@ def open_bytes(folder, opened, data):
         try:
             trajectory = WeightTrajectory(folder)
             trajectory.verify()
-            outcome = "whole"
+            outcome = "verified"
         except TrajectoryError:
             pass
     outside = [p for p in opened if isinstance(p, str | Path) and not Path(os.path.realpath(p)).is_relative_to(folder)]
@@ -119,8 +119,8 @@ def check(max_examples):
     return settings(max_examples=max_examples, derandomize=True, deadline=None, database=None)
 
 
-def test_the_watch_sees_what_is_opened(folder, opened, valid):
-    assert open_bytes(folder, opened, json.dumps(valid).encode()) == "whole"
+def test_opened_files_are_watched(folder, opened, valid):
+    assert open_bytes(folder, opened, json.dumps(valid).encode()) == "verified"
     names = {Path(path).name for path in opened if isinstance(path, str | Path)}
     assert {"trajectory.json", "model.safetensors"} <= names
 
@@ -150,7 +150,7 @@ def test_random_json(folder, opened):
 
 @st.composite
 def mutations(draw):
-    """A function that changes a valid manifest in one place that is drawn at random, level by level."""
+    """A function that changes a manifest at one random location, drawn level by level."""
     turns = draw(st.lists(st.integers(0, 1000), min_size=1, max_size=5))
     kind = draw(st.sampled_from(["replace", "replace", "replace", "delete", "twice", "add"]))
     value = draw(values)
@@ -192,7 +192,7 @@ def test_a_valid_manifest_with_random_changes(folder, opened, valid):
         outcomes[open_bytes(folder, opened, json.dumps(content).encode())] += 1
 
     run()
-    assert min(outcomes["refused"], outcomes["read"] + outcomes["whole"], outcomes["whole"]) > 20, outcomes
+    assert min(outcomes["refused"], outcomes["read"] + outcomes["verified"], outcomes["verified"]) > 20, outcomes
 
 
 def test_a_valid_manifest_with_random_edits_of_its_text(folder, opened, valid):
@@ -208,14 +208,14 @@ def test_a_valid_manifest_with_random_edits_of_its_text(folder, opened, valid):
         )
         | st.binary(max_size=4),
     )
-    def run(place, length, inserted):
-        outcomes[open_bytes(folder, opened, text[:place] + inserted + text[place + length :])] += 1
+    def run(start, length, inserted):
+        outcomes[open_bytes(folder, opened, text[:start] + inserted + text[start + length :])] += 1
 
     run()
     assert outcomes["refused"] > 100
 
 
-def test_every_key_that_stands_twice(folder, opened, valid):
+def test_every_duplicate_key(folder, opened, valid):
     text = json.dumps(valid)
     for name in sorted({*valid, *valid["schedule"], *valid["states"][0], *valid["states"][0]["files"][0]}):
         twice = text.replace(f'"{name}":', f'"{name}": null, "{name}":', 1)
@@ -224,13 +224,13 @@ def test_every_key_that_stands_twice(folder, opened, valid):
             Manifest.read(folder)
 
 
-def test_every_path_is_a_hostile_one(folder, opened, valid):
-    """With the size and hash of the file that it leads to, as an attacker who knows it would write."""
+def test_hostile_paths(folder, opened, valid):
+    """With size and hash of the file that each leads to, as an attacker who knows it would write."""
     secret = folder.parent / "secret.json"
     for path in HOSTILE_PATHS:
         record = {"path": path, "size": secret.stat().st_size, "sha256": file_sha256(secret)}
-        for place in (valid, valid["states"][0], valid["states"][1]):
+        for part in (valid, valid["states"][0], valid["states"][1]):
             content = copy.deepcopy(valid)
-            target = content if place is valid else content["states"][place["index"]]
+            target = content if part is valid else content["states"][part["index"]]
             target["files"].append(record)
-            assert open_bytes(folder, opened, json.dumps(content).encode()) != "whole"
+            assert open_bytes(folder, opened, json.dumps(content).encode()) != "verified"
