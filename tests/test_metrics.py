@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from know_hf import WeightTrajectory
+from know_hf.evaluation import compare_with_naive
+from know_hf.evaluation.comparison import ACCURACY, LOSS
+from know_hf.evaluation.report.comparison_report import _result as result_entry
 from know_hf.metrics import ForgettingRate, KnowledgeGain, RetrodictionSkill
 from know_hf.trajectory.summary import inspect_trajectory
 
@@ -57,6 +60,17 @@ def test_knowledge_gain():
     assert relative == {**gain, "relative_knowledge_gain": pytest.approx(0.5)}
     with pytest.raises(ValueError, match="oracle has 1 entries"):
         metric.compute(predictions=enhanced, references=naive, oracle=[0.8])
+
+
+@pytest.mark.parametrize(("measure", "sign"), [(ACCURACY, 1), (LOSS, -1)])
+def test_reports_contain_gains_relative_to_the_oracle(measure, sign):
+    naive = np.array([0.5, 0.52, 0.54, 0.51])
+    arms = {"naive": naive, "known": naive + sign * 0.01, "oracle": naive + sign * np.array([0.04, 0.05, 0.03, 0.04])}
+    scores = {name: values.tolist() for name, values in arms.items()}
+    result = result_entry("few-shot", compare_with_naive(scores, ["known"], measure=measure))
+    assert result["headroom"] and result["relative_gains"] == {"known": pytest.approx(0.25)}
+    without = compare_with_naive({**scores, "oracle": scores["naive"]}, ["known"], measure=measure)
+    assert result_entry("few-shot", without)["relative_gains"] == {}
 
 
 def test_metrics_are_offline_and_write_no_cache(tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ order of `seeds`. Unknown values are null; no value is NaN or infinite. Readers 
                 effect_size          Cohen's d_z, null if all differences are equal
                 minimum_detectable   difference found with a power of 80% at level 0.05 / num_tests, in the units of
                                      the values; for references at level 0.05}}}
+        relative_gains    {arm: gain over naive as a share of that of the oracle}; {} unless headroom is true
         against_controls  {method: {differences: {control: {mean, ci95, p}}, hardest: control, p}}; p is one-sided,
                           `better_than_controls` is corrected by Holm for the number of methods; naive is one of the
                           controls here}]
@@ -288,7 +289,22 @@ def _result(protocol: str, comparison: Comparison) -> dict[str, Any]:
         "better_than_controls": list(comparison.better_than_controls),
         "num_tests": len(comparison.candidates),
         "arms": comparison.to_dict(),
+        "relative_gains": _relative_gains(comparison),
         "against_controls": {name: against.to_dict() for name, against in comparison.against_controls.items()},
+    }
+
+
+def _relative_gains(comparison: Comparison) -> dict[str, float]:
+    if not comparison.headroom:
+        return {}
+    from ...metrics import KnowledgeGain  # importing evaluate takes a second
+
+    metric, gain = KnowledgeGain(), comparison.measure.gain
+    values = {name: [gain(value) for value in result.per_seed] for name, result in comparison.results.items()}
+    references = {"references": values["naive"], "oracle": values["oracle"]}
+    return {
+        name: metric.compute(predictions=values[name], **references)["relative_knowledge_gain"]
+        for name in comparison.candidates
     }
 
 
