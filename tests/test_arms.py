@@ -7,8 +7,19 @@ from conftest import make_resnet
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from know_hf import WeightTrajectory, predict_overflowed_weights
-from know_hf.evaluation import NAIVE, Arm, ArmSources, known_arm, known_step_arms, make_arm
-from know_hf.evaluation.task_singular_vectors import merge_task_singular_vectors
+from know_hf.evaluation import (
+    AVERAGE,
+    NAIVE,
+    ORACLE,
+    RANDOM,
+    Arm,
+    ArmSources,
+    known_arm,
+    known_step_arms,
+    make_arm,
+    shrink_arm,
+)
+from know_hf.evaluation.arm_weights import merge_task_singular_vectors
 from know_hf.known.modeling_known import KNOWNConfig, KNOWNModel
 from know_hf.predictors import protocol, register_predictor
 
@@ -47,32 +58,38 @@ def weight(arm, sources, name=HEAD, setting=None):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_arm_is_made_by_name_and_comes_back_from_json(name):
+def test_arms_by_name_survive_json(name):
     arm = make_arm(name)
     assert arm.name == name
     assert make_arm(json.loads(json.dumps(arm.to_dict()))) == arm
 
 
-def test_arms_are_methods_controls_or_references():
+def test_roles_of_arms():
     roles = {name: make_arm(name).role for name in NAMES}
-    assert [name for name, role in roles.items() if role == "reference"] == [
+    assert {name for name, role in roles.items() if role == "reference"} == {
         *("naive", "random", "pretrained", "oracle", "shuffled")
-    ]
+    }
     assert [name for name, role in roles.items() if role == "method"] == ["known-step-2"]
-    assert not make_arm("naive").is_candidate and make_arm("state-1").is_candidate
+    arms = (NAIVE, RANDOM, ORACLE, AVERAGE, make_arm("state-1"), shrink_arm(0.8), known_arm(1, 0.5))
+    assert [arm.is_candidate for arm in arms] == [False, False, False, True, True, True, True]
 
 
-def test_an_arm_of_ones_own():
+def test_known_arms_are_named_by_their_amount_of_data():
+    assert [known_arm(steps, 0.5).name for steps in (1, 2, 3)] == ["known-x2", "known-x4", "known-x8"]
+    assert known_arm(1, 1 / 3).name == "known-x3"
+
+
+def test_arms_from_json_override_named_ones():
     arm = make_arm({"name": "half-lines", "predictor": "lines", "tuned": [{"alpha": 0.5, "beta": 0.5}], "steps": 2})
     assert (arm.kind, arm.predictor, arm.steps, arm.role) == ("predicted", "lines", 2, "control")
     assert arm.settings == ({"alpha": 0.5, "beta": 0.5},)
     harder = make_arm({"name": "shrink", "tuned": [{"factor": 0.1}]})
     assert harder.predictor == "shrink" and harder.settings == ({"factor": 0.1},)
     fixed = make_arm({"name": "shrink", "options": {"factor": 0.9}})
-    assert fixed.settings == ({},) and fixed.options == {"factor": 0.9}, "what is given is not tuned"
+    assert fixed.settings == ({},) and fixed.options == {"factor": 0.9}, "a given option is not tuned"
 
 
-def test_any_registered_predictor_is_an_arm_and_a_method(sources, monkeypatch):
+def test_a_registered_predictor_is_a_method(sources, monkeypatch):
     monkeypatch.setattr(protocol, "_PREDICTORS", dict(protocol._PREDICTORS))
 
     @register_predictor("plus-one-for-arms")
@@ -90,26 +107,54 @@ def test_any_registered_predictor_is_an_arm_and_a_method(sources, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("average-7", "unknown arm 'average-7'; there are naive, random"),
+        ("average-7", "unknown arm 'average-7'"),
         ("state-0", "unknown arm 'state-0'"),
-        ({"name": "x", "predictors": "log"}, "unknown key 'predictors'; did you mean 'predictor'"),
-        ({"predictor": "log"}, "an arm needs a name"),
-        ({"name": "x", "kind": "magic"}, "arm 'x' is of kind 'magic'; there are state"),
+        ({"name": "x", "predictors": "log"}, "'predictors'.*'predictor'"),
+        ({"predictor": "log"}, "needs a name"),
+        ({"name": "x", "kind": "magic"}, "unknown kind 'magic'"),
     ],
 )
-def test_what_is_no_arm_is_an_error(spec, message):
+def test_unknown_arms_are_errors(spec, message):
     with pytest.raises(ValueError, match=message):
         make_arm(spec)
 
 
-def test_a_setting_goes_before_the_options(sources):
+@pytest.mark.parametrize(
+    ("arm", "expected"),
+    [
+        (NAIVE, lambda sources: sources.trajectory.load_model(0)),
+        (make_arm("state-2"), lambda sources: sources.trajectory.load_model(2)),
+        (RANDOM, lambda sources: sources.fresh_model()),
+        (ORACLE, lambda sources: sources.oracle_model()),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_arms_without_prediction_only_change_batch_norm_statistics(sources, arm, expected):
+    model = arm.initial_model(sources)
+    for name, parameter in expected(sources).named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
+    tracked = model.get_buffer("resnet.embedder.embedder.normalization.num_batches_tracked")
+    assert int(tracked) == len(sources.batches)
+
+
+def test_a_predicted_arm_is_the_prediction(sources, known, tmp_path):
+    model = known_arm(2, ratio=0.5).initial_model(sources)
+    expected = predict_overflowed_weights(
+        sources.trajectory, known, 2, output_dir=tmp_path / "x", recalibrate_with=sources.batches
+    ).load_model()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert (sources.output_dir / "known-x4" / "model.safetensors").exists()
+
+
+def test_a_setting_overrides_the_options(sources):
     shrink, theta = make_arm("shrink"), sources.trajectory.tensor(HEAD)
     assert [setting["factor"] for setting in shrink.settings] == [0.95, 0.8, 0.65, 0.5]
     torch.testing.assert_close(weight(shrink, sources, setting={"factor": 0.5}), 0.5 * theta)
     torch.testing.assert_close(weight(replace(shrink, options={"factor": 0.25}), sources), 0.25 * theta)
 
 
-def test_a_task_vector_of_minus_one_arrives_at_the_last_state(sources):
+def test_a_task_vector_of_minus_one_is_the_last_state(sources):
     arm = make_arm("task-vector")
     for name in (HEAD, CONVOLUTION, "resnet.embedder.embedder.normalization.weight"):
         torch.testing.assert_close(
@@ -117,13 +162,13 @@ def test_a_task_vector_of_minus_one_arrives_at_the_last_state(sources):
         )
 
 
-def test_the_average_takes_all_parameters(sources):
+def test_the_average_includes_norm_weights(sources):
     for name in (HEAD, "resnet.embedder.embedder.normalization.weight"):
         expected = sources.trajectory.history(name).mean(dim=0)
         torch.testing.assert_close(weight(make_arm("average"), sources, name), expected)
 
 
-def test_a_matched_shrink_is_what_is_left_of_a_prediction(sources, known, tmp_path):
+def test_a_matched_shrink_scales_each_tensor_as_the_prediction_does(sources, known, tmp_path):
     result = predict_overflowed_weights(sources.trajectory, known, 2, output_dir=tmp_path / "x")
     shrunk = make_arm("matched-shrink-step-2").initial_model(sources).state_dict()
     for name in (HEAD, CONVOLUTION, "classifier.1.bias"):
@@ -135,12 +180,12 @@ def test_a_matched_shrink_is_what_is_left_of_a_prediction(sources, known, tmp_pa
     assert torch.equal(shrunk[norm], sources.trajectory.tensor(norm))  # not predicted
 
 
-def test_of_a_shrink_the_matched_shrink_is_the_shrink_itself(sources):
+def test_the_matched_shrink_of_a_shrink_is_the_shrink(sources):
     arm = Arm("m", "matched_shrink", "", predictor="shrink", options={"factor": 0.7})
     torch.testing.assert_close(weight(arm, sources), 0.7 * sources.trajectory.tensor(HEAD))
 
 
-def test_shuffled_keeps_the_numbers_of_each_tensor_and_nothing_else(sources):
+def test_shuffled_keeps_only_the_values_of_each_tensor(sources):
     arm, model = make_arm("shuffled"), sources.trajectory.load_model(0)
     shuffled = arm.initial_model(sources)
     for name, parameter in model.named_parameters():
@@ -150,19 +195,18 @@ def test_shuffled_keeps_the_numbers_of_each_tensor_and_nothing_else(sources):
     assert torch.equal(weight(arm, sources), weight(arm, sources))
 
 
-def test_compute_matched_is_theta_0_trained_for_the_steps_of_the_later_states(sources):
-    asked = []
+def test_compute_matched_trains_theta_0_for_the_steps_of_the_later_states(sources):
+    calls = []
 
     def train_further(model, steps):
-        asked.append(steps)
+        calls.append(steps)
         assert torch.equal(model.state_dict()[HEAD], sources.trajectory.tensor(HEAD))
         with torch.no_grad():
             model.get_parameter(HEAD).add_(1)
         return model
 
     trained = weight(make_arm("compute-matched"), replace(sources, train_further=train_further))
-    assert asked == [[state.steps for state in sources.trajectory.states[1:]]]
-    assert asked == [[8, 4, 2, 1]]
+    assert calls == [[state.steps for state in sources.trajectory.states[1:]]] == [[8, 4, 2, 1]]
     assert torch.equal(trained, sources.trajectory.tensor(HEAD) + 1)
 
 
@@ -175,17 +219,17 @@ def test_compute_matched_is_theta_0_trained_for_the_steps_of_the_later_states(so
         ("compute-matched", "train_further"),
     ],
 )
-def test_what_an_arm_is_made_from_must_be_there(sources, name, missing):
-    with pytest.raises(ValueError, match=f"arm '{name}' is .* but the sources have no {missing}"):
+def test_missing_sources_are_errors(sources, name, missing):
+    with pytest.raises(ValueError, match=f"arm '{name}' needs {missing}"):
         make_arm(name).initial_model(replace(sources, **{missing: None}))
 
 
-def test_a_state_that_was_not_recorded_is_an_error(sources):
-    with pytest.raises(ValueError, match="arm 'state-9' is state 9, but WeightTrajectory"):
+def test_a_missing_state_is_an_error(sources):
+    with pytest.raises(ValueError, match="arm 'state-9' needs state 9"):
         make_arm("state-9").initial_model(sources)
 
 
-def test_known_weights_of_an_arm_go_before_those_of_the_comparison(sources, tmp_path):
+def test_known_weights_of_an_arm_override_those_of_the_comparison(sources, tmp_path):
     torch.manual_seed(5)
     KNOWNModel(KNOWNConfig()).save_pretrained(tmp_path / "other")
     own, matched = known_step_arms([1], name="published", known=str(tmp_path / "other"))
@@ -196,32 +240,24 @@ def test_known_weights_of_an_arm_go_before_those_of_the_comparison(sources, tmp_
     assert matched.role == "control" and own.role == "method"
 
 
-def test_singular_vectors_of_one_task_give_it_back():
+def test_merging_singular_vectors_by_hand():
     matrix = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(merge_task_singular_vectors([matrix]), matrix, rtol=1e-4, atol=1e-5)
-
-
-def test_tasks_that_do_not_interfere_are_added():
-    one, two = torch.zeros(4, 6), torch.zeros(4, 6)
+    torch.testing.assert_close(merge_task_singular_vectors([matrix]), matrix, rtol=1e-4, atol=1e-5)  # one task
+    one, two = torch.zeros(4, 6), torch.zeros(4, 6)  # no interference
     one[0, 0], one[1, 1], two[2, 2], two[3, 5] = 3.0, -1.0, 2.0, 0.5
     torch.testing.assert_close(merge_task_singular_vectors([one, two]), one + two)
-
-
-def test_the_same_direction_twice_is_made_two_orthogonal_ones():
     # U = [u u]: the nearest matrix with orthonormal columns has the columns (u ± w) / √2 for some unit w ⊥ u
     direction = torch.zeros(2, 2)
     direction[0, 0] = 1.0
     merged = merge_task_singular_vectors([direction, direction])
     torch.testing.assert_close(torch.linalg.svdvals(merged), torch.tensor([1.0, 1.0]))
-
-
-def test_only_the_largest_directions_of_each_task_are_kept():
+    # only the largest directions of each task are kept
     large, small = torch.diag(torch.tensor([5.0, 4.0, 0.1, 0.2])), torch.diag(torch.tensor([0.1, 0.2, 3.0, 2.0]))
     expected = torch.diag(torch.tensor([5.0, 4.0, 3.0, 2.0]))
     torch.testing.assert_close(merge_task_singular_vectors([large, small]), expected)
 
 
-def test_kernels_are_matrices_and_vectors_are_averaged():
+def test_kernels_are_merged_as_matrices_and_vectors_averaged():
     generator = torch.Generator().manual_seed(0)
     kernels = [torch.randn(4, 3, 3, 3, generator=generator) for _ in range(2)]
     merged = merge_task_singular_vectors(kernels)
@@ -229,16 +265,13 @@ def test_kernels_are_matrices_and_vectors_are_averaged():
     torch.testing.assert_close(merged, expected.reshape(4, 3, 3, 3))
     vectors = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])]
     torch.testing.assert_close(merge_task_singular_vectors(vectors), torch.tensor([2.0, 4.0]))
-    narrow = [torch.ones(1, 5), 3 * torch.ones(1, 5)]  # less rows than tasks
+    narrow = [torch.ones(1, 5), 3 * torch.ones(1, 5)]  # fewer rows than tasks
     torch.testing.assert_close(merge_task_singular_vectors(narrow), 2 * torch.ones(1, 5))
-
-
-def test_a_matrix_too_large_for_singular_vectors_is_an_error():
-    with pytest.raises(ValueError, match=r"a matrix of \(5000, 5000\) is too large"):
+    with pytest.raises(ValueError, match=r"\(5000, 5000\) is too large"):
         merge_task_singular_vectors([torch.zeros(1).expand(5000, 5000)] * 2)
 
 
-def test_the_arm_of_singular_vectors_moves_theta_0_by_the_merged_moves(sources):
+def test_task_singular_vectors_add_the_merged_moves(sources):
     history = sources.trajectory.history(HEAD)
     moves = [history[-1 - k] - history[-2 - k] for k in range(4)]
     arm = make_arm("task-singular-vectors")
@@ -254,20 +287,20 @@ def test_arms_of_half_precision_recordings_are_float32(sources, tmp_path, name):
         trajectory.record(make_resnet(seed=20 + state).bfloat16(), num_examples=16 >> state, steps=1)
     model = make_arm(name).initial_model(replace(sources, trajectory=trajectory, output_dir=tmp_path / "arms"))
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32, torch.int64}
-    if name == "average":  # not rounded to what the files of the states hold
+    if name == "average":  # not rounded to the dtype of the states
         history = trajectory.history(HEAD)
         torch.testing.assert_close(model.state_dict()[HEAD], history.mean(0), rtol=1e-6, atol=1e-7)
 
 
-def test_batch_norm_without_source_data_says_what_is_missing(sources):
-    with pytest.raises(ValueError, match=r"no batch to compute .*: the training examples of the task's source"):
+def test_batch_norm_without_source_data_is_an_error(sources):
+    with pytest.raises(ValueError, match="training examples of the task's source"):
         make_arm("naive").initial_model(replace(sources, batches=[]))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
-def test_adapters_of_tied_embeddings_are_merged_into_one_of_them_only(tmp_path):
+def test_adapters_of_tied_embeddings_are_merged_once(tmp_path):
     peft = pytest.importorskip("peft")
 
     def base():
@@ -317,15 +350,15 @@ def test_adapters_are_merged_into_their_base_model(tmp_path):
     batches = [{"pixel_values": torch.randn(8, 1, 8, 8)}]
     sources = ArmSources(WeightTrajectory(tmp_path / "trajectory"), tmp_path / "arms", batches, base_model=base)
     for arm in (NAIVE, make_arm("average"), make_arm("shuffled")):
-        made = arm.initial_model(sources)
-        assert type(made) is type(base()) and not any("lora" in name for name, _ in made.named_parameters())
+        whole = arm.initial_model(sources)
+        assert type(whole) is type(base()) and not any("lora" in name for name, _ in whole.named_parameters())
     first, second = trajectory.load_model(0, base_model=base()), trajectory.load_model(1, base_model=base())
     expected = [m.merge_and_unload().get_parameter(HEAD) for m in (first, second)]
     averaged = make_arm("average").initial_model(sources).get_parameter(HEAD)
     torch.testing.assert_close(averaged, (expected[0] + expected[1]) / 2)
 
 
-def test_the_options_of_predictors_are_checked_when_the_arm_is_made(sources):
+def test_invalid_options_of_predictors_are_errors(sources):
     arm = Arm("bad", "predicted", "", predictor="shrink", options={"scale": 1.0})
-    with pytest.raises(TypeError, match="predictor 'shrink' takes"):
+    with pytest.raises(TypeError, match="shrink"):
         arm.initial_model(sources)

@@ -1,14 +1,10 @@
-"""The engine on tiny tasks: what is kept, what is resumed, what is refused, and a suite whose truth is known."""
+"""Comparisons of tiny tasks: results, resuming, and errors."""
 
 import json
-import os
 import pickle
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,53 +13,35 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_images, make_resnet
+from quadrants import source, target
 from transformers import T5Config, T5ForConditionalGeneration
 
 from know_hf import WeightTrajectory
 from know_hf.evaluation import (
-    AsTheyAre,
     CellStore,
     ComparisonTask,
     FineTuning,
     Landscape,
     LinearProbe,
     Split,
+    ZeroShot,
     evaluate_classifier,
     make_arm,
 )
 from know_hf.evaluation import compare_arms as compare_arms_with_pages
-from know_hf.evaluation.compare import _default_arms
-from know_hf.evaluation.comparison import ACCURACY, Measure
-from know_hf.evaluation.measure import _check_head
-from know_hf.evaluation.protocols import choose, first_of_each_class, refined
+from know_hf.evaluation.compare import default_arms
+from know_hf.evaluation.comparison import Measure
+from know_hf.evaluation.measure import check_head
+from know_hf.evaluation.protocols import refined
 
-compare_arms = partial(compare_arms_with_pages, pages=False)  # pictures take longer than all the rest
+compare_arms = partial(compare_arms_with_pages, pages=False)  # figures take longer than everything else
 
 PROTOCOLS = (
     FineTuning((1e-3, 1e-2), steps=1, head_steps=1, head_learning_rate=(1e-2, 1e-1), labels_per_class=2),
     LinearProbe((1e-2, 1e-1), steps=5),
-    AsTheyAre(),
+    ZeroShot(),
 )
 ARMS = ["naive", "random", "known-step-1", "shrink", "shuffled"]
-
-
-def images(count, seed):
-    """Four classes, each a bright quadrant; classes take turns."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 4
-    pixels = torch.randn(count, 1, 8, 8, generator=generator)
-    for image, label in zip(pixels, labels, strict=True):
-        row, column = divmod(int(label), 2)
-        image[0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1
-    return {"pixel_values": pixels, "labels": labels}
-
-
-def source(seed):
-    return Split(images(32, 100 + seed), images(20, 200 + seed), images(20, 300 + seed))
-
-
-def target(seed, draw):
-    return Split(*(images(count, 1000 * part + 10 * seed + draw) for part, count in enumerate((16, 12, 12))), 4)
 
 
 def fresh(seed):
@@ -88,7 +66,7 @@ def finished(task, tmp_path_factory):
     return folder, report
 
 
-def test_everything_is_kept_with_the_same_number_of_trials_for_every_arm(finished):
+def test_every_arm_has_the_same_number_of_trials(finished):
     folder, report = finished
     data = json.loads((folder / "report.json").read_text())
     assert data == json.loads(json.dumps(report.to_dict()))
@@ -98,9 +76,9 @@ def test_everything_is_kept_with_the_same_number_of_trials_for_every_arm(finishe
             assert [draw["draw"] for draw in cell["measured"][name]] == [0, 1]
             for draw in cell["measured"][name]:
                 assert len(draw["trials"]) == 4 * rates
-        tried = cell["measured"]["few-shot"][0]["trials"]
-        settings = {json.dumps(trial["options"]) for trial in tried}
-        rates = {trial["learning_rate"] for trial in tried}
+        trials = cell["measured"]["few-shot"][0]["trials"]
+        settings = {json.dumps(trial["options"]) for trial in trials}
+        rates = {trial["learning_rate"] for trial in trials}
         assert (len(settings), len(rates)) == ((4, 2) if cell["arm"] == "shrink" else (1, 8))
     assert {arm: data["arms"][arm]["role"] for arm in ARMS} == {
         **dict.fromkeys(("naive", "random", "shuffled"), "reference"),
@@ -109,7 +87,7 @@ def test_everything_is_kept_with_the_same_number_of_trials_for_every_arm(finishe
     }
 
 
-def test_what_is_reported_is_the_trial_that_validation_data_chose(finished):
+def test_the_trial_that_is_best_on_validation_data_is_reported(finished):
     _, report = finished
     data = report.to_dict()
     result = next(r for r in data["results"] if r["protocol"] == "few-shot" and r["measure"]["name"] == "accuracy")
@@ -126,7 +104,7 @@ def test_what_is_reported_is_the_trial_that_validation_data_chose(finished):
     assert result["num_tests"] == 2 and set(result["against_controls"]) == {"known-step-1"}
 
 
-def test_accuracy_at_every_rate_is_kept(finished):
+def test_curves_have_the_accuracy_at_every_rate(finished):
     _, report = finished
     data = report.to_dict()
     curves = [c for c in data["curves"] if c["protocol"] == "few-shot"]
@@ -145,7 +123,7 @@ def test_accuracy_at_every_rate_is_kept(finished):
     assert not any(curve["protocol"] == "source" for curve in data["curves"])
 
 
-def test_states_as_they_are_make_the_forgetting_curve(finished, task):
+def test_zero_shot_states_are_the_forgetting_curve(finished, task):
     _, report = finished
     states = report.to_dict()["states"]
     assert states["num_examples"] == [64, 32, 16, 8, 4]
@@ -154,7 +132,7 @@ def test_states_as_they_are_make_the_forgetting_curve(finished, task):
     assert measured == list(source_result.results["naive"].per_seed)
 
 
-def test_the_landscape_has_theta_0_in_its_origin(finished):
+def test_the_landscape_has_theta_0_at_its_origin(finished):
     _, report = finished
     picture = report.landscape
     assert len(picture["loss"]) == len(picture["y"]) == 3 and len(picture["loss"][0]) == 3
@@ -164,20 +142,20 @@ def test_the_landscape_has_theta_0_in_its_origin(finished):
     assert 1 + 1e-6 >= sum(picture["explained"]) > picture["explained"][0] >= picture["explained"][1] > 0
 
 
-def test_few_seeds_are_told(finished):
+def test_few_seeds_are_a_warning(finished):
     _, report = finished
-    assert report.warnings[0] == "2 trajectory seeds are few: at least 10 are asked for."
-    assert "few-shot fine-tuning with 2 labels a class, accuracy" in str(report)
+    assert "2 trajectory seeds" in report.warnings[0] and "10" in report.warnings[0]
+    assert "few-shot fine-tuning with 2 labels per class, accuracy" in str(report)
     assert str(report).count("\nnaive ") == 6
 
 
-def test_only_results_stay_in_the_folder(finished):
+def test_temporary_files_are_deleted(finished):
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {"cells", "identity.json", "report.json"}
 
 
-def test_pages_are_written_where_there_is_matplotlib(task, tmp_path, monkeypatch):
-    options = {"protocols": [AsTheyAre()], "arms": ["naive", "random"]}
+def test_pages_are_written_if_matplotlib_is_installed(task, tmp_path, monkeypatch):
+    options = {"protocols": [ZeroShot()], "arms": ["naive", "random"]}
     compare_arms_with_pages(task, tmp_path / "out", command="make it", **options)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["command"] == "make it"
     assert "make it" in (tmp_path / "out" / "report.html").read_text()
@@ -188,7 +166,7 @@ def test_pages_are_written_where_there_is_matplotlib(task, tmp_path, monkeypatch
     assert (tmp_path / "plain" / "report.json").exists() and not (tmp_path / "plain" / "report.html").exists()
 
 
-def test_arms_and_seeds_can_be_added_and_nothing_is_run_twice(task, tmp_path, monkeypatch):
+def test_arms_and_seeds_can_be_added_without_running_cells_again(task, tmp_path, monkeypatch):
     options = {"protocols": PROTOCOLS[1:], "draws": 2}
     compare_arms(task, tmp_path / "out", arms=["naive", "shrink"], seeds=[0], **options)
     cells = {path.name: path.read_bytes() for path in (tmp_path / "out" / "cells").iterdir()}
@@ -202,41 +180,7 @@ def test_arms_and_seeds_can_be_added_and_nothing_is_run_twice(task, tmp_path, mo
     assert more.seeds == (0, 1)
 
 
-KILLED = """
-import sys
-from test_compare import *
-task = ComparisonTask(sys.argv[1:3], target, source, fresh, facts={"name": "quadrants"})
-compare_arms(task, sys.argv[3], protocols=PROTOCOLS, arms=["naive", "random", "shrink"], draws=2)
-"""
-
-
-def test_a_run_that_was_killed_goes_on_and_ends_the_same(finished, task, tmp_path):
-    trajectories = [str(path) for path in task.trajectory]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, *trajectories, str(tmp_path / "out")],
-        env=environment,
-        stderr=subprocess.DEVNULL,
-    )
-    cells = tmp_path / "out" / "cells"
-    while process.poll() is None and not list(cells.glob("seed-0.naive.json")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = {path.name: path.read_bytes() for path in cells.glob("seed-*")}
-    assert "seed-0.naive.json" in kept and not (tmp_path / "out" / "report.json").exists()
-    options = {"protocols": PROTOCOLS, "arms": ["naive", "random", "shrink"], "draws": 2}
-    resumed = compare_arms(task, tmp_path / "out", **options)
-    assert all((cells / name).read_bytes() == content for name, content in kept.items())
-    _, report = finished
-    expected = {(cell["seed"], cell["arm"]): cell["measured"] for cell in report.cells}
-    assert len(resumed.cells) == 6
-    for cell in resumed.cells:
-        assert cell["measured"] == expected[cell["seed"], cell["arm"]]
-
-
-def test_processes_get_the_task_whole(task):
-    # what they do with it is in test_cells.py: each cell is run as it is here
+def test_a_task_can_be_pickled(task):
     copy = pickle.loads(pickle.dumps(task))
     assert copy.facts == task.facts and torch.equal(copy.target(1, 1).test["labels"], target(1, 1).test["labels"])
     assert copy.open_trajectory(1, Path("unused")).path == Path(task.trajectory[1])
@@ -245,12 +189,12 @@ def test_processes_get_the_task_whole(task):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"draws": 3}, "holds results with other draws: 2 there, 3 now"),
-        ({"protocols": PROTOCOLS[:2]}, "holds results with other protocols"),
-        ({"arms": ["naive", {"name": "shrink", "tuned": [{"factor": 0.9}]}]}, "results of another arm 'shrink'"),
+        ({"draws": 3}, "another draws: 2 instead of 3"),
+        ({"protocols": PROTOCOLS[:2]}, "another protocols"),
+        ({"arms": ["naive", {"name": "shrink", "tuned": [{"factor": 0.9}]}]}, "another arm 'shrink'"),
     ],
 )
-def test_results_of_something_else_are_not_mixed_in(finished, task, changed, message):
+def test_results_of_other_options_are_refused(finished, task, changed, message):
     options = {"protocols": PROTOCOLS, "arms": ARMS, "draws": 2, **changed}
     with pytest.raises(ValueError, match=message):
         compare_arms(task, finished[0], **options)
@@ -271,38 +215,38 @@ def recorded_by_seed(seed, folder, count=3, shift=0):
     return trajectory
 
 
-def test_a_trajectory_that_was_deleted_is_recorded_whole_and_only_as_it_was(tmp_path):
+def test_a_deleted_trajectory_is_recorded_again(tmp_path):
     task = ComparisonTask(recorded_by_seed, target, source)
     options = {"protocols": [PROTOCOLS[1]], "draws": 2, "seeds": [0]}
-    expected = compare_arms(task, tmp_path / "whole", arms=["naive", "average"], **options)
+    expected = compare_arms(task, tmp_path / "expected", arms=["naive", "average"], **options)
     out, folder = tmp_path / "out", tmp_path / "out" / "trajectories" / "seed-0"
     compare_arms(task, out, arms=["naive"], **options)
     shutil.rmtree(folder)
-    recorded_by_seed(0, folder, count=2)  # killed while it was recorded again
+    recorded_by_seed(0, folder, count=2)  # killed while recording again
     again = compare_arms(task, out, arms=["naive", "average"], **options)
     assert WeightTrajectory(folder).num_states == 3
     assert [cell["measured"] for cell in again.cells] == [cell["measured"] for cell in expected.cells]
     assert "identity" not in again.to_dict()["trajectories"][0]
     shutil.rmtree(folder)
     other = replace(task, trajectory=partial(recorded_by_seed, shift=1))
-    with pytest.raises(ValueError, match="is not the trajectory that the cells of seed 0 in"):
+    with pytest.raises(ValueError, match="other weights than the trajectory of seed 0"):
         compare_arms(other, out, arms=["naive", "average", "ema"], **options)
 
 
-def test_of_trajectories_of_several_lengths_the_states_that_all_have_are_drawn(task, tmp_path):
+def test_the_forgetting_curve_has_the_states_that_all_trajectories_have(task, tmp_path):
     short = recorded_by_seed(2, tmp_path / "short", count=2)
     both = replace(task, trajectory=[task.trajectory[0], short])
-    report = compare_arms(both, tmp_path / "out", protocols=[AsTheyAre()], arms=["naive", "random"]).to_dict()
+    report = compare_arms(both, tmp_path / "out", protocols=[ZeroShot()], arms=["naive", "random"]).to_dict()
     assert report["states"]["num_examples"] == [64, 32]
     assert [len(run) for run in report["states"]["measures"]["accuracy"]["per_seed"]] == [2, 2]
     assert [len(run["states"]) for run in report["trajectories"]] == [5, 2]
 
 
-def test_other_facts_or_trajectories_are_not_mixed_in(finished, task):
+def test_results_on_other_facts_or_trajectories_are_refused(finished, task):
     options = {"protocols": PROTOCOLS, "arms": ARMS, "draws": 2}
-    with pytest.raises(ValueError, match="holds results with other task"):
+    with pytest.raises(ValueError, match="another task"):
         compare_arms(replace(task, facts={"name": "octants"}), finished[0], **options)
-    with pytest.raises(ValueError, match="is not the trajectory that the cells of seed 0 in"):
+    with pytest.raises(ValueError, match="other weights than the trajectory of seed 0"):
         compare_arms(replace(task, trajectory=list(task.trajectory)[::-1]), finished[0], **options)
 
 
@@ -320,8 +264,8 @@ def other_images(examples):
         ({"source": lambda s: source(s if s == 0 else 7)}, r"source\(1\)"),
     ],
 )
-def test_other_data_is_not_mixed_in(task, finished, changed, call):
-    with pytest.raises(ValueError, match=f"holds results on other data of {call}: .* there, .* now; give another out"):
+def test_results_on_other_data_are_refused(task, finished, changed, call):
+    with pytest.raises(ValueError, match=f"other data of {call}"):
         compare_arms(replace(task, **changed), finished[0], protocols=PROTOCOLS, arms=ARMS, draws=2)
 
 
@@ -329,22 +273,22 @@ def test_seeds_are_added_with_their_data(task, tmp_path):
     options = {"protocols": PROTOCOLS[1:2], "arms": ["naive"], "draws": 2}
     compare_arms(task, tmp_path, seeds=[0], **options)
     other = replace(task, target=lambda seed, draw: target(5 * seed, draw))
-    assert compare_arms(other, tmp_path, **options).seeds == (0, 1)  # there was nothing of seed 1 before
+    assert compare_arms(other, tmp_path, **options).seeds == (0, 1)  # seed 1 is new
     with pytest.raises(ValueError, match=r"other data of target\(1, 0\)"):
         compare_arms(task, tmp_path, **options)
 
 
-def test_results_from_before_data_was_hashed_are_not_resumed(task, tmp_path):
+def test_results_without_hashes_of_their_data_are_refused(task, tmp_path):
     options = {"protocols": PROTOCOLS[1:2], "arms": ["naive"], "draws": 2, "seeds": [0]}
     compare_arms(task, tmp_path, **options)
     path = tmp_path / "cells" / "seed-0.trajectory.json"
-    kept = json.loads(path.read_text())
-    path.write_text(json.dumps({**kept, "identity": kept["identity"]["weights"]}))
-    with pytest.raises(ValueError, match=r"of seed 0 without the hash of their data, .* give another output folder"):
+    entry = json.loads(path.read_text())
+    path.write_text(json.dumps({**entry, "identity": entry["identity"]["weights"]}))
+    with pytest.raises(ValueError, match="seed 0 without the hashes"):
         compare_arms(task, tmp_path, **options)
 
 
-def unsendable():
+def unpicklable():
     class Local(LinearProbe):
         pass
 
@@ -356,12 +300,12 @@ def unsendable():
     [
         ("target of the task", {"target": lambda seed, draw: target(seed, draw)}, PROTOCOLS[1]),
         ("fresh_model of the task", {"fresh_model": lambda seed: fresh(seed)}, PROTOCOLS[1]),
-        ("protocol 'linear-probe'", {}, unsendable()),
+        ("protocol 'linear-probe'", {}, unpicklable()),
     ],
 )
-def test_what_can_not_be_sent_to_other_processes_is_named(task, tmp_path, name, of_task, protocol):
+def test_unpicklable_values_are_errors(task, tmp_path, name, of_task, protocol):
     options = {"protocols": [protocol], "arms": ["naive"], "draws": 2}
-    with pytest.raises(ValueError, match=f"{name} can't be sent to another process .* or num_processes=1"):
+    with pytest.raises(ValueError, match=f"{name} cannot be pickled"):
         compare_arms(replace(task, **of_task), tmp_path / "out", num_processes=2, **options)
     assert not (tmp_path / "out").exists()
 
@@ -384,71 +328,54 @@ def with_part(part, content):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (lambda seed, draw: {"train": 1}, "target(0, 0) gave a dict; give a Split"),
-        (
-            with_part("train", make_images(16)),
-            "train of target(0, 0) is a datasets.arrow_dataset.Dataset, not a mapping",
-        ),
-        (with_part("test", {}), "test of target(0, 0) holds no examples"),
+        (lambda seed, draw: {"train": 1}, "target(0, 0) returned a dict"),
+        (with_part("train", make_images(16)), "train of target(0, 0) is a datasets.arrow_dataset.Dataset"),
+        (with_part("test", {}), "test of target(0, 0) has no examples"),
         (
             with_part("train", {"pixel_values": torch.ones(3, 1), "labels": torch.arange(2)}),
-            "the tensors in train of target(0, 0) have different lengths, {'pixel_values': 3, 'labels': 2}",
+            "train of target(0, 0) have different lengths, {'pixel_values': 3, 'labels': 2}",
         ),
-        (with_part("test", {"labels": [0, 1]}), "test of target(0, 0) has a list as 'labels'; give one tensor"),
-        (with_part("test", {"label": torch.tensor([0])}), "test of target(0, 0) has 'label', which models take as"),
-        (
-            with_labels(torch.Tensor.float),
-            "labels in test of target(0, 0) are torch.float32, accuracy and loss are of",
-        ),
+        (with_part("test", {"labels": [0, 1]}), "'labels' in test of target(0, 0) is a list"),
+        (with_part("test", {"label": torch.tensor([0])}), "test of target(0, 0) has 'label'"),
+        (with_labels(torch.Tensor.float), "labels in test of target(0, 0) are torch.float32"),
         (with_labels(torch.Tensor.int), "labels in test of target(0, 0) are torch.int32"),
-        (
-            with_labels(lambda labels: labels + 1),
-            "test of target(0, 0) has the label 4, but the head has 4 classes, 0",
-        ),
-        (
-            with_labels(lambda labels: labels - 1, "train"),
-            "train of target(0, 0) has the label -1, but the head has 4",
-        ),
+        (with_labels(lambda labels: labels + 1), "test of target(0, 0) has label 4, but the head has 4 classes"),
+        (with_labels(lambda labels: labels - 1, "train"), "train of target(0, 0) has label -1"),
     ],
 )
-def test_data_that_no_classifier_takes_is_told_before_anything_is_run(task, tmp_path, given, message):
+def test_invalid_data_is_an_error_before_the_work(task, tmp_path, given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         compare_arms(replace(task, target=given), tmp_path / "out", protocols=PROTOCOLS, arms=["naive"], draws=2)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("protocol", [FineTuning((1e-3, 1e-2), steps=1, head_steps=0), PROTOCOLS[1]])
-def test_labels_beyond_a_head_that_is_kept_are_told(task, tmp_path, protocol):
-    beyond = replace(task, target=with_labels(lambda labels: labels + 1, num_labels=None))
-    with pytest.raises(ValueError, match=r"^test of .* has the label 4, but the head has 4 classes, 0 to 3; count"):
-        compare_arms(beyond, tmp_path, protocols=[protocol], arms=["naive"])
+@pytest.mark.parametrize("protocol", [FineTuning((1e-3, 1e-2), steps=1, head_steps=0), PROTOCOLS[1], ZeroShot()])
+def test_labels_beyond_the_recorded_head_are_errors(task, tmp_path, protocol):
+    beyond = with_labels(lambda labels: labels + 1, num_labels=None)
+    task = replace(task, target=beyond) if not protocol.on_source else replace(task, source=lambda s: beyond(s, 0))
+    with pytest.raises(ValueError, match=r"^test of .* has label 4, but the head has 4 classes"):
+        compare_arms(task, tmp_path, protocols=[protocol], arms=["naive"])
 
 
-def test_the_head_of_a_language_model_is_not_asked_for_classes(task):
+def test_the_head_of_a_language_model_has_no_classes(task):
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 1}
     model = T5ForConditionalGeneration(T5Config(vocab_size=8, **sizes, decoder_start_token_id=0))
     part = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "labels": torch.full((2, 3), 7)}
-    _check_head(task, model, Split(part, part, part), "source(0)")  # it gives no logits without labels
+    check_head(task, model, Split(part, part, part), "source(0)")  # it has no logits without labels
     with pytest.raises(ValueError, match="input_ids"):
         model(part["input_ids"])
 
 
-def test_source_labels_beyond_the_recorded_head_are_told(task, tmp_path):
-    beyond = replace(task, source=lambda seed: with_labels(lambda labels: labels + 1, num_labels=None)(seed, 0))
-    with pytest.raises(ValueError, match=r"^test of source\(0\) has the label 4, but the head has 4 classes"):
-        compare_arms(beyond, tmp_path, protocols=[AsTheyAre()], arms=["naive"])
-
-
-def test_with_measures_of_ones_own_labels_need_be_no_classes(task, tmp_path):
+def test_own_measures_allow_labels_that_are_not_classes(task, tmp_path):
     def distance(model, examples):
         with torch.no_grad():
             return {
                 "distance": float((model(examples["pixel_values"]).logits[:, 0] - examples["labels"]).abs().mean())
             }
 
-    whole = vars(target(0, 0))
+    parts = vars(target(0, 0))
     regression = {
-        part: {**whole[part], "labels": whole[part]["labels"].float()} for part in ("train", "validation", "test")
+        part: {**parts[part], "labels": parts[part]["labels"].float()} for part in ("train", "validation", "test")
     }
     task = replace(
         task,
@@ -461,63 +388,63 @@ def test_with_measures_of_ones_own_labels_need_be_no_classes(task, tmp_path):
     assert report.cells[0]["measured"]["few-shot"][0]["trials"][0]["test"]["distance"] > 0
 
 
-def test_numbers_may_be_numpys(task, tmp_path):
+def test_scores_and_seeds_may_be_numpy_numbers(task, tmp_path):
     def evaluate(model, examples):
         return {"accuracy": np.mean(np.float32([0.5, 1.0])), "loss": torch.tensor(1.0)}
 
     task = replace(task, evaluate=evaluate)
-    protocols = (FineTuning((1e-3,), steps=1, head_steps=0), AsTheyAre())
+    protocols = (FineTuning((1e-3,), steps=1, head_steps=0), ZeroShot())
     report = compare_arms(task, tmp_path, protocols=protocols, arms=["naive"], seeds=np.arange(2), trials_per_rate=1)
     assert report.seeds == (0, 1)
     assert json.loads((tmp_path / "report.json").read_text())["results"][0]["arms"]["naive"]["mean"] == 0.75
 
 
-def test_an_equal_difference_at_every_seed_is_warned_of(task, tmp_path):
+def test_an_equal_difference_at_every_seed_is_a_warning(task, tmp_path):
     alike = {"source": lambda seed: source(0), "target": lambda seed, draw: target(0, 0)}
     task = replace(task, trajectory=[task.trajectory[0]] * 2, **alike)
     protocols = (LinearProbe((1e-2, 1e-1), steps=5),)
     report = compare_arms(task, tmp_path, protocols=protocols, arms=["naive", "state-4"])
-    differing = [c.what for c in report.comparisons.values() if c.without_spread == ("state-4",)]
-    assert differing and not any(c.better or c.worse for c in report.comparisons.values())
-    for what in differing:
-        assert any(f"In {what}, the difference to naive of state-4 is the same" in text for text in report.warnings)
+    equal = [c.what for c in report.comparisons.values() if c.without_spread == ("state-4",)]
+    assert equal and not any(c.better or c.worse for c in report.comparisons.values())
+    for what in equal:
+        assert any(what in text and "state-4" in text for text in report.warnings)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"arms": ["shrink"]}, r"the naive arm must be among the arms, got \['shrink'\]"),
-        ({"arms": ["naive", "naive"]}, "arm 'naive' must have a name of its own"),
-        ({"arms": ["naive", {"name": "trajectory", "predictor": "average"}]}, "no arm can be named 'trajectory'"),
+        ({"arms": ["shrink"]}, r"naive, got \['shrink'\]"),
+        ({"arms": ["naive", "naive"]}, "arm 'naive' needs a unique name"),
+        ({"arms": ["naive", {"name": "trajectory", "predictor": "average"}]}, "'trajectory'"),
         ({"arms": ["naive", "oracle"]}, "arm 'oracle' needs oracle_model of the task"),
-        ({"trials_per_rate": 3}, "arm 'shrink' tries 4 settings, which do not divide trials_per_rate=3"),
-        ({"protocols": []}, "a comparison needs protocols, different seeds, draws and trials, got 0 protocols"),
-        ({"seeds": [0, 0]}, "different seeds"),
+        ({"trials_per_rate": 3}, "trials_per_rate=3 .* 4 settings of arm 'shrink'"),
+        ({"protocols": []}, "0 protocols"),
+        ({"seeds": [0, 0]}, "distinct seeds"),
         ({"trials_per_rate": 0}, "trials_per_rate=0"),
-        ({"protocols": [FineTuning((1e-3,))]}, "a grid of one learning rate, 0.001, has no step to refine"),
-        ({"protocols": [LinearProbe((1e-3, 1e-2), labels_per_class=9)]}, "class 0 has 4 training examples, 9 were"),
-        ({"seeds": [0], "draws": 1}, "one draw of one trajectory has no interval"),
-        ({"seeds": [0, 2]}, "seed 2 has no trajectory: 2 are given"),
+        ({"protocols": [FineTuning((1e-3,))]}, r"0\.001.* cannot be refined"),
+        ({"protocols": [LinearProbe((1e-3, 1e-2), labels_per_class=9)]}, "class 0 has 4 .*labels_per_class=9"),
+        ({"seeds": [0], "draws": 1}, "no interval"),
+        ({"seeds": [0, 2]}, "seed 2 has no trajectory"),
     ],
 )
-def test_arguments_that_are_off_are_errors(task, tmp_path, changed, message):
+def test_invalid_arguments_are_errors(task, tmp_path, changed, message):
     options = {"protocols": PROTOCOLS, "arms": ["naive", "shrink"], "draws": 2, **changed}
     with pytest.raises(ValueError, match=message):
         compare_arms(task, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("protocol", "missing"), [(AsTheyAre(), "source"), (PROTOCOLS[1], "target")])
+@pytest.mark.parametrize(("protocol", "missing"), [(ZeroShot(), "source"), (PROTOCOLS[1], "target")])
 def test_a_protocol_needs_its_data(task, tmp_path, protocol, missing):
     with pytest.raises(ValueError, match=f"protocol '{protocol.name}' needs {missing} of the task"):
         compare_arms(replace(task, **{missing: None}), tmp_path / "out", protocols=[protocol], arms=["naive"])
 
 
-def test_of_one_trajectory_the_draws_are_counted_and_that_is_told(recorded, tmp_path):
+def test_draws_of_one_trajectory_are_counted_with_a_warning(recorded, tmp_path):
     task = ComparisonTask(recorded, target, source)
     report = compare_arms(task, tmp_path / "out", protocols=PROTOCOLS[1:], arms=["naive", "average"], draws=3)
     assert report.counted == "draws of one trajectory"
-    assert report.warnings[0].startswith("There is one trajectory")
+    assert "one trajectory" in report.warnings[0]
     comparison = report.comparisons["linear-probe", "accuracy"]
     assert comparison.num_seeds == 3 and ("source", "accuracy") not in report.comparisons
     assert "over 3 draws of one trajectory" in comparison.verdict()
@@ -526,7 +453,7 @@ def test_of_one_trajectory_the_draws_are_counted_and_that_is_told(recorded, tmp_
     assert data["cells"][0]["measured"]["source"][0]["trials"][0]["test"]["accuracy"] <= 1
 
 
-def test_measures_of_ones_own(recorded, tmp_path):
+def test_own_measures(recorded, tmp_path):
     task = ComparisonTask(
         recorded, target, source, evaluate=errors, measures=(Measure("errors", digits=0, higher_is_better=False),)
     )
@@ -539,15 +466,15 @@ def test_measures_of_ones_own(recorded, tmp_path):
     assert "errors" in str(report)
 
 
-def test_a_probe_has_no_measures_of_ones_own(recorded, tmp_path):
+def test_a_probe_has_no_own_measures(recorded, tmp_path):
     task = ComparisonTask(recorded, target, evaluate=errors, measures=(Measure("errors"),))
-    with pytest.raises(ValueError, match="'linear-probe' measures accuracy and loss, not 'errors'; leave it out"):
+    with pytest.raises(ValueError, match=r"'linear-probe' .*'errors'"):
         compare_arms(task, tmp_path / "out", protocols=[PROTOCOLS[1]], arms=["naive"], draws=2)
 
 
-def test_what_the_statistics_need_is_asked_for_before_anything_is_run(task, tmp_path, monkeypatch):
+def test_a_missing_scipy_is_an_error_before_the_work(task, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(ImportError, match="confidence intervals need scipy"):
+    with pytest.raises(ImportError, match="scipy"):
         compare_arms(task, tmp_path / "out", protocols=PROTOCOLS, arms=ARMS, draws=2)
     assert not (tmp_path / "out").exists()
 
@@ -556,7 +483,7 @@ def errors(model, examples):
     return {"errors": (1 - evaluate_classifier(model, examples)["accuracy"]) * len(examples["labels"])}
 
 
-def test_a_training_that_diverges_is_the_worst_trial(recorded, tmp_path):
+def test_a_diverged_training_is_the_worst_trial(recorded, tmp_path):
     task = ComparisonTask(recorded, target, source)
     options = {"arms": ["naive", "average"], "draws": 2, "trials_per_rate": 1}
     # BatchNorm bounds the features, so that only numbers beyond float32 make the loss infinite
@@ -571,48 +498,21 @@ def test_a_training_that_diverges_is_the_worst_trial(recorded, tmp_path):
         compare_arms(task, tmp_path / "none", protocols=[replace(protocol, learning_rates=(1e30,))], **options)
 
 
-def test_rates_are_refined_evenly():
-    assert refined((1e-3, 1e-2), 1) == [1e-3, 1e-2]
-    assert refined((1e-3, 1e-2), 2) == [0.000562, 0.00178, 0.00562, 0.0178]
-    assert refined((1e-3, 1e-2, 1e-1), 3)[1::3] == [1e-3, 1e-2, 1e-1]
-    with pytest.raises(ValueError, match=r"one learning rate, 0.001, has no step to refine"):
-        refined((1e-3,), 2)
-
-
-def test_validation_chooses_by_the_first_measure_then_the_next():
-    loss = Measure("loss", higher_is_better=False)
-
-    def trial(accuracy, value):
-        return {"validation": {"accuracy": accuracy, "loss": value}}
-
-    trials = [trial(0.5, 0.1), trial(0.8, 0.9), trial(0.8, 0.7), trial(None, None), trial(0.8, 0.7)]
-    assert choose(trials, (ACCURACY, loss)) == 2
-    assert choose(trials, (loss, ACCURACY)) == 0
-
-
-def test_the_first_labels_of_each_class_are_taken():
-    examples = {"labels": torch.tensor([1, 0, 1, 1, 0, 0]), "x": torch.arange(6)}
-    assert first_of_each_class(examples, 2)["x"].tolist() == [0, 1, 2, 4]
-    assert first_of_each_class(examples, None) is examples
-    with pytest.raises(ValueError, match="class 0 has 3 training examples, 4 were asked for"):
-        first_of_each_class(examples, 4)
-
-
-def test_by_default_all_arms_are_compared_that_can_be_made(task, recorded, tmp_path):
-    names = _default_arms(task)
+def test_default_arms_are_those_the_task_has_models_for(task, recorded, tmp_path):
+    names = default_arms(task)
     assert [make_arm(name).name for name in names] == names and len(names) == len(set(names)) == 21
     assert {"naive", "random", "known-step-3", "matched-shrink-step-1", "state-4", "shuffled"} <= set(names)
     assert not {"oracle", "pretrained", "compute-matched"} & set(names)
     everything = replace(task, oracle_model=fresh, pretrained_model=fresh, train_further=fresh)
-    assert {"oracle", "pretrained", "compute-matched"} <= set(_default_arms(everything))
+    assert {"oracle", "pretrained", "compute-matched"} <= set(default_arms(everything))
     short = WeightTrajectory.create(tmp_path / "short")
     for size in (4, 2):
         short.record(make_resnet(seed=size), num_examples=size, steps=1)
-    names = _default_arms(replace(task, trajectory=[recorded, short]))
+    names = default_arms(replace(task, trajectory=[recorded, short]))
     assert "state-1" in names and not {"state-2", "known-step-1"} & set(names)
 
 
-def test_a_store_of_something_else_is_refused(tmp_path, task):
+def test_a_store_of_another_program_is_refused(tmp_path, task):
     CellStore(tmp_path / "out", {"of": "another program"})
-    with pytest.raises(ValueError, match="holds results with other"):
+    with pytest.raises(ValueError, match="has results with another"):
         compare_arms(task, tmp_path / "out", protocols=PROTOCOLS, arms=["naive"], draws=2)

@@ -2,16 +2,15 @@
 
 from .arm_weights import ArmSources
 from .arms import AVERAGE, NAIVE, ORACLE, RANDOM, Arm, known_arm, known_step_arms, make_arm, shrink_arm
-from .cell_store import CellStore
+from .cells import CellStore, run_cells
 from .compare import compare_arms
 from .comparison import ArmResult, Comparison, compare_with_naive
-from .fine_tuning import Examples, batches, fine_tune, with_new_head
+from .comparison_task import ComparisonTask
+from .fine_tuning import Examples, accuracy, batches, evaluate_classifier, fine_tune, with_new_head
 from .landscape import Landscape
 from .linear_probe import LinearProbe
-from .measure import ComparisonTask
-from .protocols import AsTheyAre, FineTuning, accuracy, evaluate_classifier
+from .protocols import AsTheyAre, FineTuning, ZeroShot
 from .report.comparison_report import ComparisonReport
-from .runner import run_cells
 from .splits import Split
 from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
 from .suites import Suite, load_suite, run_suite
@@ -37,6 +36,7 @@ __all__ = [
     "PairedDifference",
     "Split",
     "Suite",
+    "ZeroShot",
     "accuracy",
     "batches",
     "compare_arms",

@@ -1,9 +1,9 @@
-"""Where the initial weights of an arm come from: a state, a prediction, a training, or what is left of one of them."""
+"""Initial weights of arms: made from the recorded states, from other models, or by prediction."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +12,14 @@ from transformers import PreTrainedModel
 from ..batch_norm import recalibrate_batch_norm
 from ..known import KNOWNModel
 from ..model_tensors import is_adapter
-from ..prediction import PredictionPlan, TensorSource, WriteOptions, plan_prediction, write_checkpoint
+from ..prediction import PredictionPlan, TensorSource, WriteOptions, write_checkpoint
 from ..prediction.engine import PredictedTensors
 from ..prediction.tensor_sources import full_tensors
 from ..prediction.write_checkpoint import measure
-from ..predictors import get_predictor
 from ..trajectory import WeightTrajectory, load_pretrained
 from ..trajectory.merging import merge_adapter
-from .task_singular_vectors import merge_task_singular_vectors
 
-if TYPE_CHECKING:
-    from .arms import Arm
-
+LARGEST_SIDE = 4096  # of matrices to decompose; larger ones would take hours
 _SHUFFLING_SEED = 20250805
 
 
@@ -32,19 +28,26 @@ class ArmSources:
     """What the arms of one seed are made from.
 
     Args:
-        trajectory ([`WeightTrajectory`]): The recorded states.
-        output_dir (`Path`): Folder for the predicted checkpoints, one folder an arm.
-        batches (sequence of mappings): Source training data; every arm's BatchNorm statistics are measured on it.
-        fresh_model (callable, *optional*): Makes a newly initialised model of the recorded architecture.
-        oracle_model (callable, *optional*): Makes the model that was really trained on more data.
-        known ([`KNOWNModel`], `str` or `Path`, *optional*): The KNOWN weights; by default the shipped ones.
-        pretrained_model (callable, *optional*): Makes the model that the recording started from.
-        train_further (callable, *optional*): Trains a model on all source data, as the stages of the trajectory were
-            trained, and returns it: `train_further(model, steps)` with the optimizer steps of each stage.
-        base_model (callable, *optional*): For a trajectory of adapters, makes the model that they belong to. Adapters
-            are merged into it: arms are whole models.
-        model_class (`type`, *optional*): The model's class, where transformers has none of its name.
-        device (`torch.device`, *optional*): Where models are put; by default on the CPU.
+        trajectory ([`WeightTrajectory`]):
+            The recorded states.
+        output_dir (`Path`):
+            Folder of the predicted checkpoints, one subfolder per arm.
+        batches (sequence of mappings):
+            Source training data to compute the BatchNorm statistics of every arm on.
+        fresh_model, oracle_model, pretrained_model (`Callable`, *optional*):
+            Return a newly initialised model, a model trained on more data, and the model that the recording started
+            from.
+        known ([`KNOWNModel`], `str` or `Path`, *optional*):
+            KNOWN weights; the shipped ones by default.
+        train_further (`Callable`, *optional*):
+            `train_further(model, steps)` trains a model on all source data as the stages of the trajectory were
+            trained, with the optimizer steps of each stage, and returns it.
+        base_model (`Callable`, *optional*):
+            Returns the base model of a trajectory of adapters; they are merged into it.
+        model_class (`type`, *optional*):
+            Class of the model, if transformers does not have it.
+        device (`torch.device`, *optional*):
+            Device of the models; the CPU by default.
     """
 
     trajectory: WeightTrajectory
@@ -60,10 +63,10 @@ class ArmSources:
     device: torch.device | None = None
 
     def recalibrate(self, model: PreTrainedModel) -> None:
-        """Measures BatchNorm statistics on the source data, in place.
+        """Compute BatchNorm statistics on the source data, in place.
 
         Raises:
-            `ValueError`: when the model has BatchNorm and there is no source data.
+            `ValueError`: If the model has BatchNorm and there is no source data.
         """
         try:
             recalibrate_batch_norm(model, self.batches)
@@ -71,60 +74,28 @@ class ArmSources:
             raise ValueError(f"{error}: the training examples of the task's source") from error
 
     def state(self, index: int) -> PreTrainedModel:
-        """The model with the weights of a state, as a whole model."""
-        base = None if self.base_model is None else self.base_model()
-        return self.whole(self.trajectory.load_model(index, self.model_class, base))
+        """Load a state as a float32 model, with adapters merged."""
+        return self.merged(self.trajectory.load_model(index, self.model_class, self.base()))
 
-    def whole(self, model: Any) -> PreTrainedModel:
-        """The model itself in float32; of an adapter, its base model with the adapter merged into it."""
+    def base(self) -> PreTrainedModel | None:
+        """Load the base model of a trajectory of adapters."""
+        return None if self.base_model is None else self.base_model()
+
+    def merged(self, model: Any) -> PreTrainedModel:
+        """Return the model in float32, with an adapter merged into its base model."""
         model = model.float()
         return merge_adapter(model, self.trajectory) if is_adapter(model) else model
 
 
-def initial_model(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    """Makes the initial weights of an arm, in float32 whatever the dtype of the recording: a small learning rate
-    changes next to nothing in bfloat16. BatchNorm statistics are measured on the source data, for every arm alike.
-
-    Args:
-        arm ([`Arm`]): What is made.
-        sources ([`ArmSources`]): What it is made from.
-
-    Raises:
-        `ValueError`: when the sources lack what the arm is made from.
-    """
-    model = _MAKERS[arm.kind](arm, sources).float().to(sources.device)
-    sources.recalibrate(model)
-    return model
+def trained_on(sources: ArmSources) -> PreTrainedModel:
+    """Train Θ0 for the optimizer steps of the later states, but on all data."""
+    assert sources.train_further is not None
+    theta = sources.trajectory.load_model(0, sources.model_class, sources.base())
+    return sources.merged(sources.train_further(theta, [state.steps for state in sources.trajectory.states[1:]]))
 
 
-def _state(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    if arm.state >= sources.trajectory.num_states:
-        raise ValueError(f"arm {arm.name!r} is state {arm.state}, but {sources.trajectory} has no such state")
-    return sources.state(arm.state)
-
-
-def _fresh(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    return _given(arm, sources.fresh_model, "fresh_model", "newly initialised")()
-
-
-def _pretrained(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    return _given(arm, sources.pretrained_model, "pretrained_model", "pretrained")()
-
-
-def _oracle(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    return sources.whole(_given(arm, sources.oracle_model, "oracle_model", "an oracle")())
-
-
-def _trained_on(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    """What the same optimizer steps give without forgetting: each stage as it was, but on all data."""
-    train_further = _given(arm, sources.train_further, "train_further", "trained further")
-    steps = [state.steps for state in sources.trajectory.states[1:]]
-    base = None if sources.base_model is None else sources.base_model()
-    model = sources.trajectory.load_model(0, sources.model_class, base)
-    return sources.whole(train_further(model, steps))
-
-
-def _shuffled(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
+def shuffled(sources: ArmSources) -> PreTrainedModel:
+    """Shuffle the values of each tensor of Θ0."""
     model = sources.state(0)
     generator = torch.Generator().manual_seed(_SHUFFLING_SEED)
     with torch.no_grad():
@@ -134,15 +105,14 @@ def _shuffled(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
     return model
 
 
-def _predicted(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    plan = _plan(arm, sources)
-    return _written(arm, sources, PredictedTensors(plan))
+def predicted(sources: ArmSources, folder: Path, plan: PredictionPlan) -> PreTrainedModel:
+    """Predict the weights."""
+    return _written(sources, folder, PredictedTensors(plan))
 
 
-def _matched_shrink(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
+def matched_shrink(sources: ArmSources, folder: Path, plan: PredictionPlan) -> PreTrainedModel:
     """Scale each predicted tensor of Θ0 by the shrink factor of the prediction."""
     trajectory = sources.trajectory
-    plan = _plan(arm, sources)
     reports = measure(trajectory, PredictedTensors(plan))
 
     def shrunk(name: str, start: int, stop: int) -> Tensor | None:
@@ -150,63 +120,68 @@ def _matched_shrink(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
             return None
         return reports[name].shrink_factor * trajectory.read(name, start, stop).float()
 
-    return _written(arm, sources, shrunk)
+    return _written(sources, folder, shrunk)
 
 
-def _task_singular_vectors(arm: "Arm", sources: ArmSources) -> PreTrainedModel:
-    trajectory, scale = sources.trajectory, arm.options.get("scale", 1.0)
+def moved_by_singular_vectors(sources: ArmSources, folder: Path, scale: float) -> PreTrainedModel:
+    """Add to Θ0 a multiple of the moves Θk − Θ(k+1), merged as [`merge_task_singular_vectors`] merges tasks."""
+    trajectory = sources.trajectory
 
-    def merged(name: str) -> Tensor | None:
+    def moved(name: str) -> Tensor | None:
         if trajectory.roles[name].role == "copied" or trajectory.is_unchanged(name):
             return None
         newest_first = trajectory.history(name).flip(0)
         moves = list(newest_first[:-1] - newest_first[1:])
         return newest_first[0] + scale * merge_task_singular_vectors(moves)
 
-    return _written(arm, sources, full_tensors(merged))
+    return _written(sources, folder, full_tensors(moved))
+
+
+def merge_task_singular_vectors(differences: Sequence[Tensor]) -> Tensor:
+    """Merge T matrices with less interference than their sum: `U⊥ diag(σ) V⊥ᵀ`.
+
+    TSV-Merge (Gargiulo et al., *Task Singular Vectors: Reducing Task Interference in Model Merging*, arXiv 2412.00081,
+    algorithm 1). With `Δt = Ut diag(σt) Vtᵀ`, U, σ and V are the first `⌊min(m, n) / T⌋` singular triplets of each t,
+    side by side. `U⊥ = P Qᵀ` for the thin decomposition `U = P D Qᵀ` is the nearest matrix with orthonormal columns,
+    and V⊥ likewise. Convolution kernels are matrices `(out, in · taps)`. Vectors, and matrices with fewer rows or
+    columns than T, are averaged, as all other tensors in the paper's code.
+
+    Args:
+        differences (sequence of `torch.Tensor` of equal shape):
+            What each task has added.
+
+    Returns:
+        `torch.Tensor` of that shape, float32.
+
+    Raises:
+        `ValueError`: If the smaller side of the matrices exceeds 4,096.
+    """
+    stacked = torch.stack([difference.float() for difference in differences])
+    matrices = stacked.flatten(2) if stacked.ndim > 2 else stacked
+    rank = min(matrices.shape[1:]) // len(matrices) if matrices.ndim == 3 else 0
+    if rank == 0:
+        return stacked.mean(dim=0)
+    if min(matrices.shape[1:]) > LARGEST_SIDE:
+        raise ValueError(
+            f"a matrix of {tuple(matrices.shape[1:])} is too large for singular vectors, with a side above"
+            f" {LARGEST_SIDE}; leave out the arm task-singular-vectors"
+        )
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    left = torch.cat([u[:, :rank] for u in left], dim=1)
+    right = torch.cat([v[:rank].T for v in right], dim=1)
+    merged = _orthonormal(left) * values[:, :rank].flatten() @ _orthonormal(right).T
+    return merged.reshape(stacked.shape[1:])
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    left, _, right = torch.linalg.svd(columns, full_matrices=False)
+    return left @ right
 
 
 def _written(
-    arm: "Arm", sources: ArmSources, tensors: TensorSource | Callable[[str, int, int], Tensor | None]
+    sources: ArmSources, folder: Path, tensors: TensorSource | Callable[[str, int, int], Tensor | None]
 ) -> PreTrainedModel:
     """Write tensors as a float32 checkpoint and load it."""
-    folder = sources.output_dir / arm.name
     options = WriteOptions(dtype=torch.float32, overwrite=True, model_class=sources.model_class)
     write_checkpoint(sources.trajectory, tensors, folder, options)
-    return _loaded(folder, sources)
-
-
-def _plan(arm: "Arm", sources: ArmSources) -> PredictionPlan:
-    is_known = arm.predictor == "known" and not arm.options
-    return plan_prediction(
-        sources.trajectory,
-        (arm.known or sources.known) if is_known else None,
-        arm.steps,
-        predictor=None if is_known else get_predictor(arm.predictor, **arm.options),
-        norm=arm.norm,
-        estimate_time=False,
-    )
-
-
-def _loaded(folder: Path, sources: ArmSources) -> PreTrainedModel:
-    base = None if sources.base_model is None else sources.base_model()
-    return sources.whole(load_pretrained(folder, sources.model_class, base))
-
-
-def _given(arm: "Arm", maker: Callable[..., Any] | None, name: str, what: str) -> Callable[..., Any]:
-    if maker is None:
-        raise ValueError(f"arm {arm.name!r} is {what}, but the sources have no {name}")
-    return maker
-
-
-_MAKERS: dict[str, Callable[["Arm", ArmSources], PreTrainedModel]] = {
-    "state": _state,
-    "fresh": _fresh,
-    "pretrained": _pretrained,
-    "oracle": _oracle,
-    "shuffled": _shuffled,
-    "trained_on": _trained_on,
-    "predicted": _predicted,
-    "matched_shrink": _matched_shrink,
-    "task_singular_vectors": _task_singular_vectors,
-}
+    return sources.merged(load_pretrained(folder, sources.model_class, sources.base()))

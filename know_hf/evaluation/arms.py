@@ -1,35 +1,44 @@
-"""Arms: the ways to initialise the downstream task that are compared with each other, by name or as JSON.
+"""Arms: ways to initialise the downstream task, by name or as JSON.
 
-| name | weights | options that are tuned |
+| name | weights | tuned options |
 | --- | --- | --- |
 | `naive` | Θ0, trained on all source data | |
 | `random` | newly initialised | |
-| `pretrained` | those that the training started from | |
+| `pretrained` | weights that the training started from | |
 | `known-step-N` | KNOWN at N steps | |
 | `shrink` | every predicted weight of Θ0 times a constant | the constant |
 | `matched-shrink-step-N` | every tensor of Θ0 times the factor by which KNOWN at N steps shrinks it | |
-| `average`, `ema` | (moving) average of the states | of `ema` the decay |
-| `task-vector` | Θ0 + λ (Θ0 - Θ(S-1)) | λ, of both signs |
-| `linear`, `log` | fits through the states, read one step on | |
-| `task-singular-vectors` | Θ0 + λ times what TSV merges the moves of the states into | λ, of both signs |
-| `lines` | the task vector scaled by depth | α |
-| `state-K` | ΘK by itself | |
-| `compute-matched` | Θ0 trained on, for as many steps as the later states took, on all data | |
-| `oracle` | really trained on 1/r times the source data | |
-| `shuffled` | Θ0 with the numbers of each tensor in random order: the worst there is | |
+| `average`, `ema` | (moving) average of the states | decay of `ema` |
+| `task-vector` | Θ0 + λ (Θ0 − Θ(S−1)) | λ, of both signs |
+| `linear`, `log` | fits through the states, extrapolated one step | |
+| `task-singular-vectors` | Θ0 + λ times the moves of the states, merged by TSV | λ, of both signs |
+| `lines` | task vector scaled by depth | α |
+| `state-K` | ΘK | |
+| `compute-matched` | Θ0 trained further on all data, for the steps of the later states | |
+| `oracle` | trained on 1/r times the source data | |
+| `shuffled` | Θ0 with the values of each tensor in random order | |
 
-Any registered predictor's name is an arm too.
+The name of any registered predictor is an arm too.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+import torch
 from transformers import PreTrainedModel
 
 from ..config_files import check_keys
+from ..prediction import plan_prediction
 from ..predictors import get_predictor
-from .arm_weights import ArmSources, initial_model
+from .arm_weights import (
+    ArmSources,
+    matched_shrink,
+    moved_by_singular_vectors,
+    predicted,
+    shuffled,
+    trained_on,
+)
 
 Kind = Literal[
     "state",
@@ -42,34 +51,42 @@ Kind = Literal[
     "matched_shrink",
     "task_singular_vectors",
 ]
-_REFERENCES = ("fresh", "pretrained", "oracle", "shuffled")
+_MODELS = {"fresh": "fresh_model", "pretrained": "pretrained_model", "oracle": "oracle_model"}
+_REFERENCES = (*_MODELS, "shuffled")
 _CONTROLS = ("shrink", "task_vector", "average", "ema", "linear", "log", "lines")  # predictors that learn nothing
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to get initial weights.
+    """A way to initialise the downstream task.
 
     Args:
-        name (`str`): What tables and reports call it.
-        kind (`str`): `"state"` (a state of the trajectory as it is), `"fresh"` (newly initialised), `"pretrained"`
-            (what the training started from), `"oracle"` (really trained on more data), `"shuffled"`, `"trained_on"`
-            (Θ0 trained further), `"predicted"`, `"matched_shrink"` (of a prediction only the factor by which it
-            shrinks each tensor) or `"task_singular_vectors"`.
-        description (`str`): For people.
-        predictor (`str`, *optional*, defaults to `"known"`): Name of the predictor of a `"predicted"` or
-            `"matched_shrink"` arm.
-        options (`Mapping[str, Any]`, *optional*): Fields of the predictor, or `scale` of `"task_singular_vectors"`.
-        steps (`int`, *optional*, defaults to `1`): Recursive predictions.
-        state (`int`, *optional*, defaults to `0`): Index of the state of a `"state"` arm.
-        tuned (sequence of mappings, *optional*): Settings of options that are tried, one of which validation data
-            chooses; each goes before `options`.
-        known (`str`, *optional*): KNOWN weights, folder or Hub id; by default those of the comparison.
-        norm (`"keep"` or `"predict"`, *optional*, defaults to `"keep"`): Whether a prediction changes the weights of
-            normalisation layers.
+        name (`str`):
+            Name in tables and reports.
+        kind (`str`):
+            `"state"` (a state of the trajectory), `"fresh"` (newly initialised), `"pretrained"` (the start of the
+            training), `"oracle"` (trained on more data), `"shuffled"`, `"trained_on"` (Θ0 trained further),
+            `"predicted"`, `"matched_shrink"` (Θ0 with each tensor scaled as a prediction scales it) or
+            `"task_singular_vectors"`.
+        description (`str`):
+            For reports.
+        predictor (`str`, *optional*, defaults to `"known"`):
+            Name of the predictor of a `"predicted"` or `"matched_shrink"` arm.
+        options (`Mapping[str, Any]`, *optional*):
+            Fields of the predictor, or `scale` of `"task_singular_vectors"`.
+        steps (`int`, *optional*, defaults to `1`):
+            Recursive predictions.
+        state (`int`, *optional*, defaults to `0`):
+            Index of the state of a `"state"` arm.
+        tuned (sequence of mappings, *optional*):
+            Settings of options to choose from on validation data; each overrides `options`.
+        known (`str`, *optional*):
+            KNOWN weights, folder or Hub id; those of the comparison by default.
+        norm (`"keep"` or `"predict"`, *optional*, defaults to `"keep"`):
+            Whether a prediction changes the weights of normalisation layers.
 
     Raises:
-        `ValueError`: for an unknown kind.
+        `ValueError`: If the kind is unknown.
     """
 
     name: str
@@ -85,112 +102,145 @@ class Arm:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ValueError(f"arm {self.name!r} is of kind {self.kind!r}; there are {', '.join(get_args(Kind))}")
+            raise ValueError(f"arm {self.name!r} has the unknown kind {self.kind!r}; use {', '.join(get_args(Kind))}")
 
     @property
     def role(self) -> Literal["method", "control", "reference"]:
-        """`"method"` for what claims to know something, `"control"` for what is trivial but could be chosen, and
-        `"reference"` for what nobody would choose instead of naive."""
+        """`"method"` if it claims to know something, `"control"` if it learns nothing but could be used instead of
+        naive, and `"reference"` otherwise."""
         if self.kind in _REFERENCES or (self.kind == "state" and self.state == 0):
             return "reference"
         return "method" if self.kind == "predicted" and self.predictor not in _CONTROLS else "control"
 
     @property
     def is_candidate(self) -> bool:
-        """Whether a user could choose this arm instead of naive; the others are points of reference."""
+        """Whether the arm is tested against naive, as it is not a reference."""
         return self.role != "reference"
 
     @property
     def settings(self) -> tuple[Mapping[str, Any], ...]:
-        """What is tried of its own options; one empty setting where it has none to tune."""
+        """Settings to evaluate; one empty setting without tuned options."""
         return self.tuned or ({},)
 
+    @property
+    def needs(self) -> str | None:
+        """Name of the callable of the sources, and of the task, that makes its weights."""
+        return "train_further" if self.kind == "trained_on" else _MODELS.get(self.kind)
+
     def initial_model(self, sources: ArmSources, setting: Mapping[str, Any] | None = None) -> PreTrainedModel:
-        """Makes the initial weights, BatchNorm statistics measured on the source data.
+        """Return the initial weights in float32, with BatchNorm statistics computed on the source data.
+
+        They are float32 for any dtype of the recording, as small learning rates hardly change bfloat16 weights.
 
         Args:
-            sources ([`ArmSources`]): What they are made from; a predicted checkpoint is written to
-                `sources.output_dir / name`, in place of an earlier one.
-            setting (`Mapping[str, Any]`, *optional*): One of `settings`.
+            sources ([`ArmSources`]):
+                What they are made from. A predicted checkpoint is written to `sources.output_dir / name`.
+            setting (`Mapping[str, Any]`, *optional*):
+                One of `settings`.
 
         Raises:
-            `ValueError`: when the sources lack what it is made from, such as an oracle.
+            `ValueError`: If the sources lack what the arm needs, such as an oracle.
         """
-        return initial_model(replace(self, options={**self.options, **(setting or {})}), sources)
+        if self.needs is not None and getattr(sources, self.needs) is None:
+            raise ValueError(f"arm {self.name!r} needs {self.needs} of the sources; pass it, or leave out the arm")
+        model = self._weights(sources, {**self.options, **(setting or {})}).float().to(sources.device)
+        sources.recalibrate(model)
+        return model
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields, less those at their defaults; what [`make_arm`] takes."""
-        kept = {}
+        """Return the fields that differ from their defaults, as [`make_arm`] takes them."""
+        changed = {}
         for f in fields(self):
             value = getattr(self, f.name)
             default = f.default_factory() if f.default_factory is not MISSING else f.default
             if value != default:
-                kept[f.name] = [dict(setting) for setting in value] if f.name == "tuned" else value
-        return kept
+                changed[f.name] = [dict(setting) for setting in value] if f.name == "tuned" else value
+        return changed
+
+    def _weights(self, sources: ArmSources, options: Mapping[str, Any]) -> PreTrainedModel:
+        folder = sources.output_dir / self.name
+        match self.kind:
+            case "state":
+                if self.state >= sources.trajectory.num_states:
+                    raise ValueError(f"arm {self.name!r} needs state {self.state}, which {sources.trajectory} lacks")
+                return sources.state(self.state)
+            case "fresh" | "pretrained" | "oracle":
+                return sources.merged(getattr(sources, _MODELS[self.kind])())
+            case "shuffled":
+                return shuffled(sources)
+            case "trained_on":
+                return trained_on(sources)
+            case "task_singular_vectors":
+                return moved_by_singular_vectors(sources, folder, options.get("scale", 1.0))
+        is_known = self.predictor == "known" and not options
+        plan = plan_prediction(
+            sources.trajectory,
+            (self.known or sources.known) if is_known else None,
+            self.steps,
+            predictor=None if is_known else get_predictor(self.predictor, **options),
+            norm=self.norm,
+            dtype=torch.float32,
+            estimate_time=False,
+        )
+        return (matched_shrink if self.kind == "matched_shrink" else predicted)(sources, folder, plan)
 
 
 def make_arm(spec: str | Mapping[str, Any]) -> Arm:
-    """An arm by its name, or from JSON.
+    """Return an arm by its name, or from JSON.
 
     Args:
-        spec (`str` or `Mapping`): A name of the table in this module's docstring or of a predictor; or the fields of
-            [`Arm`], where a `name` of the table gives those that are left out, and any other one needs a `kind`, or
-            else is a prediction. An option that is given is not tuned.
+        spec (`str` or `Mapping`):
+            A name of the table in the docstring of this module or of a predictor; or fields of [`Arm`]. A `name` of
+            the table provides the missing fields; another name needs a `kind`, or is a prediction. An option that is
+            given is not tuned.
 
     Raises:
-        `ValueError`: for a name or field that is not known.
+        `ValueError`: If a name or field is unknown.
     """
     if isinstance(spec, str):
         return _by_name(spec)
-    known_fields = [f.name for f in fields(Arm)]
     if "name" not in spec:
         raise ValueError(f"an arm needs a name, got {dict(spec)}")
     name = spec["name"]
-    check_keys(spec, known_fields, f"arm {name!r}")
-    given = dict(spec)
-    if "tuned" in given:
-        given["tuned"] = tuple(dict(setting) for setting in given["tuned"])
+    check_keys(spec, [f.name for f in fields(Arm)], f"arm {name!r}")
+    changes = dict(spec)
+    if "tuned" in changes:
+        changes["tuned"] = tuple(dict(setting) for setting in changes["tuned"])
     try:
         arm = _by_name(name)
     except ValueError:
-        arm = Arm(name, "predicted", f"prediction of {given.get('predictor', 'known')}")
-    fixed = set(given.get("options", ()))
-    if "tuned" not in given and any(fixed & set(setting) for setting in arm.tuned):
-        given["tuned"] = ()  # what is given is not to be tuned
-    return replace(arm, **given)
+        arm = Arm(name, "predicted", f"prediction of {changes.get('predictor', 'known')}")
+    fixed = set(changes.get("options", ()))
+    if "tuned" not in changes and any(fixed & set(setting) for setting in arm.tuned):
+        changes["tuned"] = ()
+    return replace(arm, **changes)
 
 
 def known_arm(steps: int, ratio: float) -> Arm:
-    """KNOWN at a number of steps, named by the amount of data it stands for: `known-x4` for 2 steps at ratio 0.5."""
+    """KNOWN at a number of steps, named by the data it stands for: `known-x4` for 2 steps at ratio 0.5."""
     times = f"{ratio**-steps:.3g}"
-    return Arm(
-        f"known-x{times}", "predicted", f"KNOWN, {steps} step(s), standing for {times} times the data", steps=steps
-    )
+    return Arm(f"known-x{times}", "predicted", f"KNOWN at {steps} step(s), for {times} times the data", steps=steps)
 
 
 def known_step_arms(steps: Sequence[int] = (1, 2, 3), name: str = "known", known: str | None = None) -> list[Arm]:
-    """KNOWN at several numbers of steps, and what remains of each when only its shrinking is kept.
+    """KNOWN at several numbers of steps, each with its matched shrink.
 
     Args:
-        steps (sequence of `int`, *optional*): Numbers of recursive predictions.
-        name (`str`, *optional*, defaults to `"known"`): What the weights are called: arms are `{name}-step-N` and
-            `matched-shrink-{name}-step-N`, of `"known"` only `matched-shrink-step-N`.
-        known (`str`, *optional*): KNOWN weights, folder or Hub id; by default those of the comparison.
+        steps (sequence of `int`, *optional*, defaults to `(1, 2, 3)`):
+            Numbers of recursive predictions.
+        name (`str`, *optional*, defaults to `"known"`):
+            Name of the weights: arms are `{name}-step-N` and `matched-shrink-{name}-step-N`, for `"known"`
+            `matched-shrink-step-N`.
+        known (`str`, *optional*):
+            KNOWN weights, folder or Hub id; those of the comparison by default.
     """
-    infix = "" if name == "known" else f"{name}-"
+    infix, title = ("", "KNOWN") if name == "known" else (f"{name}-", f"KNOWN ({name})")
     arms = []
     for count in steps:
-        of = f"{name.upper() if name == 'known' else f'KNOWN ({name})'} at {count} step{'s' if count > 1 else ''}"
-        arms.append(Arm(f"{name}-step-{count}", "predicted", of, steps=count, known=known))
-        arms.append(
-            Arm(
-                f"matched-shrink-{infix}step-{count}",
-                "matched_shrink",
-                f"every tensor times the factor by which {of} shrinks it",
-                steps=count,
-                known=known,
-            )
-        )
+        method = f"{title} at {count} step{'s' if count > 1 else ''}"
+        shrink = f"every tensor times the factor by which {method} shrinks it"
+        arms.append(Arm(f"{name}-step-{count}", "predicted", method, steps=count, known=known))
+        arms.append(Arm(f"matched-shrink-{infix}step-{count}", "matched_shrink", shrink, steps=count, known=known))
     return arms
 
 
@@ -201,61 +251,38 @@ def shrink_arm(factor: float) -> Arm:
 
 NAIVE = Arm("naive", "state", "Θ0, trained on all source data")
 RANDOM = Arm("random", "fresh", "newly initialised")
-ORACLE = Arm("oracle", "oracle", "really trained on 1/r times the source data")
+ORACLE = Arm("oracle", "oracle", "trained on 1/r times the source data")
 AVERAGE = Arm("average", "predicted", "mean of all states", predictor="average")
 
-_BOTH_SIGNS: tuple[Mapping[str, Any], ...] = tuple({"scale": scale} for scale in (-1.0, -0.5, 0.5, 1.0))
-_NAMED = {
-    arm.name: arm
-    for arm in (
-        NAIVE,
-        RANDOM,
-        Arm("pretrained", "pretrained", "the weights that the training started from"),
-        ORACLE,
-        Arm("shuffled", "shuffled", "Θ0 with the numbers of each tensor in random order"),
-        Arm(
-            "shrink",
-            "predicted",
-            "every weight times a constant",
-            predictor="shrink",
-            tuned=tuple({"factor": factor} for factor in (0.95, 0.8, 0.65, 0.5)),
-        ),
-        replace(AVERAGE, norm="predict"),
-        Arm(
-            "ema",
-            "predicted",
-            "exponential moving average of the states",
-            predictor="ema",
-            tuned=tuple({"decay": decay} for decay in (0.3, 0.5, 0.7, 0.9)),
-            norm="predict",
-        ),
-        Arm(
-            "task-vector",
-            "predicted",
-            "a multiple of Θ0 - Θ(S-1) added",
-            predictor="task_vector",
-            tuned=_BOTH_SIGNS,
-            norm="predict",
-        ),
-        Arm("linear", "predicted", "line through the states, one step on", predictor="linear", norm="predict"),
-        Arm("log", "predicted", "logarithmic fit to the states, one step on", predictor="log", norm="predict"),
-        Arm(
-            "lines",
-            "predicted",
-            "task vector scaled by depth (LiNeS)",
-            predictor="lines",
-            tuned=tuple({"alpha": alpha, "beta": 1 - alpha} for alpha in (0.0, 0.25, 0.5, 0.75)),
-            norm="predict",
-        ),
-        Arm(
-            "task-singular-vectors",
-            "task_singular_vectors",
-            "the moves of the states, merged by their singular vectors (TSV)",
-            tuned=_BOTH_SIGNS,
-        ),
-        Arm("compute-matched", "trained_on", "Θ0 trained on for the steps of the later states, on all data"),
-    )
-}
+
+def _tuned(option: str, *values: float) -> tuple[Mapping[str, Any], ...]:
+    return tuple({option: value} for value in values)
+
+
+def _baseline(name: str, predictor: str, description: str, tuned: tuple[Mapping[str, Any], ...] = ()) -> Arm:
+    return Arm(name, "predicted", description, predictor=predictor, tuned=tuned, norm="predict")
+
+
+_FACTORS = _tuned("factor", 0.95, 0.8, 0.65, 0.5)
+_SCALES = _tuned("scale", -1.0, -0.5, 0.5, 1.0)
+_LINES = tuple({"alpha": alpha, "beta": 1 - alpha} for alpha in (0.0, 0.25, 0.5, 0.75))
+_ARMS = (
+    NAIVE,
+    RANDOM,
+    Arm("pretrained", "pretrained", "weights that the training started from"),
+    ORACLE,
+    Arm("shuffled", "shuffled", "Θ0 with the values of each tensor in random order"),
+    replace(_baseline("shrink", "shrink", "every weight times a constant", _FACTORS), norm="keep"),
+    replace(AVERAGE, norm="predict"),
+    _baseline("ema", "ema", "exponential moving average of the states", _tuned("decay", 0.3, 0.5, 0.7, 0.9)),
+    _baseline("task-vector", "task_vector", "a multiple of Θ0 − Θ(S−1) added to Θ0", _SCALES),
+    _baseline("linear", "linear", "line through the states, extrapolated one step"),
+    _baseline("log", "log", "logarithmic fit to the states, extrapolated one step"),
+    _baseline("lines", "lines", "task vector scaled by depth (LiNeS)", _LINES),
+    Arm("task-singular-vectors", "task_singular_vectors", "moves of the states, merged by TSV", tuned=_SCALES),
+    Arm("compute-matched", "trained_on", "Θ0 trained further on all data, for the steps of the later states"),
+)
+_NAMED = {arm.name: arm for arm in _ARMS}
 
 
 def _by_name(name: str) -> Arm:
@@ -264,20 +291,20 @@ def _by_name(name: str) -> Arm:
     prefix, _, number = name.rpartition("-")
     if number.isdigit() and int(number) > 0:
         if prefix == "state":
-            return Arm(name, "state", f"Θ{number} by itself", state=int(number))
+            return Arm(name, "state", f"Θ{number}", state=int(number))
         for arm in known_step_arms([int(number)]):
             if arm.name == name:
                 return arm
     if _is_predictor(name):
         return Arm(name, "predicted", f"prediction of {name}", predictor=name)
-    stems = "known-step-N, matched-shrink-step-N, state-K"
-    raise ValueError(f"unknown arm {name!r}; there are {', '.join(_NAMED)}, {stems} and the names of predictors")
+    patterns = "known-step-N, matched-shrink-step-N, state-K"
+    raise ValueError(f"unknown arm {name!r}; use {', '.join(_NAMED)}, {patterns} or the name of a predictor")
 
 
 def _is_predictor(name: str) -> bool:
     try:
         get_predictor(name)
-    except TypeError:  # it needs options, so there is one
+    except TypeError:  # it exists, and needs options
         return True
     except ValueError:
         return False

@@ -1,5 +1,4 @@
-"""One measure of several arms over the same trajectories, against naive: table, verdict, and whether a gain could have
-shown."""
+"""Comparison of arms with naive over the same trajectories: table, verdict and positive control."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +12,19 @@ ENOUGH_SEEDS = 10
 
 @dataclass(frozen=True)
 class Measure:
-    """What a comparison compares, and how it is written.
+    """A measured quantity and its format in tables.
 
     Args:
-        name (`str`): Such as `"accuracy"`.
-        scale (`float`, *optional*, defaults to `1.0`): What values are multiplied by in tables.
-        unit (`str`, *optional*): Behind a value, after scaling.
-        difference_unit (`str`, *optional*): Behind a difference, after scaling.
-        digits (`int`, *optional*, defaults to `3`): Behind the decimal point.
-        higher_is_better (`bool`, *optional*, defaults to `True`): Whether it is.
+        name (`str`):
+            Such as `"accuracy"`.
+        scale (`float`, *optional*, defaults to `1.0`):
+            Factor on values in tables.
+        unit, difference_unit (`str`, *optional*):
+            Unit of a scaled value and of a scaled difference.
+        digits (`int`, *optional*, defaults to `3`):
+            Digits after the decimal point.
+        higher_is_better (`bool`, *optional*, defaults to `True`):
+            Whether larger values are better.
     """
 
     name: str
@@ -38,12 +41,12 @@ class Measure:
         return f"[{self.format(estimate.low, sign)}, {self.format(estimate.high, sign)}]"
 
     def difference(self, difference: Estimate) -> str:
-        """In words, with its interval."""
+        """Format a difference with its unit and interval."""
         unit = f" {self.difference_unit}" if self.difference_unit else ""
         return f"{self.format(difference.mean, '+')}{unit}, 95% interval {self.interval(difference, '+')}"
 
     def gain(self, difference: float) -> float:
-        """The difference with the sign with which more is better."""
+        """Return the difference with the sign by which larger is better."""
         return difference if self.higher_is_better else -difference
 
 
@@ -53,14 +56,19 @@ LOSS = Measure("loss", higher_is_better=False)
 
 @dataclass(frozen=True)
 class ArmResult:
-    """
+    """Values of one arm.
+
     Attributes:
-        per_seed (`tuple[float, ...]`): One value a trajectory, the mean over its draws; accuracies are in [0, 1].
-        estimate ([`Estimate`]): Mean and 95% interval over trajectories.
-        difference ([`PairedDifference`], *optional*): To naive, paired over trajectories; none for naive itself.
-        corrected_p (`float`, *optional*): p of the difference, corrected by Holm for the number of candidates; for
-            candidates only.
-        per_draw (`tuple[tuple[float, ...], ...]`, *optional*): One sequence a trajectory, with a value a draw.
+        per_seed (`tuple[float, ...]`):
+            One value per trajectory, the mean over its draws; accuracies are in [0, 1].
+        estimate ([`Estimate`]):
+            Mean and 95% interval over trajectories.
+        difference ([`PairedDifference`], *optional*):
+            Difference to naive, paired over trajectories; `None` for naive.
+        corrected_p (`float`, *optional*):
+            p of the difference after Holm's correction for the number of candidates; candidates only.
+        per_draw (`tuple[tuple[float, ...], ...]`, *optional*):
+            One sequence per trajectory with a value per draw.
     """
 
     per_seed: tuple[float, ...]
@@ -71,15 +79,13 @@ class ArmResult:
 
     def to_dict(self) -> dict[str, Any]:
         result: dict[str, Any] = {
-            "mean": self.estimate.mean,
-            "ci95": [self.estimate.low, self.estimate.high],
+            **_mean_and_ends(self.estimate),
             "per_seed": list(self.per_seed),
             "per_draw": [list(values) for values in self.per_draw],
         }
         if self.difference is not None:
             result["minus_naive"] = {
-                "mean": self.difference.mean,
-                "ci95": [self.difference.low, self.difference.high],
+                **_mean_and_ends(self.difference),
                 "p": self.difference.p_value,
                 "p_holm": self.corrected_p,
                 "effect_size": self.difference.effect_size,
@@ -90,14 +96,17 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class AgainstControls:
-    """Whether a method is better than every control: than having done something trivial, or nothing.
+    """Comparison of a method with every control and with naive.
 
     Attributes:
-        differences (`dict[str, PairedDifference]`): From control, naive last, to the method's difference to it.
-        hardest (`str`): The control, or naive, with the largest one-sided p.
-        p_value (`float`): That p. To be better than all of them the method must be better than each, each tested at
-            the full level (an intersection-union test: R. L. Berger, Technometrics 24, 1982), so that no correction
-            for the number of controls is needed; [`Comparison`] corrects for that of the methods.
+        differences (`dict[str, PairedDifference]`):
+            From control, naive last, to the difference of the method to it.
+        hardest (`str`):
+            The control, or naive, with the largest one-sided p.
+        p_value (`float`):
+            That p. A method that is better than all controls is better than each, so that each is tested at the full
+            level (intersection-union test: R. L. Berger, Technometrics 24, 1982) without a correction for the number
+            of controls; [`Comparison`] corrects for the number of methods.
     """
 
     differences: dict[str, PairedDifference]
@@ -105,23 +114,27 @@ class AgainstControls:
     p_value: float
 
     def to_dict(self) -> dict[str, Any]:
-        differences = {
-            name: {"mean": d.mean, "ci95": [d.low, d.high], "p": d.p_value} for name, d in self.differences.items()
-        }
+        differences = {name: {**_mean_and_ends(d), "p": d.p_value} for name, d in self.differences.items()}
         return {"differences": differences, "hardest": self.hardest, "p": self.p_value}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """
+    """Comparison of arms with naive in one protocol and measure.
+
     Attributes:
-        what (`str`): What was measured, as it stands in a sentence after "In".
-        results (`dict[str, ArmResult]`): From arm to its result; `"naive"` is among them.
-        candidates (`tuple[str, ...]`): The arms that can be better than naive; the others are points of reference.
-        against_controls (`dict[str, AgainstControls]`): From each method among the candidates to how it stands against
-            the controls among them.
-        measure ([`Measure`]): What the values are.
-        counted (`str`): What one value a seed is of.
+        what (`str`):
+            What was measured, as in "In {what}, …".
+        results (`dict[str, ArmResult]`):
+            From arm to its result; includes `"naive"`.
+        candidates (`tuple[str, ...]`):
+            Arms tested against naive; the others are references.
+        against_controls (`dict[str, AgainstControls]`):
+            From each method to its comparison with the controls.
+        measure ([`Measure`]):
+            The measured quantity.
+        counted (`str`):
+            Unit of the statistics, such as `"seeds"`.
     """
 
     what: str
@@ -137,63 +150,64 @@ class Comparison:
 
     @property
     def better(self) -> tuple[str, ...]:
-        """The candidates that are significantly better than naive, corrected for their number."""
+        """Candidates that are significantly better than naive after Holm's correction."""
         return self._significant(sign=1)
 
     @property
     def worse(self) -> tuple[str, ...]:
-        """The candidates that are significantly worse than naive, corrected for their number."""
+        """Candidates that are significantly worse than naive after Holm's correction."""
         return self._significant(sign=-1)
 
     @property
     def better_than_controls(self) -> tuple[str, ...]:
-        """The methods that are significantly better than every control, and than naive, corrected for their number."""
+        """Methods that are significantly better than naive and every control, corrected for the number of methods."""
         corrected = holm({name: against.p_value for name, against in self.against_controls.items()})
         return tuple(name for name, p_value in corrected.items() if p_value < ALPHA / 2)
 
     @property
     def without_spread(self) -> tuple[str, ...]:
-        """The arms whose difference to naive is the same for all trajectories, and not 0."""
+        """Arms whose difference to naive is the same nonzero value for all trajectories."""
         differences = {name: result.difference for name, result in self.results.items() if result.difference}
         return tuple(name for name, d in differences.items() if d.effect_size is None and d.mean)
 
     @property
     def valid(self) -> bool | None:
-        """Whether naive beats random initialisation, and the pretrained weights where the training started from some;
-        `None` when neither was run. Without it the comparison shows nothing."""
-        gaps = self._gaps(("naive", "random"), ("naive", "pretrained"))
-        return all(self._beats(gap) for gap in gaps.values()) if gaps else None
+        """Whether naive beats random initialisation and the pretrained weights, as far as they were run; `None` if
+        neither was. If not, the comparison is inconclusive."""
+        return self._all_beaten(("naive", "random"), ("naive", "pretrained"))
 
     @property
     def headroom(self) -> bool | None:
-        """Whether the oracle beats naive: whether there was anything to gain; `None` when it was not run."""
-        gaps = self._gaps(("oracle", "naive"))
-        return all(self._beats(gap) for gap in gaps.values()) if gaps else None
+        """Whether the oracle beats naive; `None` if it was not run."""
+        return self._all_beaten(("oracle", "naive"))
 
     def verdict(self) -> str:
-        """One sentence: whether any candidate is better than naive; or that nothing is shown."""
+        """Say in one sentence whether any candidate is better than naive."""
         if self.valid is False:
-            return f"In {self.what}, nothing is shown: naive does not clearly beat what it started from."
+            return (
+                f"In {self.what}, the positive control failed: naive is not significantly better than the weights it"
+                " started from. The comparison is inconclusive."
+            )
         if not self.candidates:
-            return f"In {self.what}, no arm was run that could be chosen instead of naive."
+            return f"In {self.what}, naive was compared with references only."
         test = (
             f"paired t-test over {self.num_seeds} {self.counted}, Holm-corrected for {len(self.candidates)} arms,"
             f" level {ALPHA:g}"
         )
         if self.better:
-            are = "is" if len(self.better) == 1 else "are"
-            found = ", ".join(f"{name} ({self._difference(name)})" for name in self.better)
-            return f"In {self.what}, {found} {are} significantly better than naive ({test})."
+            verb = "is" if len(self.better) == 1 else "are"
+            names = ", ".join(f"{name} ({self._difference(name)})" for name in self.better)
+            return f"In {self.what}, {names} {verb} significantly better than naive ({test})."
         best = max(self.candidates, key=lambda name: self.measure.gain(self.results[name].estimate.mean))
         worse = f"; significantly worse: {', '.join(self.worse)}" if self.worse else ""
-        tried = ", ".join(self.candidates) if len(self.candidates) < 8 else f"the {len(self.candidates)} arms"
+        arms = ", ".join(self.candidates) if len(self.candidates) < 8 else f"the {len(self.candidates)} arms"
         return (
-            f"In {self.what}, none of {tried} is significantly better than naive; the best is"
-            f" {best} with {self._difference(best)}{worse} ({test})."
+            f"In {self.what}, none of {arms} is significantly better than naive; the best is {best} with"
+            f" {self._difference(best)}{worse} ({test})."
         )
 
     def verdict_on_methods(self) -> str:
-        """One sentence: whether a method is better than naive and every control; empty where there is none."""
+        """Say in one sentence whether a method is better than naive and every control; empty without methods."""
         if not self.against_controls or self.valid is False:
             return ""
         if self.better_than_controls:
@@ -205,50 +219,45 @@ class Comparison:
         return f"In {self.what}, no method is better than naive and every control: {'; '.join(nearest)}."
 
     def validity(self) -> str:
-        """One sentence: whether naive beat random initialisation and the oracle naive, without which a suite can show
-        no gain."""
+        """Say in one sentence whether the positive control passed: naive beats random, and the oracle naive."""
         gaps = self._gaps(("naive", "random"), ("naive", "pretrained"), ("oracle", "naive"))
         if not gaps:
-            return "Neither random initialisation nor an oracle was run: nothing says whether a gain could have shown."
+            return "There is no positive control: neither random initialisation nor an oracle was run."
         parts = [
-            f"{upper} {'beats' if self._beats(gap) else 'does not clearly beat'} {lower}"
+            f"{upper} {'beats' if self._beats(gap) else 'does not significantly beat'} {lower}"
             f" ({self.measure.difference(gap)})"
             for (upper, lower), gap in gaps.items()
         ]
         if self.valid is False:
-            end = "this shows nothing."
+            conclusion = "the positive control failed."
         elif self.headroom is False:
-            end = "a gain could hardly have shown: take a missing one as no answer."
+            conclusion = "there is no headroom, so a missing gain is inconclusive."
         elif self.valid is None:
-            end = (
-                "what naive learned is not known, since neither random initialisation nor pretrained weights were run."
-            )
+            conclusion = "what naive learned is unknown, as neither random nor pretrained weights were run."
         else:
-            end = "a gain could have shown."
-        return f"In {self.what}, {' and '.join(parts)}: {end}"
+            conclusion = "the positive control passed."
+        return f"In {self.what}, {' and '.join(parts)}: {conclusion}"
 
     def sensitivity(self) -> str:
-        """One sentence: the smallest difference to naive that the design would have found."""
-        smallest = {
-            name: difference.minimum_detectable
-            for name in self.candidates
-            if (difference := self.results[name].difference) is not None and difference.minimum_detectable
-        }
-        if not smallest:
+        """Say in one sentence which difference to naive the design detects; empty if no difference has a spread."""
+        differences = [self.results[name].difference for name in self.candidates]
+        detectable = [d.minimum_detectable for d in differences if d is not None and d.minimum_detectable]
+        if not detectable:
             return ""
-        least, most = (self.measure.format(end) for end in (min(smallest.values()), max(smallest.values())))
+        least, most = (self.measure.format(end) for end in (min(detectable), max(detectable)))
         unit = f" {self.measure.difference_unit}" if self.measure.difference_unit else ""
-        span = f"{least}" if least == most else f"{least} to {most}"
         return (
-            f"In {self.what}, a true difference to naive of {span}{unit}, depending on the arm, would have been found"
-            f" with a chance of 80 % ({self.num_seeds} {self.counted}, level {ALPHA:g}/{len(self.candidates)})."
+            f"In {self.what}, the design detects a true difference to naive of"
+            f" {least if least == most else f'{least} to {most}'}{unit}, depending on the arm, with a power of 80%"
+            f" ({self.num_seeds} {self.counted}, level {ALPHA:g}/{len(self.candidates)})."
         )
 
     def table(self, extra: Mapping[str, Mapping[str, str]] | None = None) -> str:
-        """A table for people; accuracies in per cent.
+        """Format the results as a table of text; accuracies in percent.
 
         Args:
-            extra (`Mapping[str, Mapping[str, str]]`, *optional*): More columns: from heading to arm to cell.
+            extra (`Mapping[str, Mapping[str, str]]`, *optional*):
+                More columns: from heading to arm to cell.
         """
         rows = self._rows(extra or {})
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -259,8 +268,8 @@ class Comparison:
         return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """From arm to `{"mean", "ci95": [low, high], "per_seed", "per_draw"}`, and `"minus_naive"` for all but
-        naive."""
+        """Return `{arm: {"mean", "ci95": [low, high], "per_seed", "per_draw", "minus_naive"}}`; naive lacks the
+        last."""
         return {name: result.to_dict() for name, result in self.results.items()}
 
     def to_record(self) -> dict[str, Any]:
@@ -288,17 +297,23 @@ class Comparison:
             if upper in self.results and lower in self.results
         }
 
+    def _all_beaten(self, *pairs: tuple[str, str]) -> bool | None:
+        gaps = self._gaps(*pairs)
+        return all(self._beats(gap) for gap in gaps.values()) if gaps else None
+
     def _beats(self, gap: PairedDifference) -> bool:
         return self.measure.gain(gap.mean) > 0 and gap.p_value < ALPHA
 
     def _significant(self, sign: int) -> tuple[str, ...]:
-        found = []
-        for name in self.candidates:
-            result = self.results[name]
-            assert result.difference is not None and result.corrected_p is not None
-            if result.corrected_p < ALPHA and sign * self.measure.gain(result.difference.mean) > 0:
-                found.append(name)
-        return tuple(found)
+        tested = {name: self.results[name] for name in self.candidates}
+        return tuple(
+            name
+            for name, result in tested.items()
+            if result.difference is not None
+            and result.corrected_p is not None
+            and result.corrected_p < ALPHA
+            and sign * self.measure.gain(result.difference.mean) > 0
+        )
 
     def _difference(self, name: str) -> str:
         result = self.results[name]
@@ -315,40 +330,37 @@ def compare_with_naive(
     measure: Measure = ACCURACY,
     counted: str = "seeds",
 ) -> Comparison:
-    """Compares arms with naive over the same trajectories.
+    """Compare arms with naive over the same trajectories.
 
     Args:
-        scores (`Mapping`): From arm to one value a trajectory, or to one sequence a trajectory with a value for each
-            of its draws; the same trajectories and draws in the same order for every arm; `"naive"` is among them.
-        candidates (`Sequence[str]`): The arms that are tested for being better than naive.
-        what (`str`, *optional*): What was measured, for sentences.
-        controls (`Sequence[str]`, *optional*): The candidates that are trivial; the other ones, the methods, are
-            compared with each of them as well.
-        measure ([`Measure`], *optional*): What the values are; by default accuracies in [0, 1].
-        counted (`str`, *optional*): What one value is of, for sentences.
-
-    Returns:
-        [`Comparison`].
+        scores (`Mapping`):
+            From arm to one value per trajectory, or to one sequence per trajectory with a value per draw: the same
+            trajectories and draws in the same order for every arm, `"naive"` included.
+        candidates (`Sequence[str]`):
+            Arms to test against naive.
+        what (`str`, *optional*, defaults to `"accuracy"`):
+            What was measured, for sentences.
+        controls (`Sequence[str]`, *optional*):
+            Candidates that learn nothing; the other candidates, the methods, are compared with each of them as well.
+        measure ([`Measure`], *optional*, defaults to `ACCURACY`):
+            The measured quantity.
+        counted (`str`, *optional*, defaults to `"seeds"`):
+            Unit of the statistics, for sentences.
 
     Raises:
-        `ValueError`: when there is no naive arm, a candidate has no scores, arms differ in their draws, or as
-            [`paired_difference`].
+        `ValueError`: If naive or a candidate has no scores, arms differ in their draws, or as [`paired_difference`].
     """
     for name in ("naive", *candidates):
         if name not in scores:
-            raise ValueError(f"there are no scores of the arm {name!r}, only of {', '.join(scores)}")
+            raise ValueError(f"arm {name!r} has no scores; scores has {', '.join(scores)}")
     draws = {name: [_draws(value) for value in values] for name, values in scores.items()}
     expected = [len(values) for values in draws["naive"]]
-    for name, of_arm in draws.items():
-        if (found := [len(values) for values in of_arm]) != expected:
-            raise ValueError(
-                f"arms are compared over the same draws; a trajectory has {expected} of naive, {found} of {name!r}"
-            )
+    for name, values in draws.items():
+        if (lengths := [len(of_seed) for of_seed in values]) != expected:
+            raise ValueError(f"arms must have the same draws per trajectory; naive has {expected}, {name!r} {lengths}")
     means = {name: cluster_means(values) for name, values in draws.items()}
     differences = {
-        name: paired_difference(
-            values, means["naive"], num_tests=len(candidates) if candidates and name in candidates else 1
-        )
+        name: paired_difference(values, means["naive"], num_tests=len(candidates) if name in candidates else 1)
         for name, values in means.items()
         if name != "naive"
     }
@@ -359,7 +371,7 @@ def compare_with_naive(
             mean_and_interval(values),
             differences.get(name),
             corrected.get(name),
-            tuple(tuple(of_trajectory) for of_trajectory in draws[name]),
+            tuple(tuple(of_seed) for of_seed in draws[name]),
         )
         for name, values in means.items()
     }
@@ -382,3 +394,7 @@ def _against(
     }
     hardest = max(one_sided, key=lambda control: one_sided[control])
     return AgainstControls(differences, hardest, one_sided[hardest])
+
+
+def _mean_and_ends(estimate: Estimate) -> dict[str, Any]:
+    return {"mean": estimate.mean, "ci95": [estimate.low, estimate.high]}

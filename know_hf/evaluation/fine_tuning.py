@@ -1,15 +1,16 @@
-"""Training and batches of the comparison: small loops in memory, seeded, the same for every arm."""
+"""Seeded training and evaluation of a model on examples in memory, the same for every arm."""
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from ..batch_norm import recalibrate_batch_norm
 
-Examples = Mapping[str, torch.Tensor]
+Examples = Mapping[str, Tensor]
+Scores = dict[str, float]
 
 
 def fine_tune(
@@ -20,65 +21,24 @@ def fine_tune(
     seed: int,
     batch_size: int | None = None,
 ) -> None:
-    """Trains all weights in place by Adam with cosine decay; BatchNorm statistics are then measured on the examples.
+    """Train all weights in place by Adam with cosine decay to 0, then recompute BatchNorm statistics on the examples.
 
     Args:
-        model (`PreTrainedModel`): With the loss of its task.
-        examples (mapping of tensors): As for [`accuracy`].
-        learning_rate (`float`): Of the first step; it falls to 0 along half a cosine.
-        steps (`int`): Optimizer steps.
-        seed (`int`): Of the order of examples and of dropout.
-        batch_size (`int`, *optional*): Examples of a step; by default all of them.
+        model (`PreTrainedModel`):
+            A model that returns its loss.
+        examples (mapping of tensors):
+            Keyword arguments of the model, `"labels"` included; the first axis counts the examples.
+        learning_rate (`float`):
+            Learning rate of the first step.
+        steps (`int`):
+            Number of optimizer steps.
+        seed (`int`):
+            Seed of the order of examples and of dropout.
+        batch_size (`int`, *optional*):
+            Examples per step; all by default.
     """
     train_parameters(model, list(model.parameters()), examples, learning_rate, steps, seed, batch_size)
-    inputs = {name: tensor for name, tensor in examples.items() if name != "labels"}
-    recalibrate_batch_norm(model, batches(inputs, batch_size or len(examples["labels"])))
-
-
-def with_new_head(model: PreTrainedModel, num_labels: int, seed: int) -> PreTrainedModel:
-    """A model of the same class with the given one's body and a new head, which depends on the seed only.
-
-    Args:
-        model (`PreTrainedModel`): One with a head, such as `ResNetForImageClassification`; left as it is.
-        num_labels (`int`): Classes of the new head.
-        seed (`int`): Of the head's weights.
-
-    Raises:
-        `ValueError`: when the model has no head: it is its own base model.
-    """
-    if model.base_model is model:
-        raise ValueError(f"{type(model).__name__} has no head to replace; use its class for classification")
-    config = copy.deepcopy(model.config)
-    config.num_labels = num_labels
-    config.problem_type = None  # that of the old head
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        renewed = type(model)(config)
-    renewed.base_model.load_state_dict(model.base_model.state_dict())
-    return renewed.to(device=model.device, dtype=model.dtype)
-
-
-def batches(
-    examples: Examples,
-    batch_size: int,
-    order: torch.Tensor | None = None,
-    device: torch.device | None = None,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The examples in batches, all of them once.
-
-    Where there is an `attention_mask` `(N, T)`, columns at the end that no example of a batch attends to are left out
-    of all tensors of T columns: texts padded to the longest of all cost no more than they have to.
-
-    Args:
-        examples (mapping of tensors): Tensors of the same length N.
-        batch_size (`int`): Examples of a batch; the last one may be smaller.
-        order (`torch.Tensor` of shape `(N,)`, *optional*): Indices; by default as they come.
-        device (`torch.device`, *optional*): Where the batches go.
-    """
-    length = len(next(iter(examples.values())))
-    for start in range(0, length, batch_size):
-        chosen = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
-        yield trimmed({name: tensor[chosen].to(device) for name, tensor in examples.items()})
+    recalibrate_batch_norm(model, batches(inputs_of(examples), batch_size or len(examples["labels"])))
 
 
 def train_parameters(
@@ -90,16 +50,11 @@ def train_parameters(
     seed: int,
     batch_size: int | None,
 ) -> None:
-    """Trains the given parameters by Adam with cosine decay to 0; the others are frozen meanwhile, and no gradient is
-    computed for them. The model is in evaluation mode afterwards.
-
-    Args:
-        model (`PreTrainedModel`): With the loss of its task.
-        parameters (`list[torch.nn.Parameter]`): Those of the model that are trained.
-        examples, learning_rate, steps, seed, batch_size: As of [`fine_tune`].
-    """
+    """Train some parameters as [`fine_tune`] does, without gradients of the others; leaves the model in evaluation
+    mode."""
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=steps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -107,12 +62,11 @@ def train_parameters(
             for parameter in parameters:
                 parameter.requires_grad_(True)
             model.train()
-            for step, batch in zip(range(steps), _epochs(examples, batch_size, seed, model.device), strict=False):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
+            for _, batch in zip(range(steps), _epochs(examples, batch_size, seed, model.device), strict=False):
                 optimizer.zero_grad()
                 model(**batch).loss.backward()
                 optimizer.step()
+                schedule.step()
         finally:
             for parameter, required in trainable.items():
                 parameter.requires_grad_(required)
@@ -120,27 +74,58 @@ def train_parameters(
     model.eval()
 
 
-def _epochs(
-    examples: Examples, batch_size: int | None, seed: int, device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
-    length = len(examples["labels"])
-    if batch_size is None or batch_size >= length:
-        everything = trimmed({name: tensor.to(device) for name, tensor in examples.items()})
-        while True:
-            yield everything
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from batches(examples, batch_size, torch.randperm(length, generator=generator), device)
+def with_new_head(model: PreTrainedModel, num_labels: int, seed: int) -> PreTrainedModel:
+    """Return a model with the body of the given one and a new head that depends on the seed only.
+
+    Args:
+        model (`PreTrainedModel`):
+            A model with a head, such as `ResNetForImageClassification`; it is not changed.
+        num_labels (`int`):
+            Number of classes of the new head.
+        seed (`int`):
+            Seed of the weights of the head.
+
+    Raises:
+        `ValueError`: If the model is its own base model and so has no head.
+    """
+    if model.base_model is model:
+        raise ValueError(f"{type(model).__name__} has no head to replace; use its class for classification")
+    config = copy.deepcopy(model.config)
+    config.num_labels = num_labels
+    config.problem_type = None  # that of the old head
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new_model = type(model)(config)
+    new_model.base_model.load_state_dict(model.base_model.state_dict())
+    return new_model.to(device=model.device, dtype=model.dtype)
 
 
-def by_length(examples: Examples) -> torch.Tensor | None:
-    """Indices `(N,)` of texts from the shortest to the longest, for batches with little padding; `None` for others."""
-    mask = examples.get("attention_mask")
-    return None if mask is None else mask.sum(dim=1).argsort(stable=True)
+def batches(
+    examples: Examples,
+    batch_size: int,
+    order: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Iterate over the examples once in batches, trimmed by [`trimmed`].
+
+    Args:
+        examples (mapping of tensors):
+            Tensors of the same length N.
+        batch_size (`int`):
+            Examples per batch; the last one may be smaller.
+        order (`torch.Tensor` of shape `(N,)`, *optional*):
+            Indices of the examples in their order.
+        device (`torch.device`, *optional*):
+            Device of the batches.
+    """
+    length = len(next(iter(examples.values())))
+    for start in range(0, length, batch_size):
+        rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
+        yield trimmed({name: tensor[rows].to(device) for name, tensor in examples.items()})
 
 
-def trimmed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A batch of texts without the columns at its end that no `attention_mask` `(B, T)` attends to."""
+def trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the last columns of padded texts, those that no `attention_mask` `(B, T)` attends to."""
     mask = batch.get("attention_mask")
     if mask is None:
         return batch
@@ -150,3 +135,53 @@ def trimmed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name: tensor[:, :used] if tensor.ndim > 1 and tensor.shape[1] == columns else tensor
         for name, tensor in batch.items()
     }
+
+
+def inputs_of(examples: Examples) -> Examples:
+    """Return the examples without their labels."""
+    return {name: tensor for name, tensor in examples.items() if name != "labels"}
+
+
+def accuracy(model: PreTrainedModel, examples: Examples, batch_size: int | None = None) -> float:
+    """Compute the accuracy in [0, 1] of a classifier.
+
+    Args:
+        model (`PreTrainedModel`):
+            A classifier.
+        examples (mapping of tensors):
+            Keyword arguments of the model with `"labels"` `(N,)`.
+        batch_size (`int`, *optional*):
+            Examples per forward pass; 64 texts in order of length or 512 other examples by default.
+    """
+    return evaluate_classifier(model, examples, batch_size)["accuracy"]
+
+
+@torch.inference_mode()
+def evaluate_classifier(model: PreTrainedModel, examples: Examples, batch_size: int | None = None) -> Scores:
+    """Compute `"accuracy"`, as [`accuracy`], and `"loss"`, the mean loss per example."""
+    training = model.training
+    model.eval()
+    mask = examples.get("attention_mask")
+    order = None if mask is None else mask.sum(dim=1).argsort(stable=True)  # by length: little padding
+    correct, loss, count = 0, 0.0, len(examples["labels"])
+    try:
+        for batch in batches(examples, batch_size or (512 if order is None else 64), order, model.device):
+            output = model(**batch)
+            correct += int((output.logits.argmax(dim=-1) == batch["labels"]).sum())
+            loss += float(output.loss) * len(batch["labels"])
+    finally:
+        model.train(training)
+    return {"accuracy": correct / count, "loss": loss / count}
+
+
+def _epochs(
+    examples: Examples, batch_size: int | None, seed: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    length = len(examples["labels"])
+    if batch_size is None or batch_size >= length:
+        full_batch = trimmed({name: tensor.to(device) for name, tensor in examples.items()})
+        while True:
+            yield full_batch
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from batches(examples, batch_size, torch.randperm(length, generator=generator), device)

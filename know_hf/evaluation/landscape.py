@@ -1,31 +1,48 @@
-"""The loss around the states of a trajectory, in the plane in which they move most."""
+"""Loss landscape: the loss in the plane through Θ0 that the states of a trajectory span best.
 
+After Li et al., *Visualizing the Loss Landscape of Neural Nets* (arXiv 1712.09913, section 7), with differences to Θ0
+that are not centred, so that the plane contains Θ0. The principal directions follow from the small Gram matrix of the
+differences. Weights are read in pieces from a temporary file, and one model is in memory at a time.
+"""
+
+import math
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..batch_norm import recalibrate_batch_norm
+from ..checkpoint import check_free_disk
 from .arm_weights import ArmSources
 from .arms import Arm
-from .loss_landscape import loss_landscape
-from .measure import ComparisonTask, arm_sources
+from .comparison_task import ComparisonTask
+from .measure import arm_sources
+
+_PIECE = 2**20  # weights read at a time
+_MIN_ASPECT = 0.5  # of the height of the grid to its width, or the reverse
 
 
 @dataclass(frozen=True)
 class Landscape:
-    """How a picture of the loss is made.
+    """Options of a loss landscape.
 
     Args:
-        resolution (`int`, *optional*, defaults to `15`): Points of the grid along each axis; the loss is measured
-            `resolution²` times.
-        num_examples (`int`, *optional*, defaults to `256`): Unseen source examples that it is measured on.
+        resolution (`int`, *optional*, defaults to `15`):
+            Grid points per axis; the loss is computed `resolution²` times.
+        num_examples (`int`, *optional*, defaults to `256`):
+            Number of unseen source examples.
 
     Raises:
-        `ValueError`: for a resolution below 2, or no example.
+        `ValueError`: If the resolution is below 2 or there is no example.
     """
 
     resolution: int = 15
@@ -33,40 +50,81 @@ class Landscape:
 
     def __post_init__(self) -> None:
         if self.resolution < 2 or self.num_examples < 1:
-            raise ValueError(f"a landscape needs a resolution of at least 2 and an example, got {self}")
+            raise ValueError(f"a landscape needs resolution >= 2 and num_examples >= 1, got {self}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class PlanePoint:
+    """Weights projected on the plane.
+
+    Attributes:
+        name (`str`):
+            Name of the state or arm.
+        kind (`str`):
+            `"state"` or `"arm"`.
+        x, y (`float`):
+            Coordinates of the projection.
+        loss (`float`, *optional*):
+            Loss of the weights themselves; `None` if it is not finite.
+        off_plane (`float`):
+            Distance from the plane.
+    """
+
+    name: str
+    kind: str
+    x: float
+    y: float
+    loss: float | None
+    off_plane: float
+
+
+@dataclass(frozen=True)
+class LossLandscape:
+    """The loss on a grid of the plane.
+
+    Attributes:
+        explained (`tuple[float, float]`):
+            Share of the squared distances of the states to Θ0 along each axis.
+        x, y (`list[float]`):
+            Grid coordinates, distances in weights with Θ0 at (0, 0).
+        loss (`list[list[float | None]]` of shape `(len(y), len(x))`):
+            Loss on the grid; `None` where it is not finite.
+        points (`list[PlanePoint]`):
+            The states, full data first, then the other weights.
+    """
+
+    explained: tuple[float, float]
+    x: list[float]
+    y: list[float]
+    loss: list[list[float | None]]
+    points: list[PlanePoint]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, as under `landscape` of `report.json`."""
+        return {**asdict(self), "explained": list(self.explained)}
+
+
 def measure_landscape(
     landscape: Landscape, task: ComparisonTask, seed: int, arms: Sequence[Arm], output_dir: Path
 ) -> dict[str, Any]:
-    """The loss around the states of one trajectory ([`loss_landscape`]), with untuned predictions in it.
-
-    Args:
-        landscape ([`Landscape`]): How fine.
-        task ([`ComparisonTask`]): With source data.
-        seed (`int`): Whose trajectory.
-        arms (sequence of [`Arm`]): Shown besides the states.
-        output_dir (`Path`): Folder of the comparison.
-
-    Returns:
-        `dict`: `landscape` of `report.json`.
+    """Compute `landscape` of `report.json`: the loss around the states of a seed, with untuned predictions.
 
     Raises:
-        `ValueError`: when the task has no source data or no loss, or as [`loss_landscape`].
+        `ValueError`: If the task has no source data or no loss, or as [`loss_landscape`].
     """
     if task.source is None:
-        raise ValueError("a landscape needs source of the task; give it, or leave the landscape out")
+        raise ValueError("a landscape needs source of the task; pass it, or leave out the landscape")
     if (measure := next((m.name for m in task.measures if not m.higher_is_better), None)) is None:
-        raise ValueError("a landscape needs a loss among the measures of the task; leave the landscape out")
+        raise ValueError("a landscape needs a loss among the measures of the task; leave out the landscape")
     split, _ = task.splits(seed, draws=0)
     assert split is not None
     work = output_dir / "work" / "landscape"
     sources = arm_sources(task, seed, task.open_trajectory(seed, output_dir), split, work)
     examples = {name: tensor[: landscape.num_examples] for name, tensor in split.test.items()}
-    found = loss_landscape(
+    result = loss_landscape(
         [partial(_state, sources, index) for index in range(sources.trajectory.num_states)],
         {arm.name: partial(arm.initial_model, sources) for arm in arms},
         lambda model: task.evaluate(model, examples)[measure],
@@ -74,8 +132,161 @@ def measure_landscape(
         resolution=landscape.resolution,
     )
     shutil.rmtree(work, ignore_errors=True)
-    return {"seed": seed, "measure": measure, "num_examples": len(examples["labels"]), **found.to_dict()}
+    return {"seed": seed, "measure": measure, "num_examples": len(examples["labels"]), **result.to_dict()}
 
 
 def _state(sources: ArmSources, index: int) -> PreTrainedModel:
     return sources.state(index).to(sources.device)
+
+
+def loss_landscape(
+    states: Sequence[Callable[[], nn.Module]],
+    arms: Mapping[str, Callable[[], nn.Module]],
+    compute_loss: Callable[[Any], float],
+    *,
+    recalibrate_with: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    resolution: int = 15,
+    margin: float = 0.25,
+) -> LossLandscape:
+    """Compute the loss on a grid of the plane, of the states and of other weights.
+
+    Args:
+        states (sequence of callables):
+            Each returns the model of one state, full data first, such as `partial(trajectory.load_model, k)`. At
+            least three different states.
+        arms (`Mapping[str, Callable]`):
+            From name to a callable that returns the model, such as `result.load_model`.
+        compute_loss (`Callable`):
+            From a model in evaluation mode to its loss, always on the same examples; called without gradients.
+        recalibrate_with (iterable of batches, *optional*):
+            Batches to recompute BatchNorm statistics on before each loss; without them, the grid has those of Θ0.
+        resolution (`int`, *optional*, defaults to `15`):
+            Grid points per axis.
+        margin (`float`, *optional*, defaults to `0.25`):
+            Margin of the grid around the outermost points, as a share of their distance.
+
+    Raises:
+        `ValueError`: If the states lie on a line, a model has another number of weights than Θ0, or an argument is
+            invalid.
+    """
+    if len(states) < 3:
+        raise ValueError(f"a plane needs at least three states, got {len(states)}")
+    if resolution < 2:
+        raise ValueError(f"resolution must be at least 2, got {resolution}")
+    measure = partial(_finite_loss, compute_loss, None if recalibrate_with is None else list(recalibrate_with))
+    names = [f"Θ{index}" for index in range(len(states))] + list(arms)
+    kinds = ["state"] * len(states) + ["arm"] * len(arms)
+    with tempfile.TemporaryDirectory(prefix="know_hf-landscape-") as folder:
+        weights = _Weights(Path(folder) / "weights", len(names))
+        losses = []
+        for index, make_model in enumerate(tqdm([*states, *arms.values()], desc="weights", unit="model")):
+            model = make_model()
+            weights.put(index, model, names[index])
+            losses.append(measure(model))
+        gram = weights.gram()
+        coefficients, explained = _directions(gram[: len(states), : len(states)])
+        coordinates = gram[:, : len(states)] @ coefficients  # (points, 2)
+        off_plane = np.sqrt(np.maximum(np.diag(gram) - (coordinates**2).sum(axis=1), 0))
+        weights.keep_directions(coefficients)
+        x, y = _axes(coordinates, resolution, margin)
+        grid: list[list[float | None]] = [[None] * resolution for _ in y]
+        model = states[0]()
+        for row, column in tqdm(list(np.ndindex(resolution, resolution)), desc="loss landscape", unit="point"):
+            weights.set(model, x[column], y[row])
+            grid[row][column] = measure(model)
+    points = [
+        PlanePoint(name, kind, float(point[0]), float(point[1]), loss, float(off))
+        for name, kind, point, loss, off in zip(names, kinds, coordinates, losses, off_plane, strict=True)
+    ]
+    return LossLandscape(explained, x, y, grid, points)
+
+
+class _Weights:
+    """The floating-point parameters of several models, one row per model in a file, and two directions."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self.path = path
+        self.count = count
+        self.rows: np.ndarray = np.empty((0, 0), np.float32)
+
+    def put(self, index: int, model: nn.Module, name: str) -> None:
+        parameters = _parameters(model)
+        total = sum(parameter.numel() for parameter in parameters)
+        if index == 0:
+            check_free_disk(self.path, 4 * total * (self.count + 2))
+            self.rows = np.memmap(self.path, np.float32, "w+", shape=(self.count + 2, total))
+        elif total != self.rows.shape[1]:
+            raise ValueError(f"{name} has {total:,} weights, but Θ0 has {self.rows.shape[1]:,}; use the same model")
+        start = 0
+        for parameter in parameters:
+            self.rows[index, start : start + parameter.numel()] = parameter.detach().float().cpu().flatten().numpy()
+            start += parameter.numel()
+
+    def gram(self) -> np.ndarray:
+        """Compute the inner products of the differences to Θ0, `(count, count)`."""
+        return sum((d @ d.T for _, d in self._differences()), np.zeros((self.count, self.count)))
+
+    def keep_directions(self, coefficients: np.ndarray) -> None:
+        """Store two directions, combinations `(states, 2)` of the first differences to Θ0, below the models."""
+        for piece, difference in self._differences():
+            self.rows[-2:, piece] = coefficients.T @ difference[: len(coefficients)]
+
+    def set(self, model: nn.Module, x: float, y: float) -> None:
+        """Load the weights at a point of the plane into a model."""
+        start = 0
+        for parameter in _parameters(model):
+            stop = start + parameter.numel()
+            theta, first, second = self.rows[0, start:stop], self.rows[-2, start:stop], self.rows[-1, start:stop]
+            values = theta + np.float32(x) * first + np.float32(y) * second
+            with torch.no_grad():
+                parameter.copy_(torch.from_numpy(values).reshape(parameter.shape))
+            start = stop
+
+    def _differences(self) -> Iterator[tuple[slice, np.ndarray]]:
+        for start in range(0, self.rows.shape[1], _PIECE):
+            piece = slice(start, start + _PIECE)
+            values = self.rows[: self.count, piece].astype(np.float64)
+            yield piece, values - values[0]
+
+
+def _finite_loss(
+    compute_loss: Callable[[Any], float], batches: list[Mapping[str, torch.Tensor]] | None, model: nn.Module
+) -> float | None:
+    if batches is not None:
+        recalibrate_batch_norm(model, batches)
+    model.eval()
+    with torch.no_grad():
+        loss = float(compute_loss(model))
+    return loss if math.isfinite(loss) else None
+
+
+def _directions(gram: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """Compute orthonormal directions as combinations `(S, 2)` of the differences to Θ0, and their shares.
+
+    With `G = D Dᵀ = U Λ Uᵀ`, the principal directions are `Dᵀ u / √λ`. The most forgotten state has a positive first
+    coordinate, and the largest second coordinate is positive.
+    """
+    values, vectors = np.linalg.eigh(gram)
+    values, vectors = values[::-1][:2], vectors[:, ::-1][:, :2]
+    if not values[1] > 1e-10 * values[0]:
+        raise ValueError("the states lie on a line; a plane needs states that differ in two directions")
+    coordinates = vectors * np.sqrt(values)
+    signs = np.sign([coordinates[-1, 0], coordinates[np.abs(coordinates[:, 1]).argmax(), 1]])
+    signs[signs == 0] = 1
+    first, second = (values / np.trace(gram)).tolist()
+    return vectors * signs / np.sqrt(values), (first, second)
+
+
+def _axes(coordinates: np.ndarray, resolution: int, margin: float) -> tuple[list[float], list[float]]:
+    low, high = coordinates.min(axis=0), coordinates.max(axis=0)
+    spans = np.maximum(high - low, _MIN_ASPECT * (high - low).max()) * (1 + 2 * margin)
+    centres = (low + high) / 2
+    x, y = (
+        np.linspace(centre - span / 2, centre + span / 2, resolution).tolist()
+        for centre, span in zip(centres, spans, strict=True)
+    )
+    return x, y
+
+
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.is_floating_point()]

@@ -1,6 +1,5 @@
-"""The linear probe: how well classes can be told apart by a linear layer on features that are not trained."""
+"""Linear probe: a linear classifier on frozen features."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from .comparison import ACCURACY, LOSS, Measure
-from .fine_tuning import Examples, batches
-from .protocols import Evaluate, Scores, Trial, check_rates, first_of_each_class, refined
+from .fine_tuning import Examples, Scores, batches, inputs_of
+from .protocols import Evaluate, Trial, check_rates, first_of_each_class, labels_in_words, refined
 from .splits import Split, check_labels
 
 
@@ -20,18 +19,23 @@ from .splits import Split, check_labels
 class LinearProbe:
     """A new linear layer on the frozen features, trained at each learning rate of a grid.
 
-    Features are what the first layer of the model's head is given. They are computed once; the layer starts at zero
-    and sees all training examples at every step, by Adam with cosine decay to 0. Nothing in it is random.
+    The features are the input of the first layer of the model's head. They are computed once; the layer starts at
+    zero and sees all training examples in each step, by Adam with cosine decay to 0. Nothing in it is random.
 
     Args:
-        learning_rates (`tuple[float, ...]`): Tried one by one.
-        steps (`int`, *optional*, defaults to `200`): Optimizer steps.
-        labels_per_class (`int`, *optional*): Only the first so many training examples of each class; by default all.
-        batch_size (`int`, *optional*, defaults to `256`): Examples of a forward pass for the features.
-        name (`str`, *optional*, defaults to `"linear-probe"`): What tables and reports call it.
+        learning_rates (`tuple[float, ...]`):
+            The grid.
+        steps (`int`, *optional*, defaults to `200`):
+            Optimizer steps.
+        labels_per_class (`int`, *optional*):
+            Use only that many training examples of each class, the first; all by default.
+        batch_size (`int`, *optional*, defaults to `256`):
+            Examples per forward pass for the features.
+        name (`str`, *optional*, defaults to `"linear-probe"`):
+            Name in tables and reports.
 
     Raises:
-        `ValueError`: for an empty grid, or one that names a rate twice.
+        `ValueError`: If the grid is empty or repeats a rate.
     """
 
     learning_rates: tuple[float, ...]
@@ -46,8 +50,7 @@ class LinearProbe:
 
     @property
     def what(self) -> str:
-        labels = "all labels" if self.labels_per_class is None else f"{self.labels_per_class} labels a class"
-        return f"a linear probe with {labels}"
+        return f"a linear probe with {labels_in_words(self.labels_per_class)}"
 
     def trials(
         self,
@@ -58,87 +61,90 @@ class LinearProbe:
         measures: Sequence[Measure] = (ACCURACY, LOSS),
         refinement: int = 1,
     ) -> Iterator[Trial]:
-        """As of [`MeasuringProtocol`]; a probe has an accuracy and a loss of its own, `evaluate` is not asked."""
+        """Run all trials, as [`MeasuringProtocol`]; `evaluate` is not used, as a probe has its own accuracy and
+        loss."""
         num_labels = split.num_labels or model.config.num_labels
         check_labels(split, f"the split of {self.name!r}", num_labels)
-        parts = {
-            "train": first_of_each_class(split.train, self.labels_per_class),
-            "validation": split.validation,
-            "test": split.test,
-        }
-        inputs = {name: features(model, examples, self.batch_size) for name, examples in parts.items()}
-        labels = {name: examples["labels"].to(model.device) for name, examples in parts.items()}
+        train = first_of_each_class(split.train, self.labels_per_class)
+        parts = [
+            (features(model, examples, self.batch_size), examples["labels"].to(model.device))
+            for examples in (train, split.validation, split.test)
+        ]
         for learning_rate in refined(self.learning_rates, refinement):
-            probe = nn.Linear(inputs["train"].shape[1], num_labels, device=model.device)
-            nn.init.zeros_(probe.weight)
-            nn.init.zeros_(probe.bias)
-            self._train(probe, inputs["train"], labels["train"], learning_rate)
-            validation, test = (_scores(probe, inputs[name], labels[name]) for name in ("validation", "test"))
+            probe = self._trained(*parts[0], num_labels, learning_rate)
+            validation, test = (_scores(probe, *part) for part in parts[1:])
             yield Trial(learning_rate, validation, test)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "linear_probe", **asdict(self)}
 
-    def _train(self, probe: nn.Linear, inputs: Tensor, labels: Tensor, learning_rate: float) -> None:
+    def _trained(self, inputs: Tensor, labels: Tensor, num_labels: int, learning_rate: float) -> nn.Linear:
+        probe = nn.Linear(inputs.shape[1], num_labels, device=inputs.device)
+        nn.init.zeros_(probe.weight)
+        nn.init.zeros_(probe.bias)
         optimizer = torch.optim.Adam(probe.parameters(), lr=learning_rate)
-        for step in range(self.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+        schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=self.steps)
+        for _ in range(self.steps):
             optimizer.zero_grad()
             cross_entropy(probe(inputs), labels).backward()
             optimizer.step()
+            schedule.step()
+        return probe
 
 
 @torch.no_grad()
 def features(model: PreTrainedModel, examples: Examples, batch_size: int = 256) -> Tensor:
-    """What the first layer of a model's head is given.
+    """Compute the input of the first layer of a model's head.
 
     Args:
-        model (`PreTrainedModel`): A classifier with a head on top of its base model.
-        examples (mapping of tensors): Keyword arguments of the model.
-        batch_size (`int`, *optional*, defaults to `256`): Examples of a forward pass.
+        model (`PreTrainedModel`):
+            A classifier with a head on its base model.
+        examples (mapping of tensors):
+            Keyword arguments of the model.
+        batch_size (`int`, *optional*, defaults to `256`):
+            Examples per forward pass.
 
     Returns:
-        `torch.Tensor` of shape `(N, features)`, float32, on the model's device.
+        `torch.Tensor` of shape `(N, features)`, float32, on the device of the model.
 
     Raises:
-        `ValueError`: when the model has no head, or its head takes more than one vector an example.
+        `ValueError`: If the model has no head, or its head takes more than one vector per example.
     """
-    of_base = set(model.base_model.modules())
+    body = set(model.base_model.modules())
     layers = [
         module
         for module in model.modules()
-        if module not in of_base and module is not model and next(module.parameters(recurse=False), None) is not None
+        if module not in body and module is not model and next(module.parameters(recurse=False), None) is not None
     ]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no head to read features from; use its class for classification")
-    found: list[Tensor] = []
+    inputs: list[Tensor] = []
 
-    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if len(found) == before:  # the first layer that runs
-            found.append(arguments[0].detach().float())
+    def store(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if len(inputs) == before:  # the first layer that runs
+            inputs.append(arguments[0].detach().float())
 
     training = model.training
-    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(store) for layer in layers]
     model.eval()
     try:
-        for batch in batches({k: v for k, v in examples.items() if k != "labels"}, batch_size, device=model.device):
-            before = len(found)
+        for batch in batches(inputs_of(examples), batch_size, device=model.device):
+            before = len(inputs)
             model(**batch)
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    if found[0].ndim != 2:
+    if inputs[0].ndim != 2:
         raise ValueError(
-            f"the head of {type(model).__name__} takes {tuple(found[0].shape[1:])} values an example, a linear probe"
-            " needs one vector; leave this protocol out"
+            f"the head of {type(model).__name__} takes {tuple(inputs[0].shape[1:])} values per example, but a linear"
+            " probe needs one vector; leave out this protocol"
         )
-    return torch.cat(found)
+    return torch.cat(inputs)
 
 
 @torch.no_grad()
 def _scores(probe: nn.Linear, inputs: Tensor, labels: Tensor) -> Scores:
     logits = probe(inputs)
-    right = float((logits.argmax(dim=1) == labels).float().mean())
-    return {"accuracy": right, "loss": float(cross_entropy(logits, labels))}
+    accuracy = float((logits.argmax(dim=1) == labels).float().mean())
+    return {"accuracy": accuracy, "loss": float(cross_entropy(logits, labels))}

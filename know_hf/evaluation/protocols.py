@@ -1,12 +1,12 @@
-"""What is measured of an arm: its weights as they are, and transfer with a learning rate that is tuned for each arm.
+"""Protocols: what is measured of an arm, with the same number of trials for every arm.
 
 Examples are a mapping of tensors whose first axis counts the examples, keyword arguments of the model with "labels"
 among them; the loss is the model's own.
 
-The number of trials is the same for all arms. A protocol has a grid of R learning rates, and every arm has K trials
-at each of them. An arm whose own options are tuned too (the factor of a shrink) spends its K trials on K settings of
-them. An arm without options spends them on K learning rates around each one of the grid, so that it tries R · K rates
-where the other tries K settings at R rates each; one with K/2 settings is between the two ([`refined`]).
+A protocol has a grid of R learning rates, and every arm has K trials at each of them. An arm with own options (the
+factor of a shrink) spends its K trials on K settings of them. An arm without options spends them on K learning rates
+around each one of the grid: it evaluates R · K rates, where the other evaluates K settings at R rates each. An arm
+with K/2 settings is between the two ([`refined`]).
 """
 
 import copy
@@ -19,19 +19,21 @@ import torch
 from transformers import PreTrainedModel
 
 from .comparison import ACCURACY, LOSS, Measure
-from .fine_tuning import Examples, batches, by_length, fine_tune, train_parameters, with_new_head
+from .fine_tuning import Examples, Scores, fine_tune, train_parameters, with_new_head
 from .splits import Split
 
-Scores = dict[str, float]
+Evaluate = Callable[[PreTrainedModel, Examples], Scores]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One attempt.
+    """Scores of one setting.
 
     Attributes:
-        learning_rate (`float`, *optional*): Its learning rate, if anything was trained.
-        validation, test (`dict[str, float]`): From the name of each measure to its value.
+        learning_rate (`float`, *optional*):
+            Learning rate; `None` without training.
+        validation, test (`dict[str, float]`):
+            From the name of each measure to its value.
     """
 
     learning_rate: float | None
@@ -39,22 +41,19 @@ class Trial:
     test: Scores
 
 
-Evaluate = Callable[[PreTrainedModel, Examples], Scores]
-
-
 class MeasuringProtocol(Protocol):
-    """What the engine asks of a protocol; those here have it, and so may any class."""
+    """Interface of a protocol; any class with it can be passed to [`compare_arms`]."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def what(self) -> str:
-        """What it measures, as it stands in a sentence."""
+        """What it measures, as in "In {what}, …"."""
 
     @property
     def on_source(self) -> bool:
-        """Whether it measures on the source task instead of the downstream one."""
+        """Whether it measures on the source task instead of the target task."""
 
     def trials(
         self,
@@ -65,28 +64,34 @@ class MeasuringProtocol(Protocol):
         measures: Sequence[Measure] = (ACCURACY, LOSS),
         refinement: int = 1,
     ) -> Iterator[Trial]:
-        """All trials of one arm at one setting of its options.
+        """Run all trials of one arm at one setting of its options.
 
         Args:
-            model (`PreTrainedModel`): The initial weights; left as they are.
-            split ([`Split`]): The data.
-            seed (`int`): Of heads and of the order of examples: with the same seed every arm gets the same.
-            evaluate (callable): From a model and examples to its scores.
-            measures (sequence of [`Measure`], *optional*): What is chosen by on the way, the most important first.
-            refinement (`int`, *optional*, defaults to `1`): Trials at each learning rate of the grid, see [`refined`].
+            model (`PreTrainedModel`):
+                The initial weights; they are not changed.
+            split ([`Split`]):
+                The data.
+            seed (`int`):
+                Seed of heads and of the order of examples, the same for every arm.
+            evaluate (`Callable`):
+                From a model and examples to its scores.
+            measures (sequence of [`Measure`], *optional*):
+                Measures to choose by, the most important first.
+            refinement (`int`, *optional*, defaults to `1`):
+                Trials at each learning rate of the grid, see [`refined`].
         """
 
     def to_dict(self) -> dict[str, Any]:
-        """Its settings, JSON values only."""
+        """Settings, JSON values only."""
 
 
 @dataclass(frozen=True)
-class AsTheyAre:
-    """The source task with the weights as they are: nothing is trained, so that there is one trial a setting."""
+class ZeroShot:
+    """The source task without further training: one trial per setting."""
 
     name: str = "source"
     on_source = True
-    what = "the source task, weights as they are"
+    what = "the source task, zero-shot"
 
     def trials(
         self,
@@ -100,30 +105,38 @@ class AsTheyAre:
         yield Trial(None, evaluate(model, split.validation), evaluate(model, split.test))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "as_they_are", **asdict(self)}
+        return {"kind": "as_they_are", **asdict(self)}  # the name of 0.1, which comparison folders store
+
+
+AsTheyAre = ZeroShot  # name of 0.1
 
 
 @dataclass(frozen=True)
 class FineTuning:
     """Fine-tuning: the new head alone, then all weights at each learning rate of a grid.
 
-    Two phases as in the KNOW paper's code; there the learning rates are fixed, here every arm tries the whole grid. A
-    new head on trained features distorts them while it is learned (Kumar et al., arXiv 2202.10054), so that without
-    the first phase little is left to compare.
+    A new head on trained features distorts them while it is learned (Kumar et al., arXiv 2202.10054), hence the first
+    phase. The KNOW paper's code has the same two phases with fixed learning rates.
 
     Args:
-        learning_rates (`tuple[float, ...]`): Tried one by one for all weights, Adam, cosine decay to 0.
-        steps (`int`, *optional*, defaults to `40`): Optimizer steps of all weights.
-        head_steps (`int`, *optional*, defaults to `100`): Optimizer steps of the head before, the rest frozen.
-        head_learning_rate (`float` or `tuple[float, ...]`, *optional*, defaults to `1e-2`): Of the head alone. Arms
-            differ in the size of their features: of several rates the one is taken whose head is best on validation
-            data, for each arm, setting and draw.
-        batch_size (`int`, *optional*): Examples of a step; by default all of them.
-        labels_per_class (`int`, *optional*): Only the first so many training examples of each class; by default all.
-        name (`str`, *optional*, defaults to `"few-shot"`): What tables and reports call it.
+        learning_rates (`tuple[float, ...]`):
+            Grid for all weights; Adam with cosine decay to 0.
+        steps (`int`, *optional*, defaults to `40`):
+            Optimizer steps for all weights.
+        head_steps (`int`, *optional*, defaults to `100`):
+            Optimizer steps for the head before, with the body frozen.
+        head_learning_rate (`float` or `tuple[float, ...]`, *optional*, defaults to `1e-2`):
+            Learning rate for the head. Of several, the one that is best on validation data is used, for each arm,
+            setting and draw: arms differ in the size of their features.
+        batch_size (`int`, *optional*):
+            Examples per step; all by default.
+        labels_per_class (`int`, *optional*):
+            Use only that many training examples of each class, the first; all by default.
+        name (`str`, *optional*, defaults to `"few-shot"`):
+            Name in tables and reports.
 
     Raises:
-        `ValueError`: for an empty grid, or one that names a rate twice.
+        `ValueError`: If a grid is empty or repeats a rate.
     """
 
     learning_rates: tuple[float, ...]
@@ -137,13 +150,11 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         check_rates(self.learning_rates)
-        if not isinstance(self.head_learning_rate, float | int):
-            check_rates(self.head_learning_rate)
+        check_rates(self._head_rates)
 
     @property
     def what(self) -> str:
-        labels = "all labels" if self.labels_per_class is None else f"{self.labels_per_class} labels a class"
-        return f"{self.name} fine-tuning with {labels}"
+        return f"{self.name} fine-tuning with {labels_in_words(self.labels_per_class)}"
 
     def trials(
         self,
@@ -155,144 +166,113 @@ class FineTuning:
         refinement: int = 1,
     ) -> Iterator[Trial]:
         train = first_of_each_class(split.train, self.labels_per_class)
-        warm = copy.deepcopy(model) if split.num_labels is None else with_new_head(model, split.num_labels, seed)
+        start = copy.deepcopy(model) if split.num_labels is None else with_new_head(model, split.num_labels, seed)
         if self.head_steps:
-            warm = self._with_trained_head(warm, train, split.validation, seed, evaluate, measures)
+            heads = [self._with_trained_head(start, train, rate, seed) for rate in self._head_rates]
+            start = heads[0]
+            if len(heads) > 1:
+                scores = [{"validation": or_none(evaluate(head, split.validation))} for head in heads]
+                start = heads[choose(scores, measures)]
         for learning_rate in refined(self.learning_rates, refinement):
-            tuned = copy.deepcopy(warm)
+            tuned = copy.deepcopy(start)
             fine_tune(tuned, train, learning_rate, self.steps, seed, self.batch_size)
             yield Trial(learning_rate, evaluate(tuned, split.validation), evaluate(tuned, split.test))
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "fine_tuning", **asdict(self)}
 
-    def _with_trained_head(
-        self,
-        model: PreTrainedModel,
-        train: Examples,
-        validation: Examples,
-        seed: int,
-        evaluate: Evaluate,
-        measures: Sequence[Measure],
-    ) -> PreTrainedModel:
+    @property
+    def _head_rates(self) -> Sequence[float]:
         rates = self.head_learning_rate
-        rates = (rates,) if isinstance(rates, float | int) else rates
-        models = [copy.deepcopy(model) for _ in rates]
-        for warm, rate in zip(models, rates, strict=True):
-            backbone = {id(parameter) for parameter in warm.base_model.parameters()}
-            head = [parameter for parameter in warm.parameters() if id(parameter) not in backbone]
-            if not head:
-                raise ValueError(
-                    f"{type(warm).__name__} has no head of its own to train for head_steps={self.head_steps}: its"
-                    " weights are all its body's, tied ones too; give head_steps=0"
-                )
-            train_parameters(warm, head, train, rate, self.head_steps, seed, self.batch_size)
-        if len(models) == 1:
-            return models[0]
-        return models[choose([{"validation": or_none(evaluate(warm, validation))} for warm in models], measures)]
+        return (rates,) if isinstance(rates, float | int) else rates
+
+    def _with_trained_head(self, model: PreTrainedModel, train: Examples, rate: float, seed: int) -> PreTrainedModel:
+        model = copy.deepcopy(model)
+        body = {id(parameter) for parameter in model.base_model.parameters()}
+        head = [parameter for parameter in model.parameters() if id(parameter) not in body]
+        if not head:
+            raise ValueError(
+                f"{type(model).__name__} has no head parameters outside its body, tied ones included; use head_steps=0"
+            )
+        train_parameters(model, head, train, rate, self.head_steps, seed, self.batch_size)
+        return model
 
 
-def accuracy(model: PreTrainedModel, examples: Examples, batch_size: int | None = None) -> float:
-    """Share of the examples whose largest logit is their label, in [0, 1], with the weights as they are.
-
-    Args:
-        model (`PreTrainedModel`): A classifier; it is in evaluation mode meanwhile.
-        examples (mapping of tensors): Keyword arguments of the model with `"labels"` `(N,)`.
-        batch_size (`int`, *optional*): Examples of a forward pass; by default 64 texts, which go in order of length,
-            or 512 others.
-    """
-    return evaluate_classifier(model, examples, batch_size)["accuracy"]
-
-
-@torch.inference_mode()
-def evaluate_classifier(model: PreTrainedModel, examples: Examples, batch_size: int | None = None) -> Scores:
-    """`"accuracy"`, as [`accuracy`], and `"loss"`, the mean over the examples of the model's own.
-
-    Args:
-        model, examples, batch_size: As of [`accuracy`].
-    """
-    training = model.training
-    model.eval()
-    correct, loss, count, order = 0, 0.0, len(examples["labels"]), by_length(examples)
-    try:
-        for batch in batches(examples, batch_size or (512 if order is None else 64), order, model.device):
-            output = model(**batch)
-            correct += int((output.logits.argmax(dim=-1) == batch["labels"]).sum())
-            loss += float(output.loss) * len(batch["labels"])
-    finally:
-        model.train(training)
-    return {"accuracy": correct / count, "loss": loss / count}
+def labels_in_words(labels_per_class: int | None) -> str:
+    """Return "all labels" or "5 labels per class"."""
+    return "all labels" if labels_per_class is None else f"{labels_per_class} labels per class"
 
 
 def refined(learning_rates: Sequence[float], refinement: int) -> list[float]:
-    """Several rates around each one of a grid, evenly spaced in the logarithm and three digits long.
+    """Return K rates around each rate of a grid, evenly spaced in the logarithm and rounded to three digits.
 
-    With K around each of R rates that are q times the one before on average, they are `rate · q^((j - (K-1)/2) / K)`
-    for j = 0 … K - 1: with a grid of even steps, these R · K rates have even steps too.
+    With a mean ratio q between neighbouring rates, they are `rate · q^((j - (K-1)/2) / K)` for j = 0 … K - 1: from an
+    evenly spaced grid of R rates follow R · K evenly spaced rates.
 
     Args:
-        learning_rates (`Sequence[float]`): The grid.
-        refinement (`int`): K.
+        learning_rates (`Sequence[float]`):
+            The grid.
+        refinement (`int`):
+            K.
 
     Raises:
-        `ValueError`: when there is a single rate to refine: it has no step.
+        `ValueError`: If K > 1 and the grid has a single rate, and so no spacing.
     """
     if refinement == 1:
         return list(learning_rates)
     if len(learning_rates) < 2:
-        raise ValueError(
-            f"a grid of one learning rate, {learning_rates[0]:g}, has no step to refine; give at least two"
-        )
+        raise ValueError(f"learning_rates={tuple(learning_rates)} cannot be refined; give at least two rates")
     low, high = min(learning_rates), max(learning_rates)
     step = (high / low) ** (1 / (len(learning_rates) - 1))
-    places = [(j - (refinement - 1) / 2) / refinement for j in range(refinement)]
-    return [float(f"{rate * step**place:.3g}") for rate in sorted(learning_rates) for place in places]
+    exponents = [(j - (refinement - 1) / 2) / refinement for j in range(refinement)]
+    return [float(f"{rate * step**exponent:.3g}") for rate in sorted(learning_rates) for exponent in exponents]
 
 
 def choose(trials: Sequence[Mapping[str, Any]], measures: Sequence[Measure]) -> int:
-    """Index of the trial that is best on validation data by the first measure; of equals by the next, then the first.
+    """Return the index of the trial that is best on validation data.
 
     Args:
-        trials (sequence of mappings): Each with `"validation"`, from the name of each measure to its value; `None`,
-            for a training that diverged, is the worst.
-        measures (sequence of [`Measure`]): What decides, the most important first.
+        trials (sequence of mappings):
+            Each with `"validation"`, from the name of each measure to its value; `None`, for a training that
+            diverged, is the worst.
+        measures (sequence of [`Measure`]):
+            The first decides, the next among equals; then the first trial.
     """
 
     def rank(index: int) -> tuple[float, ...]:
-        values = (trials[index]["validation"][measure.name] for measure in measures)
-        return tuple(
-            -math.inf if value is None else measure.gain(value)
-            for value, measure in zip(values, measures, strict=True)
-        )
+        values = [(trials[index]["validation"][measure.name], measure) for measure in measures]
+        return tuple(-math.inf if value is None else measure.gain(value) for value, measure in values)
 
     return max(range(len(trials)), key=rank)
 
 
 def or_none(scores: Scores) -> dict[str, float | None]:
-    """Scores of a model that diverged, some of which are not finite, are none."""
+    """Replace all scores by `None` if one is not finite: the training diverged."""
     finite = all(math.isfinite(value) for value in scores.values())
     return {name: float(value) if finite else None for name, value in scores.items()}
 
 
 def first_of_each_class(examples: Examples, count: int | None) -> Examples:
-    """The first `count` examples of each class, in their order; all of them for `None`.
+    """Return the first `count` examples of each class in their order; all for `None`.
 
     Raises:
-        `ValueError`: when a class has fewer.
+        `ValueError`: If a class has fewer.
     """
     if count is None:
         return examples
-    labels, chosen = examples["labels"], []
+    labels, rows = examples["labels"], []
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         if len(members) < count:
-            raise ValueError(f"class {int(label)} has {len(members)} training examples, {count} were asked for")
-        chosen.append(members[:count])
-    rows = torch.cat(chosen).sort().values
-    return {name: tensor[rows] for name, tensor in examples.items()}
+            raise ValueError(
+                f"class {int(label)} has {len(members)} training examples, but labels_per_class={count}; lower it"
+            )
+        rows.append(members[:count])
+    selected = torch.cat(rows).sort().values
+    return {name: tensor[selected] for name, tensor in examples.items()}
 
 
 def check_rates(learning_rates: Sequence[float]) -> None:
-    """Raises `ValueError` for an empty grid, or one that names a rate twice."""
+    """Raise a `ValueError` if a grid is empty or repeats a rate."""
     if not learning_rates or len(set(learning_rates)) < len(learning_rates):
-        raise ValueError(f"learning_rates must be different and at least one, got {learning_rates}")
+        raise ValueError(f"learning rates must be distinct and at least one, got {learning_rates}")

@@ -1,4 +1,4 @@
-"""The data that arms are compared on: what a draw gives, what tells it from other data, and whether it can be used."""
+"""Data of a comparison: the split of one draw and its checks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,16 +9,19 @@ import torch
 from ..data.row_hashes import content_hash
 from .fine_tuning import Examples
 
-_IGNORED = -100  # the label that the losses of torch leave out
+_PARTS = ("train", "validation", "test")
+_IGNORED = -100  # label that the losses of torch leave out
 
 
 @dataclass(frozen=True)
 class Split:
-    """The data of one task, of one draw.
+    """Data of one draw of a task.
 
-    Attributes:
-        train, validation, test (mapping of tensors): Examples. Choices are made on `validation`, `test` is reported.
-        num_labels (`int`, *optional*): Classes of the new head; by default the model's head is kept.
+    Args:
+        train, validation, test (mapping of tensors):
+            Examples; trials are chosen on `validation` and reported on `test`.
+        num_labels (`int`, *optional*):
+            Number of classes of the new head; the head of the model is kept by default.
     """
 
     train: Examples
@@ -27,82 +30,84 @@ class Split:
     num_labels: int | None = None
 
     def content(self) -> str:
-        """Hash of all that it holds, the same on every machine."""
+        """Hash the content; the same on every machine."""
         return content_hash(vars(self)).hex()
 
 
 def check_split(split: Any, what: str, classifies: bool) -> Split:
-    """Gives the split back, if it can be used.
+    """Return the split if it can be used.
 
     Args:
-        split (`Any`): What a callable of the task gave.
-        what (`str`): Where it comes from, for errors.
-        classifies (`bool`): Whether accuracy and loss of a classifier are measured on it.
+        split (`Any`):
+            Return value of a callable of the task.
+        what (`str`):
+            The call, for errors.
+        classifies (`bool`):
+            Whether accuracy and loss of a classifier are measured on it.
 
     Raises:
-        `ValueError`: when it is no [`Split`], does not hold tensors of the same length, has no test examples, or as
+        `ValueError`: If it is not a [`Split`] of tensors of equal length, has no test examples, or as
             [`check_labels`].
     """
     if not isinstance(split, Split):
-        raise ValueError(f"{what} gave a {_kind(split)}; give a Split(train=…, validation=…, test=…)")
-    for part in ("train", "validation", "test"):
-        examples = getattr(split, part)
-        if not isinstance(examples, Mapping):
-            raise ValueError(
-                f"{part} of {what} is a {_kind(examples)}, not a mapping of tensors; of a datasets.Dataset give"
-                " dataset.with_format('torch')[:]"
-            )
-        for name, tensor in examples.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise ValueError(
-                    f"{part} of {what} has a {_kind(tensor)} as {name!r}; give one tensor, whose first axis counts the"
-                    " examples"
-                )
-        lengths = {name: len(tensor) if tensor.ndim else 0 for name, tensor in examples.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(
-                f"the tensors in {part} of {what} have different lengths, {lengths}; give the same examples"
-            )
-        if part == "test" and not any(lengths.values()):
-            raise ValueError(f"test of {what} holds no examples; nothing can be measured on it")
-        if classifies and "label" in examples and "labels" not in examples:
-            raise ValueError(f"{part} of {what} has 'label', which models take as 'labels'; rename it")
+        raise ValueError(f"{what} returned a {_kind(split)}; return Split(train=…, validation=…, test=…)")
+    for part in _PARTS:
+        _check_examples(getattr(split, part), f"{part} of {what}", classifies)
+    if not any(len(tensor) for tensor in split.test.values()):
+        raise ValueError(f"test of {what} has no examples; return at least one")
     check_labels(split, what, split.num_labels, classifies)
     return split
 
 
 def check_labels(split: Split, what: str, num_labels: int | None, classifies: bool = True) -> None:
-    """Tells which labels are none of a classifier's, before torch does without saying where.
+    """Check that labels are classes of the head.
 
     Args:
-        split ([`Split`]): The data.
-        what (`str`): Where it comes from, for errors.
-        num_labels (`int`, *optional*): Classes, if they are known.
-        classifies (`bool`, *optional*, defaults to `True`): Whether labels must be classes: a task with measures of
-            its own may have others.
+        split ([`Split`]):
+            The data.
+        what (`str`):
+            Its origin, for errors.
+        num_labels (`int`, *optional*):
+            Number of classes, if known.
+        classifies (`bool`, *optional*, defaults to `True`):
+            Whether labels must be classes; a task with its own measures may have other labels.
 
     Raises:
-        `ValueError`: when labels are no integers of torch's default, or beyond the classes.
+        `ValueError`: If labels are not int64, or exceed the classes of the head.
     """
-    for part in ("train", "validation", "test"):
+    for part in _PARTS:
         labels = getattr(split, part).get("labels")
-        if labels is None:
+        if labels is None or (labels.dtype != torch.int64 and not classifies):
             continue
         if labels.dtype != torch.int64:
-            if not classifies:
-                continue
             raise ValueError(
-                f"labels in {part} of {what} are {labels.dtype}, accuracy and loss are of classes in torch.int64; give"
-                " labels.long(), or for other tasks than classification evaluate and measures of your own"
+                f"labels in {part} of {what} are {labels.dtype}, but accuracy and loss need torch.int64 classes; use"
+                " labels.long(), or pass evaluate and measures for another task than classification"
             )
-        if num_labels is None or labels.ndim != 1 or (num_labels == 1 and not classifies):  # one is a regression
+        if num_labels is None or labels.ndim != 1 or (num_labels == 1 and not classifies):  # 1 is a regression
             continue
         beyond = labels[((labels < 0) | (labels >= num_labels)) & (labels != _IGNORED)]
         if len(beyond):
             raise ValueError(
-                f"{part} of {what} has the label {int(beyond[0])}, but the head has {num_labels} classes, 0 to"
-                f" {num_labels - 1}; count labels from 0, or give Split the num_labels there are"
+                f"{part} of {what} has label {int(beyond[0])}, but the head has {num_labels} classes, 0 to"
+                f" {num_labels - 1}; count labels from 0, or set num_labels of the Split"
             )
+
+
+def _check_examples(examples: Any, what: str, classifies: bool) -> None:
+    if not isinstance(examples, Mapping):
+        raise ValueError(
+            f"{what} is a {_kind(examples)}, not a mapping of tensors; for a datasets.Dataset pass"
+            " dataset.with_format('torch')[:]"
+        )
+    for name, tensor in examples.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name!r} in {what} is a {_kind(tensor)}; pass a tensor with one row per example")
+    lengths = {name: len(tensor) if tensor.ndim else 0 for name, tensor in examples.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the tensors in {what} have different lengths, {lengths}; pass the same examples in each")
+    if classifies and "label" in examples and "labels" not in examples:
+        raise ValueError(f"{what} has 'label', but models expect 'labels'; rename it")
 
 
 def _kind(value: Any) -> str:

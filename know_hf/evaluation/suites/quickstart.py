@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...predict import predict_overflowed_weights
 from ...trajectory import WeightTrajectory
-from ..measure import trajectory_folder
+from ..comparison_task import trajectory_folder
 from ..measure import recalibration_batches
 from ..report.comparison_report import ComparisonReport
 from .suite import load_suite

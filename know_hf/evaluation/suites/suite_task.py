@@ -15,7 +15,7 @@ from ...checkpoint import file_sha256
 from ...recording import induce_forgetting
 from ...schedule import ForgettingSchedule
 from ...trajectory import WeightTrajectory
-from ..measure import ComparisonTask
+from ..comparison_task import ComparisonTask
 from ..splits import Split
 from .suite import Suite
 from .suite_data import PreparedSplit, Side, StoredExamples, prepare

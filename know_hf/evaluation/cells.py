@@ -1,0 +1,194 @@
+"""Cells of a comparison: independent pieces of work, run in parallel processes and stored one by one."""
+
+import json
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..checkpoint import write_json
+
+Cell = TypeVar("Cell")
+Result = TypeVar("Result")
+
+# One thread per process: sums have the same order for any number of processes.
+_WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class CellStore:
+    """A folder of a comparison with one JSON file per finished cell.
+
+    Args:
+        path (`str` or `Path`):
+            The folder; it is created if missing.
+        identity (`Mapping[str, Any]`):
+            Everything that the results depend on, JSON values only; stored in `identity.json`.
+
+    Raises:
+        `ValueError`: If the folder has results with another identity; names the difference.
+        `FileExistsError`: If the folder has other content.
+    """
+
+    IDENTITY_NAME = "identity.json"
+
+    def __init__(self, path: str | Path, identity: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        expected = json.loads(json.dumps(identity))  # as it is read back: lists instead of tuples
+        stored_at = self.path / self.IDENTITY_NAME
+        if stored_at.exists():
+            stored = json.loads(stored_at.read_text(encoding="utf-8"))
+            for name in sorted(expected.keys() | stored.keys()):
+                if stored.get(name) != expected.get(name):
+                    raise ValueError(
+                        f"{self.path} has results with another {name}: {json.dumps(stored.get(name))} instead of"
+                        f" {json.dumps(expected.get(name))}; use another output folder, or delete this one"
+                    )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise FileExistsError(f"{self.path} is not empty and has no {self.IDENTITY_NAME}; use a new output folder")
+        else:
+            (self.path / "cells").mkdir(parents=True, exist_ok=True)
+            write_json(stored_at, expected)
+
+    def read(self, cell: str) -> dict[str, Any] | None:
+        """Return the result of a cell, or `None` if it is not finished."""
+        path = self._file(cell)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write(self, cell: str, result: Mapping[str, Any]) -> None:
+        """Store the result of a cell atomically."""
+        write_json(self._file(cell), result)
+
+    def _file(self, cell: str) -> Path:
+        return self.path / "cells" / f"{cell}.json"
+
+
+def run_cells(
+    function: Callable[[Cell], Result],
+    cells: Sequence[Cell],
+    *,
+    num_processes: int = 1,
+    description: str = "cells",
+    label: Callable[[Cell], str] = str,
+) -> Iterator[tuple[int, Result]]:
+    """Run cells, each on one thread, under a progress bar.
+
+    Args:
+        function (`Callable`):
+            Runs one cell. For more than one process it and the cells must be picklable, and a script that calls this
+            function needs `if __name__ == "__main__":`.
+        cells (sequence):
+            The cells.
+        num_processes (`int`, *optional*, defaults to `1`):
+            Number of processes; with 1 the cells run in this one.
+        description (`str`, *optional*, defaults to `"cells"`):
+            Text of the progress bar.
+        label (`Callable`, *optional*, defaults to `str`):
+            From a finished cell to its text behind the bar.
+
+    Yields:
+        `tuple[int, Result]`: Index and result of each cell, as soon as it is finished.
+
+    Raises:
+        `ChildProcessError`: If a worker process dies.
+        `RuntimeError`: If the function raises in a worker, with the worker's traceback as cause; a `ValueError` stays
+            a `ValueError`. With one process exceptions are not changed.
+    """
+    in_this_process = num_processes <= 1 or len(cells) <= 1
+    results = _run_here(function, cells) if in_this_process else _run_in_pool(function, cells, num_processes)
+    with closing(results), tqdm(total=len(cells), desc=description, unit="cell") as bar:
+        for index, result in results:
+            bar.set_postfix_str(label(cells[index]), refresh=False)
+            bar.update()
+            yield index, result
+
+
+def _run_here(function: Callable[[Cell], Result], cells: Sequence[Cell]) -> Generator[tuple[int, Result], None, None]:
+    for index, cell in enumerate(cells):
+        with _one_thread_without_bars():
+            result = function(cell)
+        yield index, result
+
+
+def _run_in_pool(
+    function: Callable[[Cell], Result], cells: Sequence[Cell], num_processes: int
+) -> Generator[tuple[int, Result], None, None]:
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit the state of torch's threads
+    executor = ProcessPoolExecutor(min(num_processes, len(cells)), context, initializer=_start_worker)
+    before = multiprocessing.active_children()
+    with _environment(_WORKER_ENVIRONMENT):  # the first submits start the workers
+        futures = {executor.submit(_run_in_worker, function, index, cell): index for index, cell in enumerate(cells)}
+    workers = [process for process in multiprocessing.active_children() if process not in before]
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker process died without a result; check whether it ran out of memory, and whether the script has"
+            " `if __name__ == '__main__':`"
+        ) from error
+    finally:
+        if not all(future.done() for future in futures):  # an error, or the caller stopped: do not wait for the rest
+            for process in workers:
+                process.terminate()
+        executor.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # bars of several processes would overwrite each other
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """End the worker when the parent is killed: its queue never closes, as each worker holds both of its ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_in_worker(function: Callable[[Cell], Result], index: int, cell: Cell) -> Result:
+    try:
+        return function(cell)
+    except ValueError as error:
+        raise ValueError(str(error)) from error  # plain exceptions can always be sent
+    except Exception as error:
+        raise RuntimeError(f"cell {index} failed in its process: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _one_thread_without_bars() -> Iterator[None]:
+    """Use one thread, and hide the bar that transformers shows for each model it loads."""
+    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]

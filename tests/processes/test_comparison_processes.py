@@ -1,0 +1,126 @@
+"""Cells in worker processes, and a comparison that is killed."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from quadrants import source, target
+
+from know_hf.evaluation import ComparisonTask, LinearProbe, ZeroShot, compare_arms, run_cells
+
+TESTS = Path(__file__).parents[1]
+
+
+def settings(cell):
+    sys.stderr.write("written by a worker\n")
+    if cell == "invalid":
+        raise ValueError("factor=7 is invalid")
+    if cell == "unpicklable":
+        raise Unpicklable("planted", 1)  # it would break the pool if it were sent
+    if cell == "dead":
+        os._exit(3)
+    if cell == "slow":
+        time.sleep(600)
+    return os.getpid(), torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+
+
+class Unpicklable(Exception):
+    def __init__(self, what, number):
+        super().__init__(what)
+
+
+def test_workers_run_cells_on_one_thread_and_report_an_error(capfd):
+    results, before = [], os.environ.get("OMP_NUM_THREADS")
+    with pytest.raises(RuntimeError, match=r"cell 2 .*Unpicklable: planted") as error:
+        for result in run_cells(settings, ["a", "b", "unpicklable", "slow"], num_processes=2):
+            results.append(result)
+    assert "Traceback" in str(error.value.__cause__)
+    for index, (process, threads, variable) in results:
+        assert index in (0, 1) and process != os.getpid() and (threads, variable) == (1, "1")
+    assert os.environ.get("OMP_NUM_THREADS") == before
+    assert "written by a worker" not in capfd.readouterr().err
+    assert not multiprocessing.active_children()  # the slow cell was stopped
+
+
+@pytest.mark.parametrize(
+    ("cell", "error", "message"),
+    [
+        ("dead", ChildProcessError, "died .*__main__"),
+        ("invalid", ValueError, r"^factor=7 is invalid$"),
+    ],
+)
+def test_errors_of_workers(cell, error, message):
+    with pytest.raises(error, match=message):
+        list(run_cells(settings, [cell, cell], num_processes=2))
+
+
+ORPHANS = """
+import os
+from test_comparison_processes import settings
+from know_hf.evaluation import run_cells
+if __name__ == "__main__":
+    for _, result in run_cells(settings, ["a", "slow", "slow"], num_processes=2):
+        print(result[0], flush=True)
+"""
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(Path(__file__).parent), *sys.path])}
+
+
+def test_workers_end_with_a_parent_that_is_killed():
+    process = subprocess.Popen(
+        [sys.executable, "-c", ORPHANS],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    worker = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while _runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(worker)
+
+
+def _runs(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+KILLED = """
+import sys
+from test_comparison_processes import compare
+compare(sys.argv[1], sys.argv[2])
+"""
+
+
+def compare(trajectory, output_dir):
+    task = ComparisonTask([trajectory] * 2, target, source)
+    protocols = (LinearProbe((1e-2, 1e-1), steps=5), ZeroShot())
+    return compare_arms(task, output_dir, protocols=protocols, arms=["naive", "average", "shrink"], pages=False)
+
+
+def test_a_killed_comparison_resumes_to_the_same_results(recorded, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(recorded), str(tmp_path / "out")]
+    process = subprocess.Popen(command, env={**environment(), "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    cells = tmp_path / "out" / "cells"
+    while process.poll() is None and not list(cells.glob("seed-0.naive.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path.name: path.read_bytes() for path in cells.glob("seed-*")}
+    assert "seed-0.naive.json" in finished and not (tmp_path / "out" / "report.json").exists()
+    resumed, uninterrupted = (compare(recorded, tmp_path / name) for name in ("out", "other"))
+    assert all((cells / name).read_bytes() == content for name, content in finished.items())
+    assert [cell["measured"] for cell in resumed.cells] == [cell["measured"] for cell in uninterrupted.cells]
