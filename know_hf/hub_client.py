@@ -67,11 +67,7 @@ class RemoteRepo:
 
     @classmethod
     def open(cls, repo_id: str, revision: str | None = None, token: Token = None) -> "RemoteRepo":
-        """List the files of a repo at a branch, tag or commit, `main` by default.
-
-        Raises:
-            `RepositoryNotFoundError` or `RevisionNotFoundError`: If the token sees no such repo or revision.
-        """
+        """List the files of a repo at a branch, tag or commit; the default is `main`."""
         check_token(token)
         api = HfApi(token=token)
 
@@ -91,11 +87,7 @@ class RemoteRepo:
         return f"hf://{self.repo_id}@{self.commit[:8]}/{path}"
 
     def fetch(self, path: str, token: Token = None, local_dir: Path | None = None) -> Path:
-        """Download a file to the Hub cache, or to `local_dir`, and compare it with its hash.
-
-        Raises:
-            `HubError`: If the file arrives damaged.
-        """
+        """Download a file to the Hub cache, or to `local_dir`, and compare it with its hash."""
 
         def download() -> Path:
             options: dict[str, Any] = {"revision": self.commit, "token": token, "local_dir": local_dir}
@@ -117,9 +109,6 @@ class RemoteSource:
         self.size = repo.files[path].size
         self._url = hf_hub_url(repo.repo_id, path, revision=repo.commit)
         self._token = token
-
-    def __repr__(self) -> str:
-        return self.name
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         filled = 0  # kept between attempts
@@ -174,7 +163,7 @@ def call_hub(request: Callable[[], T], failure: str, retry: bool = True) -> T:
                     if note and note not in getattr(cause, "__notes__", ()):
                         cause.add_note(note)
                 raise cause from cause.__cause__
-            logger.warning(f"{failure}: {cause}. Trying again in {waits[0]:.0f} s.")
+            logger.warning(f"{failure} ({type(cause).__name__}). Trying again in {waits[0]:.0f} s.")
             time.sleep(waits.pop(0))
 
 

@@ -84,6 +84,9 @@ def test_only_checkpoint_files_are_pushed(hub: LoopbackHub, enhanced: Path, tmp_
     (folder / "model.safetensors").write_bytes((enhanced / "model.safetensors").read_bytes()[:-1])
     with raises(CheckpointError, "model.safetensors"):
         push_checkpoint(folder, "me/x")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with raises(CheckpointError, "model-00001-of-00002.safetensors"):
+        push_checkpoint(folder, "me/x")
     (folder / "config.json").write_text("{")
     with raises(ValueError, "config.json"):
         push(folder, "me/x")
@@ -155,10 +158,11 @@ def test_trajectory(hub: LoopbackHub, sharing: WeightTrajectory, tmp_path: Path)
     assert contents(pulled.path) == contents(sharing.path) | {"README.md": repo.files()["README.md"]}
     remote = WeightTrajectory.from_hub("me/t")
     remote.verify()
+    expected = sharing.load_model(2).state_dict()
     for trajectory in (pulled, remote):
         assert [state.unchanged for state in trajectory.states] == [state.unchanged for state in sharing.states]
         for name, weight in trajectory.load_model(2).state_dict().items():
-            assert torch.equal(weight, sharing.load_model(2).state_dict()[name])
+            assert torch.equal(weight, expected[name])
         trajectory.load_into(model := make_resnet(seed=7), 1)
         assert torch.equal(model.classifier[1].weight, sharing.tensor("classifier.1.weight", 1))
     with raises(TrajectoryError, "pull"):

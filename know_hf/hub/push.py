@@ -66,7 +66,7 @@ def push_checkpoint(folder: str | Path, repo_id: str, **options: Unpack[PushKeyw
     kind = kind_of(files) or "checkpoint"
     architecture = architecture_of(folder / "config.json") if kind == "checkpoint" else None
     target = PushTarget(repo_id, kind, architecture, PushOptions(**options))
-    message = options.get("commit_message") or f"Add {kind} made with know_hf"
+    message = options.get("commit_message") or f"Upload {kind} with know_hf"
     target.create(message)
     target.commit(files, message, is_weights)
     return target.url
@@ -104,7 +104,7 @@ def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **o
     architecture = architecture_of(folder / "config.json")
     target = PushTarget(repo_id, "trajectory", architecture, PushOptions(**options))  # before all files are read
     trajectory.verify()
-    message = options.get("commit_message") or f"Add a trajectory of {num_states} states recorded with know_hf"
+    message = options.get("commit_message") or f"Upload trajectory of {num_states} states with know_hf"
     repo = target.create(message)
 
     manifest = Manifest.read(folder)
@@ -162,7 +162,7 @@ def push_known(model: KNOWNModel | str | Path, repo_id: str, **options: Unpack[P
         if not (folder / CARD).exists():
             repo_id = PushTarget(repo_id, "checkpoint", architecture_of(config), PushOptions(**options)).repo_id
             _write_known_card(folder, repo_id)
-        options["commit_message"] = options.get("commit_message") or "Add KNOWN weights"
+        options["commit_message"] = options.get("commit_message") or "Upload KNOWN weights with know_hf"
         return push_checkpoint(folder, repo_id, **options)
 
 

@@ -94,15 +94,9 @@ def check_push(
 
 
 class PushTarget:
-    """A repo to push to. The constructor runs the checks of [`check_push`].
+    """A repo to push to, at `repo_id` with its namespace; the constructor runs the checks of [`check_push`].
 
-    Attributes:
-        repo_id (`str`):
-            Id of the repo with its namespace.
-        repo ([`RemoteRepo`], *optional*):
-            The repo before the push; None if it does not exist.
-        url (`str`):
-            Address of the last commit, or of the pull request.
+    `repo` is its content before the push, or None, and `url` the address of the last commit or of the pull request.
     """
 
     def __init__(self, repo_id: str, kind: Kind, architecture: str | None, options: PushOptions) -> None:
