@@ -1,5 +1,4 @@
-"""Model cards of enhanced checkpoints, trajectories and KNOWN weights: dataclasses that are filled along the way and
-rendered by the Jinja templates of the package. Nothing here asks the network or writes a file."""
+"""Model cards: dataclasses with the facts, rendered by Jinja templates. No network access, no file writes."""
 
 from .checkpoint_card import CheckpointCard, checkpoint_card
 from .known_card import KNOWNCard, known_card

@@ -1,16 +1,13 @@
-"""From a card's dataclass to Markdown: one Jinja environment in which no name that a stranger chose breaks the page.
-
-What a template puts out is escaped as text unless a filter made Markdown of it, and a value that is missing or `None`
-is an error: a card has no holes.
-"""
+"""Base of all cards: the dataclass, the Jinja environment, and where models and datasets come from."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..markdown import code, fenced, link, markdown, python, size, table, url
@@ -20,12 +17,15 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 @dataclass(kw_only=True)
 class Card(ABC):
-    """What every card has.
+    """A card, rendered from `template`.
 
     Args:
-        title (`str`): Heading of the card.
-        repo_id (`str`, *optional*): Where the files are or will be on the Hub; without it, examples name a folder.
-        license (`dict[str, str]`, *optional*): `license`, and `license_name` and `license_link` where it is `other`.
+        title (`str`):
+            Heading of the card.
+        repo_id (`str`, *optional*):
+            Hub repo of the files. Without it, examples load from a folder.
+        license (`dict[str, str]`, *optional*):
+            `license`, with `license_name` and `license_link` if it is `other`.
     """
 
     template: ClassVar[str]
@@ -36,29 +36,45 @@ class Card(ABC):
 
     @abstractmethod
     def data(self) -> ModelCardData:
-        """The front matter."""
+        """Return the front matter."""
 
     def render(self) -> ModelCard:
-        """The card; `str` of it is the content of README.md.
+        """Render the card; `str` of it is the content of README.md.
 
         Raises:
-            `jinja2.UndefinedError` or `ValueError`: when a value is missing that the template needs.
+            `jinja2.UndefinedError` or `ValueError`: If a value is missing.
         """
         return ModelCard(environment().get_template(self.template).render(card=self))
 
 
+class Source(TypedDict):
+    """A model or dataset: Hub id or name of a local folder, and revision."""
+
+    name: str
+    on_hub: bool
+    revision: str | None
+
+
+def source(name: str, revision: str | None = None) -> Source:
+    """Return where a model or dataset comes from. Of a local folder, only the last part of the path is kept."""
+    try:
+        validate_repo_id(name)
+        on_hub = not Path(name).exists()
+    except HFValidationError:
+        on_hub = False
+    return {"name": name if on_hub else Path(name).name or name, "on_hub": on_hub, "revision": revision}
+
+
 @cache
 def environment() -> Environment:
-    """The Jinja environment of all cards."""
-    # autoescape makes macros give Markup, which `markdown` then leaves as it is
-    made = Environment(
+    """Return the Jinja environment of all cards: it escapes every value and rejects missing ones."""
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
-        autoescape=True,
+        autoescape=True,  # so that macros return Markup, which `markdown` does not escape again
         finalize=markdown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for made_filter in (code, fenced, link, python, size, table, url):
-        made.filters[made_filter.__name__] = made_filter
-    return made
+    environment.filters |= {f.__name__: f for f in (code, fenced, link, python, size, table, url)}
+    return environment

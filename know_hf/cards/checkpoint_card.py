@@ -1,69 +1,88 @@
-"""The card of an enhanced checkpoint: what was done to which weights, at what cost, and whether it helped."""
+"""Card of an enhanced checkpoint."""
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
 from ..checkpoint import file_sha256
-from ..known.configuration_known import KNOWNConfig
-from ..markdown import Table, clean, code
-from .code_snippets import loading_code, prediction_code, prediction_command, record_command
+from ..config_files import check_keys
+from ..known import KNOWNConfig, KNOWNModel
+from ..markdown import Table, clean, code, python, python_call
+from ..prediction import SHIPPED_KNOWN, PredictionResult
+from ..predictors import Predictor
+from ..trajectory import WeightTrajectory
+from .base import Source, source
 from .evidence import comparison_table, eval_results, gate_table, recorded_comparison, recorded_gate
-from .provenance import About, RecordedCard, Source, recorded_fields, source
+from .model_loading import adapter_loading_code, loading_code
+from .recorded_card import About, RecordedCard, recorded_fields
 from .suite_tables import COMPARISONS_NAME, protocols, tally
 
-if TYPE_CHECKING:
-    from ..evaluation import Comparison
-    from ..known.modeling_known import KNOWNModel
-    from ..prediction import PredictionResult
-    from ..predictors import Predictor
-    from ..trajectory import WeightTrajectory
+_RECORDING = "recording"  # output folder of `know-hf record` in the examples
+_BATCHES_COMMENT = "# batches: keyword arguments of the model, from the source data"
 
-_SHIPPED = Path(__file__).resolve().parents[1] / "known" / "weights"
-# What of a `ResidualReport` stands in the card.
-_FIGURES = (
-    "tensors",
-    "parameters",
-    "unchanged",
-    "predicted",
-    "mean_residual",
-    "largest_residual",
-    "mean_ratio",
-    "shrink_share",
-    "shrink_factor",
-    "extrapolation_share",
-    "extrapolation_factor",
-)
+
+class PredictionAbout(About, total=False):
+    """[`About`], and how the weights were predicted. All keys are optional.
+
+    Args:
+        predictor_options (`Mapping`):
+            Fields of a predictor given by name.
+        norm (`str`):
+            `"keep"` or `"predict"`, as in [`predict_overflowed_weights`].
+        dtype (`str`):
+            Requested dtype, such as `"bfloat16"`.
+        recalibrated (`bool`):
+            Whether the BatchNorm statistics were recomputed.
+        known_revision (`str`):
+            Revision of KNOWN weights from the Hub.
+    """
+
+    predictor_options: Mapping[str, Any] | None
+    norm: str
+    dtype: str | None
+    recalibrated: bool
+    known_revision: str | None
 
 
 @dataclass(kw_only=True)
 class CheckpointCard(RecordedCard):
-    """All that is known of an enhanced checkpoint; JSON values only, so that it can be kept and filled later:
-    `CheckpointCard(**json.loads(json.dumps(dataclasses.asdict(card))))` is the same card.
+    """Card of an enhanced checkpoint, JSON values only, so that it can be stored and completed later.
 
     Args:
-        trajectory ([`Source`], *optional*): The trajectory, where it is on the Hub.
-        steps (`int`): Recursive predictions.
-        predictor (`dict`): `name`, `module` (of a class that can be imported), `options`, and of KNOWN `known`: a
-            [`Source`] with `shipped`, `sha256` and `trajectories`.
-        norm (`str`): `"keep"` or `"predict"`.
-        dtype (`str`, *optional*): Floating-point dtype that was asked for.
-        recalibrated (`bool`): Whether BatchNorm statistics were computed anew.
-        has_batch_norm (`bool`): Whether there are any.
-        roles (`list[dict]`): The figures of each role.
-        warnings (`list[str]`): Of the prediction.
-        predicted_with (`dict[str, str]`): From library to version.
-        comparisons (`list[dict]`): As [`~know_hf.cards.evidence.recorded_comparison`] gives them.
-        gate (`dict`, *optional*): As [`~know_hf.cards.evidence.recorded_gate`] gives it.
-        elsewhere (`dict`, *optional*): In which of the suites that the shipped KNOWN weights were compared on so many
-            steps were `better` than Θ0, `worse`, `neither` or `unclear`; and `what` was measured.
+        trajectory ([`Source`], *optional*):
+            The trajectory, if it is on the Hub.
+        steps (`int`):
+            Recursive predictions.
+        predictor (`dict`):
+            `name`, `module` of its class, `options` and, for KNOWN, `known`: a [`Source`] with `shipped`, `sha256` and
+            `trajectories`.
+        norm (`str`):
+            `"keep"` or `"predict"`.
+        dtype (`str`, *optional*):
+            Requested dtype.
+        recalibrated, has_batch_norm (`bool`):
+            Whether BatchNorm statistics were recomputed, and whether the model has any.
+        roles (`list[dict]`):
+            Figures of each role, from [`ResidualReport`].
+        warnings (`list[str]`):
+            Warnings of the prediction.
+        predicted_with (`dict[str, str]`):
+            Library versions.
+        comparisons (`list[dict]`):
+            From [`~know_hf.cards.evidence.recorded_comparison`].
+        gate (`dict`, *optional*):
+            From [`~know_hf.cards.evidence.recorded_gate`].
+        elsewhere (`dict`, *optional*):
+            For the KNOWN weights of the package: suites in which the same number of steps was `better` than Θ0,
+            `worse`, `neither` or `unclear`, and `what` was measured.
     """
 
     template: ClassVar[str] = "checkpoint.md"
@@ -85,46 +104,44 @@ class CheckpointCard(RecordedCard):
     @classmethod
     def of(
         cls,
-        trajectory: "WeightTrajectory",
-        result: "PredictionResult",
-        predictor: "Predictor | KNOWNModel | str",
+        trajectory: WeightTrajectory,
+        result: PredictionResult,
+        predictor: Predictor | KNOWNModel | str,
         steps: int,
-        *,
-        norm: str = "keep",
-        dtype: str | None = None,
-        recalibrated: bool = False,
-        predictor_options: Mapping[str, Any] | None = None,
-        known_revision: str | None = None,
-        **about: Unpack[About],
+        **about: Unpack[PredictionAbout],
     ) -> "CheckpointCard":
-        """What a prediction says of itself; see [`checkpoint_card`]."""
+        """Collect the fields; see [`checkpoint_card`]."""
+        check_keys(about, tuple(PredictionAbout.__annotations__), "the card")
         recorded = recorded_fields(trajectory, about, "Enhanced checkpoint")
-        described = _described(predictor, predictor_options, known_revision)
+        described = _described(predictor, about.get("predictor_options"), about.get("known_revision"))
         return cls(
             **recorded,
             trajectory=_trajectory(trajectory, about),
             steps=steps,
             predictor=described,
-            norm=norm,
-            dtype=dtype,
-            recalibrated=recalibrated,
+            norm=about.get("norm", "keep"),
+            dtype=about.get("dtype"),
+            recalibrated=about.get("recalibrated", False),
             has_batch_norm=any(role.is_batch_norm for role in trajectory.roles.values()),
-            roles=[
-                {"role": role} | {name: getattr(report, name) for name in _FIGURES}
-                for role, report in result.report.items()
-            ],
+            roles=[{"role": role} | _figures(report) for role, report in result.report.items()],
             warnings=list(result.warnings),
             predicted_with=_versions(recorded["recorded_with"]),
             elsewhere=_elsewhere(described["known"], steps),
         )
 
-    def compare(self, comparison: "Comparison | Mapping[str, Any]", arm: str | None) -> None:
-        """Adds a comparison, in which these weights are the arm named, or none of them."""
+    def compare(self, comparison: Any, arm: str | None) -> None:
+        """Add a comparison; `arm` is the arm that is this checkpoint."""
         self.comparisons.append(recorded_comparison(comparison, arm))
 
     @property
+    def chosen_state(self) -> int | None:
+        """The recorded state that the gate chose, or `None` for a prediction."""
+        return ((self.gate or {}).get("recipe") or {}).get("state")
+
+    @property
     def known(self) -> dict[str, Any] | None:
-        return self.predictor["known"]
+        """The KNOWN weights that predicted this checkpoint."""
+        return self.predictor["known"] if self.chosen_state is None else None
 
     @property
     def data_factor(self) -> float | None:
@@ -132,29 +149,32 @@ class CheckpointCard(RecordedCard):
         return None if self.ratio is None or self.known is None else self.ratio**-self.steps
 
     @property
+    def verdict(self) -> str:
+        """The first sentence of the card."""
+        sentences = [comparison["sentence"] for comparison in self.comparisons if comparison["sentence"]]
+        if sentences or self.gate is not None:
+            return " ".join([*sentences, *([] if self.gate is None else [self.gate["sentence"]])])
+        if self.comparisons:
+            return "No comparison measured these weights: nothing shows that they are better than Θ0."
+        return "Not evaluated: no comparison shows that these weights are better than Θ0."
+
+    @property
     def roles_table(self) -> Table:
         head = ["role", "tensors", "parameters", "unchanged", "mean abs. R", "largest", "relative to Θ0"]
         rows: list[Sequence[object]] = [[*head, "along Θ0", "along Θ0 − Θ1"]]
         for row in self.roles:
-            counts = [f"{row[name]:,}" for name in ("tensors", "parameters", "unchanged")]
-            if not row["predicted"]:
-                rows.append([row["role"], *counts, *["–"] * 5])
-                continue
-            ratio = "–" if math.isinf(row["mean_ratio"]) else f"{row['mean_ratio']:.2%}"
-            sizes = [f"{row['mean_residual']:.3g}", f"{row['largest_residual']:.3g}", ratio]
-            shrinkage = f"{row['shrink_share']:.0%} (× {row['shrink_factor']:.4g})"
-            extrapolation = f"{row['extrapolation_share']:.0%} ({row['extrapolation_factor']:+.2f})"
-            rows.append([row["role"], *counts, *sizes, shrinkage, extrapolation])
+            cells = [row["role"], *(f"{row[name]:,}" for name in ("tensors", "parameters", "unchanged"))]
+            if row["predicted"]:
+                cells += [f"{row['mean_residual']:.3g}", f"{row['largest_residual']:.3g}"]
+                cells.append("–" if math.isinf(row["mean_ratio"]) else f"{row['mean_ratio']:.2%}")
+                cells.append(f"{row['shrink_share']:.0%} (× {row['shrink_factor']:.4g})")
+                cells.append(f"{row['extrapolation_share']:.0%} ({row['extrapolation_factor']:+.2f})")
+            rows.append(cells + ["–"] * (9 - len(cells)))
         return rows
 
     @property
     def comparison_tables(self) -> list[Table]:
         return [comparison_table(record) for record in self.comparisons]
-
-    @property
-    def chosen_state(self) -> int | None:
-        """The state that the gate chose, 0 for Θ0; `None` where it chose a prediction or there was no gate."""
-        return ((self.gate or {}).get("recipe") or {}).get("state")
 
     @property
     def gate_table(self) -> Table:
@@ -164,91 +184,78 @@ class CheckpointCard(RecordedCard):
     @property
     def environment_table(self) -> Table:
         now = self.predicted_with
-        versions = [[code(name), found, now.get(name, "–")] for name, found in self.recorded_with.items()]
+        versions = [[code(name), before, now.get(name, "–")] for name, before in self.recorded_with.items()]
         return [["library", "recorded with", "predicted with"], *versions]
 
     @property
     def loading_code(self) -> str:
-        return loading_code(self, self.repo_id or "enhanced/")
+        path = self.repo_id or "enhanced/"
+        if self.adapter_type is not None:
+            return adapter_loading_code(path, self.load_with, self.base_model)
+        return loading_code(path, self.load_with, self.architecture, on_hub=self.repo_id is not None)
 
     @property
     def prediction_code(self) -> str:
-        return prediction_code(self)
+        return _prediction_code(self) if self.chosen_state is None else _state_code(self)
 
     @property
     def prediction_command(self) -> str | None:
-        return prediction_command(self)
+        return _prediction_command(self)
 
     @property
     def record_yaml(self) -> str:
-        """What `know-hf record` was told."""
         return yaml_dump(self.record_arguments, sort_keys=False)
 
     @property
     def record_command(self) -> str:
-        return record_command()
+        return f"know-hf record --output-dir {_RECORDING} --config record.yaml"
 
     def data(self) -> ModelCardData:
-        found = eval_results(self.comparisons, self.gate, self.pipeline_tag)
-        results = {"model_name": self.repo_id or clean(self.title), "eval_results": found} if found else {}
-        library = (
-            "peft" if self.adapter_type is not None else "transformers" if self.architecture is not None else None
-        )
-        return self.front_matter(["weight-prediction"], library, pipeline_tag=self.pipeline_tag, **results)
+        results = eval_results(self.comparisons, self.gate, self.pipeline_tag)
+        index = {"model_name": self.repo_id or clean(self.title), "eval_results": results} if results else {}
+        library = None if self.architecture is None else "transformers"
+        library = library if self.adapter_type is None else "peft"
+        return self.front_matter(["weight-prediction"], library, pipeline_tag=self.pipeline_tag, **index)
 
 
 def checkpoint_card(
-    trajectory: "WeightTrajectory",
-    result: "PredictionResult",
-    predictor: "Predictor | KNOWNModel | str",
+    trajectory: WeightTrajectory,
+    result: PredictionResult,
+    predictor: Predictor | KNOWNModel | str,
     steps: int,
     *,
-    predictor_options: Mapping[str, Any] | None = None,
-    norm: str = "keep",
-    dtype: str | None = None,
-    recalibrated: bool = False,
-    known_revision: str | None = None,
-    comparisons: Sequence["Comparison | Mapping[str, Any]"] = (),
+    comparisons: Sequence[Any] = (),
     arm: str | None = None,
     gate: Mapping[str, Any] | None = None,
-    **about: Unpack[About],
+    **about: Unpack[PredictionAbout],
 ) -> ModelCard:
-    """Card of an enhanced checkpoint. Reads the trajectory's JSON files; asks no network and writes nothing.
+    """Create the card of an enhanced checkpoint from the trajectory's JSON files, without network access.
 
     Args:
-        trajectory ([`WeightTrajectory`]): The recorded states.
-        result ([`PredictionResult`]): What the prediction did.
-        predictor ([`Predictor`], [`KNOWNModel`] or `str`): What predicted: an object, or the name of a predictor.
-        steps (`int`): Recursive predictions.
-        predictor_options (`Mapping`, *optional*): Fields of a predictor given by its name.
-        norm (`str`, *optional*, defaults to `"keep"`): As of [`predict_overflowed_weights`].
-        dtype (`str`, *optional*): Name of the dtype that was asked for, such as `"bfloat16"`.
-        recalibrated (`bool`, *optional*, defaults to `False`): Whether BatchNorm statistics were computed anew.
-        known_revision (`str`, *optional*): Revision of KNOWN weights that came from the Hub.
-        comparisons (sequence of [`Comparison`] or `Mapping`, *optional*): What was measured, see
-            [`~know_hf.cards.evidence.recorded_comparison`]. Without any, the card says that nothing was.
-        arm (`str`, *optional*): The arm of the comparisons that these weights are.
-        gate (`Mapping`, *optional*): What a validation gate found, see [`~know_hf.cards.evidence.recorded_gate`].
-        about: See [`~know_hf.cards.provenance.About`].
+        trajectory ([`WeightTrajectory`]):
+            Recorded states.
+        result ([`PredictionResult`]):
+            Result of the prediction.
+        predictor ([`Predictor`], [`KNOWNModel`] or `str`):
+            The predictor, or its name.
+        steps (`int`):
+            Recursive predictions.
+        comparisons (sequence of [`Comparison`] or `Mapping`, *optional*):
+            Measurements, see [`~know_hf.cards.evidence.recorded_comparison`]. Without any, the card says so.
+        arm (`str`, *optional*):
+            Arm of the comparisons that is this checkpoint.
+        gate (`Mapping`, *optional*):
+            Result of a gate, see [`~know_hf.cards.evidence.recorded_gate`].
+        about:
+            See [`~know_hf.cards.checkpoint_card.PredictionAbout`].
 
     Returns:
         `ModelCard`: `str(card)` is the README.md, `card.data` its front matter.
 
     Raises:
-        `ValueError`: for a comparison or a gate that lacks what the card needs, or an id that the Hub does not take.
+        `ValueError`: For an incomplete comparison or gate, an unknown key, or an invalid Hub id.
     """
-    card = CheckpointCard.of(
-        trajectory,
-        result,
-        predictor,
-        steps,
-        predictor_options=predictor_options,
-        norm=norm,
-        dtype=dtype,
-        recalibrated=recalibrated,
-        known_revision=known_revision,
-        **about,
-    )
+    card = CheckpointCard.of(trajectory, result, predictor, steps, **about)
     for comparison in comparisons:
         card.compare(comparison, arm)
     card.gate = None if gate is None else recorded_gate(gate)
@@ -256,50 +263,51 @@ def checkpoint_card(
 
 
 def _described(
-    predictor: "Predictor | KNOWNModel | str", options: Mapping[str, Any] | None, known_revision: str | None
+    predictor: Predictor | KNOWNModel | str, options: Mapping[str, Any] | None, known_revision: str | None
 ) -> dict[str, Any]:
     if isinstance(predictor, str):
-        return {"name": predictor, "module": None, "options": _given(options or {}), "known": None}
-    model: Any = getattr(predictor, "model", predictor)
-    if isinstance(getattr(model, "config", None), KNOWNConfig):
-        return {"name": "known", "module": None, "options": {}, "known": _known(model.config, known_revision)}
+        options = {name: value for name, value in (options or {}).items() if value is not None}
+        return {"name": predictor, "module": None, "options": options, "known": None}
+    config = getattr(getattr(predictor, "model", predictor), "config", None)
+    if isinstance(config, KNOWNConfig):
+        return {"name": "known", "module": None, "options": {}, "known": _known(config, known_revision)}
     kind = type(predictor)
     values = {key.name: getattr(predictor, key.name) for key in fields(predictor)} if is_dataclass(predictor) else {}
     plain = {name: value for name, value in values.items() if isinstance(value, str | int | float)}
     return {"name": kind.__name__, "module": kind.__module__, "options": plain, "known": None}
 
 
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+def _known(config: KNOWNConfig, revision: str | None) -> dict[str, Any]:
+    path = str(getattr(config, "_name_or_path", "") or "")
+    weights = Path(path) / "model.safetensors"
+    return {
+        **(source(path, revision) if path else Source(name="in memory", on_hub=False, revision=None)),
+        "shipped": Path(path).resolve().parent == SHIPPED_KNOWN.parent,
+        "sha256": file_sha256(weights) if path and weights.is_file() else None,
+        "trajectories": (config.trained_on or {}).get("trajectories"),
+    }
 
 
-def _trajectory(trajectory: "WeightTrajectory", about: About) -> Source | None:
-    repo = getattr(trajectory, "repo", None)
-    name = about.get("trajectory_id") or getattr(repo, "repo_id", None)
-    revision = about.get("trajectory_revision") or getattr(repo, "commit", None)
+def _trajectory(trajectory: WeightTrajectory, about: About) -> Source | None:
+    name = about.get("trajectory_id") or getattr(trajectory.repo, "repo_id", None)
+    revision = about.get("trajectory_revision") or getattr(trajectory.repo, "commit", None)
     return None if name is None else Source(name=name, on_hub=True, revision=revision)
 
 
-def _known(config: KNOWNConfig, revision: str | None) -> dict[str, Any]:
-    place = str(getattr(config, "_name_or_path", "") or "")
-    weights = Path(place) / "model.safetensors"
-    found = source(place, revision) if place else Source(name="in memory", on_hub=False, revision=None)
-    return {
-        **found,
-        "shipped": Path(place).resolve().parent == _SHIPPED,
-        "sha256": file_sha256(weights) if place and weights.is_file() else None,
-        "trajectories": (config.trained_on or {}).get("trajectories"),
-    }
+def _figures(report: Any) -> dict[str, Any]:
+    names = ("tensors", "parameters", "unchanged", "predicted", "mean_residual", "largest_residual", "mean_ratio")
+    more = ("shrink_share", "shrink_factor", "extrapolation_share", "extrapolation_factor")
+    return {name: getattr(report, name) for name in (*names, *more)}
 
 
 def _elsewhere(known: Mapping[str, Any] | None, steps: int) -> dict[str, Any] | None:
     if known is None or not known["shipped"]:
         return None
-    path = _SHIPPED / Path(known["name"]).name / COMPARISONS_NAME
+    path = SHIPPED_KNOWN.with_name(Path(known["name"]).name) / COMPARISONS_NAME
     reports = json.loads(path.read_text(encoding="utf-8"))
     protocol = protocols(reports)[0]
-    found = tally(reports, protocol, f"known-step-{steps}")
-    return {"what": protocol, **found} if any(found.values()) else None
+    suites = tally(reports, protocol, f"known-step-{steps}")
+    return {"what": protocol, **suites} if any(suites.values()) else None
 
 
 def _versions(libraries: Mapping[str, str]) -> dict[str, str]:
@@ -310,3 +318,94 @@ def _versions(libraries: Mapping[str, str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def _trajectory_path(card: CheckpointCard) -> str:
+    return f"{_RECORDING}/trajectory" if card.record_arguments else "trajectory/"
+
+
+def _opening(card: CheckpointCard) -> tuple[list[str], list[str]]:
+    """Return the names to import and the code that opens or records the trajectory; none if a path is enough."""
+    if card.trajectory is not None:
+        revision = f", revision={python(card.trajectory['revision'])}" if card.trajectory["revision"] else ""
+        call = f"WeightTrajectory.from_hub({python(card.trajectory['name'])}{revision})"
+        return ["WeightTrajectory"], [f"trajectory = {call}"]
+    if card.schedule_call is not None and not card.record_arguments:
+        call = f"induce_forgetting(trainer, schedule, {python(_trajectory_path(card))})"
+        lines = [f"schedule = {card.schedule_call}", f"trajectory = {call}  # trainer: the Trainer of the fine-tuning"]
+        return ["ForgettingSchedule", "induce_forgetting"], lines
+    return [], []
+
+
+def _prediction_code(card: CheckpointCard) -> str:
+    names, lines = _opening(card)
+    names, imports = ["predict_overflowed_weights", *names], []
+    arguments = ["trajectory" if lines else python(_trajectory_path(card))]
+    predictor, known = card.predictor, card.known
+    if known is not None and known["revision"] is not None:
+        names.append("KNOWNModel")
+        revision = python(known["revision"])
+        lines.append(f"known = KNOWNModel.from_pretrained({python(known['name'])}, revision={revision})")
+        arguments.append("known")
+    elif known is not None:
+        arguments += [] if known["shipped"] else [python(known["name"])]
+    elif predictor["module"] is not None:
+        imports.append(f"from {predictor['module']} import {predictor['name']}")
+        arguments.append(f"predictor={python_call(predictor['name'], predictor['options'])}")
+    else:
+        arguments.append(f"predictor={python(predictor['name'])}")
+        arguments += [f"predictor_options={python(predictor['options'])}"] if predictor["options"] else []
+    arguments.append(f"steps={card.steps}")
+    if card.norm != "keep":
+        arguments.append(f"norm={python(card.norm)}")
+    if card.dtype is not None:
+        imports.append("import torch")
+        arguments.append(f"dtype=torch.{card.dtype}")
+    if card.recalibrated:
+        lines.append(_BATCHES_COMMENT)
+        arguments.append("recalibrate_with=batches")
+    arguments.append('output_dir="enhanced/"')
+    call = f"predict_overflowed_weights({', '.join(arguments)})"
+    return "\n".join([_import(names), *imports, "", *lines, call])
+
+
+def _state_code(card: CheckpointCard) -> str:
+    """Return the code that saves the chosen state as a checkpoint."""
+    names, lines = _opening(card)
+    if not lines:
+        names, lines = ["WeightTrajectory"], [f"trajectory = WeightTrajectory({python(_trajectory_path(card))})"]
+    imports = []
+    base = "" if card.adapter_type is None else ", base_model=base_model"
+    lines.append(f"model = trajectory.load_model({card.chosen_state}{base})")
+    if card.recalibrated:
+        names.append("recalibrate_batch_norm")
+        lines += [_BATCHES_COMMENT, "recalibrate_batch_norm(model, batches)"]
+    if card.dtype is not None:
+        imports.append("import torch")
+        lines.append(f"model.to(torch.{card.dtype})")
+    return "\n".join([_import(names), *imports, "", *lines, 'model.save_pretrained("enhanced/")'])
+
+
+def _import(names: Sequence[str]) -> str:
+    return f"from know_hf import {', '.join(sorted(names, key=lambda name: (name.islower(), name)))}"
+
+
+def _prediction_command(card: CheckpointCard) -> str | None:
+    """Return the command that predicts the checkpoint from the recorded folder, if one does."""
+    predictor, known = card.predictor, card.known
+    is_local = card.trajectory is None and predictor["module"] is None
+    if card.chosen_state is not None or card.recalibrated or not is_local:
+        return None
+    words = ["know-hf", "predict", _trajectory_path(card), "--steps", str(card.steps)]
+    if known is None:
+        words += ["--predictor", predictor["name"]]
+        words += ["--predictor-options", json.dumps(predictor["options"])] if predictor["options"] else []
+    elif known["revision"] is not None:
+        return None
+    elif not known["shipped"]:
+        words += ["--known", known["name"]]
+    if card.norm != "keep":
+        words += ["--norm", card.norm]
+    if card.dtype is not None:
+        words += ["--dtype", card.dtype]
+    return shlex.join([*words, "--output-dir", "enhanced/"])

@@ -1,29 +1,30 @@
-"""The card of a trajectory: its states, how they were made, and how they are opened."""
+"""Card of a trajectory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..markdown import Table, code
-from .code_snippets import opening_code
-from .provenance import About, RecordedCard, recorded_fields
-
-if TYPE_CHECKING:
-    from ..trajectory import WeightTrajectory
-    from ..trajectory.summary import TrajectorySummary
+from ..config_files import check_keys
+from ..markdown import Table, code, python
+from ..trajectory import WeightTrajectory
+from ..trajectory.summary import TrajectorySummary
+from .recorded_card import About, RecordedCard, recorded_fields
 
 
 @dataclass(kw_only=True)
 class TrajectoryCard(RecordedCard):
-    """All that is known of a trajectory; JSON values only.
+    """Card of a trajectory, JSON values only.
 
     Args:
-        roles (`list[dict]`): `role`, `tensors`, `parameters` and, where they were measured, `moved`: the distance of
-            every state from Θ0, relative to its length.
-        stored_once (`int`): Tensors of the last state that earlier states' files hold.
-        bytes (`int`): Of all files together.
+        roles (`list[dict]`):
+            `role`, `tensors`, `parameters` and, if measured, `moved`: the distance of every state from Θ0, relative
+            to the norm of Θ0.
+        stored_once (`int`):
+            Tensors of the last state that are stored with an earlier one.
+        bytes (`int`):
+            Size of all files.
     """
 
     template: ClassVar[str] = "trajectory.md"
@@ -34,22 +35,26 @@ class TrajectoryCard(RecordedCard):
 
     @classmethod
     def of(
-        cls, trajectory: "WeightTrajectory", summary: "TrajectorySummary | None" = None, **about: Unpack[About]
+        cls, trajectory: WeightTrajectory, summary: TrajectorySummary | None = None, **about: Unpack[About]
     ) -> "TrajectoryCard":
-        """What a trajectory says of itself; see [`trajectory_card`]."""
+        """Collect the fields; see [`trajectory_card`]."""
+        check_keys(about, tuple(About.__annotations__), "the card")
         recorded = recorded_fields(trajectory, about, "Forgetting trajectory")
-        counts: dict[str, list[int]] = {}
+        tensors: dict[str, list[str]] = {}
         for name in trajectory.names:
-            count = counts.setdefault(trajectory.roles[name].role, [0, 0])
-            count[0] += 1
-            count[1] += trajectory.shape(name).numel()
+            tensors.setdefault(trajectory.roles[name].role, []).append(name)
         moved = {} if summary is None else summary.displacement
         model_files = sum(path.stat().st_size for path in trajectory.model_files)
         return cls(
             **recorded,
             roles=[
-                {"role": role, "tensors": tensors, "parameters": parameters, "moved": moved.get(role)}
-                for role, (tensors, parameters) in sorted(counts.items())
+                {
+                    "role": role,
+                    "tensors": len(names),
+                    "parameters": sum(trajectory.shape(name).numel() for name in names),
+                    "moved": moved.get(role),
+                }
+                for role, names in sorted(tensors.items())
             ],
             stored_once=len(trajectory.states[-1].unchanged),
             bytes=model_files + sum(state["bytes"] for state in recorded["states"]),
@@ -70,32 +75,46 @@ class TrajectoryCard(RecordedCard):
 
     @property
     def environment_table(self) -> Table:
-        return [["library", "recorded with"], *([code(name), found] for name, found in self.recorded_with.items())]
+        versions = [[code(name), version] for name, version in self.recorded_with.items()]
+        return [["library", "recorded with"], *versions]
 
     @property
     def opening_code(self) -> str:
-        return opening_code(self)
+        """Python code that opens and uses the trajectory."""
+        trajectory = 'WeightTrajectory("trajectory/")'
+        if self.repo_id is not None:
+            trajectory = f"WeightTrajectory.from_hub({python(self.repo_id)})"
+        base = "" if self.adapter_type is None else ", base_model=base_model"
+        return f"""\
+from know_hf import WeightTrajectory, predict_overflowed_weights
+
+trajectory = {trajectory}
+history = trajectory.history(trajectory.names[0])  # (S, *shape), most forgotten state first
+model = trajectory.load_model({len(self.states) - 1}{base})  # the most forgotten state
+enhanced = predict_overflowed_weights(trajectory, steps=1, output_dir="enhanced/")"""
 
     def data(self) -> ModelCardData:
         return self.front_matter(["weight-trajectory"], "know_hf")
 
 
 def trajectory_card(
-    trajectory: "WeightTrajectory", summary: "TrajectorySummary | None" = None, **about: Unpack[About]
+    trajectory: WeightTrajectory, summary: TrajectorySummary | None = None, **about: Unpack[About]
 ) -> ModelCard:
-    """Card of a trajectory. Reads its JSON files and headers; asks no network and writes nothing.
+    """Create the card of a trajectory from its JSON files and headers, without network access.
 
     Args:
-        trajectory ([`WeightTrajectory`]): With at least one state.
-        summary ([`TrajectorySummary`], *optional*): What [`inspect_trajectory`] gives; the card then says how far each
-            role moved.
-        about: See [`~know_hf.cards.provenance.About`].
+        trajectory ([`WeightTrajectory`]):
+            Trajectory with at least one state.
+        summary ([`TrajectorySummary`], *optional*):
+            Result of [`inspect_trajectory`], to show how far each role moved.
+        about:
+            See [`~know_hf.cards.recorded_card.About`].
 
     Returns:
         `ModelCard`: `str(card)` is the README.md, `card.data` its front matter.
 
     Raises:
-        `TrajectoryError`: when the trajectory has no state.
-        `ValueError`: for an id that the Hub does not take.
+        `TrajectoryError`: If the trajectory has no state.
+        `ValueError`: For an unknown key or an invalid Hub id.
     """
     return TrajectoryCard.of(trajectory, summary, **about).render()

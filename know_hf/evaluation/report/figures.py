@@ -139,15 +139,15 @@ def landscape_figure(report: Report) -> ReportFigure | None:
     landscape = report["landscape"]
     if not landscape:
         return None
-    names = [field.name for field in fields(LandscapePoint)]
-    points = [LandscapePoint(**{name: point[name] for name in names}) for point in landscape["points"]]
-    grid = (landscape[key] for key in ("x", "y", "loss"))
+    keys = [field.name for field in fields(LandscapePoint)]
+    points = [LandscapePoint(**{key: point[key] for key in keys}) for point in landscape["points"]]
+    x, y, loss, name = (landscape[key] for key in ("x", "y", "loss", "measure"))
     return ReportFigure(
         "landscape",
-        plot_landscape(*grid, points, landscape["measure"], landscape["explained"]),
-        f"Map of the {landscape['measure']} in the plane of the states with {len(points)} points. The table below"
+        plot_landscape(x, y, loss, points, name, landscape["explained"]),
+        f"Map of the {name} in the plane of the states with {len(points)} points. The table below"
         " lists their coordinates and values.",
-        f"The {landscape['measure']} of one trajectory (seed {landscape['seed']}) on {landscape['num_examples']}"
+        f"The {name} of one trajectory (seed {landscape['seed']}) on {landscape['num_examples']}"
         " examples, in the plane through Θ0 along the first two principal components of the states. The points are"
         " projected: the colour under a point applies to it only if it lies near the plane.",
     )

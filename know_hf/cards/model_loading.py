@@ -1,0 +1,116 @@
+"""Loading a model of a recorded architecture: class of transformers, task on the Hub, and Python code."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..markdown import python
+
+if TYPE_CHECKING:
+    from .base import Source
+
+# auto class, its table in transformers, task on the Hub; the first match counts
+_AUTO_CLASSES = (
+    ("AutoModelForSequenceClassification", "FOR_SEQUENCE_CLASSIFICATION", "text-classification"),
+    ("AutoModelForImageClassification", "FOR_IMAGE_CLASSIFICATION", "image-classification"),
+    ("AutoModelForImageTextToText", "FOR_IMAGE_TEXT_TO_TEXT", "image-text-to-text"),
+    ("AutoModelForCausalLM", "FOR_CAUSAL_LM", "text-generation"),
+    ("AutoModelForTokenClassification", "FOR_TOKEN_CLASSIFICATION", "token-classification"),
+    ("AutoModelForQuestionAnswering", "FOR_QUESTION_ANSWERING", "question-answering"),
+    ("AutoModelForMaskedLM", "FOR_MASKED_LM", "fill-mask"),
+    ("AutoModelForSpeechSeq2Seq", "FOR_SPEECH_SEQ_2_SEQ", "automatic-speech-recognition"),
+    ("AutoModelForCTC", "FOR_CTC", "automatic-speech-recognition"),
+    ("AutoModelForAudioClassification", "FOR_AUDIO_CLASSIFICATION", "audio-classification"),
+    ("AutoModelForVideoClassification", "FOR_VIDEO_CLASSIFICATION", "video-classification"),
+    ("AutoModelForObjectDetection", "FOR_OBJECT_DETECTION", "object-detection"),
+    ("AutoModelForSemanticSegmentation", "FOR_SEMANTIC_SEGMENTATION", "image-segmentation"),
+    ("AutoModelForSeq2SeqLM", "FOR_SEQ_TO_SEQ_CAUSAL_LM", None),
+    ("AutoModel", "", None),
+)
+_ADAPTER_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def architecture(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> str | None:
+    """Return the class name of a model, or of an adapter's base, from `config.json` and `adapter_config.json`."""
+    names = config.get("architectures")
+    if adapter:
+        mapping = adapter.get("auto_mapping")
+        names = [mapping.get("base_model_class")] if isinstance(mapping, dict) else None
+    name = names[0] if isinstance(names, list) and names else None
+    return name if isinstance(name, str) and name.isidentifier() else None
+
+
+def auto_class(architecture: str | None, adapter_task: object = None) -> tuple[str | None, str | None]:
+    """Return the class of transformers that loads an architecture, and its task on the Hub.
+
+    Args:
+        architecture (`str`, *optional*):
+            Class name of the model.
+        adapter_task (`str`, *optional*):
+            Task type of an adapter, such as `SEQ_CLS`. It has priority.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if isinstance(adapter_task, str) and (name := _ADAPTER_CLASSES.get(adapter_task)):
+        return name, next(tag for auto_class, _, tag in _AUTO_CLASSES if auto_class == name)
+    if architecture is None:
+        return None, None
+    for name, table, tag in _AUTO_CLASSES:
+        mapping = getattr(modeling_auto, f"MODEL_{table}_MAPPING_NAMES".replace("__", "_"), {})
+        if any(architecture in (names if isinstance(names, tuple) else (names,)) for names in mapping.values()):
+            return name, tag
+    return (architecture if hasattr(transformers, architecture) else None), None
+
+
+def loading_code(path: str, load_with: str | None, architecture: str | None, on_hub: bool = False) -> str:
+    """Return Python code that loads a checkpoint.
+
+    Args:
+        path (`str`):
+            Folder or Hub id.
+        load_with (`str`, *optional*):
+            Class of transformers.
+        architecture (`str`, *optional*):
+            Class of the model, if transformers does not have it.
+        on_hub (`bool`, *optional*, defaults to `False`):
+            Whether `path` is a Hub id.
+    """
+    if load_with is not None:
+        return f"from transformers import {load_with}\n\nmodel = {load_with}.from_pretrained({python(path)})"
+    if architecture is not None:
+        comment = f"# {architecture} is not in transformers; import it from your code"
+        return f"{comment}\nmodel = {architecture}.from_pretrained({python(path)})"
+    if not on_hub:
+        file = python(f"{path}model.safetensors")
+        return f"from safetensors.torch import load_file\n\nmodel.load_state_dict(load_file({file}))"
+    return (
+        "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n\n"
+        f'model.load_state_dict(load_file(hf_hub_download({python(path)}, "model.safetensors")))'
+    )
+
+
+def adapter_loading_code(path: str, load_with: str | None, base: "Source | None") -> str:
+    """Return Python code that loads an adapter on its base model.
+
+    Args:
+        path (`str`):
+            Folder or Hub id of the adapter.
+        load_with (`str`, *optional*):
+            Class of transformers that loads the base model.
+        base ([`Source`], *optional*):
+            The base model. Only one on the Hub is loaded by the code.
+    """
+    lines = ["from peft import PeftModel", "", "# base_model: the model that the adapter was trained on"]
+    if base is not None and base["on_hub"] and load_with is not None:
+        revision = "" if base["revision"] is None else f", revision={python(base['revision'])}"
+        classes = "  # and num_labels=, as trained" if load_with.endswith("Classification") else ""
+        lines[1:] = [f"from transformers import {load_with}", ""]
+        lines.append(f"base_model = {load_with}.from_pretrained({python(base['name'])}{revision}){classes}")
+    return "\n".join([*lines, f"model = PeftModel.from_pretrained(base_model, {python(path)})"])

@@ -1,0 +1,270 @@
+"""Base of the cards of a trajectory and of a checkpoint: what the recording says about itself."""
+
+import json
+import logging as python_logging
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypedDict
+
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
+
+from ..markdown import Table, clean, code, python_call
+from ..schedule import ForgettingSchedule
+from ..tasks.arguments import RecordArguments
+from ..trajectory import WeightTrajectory
+from ..trajectory.manifest import Manifest
+from .base import Card, Source, source
+from .model_loading import architecture, auto_class
+
+logger: python_logging.Logger = logging.get_logger(__name__)
+
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+class About(TypedDict, total=False):
+    """What the files of a trajectory do not say, or what replaces it. All keys are optional.
+
+    Args:
+        repo_id (`str`):
+            Hub repo of the files.
+        title (`str`):
+            Heading.
+        base_model, base_revision (`str`):
+            Model that the training started from; by default the recorded one.
+        base_card (`ModelCardData`):
+            Front matter of the base model's card, from which the license is inherited; by default that in the base
+            model's folder or in the cache of the Hub.
+        license (`str`):
+            License in place of the inherited one.
+        datasets (`Mapping[str, str | None]`):
+            From Hub id or folder of each dataset to its revision; by default those in `record.json` beside the
+            trajectory.
+        trajectory_id, trajectory_revision (`str`):
+            Hub repo of the trajectory; by default the one that it was opened from.
+        picture (`str`):
+            Path of the forgetting curve in the card, such as `forgetting.png`.
+    """
+
+    repo_id: str | None
+    title: str
+    base_model: str | None
+    base_revision: str | None
+    base_card: ModelCardData | None
+    license: str | None
+    datasets: Mapping[str, str | None]
+    trajectory_id: str | None
+    trajectory_revision: str | None
+    picture: str | None
+
+
+@dataclass(kw_only=True)
+class RecordedCard(Card):
+    """Common part of the cards of a trajectory and of a checkpoint, JSON values only.
+
+    Args:
+        base_model ([`Source`], *optional*):
+            Model that the training started from.
+        datasets (`list[Source]`):
+            Source data.
+        schedule (`dict`, *optional*):
+            Fields of the [`ForgettingSchedule`].
+        states (`list[dict]`):
+            Full data first: `index`, `num_examples`, `size` in words, `steps`, `metrics`, `bytes`.
+        architecture (`str`, *optional*):
+            Class of the model.
+        load_with (`str`, *optional*):
+            Class of transformers that loads the model, or the base of an adapter.
+        pipeline_tag (`str`, *optional*):
+            Task on the Hub.
+        adapter_type (`str`, *optional*):
+            Such as `LORA`, if the weights are an adapter's.
+        recorded_with (`dict[str, str]`):
+            Library versions.
+        record_arguments (`dict`, *optional*):
+            Arguments of `know-hf record` that differ from the defaults.
+        picture (`str`, *optional*):
+            File of the forgetting curve.
+    """
+
+    base_model: Source | None
+    datasets: list[Source]
+    schedule: dict[str, Any] | None
+    states: list[dict[str, Any]]
+    architecture: str | None
+    load_with: str | None
+    pipeline_tag: str | None
+    adapter_type: str | None
+    recorded_with: dict[str, str]
+    record_arguments: dict[str, Any] | None = None
+    picture: str | None = None
+
+    @property
+    def states_table(self) -> Table:
+        names = sorted({name for state in self.states for name in state["metrics"]})
+        rows: list[Sequence[object]] = [["state", "examples", "steps", *map(code, names)]]
+        for state in self.states:
+            examples = state["size"] if state["num_examples"] is None else f"{state['num_examples']:,}"
+            metrics = [f"{state['metrics'][name]:.4g}" if name in state["metrics"] else "–" for name in names]
+            rows.append([f"Θ{state['index']}", examples, f"{state['steps']:,}", *metrics])
+        return rows
+
+    @property
+    def steps_of_stages(self) -> int:
+        """Optimizer steps on the smaller subsets."""
+        return sum(state["steps"] for state in self.states[1:])
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.schedule is None else self.schedule["ratio"]
+
+    @property
+    def relative_cost(self) -> float | None:
+        """Cost of one epoch for every state, in epochs on all data: Σ r^k."""
+        ratio = self.ratio
+        return None if ratio is None else sum(ratio**k for k in range(len(self.states)))
+
+    @property
+    def forgot_nothing(self) -> bool:
+        """Whether the evaluation loss of the last state is not higher than that of Θ0."""
+        first, last = (state["metrics"].get("eval_loss") for state in (self.states[0], self.states[-1]))
+        return len(self.states) > 1 and first is not None and last is not None and last <= first
+
+    @property
+    def schedule_call(self) -> str | None:
+        """Python code of the schedule."""
+        if self.schedule is None:
+            return None
+        arguments = {name: self.schedule[name] for name in ("ratio", "num_states")}
+        return python_call("ForgettingSchedule", arguments | _without_defaults(ForgettingSchedule(**self.schedule)))
+
+    def front_matter(self, tags: Sequence[str], library_name: str | None, **more: Any) -> ModelCardData:
+        """Return base model, datasets, library, license and tags."""
+        base_model = self.base_model["name"] if self.base_model is not None and self.base_model["on_hub"] else None
+        if base_model is not None:
+            more["base_model_relation"] = "finetune" if self.adapter_type is None else "adapter"
+        adapter_tags = [] if self.adapter_type is None else [clean(self.adapter_type).lower()]
+        return ModelCardData(
+            base_model=base_model,
+            datasets=[dataset["name"] for dataset in self.datasets if dataset["on_hub"]] or None,
+            library_name=library_name,
+            tags=["know_hf", *tags, *adapter_tags],
+            **self.license,
+            **more,
+        )
+
+
+def recorded_fields(trajectory: WeightTrajectory, about: About, kind: str) -> dict[str, Any]:
+    """Return the fields of a [`RecordedCard`].
+
+    Args:
+        trajectory ([`WeightTrajectory`]):
+            Trajectory with at least one state.
+        about ([`About`]):
+            What its files do not say.
+        kind (`str`):
+            Subject of the card, for its title.
+
+    Raises:
+        `ValueError`: For an invalid Hub id.
+    """
+    for repo_id in (about.get("repo_id"), about.get("trajectory_id")):
+        validate_repo_id(repo_id)
+    adapter = _read_json(trajectory.path / "adapter_config.json")
+    arguments = _record_arguments(trajectory.path.resolve())
+    base_model = about.get("base_model") or trajectory.base_model or adapter.get("base_model_name_or_path")
+    revision = about.get("base_revision") or trajectory.base_revision or adapter.get("revision")
+    datasets = about.get("datasets")
+    if arguments is not None:
+        if base_model == arguments.model:
+            revision = revision or arguments.model_revision
+        if datasets is None:
+            datasets = {arguments.dataset: arguments.dataset_revision}
+    base = None if not base_model else source(str(base_model), revision)
+    model_class = architecture(_read_json(trajectory.path / "config.json"), adapter)
+    load_with, pipeline_tag = auto_class(model_class, adapter.get("task_type"))
+    subject = base["name"].rpartition("/")[2] if base else model_class
+    license = about.get("license")
+    return {
+        "title": about.get("title") or (f"{kind} of {subject}" if subject else kind),
+        "repo_id": about.get("repo_id"),
+        "license": {"license": license} if license else _inherited_license(base, base_model, about.get("base_card")),
+        "base_model": base,
+        "datasets": [source(name, revision) for name, revision in (datasets or {}).items()],
+        "schedule": trajectory.schedule.to_dict() if trajectory.schedule else None,
+        "states": [
+            {
+                "index": state.index,
+                "num_examples": state.num_examples,
+                "size": state.size,
+                "steps": state.steps,
+                "metrics": dict(state.metrics),
+                "bytes": sum(file.size for file in state.files),
+            }
+            for state in trajectory.states
+        ],
+        "architecture": model_class,
+        "load_with": load_with,
+        "pipeline_tag": pipeline_tag,
+        "adapter_type": str(adapter.get("peft_type") or "adapter") if trajectory.is_adapter else None,
+        "recorded_with": Manifest.read(trajectory.path).library_versions,
+        "record_arguments": None if arguments is None else _shown_arguments(arguments),
+        "picture": about.get("picture"),
+    }
+
+
+def _shown_arguments(arguments: RecordArguments) -> dict[str, Any]:
+    """Return the arguments that differ from their defaults, without folders of this machine."""
+    shown = {key: value for key, value in _without_defaults(arguments).items() if key != "output_dir"}
+    return shown | {key: source(shown[key])["name"] for key in ("model", "dataset")}
+
+
+def _without_defaults(instance: Any) -> dict[str, Any]:
+    values = asdict(instance)
+    defaults = {
+        key.name: key.default if key.default_factory is MISSING else key.default_factory() for key in fields(instance)
+    }
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def _record_arguments(trajectory: Path) -> RecordArguments | None:
+    """Read `record.json` beside a trajectory in the output folder of `know-hf record`."""
+    path = trajectory.with_name("record.json")
+    content = _read_json(path) if trajectory.name == "trajectory" else {}
+    try:
+        return RecordArguments.from_dict(content, str(path)) if content else None
+    except ValueError as error:
+        logger.warning(f"the card omits the arguments of the recording: {error}")
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, or `{}` if there is none."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _inherited_license(base: Source | None, base_model: str | None, base_card: ModelCardData | None) -> dict[str, Any]:
+    if base is None or base_model is None:
+        return {}
+    metadata = _local_metadata(base, base_model) if base_card is None else base_card.to_dict()
+    if not metadata.get("license"):
+        return {}
+    return {key: metadata[key] for key in _LICENSE_KEYS if isinstance(metadata.get(key), str | list)}
+
+
+def _local_metadata(base: Source, base_model: str) -> dict[str, Any]:
+    """Return the front matter of the base model's card if it is on this machine."""
+    path: object = Path(base_model) / "README.md"
+    if base["on_hub"]:
+        path = try_to_load_from_cache(base_model, "README.md", revision=base["revision"])
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return {}
+    try:
+        return metadata_load(path) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning(f"the card omits the license: the front matter of {path} is invalid: {clean(error)}")
+        return {}
