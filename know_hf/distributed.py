@@ -1,11 +1,11 @@
 """Several processes: actions with results and errors on all of them, and sharded weights."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
@@ -16,34 +16,9 @@ T = TypeVar("T")
 
 
 def on_main_process(accelerator: Accelerator | None, action: Callable[[], T]) -> T:
-    """Run an action on the main process and return its result on every process.
-
-    Args:
-        accelerator (`Accelerator`, *optional*):
-            The accelerator of the run. By default the only process runs the action.
-        action (`Callable[[], T]`):
-            The action. Its result must be picklable.
-
-    Raises:
-        The error of the action on the main process, a `RuntimeError` with its text on the others, so that no process
-        waits for a failed one.
-    """
-    if accelerator is None or accelerator.num_processes == 1:
-        return action()
-    outcome: list[Any] = [None, None]
-    failure: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = action()
-        except Exception as error:
-            failure = error
-            outcome[1] = f"{type(error).__name__}: {error}"
-    broadcast_object_list(outcome, from_process=0)
-    if failure is not None:
-        raise failure
-    if outcome[1] is not None:
-        raise RuntimeError(f"the main process failed with {outcome[1]}")
-    return outcome[0]
+    """Run an action on the main process and return its result on every process; errors as [`on_every_process`]."""
+    is_main = accelerator is None or accelerator.is_main_process
+    return on_every_process(accelerator, lambda: action() if is_main else None)[0]  # type: ignore[return-value]
 
 
 def on_every_process(accelerator: Accelerator | None, action: Callable[[], T]) -> list[T]:
@@ -51,13 +26,13 @@ def on_every_process(accelerator: Accelerator | None, action: Callable[[], T]) -
 
     Args:
         accelerator (`Accelerator`, *optional*):
-            The accelerator of the run. By default the only process runs the action.
+            The accelerator of the run. By default there is one process.
         action (`Callable[[], T]`):
             The action. Its result must be picklable.
 
     Raises:
         The error of the action on the processes where it failed, a `RuntimeError` with the text of the first error on
-        the others.
+        the others, so that no process waits for a failed one.
     """
     if accelerator is None or accelerator.num_processes == 1:
         return [action()]
@@ -98,17 +73,10 @@ def check_gathering(trainer: Trainer) -> None:
 
 
 def gather_state_dict(model: nn.Module, trainer: Trainer | None) -> dict[str, torch.Tensor] | None:
-    """Gather sharded weights. Every process must call it.
-
-    Args:
-        model (`nn.Module`):
-            The model as a callback receives it.
-        trainer (`Trainer`, *optional*):
-            The trainer of the model.
+    """Gather sharded weights on the main process; every process must call it.
 
     Returns:
-        `dict[str, torch.Tensor]`: The weights on the main process (possibly none elsewhere), or `None` if they are not
-        sharded.
+        `dict[str, torch.Tensor]`, possibly empty on other processes, or `None` if the weights are not sharded.
 
     Raises:
         `ValueError`:

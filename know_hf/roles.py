@@ -74,16 +74,7 @@ def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
 
 
 def role_by_shape(name: str, shape: tuple[int, ...], is_floating_point: bool) -> TensorRole:
-    """Role of a tensor of unknown owner, for tensors that saving splits or merges.
-
-    Args:
-        name (`str`):
-            Name of the tensor on disk.
-        shape (`tuple[int, ...]`):
-            Shape of the tensor on disk.
-        is_floating_point (`bool`):
-            Whether its dtype is a floating-point dtype.
-    """
+    """Role of a tensor on disk of unknown owner, for tensors that saving splits or merges."""
     axes = f"{len(shape)} axes, owner unknown"
     if not is_floating_point:
         return TensorRole("copied", "integer tensor, owner unknown")

@@ -94,13 +94,7 @@ class ForgettingSchedule:
         return asdict(self)
 
     def sizes(self, num_examples: int, batch_size: int = 1) -> list[int]:
-        """Number of examples of every subset, largest first.
-
-        Args:
-            num_examples (`int`):
-                Size of the dataset, |D0|.
-            batch_size (`int`, *optional*, defaults to `1`):
-                Examples of one optimizer step.
+        """Number of examples of every subset, largest first, for steps of `batch_size` examples.
 
         Raises:
             `ValueError`:

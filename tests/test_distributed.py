@@ -18,6 +18,7 @@ def make_trainer(distributed_type, zero_stage=0, **zero_optimization):
     accelerator = SimpleNamespace(
         distributed_type=distributed_type,
         num_processes=1,
+        is_main_process=True,
         state=SimpleNamespace(deepspeed_plugin=plugin),
         get_state_dict=lambda model, unwrap: weights if model == "wrapped" and not unwrap else None,
     )

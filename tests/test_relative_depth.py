@@ -54,44 +54,32 @@ def depth_of(depths: dict[str, float], start: str) -> float:
     return depth
 
 
-def bert() -> PreTrainedModel:
-    return BertForSequenceClassification(BertConfig(vocab_size=8, num_hidden_layers=12, **SIZES))
-
-
 def llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(vocab_size=8, num_hidden_layers=11, **SIZES))
 
 
-def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=3, n_head=2, n_positions=8))
-
-
-def vit() -> PreTrainedModel:
-    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_hidden_layers=3, num_labels=3, **SIZES))
-
-
-def mixtral() -> PreTrainedModel:
+def stacks():
+    """Models with one stack of blocks: the prefix of the blocks, their number, and names at depths 0 and 1."""
+    bert = BertForSequenceClassification(BertConfig(vocab_size=8, num_hidden_layers=12, **SIZES))
+    yield bert, "bert.encoder.layer", 12, ["bert.embeddings."], ["bert.pooler.", "classifier."]
+    yield llama(), "model.layers", 11, ["model.embed_tokens."], ["model.norm.", "lm_head."]
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=3, n_head=2, n_positions=8))
+    yield gpt2, "transformer.h", 3, ["transformer.wte.", "transformer.wpe."], ["transformer.ln_f."]
+    config = ViTConfig(image_size=8, patch_size=4, num_hidden_layers=3, num_labels=3, **SIZES)
+    vit = ViTForImageClassification(config)
+    yield vit, "vit.encoder.layer", 3, ["vit.embeddings."], ["vit.layernorm.", "classifier."]
     config = MixtralConfig(vocab_size=8, num_hidden_layers=3, num_key_value_heads=2, num_local_experts=4, **SIZES)
-    return MixtralForCausalLM(config)
+    yield MixtralForCausalLM(config), "model.layers", 3, ["model.embed_tokens."], ["model.norm.", "lm_head."]
 
 
 @pytest.mark.parametrize(
-    ("make", "blocks", "inputs", "outputs"),
-    [
-        (bert, "bert.encoder.layer", ["bert.embeddings."], ["bert.pooler.", "classifier."]),
-        (llama, "model.layers", ["model.embed_tokens."], ["model.norm.", "lm_head."]),
-        (gpt2, "transformer.h", ["transformer.wte.", "transformer.wpe."], ["transformer.ln_f."]),
-        (vit, "vit.encoder.layer", ["vit.embeddings."], ["vit.layernorm.", "classifier."]),
-        (mixtral, "model.layers", ["model.embed_tokens."], ["model.norm.", "lm_head."]),
-    ],
+    ("model", "blocks", "count", "inputs", "outputs"), list(stacks()), ids=lambda value: type(value).__name__
 )
-def test_a_stack_of_blocks(names_of, make, blocks, inputs, outputs):
-    names = names_of(make())
+def test_a_stack_of_blocks(names_of, model, blocks, count, inputs, outputs):
+    names = names_of(model)
     depths = relative_depths(names)
     assert list(depths) == names
-    count = len({name.split(".")[blocks.count(".") + 1] for name in names if name.startswith(f"{blocks}.")})
-    assert count >= 3
-    for index in range(count):
+    for index in range(count):  # with all experts of Mixtral
         assert depth_of(depths, f"{blocks}.{index}.") == index / (count - 1)
     for start in inputs:
         assert depth_of(depths, start) == 0
@@ -99,76 +87,48 @@ def test_a_stack_of_blocks(names_of, make, blocks, inputs, outputs):
         assert depth_of(depths, start) == 1
 
 
-def test_experts_share_the_depth_of_their_block(names_of):
-    names = names_of(mixtral())
-    assert any(".experts.3." in name for name in names)
-    assert {depth for name, depth in relative_depths(names).items() if ".layers.1." in name} == {0.5}
-
-
-def test_encoder_before_decoder(names_of):
+def structures():
+    """Models with several stacks: names in the order of their depths, and the number of steps from 0 to 1."""
     config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_heads=2, num_layers=2, num_decoder_layers=2)
-    depths = relative_depths(names_of(T5ForConditionalGeneration(config)))
-    # two encoder blocks of two parts each, two decoder blocks of three
-    places = [("encoder", b, part) for b in range(2) for part in range(2)]
-    places += [("decoder", b, part) for b in range(2) for part in range(3)]
-    for rank, (side, block, part) in enumerate(places):
-        assert depth_of(depths, f"{side}.block.{block}.layer.{part}.") == rank / 9
-    assert depths["shared.weight"] == 0
-    assert depths["encoder.final_layer_norm.weight"] == 3 / 9
-    assert depths["decoder.final_layer_norm.weight"] == 1
+    parts = [f"encoder.block.{block}.layer.{part}." for block in range(2) for part in range(2)]
+    parts += [f"decoder.block.{block}.layer.{part}." for block in range(2) for part in range(3)]
+    ends = {"shared.": 0, "encoder.final_layer_norm.": 3 / 9, "decoder.final_layer_norm.": 1}
+    yield T5ForConditionalGeneration(config), {part: rank / 9 for rank, part in enumerate(parts)} | ends
 
-
-def test_nested_stages_of_resnet(names_of):
     config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[2, 1], layer_type="basic", num_labels=3)
-    depths = relative_depths(names_of(ResNetForImageClassification(config)))
-    order = [
-        "stages.0.layers.0.layer.0.", "stages.0.layers.0.layer.1.", "stages.0.layers.1.layer.0.",
-        "stages.0.layers.1.layer.1.", "stages.1.layers.0.shortcut.", "stages.1.layers.0.layer.0.",
-        "stages.1.layers.0.layer.1.",
+    parts = [
+        "0.layers.0.layer.0.", "0.layers.0.layer.1.", "0.layers.1.layer.0.", "0.layers.1.layer.1.",
+        "1.layers.0.shortcut.", "1.layers.0.layer.0.", "1.layers.0.layer.1.",
     ]  # fmt: skip
-    for rank, place in enumerate(order):
-        assert depth_of(depths, f"resnet.encoder.{place}") == rank / 6
-    assert depth_of(depths, "resnet.embedder.") == 0
-    assert depth_of(depths, "classifier.") == 1
+    depths = {f"resnet.encoder.stages.{part}": rank / 6 for rank, part in enumerate(parts)}
+    yield ResNetForImageClassification(config), depths | {"resnet.embedder.": 0, "classifier.": 1}
 
-
-def test_stages_of_convnext(names_of):
     config = ConvNextConfig(num_stages=2, hidden_sizes=[4, 8], depths=[1, 2], num_labels=3)
-    depths = relative_depths(names_of(ConvNextForImageClassification(config)))
-    stages = "convnext.encoder.stages."
-    assert depth_of(depths, f"{stages}0.layers.0.") == 0
-    assert depth_of(depths, f"{stages}1.downsampling_layer.") == 1 / 3  # before the blocks of its stage
-    assert depth_of(depths, f"{stages}1.layers.0.") == 2 / 3
-    assert depth_of(depths, f"{stages}1.layers.1.") == 1
-    assert depth_of(depths, "convnext.embeddings.") == 0
-    assert depth_of(depths, "convnext.layernorm.") == depth_of(depths, "classifier.") == 1
+    parts = ["0.layers.0.", "1.downsampling_layer.", "1.layers.0.", "1.layers.1."]
+    depths = {f"convnext.encoder.stages.{part}": rank / 3 for rank, part in enumerate(parts)}
+    ends = {"convnext.embeddings.": 0, "convnext.layernorm.": 1, "classifier.": 1}
+    yield ConvNextForImageClassification(config), depths | ends
 
-
-def test_towers_side_by_side_and_one_after_the_other(names_of):
     config = CLIPConfig(
         text_config={"vocab_size": 8, "num_hidden_layers": 3, **SIZES},
         vision_config={"image_size": 8, "patch_size": 4, "num_hidden_layers": 5, **SIZES},
     )
-    depths = relative_depths(names_of(CLIPModel(config)))
-    assert depth_of(depths, "text_model.encoder.layers.1.") == 0.5
-    assert depth_of(depths, "vision_model.encoder.layers.1.") == 0.25
-    assert depth_of(depths, "vision_model.embeddings.") == depth_of(depths, "vision_model.pre_layrnorm.") == 0
-    assert depth_of(depths, "text_projection.") == depths["logit_scale"] == 1
+    depths = {"text_model.encoder.layers.1.": 0.5, "vision_model.encoder.layers.1.": 0.25}
+    ends = {"vision_model.embeddings.": 0, "vision_model.pre_layrnorm.": 0, "text_projection.": 1, "logit_scale": 1}
+    yield CLIPModel(config), depths | ends
 
     config = Wav2Vec2Config(
         conv_dim=(4, 4), conv_kernel=(3, 3), conv_stride=(2, 2), num_feat_extract_layers=2, vocab_size=8,
         num_hidden_layers=2, num_conv_pos_embedding_groups=2, num_conv_pos_embeddings=2, **SIZES,
     )  # fmt: skip
-    depths = relative_depths(names_of(Wav2Vec2ForCTC(config)))
-    assert depth_of(depths, "wav2vec2.feature_extractor.conv_layers.1.") == 1 / 3
-    assert depth_of(depths, "wav2vec2.encoder.layers.0.") == 2 / 3
-    assert depth_of(depths, "wav2vec2.encoder.pos_conv_embed.") == 0
+    depths = {"feature_extractor.conv_layers.1.": 1 / 3, "encoder.layers.0.": 2 / 3, "encoder.pos_conv_embed.": 0}
+    yield Wav2Vec2ForCTC(config), {f"wav2vec2.{name}": depth for name, depth in depths.items()}
 
-    vision_language = [
-        "vision_tower.encoder.layers.0.weight", "vision_tower.encoder.layers.1.weight", "vision_tower.norm.weight",
-        "language_model.layers.0.weight", "language_model.layers.1.weight", "language_model.norm.weight",
-    ]  # fmt: skip
-    assert list(relative_depths(vision_language).values()) == [0, 1 / 3, 1 / 3, 2 / 3, 1, 1]
+
+@pytest.mark.parametrize(("model", "expected"), list(structures()), ids=lambda value: type(value).__name__)
+def test_several_stacks(names_of, model, expected):
+    depths = relative_depths(names_of(model))
+    assert {start: depth_of(depths, start) for start in expected} == expected
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # raised by peft
@@ -184,6 +144,10 @@ def test_adapters_of_some_layers(names_of):
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
+        # vision and language
+        (["vision_tower.encoder.layers.0.weight", "vision_tower.encoder.layers.1.weight", "vision_tower.norm.weight",
+          "language_model.layers.0.weight", "language_model.layers.1.weight", "language_model.norm.weight"],
+         [0, 1 / 3, 1 / 3, 2 / 3, 1, 1]),
         # torchvision
         (["conv1.weight", "layer1.0.conv1.weight", "layer1.1.conv2.weight", "layer2.0.conv1.weight", "fc.weight"],
          [0, 0, 0.5, 1, 1]),

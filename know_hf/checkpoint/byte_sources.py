@@ -5,14 +5,7 @@ from typing import Protocol
 
 
 class ByteSource(Protocol):
-    """A file that can be read by byte ranges.
-
-    Attributes:
-        name (`str`):
-            Path or address, for messages.
-        size (`int`):
-            Size in bytes.
-    """
+    """A file that can be read by byte ranges; `name` is its path or address, `size` its bytes."""
 
     @property
     def name(self) -> str: ...
@@ -21,18 +14,7 @@ class ByteSource(Protocol):
     def size(self) -> int: ...
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill a buffer with the bytes from `offset` on.
-
-        Args:
-            buffer (`memoryview`):
-                Writable buffer of bytes.
-            offset (`int`):
-                Position of the first byte.
-
-        Raises:
-            `OSError`:
-                If that many bytes cannot be read. The message names the file.
-        """
+        """Fill a buffer with the bytes from `offset` on; an `OSError` that names the file if it is shorter."""
 
 
 class LocalFile:

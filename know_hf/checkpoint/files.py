@@ -12,13 +12,7 @@ from typing import Any
 
 
 def parse_json(data: bytes, parse_int: Callable[[str], Any] = int) -> Any:
-    """Parse JSON from an untrusted source.
-
-    Args:
-        data (`bytes`):
-            The complete document.
-        parse_int (`Callable[[str], Any]`, *optional*, defaults to `int`):
-            Converts the digits of an integer.
+    """Parse JSON from an untrusted source; `parse_int` converts the digits of integers.
 
     Raises:
         `ValueError`:
@@ -33,13 +27,7 @@ def parse_json(data: bytes, parse_int: Callable[[str], Any] = int) -> Any:
 
 
 def read_json(path: Path, max_bytes: int) -> Any:
-    """Read a JSON file from an untrusted source.
-
-    Args:
-        path (`Path`):
-            An existing file.
-        max_bytes (`int`):
-            Largest accepted size.
+    """Read a JSON file of at most `max_bytes` from an untrusted source.
 
     Raises:
         `ValueError`:

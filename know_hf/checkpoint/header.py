@@ -61,18 +61,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Position of a tensor in a file.
-
-    Attributes:
-        dtype (`str`):
-            Name of the dtype in the header.
-        shape (`torch.Size`):
-            Shape of the tensor.
-        start (`int`):
-            Offset of its first byte in the file.
-        stop (`int`):
-            Offset after its last byte.
-    """
+    """A tensor in a file: its dtype as the header names it, its shape, and its bytes `start` to `stop - 1`."""
 
     dtype: str
     shape: torch.Size
@@ -81,14 +70,11 @@ class TensorEntry:
 
 
 def read_header(source: ByteSource) -> dict[str, TensorEntry]:
-    """Read the tensors' positions from a safetensors file, in the order of the header.
+    """Read the positions of all tensors of a safetensors file, in the order of the header.
 
     Raises:
         `CheckpointError`:
-            If the file is not safetensors, is truncated, or its header contradicts itself. The message names the file
-            and the tensor.
-        `OSError`:
-            If the file cannot be read.
+            If the file is not safetensors, is truncated, or its header contradicts itself.
     """
     try:
         return _parse(source)
@@ -100,14 +86,7 @@ def read_header(source: ByteSource) -> dict[str, TensorEntry]:
 
 
 def make_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, TensorEntry]]:
-    """Lay out a file as the library does.
-
-    Args:
-        tensors (`Mapping[str, TensorSpec]`):
-            The tensors, in any order.
-
-    Returns:
-        `tuple[bytes, dict[str, TensorEntry]]`: The bytes before the first tensor, and the position of each tensor.
+    """Return the bytes before the first tensor, as the library writes them, and the position of each tensor.
 
     Raises:
         `CheckpointError`:
@@ -140,11 +119,10 @@ def _parse(source: ByteSource) -> dict[str, TensorEntry]:
         raise ValueError("its header is not a JSON object")
     content = parse_json(text, parse_int=_natural)
     metadata = content.pop("__metadata__", None)
-    if metadata is not None and not (
-        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    ):
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ does not map strings to strings")
-    for string in (*content, *(metadata or {}).keys(), *(metadata or {}).values()):
+    for string in (*content, *metadata.keys(), *metadata.values()):
         string.encode()  # fails for unpaired surrogates, which escapes can contain
     base = 8 + length
     entries = {name: _entry(name, entry, base) for name, entry in content.items()}

@@ -92,22 +92,10 @@ class CheckpointReader:
         return self.read(name).reshape(self.shape(name))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Read a piece of a tensor, and no other bytes of its file.
-
-        Args:
-            name (`str`):
-                Name of the tensor.
-            start (`int`, *optional*, defaults to `0`):
-                First element of the flattened tensor.
-            stop (`int`, *optional*):
-                Element after the last one. Defaults to the end of the tensor.
+        """Read elements `start` to `stop - 1` of the flattened tensor, and no other bytes of its file.
 
         Returns:
-            `torch.Tensor` of shape `(stop - start,)` on the CPU, in the stored dtype.
-
-        Raises:
-            `OSError`:
-                If the file cannot be read.
+            `torch.Tensor` of shape `(stop - start,)` on the CPU, in the stored dtype. `stop` defaults to the end.
         """
         source, entry = self._entries[name]
         dtype = self.dtype(name)

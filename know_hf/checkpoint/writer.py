@@ -61,12 +61,7 @@ class CheckpointWriter:
         self._written_files: set[str] = set()
 
     def create(self) -> None:
-        """Create the shards at their full size. One process calls it, before any [`write`].
-
-        Raises:
-            `OSError`:
-                If the disk has too little free space.
-        """
+        """Create the shards at their full size, in one process before any [`write`]."""
         check_free_disk(self.folder, self._total_bytes)
         ends = {file: len(header) for file, header in self._headers.items()}
         for file, entry in self._entries.values():
@@ -77,15 +72,7 @@ class CheckpointWriter:
                 handle.truncate(ends[file])
 
     def write(self, name: str, piece: torch.Tensor, start: int = 0) -> None:
-        """Write a tensor or a piece of it.
-
-        Args:
-            name (`str`):
-                Name of the tensor.
-            piece (`torch.Tensor`):
-                Its elements from `start` on, in the dtype of the tensor and of any shape.
-            start (`int`, *optional*, defaults to `0`):
-                First element in the flattened tensor.
+        """Write a piece of a tensor, of any shape: its elements from `start` on, counted in the flattened tensor.
 
         Raises:
             `TypeError`:
