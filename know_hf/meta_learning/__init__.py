@@ -1,13 +1,13 @@
 """Meta-learning: transitions of many trajectories, and the training of KNOWN on them.
 
-Names are imported on first use, so that a script's `--help` need not wait for torch.
+Names are imported lazily, so that the `--help` of a script does not import torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
-    "BalancedBatchSampler": "batch_sampler",
+    "BalancedBatchSampler": "dataset",
     "CollectedTrajectory": "collection",
     "MetaTrainingArguments": "training_arguments",
     "MetaTrainingResult": "training",
@@ -23,10 +23,10 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
-    from .batch_sampler import BalancedBatchSampler as BalancedBatchSampler
     from .collection import CollectedTrajectory as CollectedTrajectory
     from .collection import read_collection as read_collection
     from .collection import split_collection as split_collection
+    from .dataset import BalancedBatchSampler as BalancedBatchSampler
     from .dataset import TransitionDataset as TransitionDataset
     from .processes import start_processes as start_processes
     from .skill import RoleSkill as RoleSkill

@@ -1,4 +1,4 @@
-"""Collections: folders with many trajectories, and an index that says what each of them is."""
+"""Collections: folders of many trajectories, with an index of their splits and properties."""
 
 import fnmatch
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .transition_sources import PUBLISHED_SUFFIXES, open_source
+from .state_readers import PUBLISHED_SUFFIXES, open_states
 
 logger: python_logging.Logger = logging.get_logger(__name__)
 
@@ -23,13 +23,15 @@ HELD_OUT = "held_out"
 @dataclass(frozen=True)
 class CollectedTrajectory:
     """
-    One trajectory of a collection.
+    Trajectory of a collection.
 
-    Args:
-        path (`Path`): Its folder, or its file of the published meta-dataset.
-        split (`str`, *optional*): What it is for: `"train"`, or the name of a held-out split, which begins with
-            `"held_out"`.
-        about (`dict[str, Any]`): What the collection says of it: architecture, dataset, schedule and so on.
+    Attributes:
+        path (`Path`):
+            Folder of the trajectory, or its file of the published meta-dataset.
+        split (`str`, *optional*):
+            `"train"`, or the name of a held-out split, which begins with `"held_out"`.
+        about (`dict[str, Any]`):
+            Properties in the index or `recipe.json`: architecture, dataset, schedule and so on.
     """
 
     path: Path
@@ -41,109 +43,107 @@ class CollectedTrajectory:
         return self.path.name
 
     def of_schedule(self, key: str) -> Any:
-        """A value of its schedule, `ratio` or `num_states` for instance; `None` where the collection does not say.
-
-        An index has it as a column, a `recipe.json` within `schedule`.
-        """
+        """Return a field of the schedule, such as `ratio`, from the index or `recipe.json`; `None` if unknown."""
         schedule = self.about.get("schedule")
         return self.about.get(key, schedule.get(key) if isinstance(schedule, dict) else None)
 
 
 def read_collection(folders: str | Path | Sequence[str | Path], num_states: int = 5) -> list[CollectedTrajectory]:
     """
-    Lists the finished trajectories of one or more folders.
+    List the finished trajectories of one or more folders.
 
-    A folder may be a collection of `recipes/collect`, whose `index.jsonl` has one row a trajectory with its `path` (or
-    `name`) and `split`; any folder of trajectories, each with a `recipe.json` or without; a trajectory itself; or an
-    HDF5 file of the published meta-dataset. Trajectories that are not finished are left out, with a warning.
+    A folder can be a collection of `recipes/collect`, whose `index.jsonl` has one row per trajectory with its `path`
+    (or `name`) and `split`; a folder of trajectories, with or without a `recipe.json` each; a single trajectory; or an
+    HDF5 file of the published meta-dataset. Unfinished trajectories are skipped with a warning.
 
     Args:
         folders (`str`, `Path` or a sequence of them):
-            Where to look.
+            Folders or files.
         num_states (`int`, *optional*, defaults to `5`):
-            Length S of a history: trajectories with fewer than S + 1 states are left out, too.
+            Length S of a history; trajectories with fewer than S + 1 states are skipped.
 
     Returns:
-        `list[CollectedTrajectory]`, sorted by name within each folder, each once; of one that is found several times,
-        by itself and in an index for instance, what says most.
+        `list[CollectedTrajectory]`: Each trajectory once, sorted by name within each folder. If a trajectory is listed
+        several times, the entry with a split and the most properties is returned.
 
     Raises:
-        `FileNotFoundError`: when a folder is not there.
-        `ValueError`: when no finished trajectory is found, a row of an index is no JSON or leads out of its folder, or
-            a trajectory is damaged.
+        `FileNotFoundError`: If a folder is missing.
+        `ValueError`: If there is no finished trajectory, a trajectory is damaged, or a row of an index is not valid or
+        points outside its folder.
     """
-    found: dict[Path, CollectedTrajectory] = {}
-    skipped: dict[str, str] = {}
+    trajectories: dict[Path, CollectedTrajectory] = {}
+    unfinished: dict[str, str] = {}
     for folder in [folders] if isinstance(folders, str | Path) else folders:
-        for trajectory in sorted(_list(Path(folder)), key=lambda entry: entry.name):
-            reason = _why_unfinished(trajectory, num_states)
-            if reason is None:
-                place = trajectory.path.resolve()
-                found[place] = max(found.get(place, trajectory), trajectory, key=_knowledge)
-            else:
-                skipped[trajectory.name] = reason
-    if skipped:
-        reasons = ", ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:5])
-        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        logger.warning(f"left out, as they are not finished or too short: {reasons}{more}")
-    if not found:
-        raise ValueError(f"no finished trajectory of at least {num_states + 1} states in {folders}")
-    return list(found.values())
+        for trajectory in sorted(_list(Path(folder)), key=lambda trajectory: trajectory.name):
+            if reason := _why_unfinished(trajectory, num_states):
+                unfinished[trajectory.name] = reason
+                continue
+            path = trajectory.path.resolve()
+            candidates = (trajectories.get(path, trajectory), trajectory)
+            trajectories[path] = max(candidates, key=lambda candidate: (bool(candidate.split), len(candidate.about)))
+    if unfinished:
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in list(unfinished.items())[:5])
+        more = f" and {len(unfinished) - 5} more" if len(unfinished) > 5 else ""
+        logger.warning(f"Skipped unfinished or short trajectories: {reasons}{more}")
+    if not trajectories:
+        raise ValueError(f"no finished trajectory with at least {num_states + 1} states in {folders}")
+    return list(trajectories.values())
 
 
 def split_collection(
     trajectories: Sequence[CollectedTrajectory], held_out: Sequence[str] = ()
 ) -> dict[str, list[CollectedTrajectory]]:
     """
-    Sorts trajectories by their split.
+    Group trajectories by split.
 
     Args:
         trajectories (sequence of [`CollectedTrajectory`]):
-            What [`read_collection`] found.
+            Trajectories of [`read_collection`].
         held_out (sequence of `str`, *optional*):
-            Names or patterns of trajectories to hold out, as the split `"held_out"`; the splits that the collection
-            names are not looked at then.
+            Names or patterns of trajectories to hold out as the split `"held_out"`; overrides the splits of the
+            collection.
 
     Returns:
         `dict[str, list[CollectedTrajectory]]`: `"train"` first, then the held-out splits by name.
 
     Raises:
-        `ValueError`: when a trajectory has no split, a pattern matches none, or all or none are held out.
+        `ValueError`: If a trajectory has no split, a pattern matches nothing, or all or none are held out.
     """
     if held_out:
         names = [trajectory.name for trajectory in trajectories]
-        if unused := [pattern for pattern in held_out if not fnmatch.filter(names, pattern)]:
-            raise ValueError(f"no trajectory matches held_out {', '.join(unused)}; name one of {', '.join(names[:5])}")
-        chosen = {name for pattern in held_out for name in fnmatch.filter(names, pattern)}
-        trajectories = [replace(t, split=HELD_OUT if t.name in chosen else TRAIN) for t in trajectories]
+        matches = {pattern: fnmatch.filter(names, pattern) for pattern in held_out}
+        if unmatched := [pattern for pattern, matched in matches.items() if not matched]:
+            raise ValueError(
+                f"held_out {', '.join(unmatched)} matches no trajectory; names are {', '.join(names[:5])}"
+            )
+        held_out_names = set().union(*matches.values())
+        trajectories = [replace(t, split=HELD_OUT if t.name in held_out_names else TRAIN) for t in trajectories]
     splits: dict[str, list[CollectedTrajectory]] = {}
     for trajectory in trajectories:
         if trajectory.split is None:
             raise ValueError(
-                f"{trajectory.path} has no split: neither {INDEX_NAME} nor {RECIPE_NAME} says whether it is held out;"
-                " hold out some by their names"
+                f"{trajectory.path} has no split in {INDEX_NAME} or {RECIPE_NAME}; name the held-out trajectories"
             )
         splits.setdefault(trajectory.split, []).append(trajectory)
     if TRAIN not in splits or len(splits) == 1:
+        num_held_out = len(trajectories) - len(splits.get(TRAIN, ()))
         raise ValueError(
-            f"{sum(len(part) for name, part in splits.items() if name != TRAIN)} of {len(trajectories)} trajectories"
-            " are held out; some must be, and some must not"
+            f"{num_held_out} of {len(trajectories)} trajectories are held out; hold out some, but not all"
         )
     return {name: splits[name] for name in sorted(splits, key=lambda name: (name != TRAIN, name))}
 
 
 def _list(folder: Path) -> list[CollectedTrajectory]:
     if not folder.exists():
-        raise FileNotFoundError(f"{folder} not found; give a folder of trajectories, or pull the collection first")
+        raise FileNotFoundError(f"{folder} not found; pull the collection first, or check the path")
     if folder.suffix in PUBLISHED_SUFFIXES or (folder / "trajectory.json").exists():
         return [_from_recipe(folder)]
     index = folder / INDEX_NAME
     if index.exists():
         return [_from_row(index, number, line) for number, line in enumerate(index.read_text("utf-8").splitlines(), 1)]
     files = [CollectedTrajectory(path) for suffix in PUBLISHED_SUFFIXES for path in folder.glob(f"*{suffix}")]
-    recorded = [path.parent for path in folder.glob("*/trajectory.json")]
-    begun = [path.parent for path in folder.glob(f"*/{RECIPE_NAME}")]
-    return files + [_from_recipe(path) for path in {*recorded, *begun}]
+    subfolders = {path.parent for name in ("trajectory.json", RECIPE_NAME) for path in folder.glob(f"*/{name}")}
+    return files + [_from_recipe(path) for path in subfolders]
 
 
 def _from_row(index: Path, number: int, line: str) -> CollectedTrajectory:
@@ -151,13 +151,13 @@ def _from_row(index: Path, number: int, line: str) -> CollectedTrajectory:
         row = json.loads(line)
         name = row.get("path") or row["name"]
         path = index.parent / name
-        inside = path.resolve().is_relative_to(index.parent.resolve())
+        is_inside = path.resolve().is_relative_to(index.parent.resolve())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"line {number} of {index} is no row with path and split ({error}); write it again"
+            f"line {number} of {index} must be a JSON object with path and split ({error}); rebuild the index"
         ) from error
-    if not inside:
-        raise ValueError(f"line {number} of {index} names {name!r}, which is not in its folder")
+    if not is_inside:
+        raise ValueError(f"line {number} of {index} names {name!r}, which is outside the folder; rebuild the index")
     return CollectedTrajectory(path, row.get("split"), row)
 
 
@@ -167,15 +167,11 @@ def _from_recipe(path: Path) -> CollectedTrajectory:
     return CollectedTrajectory(path, about.get("split"), about)
 
 
-def _knowledge(trajectory: CollectedTrajectory) -> tuple[bool, int]:
-    return trajectory.split is not None, len(trajectory.about)
-
-
 def _why_unfinished(trajectory: CollectedTrajectory, num_states: int) -> str | None:
     try:
-        source = open_source(trajectory.path)
+        reader = open_states(trajectory.path)
     except FileNotFoundError:
         return "no finished state"
-    source.close()
-    needed = max(num_states + 1, trajectory.of_schedule("num_states") or 0, source.planned_states or 0)
-    return f"{source.num_states} of {needed} states" if source.num_states < needed else None
+    reader.close()
+    needed = max(num_states + 1, trajectory.of_schedule("num_states") or 0, reader.planned_states or 0)
+    return f"{reader.num_states} of {needed} states" if reader.num_states < needed else None

@@ -1,11 +1,12 @@
-"""Transitions: histories of scalar weights with the state that came before the forgetting, from many trajectories.
+"""Transitions: histories of scalar weights with the next less forgotten state as their target, from many trajectories.
 
-A trajectory of T states gives T - S transitions for each scalar weight: with T = 7 and S = 5 the window Θ6 … Θ2 has
-the target Θ1, and Θ5 … Θ1 has Θ0.
+A trajectory of T states has T - S transitions per scalar weight: with T = 7 and S = 5, the window Θ6 … Θ2 has the
+target Θ1, and Θ5 … Θ1 has Θ0.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -16,28 +17,35 @@ import numpy as np
 import torch
 from filelock import Timeout
 from numpy.lib.stride_tricks import sliding_window_view
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
 from ..roles import PREDICTED_ROLES
 from ..trajectory import WeightTrajectory
+from .state_readers import open_states
 from .state_samples import StateSample, sample_states
-from .transition_sources import open_source
 
 
 @dataclass(frozen=True)
 class TransitionBlock:
     """
-    The transitions of one tensor: items `start` to `stop - 1` of a [`TransitionDataset`].
+    Transitions of one tensor: items `start` to `stop - 1` of a [`TransitionDataset`].
 
-    Args:
-        role (`str`): `"conv"`, `"fc"` or `"bias"`.
-        trajectory (`str`): Path of its trajectory.
-        tensor (`str`): Name of the tensor.
-        start (`int`): First item.
-        stop (`int`): One after its last item.
-        share (`float`): Share of the tensor's scalars that was drawn.
-        no_change (`float`): Mean `|Θ0 - Θ(-1)|` of its transitions, the error of predicting that nothing changes.
+    Attributes:
+        role (`str`):
+            `"conv"`, `"fc"` or `"bias"`.
+        trajectory (`str`):
+            Path of the trajectory.
+        tensor (`str`):
+            Name of the tensor.
+        start (`int`):
+            First item.
+        stop (`int`):
+            Last item plus one.
+        share (`float`):
+            Share of the tensor's scalars that was drawn.
+        no_change (`float`):
+            Mean `|Θ0 - Θ(-1)|` of the transitions, the error of the prediction that nothing changes.
     """
 
     role: str
@@ -51,41 +59,44 @@ class TransitionBlock:
 
 class TransitionDataset(Dataset):
     """
-    All transitions of some trajectories, scalar by scalar: item i is
+    Map-style dataset of the transitions of some trajectories. Item i is
     `{"history": (S,), "labels": (), "no_change": (), "role": str}`, most forgotten state first.
 
-    Only tensors of the roles conv, fc and bias that move are taken: parameters of normalisation layers, and tensors
-    whose drawn scalars are equal in all states, are left out. At most `max_per_tensor` scalars of a tensor are drawn,
-    and of large tensors nothing else is read; what is drawn takes `4 * T` bytes a scalar, in memory or in the files
-    of `cache_dir`, which are mapped and not loaded. Items stand role by role, and within a role tensor by tensor, as
-    `blocks` says; [`BalancedBatchSampler`] draws from them.
+    It covers tensors of the roles conv, fc and bias that change; parameters of normalization layers, and tensors whose
+    drawn scalars are equal in all states, are left out. At most `max_per_tensor` scalars per tensor are drawn, and
+    nothing else is read of large tensors. Drawn scalars take `4 * T` bytes each, in memory or in memory-mapped files
+    of `cache_dir`. Items are ordered by role, then by tensor, see `blocks`; [`BalancedBatchSampler`] draws from them.
 
     Args:
         trajectories (sequence of [`WeightTrajectory`], `str` or `Path`):
-            The trajectories, each with at least S + 1 states: objects, folders (recorded here or pulled from the Hub),
-            or `.h5` files in the layout of the published meta-dataset.
+            Trajectories with at least S + 1 states each: objects, folders, or `.h5` files in the layout of the
+            published meta-dataset.
         num_states (`int`, *optional*, defaults to `5`):
             Length S of a history.
         max_per_tensor (`int`, *optional*, defaults to `4096`):
-            Scalars drawn from a tensor that has more; `None` takes all of them. Of tensors with more than 262,144
-            scalars runs of 16 neighbours are drawn.
+            Scalars drawn from a larger tensor; `None` takes all. Of tensors with more than 262,144 scalars, runs of 16
+            neighbors are drawn.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of that draw, together with the names of trajectory and tensor.
+            Seed of the draw, combined with the names of trajectory and tensor.
         cache_dir (`str` or `Path`, *optional*):
-            Folder that keeps what was drawn, for other processes, other S and the next time. Processes that are made
-            at the same time share the drawing.
+            Folder in which drawn scalars are cached, for other processes, other S and later runs. Processes that
+            create the dataset simultaneously share the work.
         progress (`bool`, *optional*, defaults to `True`):
-            Whether a bar shows the reading.
+            Whether to show a progress bar.
 
     Attributes:
-        trajectories (`list[str]`): Paths of the trajectories.
-        blocks (`list[TransitionBlock]`): Where the transitions of each tensor are.
-        roles (`list[str]`): The roles that have transitions.
-        fingerprint (`str`): The same for the same transitions in the same order, wherever they were read.
+        trajectories (`list[str]`):
+            Paths of the trajectories.
+        blocks (`list[TransitionBlock]`):
+            Items of each tensor.
+        roles (`list[str]`):
+            Roles that have transitions.
+        fingerprint (`str`):
+            Hash of the transitions and their order, independent of where they were read.
 
     Raises:
-        `ValueError`: when no trajectory is given, one has too few states or a drawn value that is not finite, or
-            nothing moves in any of them; the message names trajectory, tensor and state.
+        `ValueError`: If `trajectories` is empty, a trajectory has too few states or a drawn value that is not finite,
+        or no tensor changes.
     """
 
     def __init__(
@@ -103,149 +114,117 @@ class TransitionDataset(Dataset):
         self.trajectories = [sample.path for sample in self._samples]
         keys = [sample.key for sample in self._samples]
         self.fingerprint = sha256(repr((num_states, keys)).encode()).hexdigest()
-        self._lay_out({role: role for role in PREDICTED_ROLES})
+        self._layout = _Layout.of(self._samples, num_states, {role: role for role in PREDICTED_ROLES})
         if not self.blocks:
             raise ValueError(
-                f"no tensor of the roles {', '.join(PREDICTED_ROLES)} moves in {', '.join(self.trajectories)}; "
-                "were all weights frozen?"
+                f"no tensor of the roles {', '.join(PREDICTED_ROLES)} changes in {', '.join(self.trajectories)}; "
+                "record a training that updates such weights"
             )
 
-    def _lay_out(self, role_of: dict[str, str]) -> None:
-        """Gives every transition its item: role by role, trajectory by trajectory, tensor by tensor."""
-        found: dict[str, list[tuple[int, int, TransitionBlock]]] = {role: [] for role in PREDICTED_ROLES}
-        for number, sample in enumerate(self._samples):
-            first_row = 0
-            for tensor in sample.tensors:
-                steps = tensor.mean_steps[self.num_states - 1 :]
-                block = TransitionBlock(
-                    role=role_of[tensor.role],
-                    trajectory=sample.path,
-                    tensor=tensor.name,
-                    start=0,
-                    stop=tensor.rows * len(steps),
-                    share=tensor.rows / tensor.size,
-                    no_change=sum(steps) / len(steps),
-                )
-                found[block.role].append((number, first_row, block))
-                first_row += tensor.rows
-        self.blocks: list[TransitionBlock] = []
-        for *_, block in (entry for entries in found.values() for entry in entries):
-            start = len(self)
-            self.blocks.append(replace(block, start=start, stop=start + block.stop))
-        self._ranges = {
-            role: (min(b.start for b in blocks), max(b.stop for b in blocks))
-            for role in PREDICTED_ROLES
-            if (blocks := [block for block in self.blocks if block.role == role])
-        }
-        self._starts = np.array([block.start for block in self.blocks], np.int64)
-        self._sample_of = np.array([number for entries in found.values() for number, *_ in entries], np.int64)
-        self._first_row = np.array([row for entries in found.values() for _, row, _ in entries], np.int64)
-        lengths = np.array([sample.num_states for sample in self._samples], np.int64)
-        self._lengths = lengths[self._sample_of] if self.blocks else lengths
-        self._no_change = np.array([block.no_change for block in self.blocks], np.float32)
-
     def with_one_role(self, role: str) -> "TransitionDataset":
-        """The same transitions, all of one role, for one network that is to predict every tensor."""
+        """Return the same transitions with a single role, for one network that predicts all tensors."""
         if role not in PREDICTED_ROLES:
             raise ValueError(f"unknown role {role!r}; choose one of {', '.join(PREDICTED_ROLES)}")
-        merged = TransitionDataset.__new__(TransitionDataset)
-        merged.__dict__.update(self.__dict__)
-        merged._lay_out(dict.fromkeys(PREDICTED_ROLES, role))
-        merged.fingerprint = sha256(f"{self.fingerprint} as {role}".encode()).hexdigest()
+        merged = copy(self)
+        vars(merged).update(
+            _layout=_Layout.of(self._samples, self.num_states, dict.fromkeys(PREDICTED_ROLES, role)),
+            fingerprint=sha256(f"{self.fingerprint} as {role}".encode()).hexdigest(),
+        )
         return merged
 
     @property
+    def blocks(self) -> list[TransitionBlock]:
+        return self._layout.blocks
+
+    @property
     def roles(self) -> list[str]:
-        return list(self._ranges)
+        return list(self._layout.ranges)
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{role}={stop - start:,}" for role, (start, stop) in self._ranges.items())
+        counts = ", ".join(f"{role}={stop - start:,}" for role, (start, stop) in self._layout.ranges.items())
         return f"TransitionDataset({len(self.trajectories)} trajectories, num_states={self.num_states}, {counts})"
 
     def __len__(self) -> int:
-        return self.blocks[-1].stop if self.blocks else 0
+        return self.blocks[-1].stop
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"item {index} of a dataset with {len(self)} transitions")
+            raise IndexError(f"index {index} is out of range for {len(self)} transitions")
         ((role, transitions),) = self.__getitems__([index % len(self)]).items()
         return {**{name: values[0] for name, values in transitions.items()}, "role": role}
 
     def __getitems__(self, indices: Sequence[int] | np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
         """
-        Many items at once, sorted by role; a `DataLoader` calls this for each batch of a batch sampler.
+        Get a batch, by role. A `DataLoader` calls this for each batch of a batch sampler.
 
         Args:
             indices (sequence of `int`):
                 Items.
 
         Returns:
-            `dict[str, dict[str, torch.Tensor]]`: from the role to `history` `(N_role, S)`, `labels` `(N_role,)` and
-            `no_change` `(N_role,)`, the mean `|Θ0 - Θ(-1)|` over the tensor that each transition is of, in the order
-            of `indices`; roles without an item are left out.
+            `dict[str, dict[str, torch.Tensor]]`: For each role with an item, `history` `(N_role, S)`, `labels`
+            `(N_role,)` and `no_change` `(N_role,)`, the mean `|Θ0 - Θ(-1)|` of the tensor of each transition, in the
+            order of `indices`.
         """
+        layout = self._layout
         items = np.asarray(indices, np.int64)
-        block = np.searchsorted(self._starts, items, side="right") - 1
-        length = self._lengths[block]
-        row, window = np.divmod(items - self._starts[block], length - self.num_states)
-        first = (self._first_row[block] + row) * length + window
-        windows = self._read_windows(self._sample_of[block], first)
-        no_change = self._no_change[block]
+        block = np.searchsorted(layout.starts, items, side="right") - 1
+        length = layout.lengths[block]
+        row, window = np.divmod(items - layout.starts[block], length - self.num_states)
+        first = (layout.first_rows[block] + row) * length + window
+        windows = self._read_windows(layout.samples[block], first)
+        no_change = layout.no_change[block]
         batch = {}
-        for role, (start, stop) in self._ranges.items():
-            chosen = (items >= start) & (items < stop)
-            if chosen.any():
-                of_role = torch.from_numpy(windows[chosen])
+        for role, (start, stop) in layout.ranges.items():
+            in_role = (items >= start) & (items < stop)
+            if in_role.any():
+                of_role = torch.from_numpy(windows[in_role])
                 batch[role] = {
                     "history": of_role[:, :-1],
                     "labels": of_role[:, -1],
-                    "no_change": torch.from_numpy(no_change[chosen]),
+                    "no_change": torch.from_numpy(no_change[in_role]),
                 }
         return batch
 
     def _read_windows(self, sample: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """The S + 1 numbers from `first` on of each item's sample, `(N, S + 1)`."""
+        """Read S + 1 values of each item's sample, beginning at `first`: `(N, S + 1)`."""
         order = np.argsort(sample, kind="stable")
-        places = first[order, None] + np.arange(self.num_states + 1)
+        positions = first[order, None] + np.arange(self.num_states + 1)
         numbers, starts = np.unique(sample[order], return_index=True)
         ends = [*starts[1:].tolist(), len(order)]
-        found = np.empty(places.shape, np.float32)
+        values = np.empty(positions.shape, np.float32)
         for number, start, end in zip(numbers.tolist(), starts.tolist(), ends, strict=True):
-            # "clip" only spares the copy that checking every place would take: none is out of range
-            self._samples[number].values.take(places[start:end], out=found[start:end], mode="clip")
-        windows = np.empty_like(found)
-        windows[order] = found
+            # All positions are valid; "clip" avoids the copy that take() makes to check them.
+            self._samples[number].values.take(positions[start:end], out=values[start:end], mode="clip")
+        windows = np.empty_like(values)
+        windows[order] = values
         return windows
 
     def block(self, block: TransitionBlock) -> tuple[torch.Tensor, torch.Tensor]:
-        """All transitions of one tensor: histories `(N, S)` and targets `(N,)`."""
-        position = int(np.searchsorted(self._starts, block.start))
-        values = self._samples[self._sample_of[position]].values
-        windows_a_row = values.shape[1] - self.num_states
-        first = self._first_row[position]
-        rows = values[first : first + (block.stop - block.start) // windows_a_row]
+        """Return all transitions of one tensor: histories `(N, S)` and targets `(N,)`."""
+        position = int(np.searchsorted(self._layout.starts, block.start))
+        values = self._samples[self._layout.samples[position]].values
+        windows_per_row = values.shape[1] - self.num_states
+        first = self._layout.first_rows[position]
+        rows = values[first : first + (block.stop - block.start) // windows_per_row]
         windows = np.array(sliding_window_view(rows, self.num_states + 1, axis=1)).reshape(-1, self.num_states + 1)
         return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, -1])
 
     def mean_no_change(self) -> dict[str, float]:
-        """Mean `|Θ0 - Θ(-1)|` by role, every trajectory weighing the same, and so every tensor within one."""
-        means = {}
-        for role in self.roles:
-            by_trajectory: dict[str, list[float]] = defaultdict(list)
-            for block in self.blocks:
-                if block.role == role:
-                    by_trajectory[block.trajectory].append(block.no_change)
-            means[role] = mean(mean(errors) for errors in by_trajectory.values())
-        return means
+        """Return the mean `|Θ0 - Θ(-1)|` by role; trajectories, and tensors within a trajectory, weigh the same."""
+        errors: dict[str, dict[str, list[float]]] = {role: defaultdict(list) for role in self.roles}
+        for block in self.blocks:
+            errors[block.role][block.trajectory].append(block.no_change)
+        return {role: mean(map(mean, by_trajectory.values())) for role, by_trajectory in errors.items()}
 
     def describe(self) -> dict[str, dict[str, int | float]]:
         """
-        What the dataset covers, by role, JSON values only: numbers of trajectories, tensors and transitions, the
+        Summarize the dataset by role, with JSON values only: numbers of trajectories, tensors and transitions, the
         largest weight, and the largest and mean displacement `|target - full-data state|` of a scalar weight.
         """
         tensors = {(sample.path, tensor.name): tensor for sample in self._samples for tensor in sample.tensors}
         description = {}
-        for role, (start, stop) in self._ranges.items():
+        for role, (start, stop) in self._layout.ranges.items():
             blocks = [block for block in self.blocks if block.role == role]
             sampled = [tensors[block.trajectory, block.tensor] for block in blocks]
             displacements = [block.no_change * (block.stop - block.start) for block in blocks]
@@ -260,6 +239,138 @@ class TransitionDataset(Dataset):
         return description
 
 
+class BalancedBatchSampler(Sampler[np.ndarray]):
+    """
+    Sampler of batches with the same number of transitions of each role. Within a role, all trajectories are equally
+    likely; within a trajectory, all tensors; within a tensor, all transitions. Drawn with replacement.
+
+    The n-th batch depends only on the dataset, `batch_size`, `seed` and n. All processes draw the same batches and
+    take their part of each, so that together they see the same data as one process.
+
+    Args:
+        dataset ([`TransitionDataset`]):
+            Dataset to sample from.
+        batch_size (`int`):
+            Transitions of each role per batch, over all processes.
+        num_batches (`int`):
+            Batches of one pass.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draw; every pass yields the same batches.
+        start (`int`, *optional*, defaults to `0`):
+            First batch of a pass; earlier ones are neither drawn nor read.
+        process_index (`int`, *optional*, defaults to `0`):
+            Part of each batch to yield.
+        num_processes (`int`, *optional*, defaults to `1`):
+            Number of parts.
+
+    Raises:
+        `ValueError`: If `batch_size` is not a multiple of `num_processes`.
+    """
+
+    def __init__(
+        self,
+        dataset: TransitionDataset,
+        batch_size: int,
+        num_batches: int,
+        seed: int = 0,
+        start: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        if batch_size % num_processes:
+            raise ValueError(
+                f"batch_size must be a multiple of the number of processes ({num_processes}), got {batch_size}; "
+                f"choose {batch_size + -batch_size % num_processes}"
+            )
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.seed = seed
+        self.start = start
+        self._part = slice(process_index, None, num_processes)
+        self._draws = [_Draw.of([block for block in dataset.blocks if block.role == role]) for role in dataset.roles]
+
+    def __len__(self) -> int:
+        return self.num_batches - self.start
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for number in range(self.start, self.num_batches):
+            rng = np.random.default_rng((self.seed, number))
+            yield np.concatenate([draw(rng, self.batch_size)[self._part] for draw in self._draws])
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Random draw of the items of one role: first a tensor by its probability, then one of its transitions."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    cumulative: np.ndarray
+
+    @classmethod
+    def of(cls, blocks: list[TransitionBlock]) -> "_Draw":
+        num_tensors = Counter(block.trajectory for block in blocks)
+        probabilities = np.array([1 / (len(num_tensors) * num_tensors[block.trajectory]) for block in blocks])
+        return cls(
+            starts=np.array([block.start for block in blocks]),
+            lengths=np.array([block.stop - block.start for block in blocks]),
+            cumulative=probabilities.cumsum()[:-1],
+        )
+
+    def __call__(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        tensor = np.searchsorted(self.cumulative, rng.random(size), side="right")
+        return self.starts[tensor] + rng.integers(self.lengths[tensor])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Items of each tensor, ordered by role, trajectory and tensor; the arrays have one entry per block."""
+
+    blocks: list[TransitionBlock]
+    ranges: dict[str, tuple[int, int]]  # first item of each role, and its last plus one
+    starts: np.ndarray
+    samples: np.ndarray  # number of the sample
+    first_rows: np.ndarray  # first row in the sample
+    lengths: np.ndarray  # states of the sample
+    no_change: np.ndarray
+
+    @classmethod
+    def of(cls, samples: list[StateSample], num_states: int, role_of: dict[str, str]) -> "_Layout":
+        entries = []
+        for number, sample in enumerate(samples):
+            first_row = 0
+            for tensor in sample.tensors:
+                steps = tensor.mean_steps[num_states - 1 :]
+                block = TransitionBlock(
+                    role=role_of[tensor.role],
+                    trajectory=sample.path,
+                    tensor=tensor.name,
+                    start=0,
+                    stop=tensor.rows * len(steps),
+                    share=tensor.rows / tensor.size,
+                    no_change=sum(steps) / len(steps),
+                )
+                entries.append((block, number, first_row))
+                first_row += tensor.rows
+        entries.sort(key=lambda entry: PREDICTED_ROLES.index(entry[0].role))
+        blocks: list[TransitionBlock] = []
+        for block, *_ in entries:
+            start = blocks[-1].stop if blocks else 0
+            blocks.append(replace(block, start=start, stop=start + block.stop))
+        ranges: dict[str, tuple[int, int]] = {}
+        for block in blocks:
+            ranges[block.role] = (ranges.get(block.role, (block.start, 0))[0], block.stop)
+        numbers = np.array([number for _, number, _ in entries], np.int64)
+        return cls(
+            blocks=blocks,
+            ranges=ranges,
+            starts=np.array([block.start for block in blocks], np.int64),
+            samples=numbers,
+            first_rows=np.array([first_row for *_, first_row in entries], np.int64),
+            lengths=np.array([sample.num_states for sample in samples], np.int64)[numbers],
+            no_change=np.array([block.no_change for block in blocks], np.float32),
+        )
+
+
 def _sample_all(
     trajectories: Sequence[WeightTrajectory | str | Path],
     num_states: int,
@@ -271,21 +382,21 @@ def _sample_all(
     folder = None if cache_dir is None else Path(cache_dir)
     samples: dict[int, StateSample] = {}
     with tqdm(total=len(trajectories), desc="reading trajectories", disable=not progress) as bar:
-        # What another process is drawing comes last: until then it will be there.
+        # Samples that another process is drawing are left to the second pass, which waits for them.
         for wait in (False, True):
             for number, trajectory in enumerate(trajectories):
                 if number in samples:
                     continue
-                source = open_source(trajectory)
-                if source.num_states < num_states + 1:
-                    source.close()
+                reader = open_states(trajectory)
+                if reader.num_states < num_states + 1:
+                    reader.close()
                     raise ValueError(
-                        f"{source.path} has {source.num_states} states, a transition needs {num_states + 1}: "
-                        f"{num_states} of history and a target; record it with ForgettingSchedule(num_states="
+                        f"{reader.path} has {reader.num_states} states, but a transition needs {num_states + 1} "
+                        f"(a history of {num_states} and a target); record it with ForgettingSchedule(num_states="
                         f"{num_states + 1}) or more"
                     )
                 try:
-                    samples[number] = sample_states(source, max_per_tensor, seed, folder, wait)
+                    samples[number] = sample_states(reader, max_per_tensor, seed, folder, wait)
                 except Timeout:
                     continue
                 bar.update()
@@ -294,10 +405,10 @@ def _sample_all(
 
 def _check_arguments(trajectories: Sequence[Any], num_states: int, max_per_tensor: int | None) -> None:
     if isinstance(trajectories, (str, Path, WeightTrajectory)):
-        raise ValueError(f"trajectories={trajectories!r} is a single one; pass a list of trajectories")
+        raise ValueError(f"trajectories must be a list, got the single trajectory {trajectories!r}")
     if not len(trajectories):
-        raise ValueError("no trajectory was given; record some with induce_forgetting")
+        raise ValueError("trajectories is empty; record some with induce_forgetting")
     if num_states < 2:
-        raise ValueError(f"num_states={num_states}: a history has at least 2 states")
+        raise ValueError(f"num_states must be at least 2, got {num_states}")
     if max_per_tensor is not None and max_per_tensor < 1:
-        raise ValueError(f"max_per_tensor={max_per_tensor}: choose at least 1, or None for all scalars")
+        raise ValueError(f"max_per_tensor must be at least 1, or None for all scalars, got {max_per_tensor}")

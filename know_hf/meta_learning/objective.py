@@ -1,4 +1,4 @@
-"""What meta-training makes small."""
+"""Meta-training loss."""
 
 from collections.abc import Iterator, Mapping
 
@@ -9,24 +9,25 @@ from ..known.modeling_known import KNOWNModel
 from .dataset import TransitionDataset
 from .training_arguments import MetaTrainingArguments
 
-# Tensors that moved a thousand times less than the mean, or not at all in the last step, weigh no more than this.
 LARGEST_WEIGHT = 1000.0
+"""Limit of the relative weight of a tensor that moved little, or not at all in the last step."""
 
 
 class MetaObjective(nn.Module):
     """
-    The l1 objective and the regularisers of meta-training, over all roles of a batch in one forward pass, as
-    `DistributedDataParallel` needs it.
-
-    Networks without a transition to learn from are frozen.
+    L1 loss and regularizers of meta-training, over all roles of a batch in one forward pass, as
+    `DistributedDataParallel` requires. Networks without transitions are frozen.
 
     Args:
-        model ([`KNOWNModel`]): The model that is trained.
-        train ([`TransitionDataset`]): Says which roles there are, and their mean no-change errors.
-        args ([`MetaTrainingArguments`]): Factors of the regularisers, and the weighting of the loss.
+        model ([`KNOWNModel`]):
+            Model to train.
+        train ([`TransitionDataset`]):
+            Training transitions, which define the roles and their mean no-change errors.
+        args ([`MetaTrainingArguments`]):
+            Factors of the regularizers, and the weighting of the loss.
 
     Raises:
-        `ValueError`: when the loss is to be relative and a role has no-change errors of zero alone.
+        `ValueError`: If the loss is relative and all no-change errors of a role are zero.
     """
 
     def __init__(self, model: KNOWNModel, train: TransitionDataset, args: MetaTrainingArguments) -> None:
@@ -36,8 +37,8 @@ class MetaObjective(nn.Module):
         self._no_change = train.mean_no_change()
         if args.loss_weighting == "relative" and (still := [r for r, error in self._no_change.items() if not error]):
             raise ValueError(
-                f"no tensor of the role {', '.join(still)} moves in a step that is to be predicted, so that its loss"
-                " can't be divided by its no-change error; choose loss_weighting='none'"
+                f"loss_weighting='relative' divides by the no-change error, which is 0 for role {', '.join(still)}; "
+                "choose loss_weighting='none'"
             )
         for role, network in model.networks.items():
             network.requires_grad_(role in self._no_change)
@@ -47,13 +48,15 @@ class MetaObjective(nn.Module):
 
     def forward(self, batch: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """
+        Compute the losses of a batch.
+
         Args:
             batch (`Mapping[str, Mapping[str, torch.Tensor]]`):
-                Of each role `history` `(N, S)`, `labels` `(N,)` and `no_change` `(N,)`.
+                For each role `history` `(N, S)`, `labels` `(N,)` and `no_change` `(N,)`.
 
         Returns:
-            `dict[str, torch.Tensor]` of shapes `()`: the loss of each role, in units of the weights, and `objective`,
-            their sum with the regularisers.
+            `dict[str, torch.Tensor]`: Scalars: the loss of each role, in units of the weights, and `objective`, the
+            sum of losses and regularizers.
         """
         losses = {}
         regularization = []

@@ -1,4 +1,4 @@
-"""How many processes a training runs on, and that they are as many as were asked for."""
+"""Processes of a meta-training, checked against the number of launched ones."""
 
 import os
 
@@ -11,15 +11,16 @@ from .training_arguments import MetaTrainingArguments
 
 def start_processes() -> PartialState:
     """
-    Joins the processes that were launched, before anything is read or trained.
+    Join the launched processes. Call it before reading data.
 
     Returns:
-        `PartialState`: which of them this is, and of how many.
+        `PartialState`: Index of this process and number of processes.
 
     Raises:
-        `RuntimeError`: when several processes were launched, or asked of `accelerate launch`, and each would be alone.
+        `RuntimeError`: If several processes were launched, or requested from `accelerate launch`, but each would run
+        alone.
     """
-    # Only accelerate's larger classes look at this variable themselves.
+    # Only accelerate's larger classes read this variable themselves.
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     _check_number(processes.num_processes)
     return processes
@@ -27,28 +28,23 @@ def start_processes() -> PartialState:
 
 def make_accelerator(args: MetaTrainingArguments) -> Accelerator:
     """
-    Args:
-        args ([`MetaTrainingArguments`]):
-            Give precision and trackers.
-
-    Returns:
-        `Accelerator` on all the processes that were launched.
+    Create the accelerator of a meta-training on all launched processes.
 
     Raises:
-        `RuntimeError`: when several processes were launched, or asked of `accelerate launch`, and each would train
-            alone.
-        `ValueError`: for a tracker that does not exist.
-        `ImportError`: for one that is not installed.
+        `RuntimeError`: If several processes were launched, or requested from `accelerate launch`, but each would train
+        alone.
+        `ValueError`: If a tracker is unknown.
+        `ImportError`: If a tracker is not installed.
     """
     available = {LoggerType.ALL.value, *(tracker.value for tracker in get_available_trackers())}
-    # accelerate leaves out those that are not installed, and names the wrong ones
+    # accelerate drops trackers that are not installed, and names the wrong ones.
     if missing := [name for name in args.report_to if name in LoggerType.list() and name not in available]:
-        raise ImportError(f"report_to={', '.join(missing)}: not installed; pip install {' '.join(missing)}")
+        raise ImportError(f"report_to={', '.join(missing)} is not installed; pip install {' '.join(missing)}")
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=args.report_to or None,
         project_dir=args.logging_dir,
-        # accelerate would make one step a process of the schedule, which is over steps of all processes together
+        # The schedule counts steps of all processes together; accelerate would advance it once per process.
         step_scheduler_with_optimizer=False,
     )
     _check_number(accelerator.num_processes)
@@ -57,13 +53,13 @@ def make_accelerator(args: MetaTrainingArguments) -> Accelerator:
 
 def _check_number(num_processes: int) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    # `accelerate launch --cpu --num_processes 2` starts a single process; it says where the others could be reached,
-    # but neither how many nor which one this is.
+    # `accelerate launch --cpu --num_processes 2` starts one process. It sets the address of the others, but neither
+    # their number nor the rank of this one.
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ
     if launched > num_processes or (alone and num_processes == 1):
-        asked = f"{launched} processes were launched" if launched > 1 else "several processes were asked for"
+        requested = f"{launched} processes were launched" if launched > 1 else "several processes were requested"
         raise RuntimeError(
-            f"{asked}, but accelerate runs {num_processes}; on CPUs launch with"
+            f"{requested}, but accelerate runs {num_processes}; on CPUs launch with"
             " `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 …` or `ACCELERATE_USE_CPU=1 accelerate launch"
             " --multi_gpu --num_processes 2 --num_machines 1 …`"
         )

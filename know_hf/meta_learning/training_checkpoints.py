@@ -1,10 +1,10 @@
-"""Checkpoints of a meta-training: written whole or not at all, and gone on from only by the same training.
+"""Checkpoints of a meta-training. They are written atomically, and only the same training resumes from them.
 
 checkpoint_dir/
   step-00001000/
-    run.json                   what must be the same to go on, and how far it had come; nothing that runs
-    best.safetensors           weights of the best validation skill, where there was a look
-    model.safetensors, optimizer.bin, scheduler.bin, random_states_0.pkl …    of accelerate's save_state
+    run.json                   settings that must match to resume, and progress; contains no code
+    best.safetensors           weights with the best validation skill, if evaluated
+    model.safetensors, optimizer.bin, scheduler.bin, random_states_0.pkl …    from `accelerator.save_state`
 """
 
 import json
@@ -30,17 +30,25 @@ _STEP = re.compile(r"step-(\d+)")
 @dataclass
 class Progress:
     """
-    How far a training has come.
+    Progress of a training.
 
-    Args:
-        step (`int`): Optimizer steps done.
-        losses (`list[dict[str, float]]`): What was reported.
-        validation (`list[dict[str, float | None]]`): Validation skill by role of every look; `None` where not finite.
-        seconds (`float`): Wall-clock time of the training.
-        best (`float`, *optional*): Best mean validation skill.
-        best_step (`int`, *optional*): The step it was found at.
-        looks_since_best (`int`): Looks since then.
-        best_weights (`dict[str, torch.Tensor]`): The weights it was found with.
+    Attributes:
+        step (`int`):
+            Completed optimizer steps.
+        losses (`list[dict[str, float]]`):
+            Reported losses.
+        validation (`list[dict[str, float | None]]`):
+            Validation skill by role of each evaluation; `None` where it is not finite.
+        seconds (`float`):
+            Wall-clock time of the training.
+        best (`float`, *optional*):
+            Best mean validation skill.
+        best_step (`int`, *optional*):
+            Step of the best validation skill.
+        looks_since_best (`int`):
+            Evaluations since then.
+        best_weights (`dict[str, torch.Tensor]`):
+            Weights with the best validation skill.
     """
 
     step: int = 0
@@ -55,13 +63,17 @@ class Progress:
 
 class CheckpointFolder:
     """
-    The checkpoints of one training.
+    Checkpoints of one training.
 
     Args:
-        folder (`Path`): Where they are.
-        keep (`int`): How many are kept, the newest.
-        accelerator (`Accelerator`): Whose prepared objects are saved; all its processes call the same methods.
-        run (`Mapping[str, Any]`): What makes this training what it is, JSON values only.
+        folder (`Path`):
+            Folder of the checkpoints.
+        keep (`int`):
+            Number of newest checkpoints to keep.
+        accelerator (`Accelerator`):
+            Accelerator whose prepared objects are saved; all its processes call the same methods.
+        run (`Mapping[str, Any]`):
+            Settings that identify the training, JSON values only.
     """
 
     def __init__(self, folder: Path, keep: int, accelerator: Accelerator, run: Mapping[str, Any]) -> None:
@@ -71,40 +83,42 @@ class CheckpointFolder:
         self._run = json.loads(json.dumps(run))
 
     def save(self, progress: Progress) -> None:
-        """Writes a checkpoint, then deletes the oldest ones.
+        """
+        Write a checkpoint, then delete the oldest ones.
 
         Raises:
-            `OSError`: when it can't be written; those before it are kept.
+            `OSError`: If it cannot be written; earlier checkpoints are kept.
         """
         target = self.folder / f"step-{progress.step:08d}"
-        # Random states of the other processes are left out: nothing is drawn from them.
+        # Random states of the other processes are not saved: nothing is drawn from them.
         on_main_process(self._accelerator, lambda: self._write(target, progress))
 
     def resume(self) -> Progress:
-        """Loads the newest checkpoint, if there is one.
+        """
+        Load the newest checkpoint, if any.
 
         Returns:
-            [`Progress`]: how far it had come; at the beginning without a checkpoint.
+            [`Progress`] of the checkpoint, or an initial one.
 
         Raises:
-            `ValueError`: when it is one of another training; names what differs.
+            `ValueError`: If the checkpoint belongs to another training; the message names the difference.
         """
-        newest = on_main_process(self._accelerator, lambda: self._steps()[-1:])
+        newest = on_main_process(self._accelerator, lambda: self._checkpoints()[-1:])
         if not newest:
             return Progress()
         content = json.loads((newest[0] / RUN_NAME).read_text(encoding="utf-8"))
         for key, value in self._run.items():
             if key in content["run"] and content["run"][key] != value:
                 raise ValueError(
-                    f"{newest[0]} is a checkpoint of a training with {key}={content['run'].get(key)!r}, this one has"
-                    f" {value!r}; train with the same, or choose another checkpoint_dir"
+                    f"{newest[0]} was saved by a training with {key}={content['run'][key]!r}, this one has {value!r};"
+                    " train with the same value, or choose another checkpoint_dir"
                 )
         self._accelerator.load_state(str(newest[0]))
         best = newest[0] / BEST_NAME
         return Progress(**content["progress"], best_weights=load_file(best) if best.exists() else {})
 
     def _write(self, target: Path, progress: Progress) -> None:
-        # overwrite: a folder of that name is one that another training left, or the step that was resumed from
+        # A folder of that name is from another training, or the checkpoint that this one resumed from.
         with atomic_folder(target, overwrite=True) as work:
             self._accelerator.save_state(str(work))
             if progress.best_weights:
@@ -112,9 +126,8 @@ class CheckpointFolder:
             content = asdict(progress)
             del content["best_weights"]
             write_json(work / RUN_NAME, {"run": self._run, "progress": content})
-        for old in self._steps()[: -self._keep]:
+        for old in self._checkpoints()[: -self._keep]:
             shutil.rmtree(old)
 
-    def _steps(self) -> list[Path]:
-        found = [path for path in self.folder.glob("step-*") if _STEP.fullmatch(path.name)]
-        return sorted(found, key=lambda path: path.name)
+    def _checkpoints(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if _STEP.fullmatch(path.name))

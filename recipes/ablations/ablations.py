@@ -138,11 +138,11 @@ def by_ratio(trajectories: "Sequence[CollectedTrajectory]") -> "dict[str, list[C
 
 def fingerprint(trajectories: "Sequence[CollectedTrajectory]") -> str:
     """Hash of the weights of all of them, in their order; other trajectories may have the same names."""
-    from know_hf.meta_learning.transition_sources import open_source
+    from know_hf.meta_learning.state_readers import open_states
 
     digest = hashlib.sha256()
     for trajectory in trajectories:
-        source = open_source(trajectory.path)
+        source = open_states(trajectory.path)
         digest.update(source.fingerprint.encode())
         source.close()
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Meta-training on two processes gives what one gives; killed at any moment and started again, the same weights."""
+"""Meta-training on two processes, and resumption after a kill at any moment."""
 
 import json
 import multiprocessing
@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
+from doubles.toy_trajectories import record_lines
 from meta_worker import ARGUMENTS, Trained, train, write_notes
-from test_training import record
 
 from know_hf import KNOWNConfig, KNOWNModel
 from know_hf.meta_learning import (
@@ -28,7 +28,7 @@ from know_hf.meta_learning import (
     start_processes,
 )
 
-TESTS = Path(__file__).parent
+WORKER = Path(__file__).with_name("meta_worker.py")
 FEW_STEPS = MetaTrainingArguments(steps=12, batch_size=32, warmup_steps=2, log_every=5, save_every=4)
 
 
@@ -36,18 +36,17 @@ FEW_STEPS = MetaTrainingArguments(steps=12, batch_size=32, warmup_steps=2, log_e
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("meta")
     for number in range(3):
-        record(folder / f"a{number}", seed=number)
+        record_lines(folder / f"a{number}", seed=number)
     return folder
 
 
 @pytest.fixture(scope="module")
 def launched(root: Path) -> list[dict[str, Any]]:
-    """What two processes noted; one that waits for ever fails the tests by the timeout."""
-    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """Notes of two processes that were launched together."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(TESTS / "meta_worker.py"), str(root)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+         str(WORKER), str(root)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -67,7 +66,7 @@ def read_notes(folder: Path) -> list[dict[str, Any]]:
 
 
 def run(*targets: Callable[[], object]) -> list[int | None]:
-    """Runs each in a process of its own, a copy of this one; their exit codes."""
+    """Run each target in a forked process and return the exit codes."""
     processes = [multiprocessing.get_context("fork").Process(target=target) for target in targets]
     for process in processes:
         process.start()
@@ -80,34 +79,34 @@ def test_two_processes_ran(launched):
     assert [notes["num_processes"] for notes in launched] == [2, 2]
 
 
-def test_processes_see_different_parts_of_the_same_batches(launched, root):
+def test_processes_share_the_same_batches(launched, root):
     dataset = TransitionDataset([root / "a0", root / "a1"], progress=False)
-    whole = list(BalancedBatchSampler(dataset, ARGUMENTS.batch_size, ARGUMENTS.steps))
+    batches = list(BalancedBatchSampler(dataset, ARGUMENTS.batch_size, ARGUMENTS.steps))
     first, second = (notes["items"] for notes in launched)
     assert len(first) == len(second) == ARGUMENTS.steps
-    for batch, *parts in zip(whole, first, second, strict=True):
+    for batch, *parts in zip(batches, first, second, strict=True):
         assert parts[0] != parts[1] and [len(part) for part in parts] == [192, 192]
         assert sorted(parts[0] + parts[1]) == sorted(batch.tolist())
 
 
-def test_two_processes_give_what_one_gives(launched, alone):
+def test_two_processes_agree_with_one(launched, alone):
     assert len(alone.items[0]) == 2 * len(launched[0]["items"][0])
     assert launched[0]["weights"] == launched[1]["weights"]
     for role, skill in alone.result.held_out_skill["other"].items():
-        found = [notes["skill"][role] for notes in launched]
-        assert found[0] == found[1]
+        of_processes = [notes["skill"][role] for notes in launched]
+        assert of_processes[0] == of_processes[1]
         assert skill.skill > 0.2
-        assert found[0]["skill"] == pytest.approx(skill.skill, abs=0.01)
-        assert found[0]["transitions"] == skill.transitions
+        assert of_processes[0]["skill"] == pytest.approx(skill.skill, abs=0.01)
+        assert of_processes[0]["transitions"] == skill.transitions
     for ours, theirs in zip(launched[0]["losses"], alone.result.losses, strict=True):
         assert ours == pytest.approx(theirs, rel=0.01)
 
 
-def test_two_processes_of_which_one_is_killed_end_in_the_same_weights(launched, root, tmp_path):
+def test_two_processes_resume_after_one_is_killed(launched, root, tmp_path):
     args = replace(ARGUMENTS, checkpoint_dir=str(tmp_path / "checkpoints"))
 
     def run_pair(kill_at: int | None) -> list[int | None]:
-        """Forked, as importing takes most of a launch's time."""
+        """Train on two forked processes; a launch would spend most of its time on imports."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
@@ -125,18 +124,18 @@ def test_two_processes_of_which_one_is_killed_end_in_the_same_weights(launched, 
 
     assert run_pair(kill_at=35) == [1, -signal.SIGKILL]
     assert run_pair(kill_at=None) == [0, 0]
-    for resumed, whole in zip(read_notes(tmp_path), launched, strict=True):
-        assert resumed["items"] == whole["items"][20:]  # the checkpoint is that of step 20
-        assert resumed["weights"] == whole["weights"]
-        assert resumed["losses"] == whole["losses"]
+    for resumed, uninterrupted in zip(read_notes(tmp_path), launched, strict=True):
+        assert resumed["items"] == uninterrupted["items"][20:]  # from the checkpoint at step 20
+        assert resumed["weights"] == uninterrupted["weights"]
+        assert resumed["losses"] == uninterrupted["losses"]
 
 
-def end_of(root: Path, folder: Path, args: MetaTrainingArguments = FEW_STEPS) -> Trained:
+def finish(root: Path, folder: Path, args: MetaTrainingArguments = FEW_STEPS) -> Trained:
     return train(root, replace(args, checkpoint_dir=str(folder)))
 
 
 def kill(root: Path, folder: Path, before_step: int | None = None, before_change: int | None = None) -> int | None:
-    """Trains in a process of its own that dies before a step, or before a change to the folder of checkpoints."""
+    """Train in a forked process that dies before a step, or before a change in the checkpoint folder."""
 
     def child() -> None:
         changes = 0
@@ -157,21 +156,21 @@ def kill(root: Path, folder: Path, before_step: int | None = None, before_change
     return code
 
 
-def test_killed_at_any_moment_and_started_again(root, tmp_path):
-    expected = end_of(root, tmp_path / "whole")
-    assert [path.name for path in sorted((tmp_path / "whole").iterdir())] == ["step-00000008", "step-00000012"]
+def test_resumes_after_a_kill_at_any_moment(root, tmp_path):
+    expected = finish(root, tmp_path / "uninterrupted")
+    assert [path.name for path in sorted((tmp_path / "uninterrupted").iterdir())] == ["step-00000008", "step-00000012"]
     assert [entry["step"] for entry in expected.result.losses] == [4, 8, 12]
     moments = random.Random(0).sample(range(1, 25), 8)
     for number, kills in enumerate([{"before_step": 3}, {"before_step": 7}, *({"before_change": m} for m in moments)]):
         folder = tmp_path / str(number)
         assert kill(root, folder, **kills) == -signal.SIGKILL, kills
-        found = end_of(root, folder)
-        assert found.weights == expected.weights, kills
-        assert found.result.losses == expected.result.losses
+        resumed = finish(root, folder)
+        assert resumed.weights == expected.weights, kills
+        assert resumed.result.losses == expected.result.losses
         assert sorted(path.name for path in folder.iterdir()) == ["step-00000008", "step-00000012"]
 
 
-def test_looks_and_best_weights_are_kept(root, tmp_path):
+def test_validation_and_best_weights_resume(root, tmp_path):
     dataset, other = (TransitionDataset([root / name], progress=False) for name in ("a0", "a1"))
     args = replace(FEW_STEPS, checkpoint_dir=str(tmp_path), eval_every=2, patience=4, learning_rate=3e-3)
     expected = meta_train(None, dataset, validation=other, args=args, progress=False)
@@ -181,20 +180,20 @@ def test_looks_and_best_weights_are_kept(root, tmp_path):
     assert Trained(again, []).weights == Trained(expected, []).weights
 
 
-def test_checkpoints_of_another_training(root, tmp_path, monkeypatch):
-    end_of(root, tmp_path)
-    assert end_of(root, tmp_path, replace(FEW_STEPS, log_every=3)).items == []  # nothing was left to train
-    with pytest.raises(ValueError, match=r"step-00000012 is a checkpoint of a training with learning_rate=0\.001, "):
-        end_of(root, tmp_path, replace(FEW_STEPS, learning_rate=0.1))
+def test_checkpoint_of_another_training(root, tmp_path, monkeypatch):
+    finish(root, tmp_path)
+    assert finish(root, tmp_path, replace(FEW_STEPS, log_every=3)).items == []  # the training was finished
+    with pytest.raises(ValueError, match=r"step-00000012.*learning_rate=0\.001"):
+        finish(root, tmp_path, replace(FEW_STEPS, learning_rate=0.1))
     with monkeypatch.context() as launcher:
         launcher.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
         AcceleratorState._reset_state()
-        with pytest.raises(ValueError, match=r"checkpoint of a training with precision='no', this one has 'bf16'"):
-            end_of(root, tmp_path)
+        with pytest.raises(ValueError, match=r"precision='no'.*'bf16'"):
+            finish(root, tmp_path)
     AcceleratorState._reset_state()
     dataset = TransitionDataset([root / "a0", root / "a1"], progress=False)
     args = replace(FEW_STEPS, checkpoint_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=r"checkpoint of a training with initial_weights="):
+    with pytest.raises(ValueError, match=r"initial_weights="):
         meta_train(KNOWNModel(KNOWNConfig()), dataset, args=args, progress=False)
-    with pytest.raises(ValueError, match=r"checkpoint of a training with train="):
+    with pytest.raises(ValueError, match=r" train="):
         meta_train(None, dataset.with_one_role("fc"), args=args, progress=False)

@@ -1,4 +1,4 @@
-"""One of several processes that meta-train together, started by `torchrun`; notes what it saw for the test to read.
+"""One of several processes that meta-train together, launched by `torchrun`; writes notes for the test.
 
 meta_worker.py ROOT    trajectories a0, a1 and a2 are in ROOT
 """
@@ -28,7 +28,7 @@ ARGUMENTS = MetaTrainingArguments(
 
 
 class NotedDataset(TransitionDataset):
-    """Notes the items of every batch, and may die before one is read."""
+    """Dataset that notes the items of every batch, and can kill its process before one is read."""
 
     def __init__(self, *args: Any, kill_at: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,0 +1,208 @@
+"""Readers of the states of a trajectory: recorded trajectories, and HDF5 files of the published meta-dataset.
+
+Each reads pieces of the history of a tensor, most forgotten state first. Nothing is sampled or computed here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from ..known.keras_import import open_hdf5
+from ..roles import PREDICTED_ROLES
+from ..trajectory import WeightTrajectory
+
+if TYPE_CHECKING:
+    import h5py
+
+PUBLISHED_SUFFIXES = (".h5", ".hdf5")
+PUBLISHED_DATASETS = {"ConvWeights": ("conv", 4), "FCWeights": ("fc", 2), "Bias": ("bias", 2)}
+"""Role and number of axes of each dataset."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """
+    Tensor of a predicted role.
+
+    Attributes:
+        name (`str`):
+            Name of the tensor.
+        role (`str`):
+            `"conv"`, `"fc"` or `"bias"`.
+        size (`int`):
+            Number of scalars.
+    """
+
+    name: str
+    role: str
+    size: int
+
+
+class StateReader(Protocol):
+    """
+    Reader of one trajectory.
+
+    Attributes:
+        path (`Path`):
+            Folder or file of the trajectory.
+        num_states (`int`):
+            Number of states T.
+        planned_states (`int`, *optional*):
+            Number of states of the finished trajectory, if known.
+        fingerprint (`str`):
+            Hash that changes with the weights; computing it reads no weights.
+        tensors (sequence of [`TensorInfo`]):
+            Tensors of the predicted roles, in a fixed order.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def num_states(self) -> int: ...
+
+    @property
+    def planned_states(self) -> int | None: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def tensors(self) -> Sequence[TensorInfo]: ...
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read the scalars `start` to `stop - 1` of a tensor: `(T, stop - start)`, float32."""
+
+    def close(self) -> None:
+        """Close open files."""
+
+
+def open_states(trajectory: WeightTrajectory | str | Path) -> StateReader:
+    """
+    Open the states of a trajectory.
+
+    Args:
+        trajectory ([`WeightTrajectory`], `str` or `Path`):
+            A trajectory, its folder, or an HDF5 file of the published meta-dataset (`.h5` or `.hdf5`).
+
+    Returns:
+        [`StateReader`].
+
+    Raises:
+        `FileNotFoundError`: If the folder or file is missing.
+        `ValueError`: If it is damaged or has another layout.
+        `ImportError`: If it is an HDF5 file and h5py is not installed.
+    """
+    if isinstance(trajectory, WeightTrajectory):
+        return RecordedStates(trajectory)
+    path = Path(trajectory)
+    return PublishedStates(path) if path.suffix in PUBLISHED_SUFFIXES else RecordedStates(WeightTrajectory(path))
+
+
+class RecordedStates:
+    """[`StateReader`] of a recorded trajectory; omits tensors recorded as unchanged in all states."""
+
+    def __init__(self, trajectory: WeightTrajectory) -> None:
+        self._trajectory = trajectory
+        self.path = trajectory.path
+        self.num_states = trajectory.num_states
+        self.planned_states = None if trajectory.schedule is None else trajectory.schedule.num_states
+
+    @property
+    def fingerprint(self) -> str:
+        files = [(file.path, file.sha256) for state in self._trajectory.states for file in state.files]
+        return sha256(repr(files).encode()).hexdigest()
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        trajectory = self._trajectory
+        return [
+            TensorInfo(name, role, trajectory.shape(name).numel())
+            for name in trajectory.names
+            if (role := trajectory.roles[name].role) in PREDICTED_ROLES and not trajectory.is_unchanged(name)
+        ]
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._trajectory.read_history(name, start, stop)
+
+    def close(self) -> None:
+        pass
+
+
+class PublishedStates:
+    """
+    [`StateReader`] of an HDF5 file in the layout of the published meta-dataset (arXiv 2508.05059).
+
+    The file has some of the datasets `ConvWeights (3, 3, N, T)`, `FCWeights (M, T)` and `Bias (K, T)`. Index 0 of the
+    last axis is the state trained on the smallest subset, as in the history of KNOWN. Each dataset holds the weights
+    of all layers of its role and counts as one tensor.
+    """
+
+    planned_states: int | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open_hdf5(path)
+        try:
+            self._datasets = self._read_datasets()
+        except ValueError:
+            self._file.close()
+            raise
+        self.num_states: int = next(iter(self._datasets.values())).shape[-1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of name, size and modification time: hashing 50 GB would take as long as reading them."""
+        status = self.path.stat()
+        return sha256(repr((self.path.name, status.st_size, status.st_mtime_ns)).encode()).hexdigest()
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        return [
+            TensorInfo(name, PUBLISHED_DATASETS[name][0], dataset.size // self.num_states)
+            for name, dataset in self._datasets.items()
+        ]
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        dataset = self._datasets[name]
+        if dataset.ndim == 2:
+            return torch.from_numpy(dataset[start:stop].astype(np.float32).T)
+        # The scalars of a (height, width, N, T) dataset are ordered by kernel position, N of each.
+        width, count = dataset.shape[1:3]
+        pieces = [
+            dataset[k // width, k % width, max(start - k * count, 0) : min(stop - k * count, count)]
+            for k in range(start // count, (stop - 1) // count + 1)
+        ]
+        return torch.from_numpy(np.concatenate(pieces).astype(np.float32).T)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read_datasets(self) -> "dict[str, h5py.Dataset]":
+        present = [name for name in PUBLISHED_DATASETS if name in self._file]
+        datasets = {name: dataset for name in present if (dataset := self._dataset(name)).size}
+        if not datasets:
+            raise ValueError(
+                f"{self.path} has none of the datasets {', '.join(PUBLISHED_DATASETS)}, or all are empty; "
+                "use a file of the published meta-dataset"
+            )
+        lengths = {name: dataset.shape[-1] for name, dataset in datasets.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the datasets of {self.path} differ in their number of states, {lengths}")
+        return datasets
+
+    def _dataset(self, name: str) -> "h5py.Dataset":
+        dataset = self._file[name]
+        is_dataset = hasattr(dataset, "dtype")  # a group has no dtype
+        if not is_dataset or dataset.dtype.kind != "f" or dataset.ndim != PUBLISHED_DATASETS[name][1]:
+            actual = f"{dataset.dtype} of shape {dataset.shape}" if is_dataset else "a group"
+            raise ValueError(
+                f"dataset {name!r} of {self.path} is {actual}, expected floats with {PUBLISHED_DATASETS[name][1]} "
+                "axes, the states last; use a file of the published meta-dataset"
+            )
+        return dataset
