@@ -15,7 +15,7 @@ from .suite_run import run_suite
 from .suite_task import SuiteTask
 
 SUITE = "digits"
-ARMS = ("naive", "random", "known-step-1", "known-step-2", "shrink", "average", "oracle")
+ARMS = ("naive", "random", "known-step-2", "shrink", "oracle")
 NUM_SEEDS = 10
 STEPS = 2
 
