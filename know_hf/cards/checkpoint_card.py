@@ -26,6 +26,10 @@ from .recorded_card import About, RecordedCard, recorded_fields
 from .suite_tables import COMPARISONS_NAME, protocols, tally
 
 _RECORDING = "recording"  # output folder of `know-hf record` in the examples
+_IMPORTABLE = (  # from know_hf, by the code in the card
+    *("ForgettingSchedule", "KNOWNModel", "WeightTrajectory"),
+    *("induce_forgetting", "predict_overflowed_weights", "recalibrate_batch_norm"),
+)
 _BATCHES_COMMENT = "# batches: keyword arguments of the model, from the source data"
 
 
@@ -59,27 +63,19 @@ class CheckpointCard(RecordedCard):
     Args:
         trajectory ([`Source`], *optional*):
             The trajectory, if it is on the Hub.
-        steps (`int`):
-            Recursive predictions.
+        steps, norm, dtype, recalibrated:
+            See [`checkpoint_card`].
         predictor (`dict`):
             `name`, `module` of its class, `options` and, for KNOWN, `known`: a [`Source`] with `shipped`, `sha256` and
             `trajectories`.
-        norm (`str`):
-            `"keep"` or `"predict"`.
-        dtype (`str`, *optional*):
-            Requested dtype.
-        recalibrated, has_batch_norm (`bool`):
-            Whether BatchNorm statistics were recomputed, and whether the model has any.
+        has_batch_norm (`bool`):
+            Whether the model has BatchNorm statistics.
         roles (`list[dict]`):
             Figures of each role, from [`ResidualReport`].
-        warnings (`list[str]`):
-            Warnings of the prediction.
-        predicted_with (`dict[str, str]`):
-            Library versions.
-        comparisons (`list[dict]`):
-            From [`~know_hf.cards.evidence.recorded_comparison`].
-        gate (`dict`, *optional*):
-            From [`~know_hf.cards.evidence.recorded_gate`].
+        warnings, predicted_with (`list[str]`, `dict[str, str]`):
+            Warnings of the prediction and library versions.
+        comparisons, gate (`list[dict]`, `dict`, *optional*):
+            From [`~know_hf.cards.evidence.recorded_comparison`] and [`~know_hf.cards.evidence.recorded_gate`].
         elsewhere (`dict`, *optional*):
             For the KNOWN weights of the package: suites in which the same number of steps was `better` than Θ0,
             `worse`, `neither` or `unclear`, and `what` was measured.
@@ -324,26 +320,22 @@ def _trajectory_path(card: CheckpointCard) -> str:
     return f"{_RECORDING}/trajectory" if card.record_arguments else "trajectory/"
 
 
-def _opening(card: CheckpointCard) -> tuple[list[str], list[str]]:
-    """Return the names to import and the code that opens or records the trajectory; none if a path is enough."""
+def _opening(card: CheckpointCard) -> list[str]:
+    """Return the code that opens or records the trajectory; empty if its path is enough."""
     if card.trajectory is not None:
         revision = f", revision={python(card.trajectory['revision'])}" if card.trajectory["revision"] else ""
-        call = f"WeightTrajectory.from_hub({python(card.trajectory['name'])}{revision})"
-        return ["WeightTrajectory"], [f"trajectory = {call}"]
+        return [f"trajectory = WeightTrajectory.from_hub({python(card.trajectory['name'])}{revision})"]
     if card.schedule_call is not None and not card.record_arguments:
-        call = f"induce_forgetting(trainer, schedule, {python(_trajectory_path(card))})"
-        lines = [f"schedule = {card.schedule_call}", f"trajectory = {call}  # trainer: the Trainer of the fine-tuning"]
-        return ["ForgettingSchedule", "induce_forgetting"], lines
-    return [], []
+        call = 'induce_forgetting(trainer, schedule, "trajectory/")'
+        return [f"schedule = {card.schedule_call}", f"trajectory = {call}  # trainer: the Trainer of the fine-tuning"]
+    return []
 
 
 def _prediction_code(card: CheckpointCard) -> str:
-    names, lines = _opening(card)
-    names, imports = ["predict_overflowed_weights", *names], []
+    lines = _opening(card)
     arguments = ["trajectory" if lines else python(_trajectory_path(card))]
-    predictor, known = card.predictor, card.known
+    predictor, known, imports = card.predictor, card.known, []
     if known is not None and known["revision"] is not None:
-        names.append("KNOWNModel")
         revision = python(known["revision"])
         lines.append(f"known = KNOWNModel.from_pretrained({python(known['name'])}, revision={revision})")
         arguments.append("known")
@@ -356,38 +348,30 @@ def _prediction_code(card: CheckpointCard) -> str:
         arguments.append(f"predictor={python(predictor['name'])}")
         arguments += [f"predictor_options={python(predictor['options'])}"] if predictor["options"] else []
     arguments.append(f"steps={card.steps}")
-    if card.norm != "keep":
-        arguments.append(f"norm={python(card.norm)}")
-    if card.dtype is not None:
-        imports.append("import torch")
-        arguments.append(f"dtype=torch.{card.dtype}")
+    arguments += [] if card.norm == "keep" else [f"norm={python(card.norm)}"]
+    arguments += [] if card.dtype is None else [f"dtype=torch.{card.dtype}"]
     if card.recalibrated:
         lines.append(_BATCHES_COMMENT)
         arguments.append("recalibrate_with=batches")
     arguments.append('output_dir="enhanced/"')
-    call = f"predict_overflowed_weights({', '.join(arguments)})"
-    return "\n".join([_import(names), *imports, "", *lines, call])
+    return _with_imports([*lines, f"predict_overflowed_weights({', '.join(arguments)})"], imports)
 
 
 def _state_code(card: CheckpointCard) -> str:
     """Return the code that saves the chosen state as a checkpoint."""
-    names, lines = _opening(card)
-    if not lines:
-        names, lines = ["WeightTrajectory"], [f"trajectory = WeightTrajectory({python(_trajectory_path(card))})"]
-    imports = []
+    lines = _opening(card) or [f"trajectory = WeightTrajectory({python(_trajectory_path(card))})"]
     base = "" if card.adapter_type is None else ", base_model=base_model"
     lines.append(f"model = trajectory.load_model({card.chosen_state}{base})")
-    if card.recalibrated:
-        names.append("recalibrate_batch_norm")
-        lines += [_BATCHES_COMMENT, "recalibrate_batch_norm(model, batches)"]
-    if card.dtype is not None:
-        imports.append("import torch")
-        lines.append(f"model.to(torch.{card.dtype})")
-    return "\n".join([_import(names), *imports, "", *lines, 'model.save_pretrained("enhanced/")'])
+    lines += [_BATCHES_COMMENT, "recalibrate_batch_norm(model, batches)"] if card.recalibrated else []
+    lines += [] if card.dtype is None else [f"model.to(torch.{card.dtype})"]
+    return _with_imports([*lines, 'model.save_pretrained("enhanced/")'])
 
 
-def _import(names: Sequence[str]) -> str:
-    return f"from know_hf import {', '.join(sorted(names, key=lambda name: (name.islower(), name)))}"
+def _with_imports(lines: Sequence[str], imports: Sequence[str] = ()) -> str:
+    text = "\n".join(lines)
+    names = [name for name in _IMPORTABLE if f"{name}(" in text or f"{name}." in text]
+    torch = ["import torch"] if "torch." in text else []
+    return "\n".join([f"from know_hf import {', '.join(names)}", *imports, *torch, "", text])
 
 
 def _prediction_command(card: CheckpointCard) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,8 +10,6 @@ from .style import BLUE, INK, MUTED, PAPER, new_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from ..trajectory import WeightTrajectory
 
 _PREFERRED_METRICS = ("eval_accuracy", "eval_loss")
 
@@ -82,7 +80,7 @@ def plot_forgetting(
     return figure
 
 
-def forgetting_picture(trajectory: "WeightTrajectory") -> "Figure | None":
+def forgetting_picture(trajectory: Any) -> "Figure | None":
     """Plot a recorded metric of every state, for a model card.
 
     Args:

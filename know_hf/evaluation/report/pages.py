@@ -127,7 +127,7 @@ def _header(report: Report) -> ReportSection:
         f"{report['name']}: does it help?",
         _joined(
             f"**{markdown(verdict(report))}**",
-            *(f"**Warning:** {markdown(text)}" for text in report["warnings"]),
+            *(f"**Warning:** {markdown(text)}" for text in report["warnings"] if text != sentence),
             f"> **{words}.** {markdown(sentence)}",
             markdown(report["results"][0]["verdict_on_methods"]) if report["results"] else "",
             markdown(report["description"]),

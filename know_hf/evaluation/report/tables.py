@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from ...cards.suite_tables import positive_control
 from ...markdown import markdown, table
+from ..comparison import Measure
 from .figures import ROLES, Report, options_text
 
 _MAX_LISTED = 3  # names in a cell
@@ -83,8 +84,8 @@ def overview_table(report: Report) -> ReportTable:
     """Return one row per protocol and measure."""
     rows = []
     for result in report["results"]:
-        measure, naive = result["measure"], result["arms"]["naive"]
-        value = f"{_value(measure, naive['mean'])}{_with_comma(measure['unit']).replace(' %', '%')}"
+        measure, naive = Measure(**result["measure"]), result["arms"]["naive"]
+        value = f"{measure.format(naive['mean'])} {measure.unit}".replace(" %", "%").rstrip()
         row = [result["what"], positive_control(result), value]
         if result["valid"] is False:
             rows.append([*row, *["shows nothing"] * 4])
@@ -94,8 +95,8 @@ def overview_table(report: Report) -> ReportTable:
             for name, values in result["arms"].items()
             if report["arms"][name]["role"] != "reference" and values.get("minus_naive")
         }
-        sign = 1 if measure["higher_is_better"] else -1
-        best = max(candidates, key=lambda name: sign * candidates[name]["mean"], default=None)
+        gains = {name: measure.gain(difference["mean"]) for name, difference in candidates.items()}
+        best = max(gains, key=gains.__getitem__) if gains else None
         row.append("–" if best is None else f"{best}: {_difference(measure, candidates[best])}")
         rows.append(row + [_listed(result[key]) for key in ("better", "worse", "better_than_controls")])
     head = ["comparison", "positive control", "naive", "best candidate", "better than naive", "worse than naive"]
@@ -109,29 +110,28 @@ def overview_table(report: Report) -> ReportTable:
 def result_table(report: Report, number: int) -> ReportTable:
     """Return all arms of one result, in the order of the forest plot."""
     result = report["results"][number]
-    measure = result["measure"]
-    sign = -1 if measure["higher_is_better"] else 1
+    measure = Measure(**result["measure"])
 
     def order(name: str) -> tuple[bool, bool, float]:
         difference = result["arms"][name].get("minus_naive")
         is_reference = report["arms"][name]["role"] == "reference"
-        return difference is not None, is_reference, sign * (difference or {"mean": 0.0})["mean"]
+        return difference is not None, is_reference, -measure.gain(difference["mean"]) if difference else 0.0
 
     rows = []
     for name in sorted(result["arms"], key=order):
         values = result["arms"][name]
-        row = [name, report["arms"][name]["role"], _value(measure, values["mean"]), _interval(measure, values["ci95"])]
+        row = [name, report["arms"][name]["role"], measure.format(values["mean"]), _interval(measure, values["ci95"])]
         difference = values.get("minus_naive")
         if difference is None:
             rows.append([*row, *["–"] * 5])
             continue
         effect, detectable = difference["effect_size"], difference["minimum_detectable"]
-        row += [_value(measure, difference["mean"], "+"), _interval(measure, difference["ci95"], "+")]
+        row += [measure.format(difference["mean"], "+"), _interval(measure, difference["ci95"], "+")]
         row.append("reference" if difference["p_holm"] is None else _p_value(difference["p_holm"]))
-        row.append("–" if effect is None else f"{effect:+.2f}".replace("-", "−"))
-        rows.append([*row, "–" if detectable is None else _value(measure, detectable)])
-    difference_unit = _with_comma(measure["difference_unit"])
-    head = ["arm", "role", f"{measure['name']}{_with_comma(measure['unit'])}", "95% interval"]
+        row.append("–" if effect is None else f"{effect:+.2f}")
+        rows.append([*row, "–" if detectable is None else measure.format(detectable)])
+    difference_unit = _with_comma(measure.difference_unit)
+    head = ["arm", "role", f"{measure.name}{_with_comma(measure.unit)}", "95% interval"]
     head += [f"minus naive{difference_unit}", "95% interval", "p (Holm)", "d", f"detectable{difference_unit}"]
     return ReportTable(
         f"All arms in {result['what']}: mean over {_count(report)}, paired difference to naive. d is Cohen's d of the"
@@ -145,9 +145,10 @@ def result_table(report: Report, number: int) -> ReportTable:
 def controls_table(report: Report, number: int) -> ReportTable | None:
     """Return each method against its hardest control, or `None` without methods or controls."""
     result = report["results"][number]
+    measure = Measure(**result["measure"])
     rows = []
     for name, against in result["against_controls"].items():
-        difference = _difference(result["measure"], against["differences"][against["hardest"]])
+        difference = _difference(measure, against["differences"][against["hardest"]])
         is_better = "yes" if name in result["better_than_controls"] else "no"
         rows.append([name, is_better, against["hardest"], difference, _p_value(against["p"])])
     if not rows:
@@ -187,8 +188,7 @@ def landscape_table(report: Report) -> ReportTable:
     rows = []
     for point in landscape["points"]:
         loss = "not finite" if point["loss"] is None else f"{point['loss']:.4g}"
-        numbers = [*(f"{point[key]:.3g}" for key in ("x", "y", "off_plane")), loss]
-        rows.append([point["name"], *(number.replace("-", "−") for number in numbers)])
+        rows.append([point["name"], *(f"{point[key]:.3g}" for key in ("x", "y", "off_plane")), loss])
     return ReportTable(
         "Points of the landscape: distances in weights from Θ0, and the loss of the weights themselves, not of their"
         " projection.",
@@ -262,7 +262,7 @@ def _share_at_edge(report: Report, protocol: str, arm: str) -> tuple[float, floa
 def _is_numeric(cells: Sequence[str]) -> bool:
     words = ("–", "reference", "not finite")
     numbers = [cell for cell in cells if cell not in words]
-    return bool(numbers) and all(cell[:1] in "+−[<0123456789" for cell in numbers)
+    return bool(numbers) and all(cell[:1] in "+-[<0123456789" for cell in numbers)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -274,16 +274,12 @@ def _count(report: Report) -> str:
     return f"{count} {report['counted']}"
 
 
-def _value(measure: Mapping[str, Any], value: float, sign: str = "") -> str:
-    return f"{measure['scale'] * value:{sign}.{measure['digits']}f}".replace("-", "−")
+def _interval(measure: Measure, ends: Sequence[float], sign: str = "") -> str:
+    return f"[{measure.format(ends[0], sign)}, {measure.format(ends[1], sign)}]"
 
 
-def _interval(measure: Mapping[str, Any], ends: Sequence[float], sign: str = "") -> str:
-    return f"[{_value(measure, ends[0], sign)}, {_value(measure, ends[1], sign)}]"
-
-
-def _difference(measure: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
-    return f"{_value(measure, difference['mean'], '+')} {_interval(measure, difference['ci95'], '+')}"
+def _difference(measure: Measure, difference: Mapping[str, Any]) -> str:
+    return f"{measure.format(difference['mean'], '+')} {_interval(measure, difference['ci95'], '+')}"
 
 
 def _p_value(value: float) -> str:
