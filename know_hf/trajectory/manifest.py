@@ -8,49 +8,37 @@ fields are ignored, so a newer minor version can add some.
 import os
 import posixpath
 import re
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from reprlib import Repr
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    FailFast,
-    Field,
-    GetPydanticSchema,
-    PlainValidator,
-    Strict,
-    TypeAdapter,
-    ValidationError,
-)
-from pydantic_core import core_schema
+from pydantic import FailFast, Field, TypeAdapter, ValidationError
 from transformers.utils import logging
 
 from ..checkpoint import file_sha256, read_json, write_json
-from ..roles import TensorRole
-from ..schedule import ForgettingSchedule, size_in_words
+from ..schedule import size_in_words
+from .manifest_fields import (
+    FILE_KINDS,
+    MAX_STATES,
+    Count,
+    Integer,
+    Limited,
+    Number,
+    RelativePath,
+    Role,
+    Schedule,
+    Sha256,
+    Text,
+    Texts,
+    describe,
+    shorten,
+)
 
 logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "trajectory.json"
 FORMAT_VERSION = "1.0"
 MAX_BYTES = 64_000_000  # 5 states of 100,000 tensors, most of them stored once, take 44 MB
-MAX_STATES = 1000
-_MAX_ENTRIES = 250_000  # of a mapping: pydantic collects the errors of all entries before it raises
-
-# What save_pretrained of models, adapters, tokenizers and processors writes. Pickles run when they are loaded, Python
-# runs under trust_remote_code: both are refused.
-_FILE_KINDS = re.compile(r".+\.(safetensors|json|jinja|txt|md|model(\.v\w+)?|spm|codes|vocab|tokenizer|tiktoken)")
-# A plain name on every system: not hidden, no drive, stream, device or separator of Windows.
-_FILE_NAME = re.compile(r"(?!\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$))[^\\/:*?\"<>|]*[^\\/:*?\"<>|. ]", re.IGNORECASE)
-# Control characters and line separators could forge lines of a card or steer a terminal.
-_PLAIN_TEXT = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
-
-_short = Repr()
-_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxlong = 2, 2, 2, 60, 30
 
 
 class TrajectoryError(ValueError):
@@ -59,73 +47,6 @@ class TrajectoryError(ValueError):
 
 class TrajectoryBusyError(RuntimeError, BlockingIOError):
     """Another process records to the folder, or recorded to it since it was read."""
-
-
-def _number(value: Any) -> int | float:
-    # an int of a thousand digits compares with a float but does not convert to one
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-        return value
-    raise ValueError("expected a finite number")
-
-
-def _limited(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > _MAX_ENTRIES:
-        raise ValueError(f"expected at most {_MAX_ENTRIES} entries, got {len(value)}")
-    return value
-
-
-def _relative_path(path: str) -> str:
-    if path.startswith("/") or re.match(r"\w:", path) or ".." in re.split(r"[/\\]", path):
-        raise ValueError("expected a path inside the folder of the trajectory")
-    if not all(_FILE_NAME.fullmatch(name) and len(name.encode()) <= 255 for name in path.split("/")):
-        raise ValueError("expected a relative path of plain names with / between them")
-    if not _FILE_KINDS.fullmatch(path):
-        raise ValueError("expected safetensors, JSON or text; pickles and code are never read")
-    return path
-
-
-_Text = Annotated[str, Strict(), Field(max_length=4096, pattern=_PLAIN_TEXT)]
-_Integer = Annotated[int, Strict(), Field(gt=-(2**64), lt=2**64)]
-_Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
-_Number = Annotated[float, PlainValidator(_number)]
-_Path = Annotated[_Text, AfterValidator(_relative_path)]
-_Texts = Annotated[dict[_Text, _Text], BeforeValidator(_limited)]
-
-
-class _RoleContent(BaseModel):
-    """[`TensorRole`] on disk. Version 0.1 wrote role and reason only."""
-
-    role: _Text
-    reason: _Text
-    tied_to: _Text | None = None
-    is_batch_norm: Annotated[bool | None, Strict()] = None
-
-    def build(self) -> TensorRole:
-        is_batch_norm = "BatchNorm" in self.reason if self.is_batch_norm is None else self.is_batch_norm
-        return TensorRole(self.role, self.reason, self.tied_to, is_batch_norm)
-
-
-class _ScheduleContent(BaseModel):
-    """[`ForgettingSchedule`] on disk, which checks everything but types and size."""
-
-    ratio: _Number = 0.0
-    num_states: Annotated[int, Strict(), Field(le=MAX_STATES)] = 0
-    epochs_per_stage: _Number = 0.0
-    stratify_by: _Text | None = None
-    seed: _Integer = 0
-    group_by: _Text | None = None
-    steps_per_stage: _Integer | None = None
-    key_column: _Text | None = None
-
-    def build(self) -> ForgettingSchedule:
-        return ForgettingSchedule(**self.model_dump(exclude_unset=True))
-
-
-def _built_from(content: type[_RoleContent] | type[_ScheduleContent]) -> GetPydanticSchema:
-    """Annotation of a class outside of this module that is validated as `content`."""
-    return GetPydanticSchema(
-        lambda _, handler: core_schema.no_info_after_validator_function(lambda c: c.build(), handler(content))
-    )
 
 
 @dataclass(frozen=True)
@@ -141,9 +62,9 @@ class FileRecord:
             SHA-256 of its content, in hexadecimal.
     """
 
-    path: _Path
-    size: _Count
-    sha256: Annotated[_Text, Field(pattern="^[0-9a-f]{64}$")]
+    path: RelativePath
+    size: Count
+    sha256: Sha256
 
     @classmethod
     def of(cls, path: Path, name: str) -> "FileRecord":
@@ -177,16 +98,16 @@ class StateRecord:
             Tensors that are stored once: from the name to the earlier state whose files hold the same bits.
     """
 
-    index: _Count
-    num_examples: _Count | None
-    steps: _Count
+    index: Count
+    num_examples: Count | None
+    steps: Count
     files: Annotated[tuple[FileRecord, ...], FailFast()]
-    fraction: Annotated[_Number | None, Field(ge=0, le=1)] = None
-    subset_fingerprint: _Text | None = None
-    seed: _Integer | None = None
-    metrics: Annotated[dict[_Text, _Number], BeforeValidator(_limited)] = field(default_factory=dict)
-    training: _Texts = field(default_factory=dict)
-    unchanged: Annotated[dict[_Text, _Count], BeforeValidator(_limited)] = field(default_factory=dict)
+    fraction: Annotated[Number | None, Field(ge=0, le=1)] = None
+    subset_fingerprint: Text | None = None
+    seed: Integer | None = None
+    metrics: Annotated[dict[Text, Number], Limited] = field(default_factory=dict)
+    training: Texts = field(default_factory=dict)
+    unchanged: Annotated[dict[Text, Count], Limited] = field(default_factory=dict)
 
     @property
     def size(self) -> str:
@@ -205,16 +126,14 @@ class Manifest:
     """The content of `trajectory.json`; see the attributes of [`WeightTrajectory`]."""
 
     states: Annotated[tuple[StateRecord, ...], Field(max_length=MAX_STATES), FailFast()]
-    schedule: Annotated[ForgettingSchedule, _built_from(_ScheduleContent)] | None = None
-    base_model: _Text | None = None
-    base_revision: _Text | None = None
-    roles: Annotated[dict[_Text, Annotated[TensorRole, _built_from(_RoleContent)]], BeforeValidator(_limited)] = field(
-        default_factory=dict
-    )
-    tied_weights: _Texts = field(default_factory=dict)
+    schedule: Schedule | None = None
+    base_model: Text | None = None
+    base_revision: Text | None = None
+    roles: Annotated[dict[Text, Role], Limited] = field(default_factory=dict)
+    tied_weights: Texts = field(default_factory=dict)
     files: Annotated[tuple[FileRecord, ...], FailFast()] = ()
-    library_versions: _Texts = field(default_factory=dict)
-    format_version: _Text = FORMAT_VERSION
+    library_versions: Texts = field(default_factory=dict)
+    format_version: Text = FORMAT_VERSION
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -239,7 +158,7 @@ class Manifest:
             manifest: Manifest = _ADAPTER.validate_python(content)
         except ValidationError as error:
             raise TrajectoryError(
-                f"{path} does not match format {FORMAT_VERSION}: {_sentence(error)}; restore it from a copy"
+                f"{path} does not match format {FORMAT_VERSION}: {describe(error)}; restore it from a copy"
             ) from None
         manifest.check(path)
         return manifest
@@ -256,7 +175,7 @@ class Manifest:
         try:
             _ADAPTER.validate_python(content)
         except ValidationError as error:
-            raise TrajectoryError(f"{path} cannot be written, it would be invalid: {_sentence(error)}") from None
+            raise TrajectoryError(f"{path} cannot be written, it would be invalid: {describe(error)}") from None
         self.check(path)
         write_json(path, content)
 
@@ -318,12 +237,12 @@ def recordable(folder: Path) -> list[str]:
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for name in names:
-        if not _FILE_KINDS.fullmatch(name):
+        if not FILE_KINDS.fullmatch(name):
             logger.warning_once(
                 f"{name} is not safetensors, JSON or text and is left out of the trajectory, so that trajectories are"
                 " safe to load. Checkpoints written from the trajectory lack it: copy it to them."
             )
-    return [name for name in names if _FILE_KINDS.fullmatch(name)]
+    return [name for name in names if FILE_KINDS.fullmatch(name)]
 
 
 def _read(path: Path) -> Any:
@@ -339,7 +258,7 @@ def _check_version(path: Path, content: Any) -> None:
     major = int(FORMAT_VERSION.split(".")[0])
     if match is None or int(match[1]) < major:
         raise TrajectoryError(
-            f"{path} has format version {_short.repr(version)}, expected {FORMAT_VERSION!r}; restore it from a copy"
+            f"{path} has format version {shorten(version)}, expected {FORMAT_VERSION!r}; restore it from a copy"
         )
     if int(match[1]) > major:
         raise TrajectoryError(
@@ -378,24 +297,5 @@ def _check_index(path: Path, name: str, listed: set[str]) -> None:
     for target in weight_map.values() if isinstance(weight_map, dict) else [None]:
         if not isinstance(target, str) or posixpath.normpath(f"{posixpath.dirname(name)}/{target}") not in listed:
             raise TrajectoryError(
-                f"{path} leads to {_short.repr(target)}, which is not a recorded file; restore it from a copy"
+                f"{path} leads to {shorten(target)}, which is not a recorded file; restore it from a copy"
             )
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first error in one line: `states[1].steps is '3' (Input should be a valid integer)`."""
-    first = error.errors(include_url=False)[0]
-    name = ""
-    for part in first["loc"]:
-        if isinstance(part, int):
-            name += f"[{part}]"
-        elif part != "[key]":  # pydantic's mark of an invalid key, which is the part before
-            name += f".{part}" if part.isidentifier() and len(part) < 60 else f"[{_short.repr(part)}]"
-    name = name.removeprefix(".") or "the content"
-    if first["type"] == "missing":
-        return f"{name} is missing"
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("string_pattern_mismatch", "string_unicode"):
-        is_text = first.get("ctx", {}).get("pattern") in (None, _PLAIN_TEXT)
-        reason = f"expected {'text without control characters' if is_text else '64 hexadecimal digits in lower case'}"
-    return f"{name} is {_short.repr(first['input'])} ({reason})"

@@ -156,7 +156,7 @@ class Recorder:
                 if (work / record.path).exists():
                     shutil.copy2(self._path / record.path, work / record.path)
             names = recordable(work)
-            files = tuple(replace(FileRecord.of(work / n, n), path=f"{folder.name}/{n}") for n in names)
+            files = tuple(FileRecord.of(work / name, f"{folder.name}/{name}") for name in names)
             origin = manifest.states[-1].unchanged if index else {}
             unchanged = {name: origin.get(name, index - 1) for name in sorted(left_out)}
             elsewhere = {name: readers[source] for name, source in unchanged.items()}

@@ -156,12 +156,8 @@ class Snapshot:
                 if torch.equal(_bytes(previous.tensor(saved)), _bytes(tensor)):
                     equal.add(saved)
                     size += tensor.nbytes
-        return equal if size > _WORTH_SHARING * self.nbytes else set()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors; tensors that share memory count once."""
-        return sum(tensor.nbytes for tensor in {id(t): t for t in self.state_dict.values()}.values())
+        total = sum(tensor.nbytes for tensor in {id(t): t for t in self.state_dict.values()}.values())
+        return equal if size > _WORTH_SHARING * total else set()
 
 
 def recorded_tensors(model: nn.Module) -> list[torch.Tensor]:

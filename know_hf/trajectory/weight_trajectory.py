@@ -128,7 +128,7 @@ class WeightTrajectory:
         Raises:
             `TrajectoryError`:
                 When the repo has no trajectory, an incomplete one, or a file other than the recorded one.
-            `HubError`:
+            `HfHubHTTPError`:
                 When the repo cannot be read.
         """
         store = HubStore(repo_id, revision, token)
