@@ -37,7 +37,8 @@ class TensorRole:
             Whether a BatchNorm layer owns the tensor.
 
     Raises:
-        `ValueError`: If the role is unknown.
+        `ValueError`:
+            If the role is unknown.
     """
 
     role: str

@@ -1,4 +1,4 @@
-"""Subsets of datasets and streams, their fingerprints, and hashes of rows."""
+"""Subsets of datasets and streams, and their fingerprints."""
 
 import io
 import pickle
@@ -16,10 +16,18 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainingArguments
 
 from know_hf import ForgettingSchedule
-from know_hf.data import content_hash, divide, streams
+from know_hf.data import divide, streams
 
-SIZED = ForgettingSchedule(num_states=3)
-STREAM = ForgettingSchedule(num_states=3, steps_per_stage=2)
+
+def sized(**options):
+    return ForgettingSchedule(**{"num_states": 3, **options})
+
+
+def streamed(**options):
+    return ForgettingSchedule(**{"num_states": 3, "steps_per_stage": 2, **options})
+
+
+SIZED, STREAM = sized(), streamed()
 
 
 def make_rows(num_examples=100):
@@ -80,7 +88,7 @@ def test_members_and_fingerprints_are_those_of_version_0_1():
     # fixed values: recorded trajectories could not resume with others
     parts = divide(make_rows(), SIZED, batch_size=8)
     assert fingerprints(parts) == ["1f7c120289e6cc26", "603cbdc0a63ac79c", "fe532c45c0651f12"]
-    stratified = divide(make_rows(), ForgettingSchedule(num_states=3, stratify_by="label"))
+    stratified = divide(make_rows(), sized(stratify_by="label"))
     assert fingerprints(stratified) == ["1f7c120289e6cc26", "8df20d4d8a33dd84", "ec0cea13d86d2db4"]
     assert [part.num_examples for part in parts] == [100, 50, 25]
     assert [part.fraction for part in parts] == [1, 0.5, 0.25]
@@ -105,7 +113,7 @@ def test_the_fingerprint_depends_on_data_but_not_on_formats_and_transforms():
 
 def test_grouped_rows_stay_together():
     rows = make_rows(120).add_column("doc", [f"doc {i % 30}" for i in range(120)])
-    parts = divide(rows, ForgettingSchedule(num_states=3, group_by="doc"))
+    parts = divide(rows, sized(group_by="doc"))
     assert [part.num_examples for part in parts] == [120, 60, 28]
     for larger, smaller in pairwise(parts):
         assert set(texts(smaller.dataset)) < set(texts(larger.dataset))
@@ -118,9 +126,9 @@ def test_a_torch_dataset_is_divided_grouped_and_stratified():
     assert not set(fingerprints(divide(TorchRows(range(1, 101)), SIZED))) & set(fingerprints(parts))
     for part, indices in zip(parts[1:], SIZED.indices(100)[1:], strict=True):
         assert [row["x"].item() for row in part.dataset] == pytest.approx([index / 3 for index in indices])
-    stratified = divide(TorchRows(), ForgettingSchedule(num_states=3, stratify_by="label"))[2].dataset
+    stratified = divide(TorchRows(), sized(stratify_by="label"))[2].dataset
     assert sum(row["label"] for row in stratified) in (12, 13)
-    grouped = divide(TorchRows(), ForgettingSchedule(num_states=2, group_by="label"))[1].dataset
+    grouped = divide(TorchRows(), sized(num_states=2, group_by="label"))[1].dataset
     assert len({row["label"] for row in grouped}) == 1
 
 
@@ -142,6 +150,16 @@ def test_seeded_augmentation_does_not_change_the_fingerprint():
     assert fingerprints(divide(own, SIZED)) != fingerprints(divide(TorchRows(range(99)), SIZED))
     unknown, again = ([object()] * 100 for _ in range(2))
     assert fingerprints(divide(unknown, SIZED)) == fingerprints(divide(again, SIZED))
+
+
+def test_classes_may_be_tensors_of_one_number():
+    schedule = ForgettingSchedule(stratify_by="label", num_states=2)
+    halves = []
+    for make in (int, lambda index: torch.tensor([index])):
+        rows = [{"label": make(index % 3), "row": index} for index in range(12)]
+        half = divide(rows, schedule)[1].dataset
+        halves.append([half[index]["row"] for index in range(len(half))])
+    assert halves[0] == halves[1] and len(halves[0]) == 6
 
 
 # Streams
@@ -166,10 +184,7 @@ def test_streamed_members_and_fingerprints_are_those_of_version_0_1():
 
 
 def test_another_seed_chooses_other_rows():
-    first, second = (
-        set(texts(divide(make_stream(1000), ForgettingSchedule(steps_per_stage=2, seed=seed))[1].dataset))
-        for seed in (0, 1)
-    )
+    first, second = (set(texts(divide(make_stream(1000), streamed(seed=seed))[1].dataset)) for seed in (0, 1))
     assert abs(len(first & second) - 250) < 60  # two independent halves
 
 
@@ -177,13 +192,12 @@ def test_another_seed_chooses_other_rows():
 @pytest.mark.parametrize("empty", [None, float("nan")])
 def test_streamed_rows_without_a_key_are_divided_by_content(column, empty):
     rows = Dataset.from_dict({"text": [str(i) for i in range(1000)], "key": [empty] * 1000}).to_iterable_dataset()
-    schedule = ForgettingSchedule(num_states=2, steps_per_stage=1, **{column: "key"})
-    assert len(list(divide(rows, schedule)[1].dataset)) == pytest.approx(500, abs=80)
+    assert len(list(divide(rows, streamed(**{column: "key"}))[1].dataset)) == pytest.approx(500, abs=80)
 
 
 @pytest.mark.parametrize("key_column", [None, "text"])
 def test_membership_depends_on_neither_order_nor_sharding_nor_workers(key_column):
-    schedule = ForgettingSchedule(num_states=3, steps_per_stage=2, key_column=key_column)
+    schedule = streamed(key_column=key_column)
     expected = sorted(texts(divide(make_stream(), schedule)[2].dataset))
     shuffled = divide(make_stream().shuffle(seed=3, buffer_size=50), schedule)[2].dataset
     assert texts(shuffled) != texts(divide(make_stream(), schedule)[2].dataset)
@@ -272,7 +286,7 @@ def test_decoded_images_count_by_their_pixels():
 
 def test_streamed_groups_stay_together():
     rows = make_rows(400).add_column("doc", [i // 4 for i in range(400)])
-    parts = divide(rows.to_iterable_dataset(), ForgettingSchedule(num_states=3, steps_per_stage=2, group_by="doc"))
+    parts = divide(rows.to_iterable_dataset(), streamed(group_by="doc"))
     for part in parts:
         counts = Counter(row["doc"] for row in part.dataset)
         assert set(counts.values()) == {4}
@@ -291,14 +305,9 @@ def test_a_torch_stream_is_wrapped():
     loader = DataLoader(part, batch_size=None, num_workers=2, multiprocessing_context="fork")
     assert sorted(row["id"].item() for row in loader) == expected
     assert [row["id"].item() for row in pickle.loads(pickle.dumps(part))] == expected
-    keyed = divide(stream, ForgettingSchedule(num_states=3, steps_per_stage=2, key_column="id"))
-    assert {row["id"].item() for row in keyed[2].dataset} == {
-        row["text"]
-        for row in divide(
-            IterableDataset.from_generator(lambda: ({"text": i} for i in range(400))),
-            ForgettingSchedule(num_states=3, steps_per_stage=2, key_column="text"),
-        )[2].dataset
-    }
+    numbers = IterableDataset.from_generator(lambda: ({"text": i} for i in range(400)))
+    keyed, expected = divide(stream, streamed(key_column="id")), divide(numbers, streamed(key_column="text"))
+    assert {row["id"].item() for row in keyed[2].dataset} == {row["text"] for row in expected[2].dataset}
 
 
 def test_fingerprints_of_streams():
@@ -311,8 +320,8 @@ def test_fingerprints_of_streams():
     swapped = make_stream().map(lambda row: {"text": row["text"].upper()})
     for other, schedule in (
         (swapped, STREAM),
-        (make_stream(), ForgettingSchedule(num_states=3, steps_per_stage=2, seed=1)),
-        (make_stream(), ForgettingSchedule(num_states=3, steps_per_stage=2, key_column="text")),
+        (make_stream(), streamed(seed=1)),
+        (make_stream(), streamed(key_column="text")),
     ):
         assert not set(fingerprints(divide(other, schedule))) & set(expected)
 
@@ -321,7 +330,7 @@ def test_a_stream_with_random_content_needs_a_key():
     noisy = make_stream().map(lambda row: {"score": row["score"] + random.random()})
     with pytest.raises(ValueError, match="first 64 rows of the IterableDataset differ"):
         divide(noisy, STREAM)
-    keyed = ForgettingSchedule(num_states=3, steps_per_stage=2, key_column="text")
+    keyed = streamed(key_column="text")
     parts = divide(noisy, keyed)
     assert texts(parts[2].dataset) == texts(divide(make_stream(), keyed)[2].dataset)
     assert fingerprints(parts) == fingerprints(divide(noisy, keyed))
@@ -375,14 +384,6 @@ class Nothing(TorchIterableDataset):
         return iter(())
 
 
-def sized(**columns):
-    return ForgettingSchedule(**columns)
-
-
-def streamed(**columns):
-    return ForgettingSchedule(steps_per_stage=2, **columns)
-
-
 @pytest.mark.parametrize(
     ("dataset", "schedule", "message"),
     [
@@ -423,7 +424,7 @@ def test_an_endless_stream_with_one_key_is_an_error(monkeypatch):
 
     monkeypatch.setattr(streams, "_PATIENCE", 100)
     for seed, sizes in ((0, "400, 0, 0"), (1, "400, 400, 400"), (7, "400, 400, 0")):
-        schedule = ForgettingSchedule(num_states=3, steps_per_stage=2, group_by="doc", seed=seed)
+        schedule = streamed(group_by="doc", seed=seed)
         with pytest.raises(ValueError, match=rf"\[{sizes}\] of the first 400 rows of the Endless.* 'doc'"):
             divide(Endless(), schedule, batch_size=1)
 
@@ -435,42 +436,5 @@ def test_rows_without_canonical_content_name_the_column():
 
     with pytest.raises(ValueError, match=r"column 'audio'.* builtins\.object .*key_column"):
         divide(Objects(), STREAM)
-    keyed = ForgettingSchedule(num_states=3, steps_per_stage=2, key_column="id")
+    keyed = streamed(key_column="id")
     assert fingerprints(divide(Objects(), keyed)) == fingerprints(divide(Objects(), keyed))
-
-
-# Content
-
-
-def test_content_is_independent_of_number_types_and_column_order():
-    assert content_hash(5) == content_hash(np.int32(5)) == content_hash(torch.tensor(5))
-    assert content_hash({"a": 1, "b": [1, 2]}) == content_hash({"b": (1, 2), "a": 1})
-    assert content_hash(np.arange(3, dtype="<f4")) == content_hash(np.arange(3, dtype=">f4"))
-    assert content_hash(torch.ones(2, dtype=torch.bfloat16)) == content_hash(torch.ones(2))
-    assert content_hash({"text": "ä", "ids": [1, 2], "none": None}).hex() == "15c04d5cc77a8ab963e943e8460d7f38"
-
-
-def test_media_files_count_by_their_bytes_or_file_name():
-    def media(data, path):
-        return content_hash({"bytes": data, "path": path})
-
-    assert media(b"1", "/a/x.png") == media(b"1", None) != media(b"2", "/a/x.png")
-    assert media(None, "/a/x.png") == media(None, "C:\\b\\x.png") != media(None, "/a/y.png")
-
-
-def test_different_content_has_different_hashes():
-    values = [
-        None, 0, 1, 1.5, "", "1", b"1", [], [1], [1.0], [[1]], ["1"], ["ab", "c"], ["a", "bc"], {}, {"a": 1}, {"b": 1},
-        {"a": None}, np.ones(2), np.ones((2, 1)), np.ones(2, np.float32), [1, None], [None, 1],
-    ]  # fmt: skip
-    assert len({content_hash(value) for value in values}) == len(values)
-
-
-def test_classes_may_be_tensors_of_one_number():
-    schedule = ForgettingSchedule(stratify_by="label", num_states=2)
-    chosen = []
-    for make in (int, lambda index: torch.tensor([index])):
-        rows = [{"label": make(index % 3), "row": index} for index in range(12)]
-        half = divide(rows, schedule)[1].dataset
-        chosen.append([half[index]["row"] for index in range(len(half))])
-    assert chosen[0] == chosen[1] and len(chosen[0]) == 6

@@ -64,7 +64,8 @@ def register_predictor(name: str) -> Callable[[_PredictorClass], _PredictorClass
             Name of the predictor.
 
     Raises:
-        `ValueError`: If another class has this name.
+        `ValueError`:
+            If another class has this name.
     """
 
     def register(predictor_class: _PredictorClass) -> _PredictorClass:
@@ -88,8 +89,10 @@ def get_predictor(name: str, **kwargs: Any) -> Predictor:
             Fields of the predictor, for example `factor` of [`Shrink`].
 
     Raises:
-        `ValueError`: If the name is unknown or a field has an invalid value.
-        `TypeError`: If a field is unknown or a required field is missing.
+        `ValueError`:
+            If the name is unknown or a field has an invalid value.
+        `TypeError`:
+            If a field is unknown or a required field is missing.
     """
     if name not in _PREDICTORS:
         raise ValueError(f"unknown predictor {name!r}; choose one of {', '.join(sorted(_PREDICTORS))}")
