@@ -159,7 +159,7 @@ def test_pages_are_written_if_matplotlib_is_installed(task, tmp_path, monkeypatc
     compare_arms_with_pages(task, tmp_path / "out", command="make it", **options)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["command"] == "make it"
     assert "make it" in (tmp_path / "out" / "report.html").read_text()
-    assert "| `naive`" in (tmp_path / "out" / "report.md").read_text()
+    assert "naive" in (tmp_path / "out" / "report.md").read_text()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     compare_arms_with_pages(task, tmp_path / "plain", **options)
@@ -189,9 +189,9 @@ def test_a_task_can_be_pickled(task):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"draws": 3}, "another draws: 2 instead of 3"),
-        ({"protocols": PROTOCOLS[:2]}, "another protocols"),
-        ({"arms": ["naive", {"name": "shrink", "tuned": [{"factor": 0.9}]}]}, "another arm 'shrink'"),
+        ({"draws": 3}, "different draws: 2 instead of 3"),
+        ({"protocols": PROTOCOLS[:2]}, "different protocols"),
+        ({"arms": ["naive", {"name": "shrink", "tuned": [{"factor": 0.9}]}]}, "different arm 'shrink'"),
     ],
 )
 def test_results_of_other_options_are_refused(finished, task, changed, message):
@@ -244,7 +244,7 @@ def test_the_forgetting_curve_has_the_states_that_all_trajectories_have(task, tm
 
 def test_results_on_other_facts_or_trajectories_are_refused(finished, task):
     options = {"protocols": PROTOCOLS, "arms": ARMS, "draws": 2}
-    with pytest.raises(ValueError, match="another task"):
+    with pytest.raises(ValueError, match="different task"):
         compare_arms(replace(task, facts={"name": "octants"}), finished[0], **options)
     with pytest.raises(ValueError, match="other weights than the trajectory of seed 0"):
         compare_arms(replace(task, trajectory=list(task.trajectory)[::-1]), finished[0], **options)
@@ -265,7 +265,7 @@ def other_images(examples):
     ],
 )
 def test_results_on_other_data_are_refused(task, finished, changed, call):
-    with pytest.raises(ValueError, match=f"other data of {call}"):
+    with pytest.raises(ValueError, match=f"different {call}"):
         compare_arms(replace(task, **changed), finished[0], protocols=PROTOCOLS, arms=ARMS, draws=2)
 
 
@@ -274,17 +274,7 @@ def test_seeds_are_added_with_their_data(task, tmp_path):
     compare_arms(task, tmp_path, seeds=[0], **options)
     other = replace(task, target=lambda seed, draw: target(5 * seed, draw))
     assert compare_arms(other, tmp_path, **options).seeds == (0, 1)  # seed 1 is new
-    with pytest.raises(ValueError, match=r"other data of target\(1, 0\)"):
-        compare_arms(task, tmp_path, **options)
-
-
-def test_results_without_hashes_of_their_data_are_refused(task, tmp_path):
-    options = {"protocols": PROTOCOLS[1:2], "arms": ["naive"], "draws": 2, "seeds": [0]}
-    compare_arms(task, tmp_path, **options)
-    path = tmp_path / "cells" / "seed-0.trajectory.json"
-    entry = json.loads(path.read_text())
-    path.write_text(json.dumps({**entry, "identity": entry["identity"]["weights"]}))
-    with pytest.raises(ValueError, match="seed 0 without the hashes"):
+    with pytest.raises(ValueError, match=r"different target\(1, 0\)"):
         compare_arms(task, tmp_path, **options)
 
 
@@ -514,5 +504,5 @@ def test_default_arms_are_those_the_task_has_models_for(task, recorded, tmp_path
 
 def test_a_store_of_another_program_is_refused(tmp_path, task):
     CellStore(tmp_path / "out", {"of": "another program"})
-    with pytest.raises(ValueError, match="has results with another"):
+    with pytest.raises(ValueError, match="has results with different"):
         compare_arms(task, tmp_path / "out", protocols=PROTOCOLS, arms=["naive"], draws=2)

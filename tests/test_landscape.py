@@ -39,39 +39,43 @@ def compute(states=STATES, arms=None, loss=squared_distance, **options):
     return loss_landscape(models, {n: partial(Weights, a) for n, a in (arms or {}).items()}, loss, **options)
 
 
+def coordinates(result):
+    return np.array([(point["x"], point["y"]) for point in result["points"]])
+
+
 def test_the_plane_contains_the_states_and_keeps_distances():
     result = compute(arms={"away": THETA + ALONG + np.array([0, 0, 3.0, 4.0])}, resolution=5)
-    points = {point.name: point for point in result.points}
-    assert [point.kind for point in result.points] == ["state"] * 3 + ["arm"]
-    assert (points["Θ0"].x, points["Θ0"].y, points["Θ0"].loss) == (0, 0, 0)
+    points = {point["name"]: point for point in result["points"]}
+    assert [point["kind"] for point in result["points"]] == ["state"] * 3 + ["arm"]
+    assert (points["Θ0"]["x"], points["Θ0"]["y"], points["Θ0"]["loss"]) == (0, 0, 0)
     for k, state in enumerate(STATES):
         point = points[f"Θ{k}"]
-        assert np.hypot(point.x, point.y) == pytest.approx(np.linalg.norm(state - THETA), rel=1e-5)
-        assert point.off_plane == pytest.approx(0, abs=1e-3)
-        assert point.loss == pytest.approx(((state - THETA) ** 2).sum(), rel=1e-5)
+        assert np.hypot(point["x"], point["y"]) == pytest.approx(np.linalg.norm(state - THETA), rel=1e-5)
+        assert point["off_plane"] == pytest.approx(0, abs=1e-3)
+        assert point["loss"] == pytest.approx(((state - THETA) ** 2).sum(), rel=1e-5)
     away = points["away"]
-    assert (np.hypot(away.x, away.y), away.off_plane, away.loss) == pytest.approx((1, 5, 26), rel=1e-5)
-    assert points["Θ2"].x > 0
-    assert sum(result.explained) == pytest.approx(1, rel=1e-6) and result.explained[0] > 0.9
+    assert (np.hypot(away["x"], away["y"]), away["off_plane"], away["loss"]) == pytest.approx((1, 5, 26), rel=1e-5)
+    assert points["Θ2"]["x"] > 0
+    assert sum(result["explained"]) == pytest.approx(1, rel=1e-6) and result["explained"][0] > 0.9
 
 
 def test_the_grid_has_the_loss_of_its_coordinates():
     result = compute(resolution=7, margin=0.5)
-    expected = np.square(result.y)[:, None] + np.square(result.x)[None]
-    np.testing.assert_allclose(result.loss, expected, rtol=1e-4, atol=1e-4)
-    x, y = np.array([(point.x, point.y) for point in result.points]).T
-    assert (result.x[0], result.x[-1]) == pytest.approx((x.min() - 0.5 * np.ptp(x), x.max() + 0.5 * np.ptp(x)))
+    expected = np.square(result["y"])[:, None] + np.square(result["x"])[None]
+    np.testing.assert_allclose(result["loss"], expected, rtol=1e-4, atol=1e-4)
+    x, y = coordinates(result).T
+    assert (result["x"][0], result["x"][-1]) == pytest.approx((x.min() - 0.5 * np.ptp(x), x.max() + 0.5 * np.ptp(x)))
     assert np.ptp(y) < 0.5 * np.ptp(x), "the points are flatter than the grid may be"
-    assert np.ptp(result.y) == pytest.approx(0.5 * np.ptp(result.x))
-    assert np.mean(result.y) == pytest.approx((y.min() + y.max()) / 2)
+    assert np.ptp(result["y"]) == pytest.approx(0.5 * np.ptp(result["x"]))
+    assert np.mean(result["y"]) == pytest.approx((y.min() + y.max()) / 2)
 
 
 def test_the_size_of_pieces_changes_nothing(monkeypatch):
     at_once = compute(resolution=3)
     monkeypatch.setattr(landscape, "_PIECE", 3)
     in_pieces = compute(resolution=3)
-    np.testing.assert_allclose(in_pieces.loss, at_once.loss, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(in_pieces.x, at_once.x, rtol=1e-6)
+    np.testing.assert_allclose(in_pieces["loss"], at_once["loss"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(in_pieces["x"], at_once["x"], rtol=1e-6)
 
 
 def test_the_directions_are_those_of_a_singular_value_decomposition():
@@ -80,16 +84,15 @@ def test_the_directions_are_those_of_a_singular_value_decomposition():
     result = compute(states, loss=lambda model: 0.0, resolution=2)
     differences = np.stack(states) - states[0]
     _, values, rows = np.linalg.svd(differences, full_matrices=False)
-    expected = np.abs(differences @ rows[:2].T)
-    np.testing.assert_allclose(np.abs([(p.x, p.y) for p in result.points]), expected, atol=1e-4)
-    assert result.explained == pytest.approx((values[:2] ** 2 / (values**2).sum()).tolist(), rel=1e-5)
+    np.testing.assert_allclose(np.abs(coordinates(result)), np.abs(differences @ rows[:2].T), atol=1e-4)
+    assert result["explained"] == pytest.approx((values[:2] ** 2 / (values**2).sum()).tolist(), rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_is_none():
     result = compute(loss=lambda model: float("nan" if model.values()[0] > 1 else 1), resolution=3)
-    flat = [value for row in result.loss for value in row]
+    flat = [value for row in result["loss"] for value in row]
     assert None in flat and 1.0 in flat
-    json.dumps(result.to_dict(), allow_nan=False)
+    json.dumps(result, allow_nan=False)
 
 
 def test_batch_norm_is_recalibrated_at_every_point(trajectory):
@@ -109,9 +112,9 @@ def test_batch_norm_is_recalibrated_at_every_point(trajectory):
     states = [partial(trajectory.load_model, k) for k in range(trajectory.num_states)]
     batches = [{"pixel_values": images["pixel_values"]}]
     result = loss_landscape(states, {"average": average}, compute_loss, recalibrate_with=batches, resolution=3)
-    assert [point.name for point in result.points] == ["Θ0", "Θ1", "Θ2", "Θ3", "Θ4", "average"]
-    x, y = np.array([(point.x, point.y) for point in result.points]).T
-    assert (x[5], y[5]) == pytest.approx((x[:5].mean(), y[:5].mean()), rel=1e-3, abs=1e-4)
+    assert [point["name"] for point in result["points"]] == ["Θ0", "Θ1", "Θ2", "Θ3", "Θ4", "average"]
+    *of_states, of_average = coordinates(result)
+    assert of_average == pytest.approx(np.mean(of_states, axis=0), rel=1e-3, abs=1e-4)
     assert len(means) == len(set(means)) == 6 + 9
 
 

@@ -31,14 +31,7 @@ from transformers import PreTrainedModel
 from ..config_files import check_keys
 from ..prediction import plan_prediction
 from ..predictors import get_predictor
-from .arm_weights import (
-    ArmSources,
-    matched_shrink,
-    moved_by_singular_vectors,
-    predicted,
-    shuffled,
-    trained_on,
-)
+from .arm_weights import ArmSources, matched_shrink, moved_by_singular_vectors, predicted, shuffled, trained_on
 
 Kind = Literal[
     "state",

@@ -43,21 +43,14 @@ class CellStore:
 
     def __init__(self, path: str | Path, identity: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        expected = json.loads(json.dumps(identity))  # as it is read back: lists instead of tuples
         stored_at = self.path / self.IDENTITY_NAME
         if stored_at.exists():
-            stored = json.loads(stored_at.read_text(encoding="utf-8"))
-            for name in sorted(expected.keys() | stored.keys()):
-                if stored.get(name) != expected.get(name):
-                    raise ValueError(
-                        f"{self.path} has results with another {name}: {json.dumps(stored.get(name))} instead of"
-                        f" {json.dumps(expected.get(name))}; use another output folder, or delete this one"
-                    )
+            self.check_same(json.loads(stored_at.read_text(encoding="utf-8")), identity)
         elif self.path.exists() and any(self.path.iterdir()):
             raise FileExistsError(f"{self.path} is not empty and has no {self.IDENTITY_NAME}; use a new output folder")
         else:
             (self.path / "cells").mkdir(parents=True, exist_ok=True)
-            write_json(stored_at, expected)
+            write_json(stored_at, identity)
 
     def read(self, cell: str) -> dict[str, Any] | None:
         """Return the result of a cell, or `None` if it is not finished."""
@@ -67,6 +60,20 @@ class CellStore:
     def write(self, cell: str, result: Mapping[str, Any]) -> None:
         """Store the result of a cell atomically."""
         write_json(self._file(cell), result)
+
+    def check_same(self, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        """Check that stored results depend on the same as new ones.
+
+        Raises:
+            `ValueError`: If a value differs; names its key.
+        """
+        expected = json.loads(json.dumps(expected))  # as it is read back: lists instead of tuples
+        for name in sorted(stored.keys() | expected.keys()):
+            if stored.get(name) != expected.get(name):
+                raise ValueError(
+                    f"{self.path} has results with different {name}: {json.dumps(stored.get(name))} instead of"
+                    f" {json.dumps(expected.get(name))}; use another output folder, or delete this one"
+                )
 
     def _file(self, cell: str) -> Path:
         return self.path / "cells" / f"{cell}.json"

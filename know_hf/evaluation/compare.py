@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from json import dumps, loads
@@ -16,7 +16,7 @@ from ..prediction import SHIPPED_KNOWN
 from ..trajectory import WeightTrajectory
 from .arms import Arm, make_arm
 from .cells import Cell, CellStore, Result, run_cells
-from .comparison_checks import check_arguments, check_picklable, check_protocols, check_same_arm, check_same_data
+from .comparison_checks import check_arguments, check_picklable, check_protocols
 from .comparison_task import ComparisonTask, trajectory_folder
 from .landscape import Landscape, measure_landscape
 from .measure import device, measure_arm, measure_trajectory
@@ -203,15 +203,13 @@ class _Run:
         finished = {}
         for seed, arm in self.cells:
             if (result := store.read(f"seed-{seed}.{arm.name}")) is not None:
-                check_same_arm(store.path, arm.name, result.pop("identity"), _arm_identity(arm, self.task))
+                what = f"arm {arm.name!r}"
+                store.check_same({what: result.pop("identity")}, {what: _arm_identity(arm, self.task)})
                 finished[seed, arm.name] = result
         return finished
 
     def record(
-        self,
-        store: CellStore,
-        finished: Mapping[tuple[int, str], Any],
-        data: Mapping[int, Mapping[str, str]],
+        self, store: CellStore, finished: Mapping[tuple[int, str], Any], data: Mapping[int, Mapping[str, str]]
     ) -> dict[int, dict[str, Any]]:
         """Record missing trajectories and return the entry of each seed in `report.json`.
 
@@ -221,7 +219,7 @@ class _Run:
         entries: dict[int, dict[str, Any]] = {}
         for seed in self.seeds:
             if (entry := store.read(f"seed-{seed}.trajectory")) is not None:
-                check_same_data(store.path, seed, entry["identity"], data[seed])
+                store.check_same(entry["identity"]["data"], data[seed])
                 entries[seed] = entry
         unfinished = list(dict.fromkeys(seed for seed, arm in self.cells if (seed, arm.name) not in finished))
         missing = [
@@ -244,7 +242,7 @@ class _Run:
 
     def measure_landscape(self, store: CellStore, landscape: Landscape) -> dict[str, Any]:
         seed, shown = self.seeds[0], [arm for arm in self.arms if arm.kind == "predicted" and not arm.tuned]
-        identity = loads(dumps([landscape.to_dict(), seed, [_arm_identity(arm, self.task) for arm in shown]]))
+        identity = loads(dumps([asdict(landscape), seed, [_arm_identity(arm, self.task) for arm in shown]]))
         stored = store.read("landscape")
         if stored is not None and stored.pop("identity") == identity:
             return stored

@@ -60,15 +60,13 @@ class ArmResult:
 
     Attributes:
         per_seed (`tuple[float, ...]`):
-            One value per trajectory, the mean over its draws; accuracies are in [0, 1].
+            One value per trajectory, the mean over its draws (`per_draw`); accuracies are in [0, 1].
         estimate ([`Estimate`]):
             Mean and 95% interval over trajectories.
         difference ([`PairedDifference`], *optional*):
-            Difference to naive, paired over trajectories; `None` for naive.
+            Difference to naive; `None` for naive.
         corrected_p (`float`, *optional*):
             p of the difference after Holm's correction for the number of candidates; candidates only.
-        per_draw (`tuple[tuple[float, ...], ...]`, *optional*):
-            One sequence per trajectory with a value per draw.
     """
 
     per_seed: tuple[float, ...]

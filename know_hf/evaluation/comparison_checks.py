@@ -1,11 +1,9 @@
-"""Checks of a comparison: its arguments before the work, and whether stored results belong to it."""
+"""Checks of the arguments of a comparison before the work."""
 
-import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from .arms import Arm
@@ -80,33 +78,6 @@ def check_picklable(task: ComparisonTask, arms: Sequence[Arm], protocols: Sequen
                 f"{what} cannot be pickled for another process ({error}); use functions and classes of a module,"
                 " functools.partial of them, or num_processes=1"
             ) from error
-
-
-def check_same_arm(folder: Path, arm: str, stored: Any, expected: Mapping[str, Any]) -> None:
-    """Check that a stored cell is of the same arm; raises a `ValueError`."""
-    expected = json.loads(json.dumps(expected))
-    if stored != expected:
-        raise ValueError(
-            f"{folder} has results of another arm {arm!r}: {json.dumps(stored)} instead of {json.dumps(expected)};"
-            " rename the arm, or use another output folder"
-        )
-
-
-def check_same_data(folder: Path, seed: int, identity: Any, hashes: Mapping[str, str]) -> None:
-    """Check that the stored results of a seed are on the same data; raises a `ValueError`."""
-    if not isinstance(identity, dict):
-        raise ValueError(
-            f"{folder} has results of seed {seed} without the hashes of their data, written by a development version;"
-            " use another output folder, or delete this one"
-        )
-    stored = identity["data"]
-    for call in sorted(stored.keys() | hashes.keys()):
-        if stored.get(call) != hashes.get(call):
-            raise ValueError(
-                f"{folder} has results on other data of {call}: {json.dumps(stored.get(call))} instead of"
-                f" {json.dumps(hashes.get(call))}; return the same examples at every call, or use another output"
-                " folder"
-            )
 
 
 def _check_names(what: str, names: Sequence[str]) -> None:

@@ -101,10 +101,7 @@ def with_new_head(model: PreTrainedModel, num_labels: int, seed: int) -> PreTrai
 
 
 def batches(
-    examples: Examples,
-    batch_size: int,
-    order: Tensor | None = None,
-    device: torch.device | None = None,
+    examples: Examples, batch_size: int, order: Tensor | None = None, device: torch.device | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Iterate over the examples once in batches, trimmed by [`trimmed`].
 

@@ -9,7 +9,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,60 +52,6 @@ class Landscape:
         if self.resolution < 2 or self.num_examples < 1:
             raise ValueError(f"a landscape needs resolution >= 2 and num_examples >= 1, got {self}")
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class PlanePoint:
-    """Weights projected on the plane.
-
-    Attributes:
-        name (`str`):
-            Name of the state or arm.
-        kind (`str`):
-            `"state"` or `"arm"`.
-        x, y (`float`):
-            Coordinates of the projection.
-        loss (`float`, *optional*):
-            Loss of the weights themselves; `None` if it is not finite.
-        off_plane (`float`):
-            Distance from the plane.
-    """
-
-    name: str
-    kind: str
-    x: float
-    y: float
-    loss: float | None
-    off_plane: float
-
-
-@dataclass(frozen=True)
-class LossLandscape:
-    """The loss on a grid of the plane.
-
-    Attributes:
-        explained (`tuple[float, float]`):
-            Share of the squared distances of the states to Θ0 along each axis.
-        x, y (`list[float]`):
-            Grid coordinates, distances in weights with Θ0 at (0, 0).
-        loss (`list[list[float | None]]` of shape `(len(y), len(x))`):
-            Loss on the grid; `None` where it is not finite.
-        points (`list[PlanePoint]`):
-            The states, full data first, then the other weights.
-    """
-
-    explained: tuple[float, float]
-    x: list[float]
-    y: list[float]
-    loss: list[list[float | None]]
-    points: list[PlanePoint]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, as under `landscape` of `report.json`."""
-        return {**asdict(self), "explained": list(self.explained)}
-
 
 def measure_landscape(
     landscape: Landscape, task: ComparisonTask, seed: int, arms: Sequence[Arm], output_dir: Path
@@ -132,7 +78,7 @@ def measure_landscape(
         resolution=landscape.resolution,
     )
     shutil.rmtree(work, ignore_errors=True)
-    return {"seed": seed, "measure": measure, "num_examples": len(examples["labels"]), **result.to_dict()}
+    return {"seed": seed, "measure": measure, "num_examples": len(examples["labels"]), **result}
 
 
 def _state(sources: ArmSources, index: int) -> PreTrainedModel:
@@ -147,7 +93,7 @@ def loss_landscape(
     recalibrate_with: Iterable[Mapping[str, torch.Tensor]] | None = None,
     resolution: int = 15,
     margin: float = 0.25,
-) -> LossLandscape:
+) -> dict[str, Any]:
     """Compute the loss on a grid of the plane, of the states and of other weights.
 
     Args:
@@ -165,6 +111,12 @@ def loss_landscape(
         margin (`float`, *optional*, defaults to `0.25`):
             Margin of the grid around the outermost points, as a share of their distance.
 
+    Returns:
+        `dict`, JSON values only: `explained`, the share of the states' squared distances to Θ0 along each axis; `x`
+        and `y`, grid coordinates, distances in weights with Θ0 at (0, 0); `loss` of shape `(len(y), len(x))`; and
+        `points`, states and then arms, each with `name`, `kind`, `x`, `y`, the `loss` of the weights themselves and
+        `off_plane`, their distance from the plane. A loss that is not finite is `None`.
+
     Raises:
         `ValueError`: If the states lie on a line, a model has another number of weights than Θ0, or an argument is
             invalid.
@@ -175,7 +127,6 @@ def loss_landscape(
         raise ValueError(f"resolution must be at least 2, got {resolution}")
     measure = partial(_finite_loss, compute_loss, None if recalibrate_with is None else list(recalibrate_with))
     names = [f"Θ{index}" for index in range(len(states))] + list(arms)
-    kinds = ["state"] * len(states) + ["arm"] * len(arms)
     with tempfile.TemporaryDirectory(prefix="know_hf-landscape-") as folder:
         weights = _Weights(Path(folder) / "weights", len(names))
         losses = []
@@ -195,10 +146,19 @@ def loss_landscape(
             weights.set(model, x[column], y[row])
             grid[row][column] = measure(model)
     points = [
-        PlanePoint(name, kind, float(point[0]), float(point[1]), loss, float(off))
-        for name, kind, point, loss, off in zip(names, kinds, coordinates, losses, off_plane, strict=True)
+        {
+            "name": name,
+            "kind": "state" if index < len(states) else "arm",
+            "x": px,
+            "y": py,
+            "loss": loss,
+            "off_plane": off,
+        }
+        for index, (name, (px, py), loss, off) in enumerate(
+            zip(names, coordinates.tolist(), losses, off_plane.tolist(), strict=True)
+        )
     ]
-    return LossLandscape(explained, x, y, grid, points)
+    return {"explained": explained, "x": x, "y": y, "loss": grid, "points": points}
 
 
 class _Weights:
@@ -260,7 +220,7 @@ def _finite_loss(
     return loss if math.isfinite(loss) else None
 
 
-def _directions(gram: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+def _directions(gram: np.ndarray) -> tuple[np.ndarray, list[float]]:
     """Compute orthonormal directions as combinations `(S, 2)` of the differences to Θ0, and their shares.
 
     With `G = D Dᵀ = U Λ Uᵀ`, the principal directions are `Dᵀ u / √λ`. The most forgotten state has a positive first
@@ -273,8 +233,7 @@ def _directions(gram: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
     coordinates = vectors * np.sqrt(values)
     signs = np.sign([coordinates[-1, 0], coordinates[np.abs(coordinates[:, 1]).argmax(), 1]])
     signs[signs == 0] = 1
-    first, second = (values / np.trace(gram)).tolist()
-    return vectors * signs / np.sqrt(values), (first, second)
+    return vectors * signs / np.sqrt(values), (values / np.trace(gram)).tolist()
 
 
 def _axes(coordinates: np.ndarray, resolution: int, margin: float) -> tuple[list[float], list[float]]:

@@ -59,21 +59,7 @@ def measure_arm(
     trials_per_rate: int,
     output_dir: Path,
 ) -> dict[str, Any]:
-    """Measure an arm of a seed in every protocol, with all of its trials.
-
-    Args:
-        cell (`tuple[int, Arm]`):
-            Seed and arm.
-        task ([`ComparisonTask`]):
-            Trajectories and data.
-        protocols (sequence of protocols):
-            What is measured.
-        draws (`int`):
-            Number of downstream draws.
-        trials_per_rate (`int`):
-            K of [`know_hf.evaluation.protocols`].
-        output_dir (`Path`):
-            Folder of the comparison; files that the arm writes are deleted again.
+    """Measure a cell, seed and arm, in every protocol with all of its trials; temporary files are deleted.
 
     Returns:
         `dict`: An entry of `cells` in `report.json`.

@@ -35,15 +35,7 @@ class Split:
 
 
 def check_split(split: Any, what: str, classifies: bool) -> Split:
-    """Return the split if it can be used.
-
-    Args:
-        split (`Any`):
-            Return value of a callable of the task.
-        what (`str`):
-            The call, for errors.
-        classifies (`bool`):
-            Whether accuracy and loss of a classifier are measured on it.
+    """Return what a callable of the task returned, if it can be used; `what` names the call.
 
     Raises:
         `ValueError`: If it is not a [`Split`] of tensors of equal length, has no test examples, or as
@@ -60,17 +52,9 @@ def check_split(split: Any, what: str, classifies: bool) -> Split:
 
 
 def check_labels(split: Split, what: str, num_labels: int | None, classifies: bool = True) -> None:
-    """Check that labels are classes of the head.
+    """Check that labels are classes of the head, if their number is known.
 
-    Args:
-        split ([`Split`]):
-            The data.
-        what (`str`):
-            Its origin, for errors.
-        num_labels (`int`, *optional*):
-            Number of classes, if known.
-        classifies (`bool`, *optional*, defaults to `True`):
-            Whether labels must be classes; a task with its own measures may have other labels.
+    A task with its own measures (`classifies=False`) may have other labels than classes.
 
     Raises:
         `ValueError`: If labels are not int64, or exceed the classes of the head.

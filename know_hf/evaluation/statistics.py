@@ -18,14 +18,7 @@ _NO_SPREAD = 1e-12  # relative to the largest difference: below it the differenc
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its confidence interval, in the units of the values.
-
-    Attributes:
-        mean (`float`):
-            Mean over seeds.
-        low, high (`float`):
-            Ends of the interval by Student's t with n − 1 degrees of freedom.
-    """
+    """A mean with the ends of its confidence interval, in the units of the values."""
 
     mean: float
     low: float
@@ -57,13 +50,7 @@ class PairedDifference(Estimate):
 
 
 def mean_and_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """Compute the mean and its confidence interval by Student's t.
-
-    Args:
-        values (`Sequence[float]` of length n):
-            One value per seed.
-        level (`float`, *optional*, defaults to `0.95`):
-            Coverage of the interval.
+    """Compute the mean of one value per seed and its confidence interval by Student's t.
 
     Raises:
         `ValueError`: For fewer than two values, a value that is not finite, or a level outside (0, 1).
@@ -160,10 +147,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
     The k-th smallest of m values (k = 0, 1, …) is multiplied by m − k, and none is smaller than the one before it
     (S. Holm, Scandinavian Journal of Statistics 6, 1979).
-
-    Args:
-        p_values (`Mapping[str, float]`):
-            From arm to its p value.
 
     Returns:
         `dict[str, float]`: From arm to its corrected p value, in the given order.
