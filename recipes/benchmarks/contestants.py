@@ -1,7 +1,7 @@
-"""What is timed, each in a process of its own: forms of one function in PyTorch, the peer, and the machine itself.
+"""The contestants of `prediction.py`, one process each: kernels in PyTorch, the peer, and the machine's peak.
 
-Nothing heavy is imported before a process has started, so that imports, thread pools, compilers and memory of one
-can't touch another, and a crash ends only itself.
+Nothing heavy is imported before a process has started. Imports, thread pools, compilers, memory and crashes of one
+contestant do not affect the others.
 """
 
 import multiprocessing
@@ -23,16 +23,21 @@ Run = Callable[[], dict[str, Any]]
 
 
 class Contestant:
-    """A process that prepares itself and then runs when told to.
+    """A process that prepares itself and then runs on request.
 
     Args:
-        prepare (`Callable`): Called in the process with `arguments`; returns what to run and what to tell at once.
-        arguments: Of `prepare`; they must be picklable.
+        prepare (`Callable`):
+            Called in the process with `arguments`. Returns what to run, and `facts`.
+        arguments:
+            Picklable arguments of `prepare`.
 
     Attributes:
-        facts (`dict[str, Any]`): What `prepare` told.
-        failure (`str`, *optional*): Why it can't run, in a line; nothing is run any more then.
-        details (`str`): The traceback of the failure.
+        facts (`dict[str, Any]`):
+            What `prepare` returned.
+        failure (`str`, *optional*):
+            Why it cannot run, in one line.
+        details (`str`):
+            Traceback of the failure.
     """
 
     def __init__(self, prepare: Callable[..., tuple[Run, dict[str, Any]]], *arguments: Any) -> None:
@@ -46,7 +51,7 @@ class Contestant:
         self.facts = self._receive()
 
     def run(self) -> dict[str, Any]:
-        """Runs once more and returns what was measured; an empty dictionary when it failed."""
+        """Run once more and return the measurements; an empty dictionary after a failure."""
         if self.failure is None:
             self._connection.send("run")
             return self._receive()
@@ -84,7 +89,7 @@ def _serve(connection: Connection, prepare: Callable[..., tuple[Run, dict[str, A
         while connection.recv():
             connection.send(run())
     except EOFError:
-        pass  # the benchmark is done with this contestant
+        pass  # the benchmark closed the connection
     except Exception as error:  # report whatever a kernel or compiler cannot do here, and go on with the others
         reason = " ".join(str(error).split()) or type(error).__name__
         connection.send({"failure": reason, "details": traceback.format_exc()})
@@ -93,7 +98,7 @@ def _serve(connection: Connection, prepare: Callable[..., tuple[Run, dict[str, A
 def prepare_inputs(
     folder: Path, peer_weights: Path | None, rows: int, threads: int, sizes: list[str], disk: Path
 ) -> tuple[Run, dict[str, Any]]:
-    """Checks the disk, then writes what all read: KNOWN, a history, and what eager PyTorch gives for it."""
+    """Check the disk and write the shared inputs: KNOWN, a history, and the residuals of eager PyTorch."""
     import numpy as np
     import torch
     import transformers
@@ -113,7 +118,7 @@ def prepare_inputs(
     model.save_pretrained(folder / "known")
     np.savez(folder / "weights.npz", **{name: weight.numpy() for name, weight in model.state_dict().items()})
     generator = torch.Generator().manual_seed(0)
-    # sizes as in trained networks: weights of about 0.05 that move by about a hundredth of that in a stage
+    # as in trained networks: weights of about 0.05 that move by about one percent per stage
     history = 0.05 * torch.randn(rows, 1, generator=generator)
     history = history + 0.0005 * torch.randn(rows, model.config.num_states, generator=generator).cumsum(dim=1)
     np.save(folder / "history.npy", history.numpy())
@@ -125,7 +130,7 @@ def prepare_inputs(
 
 
 def prepare_kernel(kernel: str, folder: Path, device: str, threads: int, seconds: float) -> tuple[Run, dict[str, Any]]:
-    """One form of KNOWN in PyTorch, by its name in `know_hf.known.kernels`."""
+    """Prepare a kernel of `know_hf.known.kernels`."""
     import numpy as np
     import torch
 
@@ -134,7 +139,7 @@ def prepare_kernel(kernel: str, folder: Path, device: str, threads: int, seconds
 
     torch.set_num_threads(threads)
     model = KNOWNModel.from_pretrained(folder / "known").to(device)
-    # state by state in memory, as prediction reads it from the files
+    # contiguous per state, as prediction reads it
     history = torch.from_numpy(np.load(folder / "history.npy")).to(device).T.contiguous().T
     base = _memory(device, peak=False)
     expected = np.load(folder / "expected.npz")
@@ -160,7 +165,7 @@ def prepare_kernel(kernel: str, folder: Path, device: str, threads: int, seconds
 
 
 def prepare_batch_size(mode: str, folder: Path, threads: int) -> tuple[Run, dict[str, Any]]:
-    """The batch size that serves the peer best; sought in a process of its own, as trying the others takes memory."""
+    """Find the peer's fastest batch size, in a separate process because other sizes take memory."""
     import numpy as np
     from tensorflow_peer import Peer
 
@@ -170,7 +175,7 @@ def prepare_batch_size(mode: str, folder: Path, threads: int) -> tuple[Run, dict
 
 
 def prepare_peer(mode: str, folder: Path, batch_size: int, threads: int, seconds: float) -> tuple[Run, dict[str, Any]]:
-    """The published network on TensorFlow; see `tensorflow_peer.MODES`."""
+    """Prepare the published network on TensorFlow; see `tensorflow_peer.MODES`."""
     import numpy as np
     from tensorflow_peer import Peer
 
@@ -197,7 +202,7 @@ def prepare_peer(mode: str, folder: Path, batch_size: int, threads: int, seconds
 
 
 def prepare_matrix_product(device: str, threads: int) -> tuple[Run, dict[str, Any]]:
-    """The machine's peak: a large square matrix product, in FLOP/s."""
+    """Prepare a large square matrix product, whose FLOP/s are the machine's peak."""
     import torch
 
     torch.set_num_threads(threads)
@@ -240,7 +245,7 @@ def prepare_matrix_product(device: str, threads: int) -> tuple[Run, dict[str, An
 
 
 def seconds_per_row(function: Callable[[], object], rows: int, seconds: float) -> float:
-    """Calls a function of `rows` rows until `seconds` have passed, at least once."""
+    """Call a function of `rows` rows for `seconds` seconds, at least once; return the seconds per row."""
     start, calls = time.perf_counter(), 0
     while not calls or time.perf_counter() - start < seconds:
         function()
@@ -249,7 +254,7 @@ def seconds_per_row(function: Callable[[], object], rows: int, seconds: float) -
 
 
 def _memory(device: str, peak: bool) -> int:
-    """Bytes of this process, or of the device where it is not the CPU: at present, or at most so far."""
+    """Return current or peak memory of this process or of the GPU, in bytes."""
     if device != "cpu":
         import torch
 

@@ -1,13 +1,12 @@
-"""How fast meta-training goes, and whether the network or the reading holds it up.
+"""Speed of meta-training, and whether the network or the reading limits it.
 
     python recipes/benchmarks/meta_training.py
     python recipes/benchmarks/meta_training.py --sizes small --processes 1 2 --json meta_training.json
 
-Records trajectories of random walks itself and deletes them again. Then, with the published network and batch size:
-seconds a step of the network alone, of the drawing and reading of a batch, and of reading the same trajectories the
-plain way, whole states with `safetensors.torch.load_file` for every batch; and whole trainings on one and on two
-processes, the best of the repetitions; the CPU time of each process says what it would be on cores of its own. Prints
-Markdown.
+Records temporary trajectories of random walks. Then, with the published network and batch size: seconds per step of
+the network alone, of drawing and reading a batch, and of loading full states with `safetensors.torch.load_file` for
+every batch; and trainings on one and two processes, the best of the repetitions. The CPU time of each process shows
+what a step costs without waiting for a core. Prints Markdown.
 """
 
 import argparse
@@ -88,7 +87,7 @@ def measure(folder: Path, size: str, args: argparse.Namespace) -> dict[str, Any]
         "network in bfloat16": lambda: step(torch.bfloat16),
         "mapped": lambda: mapped.__getitems__(next(batches)),
         "in memory": lambda: in_memory.__getitems__(next(again)),
-        "whole states of one trajectory": lambda: next(plain),
+        "full states of one trajectory": lambda: next(plain),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in tqdm(range(args.repetitions), desc=size):  # they take turns, so that none has a quieter machine
@@ -103,7 +102,7 @@ def measure(folder: Path, size: str, args: argparse.Namespace) -> dict[str, Any]
 
 
 def timed(contestant: Callable[[], object], at_least: float) -> float:
-    """CPU seconds of one call, over as many as take a while; the first is not counted."""
+    """Return the CPU seconds of one call, averaged over many; the first call does not count."""
     contestant()
     begun, calls = time.process_time(), 0
     while time.process_time() - begun < at_least:
@@ -113,9 +112,9 @@ def timed(contestant: Callable[[], object], at_least: float) -> float:
 
 
 def whole_states(paths: list[Path], dataset: "TransitionDataset", batch_size: int) -> Iterator[dict[str, Any]]:
-    """The plain way: a batch from one trajectory, all states of which are loaded for it.
+    """Yield batches of one trajectory, loading all of its states for each.
 
-    A batch that is mixed as know_hf mixes it would take this for each of its trajectories.
+    A batch mixed over trajectories would take as long for each of them.
     """
     import torch
     from safetensors.torch import load_file
@@ -140,7 +139,7 @@ def whole_states(paths: list[Path], dataset: "TransitionDataset", batch_size: in
 
 
 def record(folder: Path, width: int, count: int) -> int:
-    """Writes trajectories of random walks of a small net; its number of parameters."""
+    """Record trajectories of random walks of a small net; return its number of parameters."""
     import torch
 
     from know_hf import WeightTrajectory
@@ -167,7 +166,7 @@ def make_net(width: int) -> "nn.Module":
 
 
 def train_apart(folder: Path, processes: int, args: argparse.Namespace) -> dict[str, float]:
-    """A whole training in processes of its own."""
+    """Train in separate processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *launcher, __file__, "--train", str(folder), "--steps", str(args.steps)]
     command += ["--batch_size", str(args.batch_size)]
@@ -183,7 +182,7 @@ def train(args: argparse.Namespace) -> None:
     from know_hf.meta_learning import MetaTrainingArguments, meta_train, start_processes
 
     class Timed(TransitionDataset):
-        """Notes the CPU time at which each batch is read."""
+        """Record the CPU time at which each batch is read."""
 
         times: ClassVar[list[float]] = []
 
@@ -203,11 +202,11 @@ def train(args: argparse.Namespace) -> None:
 
 
 def steps_table(results: dict[str, Any]) -> list[str]:
-    names = ["network", "network in bfloat16", "mapped", "in memory", "whole states of one trajectory"]
+    names = ["network", "network in bfloat16", "mapped", "in memory", "full states of one trajectory"]
     transitions = ROLES * results["batch_size"]
     columns = results["sizes"]
     header = [f"{n['trajectories']} nets of {n['parameters']:,} parameters" for n in columns.values()]
-    lines = [["one thread, CPU milliseconds a step", *header], ["---"] * (1 + len(columns))]
+    lines = [["one thread, CPU milliseconds per step", *header], ["---"] * (1 + len(columns))]
     lines += [[name, *(f"{1e3 * found['seconds'][name]:.2f}" for found in columns.values())] for name in names]
 
     def shares(name: str) -> list[str]:
@@ -221,7 +220,7 @@ def steps_table(results: dict[str, Any]) -> list[str]:
     for name in names[2:]:
         lines.append([f"share of the reading, {name}", *shares(name)])
     for name in names[2:]:
-        lines.append([f"transitions a second, {name}", *rates(name)])
+        lines.append([f"transitions per second, {name}", *rates(name)])
     lines.append(
         ["drawing the samples, once, seconds", *(f"{found['drawing_once']:.2f}" for found in columns.values())]
     )
@@ -232,8 +231,8 @@ def processes_table(results: dict[str, Any]) -> list[str]:
     if not results["processes"]:
         return []
     first = next(iter(results["processes"].values()))
-    header = [f"processes, {results['cores']} cores", "milliseconds a step", "transitions a second", "times"]
-    header += ["CPU milliseconds a step, each process", "times"]
+    header = [f"processes, {results['cores']} cores", "milliseconds per step", "transitions per second", "speed-up"]
+    header += ["CPU milliseconds per step and process", "speed-up"]
     lines = [header, ["---"] * len(header)]
     for processes, found in results["processes"].items():
         cells = [str(processes), f"{1e3 * found['wall']:.1f}", f"{ROLES * results['batch_size'] / found['wall']:,.0f}"]
@@ -247,9 +246,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES), help="(default: %(default)s)")
     add("--processes", nargs="*", type=int, default=[1, 2], help="(default: %(default)s)")
-    add("--output-dir", default=None, help="disk to write to, by default that of temporary files; emptied again")
-    add("--batch_size", type=int, default=2048, help="transitions of each role a step (default: %(default)s)")
-    add("--steps", type=int, default=200, help="of a whole training (default: %(default)s)")
+    add("--output-dir", default=None, help="disk to write to (default: that of temporary files); files are deleted")
+    add("--batch_size", type=int, default=2048, help="transitions per role and step (default: %(default)s)")
+    add("--steps", type=int, default=200, help="steps per training (default: %(default)s)")
     add("--repetitions", type=int, default=5, help="(default: %(default)s)")
     add("--seconds", type=float, default=0.5, help="that each is timed at a time, at least (default: %(default)s)")
     add("--json", default=None, help="file for all numbers")

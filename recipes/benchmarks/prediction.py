@@ -1,13 +1,13 @@
-"""How fast KNOWN predicts, against the published network on TensorFlow in the same run on the same machine.
+"""Speed of prediction with KNOWN, relative to the published network on TensorFlow in the same run.
 
     python recipes/benchmarks/prediction.py
     python recipes/benchmarks/prediction.py --peer-weights FOLDER --json results.json
     python recipes/benchmarks/prediction.py --device cuda --kernels eager folded triton
 
-First the function alone: seconds a parameter and step of every kernel of KNOWN and of the peer, as medians
-over repetitions in which all take turns, FLOP/s, and their share of what a large matrix product reaches in the same
-turns. Then `predict_overflowed_weights` from end to end, a fresh process each time, on trajectories of random weights
-that it records itself and deletes again. Prints Markdown. The peer needs `pip install tensorflow-cpu`.
+First the function alone: seconds per weight and step of every kernel of KNOWN and of the peer, as medians over
+repetitions that take turns, FLOP/s, and the share of what a large matrix product reaches in the same turns. Then
+`predict_overflowed_weights` end to end, in a fresh process each time, on temporary trajectories of random weights.
+Prints Markdown. The peer needs `pip install tensorflow-cpu`.
 """
 
 import argparse
@@ -39,7 +39,7 @@ LONG = 60  # seconds of predictions of one size after which they are not repeate
 
 def main(args: argparse.Namespace) -> None:
     threads = args.threads or len(os.sched_getaffinity(0))
-    # read by the thread pools when their libraries are loaded, in the processes started from here
+    # thread pools read these when their libraries load, in the processes started from here
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     rows = args.rows or (1 << 20 if args.device == "cpu" else 1 << 24)
     results: dict[str, Any] = {"machine": machine(args, threads), "rows": rows, "function": {}, "end_to_end": []}
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def time_function(args: argparse.Namespace, folder: Path, threads: int, results: dict[str, Any]) -> None:
-    """Fills `results` with the function alone; the contestants take turns, so that none has a quieter machine."""
+    """Add timings of the function alone to `results`. Contestants take turns, so that none has a quieter machine."""
     with ExitStack() as stack:
         tell("preparing the matrix product")
         product = stack.enter_context(Contestant(prepare_matrix_product, args.device, threads))
@@ -74,7 +74,7 @@ def time_function(args: argparse.Namespace, folder: Path, threads: int, results:
             tell(f"the function alone, repetition {repetition + 1} of {args.repetitions}")
             peaks.append(product.run())
             for name, contestant in contestants.items():
-                time.sleep(0.2)  # threads of the one before still look for work for a while
+                time.sleep(0.2)  # threads of the previous contestant still spin for a while
                 if isinstance(contestant, Contestant) and (measured := contestant.run()):
                     runs[name].append(measured)
         results["machine"]["device"] = product.facts["device"] or results["machine"]["device"]
@@ -94,7 +94,7 @@ def time_function(args: argparse.Namespace, folder: Path, threads: int, results:
 def start_contestants(
     args: argparse.Namespace, folder: Path, threads: int, stack: ExitStack
 ) -> dict[str, Contestant | str]:
-    """Starts a process per kernel and peer; a string says why one cannot run."""
+    """Start a process per kernel and peer; a string is the reason why one cannot run."""
     contestants: dict[str, Contestant | str] = {}
     for kernel in args.kernels:
         tell(f"preparing {kernel}")
@@ -117,7 +117,7 @@ def start_contestants(
 
 
 def time_prediction(args: argparse.Namespace, size: str, folder: Path, threads: int) -> list[dict[str, Any]]:
-    """Records a trajectory and predicts from it with each kernel, a fresh process each time."""
+    """Record a trajectory and predict from it with each kernel, in a fresh process each time."""
     tell(f"{size}: recording a trajectory")
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -138,7 +138,7 @@ def time_prediction(args: argparse.Namespace, size: str, folder: Path, threads: 
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of what was measured, the largest memory, and the shortest time."""
+    """Return medians, the largest memory and the shortest time."""
     medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     return medians | {
         "best_seconds": min(run["seconds"] for run in runs),
@@ -147,11 +147,11 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def flops(config: dict[str, Any], folded: bool) -> int:
-    """FLOPs for one parameter and step, without the exponentials.
+    """Return the FLOPs per weight and step, without the exponentials.
 
-    Additions and multiplications count one each, so a layer of n inputs and a bias has 2 n for each output; so do
-    each relu, leaky relu and tanh. Folded, the first two layers are one to the bottleneck, and the additive branch is
-    one from it to the features.
+    Additions and multiplications count one each, so a layer with n inputs and a bias has 2 n per output; relu, leaky
+    relu and tanh count one each. Folded, the first two layers become one layer to the bottleneck, and the additive
+    branch one layer from it to the features.
     """
     states, hidden = config["num_states"], config["hidden_size"]
     bottleneck, stream = config["bottleneck_size"], config["stream_size"]
@@ -183,7 +183,7 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
         f"{facts['device']}, {facts['threads']} threads, load average before {facts['load_average']:.1f}; {versions}.",
         f"Matrix product: {peak['float32'] / 1e9:,.0f} GFLOP/s in float32 (torch.mm {peak['torch.mm'] / 1e9:,.0f}),"
         f" {peak['bfloat16'] / 1e9:,.0f} in bfloat16.",
-        f"A parameter and step: {results['flops']['published']:,} FLOP as published, {results['flops']['folded']:,}"
+        f"Per weight and step: {results['flops']['published']:,} FLOP as published, {results['flops']['folded']:,}"
         f" folded, and {results['exponentials']} exponentials.",
     ]
 
@@ -191,7 +191,7 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
 def function_table(results: dict[str, Any]) -> list[str]:
     peer = results["function"].get("graph", {}).get("seconds")
     lines = [
-        f"| function alone, {results['rows']:,} parameters | seconds a parameter (best) | GFLOP/s"
+        f"| function alone, {results['rows']:,} parameters | seconds per weight (best) | GFLOP/s"
         " | share of float32 peak | times the peer | difference to eager | extra memory |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -211,7 +211,7 @@ def function_table(results: dict[str, Any]) -> list[str]:
 
 def end_to_end_table(results: dict[str, Any]) -> list[str]:
     lines = [
-        "| end to end | kernel | parameters | states | seconds (best, runs) | seconds a parameter | extra memory"
+        "| end to end | kernel | parameters | states | seconds (best, runs) | seconds per weight | extra memory"
         " | written |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -237,18 +237,45 @@ def tell(message: str) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--sizes", nargs="*", choices=SIZES, default=["resnet18", "bert", "1b"], help="models to predict end to end")
-    add("--kernels", nargs="*", default=["eager", "folded", "cpu", "triton"], help="names in know_hf.known.kernels")
-    add("--predict-with", nargs="*", default=["auto"], metavar="KERNEL", help="for end to end (default: auto)")
-    add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="ways to run the published network")
-    add("--peer-weights", type=Path, help="folder with the published KNOWN_*.h5, used by all; else the shipped ones")
+    add(
+        "--sizes",
+        nargs="*",
+        choices=SIZES,
+        default=["resnet18", "bert", "1b"],
+        help="models to predict end to end",
+    )
+    add(
+        "--kernels",
+        nargs="*",
+        default=["eager", "folded", "cpu", "triton"],
+        help="kernels of know_hf.known.kernels",
+    )
+    add("--predict-with", nargs="*", default=["auto"], metavar="KERNEL", help="kernels for end to end (default: auto)")
+    add(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        default=list(PEERS),
+        help="forms of the published network",
+    )
+    add("--peer-weights", type=Path, help="folder with the published KNOWN_*.h5 (default: the shipped weights)")
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--threads", type=int, default=0, help="of every process; by default as many as there are cores")
-    add("--output-dir", default=None, help="disk to write to, by default that of temporary files; emptied again")
-    add("--repetitions", type=int, default=3, help=f"end to end no more after {LONG} s (default: %(default)s)")
-    add("--rows", type=int, default=0, help="parameters for the function alone; by default 2^20, on a GPU 2^24")
-    add("--seconds", type=float, default=1.0, help="of one repetition of the function alone (default: %(default)s)")
-    add("--json", default=None, metavar="FILE", help="file for all numbers")
+    add("--threads", type=int, default=0, help="threads of every process (default: number of cores)")
+    add("--output-dir", default=None, help="disk to write to (default: that of temporary files); files are deleted")
+    add(
+        "--repetitions",
+        type=int,
+        default=3,
+        help=f"end to end, none after {LONG} s (default: %(default)s)",
+    )
+    add("--rows", type=int, default=0, help="weights for the function alone (default: 2^20, on a GPU 2^24)")
+    add(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="length of a repetition, function alone (default: %(default)s)",
+    )
+    add("--json", default=None, metavar="FILE", help="write all numbers to this file")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The peer: KNOWN as published, built from its description as a Keras graph on TensorFlow. No PyTorch comes in."""
+"""The peer: KNOWN as published, built from its description as a Keras graph on TensorFlow, without PyTorch."""
 
 import math
 import os
@@ -15,8 +15,8 @@ import tensorflow
 BATCH_SIZES = tuple(1 << power for power in range(10, 19))
 LEAKY_SLOPE = 0.3
 
-# How a user of the published network can run it: the method every Keras model has, the graph called directly, and
-# that graph compiled by XLA, which the published program does not do.
+# Ways to run the published network: Keras' own method, the graph called directly, and the graph compiled by XLA, which
+# the published program does not do.
 MODES = ("predict", "graph", "xla")
 
 
@@ -24,10 +24,14 @@ class Peer:
     """The network of one role.
 
     Args:
-        weights (`Mapping[str, np.ndarray]`): State dict of a `KNOWNModel` of the published sizes.
-        role (`str`): Which network of it.
-        mode (`str`): One of `MODES`.
-        threads (`int`): Of TensorFlow, for one operation and for operations beside each other.
+        weights (`Mapping[str, np.ndarray]`):
+            State dict of a `KNOWNModel` of the published sizes.
+        role (`str`):
+            Role of the network.
+        mode (`str`):
+            One of `MODES`.
+        threads (`int`):
+            Threads of TensorFlow, within and between operations.
     """
 
     def __init__(self, weights: Mapping[str, np.ndarray], role: str, mode: str, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""Trajectories of random weights that have the shapes of real models, and their prediction from end to end."""
+"""Trajectories of random weights in the shapes of real models, and their prediction end to end."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 NUM_STATES = 5
 BLOCK = 1 << 22
 
-# from name to what it is, the transformers class, its config and the dtype of the states
+# by name: title, transformers class, config, dtype of the states
 SIZES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "tiny": (
         "tiny ResNet",
@@ -53,7 +53,7 @@ SIZES: dict[str, tuple[str, str, dict[str, Any], str]] = {
 
 
 def plan(size: str) -> dict[str, Any]:
-    """What a size is and takes, from shapes alone: parameters, and bytes of its states and of what is predicted."""
+    """Return parameters and disk space of a size, from shapes alone."""
     from know_hf.trajectory import state_nbytes
 
     title, _, _, dtype = SIZES[size]
@@ -68,7 +68,7 @@ def plan(size: str) -> dict[str, Any]:
 
 
 def prepare_trajectory(size: str, folder: Path, threads: int) -> tuple[Callable, dict[str, Any]]:
-    """Records `NUM_STATES` states of random weights; the model and a copy of one state are in memory, no more."""
+    """Record `NUM_STATES` states of random weights; only the model and a copy of one state are in memory."""
     import torch
 
     from know_hf import WeightTrajectory
@@ -91,7 +91,7 @@ def prepare_trajectory(size: str, folder: Path, threads: int) -> tuple[Callable,
 def prepare_prediction(
     trajectory: Path, known: Path, output_dir: Path, kernel: str, device: str, threads: int
 ) -> tuple[Callable[[], dict[str, Any]], dict[str, Any]]:
-    """One step of `predict_overflowed_weights`, timed without imports, with all else that it does."""
+    """Prepare one step of `predict_overflowed_weights`, timed without imports."""
     import torch
 
     from know_hf import KNOWNModel, predict_overflowed_weights
@@ -121,7 +121,7 @@ def _meta_model(size: str) -> "PreTrainedModel":
 
 
 def _add_noise(weight: "torch.Tensor", scale: float, generator: "torch.Generator") -> None:
-    """Adds normal noise; one block of it serves a whole tensor, as drawing a billion numbers takes minutes."""
+    """Add normal noise. One block is repeated over the tensor: drawing a billion numbers takes minutes."""
     import torch
 
     flat = weight.view(-1)
