@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.hub_fixtures import no_sleep, no_token_shown, raises, store, without_card
+from doubles.hub_fixtures import FAULTS, no_sleep, no_token_shown, raises, store, without_card
 from doubles.loopback_hub import LoopbackHub, hub
 from huggingface_hub.errors import HfHubHTTPError
-from test_pull import FAULTS
 
 from know_hf import WeightTrajectory, predict_overflowed_weights
 from know_hf.hub import HubError

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from doubles.hub_fixtures import contents, enhanced, no_sleep, no_token_shown, raises, store
+from doubles.hub_fixtures import FAULTS, contents, enhanced, no_sleep, no_token_shown, raises, store
 from doubles.loopback_hub import LoopbackHub, hub
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -13,15 +13,6 @@ from know_hf.hub import HubError, pull, pull_checkpoint, pull_trajectory
 from know_hf.trajectory import TrajectoryError
 
 __all__ = ["enhanced", "hub", "no_sleep", "no_token_shown"]
-
-FAULTS = {
-    "reset": {"cut": 100},
-    "cut": {"cut": 100, "reset": False},
-    "500": {"status": 500},
-    "429": {"status": 429, "headers": {"Retry-After": "3"}},
-    "wrong bytes": {"tamper": lambda content: content[:-1] + bytes([content[-1] ^ 1])},
-    "truncated": {"tamper": lambda content: content[:-1]},
-}
 
 
 def test_checkpoint(hub: LoopbackHub, enhanced: Path, tmp_path: Path) -> None:

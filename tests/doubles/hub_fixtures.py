@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,14 @@ from .loopback_repos import Repo
 
 COMMIT = "POST .*/commit/"
 TOKENS = (TOKEN, READ_TOKEN, FOREIGN_TOKEN)
+FAULTS: dict[str, dict[str, Any]] = {  # of downloads
+    "reset": {"cut": 100},
+    "cut": {"cut": 100, "reset": False},
+    "500": {"status": 500},
+    "429": {"status": 429, "headers": {"Retry-After": "3"}},
+    "wrong bytes": {"tamper": lambda content: content[:-1] + bytes([content[-1] ^ 1])},
+    "truncated": {"tamper": lambda content: content[:-1]},
+}
 
 
 @pytest.fixture(autouse=True)

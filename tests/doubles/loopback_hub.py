@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
@@ -37,7 +37,6 @@ class Request:
     on_cdn: bool
     received: int = 0
     sent: int = 0
-    status: int = 0
 
 
 @dataclass
@@ -65,7 +64,7 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.accounts = {
-            TOKEN: Account("me", orgs={"lab": "write"}),
+            TOKEN: Account("me"),
             READ_TOKEN: Account("me", role="read"),
             FOREIGN_TOKEN: Account("somebody"),
         }
@@ -106,29 +105,27 @@ class LoopbackHub:
             self.add(repo_id, files, repo.type)
         return repo
 
-    def add(
-        self, repo_id: str, files: dict[str, bytes], repo_type: str = "model", ref: str = "refs/heads/main"
-    ) -> str:
+    def add(self, repo_id: str, files: dict[str, bytes], repo_type: str = "model") -> str:
         """Commit files without a client."""
         repo = self.repos[repo_type, repo_id]
         entries = {path: Entry(content, path.endswith(LFS_SUFFIXES)) for path, content in files.items()}
         self.large_files |= {entry.sha256: entry.content for entry in entries.values() if entry.is_lfs}
-        return repo.commit(ref, repo.commits[repo.refs[ref]].tree | entries, "by a test")
+        return repo.commit("refs/heads/main", repo.resolve("main").tree | entries, "by a test")
 
     def repo(self, repo_id: str, repo_type: str = "model") -> Repo:
         return self.repos[repo_type, repo_id]
 
-    def count(self, pattern: str) -> int:
-        """Number of requests whose `METHOD path` matches."""
-        return sum(bool(re.search(pattern, f"{r.method} {r.path}")) for r in self.requests)
+    def matching(self, pattern: str) -> list[Request]:
+        """Requests whose `METHOD path` matches."""
+        return [request for request in self.requests if re.search(pattern, f"{request.method} {request.path}")]
 
-    def sent(self, pattern: str = "") -> int:
-        """Bytes sent in answers to requests whose `METHOD path` matches."""
-        return sum(r.sent for r in self.requests if re.search(pattern, f"{r.method} {r.path}"))
+    def sent(self, pattern: str) -> int:
+        """Bytes sent in answers to matching requests."""
+        return sum(request.sent for request in self.matching(pattern))
 
-    def received(self, pattern: str = "") -> int:
-        """Bytes received in requests whose `METHOD path` matches."""
-        return sum(r.received for r in self.requests if re.search(pattern, f"{r.method} {r.path}"))
+    def received(self, pattern: str) -> int:
+        """Bytes received in matching requests."""
+        return sum(request.received for request in self.matching(pattern))
 
 
 class _Cut(Exception):
@@ -155,11 +152,10 @@ class _Handler(Endpoints, BaseHTTPRequestHandler):
 
     def do_any(self) -> None:
         self.hub = self.server.hub
-        parts = urlsplit(self.path)
-        self.url_path, self.query = unquote(parts.path), {k: v[0] for k, v in parse_qs(parts.query).items()}
+        path = urlsplit(self.path).path
         self.record = Request(
             self.command,
-            self.url_path,
+            unquote(path),
             self.headers.get("Range"),
             "Authorization" in self.headers,
             self.server.server_address[1] == urlsplit(self.hub.cdn_url).port,
@@ -173,7 +169,7 @@ class _Handler(Endpoints, BaseHTTPRequestHandler):
             if self.fault and self.fault.status:
                 raise StatusError(self.fault.status, self.fault.message)
             with self.hub.lock:
-                status, headers, content = self.route(parts.path, body)
+                status, headers, content = self.route(path, body)
             if self.fault and self.fault.lose_answer:
                 raise _Cut
         except _Cut:
@@ -185,29 +181,20 @@ class _Handler(Endpoints, BaseHTTPRequestHandler):
             headers |= {"X-Error-Code": error.code} if error.code else {}
         self._answer(status, headers, content)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_any
+    do_GET = do_HEAD = do_POST = do_PUT = do_any
 
     def _take_fault(self) -> Fault | None:
         with self.hub.lock:
             for fault in self.hub.faults:
-                if fault.times and re.search(fault.pattern, f"{self.command} {self.url_path}"):
+                if fault.times and re.search(fault.pattern, f"{self.command} {self.record.path}"):
                     fault.times -= 1
                     return fault
         return None
 
     def _read_body(self) -> bytes:
         stop = self.fault.cut if self.fault and self.command in ("PUT", "POST") else None
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b""
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-                if stop is not None and len(body) >= stop:
-                    raise _Cut
-            self.rfile.readline()
-        else:
-            length = int(self.headers.get("Content-Length") or 0)
-            body = self.rfile.read(length if stop is None else min(stop, length))
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length if stop is None else min(stop, length))
         self.record.received = len(body)
         if stop is not None:
             raise _Cut
@@ -217,13 +204,9 @@ class _Handler(Endpoints, BaseHTTPRequestHandler):
         if self.fault and self.fault.tamper and status < 300:
             content = self.fault.tamper(content)
         headers = {**headers, **(self.fault.headers if self.fault else {})}
-        self.record.status = status
         self.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(content)),
-            **headers,
-        }.items():
+        defaults = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+        for name, value in (defaults | headers).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -260,8 +243,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
     server.close()
 
 
-def environment(hub: LoopbackHub, home: Path, token: str | None = TOKEN) -> dict[str, str]:
+def environment(hub: LoopbackHub, home: Path) -> dict[str, str]:
     """Environment of a new process that uses the Hub; `home` is the folder of its cache."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    return inherited | settings | ({"HF_TOKEN": token} if token else {})
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
+    return inherited | settings | {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}

@@ -4,7 +4,6 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
-DATE = "2025-01-01T00:00:00.000Z"
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".h5", ".png")
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 
@@ -91,19 +90,10 @@ class Repo:
 
 @dataclass(frozen=True)
 class Account:
-    """Owner of a token, the role of the token, and the roles of the owner in organizations."""
+    """Owner of a token and the role of the token."""
 
     name: str
     role: str = "write"
-    orgs: dict[str, str] = field(default_factory=dict)
 
-    def is_member(self, namespace: str) -> bool:
-        return namespace == self.name or self.orgs.get(namespace) in ("write", "admin")
-
-    def whoami(self) -> dict[str, Any]:
-        return {
-            "type": "user",
-            "name": self.name,
-            "orgs": [{"type": "org", "name": name, "roleInOrg": role} for name, role in self.orgs.items()],
-            "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": self.role}},
-        }
+    def owns(self, repo_id: str) -> bool:
+        return repo_id.startswith(f"{self.name}/")
