@@ -52,10 +52,17 @@ class TensorRole:
 
 
 def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
-    """Role of every tensor of `model.state_dict()`, by name and in its order.
+    """Return the role of every tensor of a model.
 
     A tied tensor is listed under each of its names; all but the first have `tied_to`. A checkpoint on disk contains it
     once.
+
+    Args:
+        model (`nn.Module`):
+            Any module.
+
+    Returns:
+        `dict[str, TensorRole]`: Roles by the names of `model.state_dict()`, in its order.
     """
     owners = dict(model.named_modules(remove_duplicate=False))
     first_name: dict[int, str] = {}

@@ -48,20 +48,18 @@ def divide(dataset: Any, schedule: ForgettingSchedule, batch_size: int = 1) -> l
     **Datasets with a length.** [`ForgettingSchedule.indices`] chooses the rows. A `datasets.Dataset` is divided with
     `select`, other datasets with `torch.utils.data.Subset`.
 
-    **Streams.** A hash of the key of a row decides. The key is the `group_by` column, the `key_column`, or the content
-    of the row; rows with an empty column use their content. Equal rows are in the same subsets. Stored images and
-    audio files count by their bytes, or by file name if only a path is stored; images that a `map` or `filter` has
-    decoded count by their pixels, which differ between JPEG decoders, so set `key_column` there if other machines must
-    choose the same rows. A subset of n rows has n·r^k ± √(n·r^k·(1 - r^k)) of them. The stream is read until the last
-    subset has one batch. A `datasets.IterableDataset` is divided with `filter`, which preserves sharding, workers,
-    `set_epoch` and `state_dict`; other streams are wrapped.
+    **Streams.** A hash of the key of a row decides; equal keys are in the same subsets. The key is the `group_by`
+    column, the `key_column`, or the content of the row, which also replaces an empty column. Stored images and audio
+    files count by their bytes, or by file name if only a path is stored. Images that a `map` or `filter` has decoded
+    count by their pixels, which differ between JPEG decoders: set `key_column` if other machines must choose the same
+    rows. Of n rows a subset has n·r^k ± √(n·r^k·(1 - r^k)). The stream is read until the last subset has one batch. A
+    `datasets.IterableDataset` keeps sharding, workers, `set_epoch` and `state_dict`; other streams are wrapped.
 
-    **Fingerprints** cover the members and 64 rows: evenly spaced ones, or the first of a stream. For a
-    `datasets.Dataset` the stored rows count, whatever its transform or format. Rows of other datasets are read twice
-    with the same global seeds, so seeded augmentation does no harm; if the readings differ, or rows contain objects
-    without canonical content, only the length counts. Streams are read twice with different seeds: the content counts
-    if it is equal, else the keys if they are, else neither. A stream shuffled without a seed has another fingerprint
-    in every process.
+    **Fingerprints** cover the members and 64 rows: evenly spaced ones, or the first of a stream. The stored rows of a
+    `datasets.Dataset` count, whatever its transform or format. Rows of other datasets are read twice with the same
+    global seeds; if the readings differ, or objects have no canonical content, only the length counts. Streams are
+    read twice with different seeds: the content counts if it is equal, else the keys if they are, else neither, so a
+    stream shuffled without a seed has another fingerprint in every process.
 
     Args:
         dataset (*any*):
