@@ -14,14 +14,14 @@ def is_adapter(model: nn.Module) -> bool:
     return type(model).__module__.startswith("peft.") and hasattr(model, "peft_config")
 
 
-def whole_shape(tensor: torch.Tensor) -> torch.Size:
+def unsharded_shape(tensor: torch.Tensor) -> torch.Size:
     """Shape of a tensor before ZeRO-3 partitions it."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def is_partitioned(model: nn.Module) -> bool:
     """Whether ZeRO-3 partitions the parameters, which are then empty on every process."""
-    return any(whole_shape(parameter) != parameter.shape for parameter in model.parameters())
+    return any(unsharded_shape(parameter) != parameter.shape for parameter in model.parameters())
 
 
 def names_in_memory(model: nn.Module) -> dict[str, str]:
@@ -32,7 +32,7 @@ def names_in_memory(model: nn.Module) -> dict[str, str]:
     ignores are left out. Modules of other libraries keep their names.
     """
     markers = {
-        name: torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
+        name: torch.empty(unsharded_shape(tensor), dtype=tensor.dtype, device="meta")
         for name, tensor in model.state_dict(keep_vars=True).items()
     }
     if isinstance(model, PreTrainedModel):

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from .model_tensors import whole_shape
+from .model_tensors import unsharded_shape
 
 PREDICTED_ROLES = ("conv", "fc", "bias")
 ROLES = (*PREDICTED_ROLES, "norm", "kept", "copied")
@@ -107,7 +107,7 @@ def _role(owner: nn.Module | None, name: str, attribute: str, tensor: object) ->
         return TensorRole("norm", f"{attribute} of {kind}")
     if ".parametrizations." in f".{name}":
         return TensorRole("kept", "factor of a parametrized weight")
-    shape = whole_shape(tensor)
+    shape = unsharded_shape(tensor)
     if not shape:
         return TensorRole("kept", f"scalar of {kind}")
     if len(shape) > 1:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, initializa
 from transformers.utils import logging
 
 from ..distributed import check_gathering
-from ..model_tensors import converted_names, whole_shape
+from ..model_tensors import converted_names, unsharded_shape
 from ..trajectory import check_adapter
 
 logger = logging.get_logger(__name__)
@@ -76,7 +76,7 @@ def check_reloadable(model: nn.Module) -> None:
             ) from error
     else:
         shapes, rebuilt_shapes = (
-            {key: whole_shape(tensor) for key, tensor in each.state_dict(keep_vars=True).items()}
+            {key: unsharded_shape(tensor) for key, tensor in each.state_dict(keep_vars=True).items()}
             for each in (model, rebuilt)
         )
         keys = shapes.keys() | rebuilt_shapes.keys()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from ..model_tensors import whole_shape
+from ..model_tensors import unsharded_shape
 from ..trajectory import state_nbytes
 from ..trajectory.snapshot import recorded_tensors
 from .arguments import RecordArguments
@@ -96,7 +96,7 @@ def plan_task(args: RecordArguments) -> RecordingPlan:
         epochs=epochs,
         examples_seen=round(sum(size * length for size, length in zip(sizes, epochs, strict=True))),
         relative_cost=schedule.relative_cost,
-        parameters=sum(whole_shape(tensor).numel() for tensor in recorded_tensors(parts.model)),
+        parameters=sum(unsharded_shape(tensor).numel() for tensor in recorded_tensors(parts.model)),
         bytes_per_state=state_nbytes(parts.model)[0],
         free_bytes=_free_bytes(Path(args.output_dir).absolute()),
     )

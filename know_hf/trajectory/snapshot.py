@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader, write_json
-from ..model_tensors import is_adapter, is_partitioned, names_on_disk, whole_shape
+from ..model_tensors import is_adapter, is_partitioned, names_on_disk, unsharded_shape
 from ..roles import TensorRole, role_by_shape, tensor_roles
 from .manifest import TrajectoryError
 
@@ -181,7 +181,7 @@ def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[in
     renamed = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in on_disk}
     for tensor in recorded_tensors(model):
         stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        size = whole_shape(tensor).numel() * stored.itemsize
+        size = unsharded_shape(tensor).numel() * stored.itemsize
         total += size
         # tensors that saving splits or merges, such as experts, are stored each time
         is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
