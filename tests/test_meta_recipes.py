@@ -1,4 +1,4 @@
-"""recipes/ablations and recipes/benchmarks/meta_training.py on trajectories of a toy net."""
+"""The recipes meta_train, ablations and benchmarks/meta_training.py on trajectories of a toy network."""
 
 import importlib.util
 import json
@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import record
+from doubles.toy_trajectories import record_lines
 
 from know_hf import KNOWNConfig, KNOWNModel, TransitionDataset
 from know_hf.meta_learning import read_collection, retrodiction_skill
+from know_hf.predictors import Shrink, protocol
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+KNOWN_BASE = RECIPES / "meta_train" / "known_base.yaml"
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
 
 def load(monkeypatch, path):
@@ -30,7 +33,7 @@ def collection(tmp_path_factory):
     folder = tmp_path_factory.mktemp("collection")
     rows = []
     for number in range(12):
-        record(folder / f"net-{number:02}", seed=number)
+        record_lines(folder / f"net-{number:02}", seed=number)
         split = ("train", "train", "held_out_trajectory")[number % 3]
         rows.append({"path": f"net-{number:02}", "split": split, "ratio": 0.5 if number < 6 else 0.7})
     (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -38,14 +41,104 @@ def collection(tmp_path_factory):
 
 
 @pytest.fixture
+def meta_train(monkeypatch):
+    return load(monkeypatch, RECIPES / "meta_train" / "meta_train.py")
+
+
+@pytest.fixture
 def ablations(monkeypatch):
     return load(monkeypatch, RECIPES / "ablations" / "ablations.py")
 
 
+def parse(ablations, *flags):
+    (args,) = ablations.make_parser().parse_args_into_dataclasses(args=list(map(str, flags)))
+    return args
+
+
+def test_meta_train(tmp_path, meta_train, capsys):
+    splits = ["train", "train", "held_out_trajectory", "train", "held_out_dataset"]
+    for number, split in enumerate(splits):
+        record_lines(tmp_path / "data" / f"net-{number}", seed=number)
+        (tmp_path / "data" / f"net-{number}" / "recipe.json").write_text(json.dumps({"split": split}))
+    flags = ["--trajectories", str(tmp_path / "data"), "--output-dir", str(tmp_path / "out")]
+    flags += ["--steps", "3", "--batch-size", "16", "--log_every", "2", "--validation-share", "0.3", "--cache_dir"]
+    flags += [str(tmp_path / "cache")]
+    meta_train.main(*meta_train.parse_arguments(["--config", str(KNOWN_BASE), *flags]))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["validation"]) == 1 and results["held_out"] == ["net-2"]
+    assert set(results["trained_on"] + results["validation"]) == {"net-0", "net-1", "net-3"}
+    assert set(results["splits"]) == {"held_out_trajectory", "held_out_dataset"}
+    assert results["splits"]["held_out_dataset"]["trajectories"] == ["net-4"]
+    skill = results["held_out_skill"]
+    assert results["splits"]["held_out_trajectory"]["skill"] == skill
+    assert list(skill) == ["known", "linear", "log", "average", "shrink", "ema", "task_vector"]
+    assert skill["linear"]["fc"]["median"] == skill["linear"]["fc"]["skill"] > 0.5
+    assert (skill["known"]["conv"]["trajectories"], skill["linear"]["fc"]["trajectories_above_zero"]) == (1, 1)
+    assert list(results["held_out_skill_by_trajectory"]["fc"]) == ["net-2"]
+    assert results["training_arguments"]["steps"] == 3 and results["steps_done"] == 3
+    assert "checkpoint_dir" not in results["training_arguments"]
+    assert (results["best_step"], results["mixed_precision"]) == (None, "no")
+    model = KNOWNModel.from_pretrained(tmp_path / "out")
+    assert model.config.trained_on["trajectories"] == 2
+    held_out = TransitionDataset([tmp_path / "data" / "net-2"], max_per_tensor=None, progress=False)
+    conv_skill = retrodiction_skill(model, held_out)["conv"].skill
+    assert skill["known"]["conv"]["skill"] == pytest.approx(conv_skill)
+    output = capsys.readouterr().out
+    assert f"{skill['known']['conv']['skill']:+.4f}" in output and "held_out_dataset: skill" in output
+    assert [path.name for path in sorted((tmp_path / "out/checkpoints").iterdir())] == ["step-00000003"]
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="needs the published weights")
+def test_meta_train_compares_with_the_published_weights(meta_train):
+    flags = ["--trajectories", "in", "--output_dir", "out", "--published_weights", str(REFERENCE)]
+    args, _ = meta_train.parse_arguments([*flags, "--predictors", "linear"])
+    baselines = meta_train.load_baselines(args, KNOWNConfig())
+    assert list(baselines) == ["published", "linear"] and isinstance(baselines["published"], KNOWNModel)
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--predictors", "linaer"], ValueError, "'linaer'"),
+        (["--predictors", "linear", "lines"], ValueError, r"'lines' .*depth"),
+        (["--predictors", "long"], ValueError, r"'long' .*9 states.*num_states=5"),
+        (["--published_weights", "nowhere"], FileNotFoundError, r"nowhere/KNOWN_Conv\.h5"),
+        (["--validation-share", "1"], ValueError, "validation_share.*1"),
+    ],
+)
+def test_meta_train_checks_its_arguments_before_training(
+    meta_train, collection, tmp_path, monkeypatch, flags, error, message
+):
+    class Long(Shrink):
+        num_states = 9
+
+    monkeypatch.setitem(protocol._PREDICTORS, "long", Long)
+    monkeypatch.setattr("know_hf.meta_train", lambda *_, **__: pytest.fail("trained"))
+    flags = ["--trajectories", str(collection), "--output_dir", str(tmp_path / "out"), *flags]
+    with pytest.raises(error, match=message):
+        meta_train.main(*meta_train.parse_arguments(flags))
+
+
+def test_meta_train_flags_override_the_yaml(meta_train, tmp_path):
+    flags = ["--trajectories", "in", "--output_dir", "out"]
+    args, training_args = meta_train.parse_arguments(["--config", str(KNOWN_BASE), *flags])
+    assert (args.trajectories, args.held_out, training_args.learning_rate) == (["in"], [], 1e-3)
+    args, training_args = meta_train.parse_arguments(
+        ["--config", str(KNOWN_BASE), *flags, "--learning_rate", "0.5", "--held-out", "a", "b-*"]
+    )
+    assert (args.held_out, training_args.learning_rate) == (["a", "b-*"], 0.5)
+    (tmp_path / "null.yaml").write_text("cache_dir: null\nmixed_precision:\nsteps: 7\n")
+    args, training_args = meta_train.parse_arguments(["--config", str(tmp_path / "null.yaml"), *flags])
+    assert (args.cache_dir, training_args.mixed_precision, training_args.steps) == (None, None, 7)
+    (tmp_path / "wrong.yaml").write_text("learning_rte: 1")
+    with pytest.raises(ValueError, match=r"not used.*--learning_rte"):
+        meta_train.parse_arguments(["--config", str(tmp_path / "wrong.yaml"), *flags])
+
+
 def test_ablations(ablations, collection, tmp_path, monkeypatch, capsys):
-    flags = ["--trajectories", str(collection), "--output_dir", str(tmp_path / "out"), "--seeds", "0", "1"]
-    flags += ["--steps", "2", "--batch_size", "16", "--counts", "4", "50", "--cache_dir", str(tmp_path / "cache")]
-    args = ablations.make_parser().parse_args(flags)
+    flags = ["--trajectories", collection, "--output_dir", tmp_path / "out", "--seeds", 0, 1]
+    flags += ["--steps", 2, "--batch-size", 16, "--counts", 4, 50, "--cache-dir", tmp_path / "cache"]
+    args = parse(ablations, *flags)
     ablations.main(args)
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "out/ablations.json").read_text())
@@ -64,7 +157,7 @@ def test_ablations(ablations, collection, tmp_path, monkeypatch, capsys):
     for row in results["rows"]:
         for result in row["results"]:
             assert set(result["skill"]) == {"held_out_trajectory", "r near 0.5", "r near 0.7"}
-            assert {role: found["trajectories"] for role, found in result["skill"]["r near 0.5"].items()} == {
+            assert {role: skill["trajectories"] for role, skill in result["skill"]["r near 0.5"].items()} == {
                 "conv": 2,
                 "fc": 2,
                 "bias": 2,
@@ -76,41 +169,41 @@ def test_ablations(ablations, collection, tmp_path, monkeypatch, capsys):
     assert f"{(first + second) / 2:+.3f} ({abs(first - second) / 2:.3f})" in printed
     assert (tmp_path / "out/ablations.md").read_text() == printed
 
-    monkeypatch.setattr(ablations, "train", lambda *_: pytest.fail("a finished cell is trained again"))
+    monkeypatch.setattr(ablations, "train", lambda *_: pytest.fail("trained a finished cell"))
     ablations.main(args)
     assert capsys.readouterr().out == printed
-    with pytest.raises(ValueError, match="holds results with other steps: 2 there, 3 now"):
-        ablations.main(ablations.make_parser().parse_args([*flags, "--steps", "3"]))
+    with pytest.raises(ValueError, match=r"steps: 2 .* 3"):
+        ablations.main(parse(ablations, *flags, "--steps", 3))
     monkeypatch.setattr(ablations, "version", lambda library: f"another {library}")
-    with pytest.raises(ValueError, match="holds results with other versions: "):
+    with pytest.raises(ValueError, match="versions"):
         ablations.main(args)
 
 
 def test_ablations_of_other_trajectories_with_the_same_names(ablations, collection, tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "train", lambda *_: {"skill": {}})
-    monkeypatch.setattr(ablations, "tables", lambda *_: [])
+    monkeypatch.setattr(ablations, "split_tables", lambda *_: [])
     names = ("net-00", "net-01", "net-02")
     rows = (collection / "index.jsonl").read_text().splitlines()[:3]
-    for which in ("first", "second"):
+    for folder in ("first", "second"):
         for name in names:
-            shutil.copytree(collection / name, tmp_path / which / name)
-        (tmp_path / which / "index.jsonl").write_text("\n".join(rows))
-    flags = ["--output_dir", str(tmp_path / "out"), "--only", "loss", "--seeds", "0", "--trajectories"]
+            shutil.copytree(collection / name, tmp_path / folder / name)
+        (tmp_path / folder / "index.jsonl").write_text("\n".join(rows))
+    flags = ["--output_dir", tmp_path / "out", "--only", "loss", "--seeds", 0, "--trajectories"]
 
-    def run(which):
-        ablations.main(ablations.make_parser().parse_args([*flags, str(tmp_path / which)]))
+    def run(folder):
+        ablations.main(parse(ablations, *flags, tmp_path / folder))
 
     run("first")
-    run("second")  # the same, elsewhere
+    run("second")  # a copy
     shutil.rmtree(tmp_path / "second/net-01")
-    record(tmp_path / "second/net-01", seed=99)
-    with pytest.raises(ValueError, match=r"holds results with other weights: .*train"):
+    record_lines(tmp_path / "second/net-01", seed=99)
+    with pytest.raises(ValueError, match=r"weights: .*train"):
         run("second")
 
 
-def test_every_number_of_states_is_measured_on_the_same(ablations, collection):
-    args = ablations.make_parser().parse_args(["--trajectories", "in", "--output_dir", "out"])
-    part = ablations.dataset(read_collection(collection)[:2], 5, None, args)
+def test_every_number_of_states_is_evaluated_on_the_same_transitions(ablations, collection):
+    args = parse(ablations, "--trajectories", "in", "--output_dir", "out")
+    part = ablations.load(read_collection(collection)[:2], 5, None, args)
     predictor = ablations.LastStates(KNOWNModel(KNOWNConfig(num_states=2)).eval())
     assert retrodiction_skill(predictor, part)["fc"].no_change == retrodiction_skill("linear", part)["fc"].no_change
     history, _ = part.block(part.blocks[0])
@@ -131,12 +224,12 @@ def test_benchmark_of_meta_training(monkeypatch, tmp_path, capsys):
         "network in bfloat16",
         "mapped",
         "in memory",
-        "whole states of one trajectory",
+        "full states of one trajectory",
     }
     printed = capsys.readouterr().out
     assert f"| network | {1e3 * seconds['network']:.2f} |" in printed
     rate = 3 * 64 / (seconds["network"] + seconds["mapped"])
-    assert f"| transitions a second, mapped | {rate:,.0f} |" in printed
+    assert f"| transitions per second, mapped | {rate:,.0f} |" in printed
     assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
 
 
@@ -149,7 +242,7 @@ def test_benchmark_of_processes(monkeypatch):
     assert two == "| 2 | 12.5 | 480,000 | 1.60 | 12.0 | 1.50 |"
 
 
-def test_plain_way_reads_the_same_transitions(monkeypatch, collection):
+def test_benchmark_baseline_reads_the_same_transitions(monkeypatch, collection):
     benchmark = load(monkeypatch, RECIPES / "benchmarks" / "meta_training.py")
     dataset = TransitionDataset([collection / "net-00"], max_per_tensor=None, progress=False)
     batch = next(benchmark.whole_states([collection / "net-00"], dataset, 32))
@@ -160,15 +253,16 @@ def test_plain_way_reads_the_same_transitions(monkeypatch, collection):
             if block.role == role
             for row in torch.cat([dataset.block(block)[0], dataset.block(block)[1][:, None]], dim=1)
         }
-        found = torch.cat([batch[role]["history"], batch[role]["labels"][:, None]], dim=1)
-        assert {tuple(row.tolist()) for row in found} <= rows
+        drawn = torch.cat([batch[role]["history"], batch[role]["labels"][:, None]], dim=1)
+        assert {tuple(row.tolist()) for row in drawn} <= rows
 
 
-@pytest.mark.parametrize("recipe", ["ablations/ablations.py", "benchmarks/meta_training.py"])
-def test_help_needs_no_torch(recipe):
+@pytest.mark.parametrize("name", ["meta_train/meta_train", "ablations/ablations", "benchmarks/meta_training"])
+def test_help_needs_no_torch(name):
     program = (
         "import runpy, sys\n"
-        f"runpy.run_path({str(RECIPES / recipe)!r})['make_parser']().format_help()\n"
+        f"help = runpy.run_path({str(RECIPES / name) + '.py'!r})['make_parser']().format_help()\n"
+        "assert '--batch_size' in help\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-"], input=program, text=True, check=True)

@@ -1,8 +1,9 @@
 """Retrodiction skill: how well a predictor reverses recorded forgetting."""
 
-from collections import defaultdict
+import math
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -42,6 +43,18 @@ class RoleSkill:
     def median(self) -> float:
         """Median over the trajectories; unlike `skill`, it is not dominated by those with the largest steps."""
         return median(self.by_trajectory.values())
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return the summary over the trajectories as JSON values; a skill of minus infinity is `None`."""
+        return {
+            "skill": self.skill if math.isfinite(self.skill) else None,
+            "median": self.median if math.isfinite(self.median) else None,
+            "error": self.error,
+            "no_change": self.no_change,
+            "transitions": self.transitions,
+            "trajectories": len(self.by_trajectory),
+            "trajectories_above_zero": sum(value > 0 for value in self.by_trajectory.values()),
+        }
 
 
 def retrodiction_skill(
@@ -85,16 +98,14 @@ def retrodiction_skill(
         errors.append((number, _BlockErrors.of(block, error, history[:, -1] - labels)))
     if step > 1:
         errors = sorted(gather_object(errors), key=lambda entry: entry[0])
-    by_role: dict[str, list[_BlockErrors]] = defaultdict(list)
-    for number, of_block in errors:
-        by_role[dataset.blocks[number].role].append(of_block)
-    return {role: _role_skill(of_role) for role, of_role in by_role.items()}
+    return _skill_by_role([of_block for _, of_block in errors])
 
 
 @dataclass(frozen=True)
 class _BlockErrors:
     """Absolute errors of one tensor, summed over the drawn scalars and scaled to all of them."""
 
+    role: str
     trajectory: str
     error: float
     no_change: float
@@ -104,6 +115,7 @@ class _BlockErrors:
     @classmethod
     def of(cls, block: TransitionBlock, error: torch.Tensor, no_change: torch.Tensor) -> "_BlockErrors":
         return cls(
+            role=block.role,
             trajectory=block.trajectory,
             error=error.abs().sum(dtype=torch.float64).item() / block.share,
             no_change=no_change.abs().sum(dtype=torch.float64).item() / block.share,
@@ -112,16 +124,24 @@ class _BlockErrors:
         )
 
 
-def _role_skill(blocks: list[_BlockErrors]) -> RoleSkill:
+def _skill_by_role(blocks: list[_BlockErrors]) -> dict[str, RoleSkill]:
     from ..metrics import RetrodictionSkill  # importing evaluate takes a second
 
-    metric = RetrodictionSkill()
-    errors = {"predictions": [block.error for block in blocks], "references": [block.no_change for block in blocks]}
-    scalars = sum(block.scalars for block in blocks)
-    return RoleSkill(
-        skill=metric.compute(**errors)["retrodiction_skill"],
-        error=sum(errors["predictions"]) / scalars,
-        no_change=sum(errors["references"]) / scalars,
-        transitions=sum(block.transitions for block in blocks),
-        by_trajectory=metric.compute(**errors, groups=[block.trajectory for block in blocks]),
-    )
+    def skill_by(groups: list[Any]) -> dict[Any, float]:
+        errors, no_change = [block.error for block in blocks], [block.no_change for block in blocks]
+        return RetrodictionSkill().compute(predictions=errors, references=no_change, groups=groups)
+
+    skills = skill_by([block.role for block in blocks])
+    by_trajectory = skill_by([(block.role, block.trajectory) for block in blocks])
+    result = {}
+    for role, skill in skills.items():
+        of_role = [block for block in blocks if block.role == role]
+        scalars = sum(block.scalars for block in of_role)
+        result[role] = RoleSkill(
+            skill=skill,
+            error=sum(block.error for block in of_role) / scalars,
+            no_change=sum(block.no_change for block in of_role) / scalars,
+            transitions=sum(block.transitions for block in of_role),
+            by_trajectory={path: value for (group, path), value in by_trajectory.items() if group == role},
+        )
+    return result

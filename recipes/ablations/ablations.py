@@ -1,11 +1,11 @@
-"""What meta-training KNOWN depends on, each choice changed alone: one table.
+"""Ablations of meta-training KNOWN: one table with a row per change to the default settings.
 
-    python recipes/ablations/ablations.py --trajectories known_data --output_dir ablations --cache_dir known_samples
+    python recipes/ablations/ablations.py --trajectories known_data --output-dir ablations --cache-dir known_samples
 
-Number of states S, one network for all roles or three, ratio of the schedule, number of trajectories, weighting of the
-loss. Every setting is trained with each of the seeds on the same steps, and measured on the same held-out transitions.
-Prints Markdown and writes it, with every number as JSON, to the output folder. Safe to run again: finished cells are
-not trained again.
+Varied are the number of states S, one network for all roles or three, the ratio of the schedule, the number of
+trajectories, and the weighting of the loss. Every setting is trained with each seed for the same number of steps, and
+evaluated on the same held-out transitions. Prints the Markdown tables and writes them to the output folder, with all
+numbers as JSON. A second run reuses finished cells.
 """
 
 import argparse
@@ -19,26 +19,59 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from transformers import HfArgumentParser
 
     from know_hf import KNOWNModel, TransitionDataset
-    from know_hf.meta_learning import CollectedTrajectory, RoleSkill
+    from know_hf.meta_learning import CollectedTrajectory
 
 ROLES = ("conv", "fc", "bias")
 RATIO_BOUNDS = {"0.33": (0.3, 0.42), "0.5": (0.42, 0.6), "0.7": (0.6, 0.9)}
-FEWEST = 4  # trajectories near a ratio, below which it has no row
+MIN_TRAJECTORIES = 4  # of a ratio to get a row
+
+
+@dataclass
+class AblationArguments:
+    """Arguments of the ablations."""
+
+    trajectories: list[str] = field(metadata={"help": "Collections of recipes/collect."})
+    output_dir: str = field(metadata={"help": "Folder for the tables and the finished cells."})
+    held_out: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Names or patterns of held-out trajectories; default: the splits of the collection."},
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder in which drawn scalars are cached; default: draw again for each row."}
+    )
+    only: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Groups of rows besides the defaults: states networks ratio trajectories loss."},
+    )
+    counts: list[int] = field(default_factory=lambda: [12, 25, 50], metadata={"help": "Numbers of trajectories."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Seeds of every row."})
+    steps: int = field(default=1000, metadata={"help": "Optimizer steps of every row."})
+    batch_size: int = field(default=1024, metadata={"help": "Transitions of each role per step."})
+    max_per_tensor: int = field(default=4096, metadata={"help": "Scalars drawn from each training tensor."})
+    evaluated_per_tensor: int = field(default=4096, metadata={"help": "Scalars drawn from each held-out tensor."})
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table: what is changed against the first row.
+    """
+    Row of the table: a change to the first row.
 
-    Args:
-        group (`str`): What is changed.
-        value (`str`): To what.
-        trajectories (`tuple[CollectedTrajectory]`): What is trained on.
-        num_states (`int`): S.
-        one_network (`bool`): Whether one network, trained on all roles, predicts every tensor.
-        loss_weighting (`str`): As in `MetaTrainingArguments`.
+    Attributes:
+        group (`str`):
+            Setting that is changed.
+        value (`str`):
+            Its new value.
+        trajectories (`tuple[CollectedTrajectory, ...]`):
+            Training trajectories.
+        num_states (`int`):
+            Length S of a history.
+        one_network (`bool`):
+            Whether one network, trained on all roles, predicts every tensor.
+        loss_weighting (`str`):
+            See `MetaTrainingArguments`.
     """
 
     group: str
@@ -48,10 +81,13 @@ class Setting:
     one_network: bool = False
     loss_weighting: str = "none"
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "trajectories": [trajectory.name for trajectory in self.trajectories]}
+
 
 @dataclass(frozen=True)
 class LastStates:
-    """A predictor that sees the last S states of a longer history, so that every S is measured on the same ones."""
+    """Predictor that uses the last S states of a longer history, so that every S is evaluated on the same ones."""
 
     model: "KNOWNModel"
 
@@ -65,57 +101,57 @@ class LastStates:
         return KNOWNPredictor(self.model).residual(history[:, -self.model.config.num_states :], role)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: AblationArguments) -> None:
     from tqdm.auto import tqdm
 
     from know_hf.checkpoint import write_json
     from know_hf.evaluation import CellStore
-    from know_hf.meta_learning import read_collection, retrodiction_skill, split_collection
+    from know_hf.meta_learning import read_collection, split_collection
 
+    output_dir = Path(args.output_dir)
     splits = split_collection(read_collection(args.trajectories), args.held_out)
     train_split = splits.pop("train")
     settings = make_settings(train_split, args)
-    everything = [t for part in splits.values() for t in part]
-    measured = {**splits, **{f"r near {value}": part for value, part in by_ratio(everything).items() if part}}
+    by_near_ratio = by_ratio([trajectory for part in splits.values() for trajectory in part])
+    evaluated = {**splits, **{f"r near {value}": part for value, part in by_near_ratio.items() if part}}
     identity = {
         **{name: getattr(args, name) for name in ("steps", "batch_size", "max_per_tensor", "evaluated_per_tensor")},
-        "splits": {name: [t.name for t in part] for name, part in measured.items()},
-        "settings": [describe(setting) for setting in settings],
+        "splits": {name: [trajectory.name for trajectory in part] for name, part in evaluated.items()},
+        "settings": [setting.to_dict() for setting in settings],
         "weights": {name: fingerprint(part) for name, part in {"train": train_split, **splits}.items()},
         "versions": {library: version(library) for library in ("know_hf", "torch", "transformers")},
     }
-    cells = CellStore(args.output_dir, identity)
-    held_out = {name: dataset(part, 5, args.evaluated_per_tensor, args) for name, part in measured.items()}
-    linear = {name: report(retrodiction_skill("linear", part)) for name, part in held_out.items()}
+    cells = CellStore(output_dir, identity)
+    held_out = {name: load(part, 5, args.evaluated_per_tensor, args) for name, part in evaluated.items()}
+    linear = evaluate("linear", held_out)
     rows = []
     with tqdm(total=len(settings) * len(args.seeds), desc="ablations") as bar:
         for setting in settings:
-            found = []
+            results = []
             for seed in args.seeds:
                 bar.set_postfix_str(f"{setting.group} {setting.value}, seed {seed}")
                 name = f"{setting.group}-{setting.value}-{seed}".replace(" ", "_")
                 if (result := cells.read(name)) is None:
                     result = train(setting, seed, held_out, args)
                     cells.write(name, result)
-                found.append(result)
+                results.append(result)
                 bar.update()
-            rows.append({**describe(setting), "seeds": args.seeds, "results": found})
-    command = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    results = {"arguments": command, "trained_on": len(settings[0].trajectories), "linear": linear, "rows": rows}
-    text = "\n\n".join([*tables(rows, linear, list(splits)), *ratio_tables(rows)])
-    write_json(args.output_dir / "ablations.json", results)
-    (args.output_dir / "ablations.md").write_text(text + "\n", encoding="utf-8")
+            rows.append({**setting.to_dict(), "seeds": args.seeds, "results": results})
+    text = "\n\n".join([*split_tables(rows, linear, list(splits)), *ratio_tables(rows)])
+    report = {"arguments": asdict(args), "trained_on": len(train_split), "linear": linear, "rows": rows}
+    write_json(output_dir / "ablations.json", report)
+    (output_dir / "ablations.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
-def make_settings(train: "list[CollectedTrajectory]", args: argparse.Namespace) -> list[Setting]:
-    """All rows: the defaults first, then one change each. Subsets are nested and drawn with a seed of their own."""
+def make_settings(train: "list[CollectedTrajectory]", args: AblationArguments) -> list[Setting]:
+    """Create all rows: the defaults, then one change each. Subsets of trajectories are nested, with a fixed seed."""
     shuffled = random.Random(0).sample(train, len(train))
     every = tuple(train)
     settings = [Setting("defaults", "S = 5, three networks, all trajectories", every)]
     settings += [Setting("states", f"S = {number}", every, num_states=number) for number in (2, 3, 4)]
     settings += [Setting("networks", "one for all roles", every, one_network=True)]
-    ratios = {value: part for value, part in by_ratio(shuffled).items() if len(part) >= FEWEST}
+    ratios = {value: part for value, part in by_ratio(shuffled).items() if len(part) >= MIN_TRAJECTORIES}
     if len(ratios) > 1:
         count = min(len(part) for part in ratios.values())
         settings += [Setting("ratio", value, tuple(part[:count])) for value, part in ratios.items()]
@@ -126,7 +162,7 @@ def make_settings(train: "list[CollectedTrajectory]", args: argparse.Namespace) 
 
 
 def by_ratio(trajectories: "Sequence[CollectedTrajectory]") -> "dict[str, list[CollectedTrajectory]]":
-    """The trajectories whose drawn ratio lies near each of the three, in their order."""
+    """Group trajectories by the nearest ratio, in their order."""
     parts: dict[str, list[CollectedTrajectory]] = {value: [] for value in RATIO_BOUNDS}
     for trajectory in trajectories:
         ratio = trajectory.of_schedule("ratio")
@@ -137,19 +173,19 @@ def by_ratio(trajectories: "Sequence[CollectedTrajectory]") -> "dict[str, list[C
 
 
 def fingerprint(trajectories: "Sequence[CollectedTrajectory]") -> str:
-    """Hash of the weights of all of them, in their order; other trajectories may have the same names."""
+    """Hash the weights of all trajectories, since other trajectories may have the same names."""
     from know_hf.meta_learning.state_readers import open_states
 
     digest = hashlib.sha256()
     for trajectory in trajectories:
-        source = open_states(trajectory.path)
-        digest.update(source.fingerprint.encode())
-        source.close()
+        reader = open_states(trajectory.path)
+        digest.update(reader.fingerprint.encode())
+        reader.close()
     return digest.hexdigest()
 
 
-def dataset(
-    trajectories: "Sequence[CollectedTrajectory]", num_states: int, max_per_tensor: int, args: argparse.Namespace
+def load(
+    trajectories: "Sequence[CollectedTrajectory]", num_states: int, max_per_tensor: int | None, args: AblationArguments
 ) -> "TransitionDataset":
     from know_hf import TransitionDataset
 
@@ -158,16 +194,16 @@ def dataset(
 
 
 def train(
-    setting: Setting, seed: int, held_out: "dict[str, TransitionDataset]", args: argparse.Namespace
+    setting: Setting, seed: int, held_out: "dict[str, TransitionDataset]", args: AblationArguments
 ) -> dict[str, Any]:
     from know_hf import KNOWNConfig, meta_train
-    from know_hf.meta_learning import MetaTrainingArguments, retrodiction_skill
+    from know_hf.meta_learning import MetaTrainingArguments
 
-    transitions = dataset(setting.trajectories, setting.num_states, args.max_per_tensor, args)
+    transitions = load(setting.trajectories, setting.num_states, args.max_per_tensor, args)
     batch_size = args.batch_size
     if setting.one_network:
         transitions = transitions.with_one_role("fc")
-        batch_size *= len(ROLES)  # as many transitions a step as the three networks see together
+        batch_size *= len(ROLES)  # as many transitions per step as for three networks
     training = MetaTrainingArguments(
         steps=args.steps, batch_size=batch_size, seed=seed, loss_weighting=setting.loss_weighting
     )
@@ -176,63 +212,54 @@ def train(
     if setting.one_network:
         for role in ROLES:
             networks[role].load_state_dict(networks["fc"].state_dict())
-    predictor = LastStates(result.model)
-    skill = {name: report(retrodiction_skill(predictor, part)) for name, part in held_out.items()}
+    skill = evaluate(LastStates(result.model), held_out)
     return {"skill": skill, "seconds": result.seconds, "transitions": len(transitions)}
 
 
-def report(by_role: "dict[str, RoleSkill]") -> dict[str, dict[str, Any]]:
-    import math
+def evaluate(predictor: LastStates | str, held_out: "dict[str, TransitionDataset]") -> dict[str, dict[str, Any]]:
+    """Compute the skill by split and role."""
+    from know_hf.meta_learning import retrodiction_skill
 
     return {
-        role: {
-            "skill": skill.skill if math.isfinite(skill.skill) else None,
-            "median": skill.median if math.isfinite(skill.median) else None,
-            "above_zero": sum(value > 0 for value in skill.by_trajectory.values()),
-            "trajectories": len(skill.by_trajectory),
-        }
-        for role, skill in by_role.items()
+        name: {role: skill.to_dict() for role, skill in retrodiction_skill(predictor, part).items()}
+        for name, part in held_out.items()
     }
 
 
-def describe(setting: Setting) -> dict[str, Any]:
-    return {**asdict(setting), "trajectories": [trajectory.name for trajectory in setting.trajectories]}
-
-
-def tables(rows: list[dict[str, Any]], linear: dict[str, Any], splits: list[str]) -> list[str]:
-    """A table a held-out split: skill by role, mean over the seeds, and in brackets half of their range."""
-    texts = []
+def split_tables(rows: list[dict[str, Any]], linear: dict[str, Any], splits: list[str]) -> list[str]:
+    """Format a table per held-out split: skill by role, the mean over the seeds and half of their range."""
+    tables = []
     for split in splits:
-        counts = {role: found["trajectories"] for role, found in linear[split].items()}
-        lines = [f"**{split}** ({', '.join(f'{role}: {count} trajectories' for role, count in counts.items())})", ""]
         roles = list(linear[split])
-        lines += [table_line(["", "trained on", *roles, *(f"{role}, median" for role in roles), "seconds"])]
-        lines += [table_line(["---"] * (3 + 2 * len(roles)))]
+        counts = ", ".join(f"{role}: {linear[split][role]['trajectories']} trajectories" for role in roles)
+        header = ["", "trained on", *roles, *(f"{role}, median" for role in roles), "seconds"]
+        body = []
         for row in rows:
             name = row["value"] if row["group"] == "defaults" else f"{row['group']}: {row['value']}"
             values = [mean_and_range(row, split, role, key) for key in ("skill", "median") for role in roles]
             seconds = sum(result["seconds"] for result in row["results"]) / len(row["results"])
-            lines += [table_line([name, str(len(row["trajectories"])), *values, f"{seconds:.0f}"])]
-        rival = [f"{linear[split][role][key]:+.3f}" for key in ("skill", "median") for role in roles]
-        lines += [table_line(["linear fit, no learning", "0", *rival, ""])]
-        texts.append("\n".join(lines))
-    return texts
+            body.append([name, str(len(row["trajectories"])), *values, f"{seconds:.0f}"])
+        baseline = [f"{linear[split][role][key]:+.3f}" for key in ("skill", "median") for role in roles]
+        body.append(["linear fit, no learning", "0", *baseline, ""])
+        tables.append(f"**{split}** ({counts})\n\n{format_table(header, body)}")
+    return tables
 
 
 def ratio_tables(rows: list[dict[str, Any]]) -> list[str]:
-    """Trained near one ratio, measured near another; by role, over all held-out splits."""
-    chosen = [row for row in rows if row["group"] == "ratio"]
-    if not chosen:
+    """Format the table of training near one ratio and evaluation near another, over all held-out splits."""
+    ratio_rows = [row for row in rows if row["group"] == "ratio"]
+    if not ratio_rows:
         return []
-    measured = [name for name in chosen[0]["results"][0]["skill"] if name.startswith("r near")]
-    lines = ["**Trained near one ratio (rows), measured near another (columns), all held-out splits**", ""]
-    roles = list(chosen[0]["results"][0]["skill"][measured[0]])
-    lines += [table_line(["trained on", *(f"{role}, {name}" for role in roles for name in measured)])]
-    lines += [table_line(["---"] * (1 + len(roles) * len(measured)))]
-    for row in chosen:
-        values = [mean_and_range(row, name, role, "skill") for role in roles for name in measured]
-        lines += [table_line([f"r near {row['value']}" if row["value"] != "any" else "any r", *values])]
-    return ["\n".join(lines)]
+    first = ratio_rows[0]["results"][0]["skill"]
+    columns = [name for name in first if name.startswith("r near")]
+    roles = list(first[columns[0]])
+    header = ["trained on", *(f"{role}, {name}" for role in roles for name in columns)]
+    body = []
+    for row in ratio_rows:
+        values = [mean_and_range(row, name, role, "skill") for role in roles for name in columns]
+        body.append(["any r" if row["value"] == "any" else f"r near {row['value']}", *values])
+    title = "**Trained near one ratio (rows), evaluated near another (columns), all held-out splits**"
+    return [f"{title}\n\n{format_table(header, body)}"]
 
 
 def mean_and_range(row: dict[str, Any], split: str, role: str, key: str) -> str:
@@ -242,26 +269,17 @@ def mean_and_range(row: dict[str, Any], split: str, role: str, key: str) -> str:
     return f"{sum(values) / len(values):+.3f} ({(max(values) - min(values)) / 2:.3f})"
 
 
-def table_line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def format_table(header: list[str], body: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *body])
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--trajectories", nargs="+", required=True, help="collections of recipes/collect")
-    add("--output_dir", type=Path, required=True, help="folder for the table and the finished cells")
-    add("--held_out", nargs="*", default=[], help="names or patterns; default: the splits the collection names")
-    add("--cache_dir", default=None, help="folder that keeps what was drawn; default: memory, drawn for each row")
-    add("--only", nargs="*", default=[], help="groups of rows besides the defaults: states networks ratio …")
-    add("--counts", nargs="*", type=int, default=[12, 25, 50], help="numbers of trajectories (default: %(default)s)")
-    add("--seeds", nargs="+", type=int, default=[0, 1], help="(default: %(default)s)")
-    add("--steps", type=int, default=1000, help="optimizer steps of every row (default: %(default)s)")
-    add("--batch_size", type=int, default=1024, help="transitions of each role a step (default: %(default)s)")
-    add("--max_per_tensor", type=int, default=4096, help="scalars drawn from a tensor (default: %(default)s)")
-    add("--evaluated_per_tensor", type=int, default=4096, help="the same where it is held out (default: %(default)s)")
-    return parser
+def make_parser() -> "HfArgumentParser":
+    from transformers import HfArgumentParser
+
+    return HfArgumentParser(
+        AblationArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    main(make_parser().parse_args_into_dataclasses()[0])
