@@ -103,7 +103,7 @@ def merge_adapters(
     if dtype.itemsize < 4:
         logger.warning(
             f"Merging in {dtype} rounds away changes below {torch.finfo(dtype).eps / 2:.1g} of a weight, which may be"
-            " the whole difference between states; the default is torch.float32."
+            " the entire difference between states; the default is torch.float32."
         )
     trajectory.verify()
     sources = [trajectory.path]
