@@ -83,7 +83,7 @@ def predict_overflowed_weights(
         card (`bool`, *optional*, defaults to `True`):
             Whether to write a model card, `README.md`, with a plot of the forgetting.
         push_to_hub (`str`, *optional*):
-            Hub id to push the checkpoint to. Permissions are checked before the work.
+            Hub id to push the checkpoint to. The token, and write access to an existing repo, are checked before the work.
         write ([`WriteOptions`], *optional*):
             How to write. Its fields can be given as keyword arguments instead: `dtype`, `max_shard_size`, `overwrite`,
             `model_class`, `recalibrate_with` and `accelerator`.
