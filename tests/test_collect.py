@@ -150,17 +150,17 @@ def test_a_trajectory_is_held_out_in_one_way(collect: ModuleType) -> None:
         ({"drawz": 3}, r"unknown keys \['drawz'\]"),
         (
             {"datasets": {"shapes": {"path": "x"}}},
-            r"dataset 'shapes' of .* has no \['eval', 'image', 'label', 'train'\]",
+            r"dataset 'shapes' of .* \['eval', 'image', 'label', 'train'\]",
         ),
-        ({"architectures": {"cnn": {"training": "vision", "draws": {}}}}, r"'cnn' of .* has no \['config', 'model_cl"),
-        ({"architectures": {"cnn": {**ARCHITECTURES["cnn"], "training": "vison"}}}, r"training of .* names 'vison'"),
-        ({"architectures": {"cnn": {**ARCHITECTURES["cnn"], "draws": {"mnits": 1}}}}, r"draws of .* names 'mnits'"),
+        ({"architectures": {"cnn": {"training": "vision", "draws": {}}}}, r"'cnn' of .* \['config', 'model_cl"),
+        ({"architectures": {"cnn": {**ARCHITECTURES["cnn"], "training": "vison"}}}, r"training of .*'vison'"),
+        ({"architectures": {"cnn": {**ARCHITECTURES["cnn"], "draws": {"mnits": 1}}}}, r"draws of .*'mnits'"),
         (
             {"architectures": {"cnn": {**ARCHITECTURES["cnn"], "draws": {"reviews": 1}}}},
-            r"can't be trained on 'reviews'",
+            "'reviews'",
         ),
-        ({"held_out": {"datasets": ["mnits"]}}, r"held_out of .* names 'mnits'; the space has shapes, reviews"),
-        ({"held_out": {"each": 2}}, r"held_out of .* has unknown keys \['each'\]"),
+        ({"held_out": {"datasets": ["mnits"]}}, r"held_out of .*'mnits'.* shapes, reviews"),
+        ({"held_out": {"each": 2}}, r"held_out of .*\['each'\]"),
         (
             {
                 "architectures": {"cnn": {**ARCHITECTURES["cnn"], "config": {"width": {"normal": [1, 2]}}}},
@@ -244,7 +244,7 @@ def test_images_are_those_of_the_recipe_with_their_labels(job: Callable, monkeyp
     monkeypatch.setattr(examples, "decode", None)  # was done once and for all
     again = examples.load_examples(plain, source, {}, cache)
     assert again.train.fingerprint == data.train.fingerprint
-    with pytest.raises(ValueError, match=r"cnn-shapes-000 needs 101 examples, but .* has 100 in this split"):
+    with pytest.raises(ValueError, match=r"cnn-shapes-000 .*101 examples.* 100"):
         examples.load_examples(replace(recipe, num_examples=101), source, {}, cache)
 
 
@@ -298,7 +298,7 @@ def test_augmentation_moves_images_as_it_says(collect: ModuleType) -> None:
     assert len(cropped["pixel_values"].flatten(1).unique(dim=0)) > 190
     bright = {"pixel_values": torch.full((50, 3, 8, 8), 255, dtype=torch.uint8), "labels": torch.zeros(50)}
     assert ImageBatches(["crop"])(bright)["pixel_values"][:, :, 1:-1, 1:-1].min() > 0.999  # nothing from outside
-    with pytest.raises(ValueError, match=r"augmentation \['rotate'\] of images; there are flip, shift, crop"):
+    with pytest.raises(ValueError, match=r"\['rotate'\].*flip, shift, crop"):
         ImageBatches(["rotate"])
 
 
@@ -339,7 +339,7 @@ def test_small_architectures(
     model.eval().save_pretrained(tmp_path)
     loaded = model_class.from_pretrained(tmp_path)
     assert torch.equal(loaded(pixel_values=images).logits, model(pixel_values=images).logits)
-    with pytest.raises(Exception, match="image_size=7: three halvings need at least 8 pixels"):
+    with pytest.raises(Exception, match="image_size=7"):
         model_class.config_class(image_size=7)
 
 
@@ -356,7 +356,7 @@ def test_models_of_a_recipe(job: Callable, sources: list[str]) -> None:
     assert whole.config._name_or_path == PRETRAINED and whole.config.num_labels == 3
     frozen = {name.split(".")[1] for name, parameter in whole.named_parameters() if not parameter.requires_grad}
     assert frozen == {"embeddings"}
-    with pytest.raises(ValueError, match="architecture 'lora': freeze names 'encoder', but no parameter begins so"):
+    with pytest.raises(ValueError, match=r"'lora'.*freeze='encoder'"):
         make_model(replace(recipe, lora=None, freeze=["encoder"]), 3, _Tokens(), made.models)
 
 
@@ -450,7 +450,7 @@ def test_the_index_has_a_row_a_finished_trajectory(job: Callable, tmp_path: Path
     assert texts and not any(str(tmp_path.parent) in path.read_text() for path in texts)  # no folder of this machine
     card = (made.output_dir / "README.md").read_text()
     assert "| cnn | shapes | 1 | 1 |  |  |" in card
-    assert "| `held_out_architecture` | architectures that `train` does not have: vit |" in card
+    assert "| `held_out_architecture` | architectures that are not in `train`: vit |" in card
 
 
 def test_other_data_than_it_was_begun_with(collect: ModuleType, tmp_path: Path) -> None:
@@ -490,7 +490,7 @@ def test_a_folder_of_other_data_is_an_error_before_anything_is_recorded(
     table.select([1, 0, *range(2, 20)]).to_parquet(other / "test.parquet")
     flags += ["--data", f"shapes={other}"]
     recorded.clear()
-    with pytest.raises(ValueError, match=rf"was recorded from another 'shapes' than {other} \(fingerprint"):
+    with pytest.raises(ValueError, match=rf"another 'shapes' than {other}.*fingerprint"):
         collect.main(collect.make_parser().parse_args(flags))
     assert recorded == [] and json.loads((made.output_dir / ".data.json").read_text()) == kept
     for name in (finished, left):
@@ -501,7 +501,7 @@ def test_a_folder_of_other_data_is_an_error_before_anything_is_recorded(
 
 @pytest.mark.parametrize("workers", ["0", "-2"])
 def test_no_workers_record_nothing(collect: ModuleType, workers: str) -> None:
-    with pytest.raises(ValueError, match=f"--workers {workers}: give at least 1"):
+    with pytest.raises(ValueError, match=f"--workers {workers}"):
         collect.main(collect.make_parser().parse_args(["--output-dir", "out", f"--workers={workers}"]))
 
 

@@ -1,12 +1,12 @@
-r"""Records many trajectories of structured forgetting, drawn from a YAML space, for meta-training KNOWN.
+r"""Record trajectories of structured forgetting, drawn from a YAML space, for meta-training KNOWN.
 
 python recipes/collect/collect.py --output-dir known_data --workers 2
-python recipes/collect/collect.py --output-dir known_data --data mnist=/path/to/mnist   # a copy on this machine
-python recipes/collect/collect.py --output-dir known_data --plan                        # only list what is drawn
+python recipes/collect/collect.py --output-dir known_data --data mnist=/path/to/mnist   # a local copy
+python recipes/collect/collect.py --output-dir known_data --plan                        # only print the draws
 accelerate launch --num_processes 8 recipes/collect/collect.py --output-dir /shared/known_data
 
-Safe to run again, and on many machines at a time that share the folder: finished trajectories are skipped, unfinished
-ones go on with their first missing state, and none is recorded twice.
+Safe to run again, and on several machines that share the folder: finished trajectories are skipped, unfinished ones
+continue with their first missing state, and none is recorded twice.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1 and arguments.workers > 1:
-        raise ValueError(f"--workers {arguments.workers}: the launcher starts the processes, one a rank; leave it out")
+        raise ValueError(f"--workers {arguments.workers}: the launcher starts one process per rank; remove the flag")
     output_dir = arguments.output_dir
     job = Job(recipes, _sources(space, arguments.data), _pairs("--model", arguments.model), output_dir)
     for recipe in recipes:
@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     record_all(job, arguments.workers, int(os.environ.get("LOCAL_RANK", 0)), show=rank == 0)
     rows = write_index(space, arguments.space, output_dir)
     if rank:
-        return 0  # rank 0 says what happened; a launcher stops all ranks when one fails
+        return 0  # rank 0 reports; a launcher stops all ranks if one fails
     print(f"{output_dir}: {len(rows)} of {len(recipes)} trajectories finished")
     _print_table(summary(rows))
     if arguments.push_to_hub is not None:
@@ -60,7 +60,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _report_failures(output_dir: Path, recipes: "list[Recipe]") -> int:
-    """Prints the trajectories that failed; returns the exit code."""
+    """Print the trajectories that failed; return the exit code."""
     failures = {recipe.name: error for recipe in recipes if (error := _failure(output_dir, recipe)) is not None}
     for name, error in failures.items():
         print(f"failed: {name}: {error}", file=sys.stderr)
@@ -78,32 +78,32 @@ def _failure(output_dir: Path, recipe: "Recipe") -> str | None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, required=True, help="one folder a trajectory, index and card")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder of the collection")
     parser.add_argument(
         "--space",
         type=Path,
         default=Path(__file__).with_name("known_base.yaml"),
-        help="the YAML space (default: known_base.yaml beside this script)",
+        help="YAML space (default: known_base.yaml)",
     )
     parser.add_argument(
         "--data",
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="read this dataset of the space from a folder or another Hub id; may be given several times",
+        help="read this dataset of the space from a folder or another Hub id; repeatable",
     )
     parser.add_argument(
         "--model",
         action="append",
         default=[],
         metavar="ID=PATH",
-        help="read this pretrained model of the space from a folder; may be given several times",
+        help="read this pretrained model of the space from a folder; repeatable",
     )
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each (default: 1)")
-    parser.add_argument("--retry-failed", action="store_true", help="try trajectories again that failed before")
-    parser.add_argument("--push-to-hub", metavar="ID", help="push what is finished as this dataset repo")
+    parser.add_argument("--retry-failed", action="store_true", help="retry trajectories that failed")
+    parser.add_argument("--push-to-hub", metavar="ID", help="push the finished trajectories as this dataset repo")
     parser.add_argument("--private", action="store_true", help="make a new repo private")
-    parser.add_argument("--plan", action="store_true", help="print the recipes, one JSON line each, and stop")
+    parser.add_argument("--plan", action="store_true", help="print the draws, one JSON line each, and stop")
     return parser
 
 

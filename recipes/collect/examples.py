@@ -1,4 +1,4 @@
-"""Examples in memory, prepared once for all trajectories of a collection and drawn by each."""
+"""Examples in memory: prepared once per collection, sampled by each trajectory."""
 
 import hashlib
 import json
@@ -28,10 +28,9 @@ Tensors = dict[str, Tensor]
 
 
 class Examples(Dataset):
-    """Some rows of prepared tensors, `labels` `(N,)` among them.
+    """Rows of prepared tensors, including `labels` `(N,)`.
 
-    An index gives an example as it is stored. A list of indices gives a whole batch as the model takes it, augmented
-    where that is asked for, so that the training does not wait for its data.
+    An index returns a stored example. A list of indices returns a batch for the model, with augmentation.
     """
 
     def __init__(self, tensors: Tensors, make_batch: Callable[[Tensors], Tensors]) -> None:
@@ -58,7 +57,7 @@ class Examples(Dataset):
 
 @dataclass(frozen=True)
 class RecipeData:
-    """What a recipe trains and evaluates on, and the tokenizer, where it is text."""
+    """Training and evaluation examples of a recipe, and the tokenizer of texts."""
 
     train: Examples
     evaluation: Examples
@@ -67,16 +66,20 @@ class RecipeData:
 
 
 def load_examples(recipe: Recipe, source: dict[str, str], models: dict[str, str], folder: Path) -> RecipeData:
-    """The recipe's training and evaluation examples.
+    """Load training and evaluation examples of a recipe.
 
     Args:
-        recipe ([`Recipe`]): Says how many examples, what they become, and with its seed which.
-        source (`dict[str, str]`): Hub id or folder as `path`, names of the columns and of the splits.
-        models (`dict[str, str]`): Folders to take instead of Hub ids of models.
-        folder (`Path`): Where prepared data is kept; many processes may share it.
+        recipe ([`Recipe`]):
+            Number and form of the examples; its seed selects them.
+        source (`dict[str, str]`):
+            Hub id or folder as `path`, names of columns and splits.
+        models (`dict[str, str]`):
+            Folders to take instead of Hub ids of models.
+        folder (`Path`):
+            Cache of prepared data, shared by all processes.
 
     Raises:
-        `ValueError`: when a split has fewer examples than the recipe needs.
+        `ValueError`: if a split has fewer examples than the recipe needs.
     """
     folder.mkdir(exist_ok=True)
     train, test = (_load_split(source["path"], source[split]) for split in ("train", "eval"))
@@ -84,12 +87,12 @@ def load_examples(recipe: Recipe, source: dict[str, str], models: dict[str, str]
     num_labels = getattr(feature, "num_classes", None) or len(set(train[source["label"]]))
     tokenizer = _tokenizer(recipe, source, models, folder)
     splits = []
-    # Which examples are evaluated on depends on the dataset alone: accuracies of two trajectories can be compared.
+    # evaluation examples depend on the dataset only, so that accuracies of trajectories can be compared
     for split, count, seed in ((train, recipe.num_examples, recipe.seed), (test, recipe.num_eval_examples, 0)):
         if count > len(split):
             raise ValueError(
-                f"{recipe.name} needs {count} examples, but {source['path']} has {len(split)} in this split; take a"
-                " larger dataset, or raise the ratio's lower bound in the space"
+                f"{recipe.name} needs {count} examples, but {source['path']} has {len(split)} in this split; use"
+                " a larger dataset, or raise the lower bound of ratio in the space"
             )
         prepared = _prepare(split, source, recipe, tokenizer, folder)
         order = np.argsort(np.random.RandomState(seed % 2**32).random_sample(len(split)), kind="stable")
@@ -105,16 +108,17 @@ def load_examples(recipe: Recipe, source: dict[str, str], models: dict[str, str]
 
 
 def check_same_data(job: Job) -> None:
-    """Compares the data of what is left to record with that of the folder, before anything is trained.
+    """Check that the datasets are those that the folder was recorded from, before any training.
 
-    `.data.json` of the folder has a hash of all examples of each dataset, as they are prepared; what is not in it yet
-    is entered. Many processes may do the same at a time.
+    `.data.json` of the folder stores a hash of the prepared examples of each dataset; new datasets are added. Several
+    processes may call this at the same time.
 
     Args:
-        job ([`Job`]): What is to be recorded; data of what is finished need not be there.
+        job ([`Job`]):
+            The job. Datasets of finished trajectories are not needed.
 
     Raises:
-        `ValueError`: when a dataset is another one than the folder was recorded from.
+        `ValueError`: if a dataset differs.
     """
     path, locks, cache = (job.output_dir / name for name in (DATA_NAME, ".locks", ".cache"))
     for folder in (locks, cache):
@@ -131,15 +135,15 @@ def check_same_data(job: Job) -> None:
             found[prepared] = _fingerprint(recipe, source, job.models, cache)
             if kept.get(prepared, found[prepared]) != found[prepared]:
                 raise ValueError(
-                    f"{path} says that its folder was recorded from another {recipe.dataset!r} than {source['path']}"
-                    f" (fingerprint {kept[prepared]}, now {found[prepared]}); give the same dataset, or another"
+                    f"{path}: the folder was recorded from another {recipe.dataset!r} than {source['path']}"
+                    f" (fingerprint {kept[prepared]}, now {found[prepared]}); give the same dataset or another"
                     " --output-dir"
                 )
         write_json(path, kept | found)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of right classes; `predictions` are classes already, see [`arg_max`]."""
+    """Return the accuracy; `predictions` are classes, see [`arg_max`]."""
     return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
 
 
@@ -148,7 +152,7 @@ def arg_max(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _fingerprint(recipe: Recipe, source: dict[str, str], models: dict[str, str], folder: Path) -> str:
-    """Hash of all examples that a recipe may train or evaluate on; the same wherever they are read from."""
+    """Hash the examples of both splits; independent of where they are read from."""
     tokenizer = _tokenizer(recipe, source, models, folder)
     digest = hashlib.sha256()
     for name in ("train", "eval"):
@@ -165,7 +169,7 @@ def _load_split(path: str, split: str) -> datasets.Dataset:
 def _tokenizer(
     recipe: Recipe, source: dict[str, str], models: dict[str, str], folder: Path
 ) -> PreTrainedTokenizerBase | None:
-    """That of the pretrained model, or one of the most frequent words of the training split; none for images."""
+    """Return the tokenizer of the pretrained model, or one of the most frequent training words; `None` for images."""
     if "text" not in source:
         return None
     if recipe.pretrained is not None:
@@ -186,7 +190,7 @@ def _prepare(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
 ) -> Tensors:
-    """All rows of a split as tensors, from the folder where they were prepared before."""
+    """Return all rows of a split as tensors, from the cache if possible."""
     maker = recipe.pretrained or recipe.inputs.get("num_words")
     path = folder / f"examples-{_key(split, dict(source), dict(recipe.inputs), maker)}.safetensors"
     with FileLock(f"{path}.lock"):

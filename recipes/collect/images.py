@@ -1,4 +1,4 @@
-"""Images: decoded once, augmented by the batch."""
+"""Images: decoded once, augmented per batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,17 +14,20 @@ _LEAST_KEPT = 0.8  # of height and width
 
 
 class ImageBatches:
-    """Turns stored images into `pixel_values` `(B, C, H, W)` in [-1, 1], with `labels`.
+    """Turn stored images into `pixel_values` `(B, C, H, W)` in [-1, 1], with `labels`.
 
     Args:
-        augmentation (`Sequence[str]`): Any of `"flip"` (left to right, every other image), `"shift"` (by up to two
-            pixels each way) and `"crop"` (a part of at least 0.8 of height and width, enlarged). Black comes in at the
-            edges. Drawn from torch's global random state, which the Trainer seeds.
+        augmentation (`Sequence[str]`):
+            Any of `"flip"` (left to right, every other image), `"shift"` (by up to two pixels each way) and `"crop"`
+            (a part of at least 0.8 of height and width, enlarged). Black comes in at the edges. Uses torch's global
+            random state, which the Trainer seeds.
     """
 
     def __init__(self, augmentation: Sequence[str]) -> None:
         if unknown := set(augmentation) - set(AUGMENTATIONS):
-            raise ValueError(f"augmentation {sorted(unknown)} of images; there are {', '.join(AUGMENTATIONS)}")
+            raise ValueError(
+                f"augmentation {sorted(unknown)} of images is unknown; choose from {', '.join(AUGMENTATIONS)}"
+            )
         self.augmentation = augmentation
 
     def __call__(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -52,12 +55,15 @@ class ImageBatches:
 
 
 def decode(split: datasets.Dataset, source: dict[str, str], inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """All images `(N, C, H, W)` uint8 with labels `(N,)` int64.
+    """Return all images `(N, C, H, W)` uint8 with labels `(N,)` int64.
 
     Args:
-        split (`datasets.Dataset`): With an image and a class a row.
-        source (`dict[str, str]`): Names of the columns as `image` and `label`.
-        inputs (`dict`): `image_size` in pixels and `image_channels`, 1 or 3.
+        split (`datasets.Dataset`):
+            Rows with an image and a class.
+        source (`dict[str, str]`):
+            Names of the columns as `image` and `label`.
+        inputs (`dict`):
+            `image_size` in pixels and `image_channels`, 1 or 3.
     """
     channels, size = inputs["image_channels"], (inputs["image_size"], inputs["image_size"])
     mode = {1: "L", 3: "RGB"}[channels]

@@ -1,4 +1,4 @@
-"""What makes a folder of trajectories one dataset: an index with a row a trajectory, a card, a push to the Hub."""
+"""Index, dataset card and push of a collection."""
 
 import json
 from collections import Counter
@@ -15,12 +15,15 @@ _TITLE = "Trajectories of structured forgetting"
 
 
 def write_index(space: Space, space_file: Path, output_dir: Path) -> list[dict[str, Any]]:
-    """Writes index, card and space of the finished trajectories, each in one step, and returns the index.
+    """Write index, card and space of the finished trajectories atomically; return the index.
 
     Args:
-        space ([`Space`]): What the folder was recorded from.
-        space_file (`Path`): Its YAML file.
-        output_dir (`Path`): Folder of the collection; many processes may do the same at a time.
+        space ([`Space`]):
+            The space of the collection.
+        space_file (`Path`):
+            Its YAML file.
+        output_dir (`Path`):
+            Folder of the collection; several processes may call this at the same time.
     """
     rows = []
     for recipe in space.recipes():
@@ -37,7 +40,7 @@ def write_index(space: Space, space_file: Path, output_dir: Path) -> list[dict[s
 
 
 def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """A table: what was recorded, accuracy of the first and of the last state, mean (lowest to highest)."""
+    """Return a table of trajectories per split and accuracies of the first and last state."""
     table = [["architecture", "dataset", *SPLITS, "Θ0", f"Θ{rows[0]['num_states'] - 1}" if rows else "last"]]
     for key in dict.fromkeys((row["architecture"], row["dataset"]) for row in rows):
         chosen = [row for row in rows if (row["architecture"], row["dataset"]) == key]
@@ -51,16 +54,20 @@ def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def push(output_dir: Path, rows: list[dict[str, Any]], repo_id: str, private: bool) -> str:
-    """Pushes index, card and the finished trajectories as one dataset repo; goes on where a push was interrupted.
+    """Push index, card and finished trajectories as one dataset repo; resumes an interrupted push.
 
     Args:
-        output_dir (`Path`): Folder of the collection.
-        rows (`list[dict]`): Its index.
-        repo_id (`str`): The dataset repo; made if there is none.
-        private (`bool`): Whether a new repo is private.
+        output_dir (`Path`):
+            Folder of the collection.
+        rows (`list[dict]`):
+            Its index.
+        repo_id (`str`):
+            The dataset repo, created if missing.
+        private (`bool`):
+            Whether a new repo is private.
 
     Returns:
-        `str`: address of the commit.
+        `str`: URL of the commit.
     """
     api = HfApi()
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
@@ -76,7 +83,7 @@ def push(output_dir: Path, rows: list[dict[str, Any]], repo_id: str, private: bo
 
 
 def _row(recipe: dict[str, Any], ended: dict[str, Any]) -> dict[str, Any]:
-    """Flat, so that every row has the same columns; what differs between architectures is JSON."""
+    """Return a flat row; values that differ between architectures are JSON, so that all rows have the same columns."""
     arguments, schedule = recipe["training_arguments"], recipe["schedule"]
     trained = "all" if recipe["num_trained_parameters"] == recipe["num_parameters"] else "part"
     return {

@@ -1,4 +1,4 @@
-"""What the workers of a collection record, and how a trajectory ended."""
+"""The job that workers share, and the result of a trajectory."""
 
 import json
 from dataclasses import dataclass
@@ -11,13 +11,17 @@ RESULT_NAME = "result.json"
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know; pickled to it.
+    """Everything a worker needs; pickled.
 
     Args:
-        recipes (`list[Recipe]`): All of them, whoever records them.
-        sources (`dict`): From the name of a dataset in the space to where it is.
-        models (`dict[str, str]`): Folders to take instead of Hub ids of models.
-        output_dir (`Path`): Folder of the collection.
+        recipes (`list[Recipe]`):
+            All recipes of the collection.
+        sources (`dict`):
+            Path, columns and splits of each dataset, by its name in the space.
+        models (`dict[str, str]`):
+            Local folders of pretrained models, by Hub id.
+        output_dir (`Path`):
+            Folder of the collection.
     """
 
     recipes: list[Recipe]
@@ -27,6 +31,6 @@ class Job:
 
 
 def result(output_dir: Path, name: str) -> dict[str, object] | None:
-    """How a trajectory ended: with `"status"` `"finished"` or `"failed"`; `None` for one that has not."""
+    """Return the result of a trajectory, whose `"status"` is `"finished"` or `"failed"`; `None` if it has none yet."""
     path = output_dir / name / RESULT_NAME
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

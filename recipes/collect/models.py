@@ -1,4 +1,4 @@
-"""Small convolutional architectures that transformers does not have, or has only large."""
+"""Small convolutional architectures that transformers lacks."""
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -11,25 +11,26 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 @strict
 class SmallConfig(PreTrainedConfig):
-    r"""
-    Base of the configs.
+    r"""Base of the configs.
 
     Args:
-        image_size (`int`, *optional*, defaults to `28`): Height and width of an image in pixels, at least 8.
-        num_channels (`int`, *optional*, defaults to `1`): Channels of an image.
+        image_size (`int`, *optional*, defaults to `28`):
+            Height and width of an image in pixels, at least 8.
+        num_channels (`int`, *optional*, defaults to `1`):
+            Channels of an image.
     """
 
     image_size: int = 28
     num_channels: int = 1
 
     def validate_image_size(self) -> None:
-        """Three halvings leave at least one pixel."""
+        """Check that three halvings leave at least one pixel."""
         if self.image_size < 8:
             raise ValueError(f"image_size={self.image_size}: three halvings need at least 8 pixels")
 
 
 class SmallModel(PreTrainedModel):
-    """Base of the models: `features`, whatever they are, and a linear `classifier` on top."""
+    """Base of the models: `features` and a linear `classifier`."""
 
     base_model_prefix = "features"
     main_input_name = "pixel_values"
@@ -38,7 +39,7 @@ class SmallModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d | nn.Linear):
-            # A depthwise kernel has nine inputs: scaled by them its weights would be so large as to hardly move.
+            # a depthwise kernel has nine inputs: with fan_in its weights would be too large to move
             depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
             init.kaiming_normal_(module.weight, mode="fan_out" if depthwise else "fan_in", nonlinearity="relu")
             if module.bias is not None:
@@ -47,7 +48,7 @@ class SmallModel(PreTrainedModel):
             super()._init_weights(module)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutputWithNoAttention:
-        """Maps images `(B, C, H, W)` to logits `(B, num_labels)`; with labels `(B,)` also the cross-entropy."""
+        """Map images `(B, C, H, W)` to logits `(B, num_labels)`, and with labels `(B,)` to the cross-entropy."""
         logits = self.classifier(self.features(pixel_values))
         loss = None if labels is None else cross_entropy(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
@@ -57,9 +58,10 @@ class SmallModel(PreTrainedModel):
 class SmallCNNConfig(SmallConfig):
     r"""
     Args:
-        width (`int`, *optional*, defaults to `16`): Channels of the first layer; each later one has twice as many.
-        batch_norm (`bool`, *optional*, defaults to `False`): Whether a BatchNorm follows each convolution, which then
-            has no bias.
+        width (`int`, *optional*, defaults to `16`):
+            Channels of the first layer; each later layer has twice as many.
+        batch_norm (`bool`, *optional*, defaults to `False`):
+            Whether a BatchNorm follows each convolution, which then has no bias.
     """
 
     model_type = "small_cnn"
@@ -92,10 +94,12 @@ class SmallCNN(SmallModel):
 class SmallDenseNetConfig(SmallConfig):
     r"""
     Args:
-        growth (`int`, *optional*, defaults to `8`): Channels that each layer adds.
-        depths (`list[int]`, *optional*, defaults to `[3, 3, 3]`): Layers of each block.
-        batch_norm (`bool`, *optional*, defaults to `True`): Whether a BatchNorm precedes each convolution, which then
-            has no bias.
+        growth (`int`, *optional*, defaults to `8`):
+            Channels that each layer adds.
+        depths (`list[int]`, *optional*, defaults to `[3, 3, 3]`):
+            Layers of each block.
+        batch_norm (`bool`, *optional*, defaults to `True`):
+            Whether a BatchNorm precedes each convolution, which then has no bias.
     """
 
     model_type = "small_densenet"
@@ -106,7 +110,7 @@ class SmallDenseNetConfig(SmallConfig):
 
 
 class SmallDenseNet(SmallModel):
-    """Blocks of layers that each see the outputs of all before (DenseNet, arXiv 1608.06993), halved in between."""
+    """DenseNet (arXiv 1608.06993): layers see the outputs of all previous ones; blocks are halved in between."""
 
     config_class = SmallDenseNetConfig
 
@@ -136,7 +140,7 @@ class _DenseLayer(nn.Module):
 
 
 def _before(channels: int, out: int, kernel: int, batch_norm: bool) -> nn.Sequential:
-    """A convolution with what precedes it in a DenseNet."""
+    """Return a convolution with its preceding BatchNorm and ReLU."""
     norm = [nn.BatchNorm2d(channels)] if batch_norm else []
     return nn.Sequential(*norm, nn.ReLU(), nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=not batch_norm))
 
@@ -145,11 +149,13 @@ def _before(channels: int, out: int, kernel: int, batch_norm: bool) -> nn.Sequen
 class SmallMobileNetConfig(SmallConfig):
     r"""
     Args:
-        width (`int`, *optional*, defaults to `16`): Channels of the first layer; each later stage has twice as many.
-        depths (`list[int]`, *optional*, defaults to `[1, 2, 2]`): Blocks of each stage.
-        expansion (`int`, *optional*, defaults to `1`): With 1 each block is a depthwise separable convolution
-            (MobileNet, arXiv 1704.04861), with more an inverted residual that widens its channels so many times
-            (MobileNetV2, arXiv 1801.04381).
+        width (`int`, *optional*, defaults to `16`):
+            Channels of the first layer; each later stage has twice as many.
+        depths (`list[int]`, *optional*, defaults to `[1, 2, 2]`):
+            Blocks of each stage.
+        expansion (`int`, *optional*, defaults to `1`):
+            With 1 each block is a depthwise separable convolution (MobileNet, arXiv 1704.04861), with more an inverted
+            residual that widens its channels so many times (MobileNetV2, arXiv 1801.04381).
     """
 
     model_type = "small_mobilenet"

@@ -1,4 +1,4 @@
-"""One trajectory: from a recipe to a folder with its states and `result.json`."""
+"""Record one trajectory: from a recipe to a folder with states and `result.json`."""
 
 import json
 import time
@@ -22,17 +22,21 @@ RECIPE_NAME = "recipe.json"
 
 
 def record_one(recipe: Recipe, source: dict[str, str], local_models: dict[str, str], output_dir: Path) -> None:
-    """Records one trajectory, or what is missing of it. The caller keeps other processes away.
+    """Record one trajectory, or the rest of it. The caller holds its lock.
 
     Args:
-        recipe ([`Recipe`]): What was drawn.
-        source (`dict[str, str]`): Its dataset, see [`load_examples`].
-        local_models (`dict[str, str]`): Folders to take instead of Hub ids of models.
-        output_dir (`Path`): Folder of the collection.
+        recipe ([`Recipe`]):
+            The draw.
+        source (`dict[str, str]`):
+            Dataset, see [`load_examples`].
+        local_models (`dict[str, str]`):
+            Local folders of pretrained models, by Hub id.
+        output_dir (`Path`):
+            Folder of the collection.
 
     Raises:
-        `ValueError`: when the data or the architecture does not fit the recipe, the folder was begun with other data,
-            or the training diverged.
+        `ValueError`: if data or architecture do not fit the recipe, the folder contains a recording of other data, or
+            the training diverged.
     """
     begun = time.perf_counter()
     folder = output_dir / recipe.name
@@ -79,21 +83,21 @@ def record_one(recipe: Recipe, source: dict[str, str], local_models: dict[str, s
 
 
 def make_model(recipe: Recipe, num_labels: int, tokenizer: Any, local_models: dict[str, str]) -> torch.nn.Module:
-    """The untrained model of a recipe; random where it starts from nothing, so seed first.
+    """Return the untrained model of a recipe. Seed before: new weights are random.
 
     Raises:
-        `ValueError`: when there is no such class, or `freeze` names no parameter.
+        `ValueError`: if the class does not exist, or `freeze` matches no parameter.
     """
     model_class = getattr(models, recipe.model_class, None) or getattr(transformers, recipe.model_class, None)
     if model_class is None:
         raise ValueError(
-            f"architecture {recipe.architecture!r}: neither models.py nor transformers has a {recipe.model_class!r}"
+            f"architecture {recipe.architecture!r}: neither models.py nor transformers has {recipe.model_class!r}"
         )
     options = {**recipe.model_config, "num_labels": num_labels}
     model: PreTrainedModel
     if recipe.pretrained is not None:
         model = model_class.from_pretrained(local_models.get(recipe.pretrained, recipe.pretrained), **options)
-        # What is published names the model, not the folder of this machine that it was read from.
+        # publish the Hub id, not the local folder
         model.name_or_path = model.config.name_or_path = recipe.pretrained
     else:
         if tokenizer is None:
@@ -107,9 +111,7 @@ def make_model(recipe: Recipe, num_labels: int, tokenizer: Any, local_models: di
     for beginning in recipe.freeze:
         frozen = [parameter for name, parameter in model.named_parameters() if name.startswith(beginning)]
         if not frozen:
-            raise ValueError(
-                f"architecture {recipe.architecture!r}: freeze names {beginning!r}, but no parameter begins so"
-            )
+            raise ValueError(f"architecture {recipe.architecture!r}: no parameter starts with freeze={beginning!r}")
         for parameter in frozen:
             parameter.requires_grad_(False)
     if recipe.lora is None:
@@ -122,7 +124,7 @@ def make_model(recipe: Recipe, num_labels: int, tokenizer: Any, local_models: di
 def _check_same_data(path: Path, fingerprint: str) -> None:
     if path.exists() and (recorded := json.loads(path.read_text())["data_fingerprint"]) != fingerprint:
         raise ValueError(
-            f"{path.parent} was begun with other data (fingerprint {recorded}, now {fingerprint}); give the same"
+            f"{path.parent} was recorded from other data (fingerprint {recorded}, now {fingerprint}); give the same"
             " dataset or delete the folder"
         )
 

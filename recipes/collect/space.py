@@ -1,6 +1,6 @@
-"""The space of trajectories: what a YAML file says, and what is drawn from it. Standard library and PyYAML only.
+"""The space of trajectories: a YAML file and what is drawn from it. Needs only PyYAML.
 
-Everything is drawn before anything is trained, so the same file gives the same recipes on every machine.
+All draws precede all trainings: the same file gives the same recipes on every machine.
 """
 
 import json
@@ -37,28 +37,47 @@ _TRAINING = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was drawn for one trajectory; stands as `recipe.json` in its folder.
+    """The draw of one trajectory, `recipe.json` in its folder.
 
     Args:
-        name (`str`): Its folder, `<architecture>-<dataset>-<draw>`.
-        split (`str`): One of `SPLITS`; meta-training learns from `"train"` alone.
-        draw (`int`): Number of the draw among those of its architecture and dataset.
-        seed (`int`): Seed of the examples, the initial weights and the training.
-        architecture (`str`): Name of the architecture in the space.
-        model_class (`str`): Its class, of models.py or transformers.
-        pretrained (`str`, *optional*): Hub id of the weights it starts from; without it from random ones.
-        model_config (`dict`): Arguments of the class's config.
-        lora (`dict`, *optional*): Arguments of `peft.LoraConfig`; without it all weights are trained.
-        freeze (`list[str]`): Beginnings of names of parameters that are not trained.
-        dataset (`str`): Name of the dataset in the space.
-        dataset_path (`str`): Its Hub id or folder.
-        inputs (`dict`): What the examples are turned into.
-        augmentation (`list[str]`): What is done to the training examples at random.
-        num_examples (`int`): |D0|, drawn from the training split.
-        num_eval_examples (`int`): Examples of the evaluation split every state is evaluated on.
-        schedule (`dict`): Arguments of `ForgettingSchedule`.
-        optimizer (`str`): Name of the optimizer in the space.
-        training_arguments (`dict`): Arguments of `TrainingArguments`.
+        name (`str`):
+            Its folder, `<architecture>-<dataset>-<draw>`.
+        split (`str`):
+            One of `SPLITS`; meta-training uses `"train"` only.
+        draw (`int`):
+            Index of the draw for its architecture and dataset.
+        seed (`int`):
+            Seed of examples, initial weights and training.
+        architecture (`str`):
+            Name of the architecture in the space.
+        model_class (`str`):
+            Class in models.py or transformers.
+        pretrained (`str`, *optional*):
+            Hub id of the pretrained weights; random weights by default.
+        model_config (`dict`):
+            Arguments of the class's config.
+        lora (`dict`, *optional*):
+            Arguments of `peft.LoraConfig`; full fine-tuning by default.
+        freeze (`list[str]`):
+            Prefixes of the names of frozen parameters.
+        dataset (`str`):
+            Name of the dataset in the space.
+        dataset_path (`str`):
+            Hub id or folder of the dataset.
+        inputs (`dict`):
+            Form of the examples.
+        augmentation (`list[str]`):
+            Random augmentations of the training examples.
+        num_examples (`int`):
+            |D0|, sampled from the training split.
+        num_eval_examples (`int`):
+            Number of evaluation examples.
+        schedule (`dict`):
+            Arguments of `ForgettingSchedule`.
+        optimizer (`str`):
+            Name of the optimizer in the space.
+        training_arguments (`dict`):
+            Arguments of `TrainingArguments`.
     """
 
     name: str
@@ -85,7 +104,7 @@ class Recipe:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     def check_same(self, path: Path) -> None:
-        """Raises `ValueError` when `path` is a recipe.json of another recipe."""
+        """Raise `ValueError` if `path` is the recipe.json of another recipe."""
         if not path.exists():
             return
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -93,20 +112,20 @@ class Recipe:
             if found.get(key) != value:
                 raise ValueError(
                     f"{path} has {key}={found.get(key)!r}, the space now gives {value!r}; give the space it was"
-                    " recorded with, or another --output-dir"
+                    " recorded with or another --output-dir"
                 )
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What meta-training must not learn from: names of architectures and datasets, and every n-th draw of the rest."""
+    """What meta-training must not see: names of architectures and datasets, and every n-th draw of the rest."""
 
     architectures: list[str] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
     every: int | None = None
 
     def split(self, architecture: str, dataset: str, draw: int) -> str | None:
-        """The split of a trajectory; `None` for one that would be held out in two ways, which is not recorded."""
+        """Return the split of a trajectory; `None` if it would be held out in two ways and is not recorded."""
         if architecture in self.architectures:
             return None if dataset in self.datasets else ARCHITECTURE
         if dataset in self.datasets:
@@ -116,10 +135,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Space:
-    """A YAML file as known_base.yaml, which says what each key means.
+    """A YAML file like known_base.yaml, whose comments explain each key.
 
     Raises:
-        `ValueError`: when a key is missing or unknown, or a name stands for nothing.
+        `ValueError`: if a key is missing or unknown, or a name is not defined.
     """
 
     seed: int
@@ -149,13 +168,13 @@ class Space:
             is_text = "max_length" in space.training[architecture["training"]]["inputs"]
             for dataset in architecture["draws"]:
                 if is_text != ("text" in space.datasets[dataset]):
-                    raise ValueError(f"{where} can't be trained on {dataset!r}: one is for text, the other for images")
+                    raise ValueError(f"{where} cannot be trained on {dataset!r}: one is text, the other images")
         _check_names(f"held_out of {path}", space.held_out.architectures, space.architectures)
         _check_names(f"held_out of {path}", space.held_out.datasets, space.datasets)
         return space
 
     def recipes(self) -> list[Recipe]:
-        """All recipes, draw by draw over every architecture and dataset, so that a part of them is balanced too."""
+        """Return all recipes, draw by draw over architectures and datasets, so that any prefix is balanced."""
         most = max((count for a in self.architectures.values() for count in a["draws"].values()), default=0)
         return [
             self._recipe(draw, architecture, dataset, split)
@@ -206,7 +225,7 @@ class Space:
 
 
 def _fitting_batch_sizes(training: Mapping[str, Any], schedule: Mapping[str, Any]) -> tuple[list[int], dict[int, int]]:
-    """The batch sizes that may be drawn, and for each the least |D0| whose last subset holds one batch."""
+    """Return the batch sizes to draw from, and for each the smallest |D0| whose last subset holds one batch."""
     given = training["training_arguments"]["per_device_train_batch_size"]
     batch_sizes = sorted(given["choice"]) if isinstance(given, dict) else [given]
     share = schedule["ratio"] ** (schedule["num_states"] - 1)
@@ -217,16 +236,14 @@ def _fitting_batch_sizes(training: Mapping[str, Any], schedule: Mapping[str, Any
 
 def _check_keys(where: str, content: Mapping[str, Any], expected: set[str], optional: set[str]) -> None:
     if missing := expected - set(content):
-        raise ValueError(f"{where} has no {sorted(missing)}; known_base.yaml has every key")
+        raise ValueError(f"{where} lacks the keys {sorted(missing)}; see known_base.yaml")
     if unknown := set(content) - expected - optional:
-        raise ValueError(
-            f"{where} has unknown keys {sorted(unknown)}; the known ones are {sorted(expected | optional)}"
-        )
+        raise ValueError(f"{where} has unknown keys {sorted(unknown)}; known are {sorted(expected | optional)}")
 
 
 def _check_names(where: str, names: Any, known: Mapping[str, Any]) -> None:
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{where} names {unknown[0]!r}; the space has {', '.join(known)}")
+        raise ValueError(f"{where} refers to {unknown[0]!r}; the space defines {', '.join(known)}")
 
 
 def _draw_all(values: Mapping[str, Any], stream: str) -> dict[str, Any]:
@@ -234,7 +251,7 @@ def _draw_all(values: Mapping[str, Any], stream: str) -> dict[str, Any]:
 
 
 def _draw(value: Any, stream: str) -> Any:
-    """Draws a value; `random()` of a text seed alone, which Python promises to keep."""
+    """Draw a value with `random()` of a text seed, which Python keeps stable."""
     if not isinstance(value, dict):
         return _number(value)
     ((kind, bounds),) = value.items()
@@ -247,11 +264,11 @@ def _draw(value: Any, stream: str) -> Any:
     elif kind == "log_uniform":
         drawn = low * (high / low) ** number
     else:
-        raise ValueError(f"unknown distribution {kind!r} of {stream}; there are uniform, log_uniform and choice")
+        raise ValueError(f"unknown distribution {kind!r} of {stream}; choose uniform, log_uniform or choice")
     return round(drawn) if isinstance(low, int) and isinstance(high, int) else drawn
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1, which PyYAML reads, takes 1e-5 for text."""
+    """Convert numbers such as 1e-5, which PyYAML (YAML 1.1) reads as text."""
     is_number = isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE][+-]?\d+", value)
     return float(value) if is_number else value

@@ -1,4 +1,4 @@
-"""Texts: tokenised once, padded and augmented by the batch."""
+"""Texts: tokenised once, padded and augmented per batch."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,21 +20,25 @@ AUGMENTATIONS = ("token_dropout",)
 _DROPPED = 0.1  # share of the tokens
 _ROWS = 1000
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_LONGEST_WORD = 20  # characters that a word takes at most in the mean, to see what of a text is never read
+_LONGEST_WORD = 20  # upper bound of the mean word length, to skip text that is never read
 
 
 class TextBatches:
-    """Turns stored tokens into `input_ids` and `attention_mask` `(B, L)`, L that of the longest text, with `labels`.
+    """Turn stored tokens into `input_ids` and `attention_mask` `(B, L)`, L the longest length, with `labels`.
 
     Args:
-        augmentation (`Sequence[str]`): `"token_dropout"` replaces a tenth of the tokens by the mask (or the unknown)
-            token; never a special one. Drawn from torch's global random state, which the Trainer seeds.
-        tokenizer (`PreTrainedTokenizerBase`): The one that made the tokens.
+        augmentation (`Sequence[str]`):
+            `"token_dropout"` replaces a tenth of the tokens by the mask (or the unknown) token; never a special one.
+            Uses torch's global random state, which the Trainer seeds.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The tokenizer of the tokens.
     """
 
     def __init__(self, augmentation: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
         if unknown := set(augmentation) - set(AUGMENTATIONS):
-            raise ValueError(f"augmentation {sorted(unknown)} of texts; there are {', '.join(AUGMENTATIONS)}")
+            raise ValueError(
+                f"augmentation {sorted(unknown)} of texts is unknown; choose from {', '.join(AUGMENTATIONS)}"
+            )
         self.augmentation = augmentation
         self.special = torch.tensor(tokenizer.all_special_ids)
         mask = tokenizer.mask_token_id
@@ -56,10 +60,14 @@ def tokenize(
     """All texts as `input_ids` `(N, max_length)` int32, `lengths` `(N,)` and labels `(N,)` int64.
 
     Args:
-        split (`datasets.Dataset`): With a text and a class a row.
-        source (`dict[str, str]`): Names of the columns as `text` and `label`.
-        tokenizer (`PreTrainedTokenizerBase`): It pads on the right.
-        max_length (`int`): Tokens after which a text is cut.
+        split (`datasets.Dataset`):
+            With a text and a class a row.
+        source (`dict[str, str]`):
+            Names of the columns as `text` and `label`.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The tokenizer.
+        max_length (`int`):
+            Longest text in tokens.
     """
     tokens = torch.empty(len(split), max_length, dtype=torch.int32)
     lengths = torch.empty(len(split), dtype=torch.int64)
@@ -81,14 +89,19 @@ def tokenize(
 def make_tokenizer(
     split: datasets.Dataset, column: str, num_words: int, max_length: int, folder: Path
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer of the most frequent words of some texts; the same on every machine, unlike trained ones.
+    """Return a tokenizer of the most frequent words, which is the same on every machine, unlike trained ones.
 
     Args:
-        split (`datasets.Dataset`): The texts.
-        column (`str`): Where they are.
-        num_words (`int`): Size of the vocabulary, five special tokens among them.
-        max_length (`int`): Words of a text that count.
-        folder (`Path`): Where it is kept; read from there if it exists.
+        split (`datasets.Dataset`):
+            The texts.
+        column (`str`):
+            Column of the texts.
+        num_words (`int`):
+            Size of the vocabulary, including five special tokens.
+        max_length (`int`):
+            Number of words counted per text.
+        folder (`Path`):
+            Folder of the tokenizer; read if it exists.
     """
     if not folder.exists():
         normalizer, words = BertNormalizer(), BertPreTokenizer()

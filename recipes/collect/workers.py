@@ -1,9 +1,8 @@
-"""Processes that record a collection together, on one machine or on many that share its folder.
+"""Processes that record a collection together, on one machine or on several that share its folder.
 
-Each goes through all recipes and records those that nobody has finished and nobody else is at. A lock file, which the
-operating system gives up when its process dies, says who is at a trajectory; `result.json` says that it is done. There
-is no other word between processes: any number may come and go, and a killed one's trajectory is taken up by whoever is
-idle.
+Each process records the recipes that are neither finished nor locked. A lock file marks a trajectory in progress, and
+the operating system releases it when the process dies; `result.json` marks a finished one. Processes do not
+communicate otherwise: any number may join and leave, and an idle one continues the trajectory of a killed one.
 """
 
 import os
@@ -24,10 +23,10 @@ from threading import Thread
 from jobs import RESULT_NAME, Job, result
 from space import Recipe
 
-_MOST_DEATHS = 2  # of processes, before what they died of is called a failure
-_PATIENCE = 1.0  # seconds between looks at what others do
+_MOST_DEATHS = 2  # processes that may die at a trajectory before it counts as failed
+_PATIENCE = 1.0  # seconds between two looks at the other processes
 
-# What a launcher tells a rank, and would make its trainer wait for the other ranks.
+# Variables of a launcher that would make a trainer wait for the other ranks.
 _OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -36,20 +35,24 @@ class _Worker:
     process: BaseProcess
     messages: Connection
     number: int
-    at: str | None = field(default=None)  # the trajectory it is at
+    at: str | None = field(default=None)  # the trajectory it records
 
 
 def record_all(job: Job, workers: int, first_device: int, show: bool) -> None:
-    """Records with some processes until every recipe is finished or has failed, here or elsewhere.
+    """Start workers and wait until every recipe is finished or has failed, here or elsewhere.
 
     Args:
-        job ([`Job`]): What to record.
-        workers (`int`): Number of processes.
-        first_device (`int`): Number of the first one's accelerator, where there are any.
-        show (`bool`): Whether a bar tells what is done and how long the rest will take.
+        job ([`Job`]):
+            The recipes and their data.
+        workers (`int`):
+            Number of processes.
+        first_device (`int`):
+            Index of the first worker's accelerator.
+        show (`bool`):
+            Whether to show a progress bar.
 
     Raises:
-        `RuntimeError`: when processes end before they are at a trajectory, such as for a library that is missing.
+        `RuntimeError`: if workers die before they start a trajectory, for example because a library is missing.
     """
     from tqdm.auto import tqdm
 
@@ -63,7 +66,7 @@ def record_all(job: Job, workers: int, first_device: int, show: bool) -> None:
         while running:
             wait([worker.process.sentinel for worker in running] + [w.messages for w in running], timeout=_PATIENCE)
             for worker in list(running):
-                ended = not worker.process.is_alive()  # asked before the last messages are read
+                ended = not worker.process.is_alive()  # before reading the last messages
                 for problem in _read(worker):
                     bar.write(problem, sys.stderr)
                 if not ended:
@@ -72,14 +75,14 @@ def record_all(job: Job, workers: int, first_device: int, show: bool) -> None:
                 if worker.process.exitcode == 0:
                     continue
                 deaths[worker.at] += 1
-                bar.write(f"a process died with exit code {worker.process.exitcode} at {worker.at}", sys.stderr)
+                bar.write(f"a worker died with exit code {worker.process.exitcode} at {worker.at}", sys.stderr)
                 if deaths[worker.at] >= _MOST_DEATHS:
                     if worker.at is None:
                         _stop(running)
                         raise RuntimeError(
-                            f"processes end before they record anything; see {job.output_dir / '.logs'}"
+                            f"workers died before they recorded anything; see the logs in {job.output_dir / '.logs'}"
                         )
-                    _give_up(job, worker.at, f"{_MOST_DEATHS} processes died of it (out of memory?)")
+                    _give_up(job, worker.at, f"{_MOST_DEATHS} workers died at it (out of memory?)")
                 if not all(result(job.output_dir, name) for name in names):
                     running.append(_start(job, worker.number))
             new = {name for name in names - done if result(job.output_dir, name)}
@@ -89,8 +92,8 @@ def record_all(job: Job, workers: int, first_device: int, show: bool) -> None:
 
 
 def work(job: Job, messages: Connection, number: int) -> None:
-    """What a worker process does."""
-    # A worker whose main process was killed would go on alone, unseen.
+    """Main function of a worker process."""
+    # otherwise a worker would outlive a killed main process
     Thread(target=_end_with_parent, daemon=True).start()
     _log_to(job.output_dir / ".logs" / f"{gethostname()}-{os.getpid()}.log")
     _be_alone(number)
@@ -98,7 +101,7 @@ def work(job: Job, messages: Connection, number: int) -> None:
 
 
 def take_what_is_left(job: Job, messages: Connection) -> None:
-    """Records, one after the other, what is not done and nobody else is at, until all of it is done."""
+    """Record the recipes that are neither finished nor locked, until all are finished."""
     others = True
     while others:
         others = False
@@ -116,7 +119,7 @@ def take_what_is_left(job: Job, messages: Connection) -> None:
 
 
 def _record(job: Job, recipe: Recipe) -> str | None:
-    """Records one trajectory; a failure is written down and returned."""
+    """Record one trajectory; write and return a failure."""
     print(f"{recipe.name}: recording", flush=True)
     try:
         source = job.sources[recipe.dataset]
@@ -132,7 +135,7 @@ def _record(job: Job, recipe: Recipe) -> str | None:
 
 @contextmanager
 def _claimed(output_dir: Path, name: str) -> Iterator[bool]:
-    """Whether the trajectory is this process's while the block runs."""
+    """Lock a trajectory while the block runs; yields whether it worked."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(output_dir / ".locks" / f"{name}.lock")
@@ -157,7 +160,7 @@ def _start(job: Job, number: int) -> _Worker:
 
 
 def _read(worker: _Worker) -> Iterator[str]:
-    """Takes a worker's messages in: what it is at, and problems, which are handed on."""
+    """Read a worker's messages: the trajectory it records, and problems, which are yielded."""
     try:
         while worker.messages.poll():
             worker.at, problem = worker.messages.recv()
@@ -190,11 +193,11 @@ def _end_with_parent() -> None:
     parent = parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # safe at any moment: a state counts only once it is written whole
+        os._exit(1)  # safe at any moment: a state counts only when it is complete
 
 
 def _log_to(path: Path) -> None:
-    """What this process writes, bars and warnings of all libraries, goes to a file: the screen is the one bar's."""
+    """Redirect all output of this process to a file, so that the screen shows one progress bar only."""
     path.parent.mkdir(exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -202,7 +205,7 @@ def _log_to(path: Path) -> None:
 
 
 def _be_alone(number: int) -> None:
-    """One thread, one accelerator and no other rank; before any library is imported."""
+    """Restrict this process to one thread, one accelerator and one rank, before libraries are imported."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     for name in list(os.environ):
         if name in _OF_THE_LAUNCHER or name.startswith("TORCHELASTIC_"):
