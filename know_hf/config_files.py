@@ -88,8 +88,7 @@ def build(cls: type[T], content: Mapping[str, Any], source: str) -> T:
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
     """Add a flag for every field of a dataclass; the help text is the `help` of the field's metadata.
 
-    A field that holds a mapping or a dataclass takes `KEY=VALUE` pairs, a list takes several values. The types are
-    checked by [`build`].
+    A field that holds a mapping or a dataclass takes `KEY=VALUE` pairs. [`build`] checks the types.
     """
     hints = get_type_hints(cls)
     for field in fields(cls):
@@ -101,8 +100,6 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = "N" if kinds & {int, float} else field.name.split("_")[-1].upper()
-            if list in kinds and str not in kinds:
-                options["nargs"] = "+"
         if not any(field.default is silent for silent in (MISSING, None, False)):
             options["help"] += f" (default: {field.default:g})" if float in kinds else f" (default: {field.default})"
         parser.add_argument(_flag(field.name), **options)

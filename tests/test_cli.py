@@ -62,7 +62,8 @@ def test_errors_are_one_line(tmp_path, capsys):
 
 
 def test_quickstart_prints_its_tables(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("know_hf.evaluation.suites.run_quickstart", lambda output_dir, seed: f"{output_dir}, seed {seed}")
+    run_quickstart = "know_hf.evaluation.suites.run_quickstart"
+    monkeypatch.setattr(run_quickstart, lambda output_dir, seed: f"{output_dir}, seed {seed}")
     assert main(["quickstart", "--output-dir", str(tmp_path), "--seed", "3"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}, seed 3\n"
 
@@ -145,6 +146,40 @@ def test_predict_checks_flags_before_the_work(recorded, tmp_path, capsys, flags,
     assert main(["predict", str(recorded), "--output-dir", str(tmp_path / "out"), *flags]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "command", "args", "options"),
+    [
+        (
+            "know_hf.evaluation.run_suite",
+            "compare digits --output_dir out --arms naive x --seeds 1 2 --data a/b=c --known mine=d --processes 2",
+            ("digits", "out"),
+            {"arms": ["naive", "x"], "seeds": [1, 2], "data": {"a/b": "c"}, "models": {}, "known": {"mine": "d"},
+             "num_processes": 2},
+        ),
+        (
+            "know_hf.hub.push",
+            "push folder me/repo --private --message text",
+            ("folder", "me/repo"),
+            {"private": True, "revision": None, "create_pr": False, "commit_message": "text"},
+        ),
+        ("know_hf.hub.pull", "pull me/repo --output-dir out --revision v1", ("me/repo", "out"), {"revision": "v1"}),
+    ],
+)  # fmt: skip
+def test_commands_call_their_function(monkeypatch, capsys, target, command, args, options):
+    calls = []
+    monkeypatch.setattr(target, lambda *args, **options: calls.append((args, options)) or "the result")
+    assert main(command.split()) == 0
+    assert "the result" in capsys.readouterr().out
+    assert calls[0][0] == args
+    assert {name: value for name, value in calls[0][1].items() if name != "command"} == options
+
+
+def test_pairs_need_an_equals_sign(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "digits", "--output-dir", "out", "--data", "a/b"])
+    assert "NAME=VALUE" in capsys.readouterr().err
 
 
 CONFIG = """

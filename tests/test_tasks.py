@@ -375,11 +375,17 @@ def odd(text_arguments, tmp_path):
         ({"text_column": "txt"}, "text_column='txt'.*Sentence, review"),
         ({"text_column": "stars"}, "text_column='stars'.*float64"),
         ({"text_column": "review", "label_column": "stars"}, r"'stars'.*1\.5.*label_column"),
+        ({"task": "image-classification", "image_column": "review"}, "image_column='review'.*string"),
     ],
 )
 def test_columns_that_cannot_be_used_are_named(odd, change, match):
     with pytest.raises(ValueError, match=match):
         load_splits(replace(odd, **change))
+
+
+def test_pairs_of_texts_are_loaded(odd):
+    train, _, _ = load_splits(replace(odd, text_column="review", text_pair_column="Sentence"))
+    assert (train["text"][:], train["text_pair"][:]) == (["a", "b"], ["good", "bad"])
 
 
 def test_integer_classes_are_counted_from_zero(odd, caplog):
