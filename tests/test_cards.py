@@ -56,11 +56,19 @@ GATE = {
     "chosen": "known, 2 steps",
     "sentence": "The gate chose known, 2 steps: 0.840 against 0.810 of Θ0.",
 }
+UNTESTED = {"difference": None, "low": None, "high": None, "p_value": None}
 STATE_GATE = {
     "metric": "validation loss",
     "scores": {"Θ0": 0.5, "Θ1": 0.4},
     "chosen": "Θ1",
     "sentence": "The gate chose Θ1.",
+    "rule": "The rule.",
+    "level": 0.05,
+    "candidates": [
+        {"name": "Θ0", "loss": 0.5, **UNTESTED},
+        {"name": "Θ1", "loss": 0.4, "difference": -0.1, "low": -0.15, "high": -0.05, "p_value": 0.001},
+        {"name": "known", "loss": None, **UNTESTED},
+    ],
     "recipe": {"predictor": None, "predictor_options": None, "steps": 0, "recalibrated": False, "state": 1},
 }
 FIXED = {
@@ -151,11 +159,9 @@ def golden_cards():
         {"role": "copied", "tensors": 18, "parameters": 150, "moved": None},
     ]
     about = {"title": "Forgetting trajectory", "repo_id": "me/trajectory", "license": {"license": "mit"}}
-    state = CheckpointCard(**FIXED_CHECKPOINT | {"steps": 0, "gate": recorded_gate(STATE_GATE)})
     return {
         "checkpoint.md": CheckpointCard(**FIXED_CHECKPOINT).render(),
         "checkpoint_full.md": full_card().render(),
-        "checkpoint_state.md": state.render(),
         "trajectory.md": TrajectoryCard(**FIXED | about, roles=roles, stored_once=0, bytes=123456).render(),
         "known.md": known_card(KNOWNConfig(hidden_size=8), title="mine", path="me/known"),
     }
@@ -256,33 +262,6 @@ def test_card_of_a_real_trajectory(opened):
     fields = TrajectoryCard.of(opened, summary)
     conv = next(row for row in fields.roles if row["role"] == "conv")
     assert conv == {"role": "conv", "tensors": 5, "parameters": 5000, "moved": summary.displacement["conv"]}
-
-
-def test_front_matter_of_a_full_card():
-    expected_results = [
-        {
-            "task": {"type": "image-classification"},
-            "dataset": {"name": "few-shot transfer", "type": "few-shot-transfer"},
-            "metrics": [{"type": "accuracy", "value": 0.634, "name": "Accuracy, mean over 2 seeds"}],
-        },
-        {
-            "task": {"type": "image-classification"},
-            "dataset": {"name": "validation data of the gate", "type": "validation"},
-            "metrics": [{"type": "accuracy", "value": 0.84, "name": "accuracy"}],
-        },
-    ]
-    assert full_card().data().to_dict() == {
-        "base_model": "microsoft/resnet-18",
-        "base_model_relation": "finetune",
-        "datasets": ["ylecun/mnist", "uoft-cs/cifar10"],
-        "library_name": "transformers",
-        "license": "other",
-        "license_name": "mine",
-        "license_link": "LICENSE",
-        "pipeline_tag": "image-classification",
-        "tags": ["know_hf", "weight-prediction"],
-        "model-index": [{"name": "me/resnet-know", "results": expected_results}],
-    }
 
 
 def test_card_of_the_shipped_weights_is_up_to_date(monkeypatch):
@@ -459,12 +438,12 @@ def test_chosen_state_is_no_prediction(changes):
     card = CheckpointCard(**FIXED_CHECKPOINT | changes, gate=recorded_gate(STATE_GATE))
     text = str(card.render())
     assert "a recorded state, not a prediction" in text
+    assert "| `Θ1` (these weights) | 0.4 | -0.1 | [-0.15, -0.05] | 0.001 |\n| `known` | not finite |  |  |  |" in text
     assert "KNOWN" not in text and "know-hf predict" not in text and "times the data" not in text
     assert "trajectory.load_model(1" in text and "predict_overflowed_weights" not in text
     assert ("recalibrate_batch_norm(model, batches)" in text) == card.recalibrated
     assert ("model.to(torch.bfloat16)" in text) == (card.dtype is not None)
     assert_readable(text)
-    del card.record_arguments
     card.schedule = None
     assert 'WeightTrajectory("trajectory/")' in str(card.render())
 
@@ -498,20 +477,17 @@ def test_license_is_inherited_from_the_cache(opened, prediction, tmp_path, monke
     [
         ("bert-base-uncased", "bert-base-uncased", True),
         ("me/model", "me/model", True),
+        ("me/folder", "folder", False),
         ("/home/me/model", "model", False),
         ("./model", "model", False),
         ("a/b/c", "c", False),
         ("a" * 5000, "a" * 5000, False),
     ],
 )
-def test_source(name, shown, on_hub):
-    assert source(name, "v") == {"name": shown, "on_hub": on_hub, "revision": "v"}
-
-
-def test_source_of_a_folder_with_the_name_of_a_repo(tmp_path, monkeypatch):
-    (tmp_path / "me/model").mkdir(parents=True)
+def test_source(name, shown, on_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert source("me/model") == {"name": "model", "on_hub": False, "revision": None}
+    (tmp_path / "me/folder").mkdir(parents=True)
+    assert source(name, "v") == {"name": shown, "on_hub": on_hub, "revision": "v"}
 
 
 @pytest.mark.parametrize(
@@ -543,9 +519,11 @@ def test_loading_code_runs(record_states, tmp_path, shipped, make_model, line):
     [
         ({"load_with": None}, "model = ResNetForImageClassification.from_pretrained("),
         ({"load_with": None, "architecture": None, "repo_id": "me/x"}, 'hf_hub_download("me/x", "model.safetensors")'),
+        ({"norm": "predict", "dtype": "bfloat16"}, 'steps=2, norm="predict", dtype=torch.bfloat16, output_dir='),
+        ({"norm": "predict", "dtype": "bfloat16"}, "--steps 2 --norm predict --dtype bfloat16 --output-dir"),
     ],
 )
-def test_loading_code_without_an_auto_class(changes, line):
+def test_code_of_fixed_fields(changes, line):
     text = str(CheckpointCard(**FIXED_CHECKPOINT | changes).render())
     assert line in text
     assert_readable(text)

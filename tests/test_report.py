@@ -208,8 +208,8 @@ def test_failed_positive_control_comes_before_any_number(tmp_path):
 )
 def test_positive_control(report, valid, headroom, status, words):
     changed = {**report["results"][0], "valid": valid, "headroom": headroom}
-    found, text, sentence = validity({**report, "results": [changed]})
-    assert found == status and words in text and sentence == changed["validity"]
+    outcome, text, sentence = validity({**report, "results": [changed]})
+    assert outcome == status and words in text and sentence == changed["validity"]
 
 
 def test_diverged_training_leaves_a_gap(report, tmp_path):

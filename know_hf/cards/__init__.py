@@ -1,4 +1,4 @@
-"""Model cards: dataclasses with the facts, rendered by Jinja templates. No network access, no file writes."""
+"""Model cards: dataclasses rendered by Jinja templates, without network access or file writes."""
 
 from .checkpoint_card import CheckpointCard, checkpoint_card
 from .known_card import KNOWNCard, known_card

@@ -50,7 +50,7 @@ def plot_forest(
     """Plot the difference of every arm to naive, best first, references below the candidates.
 
     Filled markers are significant. A grey band ends at the minimum detectable difference. An arrow with its value
-    stands for a reference far outside the range of the candidates.
+    replaces a reference far outside the range of the candidates.
 
     Args:
         rows (sequence of [`ForestRow`]):
