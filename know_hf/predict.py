@@ -83,7 +83,7 @@ def predict_overflowed_weights(
         card (`bool`, *optional*, defaults to `True`):
             Whether to write a model card, `README.md`, with a plot of the forgetting.
         push_to_hub (`str`, *optional*):
-            Hub id to push the checkpoint to. The token, and write access to an existing repo, are checked before the work.
+            Hub id to push the checkpoint to. The token and write access to an existing repo are checked first.
         write ([`WriteOptions`], *optional*):
             How to write. Its fields can be given as keyword arguments instead: `dtype`, `max_shard_size`, `overwrite`,
             `model_class`, `recalibrate_with` and `accelerator`.
@@ -106,7 +106,7 @@ def predict_overflowed_weights(
             cannot be compared.
         `FileExistsError`: if `output_dir` is not empty and `overwrite` is off.
         `OSError`: before the work, if the disk has too little space or another process writes to `output_dir`.
-        `HubError` or an error of huggingface_hub: if the checkpoint cannot be pushed; after the work, the checkpoint is in
+        `HubError` or an error of huggingface_hub: if the checkpoint cannot be pushed; a written one stays in
             `output_dir`.
         `RuntimeError`: on the other processes, if one failed.
     """
