@@ -199,9 +199,10 @@ def _add_predict(commands: Any) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    for flag in ("private", "revision", "create_pr"):
-        if getattr(args, flag) and not args.push_to_hub:
-            raise ValueError(f"--{flag.replace('_', '-')} needs --push-to-hub")
+    push_options = _push_options(args)
+    for name, value in push_options.items():
+        if value and not args.push_to_hub:
+            raise ValueError(f"--{name.replace('_', '-')} needs --push-to-hub")
     if args.report and not Path(args.report).absolute().parent.is_dir():
         raise FileNotFoundError(f"--report {args.report}: folder {Path(args.report).parent} does not exist; create it")
 
@@ -227,9 +228,7 @@ def _predict(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         accelerator=accelerator,
         push_to_hub=args.push_to_hub,
-        private=args.private,
-        revision=args.revision,
-        create_pr=args.create_pr,
+        **push_options,
     )
     if accelerator.is_main_process:
         if args.report:
@@ -286,15 +285,7 @@ def _add_push(commands: Any) -> None:
 def _push(args: argparse.Namespace) -> None:
     from .hub import push
 
-    url = push(
-        args.path,
-        args.repo_id,
-        private=args.private,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        commit_message=args.message,
-    )
-    _print(f"pushed to {url}")
+    _print(f"pushed to {push(args.path, args.repo_id, commit_message=args.message, **_push_options(args))}")
 
 
 def _add_pull(commands: Any) -> None:
@@ -324,6 +315,10 @@ def _add_push_flags(parser: argparse.ArgumentParser) -> None:
     add("--private", action="store_true", default=None, help="create the repo as private")
     add("--revision", metavar="NAME", help="branch to push to (default: main)")
     add("--create-pr", action="store_true", help="open a pull request instead of pushing to the branch")
+
+
+def _push_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"private": args.private, "revision": args.revision, "create_pr": args.create_pr}
 
 
 def _pair(text: str) -> tuple[str, str]:
