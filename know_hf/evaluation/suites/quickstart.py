@@ -41,16 +41,22 @@ class QuickstartReport:
     comparison: ComparisonReport
 
     def __str__(self) -> str:
-        transfer = next(iter(self.comparison.comparisons.values()))
+        transfer, source = (self.comparison.comparisons[name, "accuracy"] for name in ("few-shot", "source"))
         return f"""\
 {transfer.verdict()}
 {transfer.validity()}
 
-{self.comparison}
+{transfer.what}
+
+{transfer.table()}
+
+{source.what}
+
+{source.table()}
 
 trajectory           {self.trajectory}
 enhanced checkpoint  {self.enhanced}
-report               {self.path / "report.html"}"""
+full report          {self.path / "report.html"}"""
 
 
 def run_quickstart(output_dir: str | Path, seed: int = 0, *, num_processes: int | None = None) -> QuickstartReport:
