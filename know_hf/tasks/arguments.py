@@ -125,7 +125,7 @@ class RecordArguments:
     )
     seed: int = _option(0, "seed of the new head, the order of the examples and the subsets")
     training: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "any other of transformers.TrainingArguments"}
+        default_factory=dict, metadata={"help": "any other key of transformers.TrainingArguments"}
     )
 
     __pydantic_config__: ClassVar[dict[str, bool]] = {"coerce_numbers_to_str": True}
