@@ -66,12 +66,12 @@ def side_by_side(
 
 
 def positive_control(result: Mapping[str, Any]) -> str:
-    """Return the outcome of the positive control of one result in a few words."""
+    """Return the outcome of the positive control of one result in a word or two."""
     if result["valid"] is None:
         return "not run"
     if not result["valid"]:
         return "failed"
-    return "oracle not clearly better" if result["headroom"] is False else "passed"
+    return "inconclusive" if result["headroom"] is False else "passed"
 
 
 def tally(reports: Iterable[Report], protocol: str, arm: str, measure: str = "accuracy") -> dict[str, list[str]]:
@@ -81,7 +81,7 @@ def tally(reports: Iterable[Report], protocol: str, arm: str, measure: str = "ac
 
     Returns:
         `dict[str, list[str]]`: Suites in which the arm was significantly `better` or `worse` than naive, or `neither`;
-        `unclear` instead of `neither` if the oracle did not clearly beat naive.
+        `unclear` instead of `neither` if the oracle did not beat naive.
     """
     suites: dict[str, list[str]] = {"better": [], "worse": [], "neither": [], "unclear": []}
     for report in reports:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any
 
@@ -75,7 +75,7 @@ def validity(report: Report) -> tuple[str, str, str]:
     if first["valid"] is None:
         return "unknown", "Positive control not run", first["validity"]
     if first["headroom"] is False:
-        return "unknown", "Positive control inconclusive: the oracle does not clearly beat naive", first["validity"]
+        return "unknown", "Positive control inconclusive: the oracle does not beat naive", first["validity"]
     without_oracle = "" if first["headroom"] else ", without an oracle"
     return "valid", f"Positive control passed{without_oracle}", first["validity"]
 
@@ -84,7 +84,7 @@ def overview_table(report: Report) -> ReportTable:
     """Return one row per protocol and measure."""
     rows = []
     for result in report["results"]:
-        measure, naive = Measure(**result["measure"]), result["arms"]["naive"]
+        measure, naive = _measure(result), result["arms"]["naive"]
         value = f"{measure.format(naive['mean'])} {measure.unit}".replace(" %", "%").rstrip()
         row = [result["what"], positive_control(result), value]
         if result["valid"] is False:
@@ -110,7 +110,7 @@ def overview_table(report: Report) -> ReportTable:
 def result_table(report: Report, number: int) -> ReportTable:
     """Return all arms of one result, in the order of the forest plot."""
     result = report["results"][number]
-    measure = Measure(**result["measure"])
+    measure = _measure(result)
 
     def order(name: str) -> tuple[bool, bool, float]:
         difference = result["arms"][name].get("minus_naive")
@@ -145,7 +145,7 @@ def result_table(report: Report, number: int) -> ReportTable:
 def controls_table(report: Report, number: int) -> ReportTable | None:
     """Return each method against its hardest control, or `None` without methods or controls."""
     result = report["results"][number]
-    measure = Measure(**result["measure"])
+    measure = _measure(result)
     rows = []
     for name, against in result["against_controls"].items():
         difference = _difference(measure, against["differences"][against["hardest"]])
@@ -257,6 +257,10 @@ def _share_at_edge(report: Report, protocol: str, arm: str) -> tuple[float, floa
     low, high = min(grid), max(grid)
     share, by_chance = (sum(not low < rate < high for rate in rates) / len(rates) for rates in (selected, evaluated))
     return share, by_chance
+
+
+def _measure(result: Mapping[str, Any]) -> Measure:
+    return Measure(**{field.name: result["measure"][field.name] for field in fields(Measure)})
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
