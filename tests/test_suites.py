@@ -341,6 +341,8 @@ def test_a_file_that_is_no_suite_is_an_error(tmp_path, text, message):
 def test_a_missing_file_is_an_error():
     with pytest.raises(FileNotFoundError, match=r"no-such-suite.*digits, fashion-halves"):
         load_suite("no-such-suite")
+    with pytest.raises(FileNotFoundError, match="did you mean 'digits'"):
+        load_suite("recipes/compare/digits.yaml")
 
 
 def test_variants_change_keys_and_the_first_is_the_default(tmp_path):

@@ -178,8 +178,9 @@ def load_suite(name: str | Path) -> Suite:
     text, _, variant = str(name).partition(":")
     path = Path(text) if text.endswith((".yaml", ".yml")) else SUITES_DIR / f"{text}.yaml"
     if not path.exists():
-        names = ", ".join(sorted(file.stem for file in SUITES_DIR.glob("*.yaml")))
-        raise FileNotFoundError(f"suite {path} does not exist; give a YAML file or one of {names}")
+        names = sorted(file.stem for file in SUITES_DIR.glob("*.yaml"))
+        hint = f"did you mean {path.stem!r}?" if path.stem in names else f"its suites: {', '.join(names)}"
+        raise FileNotFoundError(f"suite {path} does not exist; give a YAML file or a suite of know_hf; {hint}")
     content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} must contain keys, got {content!r}; see the suites in {SUITES_DIR}")
@@ -209,7 +210,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "unexpected_keyword_argument":
         return f"unknown key {key!r}; {nearest(str(path[-1]), names)}"
     if first["type"] == "missing":
-        return f"key {key!r} is missing; the keys here: {', '.join(names)}"
+        return f"key {key!r} is missing; {parent or 'a suite'} has the keys {', '.join(names)}"
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}"
     return f"{key}: {first['msg'].removeprefix('Input ')}, got {first['input']!r}"
