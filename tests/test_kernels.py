@@ -118,9 +118,7 @@ def test_agrees_with_the_model(known, kernel, role):
             assert relative <= 5 * of_model + 1e-6
 
 
-@pytest.mark.filterwarnings(
-    "ignore:overflow encountered:RuntimeWarning"
-)  # in an untaken branch
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in an untaken branch
 @pytest.mark.parametrize("role", KNOWN_ROLES)
 def test_weights_far_outside(known, kernel, role):
     history = make_history(1000, 1.0, 1.0)
@@ -354,6 +352,26 @@ def test_kernels_that_cannot_run(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match=r"pip install triton"):
         prepare(model, "conv", "triton")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "compiler", "message"),
+    [
+        (None, (9, 0), "gcc", "NVIDIA"),
+        ("12.8", (7, 5), "gcc", "TF32"),
+        ("12.8", (8, 0), "", "C compiler"),
+        ("12.8", (8, 0), "gcc", None),
+    ],
+)
+def test_gpus_without_the_triton_kernel(monkeypatch, cuda, capability, compiler, message):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(dispatch, "find_spec", lambda package: package)
+    monkeypatch.setattr(dispatch.shutil, "which", lambda program: None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    error = dispatch._why_unavailable("triton", torch.device("cuda"))
+    assert error is None if message is None else message in str(error)
 
 
 def test_wrong_histories_and_roles(model):

@@ -28,33 +28,15 @@ from .state_samples import StateSample, sample_states
 
 @dataclass(frozen=True)
 class TransitionBlock:
-    """
-    Transitions of one tensor: items `start` to `stop - 1` of a [`TransitionDataset`].
+    """Transitions of one tensor: items `start` to `stop - 1` of a [`TransitionDataset`]."""
 
-    Attributes:
-        role (`str`):
-            `"conv"`, `"fc"` or `"bias"`.
-        trajectory (`str`):
-            Path of the trajectory.
-        tensor (`str`):
-            Name of the tensor.
-        start (`int`):
-            First item.
-        stop (`int`):
-            Last item plus one.
-        share (`float`):
-            Share of the tensor's scalars that was drawn.
-        no_change (`float`):
-            Mean `|Θ0 - Θ(-1)|` of the transitions, the error of the prediction that nothing changes.
-    """
-
-    role: str
-    trajectory: str
-    tensor: str
+    role: str  # conv, fc or bias
+    trajectory: str  # path of the trajectory
+    tensor: str  # name of the tensor
     start: int
     stop: int
-    share: float
-    no_change: float
+    share: float  # share of the tensor's scalars that was drawn
+    no_change: float  # mean |Θ0 - Θ(-1)| of the transitions, the error of the prediction that nothing changes
 
 
 class TransitionDataset(Dataset):

@@ -31,8 +31,7 @@ def make_accelerator(args: MetaTrainingArguments) -> Accelerator:
     Create the accelerator of a meta-training on all launched processes.
 
     Raises:
-        `RuntimeError`: If several processes were launched, or requested from `accelerate launch`, but each would train
-        alone.
+        `RuntimeError`: See [`start_processes`].
         `ValueError`: If a tracker is unknown.
         `ImportError`: If a tracker is not installed.
     """

@@ -26,17 +26,7 @@ PUBLISHED_DATASETS = {"ConvWeights": ("conv", 4), "FCWeights": ("fc", 2), "Bias"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """
-    Tensor of a predicted role.
-
-    Attributes:
-        name (`str`):
-            Name of the tensor.
-        role (`str`):
-            `"conv"`, `"fc"` or `"bias"`.
-        size (`int`):
-            Number of scalars.
-    """
+    """Name, role (`"conv"`, `"fc"` or `"bias"`) and number of scalars of a tensor."""
 
     name: str
     role: str

@@ -30,33 +30,15 @@ PIECE_SCALARS = 2**22
 
 @dataclass(frozen=True)
 class SampledTensor:
-    """
-    Sample of one tensor.
-
-    Attributes:
-        name (`str`):
-            Name of the tensor.
-        role (`str`):
-            `"conv"`, `"fc"` or `"bias"`.
-        size (`int`):
-            Scalars of the tensor.
-        rows (`int`):
-            Scalars of the sample.
-        largest (`float`):
-            Largest magnitude of a sampled weight in any state.
-        mean_steps (`list[float]` of length T - 1):
-            Mean `|difference|` between consecutive states, most forgotten first.
-        largest_steps (`list[float]` of length T - 1):
-            Largest such difference.
-    """
+    """Sample of one tensor; the fields are stored in the cache under their names."""
 
     name: str
     role: str
-    size: int
-    rows: int
-    largest: float
-    mean_steps: list[float]
-    largest_steps: list[float]
+    size: int  # scalars of the tensor
+    rows: int  # scalars of the sample
+    largest: float  # largest magnitude of a sampled weight in any state
+    mean_steps: list[float]  # mean |difference| between consecutive states, most forgotten first, T - 1 values
+    largest_steps: list[float]  # largest such differences
 
 
 class StateSample:

@@ -29,35 +29,15 @@ _STEP = re.compile(r"step-(\d+)")
 
 @dataclass
 class Progress:
-    """
-    Progress of a training.
+    """Progress of a training; the fields up to `looks_since_best` are stored in `run.json` under their names."""
 
-    Attributes:
-        step (`int`):
-            Completed optimizer steps.
-        losses (`list[dict[str, float]]`):
-            Reported losses.
-        validation (`list[dict[str, float | None]]`):
-            Validation skill by role of each evaluation; `None` where it is not finite.
-        seconds (`float`):
-            Wall-clock time of the training.
-        best (`float`, *optional*):
-            Best mean validation skill.
-        best_step (`int`, *optional*):
-            Step of the best validation skill.
-        looks_since_best (`int`):
-            Evaluations since then.
-        best_weights (`dict[str, torch.Tensor]`):
-            Weights with the best validation skill.
-    """
-
-    step: int = 0
-    losses: list[dict[str, float]] = field(default_factory=list)
-    validation: list[dict[str, float | None]] = field(default_factory=list)
-    seconds: float = 0.0
-    best: float | None = None
+    step: int = 0  # completed optimizer steps
+    losses: list[dict[str, float]] = field(default_factory=list)  # as reported
+    validation: list[dict[str, float | None]] = field(default_factory=list)  # skill by role; None if not finite
+    seconds: float = 0.0  # wall-clock time
+    best: float | None = None  # mean validation skill
     best_step: int | None = None
-    looks_since_best: int = 0
+    looks_since_best: int = 0  # evaluations
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 

@@ -56,29 +56,13 @@ class AblationArguments:
 
 @dataclass(frozen=True)
 class Setting:
-    """
-    Row of the table: a change to the first row.
+    """Row of the table: a change to the first row."""
 
-    Attributes:
-        group (`str`):
-            Setting that is changed.
-        value (`str`):
-            Its new value.
-        trajectories (`tuple[CollectedTrajectory, ...]`):
-            Training trajectories.
-        num_states (`int`):
-            Length S of a history.
-        one_network (`bool`):
-            Whether one network, trained on all roles, predicts every tensor.
-        loss_weighting (`str`):
-            See `MetaTrainingArguments`.
-    """
-
-    group: str
+    group: str  # setting that is changed
     value: str
     trajectories: "tuple[CollectedTrajectory, ...]" = field(repr=False)
     num_states: int = 5
-    one_network: bool = False
+    one_network: bool = False  # one network, trained on all roles, predicts every tensor
     loss_weighting: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
