@@ -227,7 +227,7 @@ def test_the_card_says_what_the_gate_chose(trajectory, tmp_path):
     assert result.gate.sentence in card.replace("&#124;", "|")
     assert "| `Θ1` (these weights) |" in card
     assert "| candidate | `validation loss` | minus Θ0 | 95% interval | p (corrected) |" in card
-    assert "| all tensors | those of the state Θ1 as it was recorded |" in card
+    assert "| all tensors | Θ1, a recorded state, not a prediction |" in card
     assert "| normalisation layers |" not in card
     assert result.gate.rule.replace("|t|", "&#124;t&#124;") in card
     assert "model = trajectory.load_model(1)\nmodel.save_pretrained(" in card and "know-hf predict" not in card
