@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import make_images, make_resnet
+from conftest import edit_manifest, make_images, make_resnet, rewrite_state
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from test_trajectory import edit_manifest, rewrite_state
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,

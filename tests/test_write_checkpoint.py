@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_resnet
+from conftest import make_resnet, rewrite_state
 from processes.prediction_worker import size_of_the_first_bias
 from safetensors.torch import load_file
 from test_predict import CONV, FC, Constant, known, weights  # noqa: F401
-from test_trajectory import rewrite_state
 from torch import nn
 
 from know_hf import plan_prediction, predict_overflowed_weights
