@@ -76,6 +76,14 @@ def test_load_into_a_model_with_another_head(record_states):
         trajectory.load_into(plain)
 
 
+def test_load_into_a_model_that_cannot_be_built(record_states):
+    trajectory = record_states(make_experts_with_a_custom_head(), num_states=2)
+    config = trajectory.path / "state-0/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_act": "unknown"}))
+    with pytest.raises(TrajectoryError, match=r"split or merged .*MixtralForSequenceClassification"):
+        trajectory.load_into(make_experts_with_a_custom_head())
+
+
 def test_experts_that_saving_splits(record_states):
     config = MixtralConfig(**EXPERTS)
     trajectory = record_states(MixtralForCausalLM(config), num_states=2)
