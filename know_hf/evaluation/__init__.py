@@ -1,4 +1,4 @@
-"""Does it help? Arms to compare, protocols that measure them, statistics that say how sure it is."""
+"""Comparison of initial weights: arms, the protocols that measure them, statistics and reports."""
 
 from .arm_weights import ArmSources
 from .arms import AVERAGE, NAIVE, ORACLE, RANDOM, Arm, known_arm, known_step_arms, make_arm, shrink_arm

@@ -105,10 +105,11 @@ compare(sys.argv[1], sys.argv[2])
 """
 
 
-def compare(trajectory, output_dir):
+def compare(trajectory, output_dir, num_processes=1):
     task = ComparisonTask([trajectory] * 2, target, source)
     protocols = (LinearProbe((1e-2, 1e-1), steps=5), ZeroShot())
-    return compare_arms(task, output_dir, protocols=protocols, arms=["naive", "average", "shrink"], pages=False)
+    arms, options = ["naive", "average", "shrink"], {"num_processes": num_processes, "pages": False}
+    return compare_arms(task, output_dir, protocols=protocols, arms=arms, **options)
 
 
 def test_a_killed_comparison_resumes_to_the_same_results(recorded, tmp_path):
@@ -121,6 +122,9 @@ def test_a_killed_comparison_resumes_to_the_same_results(recorded, tmp_path):
     process.wait()
     finished = {path.name: path.read_bytes() for path in cells.glob("seed-*")}
     assert "seed-0.naive.json" in finished and not (tmp_path / "out" / "report.json").exists()
-    resumed, uninterrupted = (compare(recorded, tmp_path / name) for name in ("out", "other"))
+    resumed, uninterrupted = (
+        compare(recorded, tmp_path / "out", num_processes=2),
+        compare(recorded, tmp_path / "other"),
+    )
     assert all((cells / name).read_bytes() == content for name, content in finished.items())
     assert [cell["measured"] for cell in resumed.cells] == [cell["measured"] for cell in uninterrupted.cells]
