@@ -25,25 +25,15 @@ _SPLIT_TITLES = {
 
 @dataclass(kw_only=True)
 class KNOWNCard(Card):
-    """Card of KNOWN weights, JSON values only.
+    """Card of KNOWN weights, JSON values only. The other fields are those of [`known_card`].
 
     Args:
-        path (`str`):
-            Hub id or folder that the example loads from.
         num_states (`int`):
             Length S of a history.
         num_parameters (`int`):
             Size of each of the three networks.
         trained_on (`dict`, *optional*):
             `config.trained_on`.
-        results (`dict`, *optional*):
-            Content of `results.json`.
-        comparisons (`list[dict]`):
-            Reports of comparisons, from [`~know_hf.cards.suite_tables.condensed`].
-        description, commands (`str`, *optional*):
-            Training data in sentences, and the shell commands that reproduce the weights.
-        limits (`list[str]`):
-            Sentences on what the weights are not for.
     """
 
     template: ClassVar[str] = "known.md"
