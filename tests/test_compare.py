@@ -26,7 +26,7 @@ from know_hf.evaluation import (
 )
 from know_hf.evaluation import compare_arms as compare_arms_with_pages
 from know_hf.evaluation.compare import default_arms
-from know_hf.evaluation.comparison import Measure
+from know_hf.evaluation.comparison import ACCURACY, Measure
 from know_hf.evaluation.measure import check_head
 from know_hf.evaluation.protocols import refined
 
@@ -360,6 +360,8 @@ def test_an_equal_difference_at_every_seed_is_a_warning(task, tmp_path):
         ({}, {"seeds": [0, 2]}, "seed 2 has no trajectory"),
         ({"source": None}, {}, "protocol 'source' needs source of the task"),
         ({"target": None}, {}, "protocol 'few-shot' needs target of the task"),
+        ({"source": None}, {"protocols": PROTOCOLS[:1], "landscape": Landscape()}, "landscape needs source"),
+        ({"measures": (ACCURACY,)}, {"landscape": Landscape()}, "landscape needs a loss"),
         (
             {"target": lambda seed, draw: target(seed, draw)},
             {"num_processes": 2},

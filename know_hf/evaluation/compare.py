@@ -16,7 +16,7 @@ from ..prediction import SHIPPED_KNOWN
 from ..trajectory import WeightTrajectory
 from .arms import Arm, make_arm
 from .cells import Cell, CellStore, Result, run_cells
-from .comparison_checks import check_arguments, check_picklable, check_protocols
+from .comparison_checks import check_arguments, check_landscape, check_picklable, check_protocols
 from .comparison_task import ComparisonTask, trajectory_folder
 from .landscape import Landscape, measure_landscape
 from .measure import device, measure_arm, measure_trajectory
@@ -109,6 +109,8 @@ def compare_arms(
         name=name,
     )
     run.check()
+    if landscape is not None:
+        check_landscape(task)
     data = run.hash_data()
     store = CellStore(output_dir, run.identity())
     cells = run.finished_cells(store)

@@ -65,6 +65,14 @@ def check_protocols(
             first_of_each_class(split.train, protocol.labels_per_class)
 
 
+def check_landscape(task: ComparisonTask) -> None:
+    """Check that a loss landscape can be computed; raises a `ValueError`."""
+    if task.source is None:
+        raise ValueError("a landscape needs source of the task; pass it, or leave out the landscape")
+    if all(measure.higher_is_better for measure in task.measures):
+        raise ValueError("a landscape needs a loss among the measures of the task; leave out the landscape")
+
+
 def check_picklable(task: ComparisonTask, arms: Sequence[Arm], protocols: Sequence[MeasuringProtocol]) -> None:
     """Check that everything can be sent to worker processes; raises a `ValueError` that names the value."""
     values: dict[str, Any] = {f"{f.name} of the task": getattr(task, f.name) for f in fields(task)}

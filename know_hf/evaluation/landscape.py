@@ -56,15 +56,9 @@ class Landscape:
 def measure_landscape(
     landscape: Landscape, task: ComparisonTask, seed: int, arms: Sequence[Arm], output_dir: Path
 ) -> dict[str, Any]:
-    """Compute `landscape` of `report.json`: the loss around the states of a seed, with untuned predictions.
-
-    Raises:
-        `ValueError`: If the task has no source data or no loss, or as [`loss_landscape`].
-    """
-    if task.source is None:
-        raise ValueError("a landscape needs source of the task; pass it, or leave out the landscape")
-    if (measure := next((m.name for m in task.measures if not m.higher_is_better), None)) is None:
-        raise ValueError("a landscape needs a loss among the measures of the task; leave out the landscape")
+    """Compute `landscape` of `report.json`: the loss around the states of a seed, with untuned predictions; needs
+    source data and a loss."""
+    measure = next(measure.name for measure in task.measures if not measure.higher_is_better)
     split, _ = task.splits(seed, draws=0)
     assert split is not None
     work = output_dir / "work" / "landscape"
