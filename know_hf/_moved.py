@@ -9,7 +9,29 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-MOVED_MODULES: dict[str, str] = {}
+MOVED_MODULES = {
+    "know_hf.cards.comparisons": "know_hf.cards.suite_tables",
+    "know_hf.configuration_known": "know_hf.known.configuration_known",
+    "know_hf.content": "know_hf.data.row_hashes",
+    "know_hf.conversion": "know_hf.known.keras_import",
+    "know_hf.depth": "know_hf.predictors.relative_depth",
+    "know_hf.evaluation.measuring": "know_hf.evaluation.measure",
+    "know_hf.evaluation.metrics": "know_hf.metrics",
+    "know_hf.evaluation.results": "know_hf.evaluation.report.comparison_report",
+    "know_hf.evaluation.store": "know_hf.evaluation.cells",
+    "know_hf.evaluation.training": "know_hf.evaluation.fine_tuning",
+    "know_hf.gate": "know_hf.prediction.gate",
+    "know_hf.inspection": "know_hf.trajectory.summary",
+    "know_hf.kernels": "know_hf.known.kernels",
+    "know_hf.landscape": "know_hf.evaluation.landscape",
+    "know_hf.merging": "know_hf.trajectory.merging",
+    "know_hf.modeling_known": "know_hf.known.modeling_known",
+    "know_hf.prediction.predict": "know_hf.predict",
+    "know_hf.quickstart": "know_hf.evaluation.suites.quickstart",
+    "know_hf.subsets": "know_hf.data.subsets",
+    "know_hf.task_arguments": "know_hf.tasks.arguments",
+    "know_hf.task_data": "know_hf.tasks.task_data",
+}
 
 
 class _MovedModule(Loader):
@@ -19,11 +41,14 @@ class _MovedModule(Loader):
         self._new_name = new_name
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        warnings.warn(f"{spec.name} moved to {self._new_name}; import it from there", FutureWarning, stacklevel=6)
-        return importlib.import_module(self._new_name)
+        warnings.warn(f"{spec.name} moved to {self._new_name}; import it from there", FutureWarning, stacklevel=2)
+        module = importlib.import_module(self._new_name)
+        self._new_spec = module.__spec__
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: the module ran under its new name."""
+        """Give the module its own spec back; it ran under its new name."""
+        module.__spec__ = self._new_spec
 
 
 class _MovedModuleFinder(MetaPathFinder):

@@ -23,9 +23,11 @@ from ..trajectory import load_pretrained
 from .engine import PredictedTensors, prediction_result
 from .plan import PredictionPlan
 from .result import PredictionResult
-from .selection import REFERENCE, check_reference, check_rule, choose
+from .selection import REFERENCE, GateCandidate, GateResult, check_reference, check_rule, choose
 from .tensor_sources import StateTensors, TensorSource
 from .write_checkpoint import WriteOptions, checkpoint_folder, fill_checkpoint
+
+__all__ = ["REFERENCE", "Gate", "GateCandidate", "GateResult", "choose", "write_best_candidate"]
 
 logger = logging.get_logger(__name__)
 
