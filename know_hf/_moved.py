@@ -53,14 +53,17 @@ class _MovedModule(Loader):
 
 class _MovedModuleFinder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        new_name = MOVED_MODULES.get(name)
+        package, _, last = name.rpartition(".")
+        new_name = MOVED_MODULES.get(name) or (
+            f"{MOVED_MODULES[package]}.{last}" if package in MOVED_MODULES else None
+        )
         return None if new_name is None else ModuleSpec(name, _MovedModule(new_name))
 
 
 def install() -> None:
     """Make old module names importable."""
     if not any(isinstance(finder, _MovedModuleFinder) for finder in sys.meta_path):
-        sys.meta_path.append(_MovedModuleFinder())
+        sys.meta_path.insert(0, _MovedModuleFinder())
 
 
 def forward(module: str, **moved: str) -> Callable[[str], Any]:

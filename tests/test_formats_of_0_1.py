@@ -165,6 +165,14 @@ def test_old_module_names_warn(without_old_modules, name):
     assert len(caught) == 1
 
 
+def test_modules_of_an_old_package_are_found(without_old_modules):
+    with pytest.warns(FutureWarning):
+        from know_hf.kernels import dispatch as old
+    from know_hf.known.kernels import dispatch
+
+    assert old is dispatch
+
+
 def test_old_paths_give_the_same_objects(without_old_modules):
     with pytest.warns(FutureWarning):
         from know_hf.gate import Gate, choose
