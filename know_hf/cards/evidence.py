@@ -96,16 +96,7 @@ def gate_table(gate: Mapping[str, Any]) -> Table:
 def eval_results(
     comparisons: Sequence[Mapping[str, Any]], gate: Mapping[str, Any] | None, task: str | None
 ) -> list[EvalResult]:
-    """Return the entries of the model-index: measurements of this checkpoint only.
-
-    Args:
-        comparisons (sequence of mappings):
-            From [`recorded_comparison`].
-        gate (`Mapping`, *optional*):
-            From [`recorded_gate`].
-        task (`str`, *optional*):
-            Task on the Hub.
-    """
+    """Return the entries of the model-index for a `task` of the Hub: measurements of this checkpoint only."""
     results = [
         EvalResult(
             task_type=task or "other",

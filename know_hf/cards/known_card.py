@@ -112,16 +112,7 @@ class KNOWNCard(Card):
 
 @dataclass(frozen=True)
 class HeldOutSplit:
-    """One part of the held-out trajectories.
-
-    Attributes:
-        name (`str`):
-            Key in `results.json`.
-        trajectories (`list[str]`):
-            Names of the trajectories.
-        skill (`dict`):
-            From predictor to role to skill.
-    """
+    """One part of the held-out trajectories, with the skill by predictor and role."""
 
     name: str
     trajectories: list[str]

@@ -49,11 +49,7 @@ def architecture(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> str |
 def auto_class(architecture: str | None, adapter_task: object = None) -> tuple[str | None, str | None]:
     """Return the class of transformers that loads an architecture, and its task on the Hub.
 
-    Args:
-        architecture (`str`, *optional*):
-            Class name of the model.
-        adapter_task (`str`, *optional*):
-            Task type of an adapter, such as `SEQ_CLS`. It has priority.
+    The task type of an adapter, such as `SEQ_CLS`, has priority.
     """
     import transformers
     from transformers.models.auto import modeling_auto
@@ -70,18 +66,7 @@ def auto_class(architecture: str | None, adapter_task: object = None) -> tuple[s
 
 
 def loading_code(path: str, load_with: str | None, architecture: str | None, on_hub: bool = False) -> str:
-    """Return Python code that loads a checkpoint.
-
-    Args:
-        path (`str`):
-            Folder or Hub id.
-        load_with (`str`, *optional*):
-            Class of transformers.
-        architecture (`str`, *optional*):
-            Class of the model, if transformers does not have it.
-        on_hub (`bool`, *optional*, defaults to `False`):
-            Whether `path` is a Hub id.
-    """
+    """Return Python code that loads a checkpoint, with a class of transformers if one is known."""
     if load_with is not None:
         return f"from transformers import {load_with}\n\nmodel = {load_with}.from_pretrained({python(path)})"
     if architecture is not None:
@@ -97,16 +82,7 @@ def loading_code(path: str, load_with: str | None, architecture: str | None, on_
 
 
 def adapter_loading_code(path: str, load_with: str | None, base: "Source | None") -> str:
-    """Return Python code that loads an adapter on its base model.
-
-    Args:
-        path (`str`):
-            Folder or Hub id of the adapter.
-        load_with (`str`, *optional*):
-            Class of transformers that loads the base model.
-        base ([`Source`], *optional*):
-            The base model. Only one on the Hub is loaded by the code.
-    """
+    """Return Python code that loads an adapter on its base model; the code loads a base model from the Hub as well."""
     lines = ["from peft import PeftModel", "", "# base_model: the model that the adapter was trained on"]
     if base is not None and base["on_hub"] and load_with is not None:
         revision = "" if base["revision"] is None else f", revision={python(base['revision'])}"

@@ -66,10 +66,8 @@ class RecordedCard(Card):
     """Common part of the cards of a trajectory and of a checkpoint, JSON values only.
 
     Args:
-        base_model ([`Source`], *optional*):
-            Model that the training started from.
-        datasets (`list[Source]`):
-            Source data.
+        base_model, datasets, picture:
+            See [`About`].
         schedule (`dict`, *optional*):
             Fields of the [`ForgettingSchedule`].
         states (`list[dict]`):
@@ -86,8 +84,6 @@ class RecordedCard(Card):
             Library versions.
         record_arguments (`dict`, *optional*):
             Arguments of `know-hf record` that differ from the defaults.
-        picture (`str`, *optional*):
-            File of the forgetting curve.
     """
 
     base_model: Source | None
@@ -158,15 +154,7 @@ class RecordedCard(Card):
 
 
 def recorded_fields(trajectory: WeightTrajectory, about: About, kind: str) -> dict[str, Any]:
-    """Return the fields of a [`RecordedCard`].
-
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            Trajectory with at least one state.
-        about ([`About`]):
-            What its files do not say.
-        kind (`str`):
-            Subject of the card, for its title.
+    """Return the fields of a [`RecordedCard`]; `kind` is the subject of the card, for its title.
 
     Raises:
         `ValueError`: For an invalid Hub id.

@@ -88,26 +88,12 @@ class ComparisonReport:
     """A finished comparison of arms. `str` gives tables and verdicts.
 
     Attributes:
-        name, description (`str`):
-            Of the suite.
-        task (`Mapping`):
-            What was compared on, JSON values only.
-        seeds (`tuple[int, ...]`):
-            Trajectory seeds.
-        draws (`int`):
-            Downstream draws per trajectory.
-        trials_per_rate (`int`):
-            Tuning trials per arm at each learning rate of a grid.
-        arms, protocols (`Mapping[str, Mapping]`):
+        protocols (`Mapping[str, Mapping]`):
             Entries of `report.json`, the most important protocol first.
         measures (`tuple[Measure, ...]`):
             What is measured. The first selects the trials.
-        cells, trajectories (`tuple[Mapping, ...]`):
-            Entries of `report.json`.
-        landscape (`Mapping`, *optional*):
-            Entry of `report.json`.
-        command (`str`, *optional*):
-            Command that reproduces the comparison.
+        name, description, task, seeds, draws, trials_per_rate, arms, cells, trajectories, landscape, command:
+            As in `report.json`.
     """
 
     name: str

@@ -27,18 +27,7 @@ ROLES = ("method", "control", "reference")
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure with its texts.
-
-    Attributes:
-        name (`str`):
-            File name without suffix.
-        figure (`matplotlib.figure.Figure`):
-            The figure.
-        alternative (`str`):
-            Text for those who cannot see it.
-        caption (`str`):
-            How to read it.
-    """
+    """A figure with its file name (without suffix), alternative text and caption."""
 
     name: str
     figure: "Figure"

@@ -29,35 +29,16 @@ _FIGURE = Markup(
 
 @dataclass(frozen=True)
 class ReportSection:
-    """One section of a report.
-
-    Attributes:
-        title (`str`):
-            Heading.
-        body (`str`):
-            Markdown below the heading.
-        status (`str`, *optional*, defaults to `"unknown"`):
-            `"valid"`, `"invalid"` or `"unknown"`: the colour of its block quotes.
-        is_folded (`bool`, *optional*, defaults to `False`):
-            Whether the page shows only the title at first.
-    """
+    """A heading with the Markdown below it. A folded section shows only its heading at first."""
 
     title: str
     body: str
-    status: str = "unknown"
+    status: str = "unknown"  # "valid", "invalid" or "unknown": the colour of block quotes
     is_folded: bool = False
 
 
 def html_page(header: ReportSection, sections: Sequence[ReportSection], figures: Mapping[str, ReportFigure]) -> str:
-    """Render a report as one HTML file.
-
-    Args:
-        header ([`ReportSection`]):
-            Title of the page and the text above the table of contents.
-        sections (sequence of [`ReportSection`]):
-            The other sections.
-        figures (`Mapping[str, ReportFigure]`):
-            From the path of an image in the Markdown to the figure.
+    """Render a report as one HTML file. `figures` maps the path of an image in the Markdown to its figure.
 
     Raises:
         `ImportError`: If markdown-it-py is not installed.

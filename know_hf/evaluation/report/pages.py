@@ -36,14 +36,7 @@ _REQUIRED = (
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """Files of a report.
-
-    Attributes:
-        html, markdown (`Path`):
-            The report in both formats.
-        figures (`tuple[Path, ...]`):
-            SVG files that the Markdown shows.
-    """
+    """Paths of the report in both formats and of the SVG files that the Markdown shows."""
 
     html: Path
     markdown: Path

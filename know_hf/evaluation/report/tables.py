@@ -19,18 +19,7 @@ _EDGE_TOLERANCE = 0.25  # of the draws, beyond chance
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table of text.
-
-    Attributes:
-        caption (`str`):
-            What the table shows.
-        head (`Sequence[str]`):
-            Column names.
-        rows (`Sequence[Sequence[str]]`):
-            Cells. The first cell names the row.
-        marked (`frozenset[str]`):
-            Names of the rows in bold.
-    """
+    """A table of text. The first cell names its row; the rows in `marked` are bold."""
 
     caption: str
     head: Sequence[str]
@@ -62,11 +51,7 @@ def verdict(report: Report) -> str:
 
 
 def validity(report: Report) -> tuple[str, str, str]:
-    """Return the outcome of the positive control in the first result.
-
-    Returns:
-        `tuple[str, str, str]`: `"valid"`, `"invalid"` or `"unknown"`; a few words; the sentence with the reason.
-    """
+    """Return the positive control of the first result: `"valid"`, `"invalid"` or `"unknown"`, words and a sentence."""
     if not report["results"]:
         return "unknown", "Positive control not run", "The report has no result."
     first = report["results"][0]
