@@ -20,7 +20,8 @@ from know_hf.cli import main
 from know_hf.evaluation import batches, load_suite, run_suite
 from know_hf.evaluation.suites import SUITES_DIR, Suite
 from know_hf.evaluation.suites.small_cnn import SmallCNN, SmallCNNConfig
-from know_hf.evaluation.suites.suite_data import Inputs, Side, class_turns, prepare
+from know_hf.evaluation.suites.suite_data import Inputs, Side, class_turns, digits_in_frames, prepare
+from know_hf.evaluation.suites.suite_model import ModelSpec
 from know_hf.evaluation.suites.suite_task import SuiteTask
 
 ROOT = Path(__file__).parents[1]
@@ -175,10 +176,10 @@ def labelled(tmp_path):
     return write
 
 
-def text_task(texts, data, unseen, **options):
+def text_task(texts, data, unseen=None, model=None, **options):
     side = {"dataset": "someone/texts", "train": 4, "validation": 2, "unseen": unseen, **options}
     paths = {"dataset_paths": {"someone/texts": data}, "model_paths": {"someone/bert": str(texts / "bert")}}
-    model = {"pretrained": "someone/bert"}
+    model = model or {"pretrained": "someone/bert"}
     return make_task(inputs={"max_length": 4}, source=side, target=side, model=model, **paths)
 
 
@@ -203,6 +204,31 @@ def test_splits_with_other_classes_are_errors(texts, labelled, unseen, message):
     data = labelled(train=[0, 1, 2] * 6, test=unseen)
     with pytest.raises(ValueError, match=message):
         text_task(texts, data, "test").comparison_task()
+
+
+def test_new_keeps_the_architecture_but_not_the_weights(texts, labelled):
+    data = labelled(train=[0, 1] * 10)
+    pretrained = text_task(texts, data)
+    new = text_task(texts, data, model={"pretrained": "someone/bert", "new": True})
+    models = [task.start(1) for task in (pretrained, new)]
+    assert models[0].config.hidden_size == models[1].config.hidden_size == 16
+    weights = [model.bert.embeddings.word_embeddings.weight for model in models]
+    assert not torch.equal(*weights)
+    task = new.comparison_task()
+    assert task.pretrained_model is None and task.facts["pretrained"] is None
+
+
+def test_texts_without_a_tokenizer_are_an_error(texts, labelled):
+    task = text_task(texts, labelled(train=[0, 1] * 10), model={"class_name": "BertForSequenceClassification"})
+    with pytest.raises(ValueError, match=r"model\.pretrained"):
+        task.comparison_task()
+
+
+def test_all_shards_identify_pretrained_weights(texts, tmp_path):
+    BertModel.from_pretrained(texts / "bert").save_pretrained(tmp_path, max_shard_size="2KB")
+    hashes = ModelSpec(pretrained="someone/bert").weights_hash(str(tmp_path)).split(",")
+    assert len(hashes) == len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert ModelSpec(class_name="SmallCNN").weights_hash(None) is None
 
 
 def test_the_task_of_a_suite_is_picklable():
@@ -243,6 +269,12 @@ def test_errors_are_raised_before_any_training(changes, message):
     task = make_task(**changes)
     with pytest.raises(ValueError, match=message):
         task.comparison_task()
+
+
+def test_digits_keep_their_pixels_in_a_larger_frame():
+    (small, labels), (large, same_labels) = (digits_in_frames(size) for size in (8, 16))
+    assert large.shape == (1797, 1, 16, 16) and np.array_equal(labels, same_labels)
+    np.testing.assert_allclose(small.sum(axis=(1, 2, 3)), large.sum(axis=(1, 2, 3)), rtol=1e-5)
 
 
 def test_classes_take_turns():
