@@ -26,7 +26,7 @@ schedule: {ratio: 0.5, num_states: 5}
 training: {num_train_epochs: 2, per_device_train_batch_size: 4, learning_rate: 0.003, use_cpu: true}
 protocols:
   - {kind: fine_tuning, labels_per_class: 2, learning_rates: [0.001, 0.01], steps: 3, head_steps: 5}
-  - {kind: as_they_are}
+  - {kind: zero_shot}
 arms: [naive]
 """
 

@@ -39,7 +39,7 @@ schedule: {ratio: 0.25, num_states: 3}
 training: {num_train_epochs: 8, per_device_train_batch_size: 2, learning_rate: 0.003, use_cpu: true}
 trials_per_rate: 1
 protocols:
-  - {kind: as_they_are}
+  - {kind: zero_shot}
   - {kind: linear_probe, learning_rates: [0.03, 0.1, 0.3], steps: 60}
 arms: [naive, random, oracle, shuffled]
 """

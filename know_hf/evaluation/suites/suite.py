@@ -28,13 +28,13 @@ from ...schedule import ForgettingSchedule
 from ..arms import Arm, make_arm
 from ..landscape import Landscape
 from ..linear_probe import LinearProbe
-from ..protocols import AsTheyAre, FineTuning
+from ..protocols import FineTuning, ZeroShot
 from .suite_data import Inputs, Side
 from .suite_model import ModelSpec
 
 SUITES_DIR = Path(__file__).parent
 
-_PROTOCOLS = {"fine_tuning": FineTuning, "linear_probe": LinearProbe, "as_they_are": AsTheyAre}
+_PROTOCOLS = {"fine_tuning": FineTuning, "linear_probe": LinearProbe, "zero_shot": ZeroShot}
 _PARTS: dict[str, type] = {
     "inputs": Inputs,
     "source": Side,
@@ -60,6 +60,11 @@ def _check_training(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
+def _kind(content: Any) -> str | None:
+    kind = content.get("kind") if isinstance(content, Mapping) else None
+    return "zero_shot" if kind == "as_they_are" else kind  # its name in 0.1
+
+
 def _without_kind(content: Any) -> Any:
     # the output of a validator is Python, where strict pydantic takes no list for a tuple
     return {key: tuple(v) if isinstance(v, list) else v for key, v in content.items() if key != "kind"}
@@ -68,9 +73,9 @@ def _without_kind(content: Any) -> Any:
 ProtocolEntry = Annotated[
     Annotated[FineTuning, BeforeValidator(_without_kind), Tag("fine_tuning")]
     | Annotated[LinearProbe, BeforeValidator(_without_kind), Tag("linear_probe")]
-    | Annotated[AsTheyAre, BeforeValidator(_without_kind), Tag("as_they_are")],
+    | Annotated[ZeroShot, BeforeValidator(_without_kind), Tag("zero_shot")],
     Discriminator(
-        lambda content: content.get("kind") if isinstance(content, Mapping) else None,
+        _kind,
         custom_error_type="protocol_kind",
         custom_error_message=f"kind must be one of {', '.join(_PROTOCOLS)}",
     ),
