@@ -7,62 +7,67 @@ from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from jobs import result
+from jobs import RECIPE_NAME, Job
 from space import SPLITS, Space
+
+from know_hf.markdown import table
 
 INDEX_NAME, SPACE_NAME, CARD_NAME = "index.jsonl", "space.yaml", "README.md"
 _TITLE = "Trajectories of structured forgetting"
 
 
-def write_index(space: Space, space_file: Path, output_dir: Path) -> list[dict[str, Any]]:
-    """Write index, card and space of the finished trajectories atomically; return the index.
+def write_index(job: Job, space: Space, space_file: Path) -> list[dict[str, Any]]:
+    """
+    Write index, card and space of the finished trajectories atomically, even if several processes call this.
 
     Args:
+        job ([`Job`]):
+            Job of the collection.
         space ([`Space`]):
-            The space of the collection.
+            Space of the collection.
         space_file (`Path`):
-            Its YAML file.
-        output_dir (`Path`):
-            Folder of the collection; several processes may call this at the same time.
+            YAML file of the space.
+
+    Returns:
+        `list[dict[str, Any]]`: Rows of the index.
     """
     rows = []
-    for recipe in space.recipes():
-        ended = result(output_dir, recipe.name)
-        if ended is not None and ended["status"] == "finished":
-            rows.append(
-                _row(json.loads((output_dir / recipe.name / "recipe.json").read_text(encoding="utf-8")), ended)
-            )
-    with FileLock(output_dir / ".locks" / "index.lock"):
-        _replace(output_dir / SPACE_NAME, space_file.read_text(encoding="utf-8"))
-        _replace(output_dir / CARD_NAME, _card(space, rows))
-        _replace(output_dir / INDEX_NAME, "".join(json.dumps(row) + "\n" for row in rows))
+    for recipe in job.recipes:
+        result = job.result(recipe)
+        if result is not None and result["status"] == "finished":
+            rows.append(_row(json.loads((job.folder(recipe) / RECIPE_NAME).read_text(encoding="utf-8")), result))
+    with FileLock(job.output_dir / ".locks" / "index.lock"):
+        _write(job.output_dir / SPACE_NAME, space_file.read_text(encoding="utf-8"))
+        _write(job.output_dir / CARD_NAME, _card(space, rows))
+        _write(job.output_dir / INDEX_NAME, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
 def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Return a table of trajectories per split and accuracies of the first and last state."""
-    table = [["architecture", "dataset", *SPLITS, "Θ0", f"Θ{rows[0]['num_states'] - 1}" if rows else "last"]]
+    lines = [["architecture", "dataset", *SPLITS, "Θ0", f"Θ{rows[0]['num_states'] - 1}" if rows else "last"]]
     for key in dict.fromkeys((row["architecture"], row["dataset"]) for row in rows):
-        chosen = [row for row in rows if (row["architecture"], row["dataset"]) == key]
-        counts = Counter(row["split"] for row in chosen)
+        group = [row for row in rows if (row["architecture"], row["dataset"]) == key]
+        counts = Counter(row["split"] for row in group)
         columns = [str(counts[split] or "") for split in SPLITS]
         for state in (0, -1):
-            values = [row["eval_accuracy"][state] for row in chosen]
+            values = [row["eval_accuracy"][state] for row in group]
             columns.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-        table.append([*key, *columns])
-    return table
+        lines.append([*key, *columns])
+    return lines
 
 
 def push(output_dir: Path, rows: list[dict[str, Any]], repo_id: str, private: bool) -> str:
-    """Push index, card and finished trajectories as one dataset repo; resumes an interrupted push.
+    """
+    Push index, card and finished trajectories as one dataset repo; resumes an interrupted push.
 
     Args:
         output_dir (`Path`):
             Folder of the collection.
         rows (`list[dict]`):
-            Its index.
+            Rows of the index.
         repo_id (`str`):
-            The dataset repo, created if missing.
+            Id of the dataset repo, created if missing.
         private (`bool`):
             Whether a new repo is private.
 
@@ -82,7 +87,7 @@ def push(output_dir: Path, rows: list[dict[str, Any]], repo_id: str, private: bo
     return str(commit.commit_url)
 
 
-def _row(recipe: dict[str, Any], ended: dict[str, Any]) -> dict[str, Any]:
+def _row(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """Return a flat row; values that differ between architectures are JSON, so that all rows have the same columns."""
     arguments, schedule = recipe["training_arguments"], recipe["schedule"]
     trained = "all" if recipe["num_trained_parameters"] == recipe["num_parameters"] else "part"
@@ -112,7 +117,7 @@ def _row(recipe: dict[str, Any], ended: dict[str, Any]) -> dict[str, Any]:
         "ratio": schedule["ratio"],
         "num_states": schedule["num_states"],
         "seed": recipe["seed"],
-        **{key: value for key, value in ended.items() if key != "status"},
+        **{key: value for key, value in result.items() if key != "status"},
     }
 
 
@@ -125,14 +130,13 @@ def _card(space: Space, rows: list[dict[str, Any]]) -> str:
         source_datasets=sorted({row["dataset_path"] for row in rows}) or None,
         configs=[{"config_name": "default", "data_files": [{"split": "trajectories", "path": INDEX_NAME}]}],
     )
-    header, *body = summary(rows)
     held_out = space.held_out
     card = DatasetCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("card.md.jinja")),
         title=_TITLE,
         count=len(rows),
-        table="\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body]),
+        table=table(summary(rows)),
         every="none" if held_out.every is None else f"every {held_out.every}th draw",
         architectures=", ".join(held_out.architectures) or "none",
         datasets=", ".join(held_out.datasets) or "none",
@@ -140,7 +144,7 @@ def _card(space: Space, rows: list[dict[str, Any]]) -> str:
     return str(card)
 
 
-def _replace(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -1,22 +1,24 @@
-"""The job that workers share, and the result of a trajectory."""
+"""Job that workers share, and the result of a trajectory."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from space import Recipe
 
-RESULT_NAME = "result.json"
+RECIPE_NAME, RESULT_NAME = "recipe.json", "result.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs; pickled.
+    """
+    Recipes of a collection and the paths of their data; pickled for each worker.
 
-    Args:
+    Attributes:
         recipes (`list[Recipe]`):
             All recipes of the collection.
-        sources (`dict`):
+        sources (`dict[str, dict[str, str]]`):
             Path, columns and splits of each dataset, by its name in the space.
         models (`dict[str, str]`):
             Local folders of pretrained models, by Hub id.
@@ -29,8 +31,24 @@ class Job:
     models: dict[str, str]
     output_dir: Path
 
+    @property
+    def cache(self) -> Path:
+        """Folder of prepared data, shared by all processes."""
+        return self.output_dir / ".cache"
 
-def result(output_dir: Path, name: str) -> dict[str, object] | None:
-    """Return the result of a trajectory, whose `"status"` is `"finished"` or `"failed"`; `None` if it has none yet."""
-    path = output_dir / name / RESULT_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    def folder(self, recipe: Recipe) -> Path:
+        return self.output_dir / recipe.name
+
+    def model_path(self, recipe: Recipe) -> str | None:
+        """Return the folder or Hub id of the pretrained model."""
+        return self.models.get(recipe.pretrained, recipe.pretrained)
+
+    def result(self, recipe: Recipe) -> dict[str, Any] | None:
+        """Return the result, whose `status` is `"finished"` or `"failed"`, or `None` if the recipe is not done."""
+        path = self.folder(recipe) / RESULT_NAME
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def error(self, recipe: Recipe) -> str | None:
+        """Return the error of a failed recipe."""
+        result = self.result(recipe)
+        return result["error"] if result is not None and result["status"] == "failed" else None

@@ -11,7 +11,8 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 @strict
 class SmallConfig(PreTrainedConfig):
-    r"""Base of the configs.
+    r"""
+    Base class of the configs.
 
     Args:
         image_size (`int`, *optional*, defaults to `28`):
@@ -26,20 +27,26 @@ class SmallConfig(PreTrainedConfig):
     def validate_image_size(self) -> None:
         """Check that three halvings leave at least one pixel."""
         if self.image_size < 8:
-            raise ValueError(f"image_size={self.image_size}: three halvings need at least 8 pixels")
+            raise ValueError(f"image_size must be at least 8 to be halved three times, got {self.image_size}")
 
 
 class SmallModel(PreTrainedModel):
-    """Base of the models: `features` and a linear `classifier`."""
+    """Base class of the models: `features` and a linear `classifier`."""
 
     base_model_prefix = "features"
     main_input_name = "pixel_values"
     features: nn.Module
     classifier: nn.Module
 
+    def _finish(self, layers: list[nn.Module], channels: int, pool: bool = True) -> None:
+        pooling = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if pool else []
+        self.features = nn.Sequential(*layers, *pooling)
+        self.classifier = nn.Linear(channels, self.config.num_labels)
+        self.post_init()
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d | nn.Linear):
-            # a depthwise kernel has nine inputs: with fan_in its weights would be too large to move
+            # A depthwise kernel has nine inputs: with fan_in, its weights would be too large to change.
             depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
             init.kaiming_normal_(module.weight, mode="fan_out" if depthwise else "fan_in", nonlinearity="relu")
             if module.bias is not None:
@@ -85,9 +92,8 @@ class SmallCNN(SmallModel):
                 layers.append(nn.BatchNorm2d(width))
             layers += [nn.ReLU(), nn.MaxPool2d(2)]
             channels, size = width, size // 2
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, channels), nn.ReLU())
-        self.classifier = nn.Linear(channels, config.num_labels)
-        self.post_init()
+        layers += [nn.Flatten(), nn.Linear(channels * size**2, channels), nn.ReLU()]
+        self._finish(layers, channels, pool=False)
 
 
 @strict
@@ -110,7 +116,7 @@ class SmallDenseNetConfig(SmallConfig):
 
 
 class SmallDenseNet(SmallModel):
-    """DenseNet (arXiv 1608.06993): layers see the outputs of all previous ones; blocks are halved in between."""
+    """DenseNet (arXiv 1608.06993): each layer sees all previous outputs; images are halved between blocks."""
 
     config_class = SmallDenseNetConfig
 
@@ -125,9 +131,7 @@ class SmallDenseNet(SmallModel):
             for _ in range(depth):
                 layers.append(_DenseLayer(channels, config.growth, config.batch_norm))
                 channels += config.growth
-        self.features = nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.classifier = nn.Linear(channels, config.num_labels)
-        self.post_init()
+        self._finish([*layers, nn.ReLU()], channels)
 
 
 class _DenseLayer(nn.Module):
@@ -154,8 +158,8 @@ class SmallMobileNetConfig(SmallConfig):
         depths (`list[int]`, *optional*, defaults to `[1, 2, 2]`):
             Blocks of each stage.
         expansion (`int`, *optional*, defaults to `1`):
-            With 1 each block is a depthwise separable convolution (MobileNet, arXiv 1704.04861), with more an inverted
-            residual that widens its channels so many times (MobileNetV2, arXiv 1801.04381).
+            With 1, each block is a depthwise separable convolution (MobileNet, arXiv 1704.04861). With more, it is an
+            inverted residual that multiplies its channels by this factor (MobileNetV2, arXiv 1801.04381).
     """
 
     model_type = "small_mobilenet"
@@ -179,9 +183,7 @@ class SmallMobileNet(SmallModel):
                 out = config.width * 2**stage
                 layers.append(_MobileBlock(channels, out, 2 if stage and not block else 1, config.expansion))
                 channels = out
-        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.classifier = nn.Linear(channels, config.num_labels)
-        self.post_init()
+        self._finish(layers, channels)
 
 
 class _MobileBlock(nn.Module):

@@ -10,7 +10,7 @@ import models
 import torch
 import transformers
 from examples import accuracy, arg_max, load_examples
-from jobs import RESULT_NAME
+from jobs import RECIPE_NAME, RESULT_NAME, Job
 from space import Recipe
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
@@ -18,42 +18,31 @@ from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
 from know_hf.checkpoint import write_json
 from know_hf.trajectory.summary import displacement
 
-RECIPE_NAME = "recipe.json"
 
-
-def record_one(recipe: Recipe, source: dict[str, str], local_models: dict[str, str], output_dir: Path) -> None:
-    """Record one trajectory, or the rest of it. The caller holds its lock.
-
-    Args:
-        recipe ([`Recipe`]):
-            The draw.
-        source (`dict[str, str]`):
-            Dataset, see [`load_examples`].
-        local_models (`dict[str, str]`):
-            Local folders of pretrained models, by Hub id.
-        output_dir (`Path`):
-            Folder of the collection.
+def record_one(job: Job, recipe: Recipe) -> None:
+    """
+    Record one trajectory, or the rest of it. The caller holds its lock.
 
     Raises:
-        `ValueError`: if data or architecture do not fit the recipe, the folder contains a recording of other data, or
-            the training diverged.
+        `ValueError`: If data or architecture do not fit the recipe, the folder was recorded from other data, or the
+        training diverged.
     """
-    begun = time.perf_counter()
-    folder = output_dir / recipe.name
+    start = time.perf_counter()
+    folder = job.folder(recipe)
     folder.mkdir(exist_ok=True)
-    data = load_examples(recipe, source, local_models, output_dir / ".cache")
+    data = load_examples(job, recipe)
     fingerprint = data.train.fingerprint
     _check_same_data(folder / RECIPE_NAME, fingerprint)
     set_seed(recipe.seed)
-    model = make_model(recipe, data.num_labels, data.tokenizer, local_models)
+    model = make_model(job, recipe, data.num_labels, data.tokenizer)
     parameters = list(model.parameters())
-    found = {
+    properties = {
         "num_labels": data.num_labels,
         "num_parameters": sum(parameter.numel() for parameter in parameters),
         "num_trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "data_fingerprint": fingerprint,
     }
-    write_json(folder / RECIPE_NAME, {**recipe.to_dict(), **found})
+    write_json(folder / RECIPE_NAME, {**recipe.to_dict(), **properties})
     with TemporaryDirectory() as scratch:
         trainer = Trainer(
             model,
@@ -79,14 +68,16 @@ def record_one(recipe: Recipe, source: dict[str, str], local_models: dict[str, s
         )
         trainer.remove_callback(PrinterCallback)
         trajectory = induce_forgetting(trainer, ForgettingSchedule(**recipe.schedule), folder, start="train")
-    write_json(folder / RESULT_NAME, {"status": "finished", **_curves(trajectory), "seconds": _since(begun)})
+    seconds = round(time.perf_counter() - start, 1)
+    write_json(folder / RESULT_NAME, {"status": "finished", **_curves(trajectory), "seconds": seconds})
 
 
-def make_model(recipe: Recipe, num_labels: int, tokenizer: Any, local_models: dict[str, str]) -> torch.nn.Module:
-    """Return the untrained model of a recipe. Seed before: new weights are random.
+def make_model(job: Job, recipe: Recipe, num_labels: int, tokenizer: Any) -> torch.nn.Module:
+    """
+    Create the untrained model of a recipe. New weights are random: call `set_seed` first.
 
     Raises:
-        `ValueError`: if the class does not exist, or `freeze` matches no parameter.
+        `ValueError`: If the class does not exist, or `freeze` matches no parameter.
     """
     model_class = getattr(models, recipe.model_class, None) or getattr(transformers, recipe.model_class, None)
     if model_class is None:
@@ -96,22 +87,21 @@ def make_model(recipe: Recipe, num_labels: int, tokenizer: Any, local_models: di
     options = {**recipe.model_config, "num_labels": num_labels}
     model: PreTrainedModel
     if recipe.pretrained is not None:
-        model = model_class.from_pretrained(local_models.get(recipe.pretrained, recipe.pretrained), **options)
-        # publish the Hub id, not the local folder
+        model = model_class.from_pretrained(job.model_path(recipe), **options)
+        # Publish the Hub id, not the local folder.
         model.name_or_path = model.config.name_or_path = recipe.pretrained
     else:
         if tokenizer is None:
             options |= {"image_size": recipe.inputs["image_size"], "num_channels": recipe.inputs["image_channels"]}
         else:
-            names = ("pad_token_id", "bos_token_id", "eos_token_id")
-            values = (tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
-            options |= {"vocab_size": len(tokenizer), **dict(zip(names, values, strict=True))}
+            options |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+            options |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
             options |= {"max_position_embeddings": recipe.inputs["max_length"], "use_cache": False}
         model = model_class(model_class.config_class(**options))
-    for beginning in recipe.freeze:
-        frozen = [parameter for name, parameter in model.named_parameters() if name.startswith(beginning)]
+    for prefix in recipe.freeze:
+        frozen = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
         if not frozen:
-            raise ValueError(f"architecture {recipe.architecture!r}: no parameter starts with freeze={beginning!r}")
+            raise ValueError(f"architecture {recipe.architecture!r}: no parameter starts with freeze={prefix!r}")
         for parameter in frozen:
             parameter.requires_grad_(False)
     if recipe.lora is None:
@@ -124,13 +114,13 @@ def make_model(recipe: Recipe, num_labels: int, tokenizer: Any, local_models: di
 def _check_same_data(path: Path, fingerprint: str) -> None:
     if path.exists() and (recorded := json.loads(path.read_text())["data_fingerprint"]) != fingerprint:
         raise ValueError(
-            f"{path.parent} was recorded from other data (fingerprint {recorded}, now {fingerprint}); give the same"
-            " dataset or delete the folder"
+            f"{path.parent} was recorded from other data (fingerprint {recorded}, now {fingerprint}); use the same"
+            " dataset, or delete the folder"
         )
 
 
 def _curves(trajectory: WeightTrajectory) -> dict[str, list[float]]:
-    """What the states say, full data first."""
+    """Return lists over the states, full data first."""
     states = trajectory.states
     return {
         "state_examples": [state.num_examples for state in states],
@@ -139,7 +129,3 @@ def _curves(trajectory: WeightTrajectory) -> dict[str, list[float]]:
         "eval_loss": [state.metrics["eval_loss"] for state in states],
         "displacement": [displacement(trajectory, state.index) for state in states],
     }
-
-
-def _since(begun: float) -> float:
-    return round(time.perf_counter() - begun, 1)

@@ -1,18 +1,17 @@
-"""The space of trajectories: a YAML file and what is drawn from it. Needs only PyYAML.
+"""The space of trajectories, a YAML file, and the recipes that are drawn from it. Does not import torch.
 
-All draws precede all trainings: the same file gives the same recipes on every machine.
+All recipes are drawn before any training. The same file gives the same recipes on every machine.
 """
 
 import json
 import math
 import random
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from know_hf.config_files import nearest, parse_yaml, read_numbers
 
 FORMAT_VERSION = "2.0"
 TRAIN, TRAJECTORY, ARCHITECTURE, DATASET = SPLITS = (
@@ -22,28 +21,19 @@ TRAIN, TRAJECTORY, ARCHITECTURE, DATASET = SPLITS = (
     "held_out_dataset",
 )
 
-_COLUMNS = {"label", "train", "eval"}
-_TRAINING = {
-    "inputs",
-    "num_examples",
-    "num_examples_limit",
-    "num_eval_examples",
-    "min_steps",
-    "schedule",
-    "training_arguments",
-    "optimizers",
-}
+_TRAINING = "inputs num_examples num_examples_limit num_eval_examples min_steps schedule training_arguments optimizers"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The draw of one trajectory, `recipe.json` in its folder.
+    """
+    Recipe of one trajectory, stored as `recipe.json` in its folder.
 
-    Args:
+    Attributes:
         name (`str`):
-            Its folder, `<architecture>-<dataset>-<draw>`.
+            Name of the folder, `<architecture>-<dataset>-<draw>`.
         split (`str`):
-            One of `SPLITS`; meta-training uses `"train"` only.
+            One of `SPLITS`; meta-training trains on `"train"` only.
         draw (`int`):
             Index of the draw for its architecture and dataset.
         seed (`int`):
@@ -55,7 +45,7 @@ class Recipe:
         pretrained (`str`, *optional*):
             Hub id of the pretrained weights; random weights by default.
         model_config (`dict`):
-            Arguments of the class's config.
+            Arguments of the config.
         lora (`dict`, *optional*):
             Arguments of `peft.LoraConfig`; full fine-tuning by default.
         freeze (`list[str]`):
@@ -65,11 +55,11 @@ class Recipe:
         dataset_path (`str`):
             Hub id or folder of the dataset.
         inputs (`dict`):
-            Form of the examples.
+            Size of the images, or length of the texts.
         augmentation (`list[str]`):
             Random augmentations of the training examples.
         num_examples (`int`):
-            |D0|, sampled from the training split.
+            |D0|, the number of examples sampled from the training split.
         num_eval_examples (`int`):
             Number of evaluation examples.
         schedule (`dict`):
@@ -104,28 +94,26 @@ class Recipe:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     def check_same(self, path: Path) -> None:
-        """Raise `ValueError` if `path` is the recipe.json of another recipe."""
-        if not path.exists():
-            return
-        found = json.loads(path.read_text(encoding="utf-8"))
+        """Raise a `ValueError` if `path` exists and stores another recipe."""
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else self.to_dict()
         for key, value in self.to_dict().items():
-            if found.get(key) != value:
+            if stored.get(key) != value:
                 raise ValueError(
-                    f"{path} has {key}={found.get(key)!r}, the space now gives {value!r}; give the space it was"
-                    " recorded with or another --output-dir"
+                    f"{path} has {key}={stored.get(key)!r}, but the space gives {value!r}; use the space of the"
+                    " recording, or another --output-dir"
                 )
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What meta-training must not see: names of architectures and datasets, and every n-th draw of the rest."""
+    """Trajectories to hold out from meta-training: architectures and datasets by name, and every n-th other draw."""
 
     architectures: list[str] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
     every: int | None = None
 
     def split(self, architecture: str, dataset: str, draw: int) -> str | None:
-        """Return the split of a trajectory; `None` if it would be held out in two ways and is not recorded."""
+        """Return the split of a trajectory, or `None` if both its architecture and its dataset are held out."""
         if architecture in self.architectures:
             return None if dataset in self.datasets else ARCHITECTURE
         if dataset in self.datasets:
@@ -135,10 +123,11 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Space:
-    """A YAML file like known_base.yaml, whose comments explain each key.
+    """
+    Space of trajectories. The comments of known_base.yaml explain each key.
 
     Raises:
-        `ValueError`: if a key is missing or unknown, or a name is not defined.
+        `ValueError`: If a key is missing or unknown, or a name is not defined.
     """
 
     seed: int
@@ -150,35 +139,35 @@ class Space:
 
     @classmethod
     def from_yaml(cls, path: Path) -> "Space":
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        _check_keys(f"{path}", content, {field.name for field in fields(cls)} - {"license"}, {"license"})
-        _check_keys(f"held_out of {path}", content["held_out"], set(), {field.name for field in fields(HeldOut)})
+        content = read_numbers(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
+        _check_keys(f"{path}", content, "seed held_out training architectures datasets", "license")
+        _check_keys(f"held_out of {path}", content["held_out"], "", "architectures datasets every")
         space = cls(**{**content, "held_out": HeldOut(**content["held_out"])})
         for name, dataset in space.datasets.items():
             kind = "text" if "text" in dataset else "image"
-            _check_keys(f"dataset {name!r} of {path}", dataset, {"path", kind, *_COLUMNS}, set())
+            _check_keys(f"dataset {name!r} of {path}", dataset, f"path {kind} label train eval")
         for name, training in space.training.items():
-            _check_keys(f"training {name!r} of {path}", training, _TRAINING, {"augmentation"})
+            _check_keys(f"training {name!r} of {path}", training, _TRAINING, "augmentation")
         for name, architecture in space.architectures.items():
-            where = f"architecture {name!r} of {path}"
-            needed, further = {"training", "draws", "model_class", "config"}, {"pretrained", "lora", "freeze"}
-            _check_keys(where, architecture, needed, further)
-            _check_names(f"training of {where}", [architecture["training"]], space.training)
-            _check_names(f"draws of {where}", architecture["draws"], space.datasets)
-            is_text = "max_length" in space.training[architecture["training"]]["inputs"]
+            source = f"architecture {name!r} of {path}"
+            _check_keys(source, architecture, "training draws model_class config", "pretrained lora freeze")
+            _check_names(f"training of {source}", [architecture["training"]], space.training)
+            _check_names(f"draws of {source}", architecture["draws"], space.datasets)
+            takes_text = "max_length" in space.training[architecture["training"]]["inputs"]
             for dataset in architecture["draws"]:
-                if is_text != ("text" in space.datasets[dataset]):
-                    raise ValueError(f"{where} cannot be trained on {dataset!r}: one is text, the other images")
+                if takes_text != ("text" in space.datasets[dataset]):
+                    kinds = ("text", "images") if takes_text else ("images", "text")
+                    raise ValueError(f"{source} takes {kinds[0]}, but dataset {dataset!r} has {kinds[1]}; remove it")
         _check_names(f"held_out of {path}", space.held_out.architectures, space.architectures)
         _check_names(f"held_out of {path}", space.held_out.datasets, space.datasets)
         return space
 
     def recipes(self) -> list[Recipe]:
-        """Return all recipes, draw by draw over architectures and datasets, so that any prefix is balanced."""
-        most = max((count for a in self.architectures.values() for count in a["draws"].values()), default=0)
+        """Draw all recipes. Architectures and datasets take turns, so that any prefix is balanced."""
+        rounds = max((count for a in self.architectures.values() for count in a["draws"].values()), default=0)
         return [
             self._recipe(draw, architecture, dataset, split)
-            for draw in range(most)
+            for draw in range(rounds)
             for architecture, content in self.architectures.items()
             for dataset, count in content["draws"].items()
             if draw < count and (split := self.held_out.split(architecture, dataset, draw)) is not None
@@ -192,11 +181,11 @@ class Space:
         schedule = _draw_all(training["schedule"], f"{stream}/schedule")
         optimizer = _draw({"choice": list(training["optimizers"])}, f"{stream}/optimizer")
         arguments = {**training["training_arguments"], **training["optimizers"][optimizer]}
-        batch_sizes, least = _fitting_batch_sizes(training, schedule)
+        batch_sizes, smallest = _fitting_batch_sizes(training, schedule)
         arguments["per_device_train_batch_size"] = {"choice": batch_sizes}
         arguments = _draw_all(arguments, f"{stream}/training_arguments")
         batch_size = arguments["per_device_train_batch_size"]
-        num_examples = max(_draw(training["num_examples"], f"{stream}/num_examples"), least[batch_size])
+        num_examples = max(_draw(training["num_examples"], f"{stream}/num_examples"), smallest[batch_size])
         min_steps = _draw(training["min_steps"], f"{stream}/min_steps")
         arguments["num_train_epochs"] = math.ceil(min_steps / math.ceil(num_examples / batch_size))
         seed = int(random.Random(f"{stream}/seed").random() * 2**31)
@@ -225,25 +214,26 @@ class Space:
 
 
 def _fitting_batch_sizes(training: Mapping[str, Any], schedule: Mapping[str, Any]) -> tuple[list[int], dict[int, int]]:
-    """Return the batch sizes to draw from, and for each the smallest |D0| whose last subset holds one batch."""
-    given = training["training_arguments"]["per_device_train_batch_size"]
-    batch_sizes = sorted(given["choice"]) if isinstance(given, dict) else [given]
+    """Return the batch sizes to draw from, and for each the smallest |D0| whose last subset fills a batch."""
+    value = training["training_arguments"]["per_device_train_batch_size"]
+    batch_sizes = sorted(value["choice"]) if isinstance(value, dict) else [value]
     share = schedule["ratio"] ** (schedule["num_states"] - 1)
-    least = {batch_size: math.ceil(batch_size / share) for batch_size in batch_sizes}
-    fitting = [batch_size for batch_size in batch_sizes if least[batch_size] <= training["num_examples_limit"]]
-    return fitting or batch_sizes[:1], least
+    smallest = {batch_size: math.ceil(batch_size / share) for batch_size in batch_sizes}
+    fitting = [batch_size for batch_size in batch_sizes if smallest[batch_size] <= training["num_examples_limit"]]
+    return fitting or batch_sizes[:1], smallest
 
 
-def _check_keys(where: str, content: Mapping[str, Any], expected: set[str], optional: set[str]) -> None:
-    if missing := expected - set(content):
-        raise ValueError(f"{where} lacks the keys {sorted(missing)}; see known_base.yaml")
-    if unknown := set(content) - expected - optional:
-        raise ValueError(f"{where} has unknown keys {sorted(unknown)}; known are {sorted(expected | optional)}")
+def _check_keys(source: str, content: Mapping[str, Any], required: str, optional: str = "") -> None:
+    if missing := [key for key in required.split() if key not in content]:
+        raise ValueError(f"{source} lacks the keys {', '.join(missing)}; see known_base.yaml")
+    known = [*required.split(), *optional.split()]
+    if unknown := [key for key in content if key not in known]:
+        raise ValueError(f"{source} has the unknown key {unknown[0]!r}; {nearest(str(unknown[0]), known)}")
 
 
-def _check_names(where: str, names: Any, known: Mapping[str, Any]) -> None:
+def _check_names(source: str, names: Iterable[str], known: Mapping[str, Any]) -> None:
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{where} refers to {unknown[0]!r}; the space defines {', '.join(known)}")
+        raise ValueError(f"{source} names {unknown[0]!r}, which is not defined; {nearest(unknown[0], [*known])}")
 
 
 def _draw_all(values: Mapping[str, Any], stream: str) -> dict[str, Any]:
@@ -251,24 +241,15 @@ def _draw_all(values: Mapping[str, Any], stream: str) -> dict[str, Any]:
 
 
 def _draw(value: Any, stream: str) -> Any:
-    """Draw a value with `random()` of a text seed, which Python keeps stable."""
+    """Draw a value. Python guarantees the numbers that `random()` gives for a text seed."""
     if not isinstance(value, dict):
-        return _number(value)
-    ((kind, bounds),) = value.items()
+        return value
+    ((distribution, bounds),) = value.items()
     number = random.Random(stream).random()
-    if kind == "choice":
-        return _number(bounds[int(number * len(bounds))])
-    low, high = (_number(bound) for bound in bounds)
-    if kind == "uniform":
-        drawn = low + (high - low) * number
-    elif kind == "log_uniform":
-        drawn = low * (high / low) ** number
-    else:
-        raise ValueError(f"unknown distribution {kind!r} of {stream}; choose uniform, log_uniform or choice")
+    if distribution == "choice":
+        return bounds[int(number * len(bounds))]
+    if distribution not in ("uniform", "log_uniform"):
+        raise ValueError(f"unknown distribution {distribution!r} of {stream}; choose uniform, log_uniform or choice")
+    low, high = bounds
+    drawn = low + (high - low) * number if distribution == "uniform" else low * (high / low) ** number
     return round(drawn) if isinstance(low, int) and isinstance(high, int) else drawn
-
-
-def _number(value: Any) -> Any:
-    """Convert numbers such as 1e-5, which PyYAML (YAML 1.1) reads as text."""
-    is_number = isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE][+-]?\d+", value)
-    return float(value) if is_number else value

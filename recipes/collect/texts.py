@@ -1,4 +1,4 @@
-"""Texts: tokenised once, padded and augmented per batch."""
+"""Texts: tokenized once, padded and augmented per batch."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,27 +17,28 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from know_hf.checkpoint import atomic_folder
 
 AUGMENTATIONS = ("token_dropout",)
-_DROPPED = 0.1  # share of the tokens
+_DROPPED_SHARE = 0.1
 _ROWS = 1000
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_LONGEST_WORD = 20  # upper bound of the mean word length, to skip text that is never read
+_LONGEST_WORD = 20  # upper bound of the mean word length, to skip the rest of a long text
 
 
 class TextBatches:
-    """Turn stored tokens into `input_ids` and `attention_mask` `(B, L)`, L the longest length, with `labels`.
+    """
+    Convert stored tokens to `input_ids` and `attention_mask` `(B, L)`, L the longest length, with `labels`.
 
     Args:
         augmentation (`Sequence[str]`):
-            `"token_dropout"` replaces a tenth of the tokens by the mask (or the unknown) token; never a special one.
-            Uses torch's global random state, which the Trainer seeds.
+            `"token_dropout"` replaces a tenth of the tokens, but no special ones, by the mask token or, without one,
+            by the unknown token. Uses torch's global random state, which the Trainer seeds.
         tokenizer (`PreTrainedTokenizerBase`):
-            The tokenizer of the tokens.
+            Tokenizer of the texts.
     """
 
     def __init__(self, augmentation: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
         if unknown := set(augmentation) - set(AUGMENTATIONS):
             raise ValueError(
-                f"augmentation {sorted(unknown)} of texts is unknown; choose from {', '.join(AUGMENTATIONS)}"
+                f"unknown augmentation {sorted(unknown)} of texts; choose from {', '.join(AUGMENTATIONS)}"
             )
         self.augmentation = augmentation
         self.special = torch.tensor(tokenizer.all_special_ids)
@@ -48,7 +49,7 @@ class TextBatches:
         lengths = stored["lengths"]
         tokens = stored["input_ids"][:, : int(lengths.max())].long()
         if self.augmentation:
-            dropped = (torch.rand(tokens.shape) < _DROPPED) & ~torch.isin(tokens, self.special)
+            dropped = (torch.rand(tokens.shape) < _DROPPED_SHARE) & ~torch.isin(tokens, self.special)
             tokens = tokens.masked_fill(dropped, self.replacement)
         mask = torch.arange(tokens.shape[1]) < lengths[:, None]
         return {"input_ids": tokens, "attention_mask": mask.long(), "labels": stored["labels"]}
@@ -57,43 +58,32 @@ class TextBatches:
 def tokenize(
     split: datasets.Dataset, source: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Tensor]:
-    """All texts as `input_ids` `(N, max_length)` int32, `lengths` `(N,)` and labels `(N,)` int64.
+    """
+    Tokenize all texts of a split. `source` names its columns `text` and `label`.
 
-    Args:
-        split (`datasets.Dataset`):
-            With a text and a class a row.
-        source (`dict[str, str]`):
-            Names of the columns as `text` and `label`.
-        tokenizer (`PreTrainedTokenizerBase`):
-            The tokenizer.
-        max_length (`int`):
-            Longest text in tokens.
+    Returns:
+        `dict[str, Tensor]`: `input_ids` `(N, max_length)` int32, `lengths` `(N,)` int64 and `labels` `(N,)` int64.
     """
     tokens = torch.empty(len(split), max_length, dtype=torch.int32)
     lengths = torch.empty(len(split), dtype=torch.int64)
     for start in range(0, len(split), _ROWS):
         texts = split[start : start + _ROWS][source["text"]]
-        found = tokenizer(
-            texts,
-            truncation=True,
-            max_length=max_length,
-            padding="max_length",
-            padding_side="right",
-            return_tensors="pt",
-        )
-        tokens[start : start + _ROWS] = found["input_ids"]
-        lengths[start : start + _ROWS] = found["attention_mask"].sum(1)
+        padding = {"padding": "max_length", "padding_side": "right", "return_tensors": "pt"}
+        batch = tokenizer(texts, truncation=True, max_length=max_length, **padding)
+        tokens[start : start + _ROWS] = batch["input_ids"]
+        lengths[start : start + _ROWS] = batch["attention_mask"].sum(1)
     return {"input_ids": tokens, "lengths": lengths, "labels": torch.tensor(split[source["label"]][:])}
 
 
 def make_tokenizer(
     split: datasets.Dataset, column: str, num_words: int, max_length: int, folder: Path
 ) -> PreTrainedTokenizerBase:
-    """Return a tokenizer of the most frequent words, which is the same on every machine, unlike trained ones.
+    """
+    Create a tokenizer of the most frequent words. Unlike a trained tokenizer, it is the same on every machine.
 
     Args:
         split (`datasets.Dataset`):
-            The texts.
+            Rows with a text.
         column (`str`):
             Column of the texts.
         num_words (`int`):
@@ -101,7 +91,7 @@ def make_tokenizer(
         max_length (`int`):
             Number of words counted per text.
         folder (`Path`):
-            Folder of the tokenizer; read if it exists.
+            Folder of the tokenizer. If it exists, the tokenizer is loaded from it.
     """
     if not folder.exists():
         normalizer, words = BertNormalizer(), BertPreTokenizer()
@@ -111,8 +101,8 @@ def make_tokenizer(
                 text = normalizer.normalize_str(text[: _LONGEST_WORD * max_length])
                 counts.update(word for word, _ in words.pre_tokenize_str(text)[:max_length])
         frequent = sorted(counts, key=lambda word: (-counts[word], word))
-        known = [*_SPECIAL, *frequent][:num_words]  # no word is a special token: punctuation is cut off
-        tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(known)}, unk_token="[UNK]"))
+        vocabulary = [*_SPECIAL, *frequent][:num_words]  # no word is a special token: punctuation is split off
+        tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
         tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, words
         tokenizer.post_processor = TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[(name, _SPECIAL.index(name)) for name in ("[CLS]", "[SEP]")]

@@ -1,8 +1,8 @@
 """Processes that record a collection together, on one machine or on several that share its folder.
 
-Each process records the recipes that are neither finished nor locked. A lock file marks a trajectory in progress, and
-the operating system releases it when the process dies; `result.json` marks a finished one. Processes do not
-communicate otherwise: any number may join and leave, and an idle one continues the trajectory of a killed one.
+Each process records the recipes that are neither done nor locked. A lock file marks a trajectory in progress, and the
+operating system releases it when the process dies; `result.json` marks a recipe that is done. Processes do not
+communicate otherwise: they may start and end at any time, and an idle one continues the trajectory of a killed one.
 """
 
 import os
@@ -10,24 +10,23 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from socket import gethostname
 from threading import Thread
 
-from jobs import RESULT_NAME, Job, result
+from jobs import RESULT_NAME, Job
 from space import Recipe
 
-_MOST_DEATHS = 2  # processes that may die at a trajectory before it counts as failed
-_PATIENCE = 1.0  # seconds between two looks at the other processes
+_MAX_DEATHS = 2  # workers that may die at a trajectory before it counts as failed
+_POLL_SECONDS = 1.0
 
-# Variables of a launcher that would make a trainer wait for the other ranks.
-_OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Variables with which a launcher would make a trainer wait for the other ranks.
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
@@ -35,15 +34,16 @@ class _Worker:
     process: BaseProcess
     messages: Connection
     number: int
-    at: str | None = field(default=None)  # the trajectory it records
+    recipe: Recipe | None = None  # in progress
 
 
 def record_all(job: Job, workers: int, first_device: int, show: bool) -> None:
-    """Start workers and wait until every recipe is finished or has failed, here or elsewhere.
+    """
+    Start workers and wait until every recipe is finished or has failed, here or elsewhere.
 
     Args:
         job ([`Job`]):
-            The recipes and their data.
+            Recipes and their data.
         workers (`int`):
             Number of processes.
         first_device (`int`):
@@ -52,100 +52,81 @@ def record_all(job: Job, workers: int, first_device: int, show: bool) -> None:
             Whether to show a progress bar.
 
     Raises:
-        `RuntimeError`: if workers die before they start a trajectory, for example because a library is missing.
+        `RuntimeError`: If workers die before they start a trajectory, for example because a library is missing.
     """
     from tqdm.auto import tqdm
 
-    (job.output_dir / ".locks").mkdir(parents=True, exist_ok=True)
-    names = {recipe.name for recipe in job.recipes}
-    done = {name for name in names if result(job.output_dir, name)}
-    running = [_start(job, first_device + number) for number in range(min(workers, len(names - done)))]
-    deaths: Counter[str | None] = Counter()
-    bar = tqdm(total=len(names), initial=len(done), desc="trajectories", smoothing=0, disable=not show)
-    with bar:
+    left = [recipe for recipe in job.recipes if not job.result(recipe)]
+    running = [_start(job, first_device + number) for number in range(min(workers, len(left)))]
+    deaths: Counter[str] = Counter()
+    total = len(job.recipes)
+    with tqdm(total=total, initial=total - len(left), desc="trajectories", smoothing=0, disable=not show) as bar:
         while running:
-            wait([worker.process.sentinel for worker in running] + [w.messages for w in running], timeout=_PATIENCE)
+            wait([end for worker in running for end in (worker.process.sentinel, worker.messages)], _POLL_SECONDS)
             for worker in list(running):
-                ended = not worker.process.is_alive()  # before reading the last messages
+                is_alive = worker.process.is_alive()  # before the last messages are read
                 for problem in _read(worker):
                     bar.write(problem, sys.stderr)
-                if not ended:
-                    continue
-                running.remove(worker)
-                if worker.process.exitcode == 0:
-                    continue
-                deaths[worker.at] += 1
-                bar.write(f"a worker died with exit code {worker.process.exitcode} at {worker.at}", sys.stderr)
-                if deaths[worker.at] >= _MOST_DEATHS:
-                    if worker.at is None:
-                        _stop(running)
-                        raise RuntimeError(
-                            f"workers died before they recorded anything; see the logs in {job.output_dir / '.logs'}"
-                        )
-                    _give_up(job, worker.at, f"{_MOST_DEATHS} workers died at it (out of memory?)")
-                if not all(result(job.output_dir, name) for name in names):
-                    running.append(_start(job, worker.number))
-            new = {name for name in names - done if result(job.output_dir, name)}
-            done |= new
-            if new:
-                bar.update(len(new))
+                if not is_alive:
+                    running.remove(worker)
+                    if worker.process.exitcode and _replace(job, worker, deaths, bar.write):
+                        running.append(_start(job, worker.number))
+            bar.update(len(left) - len(left := [recipe for recipe in left if not job.result(recipe)]))
 
 
 def work(job: Job, messages: Connection, number: int) -> None:
-    """Main function of a worker process."""
-    # otherwise a worker would outlive a killed main process
+    """Run a worker process."""
+    # Otherwise a worker would outlive a killed main process.
     Thread(target=_end_with_parent, daemon=True).start()
-    _log_to(job.output_dir / ".logs" / f"{gethostname()}-{os.getpid()}.log")
-    _be_alone(number)
-    take_what_is_left(job, messages)
+    _redirect_output(job, f"{gethostname()}-{os.getpid()}.log")
+    _isolate(number)
+    record_rest(job, lambda recipe, problem: messages.send((recipe, problem)))
 
 
-def take_what_is_left(job: Job, messages: Connection) -> None:
-    """Record the recipes that are neither finished nor locked, until all are finished."""
-    others = True
-    while others:
-        others = False
+def record_rest(job: Job, send: Callable[[Recipe | None, str | None], object]) -> None:
+    """Record the recipes that are neither done nor locked, until all are done; `send` recipe and problem."""
+    waits = True
+    while waits:
+        waits = False
         for recipe in job.recipes:
-            if result(job.output_dir, recipe.name):
+            if job.result(recipe):
                 continue
-            with _claimed(job.output_dir, recipe.name) as mine:
-                if not mine:
-                    others = True
-                elif not result(job.output_dir, recipe.name):
-                    messages.send((recipe.name, None))
-                    messages.send((None, _record(job, recipe)))
-        if others:
-            time.sleep(_PATIENCE)
+            with _lock(job, recipe) as is_locked:
+                if not is_locked:
+                    waits = True
+                elif not job.result(recipe):
+                    send(recipe, None)
+                    send(None, _record(job, recipe))
+        if waits:
+            time.sleep(_POLL_SECONDS)
 
 
 def _record(job: Job, recipe: Recipe) -> str | None:
     """Record one trajectory; write and return a failure."""
     print(f"{recipe.name}: recording", flush=True)
     try:
-        source = job.sources[recipe.dataset]
         from record_one import record_one
 
-        record_one(recipe, source, job.models, job.output_dir)
+        record_one(job, recipe)
     except Exception as error:
-        _write_failure(job.output_dir, recipe.name, f"{type(error).__name__}: {error}")
+        _write_failure(job, recipe, f"{type(error).__name__}: {error}")
         return f"{recipe.name} failed\n{traceback.format_exc()}"
     print(f"{recipe.name}: finished", flush=True)
     return None
 
 
 @contextmanager
-def _claimed(output_dir: Path, name: str) -> Iterator[bool]:
-    """Lock a trajectory while the block runs; yields whether it worked."""
+def _lock(job: Job, recipe: Recipe) -> Iterator[bool]:
+    """Lock a trajectory while the block runs; yields `False` if another process has locked it."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(output_dir / ".locks" / f"{name}.lock")
+    lock = FileLock(job.output_dir / ".locks" / f"{recipe.name}.lock", timeout=0)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire()
     except Timeout:
-        yield False
-        return
+        pass
     try:
-        yield True
+        yield lock.is_locked
     finally:
         lock.release()
 
@@ -160,33 +141,35 @@ def _start(job: Job, number: int) -> _Worker:
 
 
 def _read(worker: _Worker) -> Iterator[str]:
-    """Read a worker's messages: the trajectory it records, and problems, which are yielded."""
+    """Read the messages of a worker: the recipe in progress, and problems, which are yielded."""
     try:
         while worker.messages.poll():
-            worker.at, problem = worker.messages.recv()
+            worker.recipe, problem = worker.messages.recv()
             if problem is not None:
                 yield problem
     except EOFError:
         return
 
 
-def _give_up(job: Job, name: str, why: str) -> None:
-    with _claimed(job.output_dir, name) as mine:
-        if mine and not result(job.output_dir, name):
-            _write_failure(job.output_dir, name, why)
+def _replace(job: Job, worker: _Worker, deaths: Counter[str], write: Callable[..., object]) -> bool:
+    """Report the death of a worker; return whether to start another one."""
+    name = "the start" if worker.recipe is None else worker.recipe.name
+    deaths[name] += 1
+    write(f"a worker died with exit code {worker.process.exitcode} at {name}", sys.stderr)
+    if deaths[name] >= _MAX_DEATHS:
+        if worker.recipe is None:
+            raise RuntimeError(f"workers died before they recorded anything; see {job.output_dir / '.logs'}")
+        with _lock(job, worker.recipe) as is_locked:
+            if is_locked and not job.result(worker.recipe):
+                _write_failure(job, worker.recipe, f"{_MAX_DEATHS} workers died at it (out of memory?)")
+    return not all(job.result(recipe) for recipe in job.recipes)
 
 
-def _write_failure(output_dir: Path, name: str, why: str) -> None:
+def _write_failure(job: Job, recipe: Recipe, error: str) -> None:
     from know_hf.checkpoint import write_json
 
-    (output_dir / name).mkdir(exist_ok=True)
-    write_json(output_dir / name / RESULT_NAME, {"status": "failed", "error": why})
-
-
-def _stop(workers: list[_Worker]) -> None:
-    for worker in workers:
-        worker.process.terminate()
-        worker.process.join()
+    job.folder(recipe).mkdir(exist_ok=True)
+    write_json(job.folder(recipe) / RESULT_NAME, {"status": "failed", "error": error})
 
 
 def _end_with_parent() -> None:
@@ -196,19 +179,20 @@ def _end_with_parent() -> None:
         os._exit(1)  # safe at any moment: a state counts only when it is complete
 
 
-def _log_to(path: Path) -> None:
-    """Redirect all output of this process to a file, so that the screen shows one progress bar only."""
-    path.parent.mkdir(exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _redirect_output(job: Job, name: str) -> None:
+    """Redirect all output of this process to a log, so that the terminal shows one progress bar only."""
+    logs = job.output_dir / ".logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    file = os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
 
 
-def _be_alone(number: int) -> None:
+def _isolate(number: int) -> None:
     """Restrict this process to one thread, one accelerator and one rank, before libraries are imported."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     for name in list(os.environ):
-        if name in _OF_THE_LAUNCHER or name.startswith("TORCHELASTIC_"):
+        if name in _LAUNCHER_VARIABLES or name.startswith("TORCHELASTIC_"):
             del os.environ[name]
     import torch
 

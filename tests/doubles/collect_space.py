@@ -1,7 +1,9 @@
-"""A miniature space of recipes/collect: images, texts, a pretrained model, and what the tests of it share."""
+"""A miniature space of recipes/collect: images, texts and a pretrained model, with the fixtures of its tests."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,17 +14,16 @@ import pytest
 import yaml
 from PIL import Image
 
-FOLDER = Path(__file__).parents[1] / "recipes" / "collect"
-_MODULES = ("collect", "examples", "images", "index", "models", "record_one", "space", "texts", "workers")
+FOLDER = Path(__file__).parents[2] / "recipes" / "collect"
+_MODULES = ("collect", "examples", "images", "index", "jobs", "models", "record_one", "space", "texts", "workers")
 _WORDS = ("film", "plot", "actor", "scene", "the", "a", "was", "it", "and", "long", "short", "loud")
 
 PRETRAINED = "nobody/tiny-bert"
-CONFIG = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
+WARNINGS = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # of peft
+    pytest.mark.filterwarnings("ignore:Could not find a config file in nobody/tiny-bert:UserWarning"),  # of peft
+]
+CONFIG = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 ARCHITECTURES = {
     "cnn": {
         "training": "vision",
@@ -85,38 +86,70 @@ def write_space(path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.fixture
-def collect(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as a module; its neighbours' short names are given back afterwards."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in _MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import collect
-
-    yield collect
-    for name in _MODULES:
-        sys.modules.pop(name, None)
+@pytest.fixture(scope="module")
+def collect() -> Iterator[ModuleType]:
+    """The script as a module; its neighbors are imported under their short names, and forgotten afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        for name in _MODULES:
+            patch.delitem(sys.modules, name, raising=False)
+        yield import_module("collect")
+        for name in _MODULES:
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags that lead to a dataset of bright and dark images, one of kind and unkind texts, and a tiny BERT."""
+    """Flags for a dataset of bright and dark images, one of good and bad texts, and a tiny BERT."""
     folder = tmp_path_factory.mktemp("sources")
     random = np.random.RandomState(0)
-    kind = datasets.ClassLabel(names=["low", "high"])
     for split, count in (("train", 100), ("test", 20)):
         kinds = [index % 2 for index in range(count)]
         pictures = [Image.fromarray(random.randint(0, 128, (16, 16), np.uint8) + np.uint8(127 * k)) for k in kinds]
-        features = datasets.Features({"picture": datasets.Image(), "kind": kind})
-        table = datasets.Dataset.from_dict({"picture": pictures, "kind": kinds}, features=features)
-        table.to_parquet(folder / "shapes" / f"{split}.parquet")
         texts = [" ".join([*random.choice(_WORDS, 3 + k * 12), ("bad", "good")[k]]) for k in kinds]
-        features = datasets.Features({"review": datasets.Value("string"), "kind": kind})
-        table = datasets.Dataset.from_dict({"review": texts, "kind": kinds}, features=features)
-        table.to_parquet(folder / "reviews" / f"{split}.parquet")
+        for name, column, values, feature in (
+            ("shapes", "picture", pictures, datasets.Image()),
+            ("reviews", "review", texts, datasets.Value("string")),
+        ):
+            features = datasets.Features({column: feature, "kind": datasets.ClassLabel(names=["low", "high"])})
+            table = datasets.Dataset.from_dict({column: values, "kind": kinds}, features=features)
+            table.to_parquet(folder / name / f"{split}.parquet")
     _save_tiny_bert(folder / "bert")
     data = [f"--data={name}={folder / name}" for name in ("shapes", "reviews")]
     return [*data, f"--model={PRETRAINED}={folder / 'bert'}"]
+
+
+@pytest.fixture
+def job(collect: ModuleType, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Function that creates the job of a space, as main does."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return partial(make_job, collect, sources, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def recorded(collect: ModuleType, sources: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Job of the miniature space with all of its trajectories, recorded by one process. Do not change its folder."""
+    folder = tmp_path_factory.mktemp("recorded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        job = make_job(collect, sources, folder)
+        import_module("workers").record_rest(job, lambda *message: None)
+    return job
+
+
+def make_job(collect: ModuleType, sources: list[str], folder: Path, **changes: Any) -> Any:
+    space = import_module("space").Space.from_yaml(write_space(folder / "space.yaml", **changes))
+    output = folder / "collection"
+    output.mkdir(exist_ok=True)
+    arguments = collect.make_parser().parse_args(["--output-dir", str(output), *sources])
+    data, models = collect.read_sources(space, arguments.data), collect.read_pairs("--model", arguments.model)
+    return import_module("jobs").Job(space.recipes(), data, models, output)
+
+
+def run(collect: ModuleType, job: Any, sources: list[str], *flags: str) -> int:
+    """Run the script on the folder and the space of a job."""
+    command = [f"--output-dir={job.output_dir}", f"--space={job.output_dir.parent / 'space.yaml'}", *sources, *flags]
+    return collect.main(collect.make_parser().parse_args(command))
 
 
 def _save_tiny_bert(folder: Path) -> None:

@@ -1,0 +1,122 @@
+"""recipes/collect on several processes."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from doubles.collect_space import ARCHITECTURES, CONFIG, WARNINGS, collect, job, recorded, run, sources
+
+from know_hf import WeightTrajectory
+
+__all__ = ["collect", "job", "recorded", "sources"]
+
+pytestmark = [*WARNINGS, pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")]
+FORK = multiprocessing.get_context("fork")  # a new process would spend most of its time on imports
+
+
+def test_two_ranks_share_the_work_and_a_worker_is_killed(
+    collect: ModuleType,
+    job: Callable,
+    recorded: Any,
+    sources: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """Each trajectory is finished once, with the weights that a single uninterrupted process gives."""
+    import workers
+
+    job = job(architectures={**ARCHITECTURES, "broken": {**ARCHITECTURES["cnn"], "model_class": "NoSuchNet"}})
+    record = WeightTrajectory.record
+
+    def record_or_die(trajectory: WeightTrajectory, *args: Any, **kwargs: Any) -> None:
+        if trajectory.path.name == "cnn-shapes-000" and trajectory.num_states and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        record(trajectory, *args, **kwargs)
+
+    def start(rank: int) -> None:
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not those of pytest
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        os._exit(run(collect, job, sources))
+
+    monkeypatch.setattr(WeightTrajectory, "record", record_or_die)
+    monkeypatch.setattr(workers, "get_context", lambda method: FORK)
+    ranks = [FORK.Process(target=start, args=(rank,)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    error = capfd.readouterr().err
+    assert [rank.exitcode for rank in ranks] == [1, 0], error  # rank 0 reports the broken trajectories
+    assert f"a worker died with exit code {-signal.SIGKILL} at cnn-shapes-000" in error
+    assert "failed: broken-shapes-000: ValueError: architecture 'broken'" in error
+    logs = [path.read_text() for path in (job.output_dir / ".logs").iterdir()]
+    lines = Counter(line for log in logs for line in log.splitlines() if line.endswith((": finished", ": recording")))
+    assert lines["cnn-shapes-000: recording"] == 2
+    for recipe in recorded.recipes:
+        assert lines[f"{recipe.name}: finished"] == 1
+        trajectory, reference = (WeightTrajectory(each.folder(recipe)) for each in (job, recorded))
+        trajectory.verify()
+        assert trajectory.states == reference.states  # with hashes and metrics
+
+
+def test_spawned_workers(
+    collect: ModuleType, job: Callable, sources: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    architecture = {"training": "vision", "model_class": "ViTForImageClassification", "config": CONFIG}
+    job = job(architectures={"vit": {**architecture, "draws": {"shapes": 1}}}, held_out={})
+    assert run(collect, job, sources, "--workers=3") == 1  # patches of 16 pixels do not fit
+    assert "0 of 1 trajectories finished" in capsys.readouterr().out
+    assert job.error(job.recipes[0]) is not None
+
+
+def test_trajectories_that_kill_two_workers_fail(
+    job: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import record_one
+    import workers
+
+    job = job()
+    job = workers.Job(job.recipes[:1], job.sources, job.models, job.output_dir)
+    monkeypatch.setattr(workers, "get_context", lambda method: FORK)
+    monkeypatch.setattr(record_one, "record_one", lambda job, recipe: os._exit(9))
+    workers.record_all(job, workers=3, first_device=0, show=False)
+    assert "2 workers died" in job.error(job.recipes[0])
+    assert capsys.readouterr().err.count("exit code 9 at cnn-shapes-000") == 2
+
+
+def test_failure_is_stored_once_no_other_process_has_the_lock(collect: ModuleType, tmp_path: Path) -> None:
+    import workers
+
+    recipe = SimpleNamespace(name="deadly")
+    job = workers.Job([recipe], {}, {}, tmp_path)
+    worker = workers._Worker(SimpleNamespace(exitcode=9), None, 0, recipe)
+    deaths: Counter[str] = Counter()
+    with workers._lock(job, recipe):
+        assert [workers._replace(job, worker, deaths, print) for _ in range(2)] == [True, True]
+        assert job.result(recipe) is None
+    assert not workers._replace(job, worker, deaths, print)
+    assert job.result(recipe)["status"] == "failed"
+
+
+class Unreadable:
+    name = "cnn-shapes-000"
+
+    def __reduce__(self) -> tuple:
+        return partial(os._exit, 3), ()
+
+
+def test_workers_that_cannot_start(collect: ModuleType, tmp_path: Path) -> None:
+    from workers import Job, record_all
+
+    with pytest.raises(RuntimeError, match=r"workers died before .*\.logs"):
+        record_all(Job([Unreadable()], {}, {}, tmp_path), workers=1, first_device=0, show=False)
