@@ -13,13 +13,7 @@ from .config_files import add_flags, read_flags
 from .tasks import RecordArguments
 
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Accept `--output_dir` for `--output-dir`."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        return super().parse_known_args([_dashed(arg) for arg in (sys.argv[1:] if args is None else args)], namespace)
+_TRAJECTORY: dict[str, Any] = {"metavar": "TRAJECTORY", "help": "folder with trajectory.json"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,12 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv (`Sequence[str]`, *optional*):
-            Arguments after the program name; defaults to those of the process.
+            Arguments after the program name; defaults to those of the process. `--output_dir` is `--output-dir`.
 
     Returns:
         `int`: 0, or 1 after an error, which is printed to standard error with its notes.
     """
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_args([_dashed(arg) for arg in (sys.argv[1:] if argv is None else argv)])
     try:
         args.run(args)
     except (ValueError, OSError, ImportError) as error:
@@ -45,29 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = _Parser(
-        prog="know-hf",
-        description="Record how a model forgets, predict better weights from it, and measure whether they are better.",
-    )
+    description = "Record how a model forgets, predict better weights from it, and measure whether they are better."
+    parser = argparse.ArgumentParser(prog="know-hf", description=description)
     parser.add_argument("--version", action="version", version=f"know_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add_command in (
-        _add_quickstart,
-        _add_record,
-        _add_inspect,
-        _add_merge,
-        _add_predict,
-        _add_compare,
-        _add_push,
-        _add_pull,
-    ):
-        add_command(commands)
+    for add in (_add_quickstart, _add_record, _add_inspect, _add_merge, _add_predict, _add_compare, _add_push_pull):
+        add(commands)
     return parser
 
 
 def _add_quickstart(commands: Any) -> None:
-    parser = _add_command(commands, "quickstart", _quickstart, "record, predict and compare on small images, offline")
-    add = parser.add_argument
+    add = _add_command(commands, _quickstart, "record, predict and compare on small images, offline").add_argument
     add("--output-dir", required=True, metavar="DIR", help="folder for all files")
     add("--seed", type=int, default=0, metavar="N", help="first seed of the comparison (default: 0)")
 
@@ -81,11 +63,9 @@ def _quickstart(args: argparse.Namespace) -> None:
 def _add_record(commands: Any) -> None:
     parser = _add_command(
         commands,
-        "record",
         _record,
         "fine-tune a model on smaller and smaller subsets of a dataset and record every state",
-        "Fine-tune a model on smaller and smaller subsets of a dataset and record every state. Flags override the YAML"
-        " file. A second run with the same arguments resumes at the first missing state.",
+        "Flags override the YAML file. A second run with the same arguments resumes at the first missing state.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the flags below as keys, with _ for -")
     parser.add_argument("--plan", action="store_true", help="load everything, print steps, cost and disk, and stop")
@@ -94,10 +74,9 @@ def _add_record(commands: Any) -> None:
 
 def _record(args: argparse.Namespace) -> None:
     flags = read_flags(args, RecordArguments)  # before the heavy imports: a typo is reported at once
-    if args.config is None:
-        arguments = RecordArguments.from_dict(flags, "the flags")
-    else:
-        arguments = RecordArguments.from_yaml(args.config, flags)
+    arguments = (
+        RecordArguments.from_yaml(args.config, flags) if args.config else RecordArguments.from_dict(flags, "the flags")
+    )
 
     from accelerate import PartialState
 
@@ -118,9 +97,8 @@ def _record(args: argparse.Namespace) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = _add_command(commands, "inspect", _inspect, "print states, sizes, roles and displacement of a trajectory")
-    add = parser.add_argument
-    add("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
+    add = _add_command(commands, _inspect, "print states, sizes, roles and displacement of a trajectory").add_argument
+    add("trajectory", **_TRAJECTORY)
     add("--roles", action="store_true", help="also print the role of every tensor and the reason")
 
 
@@ -137,9 +115,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _add_merge(commands: Any) -> None:
-    parser = _add_command(commands, "merge", _merge, "merge a trajectory of adapters into one of full models")
-    add = parser.add_argument
-    add("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
+    add = _add_command(commands, _merge, "merge a trajectory of adapters into one of full models").add_argument
+    add("trajectory", **_TRAJECTORY)
     add("--base-model", metavar="ID", help="Hub id or folder (default: the base model that was recorded)")
     add("--output-dir", required=True, metavar="DIR", help="folder for the new trajectory")
     add("--dtype", choices=_DTYPES, default="float32", help="dtype of the merged weights (default: float32)")
@@ -151,43 +128,28 @@ def _merge(args: argparse.Namespace) -> None:
 
     from .trajectory.merging import merge_adapters
 
-    merged = merge_adapters(
-        args.trajectory,
-        args.base_model,
-        output_dir=args.output_dir,
-        dtype=getattr(torch, args.dtype),
-        overwrite=args.overwrite,
-    )
+    options = {"output_dir": args.output_dir, "dtype": getattr(torch, args.dtype), "overwrite": args.overwrite}
+    merged = merge_adapters(args.trajectory, args.base_model, **options)
     _print(f"{merged.num_states} states merged, written to {merged.path}")
 
 
 def _add_predict(commands: Any) -> None:
     parser = _add_command(
         commands,
-        "predict",
         _predict,
         "predict weights from a trajectory and write the enhanced checkpoint",
-        "Predict weights from a recorded trajectory and write a checkpoint that from_pretrained loads. Run it with"
-        " --dry-run first to see what will be predicted and how much memory, disk and time it takes.",
+        "from_pretrained loads the checkpoint. --dry-run shows what the command will predict, and the memory, disk and"
+        " time that it needs.",
     )
     add = parser.add_argument
-    add("trajectory", metavar="TRAJECTORY", help="folder with trajectory.json")
-    add(
-        "--steps",
-        type=int,
-        default=1,
-        metavar="N",
-        help="steps to predict, each for 1/ratio times the data (default: 1)",
-    )
+    add("trajectory", **_TRAJECTORY)
+    steps = "steps to predict, each for 1/ratio times the data (default: 1)"
+    add("--steps", type=int, default=1, metavar="N", help=steps)
     add("--output-dir", required=True, metavar="DIR", help="folder for the enhanced checkpoint")
     add("--known", metavar="ID", help="folder or Hub id of KNOWN weights (default: the ones shipped with know_hf)")
     add("--predictor", metavar="NAME", help="use another predictor than KNOWN, for example average")
-    add(
-        "--predictor-options",
-        type=_json_object,
-        metavar="JSON",
-        help="options of the predictor, for example '{\"factor\": 0.9}'",
-    )
+    options = "options of the predictor, for example '{\"factor\": 0.9}'"
+    add("--predictor-options", type=_json_object, metavar="JSON", help=options)
     add("--norm", choices=("keep", "predict"), default="keep", help="norm layers (default: keep those of state 0)")
     add("--dtype", choices=_DTYPES, help="dtype of the written weights (default: the recorded dtype)")
     add("--kernel", default="auto", metavar="NAME", help="implementation of KNOWN (default: auto, the fastest)")
@@ -204,7 +166,7 @@ def _predict(args: argparse.Namespace) -> None:
         if value and not args.push_to_hub:
             raise ValueError(f"--{name.replace('_', '-')} needs --push-to-hub")
     if args.report and not Path(args.report).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--report {args.report}: folder {Path(args.report).parent} does not exist; create it")
+        raise FileNotFoundError(f"--report {args.report}: the folder of the file does not exist; create it")
 
     import torch
     from accelerate import Accelerator
@@ -237,15 +199,9 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _add_compare(commands: Any) -> None:
-    parser = _add_command(
-        commands,
-        "compare",
-        _compare,
-        "compare predicted weights with the recorded ones and with controls on a suite",
-        "Compare predicted weights with the recorded weights they come from and with controls, on the tasks of a"
-        " suite. A second run into the same folder resumes.",
-    )
-    add = parser.add_argument
+    summary = "compare predicted weights with the recorded weights and with controls on a suite"
+    resumes = "A second run with the same folder resumes."
+    add = _add_command(commands, _compare, summary, resumes).add_argument
     add("suite", metavar="SUITE", help="name of a suite, for example digits, or a YAML file")
     add("--output-dir", required=True, metavar="DIR", help="folder for results, report.json and report.html")
     add("--arms", nargs="+", metavar="ARM", help="arms to compare instead of the suite's, for example naive random")
@@ -273,27 +229,23 @@ def _compare(args: argparse.Namespace) -> None:
     _print(str(report))
 
 
-def _add_push(commands: Any) -> None:
-    parser = _add_command(commands, "push", _push, "push a checkpoint, a trajectory or KNOWN weights to the Hub")
+def _add_push_pull(commands: Any) -> None:
+    parser = _add_command(commands, _push, "push a checkpoint, a trajectory or KNOWN weights to the Hub")
     add = parser.add_argument
     add("path", metavar="PATH", help="folder to push")
     add("repo_id", metavar="ID", help="Hub repo; created if it does not exist")
     add("--message", metavar="TEXT", help="first line of the commit message")
     _add_push_flags(parser)
+    add = _add_command(commands, _pull, "pull a checkpoint, a trajectory or KNOWN weights from the Hub").add_argument
+    add("repo_id", metavar="ID", help="Hub repo")
+    add("--output-dir", required=True, metavar="DIR", help="folder to create; it appears once all files are complete")
+    add("--revision", metavar="NAME", help="branch, tag or commit (default: main)")
 
 
 def _push(args: argparse.Namespace) -> None:
     from .hub import push
 
     _print(f"pushed to {push(args.path, args.repo_id, commit_message=args.message, **_push_options(args))}")
-
-
-def _add_pull(commands: Any) -> None:
-    parser = _add_command(commands, "pull", _pull, "download a checkpoint, a trajectory or KNOWN weights from the Hub")
-    add = parser.add_argument
-    add("repo_id", metavar="ID", help="Hub repo")
-    add("--output-dir", required=True, metavar="DIR", help="folder to create; it appears once all files are complete")
-    add("--revision", metavar="NAME", help="branch, tag or commit (default: main)")
 
 
 def _pull(args: argparse.Namespace) -> None:
@@ -303,9 +255,10 @@ def _pull(args: argparse.Namespace) -> None:
 
 
 def _add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, description: str | None = None
+    commands: Any, run: Callable[[argparse.Namespace], None], summary: str, details: str = ""
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=description or f"{summary[0].upper()}{summary[1:]}.")
+    description = f"{summary[0].upper()}{summary[1:]}. {details}"
+    parser = commands.add_parser(run.__name__.lstrip("_"), help=summary, description=description)
     parser.set_defaults(run=run)
     return parser
 
@@ -324,17 +277,17 @@ def _push_options(args: argparse.Namespace) -> dict[str, Any]:
 def _pair(text: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     if not (name and value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     return name, value
 
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON ({error})") from error
+    except ValueError:
+        content = None
     if not isinstance(content, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object; write it as '{{\"factor\": 0.9}}'")
+        raise argparse.ArgumentTypeError(f"expected a JSON object such as '{{\"factor\": 0.9}}', got {text!r}")
     return content
 
 
@@ -348,7 +301,7 @@ def _print(text: str) -> None:
 
 
 def _destroy_process_group() -> None:
-    """End the process group of a launched command; the interpreter may abort if it is left open at exit."""
+    """End the process group of a launched command, because the interpreter may abort at exit if it is open."""
     if "torch" in sys.modules:
         from torch import distributed
 

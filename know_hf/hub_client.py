@@ -1,10 +1,9 @@
 """Model repos on the Hub: their files at one commit, ranges of those files, retries and hints on errors.
 
-All requests go through huggingface_hub, whose errors keep their class. It sends many requests only once (such as
-`whoami`, listings and commits) and does not compare downloaded files with their hashes. This module does both.
+All requests go through huggingface_hub, and its errors keep their class. This module retries `whoami`, listings and
+commits, which huggingface_hub sends only once, and compares downloaded files with their hashes.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -17,6 +16,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils.sha import git_hash
 from transformers.utils import logging
 
 from .checkpoint import file_sha256
@@ -32,7 +32,7 @@ _TRANSIENT = (408, *_CONFLICT, 429, 500, 502, 503, 504)
 
 
 class HubError(OSError):
-    """Raised when know_hf refuses a push or a pull, or when the Hub returns something other than was requested."""
+    """Raised when know_hf refuses a push or a pull, or when the Hub returns other data than was requested."""
 
 
 class DamagedError(HubError):
@@ -46,14 +46,6 @@ class RemoteFile:
     size: int
     blob_id: str
     sha256: str | None
-
-    def has_content_of(self, path: Path, sha256: str | None = None) -> bool:
-        """Return whether a local file, of which the SHA-256 may be given, has the same bytes."""
-        if path.stat().st_size != self.size:
-            return False
-        if self.sha256 is None:
-            return _git_blob_id(path) == self.blob_id
-        return self.sha256 == (sha256 or file_sha256(path))
 
 
 @dataclass(frozen=True)
@@ -83,8 +75,17 @@ class RemoteRepo:
         return call_hub(request, f"Could not read {repo_id}{f' at {revision!r}' if revision else ''}")
 
     def name(self, path: str) -> str:
-        """Address of a file for messages."""
+        """Return the address of a file for messages."""
         return f"hf://{self.repo_id}@{self.commit[:8]}/{path}"
+
+    def has(self, path: str, local: Path, sha256: str | None = None) -> bool:
+        """Return whether the repo has the bytes of a local file, whose SHA-256 may be given, at this path."""
+        file = self.files.get(path)
+        if file is None or local.stat().st_size != file.size:
+            return False
+        if file.sha256 is None:
+            return git_hash(local.read_bytes()) == file.blob_id
+        return file.sha256 == (sha256 or file_sha256(local))
 
     def fetch(self, path: str, token: Token = None, local_dir: Path | None = None) -> Path:
         """Download a file to the Hub cache, or to `local_dir`, and compare it with its hash."""
@@ -93,7 +94,7 @@ class RemoteRepo:
             options: dict[str, Any] = {"revision": self.commit, "token": token, "local_dir": local_dir}
             for force in (False, True):  # a file of an earlier download may be damaged
                 local = Path(hf_hub_download(self.repo_id, path, force_download=force, **options))
-                if self.files[path].has_content_of(local):
+                if self.has(path, local):
                     return local
             os.unlink(os.path.realpath(local))
             raise DamagedError(f"{self.name(path)} arrived damaged: its hash differs from the one on the Hub")
@@ -126,7 +127,7 @@ class RemoteSource:
                 if response.status_code != 206 or received != f"bytes {first}-{last}/{self.size}":
                     raise HubError(
                         f"the server returned the range {received!r} of {self.name} instead of bytes {first}-{last};"
-                        " download the repo with know_hf.hub.pull instead"
+                        " download the repo with know_hf.hub.pull"
                     )
                 for chunk in response.iter_bytes():
                     if len(chunk) > len(buffer) - filled:
@@ -141,13 +142,13 @@ class RemoteSource:
 
 
 def check_token(token: Token) -> None:
-    """Raise a `ValueError` for a token that the HTTP library would refuse and show in its error."""
+    """Raise a `ValueError` for a malformed token, which the HTTP library would print in its error."""
     if isinstance(token, str) and not (token.isascii() and token.isprintable() and token and " " not in token):
-        raise ValueError("token is empty or has characters that no token has, such as blanks; copy it again")
+        raise ValueError("token is empty or contains spaces or other invalid characters; copy it again")
 
 
 def call_hub(request: Callable[[], T], failure: str, retry: bool = True) -> T:
-    """Call the Hub, with further attempts after transient errors.
+    """Call the Hub, and retry after transient errors.
 
     Errors of huggingface_hub keep their class and get two notes: `failure` and what to do. Errors of the HTTP library
     become a `ConnectionError`.
@@ -168,7 +169,7 @@ def call_hub(request: Callable[[], T], failure: str, retry: bool = True) -> T:
 
 
 def _cause(error: Exception) -> Exception:
-    """Return the error below those that only wrap it; errors of the HTTP library become a `ConnectionError`."""
+    """Unwrap an error, and turn errors of the HTTP library into a `ConnectionError`."""
     while isinstance(error, RuntimeError | LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     if isinstance(error, HTTPError) and not isinstance(error, OSError):
@@ -186,20 +187,12 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _hint(error: Exception) -> str | None:
-    """What to do about an error whose own message does not say it."""
+    """Return what to do, unless the message of the error says it."""
     if isinstance(error, json.JSONDecodeError):
-        return "The answer is not JSON. Check HF_ENDPOINT, or run it again later."
+        return "The response is not JSON. Check HF_ENDPOINT, or run it again later."
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401:
         return "Log in with `hf auth login`, set HF_TOKEN, or pass token=."
     if status in _CONFLICT:
         return "Another commit arrived first and nothing was committed. Run it again."
     return "Run it again: transferred files are not sent again." if _is_transient(error) else None
-
-
-def _git_blob_id(path: Path) -> str:
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -73,7 +73,7 @@ def test_old_shards_are_deleted(hub: LoopbackHub, enhanced: Path) -> None:
     assert len(repo.titles()) == 3
 
 
-def test_only_checkpoint_files_are_pushed(hub: LoopbackHub, enhanced: Path, tmp_path: Path) -> None:
+def test_incomplete_or_other_folders_are_refused(hub: LoopbackHub, enhanced: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(enhanced, tmp_path / "folder")
     for name in ("pytorch_model.bin", "sub/optimizer.pt", ".cache/x.json", "model.safetensors.partial", "a.pkl"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -94,10 +94,12 @@ def test_only_checkpoint_files_are_pushed(hub: LoopbackHub, enhanced: Path, tmp_
         push(tmp_path, "me/x")
     with raises(ValueError, "KNOWN"):
         push_known(enhanced, "me/x")
+    with raises(TrajectoryError, "no complete state"):
+        push_trajectory(WeightTrajectory.create(tmp_path / "empty"), "me/t")
     assert not hub.requests
 
 
-def test_prediction_is_pushed(hub: LoopbackHub, recorded: Path, tmp_path: Path) -> None:
+def test_predictions_are_pushed(hub: LoopbackHub, recorded: Path, tmp_path: Path) -> None:
     hub.create("me/bert", {"config.json": b'{"architectures": ["BertModel"]}'})
     folder = tmp_path / "enhanced"
     predict = partial(predict_overflowed_weights, recorded, output_dir=folder)
@@ -111,9 +113,6 @@ def test_prediction_is_pushed(hub: LoopbackHub, recorded: Path, tmp_path: Path) 
     with raises(HfHubHTTPError, f"know-hf push {folder} me/y"):
         predict(steps=2, overwrite=True, push_to_hub="me/y")
     assert hub.repo("me/y").files() == {} and push(folder, "me/y")
-
-
-def test_gated_prediction_is_pushed(hub: LoopbackHub, recorded: Path, tmp_path: Path) -> None:
     gate = Gate(lambda model: [1.0 + number / 100 for number in range(12)])  # all models are equally good
     result = predict_overflowed_weights(recorded, output_dir=tmp_path / "gated", gate=gate, push_to_hub="me/gated")
     assert result.gate is not None and result.gate.is_reference
@@ -209,11 +208,6 @@ def test_interrupted_push_of_a_trajectory_resumes(hub: LoopbackHub, recorded: Pa
     WeightTrajectory(pull("me/t", tmp_path / "pulled")).verify()
 
 
-def test_trajectory_without_states(hub: LoopbackHub, tmp_path: Path) -> None:
-    with raises(TrajectoryError, "no complete state"):
-        push_trajectory(WeightTrajectory.create(tmp_path / "empty"), "me/t")
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # raised by peft
 def test_adapters_and_plain_modules(
     hub: LoopbackHub, record_states: Callable[..., WeightTrajectory], tmp_path: Path
@@ -254,22 +248,17 @@ def test_known(hub: LoopbackHub, tmp_path: Path) -> None:
     for loaded in (KNOWNModel.from_pretrained("me/known"), AutoModel.from_pretrained("me/known")):
         assert type(loaded) is KNOWNModel
         assert torch.equal(loaded(history, "fc").residual, expected(history, "fc").residual)
-    push(pull("me/known", tmp_path / "pulled"), "me/again")
-    push_known(expected, "third")
-    assert contents(tmp_path / "pulled") == hub.repo("me/again").files() == files
-    assert hub.repo("me/third").files()["model.safetensors"] == files["model.safetensors"]
-    assert b'from_pretrained("me/third")' in hub.repo("me/third").files()["README.md"]
-
-
-def test_known_without_training_checkpoints(hub: LoopbackHub, tmp_path: Path) -> None:
-    folder = shutil.copytree(SHIPPED_KNOWN, tmp_path / "known-base")
+    folder = pull("me/known", tmp_path / "pulled")
+    assert contents(folder) == files
     (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
     (folder / "checkpoints" / "step-00000003" / "random_states_0.pkl").write_bytes(b"pickled")
     (folder / "trainer_state.json").write_text("{}")
-    push(folder, "me/trained")
-    files = hub.repo("me/trained").files()
-    assert not any("step-" in name or name == "trainer_state.json" for name in files)
-    assert files["model.safetensors"] == (SHIPPED_KNOWN / "model.safetensors").read_bytes()
+    push(folder, "me/again")
+    push_known(expected, "third")
+    third = hub.repo("me/third").files()
+    assert hub.repo("me/again").files() == files, "without the checkpoints of the training"
+    assert third["model.safetensors"] == files["model.safetensors"]
+    assert b'from_pretrained("me/third")' in third["README.md"]
     (folder / "model.safetensors").write_bytes(b"damaged")
     with raises(CheckpointError, f"{folder}/model.safetensors"):
         push(folder, "me/damaged")
@@ -325,12 +314,6 @@ def test_accepted_pushes(hub: LoopbackHub, enhanced: Path, monkeypatch: pytest.M
         check_push("me/x", token=TOKEN)
 
 
-def test_server_refuses_a_new_repo(hub: LoopbackHub, enhanced: Path) -> None:
-    with raises(HfHubHTTPError, "403.*|Could not create other/new"):
-        push(enhanced, "other/new")
-    assert not hub.repos and not hub.matching("PUT")
-
-
 # Faults
 
 
@@ -344,34 +327,33 @@ FAULTS = {
     "whoami answered HTML": ("GET .*/whoami", {"tamper": lambda content: b"<html>"}),
     "create answered 500": ("POST .*/repos/create", {"status": 500}),
     "listing answered 504": ("GET .*/tree/", {"status": 504}),
+    "answer to commit lost": (COMMIT, {"lose_answer": True}),
+    "token revoked": (COMMIT, {"status": 401, "message": "Invalid credentials in Authorization header"}),
 }
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "answer to commit lost"])
-def test_push_retries_after_a_fault(hub: LoopbackHub, enhanced: Path, fault: str) -> None:
-    pattern, options = {**FAULTS, "answer to commit lost": (COMMIT, {"lose_answer": True})}[fault]
-    switched_on = hub.fail(pattern, **options)
-    push(enhanced, "me/x", commit_message="Mine")
-    assert switched_on.times == 0
-    assert hub.repo("me/x").files() == contents(enhanced)
-    assert hub.repo("me/x").titles() == ["Mine", "initial commit"]
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_during_a_push(hub: LoopbackHub, enhanced: Path, fault: str) -> None:
+    pattern, options = FAULTS[fault]
+    if fault != "token revoked":
+        switched_on = hub.fail(pattern, **options)
+        push(enhanced, "me/once", commit_message="Mine")
+        assert switched_on.times == 0
+        assert hub.repo("me/once").files() == contents(enhanced)
+        assert hub.repo("me/once").titles() == ["Mine", "initial commit"]
+    if fault != "answer to commit lost":
+        hub.large_files.clear()
+        hub.fail(pattern, times=1000, **options)
+        error = json.JSONDecodeError if "HTML" in fault else ConnectionError if "cut" in fault else HfHubHTTPError
+        with raises(error, r"Run it again|run it again|Log in"):
+            push(enhanced, "me/never")
+        assert ("model", "me/never") not in hub.repos or hub.repo("me/never").files() == {}
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "token revoked", "another commit each time"])
-def test_push_with_a_lasting_fault_commits_nothing(hub: LoopbackHub, enhanced: Path, fault: str) -> None:
-    revoked = (COMMIT, {"status": 401, "message": "Invalid credentials in Authorization header"})
-    other = (COMMIT, {"before": lambda: hub.add("me/x", {"notes.txt": str(len(hub.requests)).encode()})})
-    pattern, options = {**FAULTS, "token revoked": revoked, "another commit each time": other}[fault]
-    repo = hub.create("me/x", {"config.json": (enhanced / "config.json").read_bytes()})
-    target = "me/new" if "create" in fault else "me/x"
-    hub.fail(pattern, times=1000, **options)
-    error = json.JSONDecodeError if "HTML" in fault else ConnectionError if "cut" in fault else HfHubHTTPError
-    with raises(error, r"Run it again|run it again|Log in"):
-        push(enhanced, target)
-    assert "model.safetensors" not in repo.files() and "README.md" not in repo.files()
-
-
-def test_push_to_a_hub_without_xet(hub: LoopbackHub, enhanced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pushes_that_the_server_refuses(hub: LoopbackHub, enhanced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with raises(HfHubHTTPError, "403.*|Could not create other/new"):
+        push(enhanced, "other/new")
+    assert not hub.repos and not hub.matching("PUT")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
     with raises(ConnectionError, "xet-write-token"):
         push(enhanced, "me/x")
@@ -389,3 +371,7 @@ def test_commit_of_someone_else_in_between(hub: LoopbackHub, enhanced: Path) -> 
     with raises(HubError, f"BertModel, not {RESNET}"):
         push(enhanced, "me/y")
     assert other.titles() == ["by a test", "initial commit"]
+    hub.fail(COMMIT, times=3, before=lambda: hub.add("me/z", {"notes.txt": str(len(hub.requests)).encode()}))
+    with raises(HfHubHTTPError, "Run it again"):
+        push(enhanced, "me/z")
+    assert hub.repo("me/z").files().keys() == {"notes.txt"}

@@ -1,4 +1,4 @@
-"""`induce_forgetting` and the callback: stages, resuming, logs and what the trainer is afterwards."""
+"""`induce_forgetting` and the callback: stages, resuming, logs, and the trainer afterwards."""
 
 from types import SimpleNamespace
 
@@ -21,10 +21,10 @@ WEIGHT = "classifier.1.weight"
 
 
 class Spy(TrainerCallback):
-    """Notes what each training starts with."""
+    """Notes what each training starts with, and the values that are logged for each state."""
 
     def __init__(self):
-        self.starts = []
+        self.starts, self.logs = [], []
 
     def on_train_begin(self, args, state, control, model, optimizer, train_dataloader, **kwargs):
         start = {
@@ -36,6 +36,10 @@ class Spy(TrainerCallback):
         }
         self.starts.append(SimpleNamespace(**start))
 
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "forgetting/state" in logs:
+            self.logs.append((state.global_step, logs))
+
 
 def spied(trainer):
     spy = Spy()
@@ -43,38 +47,36 @@ def spied(trainer):
     return spy
 
 
-def test_each_stage_continues_with_a_new_optimizer(tmp_path, trajectory):
+def test_stages_logs_and_the_trainer_afterwards(tmp_path):
     trainer = make_trainer(tmp_path)
     spy = spied(trainer)
-    recorded = induce_forgetting(trainer, SCHEDULE, tmp_path / "trajectory")
+    names = ("args", "train_dataset", "eval_dataset", "optimizer", "lr_scheduler", "state", "model_init")
+    before, arguments = {name: getattr(trainer, name) for name in names}, trainer.args.to_dict()
+    callbacks = list(trainer.callback_handler.callbacks)
+    trajectory = induce_forgetting(trainer, SCHEDULE, tmp_path / "trajectory")
+
     assert [start.examples for start in spy.starts] == SCHEDULE.sizes(NUM_EXAMPLES)
     assert [start.epochs for start in spy.starts] == [2, 1, 1, 1, 1]
     assert [start.optimizer_steps for start in spy.starts] == [0] * 5
     assert [start.learning_rate for start in spy.starts] == [0.01] * 5
     for state, start in enumerate(spy.starts[1:]):
-        assert torch.equal(start.weights, recorded.tensor(WEIGHT, state))
-    assert [state.steps for state in recorded.states] == [32, 8, 4, 2, 1]
-    assert all(set(state.metrics) == {"eval_loss"} for state in recorded.states)
-    assert len({state.metrics["eval_loss"] for state in recorded.states}) == 5
+        assert torch.equal(start.weights, trajectory.tensor(WEIGHT, state))
+    assert [state.steps for state in trajectory.states] == [32, 8, 4, 2, 1]
+    assert len({state.metrics["eval_loss"] for state in trajectory.states}) == 5
 
+    assert [step for step, _ in spy.logs] == [32, 40, 44, 46, 47]
+    for index, (_, values) in enumerate(spy.logs):
+        state = trajectory.states[index]
+        expected = {"state": index, "num_examples": state.num_examples, **state.metrics}
+        assert {name: values[f"forgetting/{name}"] for name in expected} == expected
+        assert values["forgetting/displacement"] == pytest.approx(displacement(trajectory, index))
 
-def test_state_0_is_the_result_of_plain_training(tmp_path, trajectory):
-    trainer = make_trainer(tmp_path)
-    trainer.train()
-    assert torch.equal(trainer.model.classifier[1].weight, trajectory.tensor(WEIGHT, 0))
-
-
-def test_the_trainer_is_restored_and_holds_state_0(tmp_path):
-    trainer = make_trainer(tmp_path)
-    names = ("args", "train_dataset", "eval_dataset", "optimizer", "lr_scheduler", "state", "model_init")
-    before = {name: getattr(trainer, name) for name in names}
-    arguments = trainer.args.to_dict()
-    callbacks = list(trainer.callback_handler.callbacks)
-    trajectory = induce_forgetting(trainer, BALANCED, tmp_path / "trajectory")
     assert all(getattr(trainer, name) is value for name, value in before.items())
-    assert trainer.args.to_dict() == arguments
-    assert trainer.callback_handler.callbacks == callbacks
+    assert trainer.args.to_dict() == arguments and trainer.callback_handler.callbacks == callbacks
     assert torch.equal(trainer.model.classifier[1].weight, trajectory.tensor(WEIGHT, 0))
+    plain = make_trainer(tmp_path)
+    plain.train()
+    assert torch.equal(plain.model.classifier[1].weight, trajectory.tensor(WEIGHT, 0))
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, trajectory):
@@ -85,8 +87,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, trajectory):
         train_dataset, args = trainer.train_dataset, trainer.args
         with pytest.raises(KeyboardInterrupt):
             induce_forgetting(trainer, SCHEDULE, folder)
-        assert trainer.train_dataset is train_dataset
-        assert trainer.args is args
+        assert trainer.train_dataset is train_dataset and trainer.args is args
         assert (WeightTrajectory(folder).num_states if WeightTrajectory.exists(folder) else 0) == recorded
     trainer = make_trainer(tmp_path)
     spy = spied(trainer)
@@ -102,15 +103,8 @@ def test_a_finished_trajectory_is_not_trained_again(tmp_path, trajectory_copy, c
     spy = spied(trainer)
     trainer.train_dataset.set_transform(lambda batch: {key: torch.rand(()) for key in batch})  # no part of the data
     trajectory = induce_forgetting(trainer, SCHEDULE, trajectory_copy)
-    assert spy.starts == []
-    assert "nothing is trained" in caplog.text
+    assert spy.starts == [] and "nothing is trained" in caplog.text
     assert torch.equal(trainer.model.classifier[1].weight, trajectory.tensor(WEIGHT, 0))
-
-
-def test_files_of_an_unfinished_first_state_are_replaced(tmp_path, trajectory_copy):
-    (trajectory_copy / "trajectory.json").unlink()  # killed just before it was written
-    assert (trajectory_copy / "config.json").exists()
-    assert induce_forgetting(make_trainer(tmp_path), BALANCED, trajectory_copy).num_states == 3
 
 
 def test_start_current_uses_the_weights_of_the_model(tmp_path):
@@ -127,16 +121,12 @@ def test_start_current_uses_the_weights_of_the_model(tmp_path):
     assert_same_states(again, trajectory)
 
 
-def test_max_steps_applies_to_state_0_only(tmp_path):
-    trajectory = induce_forgetting(make_trainer(tmp_path, max_steps=3), BALANCED, tmp_path / "trajectory")
-    assert [state.steps for state in trajectory.states] == [3, 8, 4]
-
-
-def test_an_optimizer_class_is_used_in_every_stage(tmp_path):
-    trainer = make_trainer(tmp_path)
+def test_max_steps_applies_to_state_0_and_the_optimizer_to_every_stage(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3)
     trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.1})
     spy = spied(trainer)
-    induce_forgetting(trainer, BALANCED, tmp_path / "trajectory")
+    trajectory = induce_forgetting(trainer, BALANCED, tmp_path / "trajectory")
+    assert [state.steps for state in trajectory.states] == [3, 8, 4]
     assert [start.learning_rate for start in spy.starts] == [0.1] * 3
 
 
@@ -156,13 +146,13 @@ def test_an_optimizer_created_by_a_subclass_is_created_again(tmp_path):
 
 
 def test_states_can_be_stored_in_a_smaller_dtype(tmp_path, trajectory):
-    stored = induce_forgetting(make_trainer(tmp_path), SCHEDULE, tmp_path / "trajectory", dtype=torch.bfloat16)
+    schedule = ForgettingSchedule(num_states=2, stratify_by="labels")
+    stored = induce_forgetting(make_trainer(tmp_path), schedule, tmp_path / "trajectory", dtype=torch.bfloat16)
     for name in trajectory.names:
         expected = trajectory.tensor(name)
-        if expected.is_floating_point():
-            assert stored.dtype(name) == torch.bfloat16
+        assert stored.dtype(name) == (torch.bfloat16 if expected.is_floating_point() else expected.dtype)
         assert torch.equal(stored.tensor(name, 0), expected.to(stored.dtype(name)))
-    assert stored.load_model(2).num_labels == 4
+    assert stored.load_model(1).num_labels == 4
 
 
 def test_frozen_weights_are_stored_once(tmp_path):
@@ -171,52 +161,33 @@ def test_frozen_weights_are_stored_once(tmp_path):
     trajectory = induce_forgetting(make_trainer(tmp_path, model), BALANCED, tmp_path / "trajectory")
     name = "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
     assert trajectory.states[2].unchanged[name] == 0
-    assert trajectory.is_unchanged(name)
-    assert not trajectory.is_unchanged(WEIGHT)
+    assert trajectory.is_unchanged(name) and not trajectory.is_unchanged(WEIGHT)
     sizes = [sum(path.stat().st_size for path in trajectory.path.glob(f"state-{k}/*.safetensors")) for k in range(3)]
     assert sizes[1] == sizes[2] < sizes[0] / 3
     for state in range(3):
-        folder = {"subfolder": f"state-{state}"}
-        for loaded in (
-            trajectory.load_model(state),
-            AutoModelForImageClassification.from_pretrained(trajectory.path, **folder),
-        ):
-            weights = loaded.state_dict()
+        model = AutoModelForImageClassification.from_pretrained(trajectory.path, subfolder=f"state-{state}")
+        for weights in (trajectory.load_model(state).state_dict(), model.state_dict()):
             assert all(torch.equal(weights[key], trajectory.tensor(key, state)) for key in trajectory.names)
     trajectory.verify()
 
 
-def test_every_state_is_logged(tmp_path):
-    logged = []
-
-    class Logs(TrainerCallback):
-        def on_log(self, args, state, control, logs, **kwargs):
-            if "forgetting/state" in logs:
-                logged.append((state.global_step, logs))
-
-    trainer = make_trainer(tmp_path)
-    trainer.add_callback(Logs())
-    trajectory = induce_forgetting(trainer, BALANCED, tmp_path / "trajectory")
-    assert [step for step, _ in logged] == [32, 40, 44]
-    for index, (_, values) in enumerate(logged):
-        state = trajectory.states[index]
-        assert values["forgetting/state"] == index
-        assert values["forgetting/num_examples"] == state.num_examples
-        assert values["forgetting/eval_loss"] == state.metrics["eval_loss"]
-        assert values["forgetting/displacement"] == pytest.approx(displacement(trajectory, index))
-    assert logged[0][1]["forgetting/displacement"] == 0 < logged[2][1]["forgetting/displacement"]
-
-
-def test_metrics_that_are_not_finite_numbers_are_not_recorded(tmp_path, monkeypatch, caplog):
+def test_processor_finite_metrics_and_classes_of_strings(tmp_path, monkeypatch, caplog):
     trainer = make_trainer(tmp_path / "out", num_train_epochs=1)
+    columns = {**make_images().with_format(None)[:], "kind": ["even", "odd"] * 32}
+    trainer.train_dataset = Dataset.from_dict(columns).with_format("torch")
     results = {"eval_loss": float("nan"), "eval_f1": [0.1], "eval_best": None, "eval_note": "1", "eval_accuracy": 0.5}
     monkeypatch.setattr(trainer, "evaluate", lambda: results)
-    trajectory = induce_forgetting(trainer, ForgettingSchedule(num_states=2), tmp_path / "t")
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    trainer.processing_class = trainer.callback_handler.processing_class = processor
+    schedule = ForgettingSchedule(num_states=2, stratify_by="kind")
+    trajectory = induce_forgetting(trainer, schedule, tmp_path / "trajectory")
     assert [state.metrics for state in trajectory.states] == [{"eval_accuracy": 0.5}] * 2
     assert "eval_loss of state 0" in caplog.text
+    assert {path.name for path in trajectory.model_files} == {"config.json", "preprocessor_config.json"}
+    assert not list(trajectory.path.glob("state-*/preprocessor_config.json"))
 
 
-def test_the_callback_alone_records_an_own_loop(tmp_path):
+def test_the_callback_alone_checks_that_subsets_shrink(tmp_path):
     model, dataset = make_resnet(), make_images()
     callback = WeightTransitionCallback(tmp_path / "trajectory", BALANCED)
     args = make_trainer(tmp_path, seed=5, num_train_epochs=1).args
@@ -224,7 +195,6 @@ def test_the_callback_alone_records_an_own_loop(tmp_path):
         Trainer(model, args, train_dataset=dataset.select(indices), callbacks=[callback]).train()
     trajectory = WeightTrajectory(tmp_path / "trajectory")
     assert [(s.num_examples, s.steps, s.seed) for s in trajectory.states] == [(64, 16, 5), (32, 8, 5), (16, 4, 5)]
-    assert torch.equal(trajectory.tensor(WEIGHT, 2), model.classifier[1].weight)
     with pytest.raises(ValueError, match=r"state 3 .*64 examples.*16"):
         Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
 
@@ -233,18 +203,16 @@ def test_the_callback_alone_records_a_stream_with_the_shares_of_the_schedule(tmp
     schedule = ForgettingSchedule(num_states=2, steps_per_stage=1)
     callback = WeightTransitionCallback(tmp_path / "trajectory", schedule)
     args, model = make_trainer(tmp_path, max_steps=1).args, make_resnet()
-    for subset in divide(make_images().to_iterable_dataset(), schedule):
+    stream = make_images().to_iterable_dataset()
+    for subset in divide(stream, schedule):
         Trainer(model, args, train_dataset=subset.dataset, callbacks=[callback]).train()
     assert [(s.num_examples, s.fraction) for s in callback.trajectory.states] == [(None, 1.0), (None, 0.5)]
     assert "0.5 of the stream" in str(inspect_trajectory(callback.trajectory))
     alone = WeightTransitionCallback(tmp_path / "alone")
     with pytest.raises(ValueError, match=r"stream.*schedule"):
         Trainer(model, args, train_dataset=subset.dataset, callbacks=[alone]).train()
-
-
-def test_the_shard_of_a_stream_has_no_size():
-    part = IterableDatasetShard(make_images().to_iterable_dataset(), batch_size=2, num_processes=2)
-    assert num_examples_of({"train_dataloader": SimpleNamespace(dataset=part)}) is None
+    shard = IterableDatasetShard(stream, batch_size=2, num_processes=2)
+    assert num_examples_of({"train_dataloader": SimpleNamespace(dataset=shard)}) is None
 
 
 def test_a_stage_that_restarts_with_a_smaller_batch_is_recorded(tmp_path):
@@ -273,8 +241,7 @@ def test_a_torch_dataset_and_a_plain_module(tmp_path):
 
     class Rows(TensorDataset):
         def __getitem__(self, index):
-            x, labels = super().__getitem__(index)
-            return {"x": x, "labels": labels}
+            return dict(zip(("x", "labels"), super().__getitem__(index), strict=True))
 
     data = Rows(torch.randn(64, 3), torch.arange(64) % 2)
     trainer = Trainer(Net(), make_trainer(tmp_path).args, train_dataset=data)
@@ -282,21 +249,3 @@ def test_a_torch_dataset_and_a_plain_module(tmp_path):
     assert trajectory.names == ["linear.bias", "linear.weight"]
     assert [state.num_examples for state in trajectory.states] == [64, 32, 16]
     assert torch.equal(trainer.model.linear.weight, trajectory.tensor("linear.weight", 0))
-
-
-def test_the_processor_is_saved_with_the_trajectory(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.processing_class = trainer.callback_handler.processing_class = ViTImageProcessorPil(
-        size={"height": 8, "width": 8}
-    )
-    trajectory = induce_forgetting(trainer, ForgettingSchedule(num_states=2), tmp_path / "trajectory")
-    assert {path.name for path in trajectory.model_files} == {"config.json", "preprocessor_config.json"}
-    assert not list(trajectory.path.glob("state-*/preprocessor_config.json"))
-
-
-def test_a_dataset_of_strings_can_be_stratified(tmp_path):
-    columns = {**make_images().with_format(None)[:], "kind": ["even", "odd"] * 32}
-    trainer = make_trainer(tmp_path)
-    trainer.train_dataset = Dataset.from_dict(columns).with_format("torch")
-    schedule = ForgettingSchedule(num_states=2, stratify_by="kind")
-    assert induce_forgetting(trainer, schedule, tmp_path / "trajectory").num_states == 2

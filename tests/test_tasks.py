@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pickle
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -209,33 +210,22 @@ def test_arguments_are_compared_on_every_process_and_written_by_one(text_argumen
             _check_or_write_arguments(replace(args, epochs=1), tmp_path / "out", write)
 
 
-def test_image_classification(image_arguments):
+def test_image_classification(image_arguments, tmp_path):
     parts = prepare_task(image_arguments)
     assert parts.train_dataset[:3]["pixel_values"].shape == (3, 3, 8, 8)  # without torchvision
+    pickle.loads(pickle.dumps(parts.train_dataset.format["format_kwargs"]["transform"]))  # for spawned workers
     trajectory = record_task(image_arguments)
     assert trajectory.states[0].metrics["eval_accuracy"] > 0.8
     assert trajectory.load_model().config.id2label == {0: "dark", 1: "light"}
     processor = json.loads((trajectory.path / "preprocessor_config.json").read_text())
     assert processor["size"] == {"height": 8, "width": 8}
+    grey = prepare_task(replace(image_arguments, model=write_vit(tmp_path / "grey", num_channels=1)))
+    assert grey.train_dataset[:3]["pixel_values"].shape == (3, 1, 8, 8)
+    batch = grey.data_collator([grey.train_dataset[index] for index in range(4)])
+    assert grey.model(**batch).loss.isfinite()
 
 
-def test_grey_images_stay_grey_for_a_model_with_one_channel(image_arguments, tmp_path):
-    model = write_vit(tmp_path / "grey", num_channels=1)
-    parts = prepare_task(replace(image_arguments, model=model))
-    assert parts.train_dataset[:3]["pixel_values"].shape == (3, 1, 8, 8)
-    batch = parts.data_collator([parts.train_dataset[index] for index in range(4)])
-    assert parts.model(**batch).loss.isfinite()
-
-
-def test_causal_language_modelling_reports_the_loss(lm_arguments):
-    trajectory = record_task(lm_arguments)
-    assert all("eval_loss" in state.metrics and "eval_accuracy" not in state.metrics for state in trajectory.states)
-    assert trajectory.states[0].metrics["eval_loss"] < np.log(len(WORDS) + 2)  # better than guessing
-    assert trajectory.tied_weights == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert AutoModelForCausalLM.from_pretrained(trajectory.path / "state-2").config.vocab_size == len(WORDS) + 2
-
-
-def test_lengths_in_steps_and_current_weights_are_planned_and_recorded(lm_arguments):
+def test_language_modelling_in_steps_and_from_current_weights(lm_arguments):
     args = replace(
         lm_arguments, steps_per_stage=2, training={**QUICK, "max_steps": 3, "gradient_accumulation_steps": 2}
     )
@@ -243,7 +233,12 @@ def test_lengths_in_steps_and_current_weights_are_planned_and_recorded(lm_argume
     assert plan.steps == [3, 2, 2]
     assert plan.epochs == [3 / 4, 1, 2]
     assert plan.examples_seen == 24 + 16 + 16
-    assert [state.steps for state in record_task(args).states] == plan.steps
+    trajectory = record_task(args)
+    assert [state.steps for state in trajectory.states] == plan.steps
+    assert all("eval_loss" in state.metrics and "eval_accuracy" not in state.metrics for state in trajectory.states)
+    assert trajectory.states[0].metrics["eval_loss"] < np.log(len(WORDS) + 2)  # better than guessing
+    assert trajectory.tied_weights == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert AutoModelForCausalLM.from_pretrained(trajectory.path / "state-2").config.vocab_size == len(WORDS) + 2
     args = replace(lm_arguments, start="current", output_dir=f"{args.output_dir}-current")
     assert plan_task(args).steps == [0, 4, 2]
     trajectory = record_task(args)
@@ -278,13 +273,14 @@ def test_end_of_text_tokens_are_learned_and_padding_is_not(llama):
     assert decoded == [["good", "film", "</s>", "a", "bad"], ["bad", "film", "</s>", "the", "</s>"]]
     with pytest.raises(ValueError, match="max_length=50"):
         tokens_of(max_length=50, pack=True)
+    texts = tokenize(dataset.select([1]), tokenizer, max_length=3, causal=False, pack=False)
+    assert tokenizer.convert_ids_to_tokens(texts[0]["input_ids"]) == ["a", "bad", "bad"]
 
 
 @PEFT_WARNING
 @pytest.mark.parametrize(
     ("task", "lora", "trained"),
     [
-        ("text", LoraArguments(r=2, target_modules=["query"]), {"query", "classifier"}),
         ("text", LoraArguments(r=2, target_modules="query,value", use_dora=True), {"query", "value", "classifier"}),
         ("image", LoraArguments(r=2), {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "classifier"}),
         ("lm", LoraArguments(r=2, use_rslora=True), {"q_proj", "down_proj"}),
@@ -355,10 +351,6 @@ def test_arguments_that_do_not_fit_the_model_are_refused(text_arguments, change,
         prepare_task(replace(text_arguments, **change))
 
 
-def test_texts_are_truncated(text_arguments):
-    assert len(prepare_task(replace(text_arguments, max_length=3)).train_dataset[0]["input_ids"]) == 3
-
-
 @pytest.fixture
 def odd(text_arguments, tmp_path):
     """Arguments for a dataset of one split whose columns cannot be detected."""
@@ -375,7 +367,7 @@ def odd(text_arguments, tmp_path):
         ({"task": "image-classification"}, "image, img.*image_column"),
         ({"text_column": "txt"}, "text_column='txt'.*Sentence, review"),
         ({"text_column": "stars"}, "text_column='stars'.*float64"),
-        ({"text_column": "review", "label_column": "stars"}, r"'stars'.*1\.5.*label_column"),
+        ({"text_column": "review", "label_column": "stars"}, r"1\.5.*label_column"),
         ({"task": "image-classification", "image_column": "review"}, "image_column='review'.*string"),
     ],
 )
@@ -384,33 +376,21 @@ def test_columns_that_cannot_be_used_are_named(odd, change, match):
         load_splits(replace(odd, **change))
 
 
-def test_pairs_of_texts_are_loaded(odd):
-    train, _, _ = load_splits(replace(odd, text_column="review", text_pair_column="Sentence"))
-    assert (train["text"][:], train["text_pair"][:]) == (["a", "b"], ["good", "bad"])
-
-
-def test_integer_classes_are_counted_from_zero(odd, caplog):
-    train, evaluation, names = load_splits(replace(odd, text_column="review"))
+def test_pairs_of_texts_and_integer_classes_are_loaded(odd, caplog):
+    train, evaluation, names = load_splits(replace(odd, text_column="review", text_pair_column="Sentence"))
     assert evaluation is None and "eval_split" in caplog.text  # there is only one split
-    assert names == ["-1", "0"]
-    assert train["labels"][:] == [1, 0]
-    assert train["text"][:] == ["a", "b"]
+    assert (train["text"][:], train["text_pair"][:]) == (["a", "b"], ["good", "bad"])
+    assert (train["labels"][:], names) == ([1, 0], ["-1", "0"])
 
 
-def test_rows_without_a_class_are_refused(text_arguments, tmp_path):
-    make_texts().to_parquet(tmp_path / "hidden/train.parquet")
-    make_texts(8).map(lambda row: {"label": -1}).to_parquet(tmp_path / "hidden/test.parquet")
-    with pytest.raises(ValueError, match=r"split test.*8 rows.*-1.*bad, good"):
-        load_splits(replace(text_arguments, dataset=str(tmp_path / "hidden")))
-
-
-def test_a_training_split_is_not_used_for_evaluation(text_arguments, tmp_path):
+def test_splits_of_training_or_without_classes_are_not_evaluated_on(text_arguments, tmp_path):
     for split in ("train", "validation", "test"):
         make_texts(8).to_parquet(tmp_path / f"splits/{split}.parquet")
+    make_texts(8).map(lambda row: {"label": -1}).to_parquet(tmp_path / "splits/test.parquet")
     args = replace(text_arguments, dataset=str(tmp_path / "splits"))
-    for train_split, expected in (("train", "validation"), ("train+validation[:50%]", "test")):
-        evaluation = load_splits(replace(args, train_split=train_split))[1]
-        assert str(evaluation.split) == expected
+    assert str(load_splits(args)[1].split) == "validation"
+    with pytest.raises(ValueError, match=r"split test.*8 rows.*-1.*bad, good"):
+        load_splits(replace(args, train_split="train+validation[:50%]"))
 
 
 def test_booleans_are_classes_and_empty_rows_are_refused(text_arguments, tmp_path):
@@ -495,10 +475,9 @@ REQUIRED = {"task": "causal-lm", "model": "m", "dataset": "d", "output_dir": "o"
     ],
 )
 def test_wrong_arguments_are_named(content, words):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"^it") as caught:
         RecordArguments.from_dict({**REQUIRED, **content}, "it")
-    message = str(caught.value)
-    assert message.startswith("it") and all(word in message for word in words)
+    assert all(word in str(caught.value) for word in words)
 
 
 def test_strings_are_converted_and_arguments_survive_json(text_arguments):
@@ -512,18 +491,13 @@ def test_strings_are_converted_and_arguments_survive_json(text_arguments):
 
 def test_overrides_replace_the_yaml_key_by_key(tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text(
-        yaml.safe_dump(REQUIRED)
-        + "training: {learning_rate: 1e-5, seed_: 1, deep: {lr: 1e-6}}\nlora: {r: 4, use_dora: true}\n"
-    )
+    more = "training: {learning_rate: 1e-5, seed_: 1, deep: {lr: 1e-6}}\nlora: {r: 4, use_dora: true}\n"
+    path.write_text(yaml.safe_dump(REQUIRED) + more)
     args = RecordArguments.from_yaml(path, {"epochs": "2", "training": {"seed_": 2}, "lora": {"r": "16"}})
     assert args.training == {"learning_rate": 1e-5, "seed_": 2, "deep": {"lr": 1e-6}}  # PyYAML gives '1e-5'
     assert (args.lora.r, args.lora.use_dora, args.epochs) == (16, True, 2.0)
     assert RecordArguments.from_yaml(path, {"lora": None}).lora is None
-
-
-@pytest.mark.parametrize("content", ["- 1", "a: [", ""])
-def test_a_file_that_is_not_a_mapping_is_named(tmp_path, content):
-    (tmp_path / "a.yaml").write_text(content)
-    with pytest.raises(ValueError, match=r"a\.yaml"):
-        RecordArguments.from_yaml(tmp_path / "a.yaml")
+    for content in ("- 1", "a: [", ""):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"a\.yaml"):
+            RecordArguments.from_yaml(path)

@@ -1,4 +1,4 @@
-"""Push checkpoints, trajectories and KNOWN weights to the Hub, and pull them: completely or not at all."""
+"""Push checkpoints, trajectories and KNOWN weights to the Hub, and pull them, completely or not at all."""
 
 from ..hub_client import HubError
 from .pull import pull, pull_checkpoint, pull_trajectory

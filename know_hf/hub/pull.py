@@ -1,9 +1,10 @@
-"""Pull repos into a folder that appears when all files have arrived and match their hashes."""
+"""Pull repos into a folder that appears once all files are complete and match their hashes."""
 
 import glob
 import os
 import shutil
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -14,7 +15,7 @@ from ..hub_client import HubError, RemoteRepo, Token, call_hub
 from ..trajectory import TrajectoryError, WeightTrajectory
 from ..trajectory.manifest import MANIFEST_NAME, Manifest
 from ..trajectory.remote import check_remote_files, fetch_manifest
-from .repo_contents import checkpoint_files, is_card_file, is_expected, is_weights, kind_of
+from .repo_contents import checkpoint_files, first_names, is_card_file, is_expected, is_weights, kind_of
 
 logger = logging.get_logger(__name__)
 
@@ -22,7 +23,7 @@ logger = logging.get_logger(__name__)
 def pull(repo_id: str, output_dir: str | Path, *, revision: str | None = None, token: Token = None) -> Path:
     """Pull a checkpoint, a trajectory or KNOWN weights.
 
-    The folder appears when all files have arrived and match their hashes. After an interruption, pull to the same
+    The folder appears once all files are complete and match their hashes. After an interruption, pull to the same
     folder again: only missing files are downloaded.
 
     Args:
@@ -59,9 +60,7 @@ def pull_checkpoint(repo_id: str, output_dir: str | Path, *, revision: str | Non
     if not any(is_weights(name) for name in names):
         raise HubError(f"{repo_id} has no safetensors weights at commit {repo.commit[:8]}")
     if skipped := sorted(repo.files.keys() - names - {".gitattributes"}):
-        logger.warning(
-            f"Skipping files that are not part of a checkpoint: {', '.join(skipped[:5])}{' …' * (len(skipped) > 5)}"
-        )
+        logger.warning(f"Skipping files that are not part of a checkpoint: {first_names(skipped)}")
     return _download(repo, names, output_dir, token, checkpoint_files)
 
 
@@ -78,9 +77,7 @@ def pull_trajectory(
         for record in records:
             # the Hub records the SHA-256 of large files only, which check_remote_files has compared
             if repo.files[record.path].sha256 is None and file_sha256(folder / record.path) != record.sha256:
-                raise TrajectoryError(
-                    f"{repo.name(record.path)} is not the file that was recorded; push the trajectory again"
-                )
+                raise TrajectoryError(f"{repo.name(record.path)} is not the recorded file; push the trajectory again")
         manifest.check_what_is_loaded(folder)
         _ = WeightTrajectory(folder).names  # reads the headers of all states
 
@@ -103,24 +100,20 @@ def _download(
     work = folder.with_name(f".{folder.name}.pull")
     check_free_disk(work, sum(repo.files[name].size for name in names if not (work / name).is_file()))
     patterns = [glob.escape(name) for name in names]
-    call_hub(
-        lambda: snapshot_download(
-            repo.repo_id, revision=repo.commit, local_dir=work, allow_patterns=patterns, token=token
-        ),
-        f"Could not pull {repo.repo_id} to {folder}",
-    )
+    download = partial(snapshot_download, repo.repo_id, revision=repo.commit, allow_patterns=patterns, token=token)
+    call_hub(lambda: download(local_dir=work), f"Could not pull {repo.repo_id} to {folder}")
     for name in names:
         repo.fetch(name, token, work)
     for path in sorted(work.rglob("*"), reverse=True):  # files before their folders
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
-        elif path.relative_to(work).as_posix() not in names:  # of huggingface_hub, or of a pull of another commit
+        elif path.relative_to(work).as_posix() not in names:  # from huggingface_hub, or from a pull of another commit
             path.unlink()
     try:
         check(work)
     except ValueError:
-        shutil.rmtree(work)  # the repo itself is damaged: nothing here helps the next pull
+        shutil.rmtree(work)  # the repo is damaged, and the files would not help the next pull
         raise
     for path in (*sorted(work.rglob("*")), work):
         fsync(path)

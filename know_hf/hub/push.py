@@ -3,7 +3,6 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,7 +13,7 @@ from ..known import configuration_known, modeling_known
 from ..known.configuration_known import KNOWNConfig
 from ..known.modeling_known import KNOWNModel
 from ..trajectory import TrajectoryError, WeightTrajectory
-from ..trajectory.manifest import MANIFEST_NAME, FileRecord, Manifest
+from ..trajectory.manifest import MANIFEST_NAME, Manifest
 from .push_target import PushKeywords, PushOptions, PushTarget
 from .repo_contents import CARD, architecture_of, checkpoint_files, is_card_file, is_weights, kind_of, read_config
 
@@ -30,20 +29,15 @@ def push(path: str | Path, repo_id: str, **options: Unpack[PushKeywords]) -> str
     Raises:
         `FileNotFoundError`: If the folder holds none of the three.
     """
-    path = Path(path)
-    push_it: Callable[..., str]
     if WeightTrajectory.exists(path):
-        push_it = push_trajectory
-    else:
-        push_it = push_known if _is_known(path) else push_checkpoint
-    return push_it(path, repo_id, **options)
+        return push_trajectory(path, repo_id, **options)
+    return (push_known if _is_known(Path(path)) else push_checkpoint)(path, repo_id, **options)
 
 
 def push_checkpoint(folder: str | Path, repo_id: str, **options: Unpack[PushKeywords]) -> str:
     """Push a checkpoint with its card in one commit.
 
-    The same commit deletes weights under other names, such as those of another number of shards. Files that are on the
-    Hub already are not sent again.
+    The same commit deletes weights under other names, such as old shards. Files that the Hub has are not sent again.
 
     Args:
         folder (`str` or `Path`):
@@ -108,18 +102,11 @@ def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **o
     repo = target.create(message)
 
     manifest = Manifest.read(folder)
-    remote_manifest = repo.files.get(MANIFEST_NAME)
-    is_other = remote_manifest is not None and not remote_manifest.has_content_of(folder / MANIFEST_NAME)
-
-    def is_on_hub(record: FileRecord) -> bool:
-        remote = repo.files.get(record.path)
-        return remote is not None and remote.has_content_of(folder / record.path, record.sha256)
-
+    is_other = MANIFEST_NAME in repo.files and not repo.has(MANIFEST_NAME, folder / MANIFEST_NAME)
     for state in manifest.states:
-        if not all(map(is_on_hub, state.files)):
+        if not all(repo.has(record.path, folder / record.path, record.sha256) for record in state.files):
             files = {record.path: folder / record.path for record in state.files}
-            title = f"{message}: state {state.index}"
-            target.commit(files, title, lambda name: is_other and name == MANIFEST_NAME)
+            target.commit(files, f"{message}: state {state.index}", lambda name: is_other and name == MANIFEST_NAME)
     state_files = {record.path for state in manifest.states for record in state.files}
     last = {record.path: folder / record.path for record in manifest.files}
     last |= {path.name: path for path in sorted(folder.iterdir()) if is_card_file(path.name)}
@@ -171,9 +158,9 @@ def _is_known(folder: Path) -> bool:
 
 
 def _copy_known(source: Path, folder: Path) -> None:
-    """Copy the weights and what describes them; training leaves its own checkpoints beside them."""
+    """Copy the weights and the files that describe them, without the checkpoints of the training."""
     if not _is_known(source):
-        raise ValueError(f"{source} does not hold KNOWN weights; push other checkpoints with push_checkpoint")
+        raise ValueError(f"{source} does not contain KNOWN weights; push other checkpoints with push_checkpoint")
     CheckpointReader.from_folder(source)  # detects missing or damaged weights
     for path in source.iterdir():
         is_described = path.name in ("config.json", _RESULTS, COMPARISONS_NAME) or is_card_file(path.name)

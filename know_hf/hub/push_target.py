@@ -1,11 +1,11 @@
-"""Repo to push to: options, checks before any work, and commits that are complete or not done at all."""
+"""Options of a push, checks before any work, and atomic commits."""
 
 import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -49,10 +49,7 @@ class PushOptions:
 
     def __post_init__(self) -> None:
         if self.revision is not None and self.create_pr:
-            raise ValueError(
-                f"create_pr cannot be combined with revision={self.revision!r}; pass one of the two, or"
-                " revision='refs/pr/N' to add to an open pull request"
-            )
+            raise ValueError(f"pass either create_pr or revision={self.revision!r}, not both")
         if self.revision is not None and re.fullmatch(r"[0-9a-f]{40}|refs/(?!pr/\d+$).*", self.revision):
             raise ValueError(f"revision {self.revision!r} is not a branch; pass the name of a branch or 'refs/pr/N'")
         check_token(self.token)
@@ -68,8 +65,8 @@ def check_push(
 ) -> str:
     """Check a push before doing the work whose result is pushed. Creates and sends nothing.
 
-    The server is asked about the token and about write access to an existing repo. Whether the token may create a new
-    repo shows only when it is created.
+    The server checks the token and its write access to an existing repo. Whether the token may create a new repo shows
+    only when it is created.
 
     Args:
         repo_id (`str`):
@@ -114,23 +111,14 @@ class PushTarget:
         """Create the repo, the branch or the pull request if needed; `title` is that of the pull request."""
         options = self._options
         if self.repo is None:
-            call_hub(
-                lambda: self._api.create_repo(self.repo_id, private=options.private, exist_ok=True),
-                f"Could not create {self.repo_id}",
-            )
+            self._call("create", self._api.create_repo, private=options.private, exist_ok=True)
         if options.create_pr:
-            # not by the commit, which may be repeated and would open a second pull request
-            opened = call_hub(
-                lambda: self._api.create_pull_request(self.repo_id, title=title),
-                f"Could not open a pull request at {self.repo_id}",
-                retry=False,
-            )
+            # not with the commit: a retry would open a second pull request
+            opened = self._call("open a pull request at", self._api.create_pull_request, retry=False, title=title)
             self._pull_request, self._revision = opened.url, opened.git_reference
         elif self._is_new_branch:
-            call_hub(
-                lambda: self._api.create_branch(self.repo_id, branch=str(options.revision), exist_ok=True),
-                f"Could not create the branch {options.revision!r} of {self.repo_id}",
-            )
+            what = f"create the branch {options.revision!r} of"
+            self._call(what, self._api.create_branch, branch=str(options.revision), exist_ok=True)
         return self._open()
 
     def commit(self, files: Mapping[str, Path], message: str, is_obsolete: Callable[[str], bool]) -> None:
@@ -146,7 +134,7 @@ class PushTarget:
                 + [CommitOperationDelete(name, is_folder=False) for name in obsolete],
                 commit_message=message,
                 revision=self._revision,
-                parent_commit=repo.commit,  # the server refuses the commit if another one arrived
+                parent_commit=repo.commit,  # the server refuses the commit after another one
             )
 
         failure = f"Could not commit {message!r} to {self.repo_id}"
@@ -170,29 +158,26 @@ class PushTarget:
             self._is_new_branch = True  # starts at main
             repo = RemoteRepo.open(self.repo_id, token=options.token)
         if not options.is_pull_request and "write" in inspect.signature(HfApi.auth_check).parameters:  # not in 1.0
-            call_hub(
-                lambda: self._api.auth_check(self.repo_id, write=True),
-                f"No write access to {self.repo_id}: push to another repo, or open a pull request (create_pr=True)",
-            )
+            failure = f"No write access to {self.repo_id}: use another repo, or open a pull request (create_pr=True)"
+            call_hub(lambda: self._api.auth_check(self.repo_id, write=True), failure)
         if None not in (options.private, repo.private) and options.private != repo.private:
             actual, requested = ("private", "public") if repo.private else ("public", "private")
-            raise HubError(
-                f"{self.repo_id} is {actual}, not {requested}; change that on the Hub, or push to another repo"
-            )
+            raise HubError(f"{self.repo_id} is {actual}, not {requested}; change that on the Hub or use another repo")
         self._check_contents(repo)
         return repo
+
+    def _call(self, what: str, method: Callable[..., Any], retry: bool = True, **arguments: Any) -> Any:
+        failure = f"Could not {what} {self.repo_id}"
+        return call_hub(lambda: method(self.repo_id, **arguments), failure, retry)
 
     def _open(self) -> RemoteRepo:
         return RemoteRepo.open(self.repo_id, self._revision, self._options.token)
 
     def _check_contents(self, repo: RemoteRepo) -> None:
-        """Refuse to mix two kinds or architectures in one repo."""
-        pairs: list[tuple[str | None, str]] = [(kind_of(repo.files), self._kind)]
+        """Refuse to mix kinds or architectures in one repo."""
+        pairs: dict[str, str | None] = {self._kind: kind_of(repo.files)}
         if self._architecture is not None and "config.json" in repo.files:
-            pairs.append((architecture_of(repo.fetch("config.json", self._options.token)), self._architecture))
-        for held, pushed in pairs:
+            pairs[self._architecture] = architecture_of(repo.fetch("config.json", self._options.token))
+        for pushed, held in pairs.items():
             if held not in (None, pushed):
-                raise HubError(
-                    f"{self.repo_id} holds another model ({held}, not {pushed}); push to another repo, or delete"
-                    " its files first"
-                )
+                raise HubError(f"{self.repo_id} holds another model ({held}, not {pushed}); push to another repo")

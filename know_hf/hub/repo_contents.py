@@ -1,8 +1,8 @@
-"""Contents of a folder or a repo: their kind, and the files that belong to them."""
+"""Kind of a folder or a repo, and the files that belong to it."""
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ def kind_of(names: Collection[str]) -> Kind | None:
 
 
 def is_expected(name: str) -> bool:
-    """Return whether a file of this relative path belongs to a checkpoint and its card."""
+    """Return whether a file with this relative path belongs to a checkpoint or its card."""
     *folders, last = name.split("/")
     is_plain = all(re.fullmatch(r"[^\\:.][^\\:]*", part) for part in (*folders, last))
     return is_plain and _EXPECTED.fullmatch(last) is not None
@@ -46,7 +46,7 @@ def is_weights(name: str) -> bool:
 
 
 def is_card_file(name: str) -> bool:
-    """Return whether a file is the card or a picture of it."""
+    """Return whether a file is the card or one of its pictures."""
     return re.fullmatch(r"README\.md|[^/\\:.][^/\\:]*\.(png|svg)", name) is not None
 
 
@@ -63,14 +63,16 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
     if not weights:
         raise FileNotFoundError(f"{folder} has no model.safetensors, no shards and no adapter_model.safetensors")
     if unexpected := [name for name in names if not is_expected(name)]:
-        raise ValueError(
-            f"{folder} has files that are not part of a checkpoint: {', '.join(unexpected[:5])}"
-            f"{' …' * (len(unexpected) > 5)}; delete them, or push a folder that save_pretrained or know_hf wrote"
-        )
+        raise ValueError(f"{folder} contains files other than a checkpoint: {first_names(unexpected)}; delete them")
     if any(name.endswith(".index.json") for name in names):
         CheckpointReader.from_folder(folder)  # detects missing shards
     CheckpointReader([folder / name for name in weights])
     return {name: folder / name for name in names}
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Return the first five names for a message."""
+    return ", ".join(names[:5]) + " …" * (len(names) > 5)
 
 
 def read_config(config: Path) -> dict[str, Any]:

@@ -6,20 +6,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..distributed import gather_state_dict, reshard
 from ..schedule import ForgettingSchedule
 from ..trajectory import WeightTrajectory, check_adapter
 from .resuming import recorded_arguments
-from .training_warnings import warn_about_early_end, warn_about_statistics, warn_about_warmup
-from .validation import check_arguments, check_reloadable
+from .validation import check_arguments, check_reloadable, warn_about_statistics, warn_about_warmup
+
+logger = logging.get_logger(__name__)
 
 
 class WeightTransitionCallback(TrainerCallback):
-    """Record the weights at the end of every training as the next state of one trajectory.
+    """Record the weights at the end of every training as the next state of a trajectory.
 
-    [`induce_forgetting`] uses it. On its own it works in any loop that trains on smaller and smaller subsets:
+    Use it without [`induce_forgetting`] in any loop that trains on smaller and smaller subsets:
 
     ```python
     callback = WeightTransitionCallback("trajectory/", schedule)
@@ -27,7 +29,7 @@ class WeightTransitionCallback(TrainerCallback):
         Trainer(model, args, train_dataset=dataset.select(indices), callbacks=[callback]).train()
     ```
 
-    The weights are copied. If the schedule has more states to come, a thread writes them while the next training runs.
+    The weights are copied. Unless the state is the last of the schedule, a thread writes it during the next training.
     A write error is logged at once, and raised when the next training begins or ends or the trajectory is read.
 
     Args:
@@ -68,8 +70,8 @@ class WeightTransitionCallback(TrainerCallback):
             self.trajectory = WeightTrajectory(output_dir)
             if schedule is not None and self.trajectory.schedule != schedule:
                 raise ValueError(
-                    f"{output_dir} was recorded with {self.trajectory.schedule}, not with {schedule}; use the same"
-                    " schedule to resume, or record to another folder"
+                    f"{output_dir} was recorded with {self.trajectory.schedule}, not {schedule}; use the same schedule"
+                    " to resume, or record to another folder"
                 )
         else:
             self.trajectory = WeightTrajectory.create(output_dir, schedule)
@@ -78,16 +80,14 @@ class WeightTransitionCallback(TrainerCallback):
         self._sizes = [state.num_examples for state in self.trajectory.states]
         self._stepped = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         check_arguments(args)
         check_adapter(kwargs["model"])
         size = num_examples_of(kwargs)
         if size is None and self.trajectory.schedule is None:
             raise ValueError(
-                f"the training data of the next state of {self.trajectory.path} is a stream, whose size is unknown;"
-                " pass the schedule that divided it: WeightTransitionCallback(output_dir, schedule)"
+                "the training data is a stream of unknown size; pass the schedule that divides it:"
+                " WeightTransitionCallback(output_dir, schedule)"
             )
         if not state.is_world_process_zero:
             return
@@ -95,26 +95,26 @@ class WeightTransitionCallback(TrainerCallback):
         last = self._sizes[-1] if self._sizes else None
         if size is not None and last is not None and size >= last:
             raise ValueError(
-                f"state {len(self._sizes)} of {self.trajectory.path} would be trained on {size} examples, but state"
-                f" {len(self._sizes) - 1} was trained on {last}; every stage needs fewer examples than the one before"
+                f"state {len(self._sizes)} of {self.trajectory.path} would be trained on {size} examples, the previous"
+                f" state on {last}; every stage needs fewer examples than the one before"
             )
         warn_about_warmup(args, state)
         if not self._sizes:
             check_reloadable(kwargs["model"])
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and not self._stepped:
             warn_about_statistics(kwargs["model"])  # not earlier: each step sets the mode of every layer
         self._stepped = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         state_dict = gather_state_dict(kwargs["model"], self.trainer)  # a collective call: on every process
         if state.is_world_process_zero:
-            warn_about_early_end(len(self._sizes), state)
+            if state.global_step < state.max_steps:
+                logger.warning(
+                    f"the training of state {len(self._sizes)} ended after {state.global_step} of {state.max_steps}"
+                    " steps, because a callback stopped it or its data ran out; the state is recorded"
+                )
             self.record(
                 kwargs["model"],
                 state_dict=state_dict,
@@ -125,22 +125,20 @@ class WeightTransitionCallback(TrainerCallback):
                 processing_class=kwargs.get("processing_class"),
             )
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         reshard(kwargs["model"])  # the next training creates its optimizer before any of its events
 
     def record(self, model: nn.Module, **details: Any) -> None:
         """Copy the weights and write them as the next state; takes the arguments of [`WeightTrajectory.record`].
 
-        A thread writes the state, unless it is the last of the schedule or there is no schedule: the trajectory is
-        complete when the loop ends.
+        Without a schedule, and for its last state, this waits for the write: the trajectory is complete when the loop
+        ends.
         """
         schedule = self.trajectory.schedule
         if schedule is not None and details["num_examples"] is None:
             details.setdefault("fraction", schedule.ratio ** len(self._sizes))
-        more = schedule is not None and len(self._sizes) + 1 < schedule.num_states
-        self.trajectory.record(model, dtype=self.dtype, background=more, **details)
+        is_last = schedule is None or len(self._sizes) + 1 >= schedule.num_states
+        self.trajectory.record(model, dtype=self.dtype, background=not is_last, **details)
         self._sizes.append(details["num_examples"])
 
 
@@ -149,5 +147,5 @@ def num_examples_of(kwargs: Mapping[str, Any]) -> int | None:
     dataset = kwargs["train_dataloader"].dataset
     try:
         return len(dataset)
-    except TypeError:  # a stream; the shard that accelerate makes of one has a __len__ that fails
+    except TypeError:  # a stream, or accelerate's shard of one, whose __len__ fails
         return None

@@ -1,8 +1,8 @@
-"""[`induce_forgetting`] trains stage after stage with a given `Trainer` and resumes an interrupted recording."""
+"""[`induce_forgetting`]: train stage after stage with a given `Trainer`, and resume an interrupted recording."""
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +20,7 @@ from ..trajectory import StateRecord, WeightTrajectory, state_nbytes
 from .callback import WeightTransitionCallback, num_examples_of
 from .progress import Progress
 from .resuming import check_same_recording, examples_per_step, recorded_arguments
-from .training_warnings import warn_about_warmup
-from .validation import check_reloadable, check_trainer
+from .validation import check_reloadable, check_trainer, warn_about_warmup
 
 logger = logging.get_logger(__name__)
 
@@ -105,7 +104,7 @@ def induce_forgetting(
         if num_recorded:
             trajectory.load_into(trainer.model, num_recorded - 1)
         stack.enter_context(_restored(trainer))
-        progress = stack.enter_context(Progress(trainer, trajectory, schedule.num_states))
+        progress = stack.enter_context(closing(Progress(trainer, trajectory, schedule.num_states)))
         callback.on_written = progress.on_written
         if num_recorded and on_main_process(trainer.accelerator, lambda: not trajectory.states[-1].metrics):
             progress.evaluate(num_recorded - 1)
@@ -126,7 +125,7 @@ def induce_forgetting(
 
 
 class _StageCallback(WeightTransitionCallback):
-    """The callback of [`induce_forgetting`]: knows the subset, and keeps errors to raise them on all processes."""
+    """The callback of [`induce_forgetting`]: records the subset, and keeps errors to raise them on all processes."""
 
     def __init__(self, output_dir: str | Path, schedule: ForgettingSchedule, **options: Any) -> None:
         super().__init__(output_dir, schedule, **options)
@@ -147,16 +146,15 @@ class _StageCallback(WeightTransitionCallback):
             return
         if size is not None and last[1] is not None and size >= last[1]:
             raise ValueError(
-                f"the trainer's loader has {size} examples for the subset of {self.subset.size}, and had {last[1]} for"
-                " the state before: it does not follow trainer.train_dataset; read self.train_dataset, the subset of"
-                " each stage, in get_train_dataloader"
+                f"the trainer's loader has {size} examples for a subset of {self.subset.size}: it does not follow"
+                " trainer.train_dataset; read self.train_dataset in get_train_dataloader"
             )
 
     def record(self, model: nn.Module, **details: Any) -> None:
         assert self.subset is not None
         details |= {"num_examples": self.subset.num_examples, "fraction": self.subset.fraction}
         details |= {"subset_fingerprint": self.subset.fingerprint, "on_written": self.on_written}
-        # The arguments from the start of the stage: auto_find_batch_size may have changed them.
+        # from the start of the stage: auto_find_batch_size may change the arguments
         details |= {"training": self.training if details["steps"] else {}}
         try:
             super().record(model, **details)
@@ -180,10 +178,7 @@ def _check_missing_states(
 ) -> None:
     missing = schedule.num_states - trajectory.num_states
     if not missing:
-        logger.warning(
-            f"{trajectory.path} already holds all {trajectory.num_states} states: nothing is trained. Record to"
-            " another folder to train again"
-        )
+        logger.warning(f"{trajectory.path} has all {trajectory.num_states} states, nothing is trained")
     if not trajectory.num_states:
         check_reloadable(model)
     first, further = state_nbytes(model, dtype)
@@ -195,7 +190,7 @@ def _restored(trainer: Trainer) -> Iterator[None]:
     """Restore every attribute of the trainer that the stages change."""
     names = ("args", "train_dataset", "model_init", "optimizer", "lr_scheduler", "state", "control")
     before = {name: getattr(trainer, name) for name in names}
-    trainer.model_init = None  # or every stage would start from new weights
+    trainer.model_init = None  # otherwise every stage would start from new weights
     try:
         yield
     finally:

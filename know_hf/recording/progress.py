@@ -44,12 +44,6 @@ class Progress:
             disable=trainer.args.disable_tqdm or not trainer.accelerator.is_main_process,
         )
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
     def begin(self, index: int, subset: Subset) -> None:
         """Show the stage that begins."""
         self._log()
@@ -85,6 +79,10 @@ class Progress:
         """Wait for the last state and raise its write error, if any."""
         self._trajectory.check(wait=True)
         self._log()
+
+    def close(self) -> None:
+        """Close the progress bar."""
+        self._bar.close()
 
     def _log(self) -> None:
         state = self._trainer.state

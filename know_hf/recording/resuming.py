@@ -1,4 +1,4 @@
-"""What decides where a training ends: recorded with every state, and compared when a recording resumes."""
+"""Training arguments that determine the trained weights: recorded with every state, compared on resuming."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ _OPTIMIZERS_WITHOUT_ADAM_ARGUMENTS = ("sgd", "rmsprop", "adagrad", "adafactor")
 
 
 def recorded_arguments(args: TrainingArguments) -> dict[str, str]:
-    """Return the training arguments that decide where a training ends, as text."""
+    """Return the training arguments that determine the trained weights, as text."""
     values = {name: getattr(args, name) for name in _ARGUMENTS}
     if args.max_steps > 0:
         del values["num_train_epochs"]
@@ -44,7 +44,7 @@ def examples_per_step(args: TrainingArguments) -> int:
 
 
 def argument_text(value: Any) -> str:
-    """Return an argument as text; enumerations by their value, because scripts set them as strings too."""
+    """Return an argument as text, and an enumeration by its value, because scripts also set it as a string."""
     return str(getattr(value, "value", value))
 
 
@@ -56,14 +56,13 @@ def check_same_recording(
         if state.subset_fingerprint != subset.fingerprint:
             raise ValueError(
                 f"state {state.index} of {trajectory.path} was trained on other data: {state.size} with fingerprint"
-                f" {state.subset_fingerprint}, now {subset.size} with fingerprint {subset.fingerprint}; use the same"
-                " dataset to resume, or record to another folder"
+                f" {state.subset_fingerprint}, now {subset.size}; use the same dataset to resume, or another folder"
             )
         _check_same_arguments(trajectory, state, args)
 
 
 def _check_same_arguments(trajectory: WeightTrajectory, state: StateRecord, args: TrainingArguments) -> None:
-    if not state.training:  # state 0 of start="current" was not trained
+    if not state.training:  # state 0 with start="current"
         return
     recorded = {"seed": str(state.seed), **state.training}
     for name, value in {"seed": str(args.seed), **recorded_arguments(args)}.items():
@@ -71,7 +70,7 @@ def _check_same_arguments(trajectory: WeightTrajectory, state: StateRecord, args
             hint = " (per device × accumulation × processes)" if name == "examples_per_step" else ""
             raise ValueError(
                 f"state {state.index} of {trajectory.path} was trained with {name}={recorded[name]}, but the trainer"
-                f" has {value}{hint}; use the same arguments to resume, or record to another folder"
+                f" has {value}{hint}; use the same arguments to resume, or another folder"
             )
 
 

@@ -1,8 +1,4 @@
-"""Checks before a recording: what cannot be recorded, resumed or read back is refused before any training.
-
-A new refusal is a function that raises a `ValueError`, called by [`check_trainer`] if it needs the trainer, by
-[`check_arguments`] or [`check_model`] if not.
-"""
+"""Checks and warnings of a recording: what cannot be recorded, resumed or read back is refused before any training."""
 
 import copy
 from contextlib import nullcontext
@@ -11,14 +7,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments, initialization
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments, initialization
 from transformers.utils import logging
 
 from ..distributed import check_gathering
-from ..model_tensors import converted_names, unsharded_shape
+from ..model_tensors import converted_names, is_adapter, unsharded_shape
 from ..trajectory import check_adapter
+from .resuming import argument_text
 
 logger = logging.get_logger(__name__)
+
+_SCHEDULERS_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
+_PEFT_COPIES = {"modules_to_save", "original_module"}  # modules of peft that hold the adapter, or an unused original
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -27,7 +28,9 @@ def check_trainer(trainer: Trainer) -> None:
         raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
     check_gathering(trainer)
     check_arguments(trainer.args)
-    check_model(trainer.model)
+    check_adapter(trainer.model)
+    if getattr(trainer.model, "_hf_peft_config_loaded", False):
+        raise ValueError("the model has an adapter from add_adapter; wrap the model with peft.get_peft_model instead")
     _check_optimizer(trainer)
 
 
@@ -35,29 +38,15 @@ def check_arguments(args: TrainingArguments) -> None:
     """Raise a `ValueError` for an argument that ends a training early or rounds the weights."""
     if getattr(args, "enable_jit_checkpoint", False):  # missing in older versions of transformers
         raise ValueError(
-            "enable_jit_checkpoint=True ends a training early on SIGTERM, and its weights would be recorded as a"
-            " finished state; turn it off, a recording resumes without it"
+            "enable_jit_checkpoint=True ends a training early on SIGTERM; turn it off, recordings resume without it"
         )
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name):
-            raise ValueError(
-                f"{name}=True rounds the weights of the model at every evaluation, and the next stage would start from"
-                f" the rounded weights; turn it off and use {name[:4]}=True, which also evaluates in half precision"
-            )
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise a `ValueError` for an adapter that cannot be saved on its own."""
-    check_adapter(model)
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            f"the {type(model).__name__} has an adapter added by add_adapter; wrap the model with peft.get_peft_model"
-            " instead, so that the adapter is recorded"
-        )
+            raise ValueError(f"{name}=True rounds the weights at every evaluation; use {name[:4]}=True instead")
 
 
 def check_reloadable(model: nn.Module) -> None:
-    """Warn when `from_pretrained` cannot load the states, because the config does not describe the model.
+    """Warn when the config does not describe the model, so that `from_pretrained` cannot load the states.
 
     Raises a `ValueError` when, in addition, saving splits or merges tensors: only a model built from its config reads
     them back.
@@ -68,11 +57,10 @@ def check_reloadable(model: nn.Module) -> None:
     try:
         rebuilt = _rebuild(model)
     except Exception as error:
-        problem = f"cannot build a {name} from its config alone ({error})"
+        problem = f"{name} cannot be built from its config alone ({error})"
         if converted := converted_names(model):
             raise ValueError(
-                f"{problem}, and saving splits or merges tensors such as {min(converted)!r}, which only such a model"
-                " reads back: the recording could not be resumed; use a class that takes only its config"
+                f"{problem}, as resuming requires to read {min(converted)!r}; use a class that takes only its config"
             ) from error
     else:
         shapes, rebuilt_shapes = (
@@ -85,10 +73,38 @@ def check_reloadable(model: nn.Module) -> None:
             return
         problem = f"a {name} built from its config has a different tensor {differing[0]!r}"
     logger.warning(
-        f"{problem}: from_pretrained and load_model cannot load the states or predictions from them. The recording"
-        " continues. To load a state or a prediction, build the model the same way and call load_into(model) of the"
-        " trajectory or the prediction result, or use a class that builds the complete model in its __init__"
+        f"{problem}: from_pretrained and load_model cannot load states and predictions. Build the model the same way"
+        " and call load_into(model) of the trajectory or the prediction result"
     )
+
+
+def warn_about_warmup(args: TrainingArguments, state: TrainerState) -> None:
+    """Warn when the warmup is at least as long as the stage."""
+    warmup = args.get_warmup_steps(state.max_steps)
+    if argument_text(args.lr_scheduler_type) in _SCHEDULERS_WITHOUT_WARMUP or not 0 < state.max_steps <= warmup:
+        return
+    advice = "Set it to a share of the steps, such as 0.1" if args.warmup_steps >= 1 else "Set it to 0"
+    logger.warning(
+        f"warmup_steps={args.warmup_steps} applies to every stage, and this one has only {state.max_steps} steps: the"
+        f" learning rate never reaches its maximum and little is forgotten. {advice}"
+    )
+
+
+def warn_about_statistics(model: nn.Module) -> None:
+    """Warn when the training of an adapter changes BatchNorm statistics of its base, which no state holds."""
+    moving = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+    ]
+    moving = [name for name in moving if not _PEFT_COPIES & set(name.split("."))]
+    if is_adapter(model) and moving:
+        logger.warning(
+            f"{len(moving)} BatchNorm layers of the base model are in training mode, such as {moving[0]!r}. Training"
+            " changes their running statistics, but a state holds only the adapter: resumed runs end in other weights,"
+            " and loaded adapters have the statistics of the base. Add these layers to modules_to_save of the adapter"
+            " config, or override train() of the model to keep them in evaluation mode"
+        )
 
 
 def _rebuild(model: PreTrainedModel) -> PreTrainedModel:
@@ -109,7 +125,7 @@ def _check_optimizer(trainer: Trainer) -> None:
     optimizer_class, options = _new_optimizer(trainer)
     if type(optimizer) is not optimizer_class or any(optimizer.defaults.get(k, v) != v for k, v in options.items()):
         raise ValueError(
-            f"the trainer was given its own {type(optimizer).__name__}, but each stage needs a new optimizer; pass"
+            f"the trainer has a {type(optimizer).__name__} object, but each stage needs a new optimizer; pass"
             " optimizer_cls_and_kwargs=(class, options) to the Trainer instead of optimizers="
         )
 

@@ -1,11 +1,11 @@
-"""Arguments of `know-hf record`, from YAML, flags or Python. Imports no torch, so that `--help` is instant."""
+"""Arguments of `know-hf record`, from YAML, flags or Python. The module imports no torch, so `--help` is instant."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..config_files import build, check_keys, nearest, parse_yaml, read_numbers
+from ..config_files import build, nearest, parse_yaml, read_numbers
 
 if TYPE_CHECKING:
     from ..schedule import ForgettingSchedule
@@ -27,6 +27,9 @@ _UNUSED = {
     IMAGE: ("text_column", "text_pair_column", "max_length", "pack"),
     LM: ("image_column", "label_column", "text_pair_column", "stratify"),
 }
+_LORA_HELP = (
+    "train a LoRA adapter; keys: r, alpha, dropout, target_modules, use_dora, use_rslora; none: train all weights"
+)
 _CHOICES = {"start": ("train", "current"), "dtype": ("float32", "bfloat16", "auto", None)}
 
 
@@ -42,8 +45,8 @@ class LoraArguments:
         dropout (`float`, *optional*, defaults to `0`):
             `lora_dropout`.
         target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`):
-            Suffixes of the names of the modules that get an adapter, or `"all-linear"`. New heads, and BatchNorm
-            layers, whose statistics move, are trained in full.
+            Suffixes of the names of the modules that get an adapter, or `"all-linear"`. New heads and BatchNorm layers
+            are trained in full.
         use_dora (`bool`, *optional*, defaults to `False`):
             Use DoRA.
         use_rslora (`bool`, *optional*, defaults to `False`):
@@ -82,32 +85,23 @@ class RecordArguments:
             on the task.
     """
 
-    task: str = field(metadata={"help": f"one of {', '.join(TASKS)}"})
-    model: str = field(metadata={"help": "Hub id or folder of the pretrained model"})
-    dataset: str = field(metadata={"help": "Hub id or folder of the dataset, as datasets.load_dataset reads it"})
-    output_dir: str = field(
-        metadata={"help": "folder for trajectory/, record.json, forgetting.png and the files of the Trainer"}
-    )
+    task: str = _option(MISSING, f"one of {', '.join(TASKS)}")
+    model: str = _option(MISSING, "Hub id or folder of the pretrained model")
+    dataset: str = _option(MISSING, "Hub id or folder of the dataset, as datasets.load_dataset reads it")
+    output_dir: str = _option(MISSING, "folder for trajectory/, record.json, forgetting.png and the Trainer's files")
     model_revision: str | None = _option(None, "branch, tag or commit of the model")
-    dtype: str | None = _option(
-        None, "dtype of the weights: float32, bfloat16 or auto, that of the checkpoint (default: float32; LoRA: auto)"
-    )
+    dtype: str | None = _option(None, "float32, bfloat16, or auto for the checkpoint's (default: float32; LoRA: auto)")
     dataset_config: str | None = _option(None, "configuration of the dataset, if it has several")
     dataset_revision: str | None = _option(None, "branch, tag or commit of the dataset")
     train_split: str = _option("train", "split to train on; slices such as train[:90%] work")
-    eval_split: str | None = _option(
-        "auto",
-        "split to evaluate every state on; auto: the validation split, or else the test split; none: no evaluation",
-    )
+    eval_split: str | None = _option("auto", "split to evaluate on; auto: validation, else test; none: no evaluation")
     text_column: str | None = _option(None, "column of the text (default: detected by its name)")
     text_pair_column: str | None = _option(None, "column of the second text of a pair")
     image_column: str | None = _option(None, "column of the image (default: detected by its name)")
     label_column: str | None = _option(None, "column of the class (default: detected by its name)")
     max_examples: int | None = _option(None, "train on this many rows, drawn with the seed (default: all)")
     max_eval_examples: int | None = _option(None, "evaluate on this many rows, drawn with the seed (default: all)")
-    max_length: int | None = _option(
-        None, "maximum number of tokens of an example (default: the maximum of the model, at most 512)"
-    )
+    max_length: int | None = _option(None, "maximum tokens per example (default: maximum of the model, at most 512)")
     pack: bool = _option(False, "causal-lm: join the texts and cut them into examples of max_length tokens")
     epochs: float = _option(3.0, "epochs on all data")
     epochs_per_stage: float = _option(1.0, "epochs on each smaller subset")
@@ -116,34 +110,28 @@ class RecordArguments:
     num_states: int = _option(5, "number of states to record, including the state trained on all data")
     start: str = _option("train", "train: train state 0 on all data; current: use the pretrained weights as state 0")
     stratify: bool | None = _option(None, "keep the class balance in every subset (default: yes in classification)")
-    lora: LoraArguments | None = field(
-        default=None,
-        metadata={
-            "help": "train a LoRA adapter instead of all weights; keys: r, alpha, dropout, target_modules, use_dora,"
-            " use_rslora; none: no adapter"
-        },
-    )
+    lora: LoraArguments | None = field(default=None, metadata={"help": _LORA_HELP})
     seed: int = _option(0, "seed of the new head, the order of the examples and the subsets")
     training: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "any other key of transformers.TrainingArguments"}
+        default_factory=dict, metadata={"help": "other keys of transformers.TrainingArguments"}
     )
 
     __pydantic_config__: ClassVar[dict[str, bool]] = {"coerce_numbers_to_str": True}
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"unknown task={self.task!r}; {nearest(self.task, TASKS)}")
         self._check_values()
         for name in _UNUSED[self.task]:
             if getattr(self, name) not in (None, False):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect on {self.task}; remove it")
         if self.lora is not None and self.start == "current":
-            raise ValueError("start='current' needs trained weights, a new LoRA adapter has none; use start='train'")
+            raise ValueError("start='current' needs trained weights, but a LoRA adapter is new; use start='train'")
         for name in self.training:
             if name in _RESERVED:
                 raise ValueError(f"training must not contain {name!r}: {_RESERVED[name]}")
 
     def _check_values(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"unknown task={self.task!r}; {nearest(self.task, TASKS)}")
         for name in ("max_examples", "max_eval_examples", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1, or none")
@@ -152,7 +140,7 @@ class RecordArguments:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, choices))}")
-        self.schedule  # noqa: B018  runs the checks of the schedule
+        _ = self.schedule  # runs the checks of the schedule
 
     @property
     def schedule(self) -> "ForgettingSchedule":
@@ -160,14 +148,9 @@ class RecordArguments:
         from ..schedule import ForgettingSchedule
 
         stratify = self.task != LM if self.stratify is None else self.stratify
-        return ForgettingSchedule(
-            ratio=self.ratio,
-            num_states=self.num_states,
-            epochs_per_stage=self.epochs_per_stage,
-            stratify_by=LABELS if stratify else None,
-            seed=self.seed,
-            steps_per_stage=self.steps_per_stage,
-        )
+        names = ("ratio", "num_states", "epochs_per_stage", "steps_per_stage", "seed")
+        options = {name: getattr(self, name) for name in names}
+        return ForgettingSchedule(**options, stratify_by=LABELS if stratify else None)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "the arguments") -> "RecordArguments":
@@ -201,8 +184,7 @@ class RecordArguments:
         """
         content = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
         if not isinstance(content, dict):
-            raise ValueError(f"{path} must hold a mapping of keys to values; recipes/record has examples")
-        check_keys(content, [option.name for option in fields(cls)], str(path))
+            raise ValueError(f"{path} must contain a mapping of keys to values; recipes/record has examples")
         for name, value in (overrides or {}).items():
             if isinstance(value, Mapping) and isinstance(content.get(name), Mapping):
                 value = {**content[name], **value}

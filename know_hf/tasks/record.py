@@ -48,10 +48,8 @@ def record_task(args: RecordArguments) -> WeightTrajectory:
         _check_or_write_arguments(args, output_dir, write=training.process_index == 0)
     trainer = prepare_task(args).make_trainer()
     trajectory = induce_forgetting(trainer, args.schedule, output_dir / _TRAJECTORY_NAME, start=args.start)  # type: ignore[arg-type]
-    if trainer.is_world_process_zero():
-        picture = forgetting_picture(trajectory)
-        if picture is not None:
-            save_figure(picture, output_dir / _PICTURE_NAME)
+    if trainer.is_world_process_zero() and (picture := forgetting_picture(trajectory)) is not None:
+        save_figure(picture, output_dir / _PICTURE_NAME)
     return trajectory
 
 
@@ -65,7 +63,7 @@ def _check_or_write_arguments(args: RecordArguments, output_dir: Path, write: bo
             if old.get(key) != new.get(key):
                 raise ValueError(
                     f"{output_dir} was recorded with {key}={old.get(key)!r}, not {new.get(key)!r}; use the same value"
-                    " to resume, or record to another output_dir"
+                    " to resume, or another output_dir"
                 )
     elif write:
         output_dir.mkdir(parents=True, exist_ok=True)

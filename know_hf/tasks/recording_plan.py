@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from ..markdown import size as format_bytes
 from ..model_tensors import unsharded_shape
 from ..trajectory import state_nbytes
 from ..trajectory.snapshot import recorded_tensors
@@ -60,15 +61,14 @@ class RecordingPlan:
         if self.epochs[0]:
             cost += f", {epochs / self.epochs[0]:.2f} times the training of state 0"
         disk = (
-            f"disk: {len(self.num_examples)} states of {_format_bytes(self.bytes_per_state)}"
-            f" ({self.parameters:,} parameters) = {_format_bytes(self.bytes_needed)},"
-            f" {_format_bytes(self.free_bytes)} free"
+            f"disk: {len(self.num_examples)} states of {format_bytes(self.bytes_per_state)} ({self.parameters:,}"
+            f" parameters) = {format_bytes(self.bytes_needed)}, {format_bytes(self.free_bytes)} free"
         )
         return "\n".join([*rows, "", f"{cost} (Σ r^k = {self.relative_cost:.2f})", disk])
 
 
 def plan_task(args: RecordArguments) -> RecordingPlan:
-    """Load everything that a recording needs, and count; train and write nothing.
+    """Load everything that a recording needs, and plan its cost. Trains and writes nothing.
 
     Args:
         args ([`RecordArguments`]):
@@ -81,9 +81,7 @@ def plan_task(args: RecordArguments) -> RecordingPlan:
     training, schedule = parts.args, args.schedule
     batch = training.train_batch_size * training.world_size
     sizes = schedule.sizes(len(parts.train_dataset), batch * training.gradient_accumulation_steps)
-    lengths = [(args.epochs, training.max_steps)]
-    if args.start == "current":
-        lengths = [(0.0, -1)]
+    lengths = [(args.epochs, training.max_steps) if args.start == "train" else (0.0, -1)]
     lengths += [(args.epochs_per_stage, args.steps_per_stage or -1)] * (args.num_states - 1)
     steps, epochs = [], []
     for size, (num_epochs, max_steps) in zip(sizes, lengths, strict=True):
@@ -109,10 +107,3 @@ def _steps_per_epoch(size: int, batch: int, training: TrainingArguments) -> int:
 
 def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
-
-
-def _format_bytes(size: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size / 1e3:.1f} kB"

@@ -1,12 +1,12 @@
-"""Datasets of a recording: splits, columns and classes, and what turns rows into inputs of a model."""
+"""Datasets of a recording: splits, columns, classes and preprocessing."""
 
 import logging as python_logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from transformers import BaseImageProcessor, DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -38,15 +38,12 @@ def load_splits(args: RecordArguments) -> tuple[datasets.Dataset, datasets.Datas
         `ValueError`:
             When a column cannot be detected, is missing, has the wrong type, holds no classes, or has an empty row.
     """
-    splits = [_load(args, args.train_split)]
-    if (eval_split := _eval_split(args)) is not None:
-        splits.append(_load(args, eval_split))
+    splits = [_load(args, split) for split in (args.train_split, _eval_split(args)) if split is not None]
     columns = _detect_columns(splits[0], args)
     splits = [_select(split, columns, args) for split in splits]
     class_names = None
     if args.task != LM:
-        label_column = next(column for column, name in columns.items() if name == LABELS)
-        splits, class_names = _encode_classes(splits, label_column, args)
+        splits, class_names = _encode_classes(splits, args)
     limits = (args.max_examples, args.max_eval_examples)
     drawn = [_draw(split, limit, args.seed) for split, limit in zip(splits, limits, strict=False)]
     for split in drawn:
@@ -99,8 +96,7 @@ def tokenize(
     tokens = dataset.map(inputs, batched=True, remove_columns=texts, desc="tokenizing")
     if not len(tokens):
         raise ValueError(
-            f"none of the {len(dataset)} texts gives an example of max_length={max_length} tokens; lower max_length,"
-            " use more texts, or turn pack off"
+            f"{len(dataset)} texts give no example of max_length={max_length} tokens; lower it or turn pack off"
         )
     if causal and not pack and len(tokens) < len(dataset):
         logger.warning(f"dropped {len(dataset) - len(tokens)} of {len(dataset)} texts with fewer than two tokens")
@@ -109,32 +105,25 @@ def tokenize(
 
 def process_images(dataset: datasets.Dataset, processor: BaseImageProcessor, channels: int) -> datasets.Dataset:
     """Return a dataset that computes `pixel_values` when its rows are read; for `channels != 1` images become RGB."""
-    return dataset.with_transform(_ImageTransform(processor, "L" if channels == 1 else "RGB"))
+    # not a closure: spawned workers could not unpickle it
+    return dataset.with_transform(partial(_image_inputs, processor, "L" if channels == 1 else "RGB"))
 
 
-class _ImageTransform:  # a closure cannot be pickled for spawned workers
-    def __init__(self, processor: BaseImageProcessor, mode: str) -> None:
-        self.processor = processor
-        self.mode = mode
-
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
-        # Processors guess the channel axis badly: give it also to grey images.
-        images = [np.atleast_3d(np.asarray(image.convert(self.mode))) for image in batch["image"]]
-        pixels = self.processor(images, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, LABELS: batch[LABELS]}
-
-
-class CausalCollator:
+class CausalCollator(DataCollatorWithPadding):
     """Pad examples and use their tokens as labels; padding is excluded from the loss, end-of-text tokens are not."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.pad = DataCollatorWithPadding(tokenizer)
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Mapping[str, torch.Tensor]:
-        batch = self.pad(examples)
-        # Not by the padding token, as transformers' collator does: it is often the end-of-text token.
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(features)
+        # not by the padding token, as transformers' collator does: it is often the end-of-text token
         batch[LABELS] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch
+
+
+def _image_inputs(processor: BaseImageProcessor, mode: str, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+    # grey images also get a channel axis, because processors guess it badly
+    images = [np.atleast_3d(np.asarray(image.convert(mode))) for image in batch["image"]]
+    pixels = processor(images, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+    return {"pixel_values": pixels, LABELS: batch[LABELS]}
 
 
 def _load(args: RecordArguments, split: str) -> datasets.Dataset:
@@ -150,24 +139,18 @@ def _eval_split(args: RecordArguments) -> str | None:
         if name in names and not trained & {name, "all"}:
             return name
     logger.warning(
-        f"{args.dataset} has no split to evaluate on among {', '.join(names)}: states are recorded without metrics."
-        " Set eval_split; train_split=train[:90%] and eval_split=train[90%:] divide one split"
+        f"{args.dataset} has no split to evaluate on, only {', '.join(names)}: states get no metrics. Set eval_split;"
+        " train_split=train[:90%] and eval_split=train[90%:] divide one split"
     )
     return None
 
 
 def _detect_columns(split: datasets.Dataset, args: RecordArguments) -> dict[str, str]:
     """Map the columns of the dataset to `text`, `text_pair`, `image` and `labels`."""
-    columns = {}
-    if args.task == IMAGE:
-        columns[_column(split, "image", args.image_column)] = "image"
-    else:
-        columns[_column(split, "text", args.text_column)] = "text"
-        if args.text_pair_column is not None:
-            columns[_column(split, "text_pair", args.text_pair_column)] = "text_pair"
-    if args.task != LM:
-        columns[_column(split, "label", args.label_column)] = LABELS
-    return columns
+    kinds = ["image"] if args.task == IMAGE else ["text"]
+    kinds += ["text_pair"] * (args.text_pair_column is not None) + ["label"] * (args.task != LM)
+    columns = {_column(split, kind, getattr(args, f"{kind}_column")): kind for kind in kinds}
+    return {column: LABELS if kind == "label" else kind for column, kind in columns.items()}
 
 
 def _column(split: datasets.Dataset, kind: str, given: str | None) -> str:
@@ -185,9 +168,7 @@ def _column(split: datasets.Dataset, kind: str, given: str | None) -> str:
 
 def _select(split: datasets.Dataset, columns: Mapping[str, str], args: RecordArguments) -> datasets.Dataset:
     if missing := [column for column in columns if column not in split.column_names]:
-        raise ValueError(
-            f"split {split.split} of {args.dataset} has no column {missing[0]!r}, only {', '.join(split.column_names)}"
-        )
+        raise ValueError(f"{_name(split, args)} has no column {missing[0]!r}, only {', '.join(split.column_names)}")
     for column, name in columns.items():
         feature = split.features[column]
         kind = getattr(feature, "dtype", type(feature).__name__)
@@ -198,27 +179,25 @@ def _select(split: datasets.Dataset, columns: Mapping[str, str], args: RecordArg
     return split.select_columns(list(columns)).rename_columns({k: v for k, v in columns.items() if k != v})
 
 
-def _encode_classes(
-    splits: list[datasets.Dataset], column: str, args: RecordArguments
-) -> tuple[list[datasets.Dataset], list[str]]:
+def _encode_classes(splits: list[datasets.Dataset], args: RecordArguments) -> tuple[list[datasets.Dataset], list[str]]:
     """Return the splits with `labels` counted from 0, and the names of the classes."""
     feature = splits[0].features[LABELS]
     labels = [split.with_format(None)[LABELS][:] for split in splits]
-    locations = [f"split {split.split} of {args.dataset}, column {column!r}" for split in splits]
     if isinstance(feature, datasets.ClassLabel):
         names, index_of = list(feature.names), {index: index for index in range(feature.num_classes)}
     else:
         if not isinstance(labels[0][0], str | int):
             raise ValueError(
-                f"{locations[0]}: {labels[0][0]!r} is not a class; set label_column to a column of integers or strings"
+                f"{_name(splits[0], args)}: the label {labels[0][0]!r} is not a class; set label_column to a column of"
+                " integers or strings"
             )
         classes = sorted({label for label in labels[0] if label is not None})
         names, index_of = [str(label) for label in classes], {label: index for index, label in enumerate(classes)}
-    for values, location in zip(labels, locations, strict=True):
+    for split, values in zip(splits, labels, strict=True):
         if unknown := [value for value in values if value not in index_of]:
             raise ValueError(
-                f"{location}: {len(unknown)} rows have the class {unknown[0]!r}, which is not among {_shorten(names)};"
-                " rows without a class (often -1 in test splits) cannot be used, choose another split"
+                f"{_name(split, args)}: {len(unknown)} rows have the class {unknown[0]!r}, which is not among"
+                f" {_shorten(names)}; test splits often have no classes, choose another split"
             )
     is_bool = getattr(feature, "dtype", None) == "bool"  # False == 0, but no model takes False as a class
     if is_bool or any(label != index for label, index in index_of.items()):
@@ -232,7 +211,7 @@ def _encode_classes(
 def _draw(split: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
     if limit is None or limit >= len(split):
         return split
-    # The same order as in ForgettingSchedule: the same rows on every machine.
+    # as in ForgettingSchedule: the same rows on every machine
     order = np.argsort(np.random.RandomState(seed).random_sample(len(split)), kind="stable")
     return split.select(np.sort(order[:limit]))
 
@@ -244,9 +223,13 @@ def _check_no_empty_rows(split: datasets.Dataset, columns: Mapping[str, str], ar
         cells = split.select_columns(name).with_format("arrow")[:].column(name)
         if cells.null_count:
             raise ValueError(
-                f"split {split.split} of {args.dataset}, column {column!r}: {cells.null_count} of the rows in use are"
-                f" empty, first row {cells.is_null().index(True)}; fill or remove them"
+                f"{_name(split, args)}, column {column!r}: {cells.null_count} of the rows in use are empty, first row"
+                f" {cells.is_null().index(True)}; fill or remove them"
             )
+
+
+def _name(split: datasets.Dataset, args: RecordArguments) -> str:
+    return f"split {split.split} of {args.dataset}"
 
 
 def _shorten(names: Sequence[str], most: int = 10) -> str:

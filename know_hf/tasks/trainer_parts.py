@@ -73,29 +73,32 @@ def prepare_task(args: RecordArguments) -> TrainerParts:
     training = training_arguments(args)
     with training.main_process_first(desc="data"):
         train, evaluation, classes = load_splits(args)
-        config = AutoConfig.from_pretrained(args.model, **_revision(args))
+        revision = args.model_revision or "main"
+        config = AutoConfig.from_pretrained(args.model, revision=revision)
         processor: Processor
+        collator: Callable[[list[Any]], Any]
         if args.task == IMAGE:
             # The PIL backend gives the same pixels whether torchvision is installed or not.
-            processor = AutoImageProcessor.from_pretrained(args.model, backend="pil", **_revision(args))
+            processor = AutoImageProcessor.from_pretrained(args.model, backend="pil", revision=revision)
             prepare = partial(process_images, processor=processor, channels=getattr(config, "num_channels", 3))
+            collator = default_data_collator
         else:
             processor = _load_tokenizer(args)
             length = _max_length(args, processor, config)
             prepare = partial(tokenize, tokenizer=processor, max_length=length, causal=args.task == LM, pack=args.pack)
+            collator = (CausalCollator if args.task == LM else DataCollatorWithPadding)(processor)
         train, evaluation = prepare(train), None if evaluation is None else prepare(evaluation)
     model, new_tensors = _load_model(args, classes)
     text_config = model.config.get_text_config()
     if isinstance(processor, PreTrainedTokenizerBase) and getattr(text_config, "pad_token_id", None) is None:
         text_config.pad_token_id = processor.pad_token_id
-    collators = {TEXT: DataCollatorWithPadding, LM: CausalCollator}
     return TrainerParts(
         model=model if args.lora is None else _add_adapter(model, args.lora, args.task, new_tensors),
         args=training,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=processor,
-        data_collator=default_data_collator if args.task == IMAGE else collators[args.task](processor),
+        data_collator=collator,
         compute_metrics=None if args.task == LM else _accuracy,
         preprocess_logits_for_metrics=None if args.task == LM else _arg_max,
     )
@@ -116,24 +119,17 @@ def training_arguments(args: RecordArguments) -> TrainingArguments:
         "num_train_epochs": args.epochs,
         "seed": args.seed,
         "label_names": [LABELS],
-        # No model takes the image column, and the collator makes the labels of language modelling.
+        # the image column is no input of a model, and the collator adds the labels of language modelling
         "remove_unused_columns": args.task == TEXT,
     }
     return TrainingArguments(str(Path(args.output_dir) / "trainer"), **options)
 
 
-def _revision(args: RecordArguments) -> dict[str, str]:
-    return {} if args.model_revision is None else {"revision": args.model_revision}
-
-
 def _load_tokenizer(args: RecordArguments) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(args.model, **_revision(args))
+    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.model_revision or "main")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ValueError(
-                f"the tokenizer of {args.model} has neither a padding nor an end-of-text token; save it with a"
-                " pad_token"
-            )
+            raise ValueError(f"the tokenizer of {args.model} has neither pad_token nor eos_token; save it with one")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -150,27 +146,23 @@ def _max_length(args: RecordArguments, tokenizer: PreTrainedTokenizerBase, confi
 
 def _load_model(args: RecordArguments, classes: list[str] | None) -> tuple[PreTrainedModel, list[str]]:
     """Return the model, and the names of the tensors that its checkpoint does not have."""
-    options: dict[str, Any] = _revision(args)
+    options: dict[str, Any] = {"revision": args.model_revision or "main"}
     if classes is not None:
         label2id = {name: index for index, name in enumerate(classes)}
         options |= {"num_labels": len(classes), "id2label": dict(enumerate(classes)), "label2id": label2id}
         options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced
     set_seed(args.seed)
-    model, info = _AUTO_MODELS[args.task].from_pretrained(
-        args.model,
-        dtype=args.dtype or ("float32" if args.lora is None else "auto"),
-        output_loading_info=True,
-        **options,
-    )
+    dtype = args.dtype or ("float32" if args.lora is None else "auto")
+    model, info = _AUTO_MODELS[args.task].from_pretrained(args.model, dtype=dtype, output_loading_info=True, **options)
     if classes is not None:
         # These models accept the Trainer's num_items_in_batch but do not divide by it: the loss would grow with the
-        # number of processes and of accumulated batches.
+        # numbers of processes and accumulated batches.
         model.accepts_loss_kwargs = False
     new_tensors = sorted({*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])})
     if new_tensors and args.start == "current":
         raise ValueError(
-            f"start='current' uses the weights of {args.model} as state 0, but the checkpoint has no"
-            f" {new_tensors[0]!r} for {args.task}; use start='train', or a model trained on the task"
+            f"start='current' needs a model trained on the task, but {args.model} has no {new_tensors[0]!r} for"
+            f" {args.task}; use start='train'"
         )
     return model, new_tensors
 
@@ -180,7 +172,7 @@ def _add_adapter(model: PreTrainedModel, lora: LoraArguments, task: str, new_ten
 
     heads = [] if task == LM else _heads(model)
     others = {name.rpartition(".")[0] for name in new_tensors}
-    # The training moves BatchNorm statistics; below an adapter no state would hold them.
+    # training changes BatchNorm statistics, which no state holds unless the layers are trained in full
     others |= {
         name for name, part in model.named_modules() if isinstance(part, _BatchNorm) and part.track_running_stats
     }
@@ -202,13 +194,10 @@ def _add_adapter(model: PreTrainedModel, lora: LoraArguments, task: str, new_ten
 
 
 def _heads(model: PreTrainedModel) -> list[str]:
-    """Names of the modules on top of the base model."""
+    """Return the names of the modules on top of the base model."""
     base = model.base_model
-    if base is model:
-        return []
-    return [
-        name for name, child in model.named_children() if child is not base and any(True for _ in child.parameters())
-    ]
+    children = [] if base is model else model.named_children()
+    return [name for name, child in children if child is not base and [*child.parameters()]]
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
