@@ -18,6 +18,7 @@ MOVED_MODULES = {
     "know_hf.evaluation.measuring": "know_hf.evaluation.measure",
     "know_hf.evaluation.metrics": "know_hf.metrics",
     "know_hf.evaluation.results": "know_hf.evaluation.report.comparison_report",
+    "know_hf.evaluation.small_cnn": "know_hf.evaluation.suites.small_cnn",
     "know_hf.evaluation.store": "know_hf.evaluation.cells",
     "know_hf.evaluation.training": "know_hf.evaluation.fine_tuning",
     "know_hf.gate": "know_hf.prediction.gate",
