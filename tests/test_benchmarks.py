@@ -1,58 +1,65 @@
-"""recipes/benchmarks/prediction.py: its help is instant, it runs as its users run it, and it counts right."""
+"""recipes/benchmarks: help without imports, tiny runs, and counts."""
 
 import json
 import os
 import pickle
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from doubles.toy_trajectories import record_lines
 from torch.utils.flop_counter import FlopCounterMode
 
-from know_hf import KNOWNConfig, KNOWNModel
+from know_hf import KNOWNConfig, KNOWNModel, TransitionDataset
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "benchmarks"
-MODULES = ("prediction", "contestants", "trajectories")
+MODULES = ("prediction", "contestants", "trajectories", "memory", "meta_training")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts():
+    """The scripts are imported under their short names, and forgotten afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        for name in MODULES:
+            patch.delitem(sys.modules, name, raising=False)
+        yield
+        for name in MODULES:
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    """The script as a module; its neighbours' short names are given back afterwards."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import prediction
-
-    yield prediction
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def prediction(scripts):
+    return import_module("prediction")
 
 
-def test_help_is_instant():
-    code = f"""
-import runpy, sys
-sys.path.insert(0, {str(FOLDER)!r})
-sys.argv = ["prediction.py", "--help"]
-try:
-    runpy.run_path({str(FOLDER / "prediction.py")!r}, run_name="__main__")
-finally:
-    assert not {{"torch", "transformers", "numpy", "tensorflow", "know_hf"}} & set(sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--peer-weights" in done.stdout
+@pytest.fixture
+def meta_training(scripts):
+    return import_module("meta_training")
+
+
+def test_help_needs_no_torch():
+    for name in ("prediction", "meta_training", "recording"):
+        program = (
+            "import runpy, sys\n"
+            f"sys.path.insert(0, {str(FOLDER)!r})\n"
+            f"runpy.run_path({str(FOLDER / name) + '.py'!r})['make_parser']().format_help()\n"
+            "assert not {'torch', 'transformers', 'numpy', 'tensorflow', 'know_hf'} & set(sys.modules)\n"
+        )
+        subprocess.run([sys.executable, "-"], input=program, text=True, check=True)
 
 
 class InThisProcess:
-    """Stands in for `contestants.Contestant` where starting processes would take long."""
+    """Replaces `contestants.Contestant` where starting processes would take long."""
 
     def __init__(self, prepare, *arguments):
-        self.failure, self.details, self.facts = None, "", {}
+        self.failure, self.details, self.properties = None, "", {}
         try:
-            self.run, self.facts = prepare(*pickle.loads(pickle.dumps(arguments)))
+            self.run, self.properties = prepare(*pickle.loads(pickle.dumps(arguments)))
         except ValueError as error:
             self.failure, self.run = str(error), dict
 
@@ -63,54 +70,53 @@ class InThisProcess:
         pass
 
 
-def test_a_tiny_run_measures_both_parts_and_leaves_nothing(benchmark, tmp_path, monkeypatch, capsys):
+def test_prediction(prediction, tmp_path, monkeypatch, capsys):
     numbers, disk = tmp_path / "numbers.json", tmp_path / "disk"
     disk.mkdir()
-    monkeypatch.setattr(benchmark, "Contestant", InThisProcess)
-    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
-    monkeypatch.setattr(benchmark.os, "environ", dict(os.environ))
+    monkeypatch.setattr(prediction, "Contestant", InThisProcess)
+    monkeypatch.setattr(prediction, "find_spec", lambda name: None)
+    monkeypatch.setattr(prediction.os, "environ", dict(os.environ))
     command = ["--sizes", "tiny", "--kernels", "eager", "unknown", "--peers", "graph", "--rows", "2048"]
     command += ["--seconds", "0", "--repetitions", "1", "--threads", "1"]
-    benchmark.main(benchmark.make_parser().parse_args([*command, "--output-dir", str(disk), "--json", str(numbers)]))
+    command += ["--output-dir", str(disk), "--json", str(numbers)]
+    prediction.main(prediction.make_parser().parse_args(command))
     results = json.loads(numbers.read_text())
-    eager, (whole,) = results["function"]["eager"], results["end_to_end"]
+    eager, (end_to_end,) = results["function"]["eager"], results["end_to_end"]
     assert eager["difference"] < 5e-7
     assert eager["flops_per_second"] == pytest.approx(results["flops"]["published"] / eager["seconds"])
     assert "unknown" in results["function"]["unknown"]["not_run"]
     assert results["function"]["graph"] == {"not_run": "tensorflow is not installed"}
-    assert whole["runs"] == 1
-    assert whole["written_bytes"] > 4 * whole["parameters"] > 4 * 5_000
+    assert end_to_end["runs"] == 1
+    assert end_to_end["written_bytes"] > 4 * end_to_end["parameters"] > 4 * 5_000
     printed = capsys.readouterr().out
     assert f"| eager | {eager['seconds']:.2e} (" in printed
     assert "| peer: Keras graph | not run: tensorflow is not installed |" in printed
-    assert f"| tiny ResNet | auto | {whole['parameters']:,} | float32 |" in printed
+    assert f"| tiny ResNet | auto | {end_to_end['parameters']:,} | float32 |" in printed
     assert not list(disk.iterdir())
 
 
-def test_a_contestant_runs_in_a_process_of_its_own_and_tells_why_it_can_not(benchmark):
-    with benchmark.Contestant(divmod, 1, 0) as contestant:
+def test_contestants_report_failures(prediction):
+    with prediction.Contestant(divmod, 1, 0) as contestant:
         assert contestant.failure == "integer division or modulo by zero"
         assert "Traceback" in contestant.details
         assert contestant.run() == {}
-    with benchmark.Contestant(os._exit, 3) as contestant:
+    with prediction.Contestant(os._exit, 3) as contestant:
         assert contestant.failure == "its process ended with code 3"
 
 
 @pytest.mark.skipif(find_spec("tensorflow") is None, reason="needs tensorflow")
 @pytest.mark.parametrize("mode", ["graph", "predict", "xla"])
-def test_the_peer_is_the_same_function(benchmark, tmp_path, mode):
-    import contestants
-
+def test_peer_computes_the_same_function(prediction, tmp_path, mode):
+    contestants = import_module("contestants")
     contestants.prepare_inputs(tmp_path, None, 1000, 1, [], tmp_path)
-    with benchmark.Contestant(contestants.prepare_peer, mode, tmp_path, 256, 1, 0) as peer:
+    with prediction.Contestant(contestants.prepare_peer, mode, tmp_path, 256, 1, 0) as peer:
         assert peer.failure is None, peer.details
-        assert peer.facts["difference"] < 5e-7
+        assert peer.properties["difference"] < 5e-7
         assert peer.run()["seconds"] > 0
 
 
-def test_sizes_are_those_of_the_models(benchmark):
-    from trajectories import plan
-
+def test_sizes_are_those_of_the_models():
+    plan = import_module("trajectories").plan
     assert plan("resnet18")["parameters"] == 11_689_512
     assert plan("bert")["parameters"] == 109_482_240
     billion = plan("1b")
@@ -118,12 +124,47 @@ def test_sizes_are_those_of_the_models(benchmark):
     assert billion["disk_bytes"] == 6 * 2 * billion["parameters"]  # five states and the prediction, bfloat16
 
 
-def test_flops_are_those_of_the_layers_and_of_what_is_between_them(benchmark):
+def test_flops(prediction):
     config = KNOWNConfig()
     with FlopCounterMode(display=False) as counter:
         KNOWNModel(config)(history=torch.zeros(1, 5), role="fc")
     layers = counter.get_total_flops()
-    between = 4 + 2 * (8 + 3 * 64 + 32) + 1  # differences; relu, the products and the sum of TrAct, leaky relu; tanh
-    assert benchmark.flops(config.to_dict(), folded=False) == layers + between
+    others = 4 + 2 * (8 + 3 * 64 + 32) + 1  # differences; relu, products and sum of TrAct, leaky relu; tanh
+    assert prediction.flops(config.to_dict(), folded=False) == layers + others
     saved = 2 * (2 * 64 * 8 + 2 * 8 * 64 + 64 - 2 * 8 * 32 - 32) - 2 * (5 + 4) * 8
-    assert benchmark.flops(config.to_dict(), folded=True) == layers + between - saved
+    assert prediction.flops(config.to_dict(), folded=True) == layers + others - saved
+
+
+def test_meta_training(meta_training, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(meta_training.SIZES, "small", (8, 3))
+    flags = ["--sizes", "small", "--processes", "--repetitions", "1", "--seconds", "0.01", "--batch-size", "64"]
+    flags += ["--output-dir", str(tmp_path), "--json", str(tmp_path / "results.json")]
+    meta_training.main(meta_training.make_parser().parse_args(flags))
+    seconds = json.loads((tmp_path / "results.json").read_text())["sizes"]["small"]["seconds"]
+    assert list(seconds) == ["network", "network in bfloat16", *meta_training.READERS]
+    printed = capsys.readouterr().out
+    assert f"| network | {1e3 * seconds['network']:.2f} |" in printed
+    rate = 3 * 64 / (seconds["network"] + seconds["mapped"])
+    assert f"| transitions per second, mapped | {rate:,.0f} |" in printed
+    assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
+
+
+def test_table_of_processes(meta_training):
+    assert meta_training.processes_table({"processes": {}}) == ""
+    times = {1: {"wall": 0.02, "cpu": 0.018}, 2: {"wall": 0.0125, "cpu": 0.012}}
+    text = meta_training.processes_table({"processes": times, "cores": 2, "batch_size": 2000})
+    assert text.splitlines()[-2:] == [
+        "| 1 | 20.0 | 300,000 | 1.00 | 18.0 | 1.00 |",
+        "| 2 | 12.5 | 480,000 | 1.60 | 12.0 | 1.50 |",
+    ]
+
+
+def test_full_states_hold_the_same_transitions(meta_training, tmp_path):
+    path = record_lines(tmp_path / "net").path
+    dataset = TransitionDataset([path], max_per_tensor=None, progress=False)
+    batch = next(meta_training.full_states([path], dataset, 32))
+    for role in dataset.roles:
+        blocks = [dataset.block(block) for block in dataset.blocks if block.role == role]
+        rows = {tuple(row.tolist()) for parts in blocks for row in torch.column_stack(parts)}
+        drawn = torch.column_stack([batch[role]["history"], batch[role]["labels"]])
+        assert {tuple(row.tolist()) for row in drawn} <= rows

@@ -1,4 +1,4 @@
-"""The recipes meta_train, ablations and benchmarks/meta_training.py on trajectories of a toy network."""
+"""recipes/meta_train and recipes/ablations on trajectories of a toy network."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import torch
 from doubles.toy_trajectories import record_lines
 
 from know_hf import KNOWNConfig, KNOWNModel, TransitionDataset
-from know_hf.meta_learning import read_collection, retrodiction_skill
+from know_hf.meta_learning import read_collection, retrodiction_skill, split_collection
 from know_hf.predictors import Shrink, protocol
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -135,14 +135,10 @@ def test_meta_train_flags_override_the_yaml(meta_train, tmp_path):
         meta_train.parse_arguments(["--config", str(tmp_path / "wrong.yaml"), *flags])
 
 
-def test_ablations(ablations, collection, tmp_path, monkeypatch, capsys):
-    flags = ["--trajectories", collection, "--output_dir", tmp_path / "out", "--seeds", 0, 1]
-    flags += ["--steps", 2, "--batch-size", 16, "--counts", 4, 50, "--cache-dir", tmp_path / "cache"]
-    args = parse(ablations, *flags)
-    ablations.main(args)
-    printed = capsys.readouterr().out
-    results = json.loads((tmp_path / "out/ablations.json").read_text())
-    assert [(row["group"], row["value"], len(row["trajectories"])) for row in results["rows"]] == [
+def test_rows_of_ablations(ablations, collection):
+    args = parse(ablations, "--trajectories", "in", "--output_dir", "out", "--counts", 4, 50)
+    settings = ablations.make_settings(split_collection(read_collection(collection))["train"], args)
+    assert [(setting.group, setting.value, len(setting.trajectories)) for setting in settings] == [
         ("defaults", "S = 5, three networks, all trajectories", 8),
         ("states", "S = 2", 8),
         ("states", "S = 3", 8),
@@ -154,16 +150,21 @@ def test_ablations(ablations, collection, tmp_path, monkeypatch, capsys):
         ("trajectories", "4", 4),
         ("loss", "relative", 8),
     ]
+    assert settings[7].trajectories == settings[8].trajectories
+
+
+def test_ablations(ablations, collection, tmp_path, monkeypatch, capsys):
+    flags = ["--trajectories", collection, "--output_dir", tmp_path / "out", "--seeds", 0, 1, "--only", "networks"]
+    flags += ["--steps", 2, "--batch-size", 16, "--max_per_tensor", 64, "--cache-dir", tmp_path / "cache"]
+    args = parse(ablations, *flags)
+    ablations.main(args)
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "out/ablations.json").read_text())
     for row in results["rows"]:
         for result in row["results"]:
             assert set(result["skill"]) == {"held_out_trajectory", "r near 0.5", "r near 0.7"}
-            assert {role: skill["trajectories"] for role, skill in result["skill"]["r near 0.5"].items()} == {
-                "conv": 2,
-                "fc": 2,
-                "bias": 2,
-            }
-    nested = {row["value"]: set(row["trajectories"]) for row in results["rows"] if row["group"] == "trajectories"}
-    assert nested["4"] == set(next(row for row in results["rows"] if row["value"] == "any")["trajectories"])
+            trajectories = {role: skill["trajectories"] for role, skill in result["skill"]["r near 0.5"].items()}
+            assert trajectories == {"conv": 2, "fc": 2, "bias": 2}
     first, second = (result["skill"]["held_out_trajectory"]["fc"]["skill"] for result in results["rows"][0]["results"])
     assert first != second
     assert f"{(first + second) / 2:+.3f} ({abs(first - second) / 2:.3f})" in printed
@@ -179,26 +180,39 @@ def test_ablations(ablations, collection, tmp_path, monkeypatch, capsys):
         ablations.main(args)
 
 
+def test_table_of_ratios(ablations):
+    skill = {name: {"fc": {"skill": value}} for name, value in (("r near 0.5", 0.25), ("r near 0.7", -1))}
+    rows = [
+        {"group": "defaults"},
+        *({"group": "ratio", "value": v, "results": [{"skill": skill}]} for v in ("0.5", "any")),
+    ]
+    (text,) = ablations.ratio_tables(rows)
+    assert text.splitlines()[2:] == [
+        "| trained on | fc, r near 0.5 | fc, r near 0.7 |",
+        "| --- | --- | --- |",
+        "| r near 0.5 | +0.250 (0.000) | -1.000 (0.000) |",
+        "| any r | +0.250 (0.000) | -1.000 (0.000) |",
+    ]
+    assert ablations.ratio_tables(rows[:1]) == []
+
+
 def test_ablations_of_other_trajectories_with_the_same_names(ablations, collection, tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "train", lambda *_: {"skill": {}})
     monkeypatch.setattr(ablations, "split_tables", lambda *_: [])
-    names = ("net-00", "net-01", "net-02")
+    flags = ["--output_dir", tmp_path / "out", "--only", "loss", "--seeds", 0, "--trajectories", tmp_path / "data"]
+    (tmp_path / "data").mkdir()
+    for name in ("net-00", "net-01", "net-02"):
+        shutil.copytree(collection / name, tmp_path / "data" / name)
     rows = (collection / "index.jsonl").read_text().splitlines()[:3]
-    for folder in ("first", "second"):
-        for name in names:
-            shutil.copytree(collection / name, tmp_path / folder / name)
-        (tmp_path / folder / "index.jsonl").write_text("\n".join(rows))
-    flags = ["--output_dir", tmp_path / "out", "--only", "loss", "--seeds", 0, "--trajectories"]
-
-    def run(folder):
-        ablations.main(parse(ablations, *flags, tmp_path / folder))
-
-    run("first")
-    run("second")  # a copy
-    shutil.rmtree(tmp_path / "second/net-01")
-    record_lines(tmp_path / "second/net-01", seed=99)
+    (tmp_path / "data" / "index.jsonl").write_text("\n".join(rows))
+    ablations.main(parse(ablations, *flags))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    flags[-1] = tmp_path / "moved"
+    ablations.main(parse(ablations, *flags))
+    shutil.rmtree(tmp_path / "moved/net-01")
+    record_lines(tmp_path / "moved/net-01", seed=99)
     with pytest.raises(ValueError, match=r"weights: .*train"):
-        run("second")
+        ablations.main(parse(ablations, *flags))
 
 
 def test_every_number_of_states_is_evaluated_on_the_same_transitions(ablations, collection):
@@ -211,53 +225,7 @@ def test_every_number_of_states_is_evaluated_on_the_same_transitions(ablations, 
     assert torch.allclose(predictor.residual(history, "conv"), expected, atol=1e-6)
 
 
-def test_benchmark_of_meta_training(monkeypatch, tmp_path, capsys):
-    benchmark = load(monkeypatch, RECIPES / "benchmarks" / "meta_training.py")
-    monkeypatch.setitem(benchmark.SIZES, "small", (8, 3))
-    flags = ["--sizes", "small", "--processes", "--repetitions", "1", "--seconds", "0.01", "--batch_size", "64"]
-    flags += ["--output-dir", str(tmp_path), "--json", str(tmp_path / "results.json")]
-    benchmark.main(benchmark.make_parser().parse_args(flags))
-    results = json.loads((tmp_path / "results.json").read_text())
-    seconds = results["sizes"]["small"]["seconds"]
-    assert set(seconds) == {
-        "network",
-        "network in bfloat16",
-        "mapped",
-        "in memory",
-        "full states of one trajectory",
-    }
-    printed = capsys.readouterr().out
-    assert f"| network | {1e3 * seconds['network']:.2f} |" in printed
-    rate = 3 * 64 / (seconds["network"] + seconds["mapped"])
-    assert f"| transitions per second, mapped | {rate:,.0f} |" in printed
-    assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
-
-
-def test_benchmark_of_processes(monkeypatch):
-    benchmark = load(monkeypatch, RECIPES / "benchmarks" / "meta_training.py")
-    assert benchmark.processes_table({"processes": {}}) == []
-    times = {1: {"wall": 0.02, "cpu": 0.018}, 2: {"wall": 0.0125, "cpu": 0.012}}
-    *_, one, two = benchmark.processes_table({"processes": times, "cores": 2, "batch_size": 2000})
-    assert one == "| 1 | 20.0 | 300,000 | 1.00 | 18.0 | 1.00 |"
-    assert two == "| 2 | 12.5 | 480,000 | 1.60 | 12.0 | 1.50 |"
-
-
-def test_benchmark_baseline_reads_the_same_transitions(monkeypatch, collection):
-    benchmark = load(monkeypatch, RECIPES / "benchmarks" / "meta_training.py")
-    dataset = TransitionDataset([collection / "net-00"], max_per_tensor=None, progress=False)
-    batch = next(benchmark.whole_states([collection / "net-00"], dataset, 32))
-    for role in dataset.roles:
-        rows = {
-            tuple(row.tolist())
-            for block in dataset.blocks
-            if block.role == role
-            for row in torch.cat([dataset.block(block)[0], dataset.block(block)[1][:, None]], dim=1)
-        }
-        drawn = torch.cat([batch[role]["history"], batch[role]["labels"][:, None]], dim=1)
-        assert {tuple(row.tolist()) for row in drawn} <= rows
-
-
-@pytest.mark.parametrize("name", ["meta_train/meta_train", "ablations/ablations", "benchmarks/meta_training"])
+@pytest.mark.parametrize("name", ["meta_train/meta_train", "ablations/ablations"])
 def test_help_needs_no_torch(name):
     program = (
         "import runpy, sys\n"

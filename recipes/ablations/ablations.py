@@ -1,11 +1,11 @@
-"""Ablations of meta-training KNOWN: one table with a row per change to the default settings.
+"""Ablations of meta-training KNOWN: a table with a row for each change to the default settings.
 
     python recipes/ablations/ablations.py --trajectories known_data --output-dir ablations --cache-dir known_samples
 
-Varied are the number of states S, one network for all roles or three, the ratio of the schedule, the number of
-trajectories, and the weighting of the loss. Every setting is trained with each seed for the same number of steps, and
-evaluated on the same held-out transitions. Prints the Markdown tables and writes them to the output folder, with all
-numbers as JSON. A second run reuses finished cells.
+The rows vary the number of states S, the number of networks (one for all roles or three), the ratio of the schedule,
+the number of trajectories, and the weighting of the loss. Every setting is trained with each seed for the same number
+of steps, and evaluated on the same held-out transitions. Prints Markdown tables and writes them to the output folder,
+with all numbers as JSON. A second run reuses finished cells.
 """
 
 import argparse
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROLES = ("conv", "fc", "bias")
 RATIO_BOUNDS = {"0.33": (0.3, 0.42), "0.5": (0.42, 0.6), "0.7": (0.6, 0.9)}
-MIN_TRAJECTORIES = 4  # of a ratio to get a row
+MIN_TRAJECTORIES = 4  # per ratio; ratios with fewer have no row
 
 
 @dataclass
@@ -56,9 +56,9 @@ class AblationArguments:
 
 @dataclass(frozen=True)
 class Setting:
-    """Row of the table: a change to the first row."""
+    """Row of the table: a change to the first row, the defaults."""
 
-    group: str  # setting that is changed
+    group: str  # changed setting
     value: str
     trajectories: "tuple[CollectedTrajectory, ...]" = field(repr=False)
     num_states: int = 5
@@ -212,6 +212,8 @@ def evaluate(predictor: LastStates | str, held_out: "dict[str, TransitionDataset
 
 def split_tables(rows: list[dict[str, Any]], linear: dict[str, Any], splits: list[str]) -> list[str]:
     """Format a table per held-out split: skill by role, the mean over the seeds and half of their range."""
+    from know_hf.markdown import table
+
     tables = []
     for split in splits:
         roles = list(linear[split])
@@ -225,12 +227,14 @@ def split_tables(rows: list[dict[str, Any]], linear: dict[str, Any], splits: lis
             body.append([name, str(len(row["trajectories"])), *values, f"{seconds:.0f}"])
         baseline = [f"{linear[split][role][key]:+.3f}" for key in ("skill", "median") for role in roles]
         body.append(["linear fit, no learning", "0", *baseline, ""])
-        tables.append(f"**{split}** ({counts})\n\n{format_table(header, body)}")
+        tables.append(f"**{split}** ({counts})\n\n{table([header, *body])}")
     return tables
 
 
 def ratio_tables(rows: list[dict[str, Any]]) -> list[str]:
     """Format the table of training near one ratio and evaluation near another, over all held-out splits."""
+    from know_hf.markdown import table
+
     ratio_rows = [row for row in rows if row["group"] == "ratio"]
     if not ratio_rows:
         return []
@@ -243,7 +247,7 @@ def ratio_tables(rows: list[dict[str, Any]]) -> list[str]:
         values = [mean_and_range(row, name, role, "skill") for role in roles for name in columns]
         body.append(["any r" if row["value"] == "any" else f"r near {row['value']}", *values])
     title = "**Trained near one ratio (rows), evaluated near another (columns), all held-out splits**"
-    return [f"{title}\n\n{format_table(header, body)}"]
+    return [f"{title}\n\n{table([header, *body])}"]
 
 
 def mean_and_range(row: dict[str, Any], split: str, role: str, key: str) -> str:
@@ -251,10 +255,6 @@ def mean_and_range(row: dict[str, Any], split: str, role: str, key: str) -> str:
     if None in values:
         return ""
     return f"{sum(values) / len(values):+.3f} ({(max(values) - min(values)) / 2:.3f})"
-
-
-def format_table(header: list[str], body: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *body])
 
 
 def make_parser() -> "HfArgumentParser":

@@ -1,7 +1,7 @@
-"""The contestants of `prediction.py`, one process each: kernels in PyTorch, the peer, and the machine's peak.
+"""Contestants of `prediction.py`, one process each: kernels in PyTorch, the peer, and the peak of the machine.
 
-Nothing heavy is imported before a process has started. Imports, thread pools, compilers, memory and crashes of one
-contestant do not affect the others.
+Libraries are imported in these processes only. Imports, thread pools, compilers, memory and crashes of one contestant
+do not affect the others.
 """
 
 import multiprocessing
@@ -10,32 +10,36 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memory import current_memory, peak_memory
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CHECKED_ROWS = 1 << 16
 ROLES = ("conv", "fc", "bias")
 TIMED_ROLE = "fc"
-QUICK = 0.05  # seconds of a matrix product below which a larger one is tried
+SHORTEST_PRODUCT = 0.05  # seconds
 
 Run = Callable[[], dict[str, Any]]
 
 
 class Contestant:
-    """A process that prepares itself and then runs on request.
+    """
+    Process that prepares a measurement and repeats it on request.
 
     Args:
         prepare (`Callable`):
-            Called in the process with `arguments`. Returns what to run, and `facts`.
+            Function to call in the process. It returns the measurement and its `properties`.
         arguments:
             Picklable arguments of `prepare`.
 
     Attributes:
-        facts (`dict[str, Any]`):
-            What `prepare` returned.
+        properties (`dict[str, Any]`):
+            Properties that `prepare` returned.
         failure (`str`, *optional*):
-            Why it cannot run, in one line.
+            Reason why it cannot run, in one line.
         details (`str`):
             Traceback of the failure.
     """
@@ -48,18 +52,14 @@ class Contestant:
         self._process = context.Process(target=_serve, args=(theirs, prepare, arguments))
         self._process.start()
         theirs.close()
-        self.facts = self._receive()
+        self.properties = self._receive()
 
     def run(self) -> dict[str, Any]:
-        """Run once more and return the measurements; an empty dictionary after a failure."""
+        """Return one measurement, or an empty dictionary after a failure."""
         if self.failure is None:
             self._connection.send("run")
             return self._receive()
         return {}
-
-    def close(self) -> None:
-        self._connection.close()
-        self._process.join()
 
     def __enter__(self) -> "Contestant":
         return self
@@ -67,7 +67,8 @@ class Contestant:
     def __exit__(self, *exception: object) -> None:
         if exception[0] is not None:
             self._process.terminate()
-        self.close()
+        self._connection.close()
+        self._process.join()
 
     def _receive(self) -> dict[str, Any]:
         try:
@@ -84,13 +85,13 @@ class Contestant:
 
 def _serve(connection: Connection, prepare: Callable[..., tuple[Run, dict[str, Any]]], arguments: tuple) -> None:
     try:
-        run, facts = prepare(*arguments)
-        connection.send(facts)
+        run, properties = prepare(*arguments)
+        connection.send(properties)
         while connection.recv():
             connection.send(run())
     except EOFError:
         pass  # the benchmark closed the connection
-    except Exception as error:  # report whatever a kernel or compiler cannot do here, and go on with the others
+    except Exception as error:  # the other contestants continue without this one
         reason = " ".join(str(error).split()) or type(error).__name__
         connection.send({"failure": reason, "details": traceback.format_exc()})
 
@@ -111,14 +112,11 @@ def prepare_inputs(
     plans = {size: plan(size) for size in sizes}
     check_free_disk(disk, max((content["disk_bytes"] for content in plans.values()), default=0))
     torch.set_num_threads(threads)
-    if peer_weights is None:
-        model = KNOWNModel.from_pretrained(SHIPPED_KNOWN)
-    else:
-        model = KNOWNModel.from_keras(peer_weights)
+    model = KNOWNModel.from_keras(peer_weights) if peer_weights else KNOWNModel.from_pretrained(SHIPPED_KNOWN)
     model.save_pretrained(folder / "known")
     np.savez(folder / "weights.npz", **{name: weight.numpy() for name, weight in model.state_dict().items()})
     generator = torch.Generator().manual_seed(0)
-    # as in trained networks: weights of about 0.05 that move by about one percent per stage
+    # As in trained networks: weights of about 0.05 that move by about one percent per stage.
     history = 0.05 * torch.randn(rows, 1, generator=generator)
     history = history + 0.0005 * torch.randn(rows, model.config.num_states, generator=generator).cumsum(dim=1)
     np.save(folder / "history.npy", history.numpy())
@@ -139,15 +137,13 @@ def prepare_kernel(kernel: str, folder: Path, device: str, threads: int, seconds
 
     torch.set_num_threads(threads)
     model = KNOWNModel.from_pretrained(folder / "known").to(device)
-    # contiguous per state, as prediction reads it
+    # Contiguous per state, as prediction reads it.
     history = torch.from_numpy(np.load(folder / "history.npy")).to(device).T.contiguous().T
     base = _memory(device, peak=False)
-    expected = np.load(folder / "expected.npz")
-    difference = 0.0
-    for role in ROLES:
-        with torch.inference_mode():
-            found = residual(model, history[:CHECKED_ROWS], role=role, kernel=kernel).float().cpu().numpy()
-        difference = max(difference, float(np.abs(found - expected[role]).max()))
+
+    @torch.inference_mode()
+    def compute(role: str, rows: int) -> np.ndarray:
+        return residual(model, history[:rows], role=role, kernel=kernel).float().cpu().numpy()
 
     @torch.inference_mode()
     def once() -> None:
@@ -155,17 +151,12 @@ def prepare_kernel(kernel: str, folder: Path, device: str, threads: int, seconds
         if device != "cpu":
             torch.cuda.synchronize()
 
-    once()
-
-    def run() -> dict[str, Any]:
-        measured = seconds_per_row(once, len(history), seconds)
-        return {"seconds": measured, "memory_bytes": max(0, _memory(device, peak=True) - base)}
-
-    return run, {"difference": difference}
+    difference = largest_difference(compute, folder)
+    return repeat(once, len(history), seconds, device, base), {"difference": difference}
 
 
 def prepare_batch_size(mode: str, folder: Path, threads: int) -> tuple[Run, dict[str, Any]]:
-    """Find the peer's fastest batch size, in a separate process because other sizes take memory."""
+    """Find the fastest batch size of the peer, in a separate process because other sizes take memory."""
     import numpy as np
     from tensorflow_peer import Peer
 
@@ -175,29 +166,22 @@ def prepare_batch_size(mode: str, folder: Path, threads: int) -> tuple[Run, dict
 
 
 def prepare_peer(mode: str, folder: Path, batch_size: int, threads: int, seconds: float) -> tuple[Run, dict[str, Any]]:
-    """Prepare the published network on TensorFlow; see `tensorflow_peer.MODES`."""
+    """Prepare the published network on TensorFlow in one of `tensorflow_peer.MODES`."""
     import numpy as np
     from tensorflow_peer import Peer
 
     history = np.load(folder / "history.npy")
-    expected = np.load(folder / "expected.npz")
     weights = dict(np.load(folder / "weights.npz"))
     peers = {role: Peer(weights, role, mode, threads) for role in ROLES}
     base = _memory("cpu", peak=False)
-    found = {role: peer.residual(history[:CHECKED_ROWS], batch_size) for role, peer in peers.items()}
-    difference = max(float(np.abs(found[role] - expected[role]).max()) for role in ROLES)
+
+    def compute(role: str, rows: int) -> np.ndarray:
+        return peers[role].residual(history[:rows], batch_size)
+
+    difference = largest_difference(compute, folder)
     if difference > 5e-7:
-        raise ValueError(f"its outputs differ from eager PyTorch's by {difference:.1e}, more than 5e-7")
-
-    def once() -> None:
-        peers[TIMED_ROLE].residual(history, batch_size)
-
-    once()
-
-    def run() -> dict[str, Any]:
-        measured = seconds_per_row(once, len(history), seconds)
-        return {"seconds": measured, "memory_bytes": max(0, _memory("cpu", peak=True) - base)}
-
+        raise ValueError(f"its outputs differ from eager PyTorch by {difference:.1e}, more than 5e-7")
+    run = repeat(lambda: compute(TIMED_ROLE, len(history)), len(history), seconds, "cpu", base)
     return run, {"difference": difference}
 
 
@@ -215,25 +199,25 @@ def prepare_matrix_product(device: str, threads: int) -> tuple[Run, dict[str, An
             "bfloat16": lambda: torch.mm(half, half),
         }
         if device == "cpu" and torch.backends.mkldnn.is_available():
-            # the library behind torch.mm may leave the widest vectors of another maker's CPU unused; oneDNN does not
+            # On AMD CPUs, torch.mm may not use the widest vectors; oneDNN does.
             packed = single.to_mkldnn()
             products["oneDNN"] = lambda: torch.nn.functional.linear(packed, packed)
         return products
 
     def seconds(product: Callable[[], object], repetitions: int) -> float:
-        shortest = float("inf")
+        durations = []
         for _ in range(repetitions):
             start = time.perf_counter()
             product()
             if device != "cpu":
                 torch.cuda.synchronize()
-            shortest = min(shortest, time.perf_counter() - start)
-        return shortest
+            durations.append(time.perf_counter() - start)
+        return min(durations)
 
-    # double the size while all products are quick: bfloat16 runs at 1 GFLOP/s on CPUs without instructions for it
+    # Double the size while all products are quick: CPUs without bfloat16 instructions run it at 1 GFLOP/s.
     size, largest = 128, 2048 if device == "cpu" else 8192
     products = make_products(size)
-    while size < largest and all(seconds(product, 2) < QUICK for product in products.values()):
+    while size < largest and all(seconds(product, 2) < SHORTEST_PRODUCT for product in products.values()):
         size *= 2
         products = make_products(size)
 
@@ -244,13 +228,27 @@ def prepare_matrix_product(device: str, threads: int) -> tuple[Run, dict[str, An
     return run, {"device": torch.cuda.get_device_name() if device != "cpu" else ""}
 
 
-def seconds_per_row(function: Callable[[], object], rows: int, seconds: float) -> float:
-    """Call a function of `rows` rows for `seconds` seconds, at least once; return the seconds per row."""
-    start, calls = time.perf_counter(), 0
-    while not calls or time.perf_counter() - start < seconds:
-        function()
-        calls += 1
-    return (time.perf_counter() - start) / (calls * rows)
+def repeat(function: Callable[[], object], rows: int, seconds: float, device: str, base: int) -> Run:
+    """Warm up a function of `rows` rows; return a measurement that calls it for `seconds` seconds, at least once."""
+    function()
+
+    def run() -> dict[str, Any]:
+        start, calls = time.perf_counter(), 0
+        while not calls or time.perf_counter() - start < seconds:
+            function()
+            calls += 1
+        per_row = (time.perf_counter() - start) / (calls * rows)
+        return {"seconds": per_row, "memory_bytes": max(0, _memory(device, peak=True) - base)}
+
+    return run
+
+
+def largest_difference(compute: "Callable[[str, int], np.ndarray]", folder: Path) -> float:
+    """Return the largest difference to the residuals of eager PyTorch, over all roles."""
+    import numpy as np
+
+    expected = np.load(folder / "expected.npz")
+    return max(float(np.abs(compute(role, CHECKED_ROWS) - expected[role]).max()) for role in ROLES)
 
 
 def _memory(device: str, peak: bool) -> int:

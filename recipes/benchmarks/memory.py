@@ -5,11 +5,11 @@ from pathlib import Path
 
 
 def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """Return the largest resident set of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def current_memory() -> int:
-    """Resident set of this process, in bytes."""
+    """Return the resident set of this process, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()

@@ -3,10 +3,10 @@
     python recipes/benchmarks/meta_training.py
     python recipes/benchmarks/meta_training.py --sizes small --processes 1 2 --json meta_training.json
 
-Records temporary trajectories of random walks. Then, with the published network and batch size: seconds per step of
-the network alone, of drawing and reading a batch, and of loading full states with `safetensors.torch.load_file` for
-every batch; and trainings on one and two processes, the best of the repetitions. The CPU time of each process shows
-what a step costs without waiting for a core. Prints Markdown.
+Records temporary trajectories of random walks. Then it measures, with the published network and batch size, the time
+per step of the network alone, of drawing and reading a batch, and of loading full states for every batch with
+`safetensors.torch.load_file`, and trainings on one and two processes, the best of the repetitions. The CPU time of a
+process does not include waiting for a core. Prints Markdown.
 """
 
 import argparse
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Width of the net, number of trajectories.
 SIZES = {"small": (32, 40), "large": (1024, 3)}
+READERS = ("mapped", "in memory", "full states of one trajectory")
 NUM_STATES = 7
 ROLES = 3
 
@@ -41,9 +42,9 @@ def main(args: argparse.Namespace) -> None:
             folder = Path(name, size)
             results["sizes"][size] = measure(folder, size, args)
         for processes in args.processes:
-            runs = [train_apart(Path(name, args.sizes[0]), processes, args) for _ in range(args.repetitions)]
+            runs = [train_in_processes(Path(name, args.sizes[0]), processes, args) for _ in range(args.repetitions)]
             results["processes"][processes] = {key: min(run[key] for run in runs) for key in ("wall", "cpu")}
-    print("\n".join(["", *steps_table(results), "", *processes_table(results)]))
+    print("", steps_table(results), processes_table(results), sep="\n\n")
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
 
@@ -60,9 +61,9 @@ def measure(folder: Path, size: str, args: argparse.Namespace) -> dict[str, Any]
     parameters = record(folder, *SIZES[size])
     paths = sorted(path.parent for path in folder.glob("*/trajectory.json"))
 
-    begun = time.process_time()
+    start = time.process_time()
     mapped = TransitionDataset(paths, cache_dir=folder / "samples", progress=False)
-    drawing = time.process_time() - begun
+    drawing = time.process_time() - start
     in_memory = TransitionDataset(paths, progress=False)
     batches = iter(BalancedBatchSampler(mapped, args.batch_size, 1_000_000))
     again = iter(BalancedBatchSampler(in_memory, args.batch_size, 1_000_000))
@@ -81,16 +82,19 @@ def measure(folder: Path, size: str, args: argparse.Namespace) -> dict[str, Any]
         optimizer.step()
         optimizer.zero_grad()
 
-    plain = whole_states(paths, mapped, args.batch_size)
+    states = full_states(paths, mapped, args.batch_size)
+    readers = (
+        lambda: mapped.__getitems__(next(batches)),
+        lambda: in_memory.__getitems__(next(again)),
+        lambda: next(states),
+    )
     contestants: dict[str, Callable[[], object]] = {
         "network": step,
         "network in bfloat16": lambda: step(torch.bfloat16),
-        "mapped": lambda: mapped.__getitems__(next(batches)),
-        "in memory": lambda: in_memory.__getitems__(next(again)),
-        "full states of one trajectory": lambda: next(plain),
+        **dict(zip(READERS, readers, strict=True)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in tqdm(range(args.repetitions), desc=size):  # they take turns, so that none has a quieter machine
+    for _ in tqdm(range(args.repetitions), desc=size):  # contestants take turns, so that all see the same load
         for name, contestant in contestants.items():
             seconds[name].append(timed(contestant, args.seconds))
     return {
@@ -101,17 +105,17 @@ def measure(folder: Path, size: str, args: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def timed(contestant: Callable[[], object], at_least: float) -> float:
-    """Return the CPU seconds of one call, averaged over many; the first call does not count."""
+def timed(contestant: Callable[[], object], seconds: float) -> float:
+    """Return the mean CPU seconds of a call, measured for `seconds` seconds after a first call."""
     contestant()
-    begun, calls = time.process_time(), 0
-    while time.process_time() - begun < at_least:
+    start, calls = time.process_time(), 0
+    while time.process_time() - start < seconds:
         contestant()
         calls += 1
-    return (time.process_time() - begun) / calls
+    return (time.process_time() - start) / calls
 
 
-def whole_states(paths: list[Path], dataset: "TransitionDataset", batch_size: int) -> Iterator[dict[str, Any]]:
+def full_states(paths: list[Path], dataset: "TransitionDataset", batch_size: int) -> Iterator[dict[str, Any]]:
     """Yield batches of one trajectory, loading all of its states for each.
 
     A batch mixed over trajectories would take as long for each of them.
@@ -129,11 +133,11 @@ def whole_states(paths: list[Path], dataset: "TransitionDataset", batch_size: in
         states = [load_file(path / f"state-{k}/model.safetensors") for k in reversed(range(NUM_STATES))]
         batch = {}
         for role in dataset.roles:
-            names = [name for name, found in roles[path].items() if found == role]
+            names = [name for name, of_tensor in roles[path].items() if of_tensor == role]
             history = torch.stack([torch.cat([state[name].flatten() for name in names]) for state in states])
-            chosen = torch.randint(history.shape[1], (batch_size,), generator=generator)
+            rows = torch.randint(history.shape[1], (batch_size,), generator=generator)
             first = torch.randint(NUM_STATES - length + 1, (batch_size,), generator=generator)
-            windows = history[first[:, None] + torch.arange(length), chosen[:, None]]
+            windows = history[first[:, None] + torch.arange(length), rows[:, None]]
             batch[role] = {"history": windows[:, :-1], "labels": windows[:, -1]}
         yield batch
 
@@ -165,15 +169,15 @@ def make_net(width: int) -> "nn.Module":
     return nn.Sequential(*layers)
 
 
-def train_apart(folder: Path, processes: int, args: argparse.Namespace) -> dict[str, float]:
-    """Train in separate processes."""
+def train_in_processes(folder: Path, processes: int, args: argparse.Namespace) -> dict[str, float]:
+    """Train in new processes; return the seconds and CPU seconds per step."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *launcher, __file__, "--train", str(folder), "--steps", str(args.steps)]
     command += ["--batch_size", str(args.batch_size)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"a training on {processes} processes failed:\n{done.stderr}")
+        raise SystemExit(f"The training on {processes} processes failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -201,58 +205,56 @@ def train(args: argparse.Namespace) -> None:
     processes.destroy_process_group()
 
 
-def steps_table(results: dict[str, Any]) -> list[str]:
-    names = ["network", "network in bfloat16", "mapped", "in memory", "full states of one trajectory"]
-    transitions = ROLES * results["batch_size"]
-    columns = results["sizes"]
-    header = [f"{n['trajectories']} nets of {n['parameters']:,} parameters" for n in columns.values()]
-    lines = [["one thread, CPU milliseconds per step", *header], ["---"] * (1 + len(columns))]
-    lines += [[name, *(f"{1e3 * found['seconds'][name]:.2f}" for found in columns.values())] for name in names]
+def steps_table(results: dict[str, Any]) -> str:
+    from know_hf.markdown import table
 
-    def shares(name: str) -> list[str]:
-        parts = [(found["seconds"][name], found["seconds"]["network"]) for found in columns.values()]
-        return [f"{reading / (reading + network):.1%}" for reading, network in parts]
-
-    def rates(name: str) -> list[str]:
-        times = [found["seconds"][name] + found["seconds"]["network"] for found in columns.values()]
-        return [f"{transitions / seconds:,.0f}" for seconds in times]
-
-    for name in names[2:]:
-        lines.append([f"share of the reading, {name}", *shares(name)])
-    for name in names[2:]:
-        lines.append([f"transitions per second, {name}", *rates(name)])
-    lines.append(
-        ["drawing the samples, once, seconds", *(f"{found['drawing_once']:.2f}" for found in columns.values())]
-    )
-    return [f"| {' | '.join(line)} |" for line in lines]
+    columns = list(results["sizes"].values())
+    header = [f"{size['trajectories']} nets of {size['parameters']:,} parameters" for size in columns]
+    rows = [["one thread, CPU milliseconds per step", *header]]
+    rows += [[name, *(f"{1e3 * size['seconds'][name]:.2f}" for size in columns)] for name in columns[0]["seconds"]]
+    shares, rates = [], []
+    for name in READERS:
+        times = [(size["seconds"][name], size["seconds"][name] + size["seconds"]["network"]) for size in columns]
+        shares.append([f"share of the reading, {name}", *(f"{reading / step:.1%}" for reading, step in times)])
+        transitions = ROLES * results["batch_size"]
+        rates.append([f"transitions per second, {name}", *(f"{transitions / step:,.0f}" for _, step in times)])
+    drawing = ["drawing the samples once, seconds", *(f"{size['drawing_once']:.2f}" for size in columns)]
+    return table([*rows, *shares, *rates, drawing])
 
 
-def processes_table(results: dict[str, Any]) -> list[str]:
+def processes_table(results: dict[str, Any]) -> str:
+    from know_hf.markdown import table
+
     if not results["processes"]:
-        return []
+        return ""
     first = next(iter(results["processes"].values()))
     header = [f"processes, {results['cores']} cores", "milliseconds per step", "transitions per second", "speed-up"]
-    header += ["CPU milliseconds per step and process", "speed-up"]
-    lines = [header, ["---"] * len(header)]
-    for processes, found in results["processes"].items():
-        cells = [str(processes), f"{1e3 * found['wall']:.1f}", f"{ROLES * results['batch_size'] / found['wall']:,.0f}"]
-        cells += [f"{first['wall'] / found['wall']:.2f}", f"{1e3 * found['cpu']:.1f}"]
-        lines.append([*cells, f"{first['cpu'] / found['cpu']:.2f}"])
-    return [f"| {' | '.join(line)} |" for line in lines]
+    rows = [[*header, "CPU milliseconds per step and process", "speed-up"]]
+    for processes, times in results["processes"].items():
+        cells = [processes, f"{1e3 * times['wall']:.1f}", f"{ROLES * results['batch_size'] / times['wall']:,.0f}"]
+        cells += [f"{first['wall'] / times['wall']:.2f}", f"{1e3 * times['cpu']:.1f}"]
+        rows.append([*cells, f"{first['cpu'] / times['cpu']:.2f}"])
+    return table(rows)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES), help="(default: %(default)s)")
-    add("--processes", nargs="*", type=int, default=[1, 2], help="(default: %(default)s)")
-    add("--output-dir", default=None, help="disk to write to (default: that of temporary files); files are deleted")
-    add("--batch_size", type=int, default=2048, help="transitions per role and step (default: %(default)s)")
+    add("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="sizes of the nets (default: %(default)s)")
+    add("--processes", nargs="*", type=int, default=[1, 2], help="numbers of processes (default: %(default)s)")
+    add("--output-dir", help="folder for temporary files (default: that of the system)")
+    add(
+        "--batch-size",
+        "--batch_size",
+        type=int,
+        default=2048,
+        help="transitions per role and step (default: %(default)s)",
+    )
     add("--steps", type=int, default=200, help="steps per training (default: %(default)s)")
-    add("--repetitions", type=int, default=5, help="(default: %(default)s)")
-    add("--seconds", type=float, default=0.5, help="that each is timed at a time, at least (default: %(default)s)")
-    add("--json", default=None, help="file for all numbers")
-    add("--train", type=Path, default=None, help=argparse.SUPPRESS)
+    add("--repetitions", type=int, default=5, help="repetitions of every measurement (default: %(default)s)")
+    add("--seconds", type=float, default=0.5, help="CPU seconds per repetition (default: %(default)s)")
+    add("--json", metavar="FILE", help="write all numbers to this file")
+    add("--train", type=Path, help=argparse.SUPPRESS)
     return parser
 
 

@@ -4,9 +4,9 @@
     python recipes/benchmarks/prediction.py --peer-weights FOLDER --json results.json
     python recipes/benchmarks/prediction.py --device cuda --kernels eager folded triton
 
-First the function alone: seconds per weight and step of every kernel of KNOWN and of the peer, as medians over
-repetitions that take turns, FLOP/s, and the share of what a large matrix product reaches in the same turns. Then
-`predict_overflowed_weights` end to end, in a fresh process each time, on temporary trajectories of random weights.
+First, the function alone: seconds per weight and step of every kernel of KNOWN and of the peer, as medians over
+repetitions that take turns, FLOP/s, and their share of the FLOP/s of a large matrix product in the same turns. Then
+`predict_overflowed_weights` end to end, in a new process each time, on temporary trajectories of random weights.
 Prints Markdown. The peer needs `pip install tensorflow-cpu`.
 """
 
@@ -34,58 +34,60 @@ from trajectories import SIZES, prepare_prediction, prepare_trajectory
 
 PEERS = {"graph": "peer: Keras graph", "predict": "peer: `Model.predict`", "xla": "peer: with XLA"}
 STARTED = time.perf_counter()
-LONG = 60  # seconds of predictions of one size after which they are not repeated
+MAX_SECONDS = 60  # predictions of one size are not repeated after this time
 
 
 def main(args: argparse.Namespace) -> None:
     threads = args.threads or len(os.sched_getaffinity(0))
-    # thread pools read these when their libraries load, in the processes started from here
+    # Libraries read these when the processes below import them.
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     rows = args.rows or (1 << 20 if args.device == "cpu" else 1 << 24)
     results: dict[str, Any] = {"machine": machine(args, threads), "rows": rows, "function": {}, "end_to_end": []}
     with tempfile.TemporaryDirectory(dir=args.output_dir, prefix="benchmark-") as name:
         folder = Path(name)
-        tell("writing inputs")
+        log("writing inputs")
         with Contestant(prepare_inputs, folder, args.peer_weights, rows, threads, args.sizes, folder) as inputs:
             stop_at_failure(inputs)
-        for size, content in inputs.facts["plans"].items():
-            tell(f"{size}: {content['parameters']:,} parameters, {content['disk_bytes'] / 1e9:.2f} GB of disk")
-        results["machine"]["versions"] |= inputs.facts["versions"]
-        results["flops"] = {form: flops(inputs.facts["config"], form == "folded") for form in ("published", "folded")}
-        results["exponentials"] = 2 * inputs.facts["config"]["hidden_size"]
+        for size, content in inputs.properties["plans"].items():
+            log(f"{size}: {content['parameters']:,} parameters, {content['disk_bytes'] / 1e9:.2f} GB of disk")
+        results["machine"]["versions"] |= inputs.properties["versions"]
+        results["flops"] = {
+            form: flops(inputs.properties["config"], form == "folded") for form in ("published", "folded")
+        }
+        results["exponentials"] = 2 * inputs.properties["config"]["hidden_size"]
         time_function(args, folder, threads, results)
-        for size, content in inputs.facts["plans"].items():
+        for size, content in inputs.properties["plans"].items():
             results["end_to_end"] += [content | row for row in time_prediction(args, size, folder, threads)]
-    print("\n".join([*machine_lines(results), "", *function_table(results), "", *end_to_end_table(results)]))
+    print(machine_text(results), function_table(results), end_to_end_table(results), sep="\n\n")
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
 
 
 def time_function(args: argparse.Namespace, folder: Path, threads: int, results: dict[str, Any]) -> None:
-    """Add timings of the function alone to `results`. Contestants take turns, so that none has a quieter machine."""
+    """Add timings of the function alone to `results`. Contestants take turns, so that all see the same load."""
     with ExitStack() as stack:
-        tell("preparing the matrix product")
+        log("preparing the matrix product")
         product = stack.enter_context(Contestant(prepare_matrix_product, args.device, threads))
         if product.failure:
             raise SystemExit(f"not run on {args.device}: {product.failure}")
         contestants = start_contestants(args, folder, threads, stack)
         peaks, runs = [], {name: [] for name in contestants}
         for repetition in range(args.repetitions):
-            tell(f"the function alone, repetition {repetition + 1} of {args.repetitions}")
+            log(f"the function alone, repetition {repetition + 1} of {args.repetitions}")
             peaks.append(product.run())
             for name, contestant in contestants.items():
                 time.sleep(0.2)  # threads of the previous contestant still spin for a while
                 if isinstance(contestant, Contestant) and (measured := contestant.run()):
                     runs[name].append(measured)
-        results["machine"]["device"] = product.facts["device"] or results["machine"]["device"]
+        results["machine"]["device"] = product.properties["device"] or results["machine"]["device"]
         results["peak"] = {dtype: max(peak[dtype] for peak in peaks) for dtype in peaks[0]}
         for name, contestant in contestants.items():
             failure = contestant if isinstance(contestant, str) else contestant.failure
             if failure:
                 results["function"][name] = {"not_run": failure}
                 continue
-            results["machine"]["versions"] |= contestant.facts.pop("versions", {})
-            results["function"][name] = contestant.facts | summary(runs[name])
+            results["machine"]["versions"] |= contestant.properties.pop("versions", {})
+            results["function"][name] = contestant.properties | summary(runs[name])
             form = "published" if name == "eager" or name in PEERS else "folded"
             rate = results["flops"][form] / results["function"][name]["seconds"]
             results["function"][name] |= {"flops_per_second": rate, "share_of_peak": rate / results["peak"]["float32"]}
@@ -97,28 +99,28 @@ def start_contestants(
     """Start a process per kernel and peer; a string is the reason why one cannot run."""
     contestants: dict[str, Contestant | str] = {}
     for kernel in args.kernels:
-        tell(f"preparing {kernel}")
+        log(f"preparing {kernel}")
         contestants[kernel] = stack.enter_context(
             Contestant(prepare_kernel, kernel, folder, args.device, threads, args.seconds)
         )
     for mode in args.peers:
-        tell(f"preparing the peer: {mode}")
+        log(f"preparing the peer: {mode}")
         if find_spec("tensorflow") is None:
             contestants[mode] = "tensorflow is not installed"
         elif args.device != "cpu":
-            contestants[mode] = "the peer is timed on the CPU"
+            contestants[mode] = "the peer runs on the CPU only"
         else:
             with Contestant(prepare_batch_size, mode, folder, threads) as search:
                 stop_at_failure(search)
-            peer = Contestant(prepare_peer, mode, folder, search.facts["batch_size"], threads, args.seconds)
-            peer.facts |= search.facts
+            peer = Contestant(prepare_peer, mode, folder, search.properties["batch_size"], threads, args.seconds)
+            peer.properties |= search.properties
             contestants[mode] = stack.enter_context(peer)
     return contestants
 
 
 def time_prediction(args: argparse.Namespace, size: str, folder: Path, threads: int) -> list[dict[str, Any]]:
-    """Record a trajectory and predict from it with each kernel, in a fresh process each time."""
-    tell(f"{size}: recording a trajectory")
+    """Record a trajectory and predict from it with each kernel, in a new process each time."""
+    log(f"{size}: recording a trajectory")
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as name:
         trajectory = Path(name, "trajectory")
@@ -126,14 +128,14 @@ def time_prediction(args: argparse.Namespace, size: str, folder: Path, threads: 
             stop_at_failure(recording)
         for kernel in args.predict_with:
             runs, start = [], time.perf_counter()
-            while len(runs) < args.repetitions and (not runs or time.perf_counter() - start < LONG):
-                tell(f"{size}: prediction {len(runs) + 1} with {kernel}")
+            while len(runs) < args.repetitions and (not runs or time.perf_counter() - start < MAX_SECONDS):
+                log(f"{size}: prediction {len(runs) + 1} with {kernel}")
                 with tempfile.TemporaryDirectory(dir=name) as target:
                     paths = (trajectory, folder / "known", Path(target, "predicted"))
                     with Contestant(prepare_prediction, *paths, kernel, args.device, threads) as prediction:
                         runs.append(prediction.run())
                         stop_at_failure(prediction)
-            rows.append({"kernel": kernel, "runs": len(runs)} | recording.facts | summary(runs))
+            rows.append({"kernel": kernel, "runs": len(runs)} | recording.properties | summary(runs))
     return rows
 
 
@@ -176,53 +178,50 @@ def machine(args: argparse.Namespace, threads: int) -> dict[str, Any]:
     }
 
 
-def machine_lines(results: dict[str, Any]) -> list[str]:
-    facts, peak = results["machine"], results["peak"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return [
-        f"{facts['device']}, {facts['threads']} threads, load average before {facts['load_average']:.1f}; {versions}.",
-        f"Matrix product: {peak['float32'] / 1e9:,.0f} GFLOP/s in float32 (torch.mm {peak['torch.mm'] / 1e9:,.0f}),"
-        f" {peak['bfloat16'] / 1e9:,.0f} in bfloat16.",
-        f"Per weight and step: {results['flops']['published']:,} FLOP as published, {results['flops']['folded']:,}"
-        f" folded, and {results['exponentials']} exponentials.",
-    ]
+def machine_text(results: dict[str, Any]) -> str:
+    settings, peak, flops = results["machine"], results["peak"], results["flops"]
+    versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
+    return (
+        f"{settings['device']}, {settings['threads']} threads, load average before {settings['load_average']:.1f};"
+        f" {versions}.\nMatrix product: {peak['float32'] / 1e9:,.0f} GFLOP/s in float32 (torch.mm"
+        f" {peak['torch.mm'] / 1e9:,.0f}), {peak['bfloat16'] / 1e9:,.0f} in bfloat16.\nPer weight and step:"
+        f" {flops['published']:,} FLOP as published, {flops['folded']:,} folded, and {results['exponentials']}"
+        " exponentials."
+    )
 
 
-def function_table(results: dict[str, Any]) -> list[str]:
+def function_table(results: dict[str, Any]) -> str:
+    from markupsafe import Markup
+
+    from know_hf.markdown import table
+
     peer = results["function"].get("graph", {}).get("seconds")
-    lines = [
-        f"| function alone, {results['rows']:,} parameters | seconds per weight (best) | GFLOP/s"
-        " | share of float32 peak | times the peer | difference to eager | extra memory |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = [f"function alone, {results['rows']:,} parameters", "seconds per weight (best)", "GFLOP/s"]
+    header += ["share of float32 peak", "times the peer", "difference to eager", "extra memory"]
+    rows = [header]
     for name, row in results["function"].items():
-        title = PEERS.get(name, name) + (f", batches of {row['batch_size']:,}" if "batch_size" in row else "")
+        batches = f", batches of {row['batch_size']:,}" if "batch_size" in row else ""
+        cells = [Markup(PEERS.get(name, name)) + batches]
         if "not_run" in row:
-            lines.append(f"| {title} | not run: {row['not_run']} | – | – | – | – | – |")
+            rows.append([*cells, f"not run: {row['not_run']}", *5 * ["–"]])
             continue
-        ratio = f"{peer / row['seconds']:.2f}" if peer else "–"
-        lines.append(
-            f"| {title} | {row['seconds']:.2e} ({row['best_seconds']:.2e}) | {row['flops_per_second'] / 1e9:,.0f}"
-            f" | {row['share_of_peak']:.0%} | {ratio}"
-            f" | {row['difference']:.1e} | {row['memory_bytes'] / 1e6:,.0f} MB |"
-        )
-    return lines
+        cells += [f"{row['seconds']:.2e} ({row['best_seconds']:.2e})", f"{row['flops_per_second'] / 1e9:,.0f}"]
+        cells += [f"{row['share_of_peak']:.0%}", f"{peer / row['seconds']:.2f}" if peer else "–"]
+        rows.append([*cells, f"{row['difference']:.1e}", f"{row['memory_bytes'] / 1e6:,.0f} MB"])
+    return table(rows)
 
 
-def end_to_end_table(results: dict[str, Any]) -> list[str]:
-    lines = [
-        "| end to end | kernel | parameters | states | seconds (best, runs) | seconds per weight | extra memory"
-        " | written |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+def end_to_end_table(results: dict[str, Any]) -> str:
+    from know_hf.markdown import table
+
+    header = ["end to end", "kernel", "parameters", "states", "seconds (best, runs)", "seconds per weight"]
+    rows = [[*header, "extra memory", "written"]]
     for row in results["end_to_end"]:
-        lines.append(
-            f"| {row['title']} | {row['kernel']} | {row['parameters']:,} | {row['dtype']}"
-            f" | {row['seconds']:.2f} ({row['best_seconds']:.2f}, {row['runs']})"
-            f" | {row['seconds'] / row['parameters']:.2e} | {row['memory_bytes'] / 1e6:,.0f} MB"
-            f" | {row['written_bytes'] / row['seconds'] / 1e6:,.0f} MB/s |"
-        )
-    return lines
+        cells = [row["title"], row["kernel"], f"{row['parameters']:,}", row["dtype"]]
+        cells += [f"{row['seconds']:.2f} ({row['best_seconds']:.2f}, {row['runs']})"]
+        cells += [f"{row['seconds'] / row['parameters']:.2e}", f"{row['memory_bytes'] / 1e6:,.0f} MB"]
+        rows.append([*cells, f"{row['written_bytes'] / row['seconds'] / 1e6:,.0f} MB/s"])
+    return table(rows)
 
 
 def stop_at_failure(contestant: Contestant) -> None:
@@ -230,52 +229,27 @@ def stop_at_failure(contestant: Contestant) -> None:
         raise SystemExit(contestant.details)
 
 
-def tell(message: str) -> None:
+def log(message: str) -> None:
     print(f"{time.perf_counter() - STARTED:4.0f} s  {message}", file=sys.stderr, flush=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--sizes",
-        nargs="*",
-        choices=SIZES,
-        default=["resnet18", "bert", "1b"],
-        help="models to predict end to end",
-    )
-    add(
-        "--kernels",
-        nargs="*",
-        default=["eager", "folded", "cpu", "triton"],
-        help="kernels of know_hf.known.kernels",
-    )
+    shown = ["resnet18", "bert", "1b"]
+    add("--sizes", nargs="*", choices=SIZES, default=shown, help="models to predict end to end (default: %(default)s)")
+    kernels = ["eager", "folded", "cpu", "triton"]
+    add("--kernels", nargs="*", default=kernels, help="kernels of know_hf.known.kernels (default: %(default)s)")
     add("--predict-with", nargs="*", default=["auto"], metavar="KERNEL", help="kernels for end to end (default: auto)")
-    add(
-        "--peers",
-        nargs="*",
-        choices=PEERS,
-        default=list(PEERS),
-        help="forms of the published network",
-    )
+    add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="forms of the published network (default: all)")
     add("--peer-weights", type=Path, help="folder with the published KNOWN_*.h5 (default: the shipped weights)")
-    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="device of KNOWN (default: cpu)")
     add("--threads", type=int, default=0, help="threads of every process (default: number of cores)")
-    add("--output-dir", default=None, help="disk to write to (default: that of temporary files); files are deleted")
-    add(
-        "--repetitions",
-        type=int,
-        default=3,
-        help=f"end to end, none after {LONG} s (default: %(default)s)",
-    )
+    add("--output-dir", help="folder for temporary files (default: that of the system)")
+    add("--repetitions", type=int, default=3, help=f"end to end, none after {MAX_SECONDS} s (default: %(default)s)")
     add("--rows", type=int, default=0, help="weights for the function alone (default: 2^20, on a GPU 2^24)")
-    add(
-        "--seconds",
-        type=float,
-        default=1.0,
-        help="length of a repetition, function alone (default: %(default)s)",
-    )
-    add("--json", default=None, metavar="FILE", help="write all numbers to this file")
+    add("--seconds", type=float, default=1.0, help="seconds per repetition, function alone (default: %(default)s)")
+    add("--json", metavar="FILE", help="write all numbers to this file")
     return parser
 
 

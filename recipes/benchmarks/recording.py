@@ -1,10 +1,10 @@
-"""What recording a state costs the training, relative to `save_pretrained` of the same model in the same run.
+"""Cost of recording a state, relative to `save_pretrained` of the same model in the same run.
 
     python recipes/benchmarks/recording.py --model sentence-transformers/all-MiniLM-L6-v2
     python recipes/benchmarks/recording.py --model random-350m
 
-Prints medians over the repetitions: how long the training waits for a state, as a share of `save_pretrained`; the
-memory of the copy, as a share of the weights; and how much slower training steps are while a state is written.
+Prints medians over the repetitions: the time that the training waits for a state, as a share of `save_pretrained`; the
+memory of the copy, as a share of the weights; and the slowdown of training steps while a state is written.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def make_model(name: str) -> Any:
 
 
 def training_step(model: Any, batch_size: int) -> Callable[[], None]:
-    """A forward and backward pass, and a small move of every weight as an optimizer makes it."""
+    """Return a training step: forward and backward pass, and a small change of every weight."""
     import torch
 
     ids = torch.randint(0, 1000, (batch_size, 64))
@@ -74,7 +74,7 @@ def training_step(model: Any, batch_size: int) -> Callable[[], None]:
 
 
 def time_recording(model: Any, step: Callable[[], None], folder: Path, repetitions: int) -> tuple[float, float, int]:
-    """Median seconds until the training goes on, and until the state is on disk; and the extra memory in bytes."""
+    """Return the median seconds until training continues and until the state is on disk, and the extra bytes."""
     from know_hf import WeightTrajectory
 
     gc.collect()
@@ -94,7 +94,7 @@ def time_recording(model: Any, step: Callable[[], None], folder: Path, repetitio
 def time_stages(
     model: Any, step: Callable[[], None], folder: Path, repetitions: int, seconds: float
 ) -> tuple[float, float]:
-    """Median steps per second of stages alone, and of stages at whose beginning a state is written."""
+    """Return the median steps per second of stages alone, and of stages that begin with writing a state."""
     from know_hf import WeightTrajectory
 
     alone, beside = [], []
@@ -116,7 +116,7 @@ def steps_per_second(step: Callable[[], None], seconds: float) -> float:
 
 
 def median(action: Callable[[int], object], repetitions: int) -> float:
-    """Median seconds of an action, which gets the number of the repetition."""
+    """Return the median seconds of an action, which takes the number of the repetition."""
     seconds = []
     for repetition in range(repetitions):
         start = time.perf_counter()
@@ -129,13 +129,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="random-350m", help="Hub id, folder, or random-350m (default: %(default)s)")
-    add(
-        "--output-dir", default=None, help="disk to write to (default: that of temporary files); the files are deleted"
-    )
-    add("--repetitions", type=int, default=5, help="states, and stages (default: %(default)s)")
-    add("--stage-seconds", type=float, default=30, help="length of a stage of training (default: %(default)s)")
+    add("--output-dir", help="folder for temporary files (default: that of the system)")
+    add("--repetitions", type=int, default=5, help="recorded states, and stages (default: %(default)s)")
+    add("--stage-seconds", type=float, default=30, help="seconds per stage of training (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="examples per step (default: %(default)s)")
-    add("--threads", type=int, default=0, help="threads of torch (default: its own)")
+    add("--threads", type=int, default=0, help="threads of torch (default: its default)")
     return parser
 
 

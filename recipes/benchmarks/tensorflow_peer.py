@@ -1,4 +1,4 @@
-"""The peer: KNOWN as published, built from its description as a Keras graph on TensorFlow, without PyTorch."""
+"""Peer: the published network, built from its description as a Keras graph on TensorFlow, without PyTorch."""
 
 import math
 import os
@@ -15,13 +15,14 @@ import tensorflow
 BATCH_SIZES = tuple(1 << power for power in range(10, 19))
 LEAKY_SLOPE = 0.3
 
-# Ways to run the published network: Keras' own method, the graph called directly, and the graph compiled by XLA, which
-# the published program does not do.
+# `Model.predict` of Keras, the graph called directly, and the graph compiled by XLA, which the published program does
+# not use.
 MODES = ("predict", "graph", "xla")
 
 
 class Peer:
-    """The network of one role.
+    """
+    Network of one role.
 
     Args:
         weights (`Mapping[str, np.ndarray]`):
@@ -43,7 +44,7 @@ class Peer:
         self._graph: Callable = tensorflow.function(self._call, jit_compile=mode == "xla")
 
     def residual(self, history: np.ndarray, batch_size: int) -> np.ndarray:
-        """Maps `(N, S)` to `(N,)`, `batch_size` rows at a time."""
+        """Map `(N, S)` to `(N,)`, `batch_size` rows at a time."""
         if self.mode == "predict":
             inputs = [history, np.diff(history)]
             return self.model.predict(inputs, batch_size=batch_size, verbose=0)[:, 0]
@@ -54,7 +55,7 @@ class Peer:
         return residual
 
     def best_batch_size(self, history: np.ndarray) -> int:
-        """The fastest of `BATCH_SIZES`, by the best of three runs each."""
+        """Return the fastest of `BATCH_SIZES`, by the best of three runs each."""
         durations = {}
         for batch_size in BATCH_SIZES:
             self.residual(history, batch_size)  # traces the graph of this size
@@ -72,7 +73,7 @@ class Peer:
 
 
 def keras_model(weights: Mapping[str, np.ndarray], prefix: str) -> keras.Model:
-    """From history `(N, S)` and its differences `(N, S - 1)` to the residual `(N, 1)`."""
+    """Build the model from history `(N, S)` and differences `(N, S - 1)` to the residual `(N, 1)`."""
 
     def dense(name: str, inputs: keras.KerasTensor, activation: str | None = None) -> keras.KerasTensor:
         kernel, bias = weights[f"{prefix}{name}.weight"].T, weights[f"{prefix}{name}.bias"]

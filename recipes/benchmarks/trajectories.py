@@ -14,41 +14,26 @@ if TYPE_CHECKING:
 NUM_STATES = 5
 BLOCK = 1 << 22
 
-# by name: title, transformers class, config, dtype of the states
+RESNET = {"layer_type": "basic", "num_labels": 1000}
+LLAMA = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+LLAMA |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
+
+# By name: title, transformers class, config, dtype of the states.
 SIZES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "tiny": (
         "tiny ResNet",
         "ResNetForImageClassification",
-        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 4},
+        {**RESNET, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 4},
         "float32",
     ),
     "resnet18": (
         "ResNet18",
         "ResNetForImageClassification",
-        {
-            "embedding_size": 64,
-            "hidden_sizes": [64, 128, 256, 512],
-            "depths": [2, 2, 2, 2],
-            "layer_type": "basic",
-            "num_labels": 1000,
-        },
+        {**RESNET, "embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]},
         "float32",
     ),
     "bert": ("BERT base", "BertModel", {}, "float32"),
-    "1b": (
-        "Llama of the shapes of Llama 3.2 1B",
-        "LlamaForCausalLM",
-        {
-            "vocab_size": 128256,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "tie_word_embeddings": True,
-        },
-        "bfloat16",
-    ),
+    "1b": ("Llama of the shapes of Llama 3.2 1B", "LlamaForCausalLM", LLAMA, "bfloat16"),
 }
 
 
