@@ -15,15 +15,7 @@ from quadrants import source, target
 from transformers import T5Config, T5ForConditionalGeneration
 
 from know_hf import WeightTrajectory
-from know_hf.evaluation import (
-    ComparisonTask,
-    FineTuning,
-    Landscape,
-    LinearProbe,
-    Split,
-    ZeroShot,
-    make_arm,
-)
+from know_hf.evaluation import ComparisonTask, FineTuning, Landscape, LinearProbe, Split, ZeroShot, make_arm
 from know_hf.evaluation import compare_arms as compare_arms_with_pages
 from know_hf.evaluation.compare import default_arms
 from know_hf.evaluation.comparison import ACCURACY, Measure
@@ -265,7 +257,7 @@ def with_part(part, content):
     ("given", "message"),
     [
         (lambda seed, draw: {"train": 1}, "target(0, 0) returned a dict"),
-        (with_part("train", make_images(16)), "train of target(0, 0) is a datasets.arrow_dataset.Dataset"),
+        (with_part("train", make_images(16)), "train of target(0, 0) is a Dataset"),
         (with_part("test", {}), "test of target(0, 0) has no examples"),
         (
             with_part("train", {"pixel_values": torch.ones(3, 1), "labels": torch.arange(2)}),

@@ -149,10 +149,7 @@ def test_a_comparison_without_a_better_arm_names_the_best():
 
 @pytest.mark.parametrize(
     ("names", "candidates", "words"),
-    [
-        (("naive", "same"), ["same"], "no positive control"),
-        (("naive", "random", "oracle"), [], "references only"),
-    ],
+    [(("naive", "same"), ["same"], "no positive control"), (("naive", "random", "oracle"), [], "references only")],
 )
 def test_comparisons_without_controls_or_candidates(names, candidates, words):
     comparison = compare_with_naive({name: SCORES[name] for name in names}, candidates)
@@ -183,10 +180,12 @@ def test_an_equal_gain_at_every_seed_fails_the_positive_control():
     ("scores", "message"),
     [
         ({"naive": [[1.0, 2.0]] * 2, "x": [[1.0, 2.0], [1.0]]}, r"'x' \[2, 1\]"),
+        ({"naive": [[], [1.0]], "x": [[], [1.0]]}, "not finite"),
         ({"x": [1.0, 2.0]}, "'naive' has no scores"),
         ({"naive": [1.0, 2.0]}, "'x' has no scores"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
 def test_missing_scores_are_errors(scores, message):
     with pytest.raises(ValueError, match=message):
         compare_with_naive(scores, ["x"])

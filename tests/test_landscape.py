@@ -125,7 +125,6 @@ def test_batch_norm_is_recalibrated_at_every_point(trajectory):
         ({"states": [THETA, THETA + ALONG, THETA + 2 * ALONG]}, "on a line"),
         ({"states": [THETA] * 3}, "on a line"),
         ({"arms": {"other": np.ones(5)}}, "other has 5 weights, .* 4"),
-        ({"resolution": 1}, "resolution .* 1"),
     ],
 )
 def test_invalid_planes_are_errors(options, message):

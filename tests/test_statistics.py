@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from know_hf.evaluation import holm, mean_and_interval, paired_difference
-from know_hf.evaluation.statistics import cluster_means, minimum_detectable_effect
+from know_hf.evaluation.statistics import minimum_detectable_effect
 
 
 def test_interval_by_hand():
@@ -54,8 +54,6 @@ def test_holm_by_hand_in_the_given_order():
         (lambda: mean_and_interval([1.0, float("nan")]), "value 1 .* not finite"),
         (lambda: mean_and_interval([1.0, 2.0], level=95), "level .* 95"),
         (lambda: paired_difference([1.0, 2.0], [1.0, 2.0, 3.0]), "2 and 3"),
-        (lambda: minimum_detectable_effect(1), "two pairs"),
-        (lambda: cluster_means([[1.0], []]), "trajectory 1"),
     ],
 )
 def test_invalid_values_are_errors(call, message):
@@ -82,7 +80,3 @@ def test_the_minimum_detectable_effect_has_its_power():
     effect = minimum_detectable_effect(n, level)
     detected = [paired_difference(list(v), [0.0] * n).p_value < level for v in random.randn(1500, n) + effect]
     assert np.mean(detected) == pytest.approx(0.8, abs=0.04)
-
-
-def test_draws_of_a_trajectory_are_averaged():
-    assert cluster_means([[1.0, 3.0], [2.0, 2.0, 5.0]]) == [2.0, 3.0]

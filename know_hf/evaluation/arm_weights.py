@@ -74,7 +74,7 @@ class ArmSources:
             raise ValueError(f"{error}: the training examples of the task's source") from error
 
     def state(self, index: int) -> PreTrainedModel:
-        """Load a state as a float32 model, with adapters merged."""
+        """Load a state, [`merged`]."""
         return self.merged(self.trajectory.load_model(index, self.model_class, self.base()))
 
     def base(self) -> PreTrainedModel | None:
@@ -82,9 +82,9 @@ class ArmSources:
         return None if self.base_model is None else self.base_model()
 
     def merged(self, model: Any) -> PreTrainedModel:
-        """Return the model in float32, with an adapter merged into its base model."""
+        """Return the model in float32 on the device, with an adapter merged into its base model."""
         model = model.float()
-        return merge_adapter(model, self.trajectory) if is_adapter(model) else model
+        return (merge_adapter(model, self.trajectory) if is_adapter(model) else model).to(self.device)
 
 
 def trained_on(sources: ArmSources) -> PreTrainedModel:
@@ -98,10 +98,9 @@ def shuffled(sources: ArmSources) -> PreTrainedModel:
     """Shuffle the values of each tensor of Θ0."""
     model = sources.state(0)
     generator = torch.Generator().manual_seed(_SHUFFLING_SEED)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            order = torch.randperm(parameter.numel(), generator=generator)
-            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    for parameter in model.parameters():
+        order = torch.randperm(parameter.numel(), generator=generator)
+        parameter.data.copy_(parameter.data.flatten()[order].view_as(parameter))
     return model
 
 
@@ -161,11 +160,8 @@ def merge_task_singular_vectors(differences: Sequence[Tensor]) -> Tensor:
     rank = min(matrices.shape[1:]) // len(matrices) if matrices.ndim == 3 else 0
     if rank == 0:
         return stacked.mean(dim=0)
-    if min(matrices.shape[1:]) > LARGEST_SIDE:
-        raise ValueError(
-            f"a matrix of {tuple(matrices.shape[1:])} is too large for singular vectors, with a side above"
-            f" {LARGEST_SIDE}; leave out the arm task-singular-vectors"
-        )
+    if min(shape := tuple(matrices.shape[1:])) > LARGEST_SIDE:
+        raise ValueError(f"a matrix of {shape} is too large for singular vectors; leave out task-singular-vectors")
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
     left = torch.cat([u[:, :rank] for u in left], dim=1)
     right = torch.cat([v[:rank].T for v in right], dim=1)

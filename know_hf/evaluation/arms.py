@@ -22,8 +22,8 @@ The name of any registered predictor is an arm too.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -33,19 +33,9 @@ from ..prediction import plan_prediction
 from ..predictors import get_predictor
 from .arm_weights import ArmSources, matched_shrink, moved_by_singular_vectors, predicted, shuffled, trained_on
 
-Kind = Literal[
-    "state",
-    "fresh",
-    "pretrained",
-    "oracle",
-    "shuffled",
-    "trained_on",
-    "predicted",
-    "matched_shrink",
-    "task_singular_vectors",
-]
 _MODELS = {"fresh": "fresh_model", "pretrained": "pretrained_model", "oracle": "oracle_model"}
 _REFERENCES = (*_MODELS, "shuffled")
+_KINDS = (*_REFERENCES, "state", "trained_on", "predicted", "matched_shrink", "task_singular_vectors")
 _CONTROLS = ("shrink", "task_vector", "average", "ema", "linear", "log", "lines")  # predictors that learn nothing
 
 
@@ -83,7 +73,7 @@ class Arm:
     """
 
     name: str
-    kind: Kind
+    kind: str
     description: str
     predictor: str = "known"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -94,8 +84,8 @@ class Arm:
     norm: Literal["keep", "predict"] = "keep"
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"arm {self.name!r} has the unknown kind {self.kind!r}; use {', '.join(get_args(Kind))}")
+        if self.kind not in _KINDS:
+            raise ValueError(f"arm {self.name!r} has the unknown kind {self.kind!r}; use {', '.join(_KINDS)}")
 
     @property
     def role(self) -> Literal["method", "control", "reference"]:
@@ -136,35 +126,27 @@ class Arm:
         """
         if self.needs is not None and getattr(sources, self.needs) is None:
             raise ValueError(f"arm {self.name!r} needs {self.needs} of the sources; pass it, or leave out the arm")
-        model = self._weights(sources, {**self.options, **(setting or {})}).float().to(sources.device)
+        model = self._weights(sources, {**self.options, **(setting or {})})
         sources.recalibrate(model)
         return model
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, as [`make_arm`] takes them."""
-        changed = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            default = f.default_factory() if f.default_factory is not MISSING else f.default
-            if value != default:
-                changed[f.name] = [dict(setting) for setting in value] if f.name == "tuned" else value
-        return changed
+        required, default = ("name", "kind", "description"), vars(Arm(self.name, self.kind, self.description))
+        return {key: value for key, value in vars(self).items() if key in required or value != default[key]}
 
     def _weights(self, sources: ArmSources, options: Mapping[str, Any]) -> PreTrainedModel:
         folder = sources.output_dir / self.name
-        match self.kind:
-            case "state":
-                if self.state >= sources.trajectory.num_states:
-                    raise ValueError(f"arm {self.name!r} needs state {self.state}, which {sources.trajectory} lacks")
-                return sources.state(self.state)
-            case "fresh" | "pretrained" | "oracle":
-                return sources.merged(getattr(sources, _MODELS[self.kind])())
-            case "shuffled":
-                return shuffled(sources)
-            case "trained_on":
-                return trained_on(sources)
-            case "task_singular_vectors":
-                return moved_by_singular_vectors(sources, folder, options.get("scale", 1.0))
+        if self.kind == "state":
+            if self.state >= sources.trajectory.num_states:
+                raise ValueError(f"arm {self.name!r} needs state {self.state}, which {sources.trajectory} lacks")
+            return sources.state(self.state)
+        if self.kind in _MODELS:
+            return sources.merged(getattr(sources, _MODELS[self.kind])())
+        if self.kind == "task_singular_vectors":
+            return moved_by_singular_vectors(sources, folder, options.get("scale", 1.0))
+        if self.kind in ("shuffled", "trained_on"):
+            return (shuffled if self.kind == "shuffled" else trained_on)(sources)
         is_known = self.predictor == "known" and not options
         plan = plan_prediction(
             sources.trajectory,
@@ -196,17 +178,14 @@ def make_arm(spec: str | Mapping[str, Any]) -> Arm:
         raise ValueError(f"an arm needs a name, got {dict(spec)}")
     name = spec["name"]
     check_keys(spec, [f.name for f in fields(Arm)], f"arm {name!r}")
-    changes = dict(spec)
-    if "tuned" in changes:
-        changes["tuned"] = tuple(dict(setting) for setting in changes["tuned"])
     try:
         arm = _by_name(name)
     except ValueError:
-        arm = Arm(name, "predicted", f"prediction of {changes.get('predictor', 'known')}")
-    fixed = set(changes.get("options", ()))
-    if "tuned" not in changes and any(fixed & set(setting) for setting in arm.tuned):
-        changes["tuned"] = ()
-    return replace(arm, **changes)
+        arm = Arm(name, "predicted", f"prediction of {spec.get('predictor', 'known')}")
+    fixed = spec.get("options", {}).keys()
+    is_fixed = any(fixed & setting.keys() for setting in arm.tuned)
+    tuned = spec.get("tuned", () if is_fixed else arm.tuned)
+    return replace(arm, **{**spec, "tuned": tuple(dict(setting) for setting in tuned)})
 
 
 def known_arm(steps: int, ratio: float) -> Arm:
@@ -259,13 +238,11 @@ def _baseline(name: str, predictor: str, description: str, tuned: tuple[Mapping[
 _FACTORS = _tuned("factor", 0.95, 0.8, 0.65, 0.5)
 _SCALES = _tuned("scale", -1.0, -0.5, 0.5, 1.0)
 _LINES = tuple({"alpha": alpha, "beta": 1 - alpha} for alpha in (0.0, 0.25, 0.5, 0.75))
-_ARMS = (
+NAMED_ARMS = (
     NAIVE,
     RANDOM,
     Arm("pretrained", "pretrained", "weights that the training started from"),
-    ORACLE,
-    Arm("shuffled", "shuffled", "Θ0 with the values of each tensor in random order"),
-    replace(_baseline("shrink", "shrink", "every weight times a constant", _FACTORS), norm="keep"),
+    Arm("shrink", "predicted", "every weight times a constant", "shrink", tuned=_FACTORS),
     replace(AVERAGE, norm="predict"),
     _baseline("ema", "ema", "exponential moving average of the states", _tuned("decay", 0.3, 0.5, 0.7, 0.9)),
     _baseline("task-vector", "task_vector", "a multiple of Θ0 − Θ(S−1) added to Θ0", _SCALES),
@@ -274,31 +251,24 @@ _ARMS = (
     _baseline("lines", "lines", "task vector scaled by depth (LiNeS)", _LINES),
     Arm("task-singular-vectors", "task_singular_vectors", "moves of the states, merged by TSV", tuned=_SCALES),
     Arm("compute-matched", "trained_on", "Θ0 trained further on all data, for the steps of the later states"),
+    ORACLE,
+    Arm("shuffled", "shuffled", "Θ0 with the values of each tensor in random order"),
 )
-_NAMED = {arm.name: arm for arm in _ARMS}
 
 
 def _by_name(name: str) -> Arm:
-    if name in _NAMED:
-        return _NAMED[name]
-    prefix, _, number = name.rpartition("-")
+    named = {arm.name: arm for arm in NAMED_ARMS}
+    number = name.rpartition("-")[2]
     if number.isdigit() and int(number) > 0:
-        if prefix == "state":
-            return Arm(name, "state", f"Θ{number}", state=int(number))
-        for arm in known_step_arms([int(number)]):
-            if arm.name == name:
-                return arm
-    if _is_predictor(name):
-        return Arm(name, "predicted", f"prediction of {name}", predictor=name)
-    patterns = "known-step-N, matched-shrink-step-N, state-K"
-    raise ValueError(f"unknown arm {name!r}; use {', '.join(_NAMED)}, {patterns} or the name of a predictor")
-
-
-def _is_predictor(name: str) -> bool:
+        state = Arm(f"state-{number}", "state", f"Θ{number}", state=int(number))
+        named |= {arm.name: arm for arm in (state, *known_step_arms([int(number)]))}
+    if name in named:
+        return named[name]
     try:
         get_predictor(name)
+    except ValueError as error:
+        known = ", ".join([arm.name for arm in NAMED_ARMS] + ["known-step-N", "matched-shrink-step-N", "state-K"])
+        raise ValueError(f"unknown arm {name!r}; use {known} or the name of a predictor") from error
     except TypeError:  # it exists, and needs options
-        return True
-    except ValueError:
-        return False
-    return True
+        pass
+    return Arm(name, "predicted", f"prediction of {name}", predictor=name)

@@ -139,10 +139,8 @@ def _run_in_pool(
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "a worker process died without a result; check whether it ran out of memory, and whether the script has"
-            " `if __name__ == '__main__':`"
-        ) from error
+        hint = "check its memory, and that the script has `if __name__ == '__main__':`"
+        raise ChildProcessError(f"a worker process died without a result; {hint}") from error
     finally:
         if not all(future.done() for future in futures):  # an error, or the caller stopped: do not wait for the rest
             for process in workers:
@@ -189,13 +187,11 @@ def _one_thread_without_bars() -> Iterator[None]:
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:
         yield
     finally:
         for name in variables:
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                del os.environ[name]
+            del os.environ[name]
+        os.environ.update(before)

@@ -14,9 +14,9 @@ from transformers.utils import logging
 from ..checkpoint import file_sha256
 from ..prediction import SHIPPED_KNOWN
 from ..trajectory import WeightTrajectory
-from .arms import Arm, make_arm
+from .arms import NAMED_ARMS, Arm, known_step_arms, make_arm
 from .cells import Cell, CellStore, Result, run_cells
-from .comparison_checks import check_arguments, check_landscape, check_picklable, check_protocols
+from .comparison_checks import Design, check_design, check_landscape, check_picklable, check_protocols
 from .comparison_task import ComparisonTask, trajectory_folder
 from .landscape import Landscape, measure_landscape
 from .measure import device, measure_arm, measure_trajectory
@@ -24,6 +24,7 @@ from .protocols import MeasuringProtocol
 from .report.comparison_report import REPORT_NAME, ComparisonReport
 from .statistics import scipy_stats
 
+RESULTS_VERSION = "0.1.0"  # version of know_hf since which results have not changed; raise it when a number changes
 _USUAL_STATES = 5  # of a schedule by default; the shipped KNOWN needs as many
 
 logger = logging.get_logger(__name__)
@@ -97,17 +98,9 @@ def compare_arms(
     scipy_stats()
     if seeds is None:
         seeds = range(10 if task.recorded is None else len(task.recorded))
-    run = _Run(
-        task=task,
-        output_dir=Path(output_dir),
-        protocols=tuple(protocols),
-        arms=tuple(arm if isinstance(arm, Arm) else make_arm(arm) for arm in arms or default_arms(task)),
-        seeds=tuple(int(seed) for seed in seeds),
-        draws=draws,
-        trials_per_rate=trials_per_rate,
-        num_processes=num_processes,
-        name=name,
-    )
+    compared = tuple(arm if isinstance(arm, Arm) else make_arm(arm) for arm in arms or default_arms(task))
+    design = Design(task, tuple(protocols), compared, tuple(int(seed) for seed in seeds), draws, trials_per_rate)
+    run = _Run(design, Path(output_dir), num_processes, name)
     run.check()
     if landscape is not None:
         check_landscape(task)
@@ -122,14 +115,14 @@ def compare_arms(
         name=name,
         description=description,
         task=task.facts,
-        seeds=run.seeds,
+        seeds=design.seeds,
         draws=draws,
         trials_per_rate=trials_per_rate,
-        arms={arm.name: _arm_entry(arm) for arm in run.arms},
+        arms={arm.name: _arm_entry(arm) for arm in compared},
         protocols={protocol.name: _protocol_entry(protocol, task) for protocol in protocols},
         measures=task.measures,
         cells=tuple(cells[seed, arm.name] for seed, arm in run.cells),
-        trajectories=tuple(trajectories[seed] for seed in run.seeds),
+        trajectories=tuple(trajectories[seed] for seed in design.seeds),
         landscape=picture,
         command=command,
     )
@@ -141,63 +134,51 @@ def compare_arms(
 
 def default_arms(task: ComparisonTask) -> list[str]:
     """Return the names of all arms for which the task has what they need."""
-    lengths = [
-        (trajectory if isinstance(trajectory, WeightTrajectory) else WeightTrajectory(trajectory)).num_states
-        for trajectory in task.recorded or []
-    ]
-    num_states = min(lengths, default=_USUAL_STATES)
-    names = ["naive"]
-    names += ["random"] if task.fresh_model else []
-    names += ["pretrained"] if task.pretrained_model else []
-    if num_states >= _USUAL_STATES:
-        names += [f"{stem}-{steps}" for steps in (1, 2, 3) for stem in ("known-step", "matched-shrink-step")]
-    names += ["shrink", "average", "ema", "task-vector", "linear", "log", "lines", "task-singular-vectors"]
-    names += [f"state-{index}" for index in range(1, num_states)]
-    names += ["compute-matched"] if task.train_further else []
-    names += ["oracle"] if task.oracle_model else []
-    return [*names, "shuffled"]
+    trajectories = [task.open_trajectory(seed, Path()) for seed in range(len(task.recorded or []))]
+    num_states = min((trajectory.num_states for trajectory in trajectories), default=_USUAL_STATES)
+    names = [arm.name for arm in NAMED_ARMS if arm.needs is None or getattr(task, arm.needs) is not None]
+    names += [arm.name for arm in known_step_arms() if num_states >= _USUAL_STATES]
+    return names + [f"state-{index}" for index in range(1, num_states)]
 
 
 @dataclass(frozen=True)
 class _Run:
     """The steps of [`compare_arms`], with its arguments."""
 
-    task: ComparisonTask
+    design: Design
     output_dir: Path
-    protocols: tuple[MeasuringProtocol, ...]
-    arms: tuple[Arm, ...]
-    seeds: tuple[int, ...]
-    draws: int
-    trials_per_rate: int
     num_processes: int
     name: str
 
     @property
+    def task(self) -> ComparisonTask:
+        return self.design.task
+
+    @property
     def cells(self) -> list[tuple[int, Arm]]:
-        return [(seed, arm) for seed in self.seeds for arm in self.arms]
+        return [(seed, arm) for seed in self.design.seeds for arm in self.design.arms]
 
     def check(self) -> None:
-        check_arguments(self.task, self.arms, self.protocols, self.seeds, self.draws, self.trials_per_rate)
+        check_design(self.design)
         if self.num_processes > 1:
-            check_picklable(self.task, self.arms, self.protocols)
+            check_picklable(self.design)
         if not (self.output_dir / CellStore.IDENTITY_NAME).exists():
-            check_protocols(self.task, self.arms, self.protocols, self.seeds[0], self.trials_per_rate)
+            check_protocols(self.design)
 
     def hash_data(self) -> dict[int, dict[str, str]]:
-        hashing = partial(self.task.data_hashes, draws=self.draws)
-        hashes = run_cells(hashing, self.seeds, description=f"{self.name}: data", label=_seed_label)
-        return {self.seeds[index]: of_seed for index, of_seed in hashes}
+        hashing = partial(self.task.data_hashes, draws=self.design.draws)
+        return dict(self._run_cells(hashing, self.design.seeds, "data", num_processes=1))
 
     def identity(self) -> dict[str, Any]:
         """Return what every cell depends on, without seeds and arms, which can be added."""
         return {
             "task": dict(self.task.facts),
             "device": device().type,
-            "protocols": [protocol.to_dict() for protocol in self.protocols],
+            "protocols": [protocol.to_dict() for protocol in self.design.protocols],
             "measures": [measure.name for measure in self.task.measures],
-            "draws": self.draws,
-            "trials_per_rate": self.trials_per_rate,
-            "versions": {library: version(library) for library in ("know_hf", "torch", "transformers")},
+            "draws": self.design.draws,
+            "trials_per_rate": self.design.trials_per_rate,
+            "versions": {"know_hf": RESULTS_VERSION, **{name: version(name) for name in ("torch", "transformers")}},
         }
 
     def finished_cells(self, store: CellStore) -> dict[tuple[int, str], dict[str, Any]]:
@@ -218,32 +199,33 @@ class _Run:
         Raises:
             `ValueError`: If data or weights of a seed are not those of its stored results.
         """
+        seeds = self.design.seeds
         entries: dict[int, dict[str, Any]] = {}
-        for seed in self.seeds:
+        for seed in seeds:
             if (entry := store.read(f"seed-{seed}.trajectory")) is not None:
                 store.check_same(entry["identity"]["data"], data[seed])
                 entries[seed] = entry
         unfinished = list(dict.fromkeys(seed for seed, arm in self.cells if (seed, arm.name) not in finished))
         missing = [
             seed
-            for seed in self.seeds
+            for seed in seeds
             if seed not in entries or (seed in unfinished and not self._is_recorded(seed, len(entries[seed]["steps"])))
         ]
         recording = partial(measure_trajectory, task=self.task, output_dir=self.output_dir)
-        for seed, result in self._in_processes(recording, missing, "record", _seed_label):
+        for seed, result in self._run_cells(recording, missing, "record"):
             if seed not in entries:
                 entries[seed] = {**result, "identity": {"weights": self._weights(seed), "data": data[seed]}}
                 store.write(f"seed-{seed}.trajectory", entries[seed])
-        for seed in unfinished if self.task.recorded is None else self.seeds:
+        for seed in unfinished if self.task.recorded is None else seeds:
             if entries[seed]["identity"]["weights"] != self._weights(seed):
-                raise ValueError(
-                    f"{self.task.open_trajectory(seed, self.output_dir).path} has other weights than the trajectory of"
-                    f" seed {seed} that was measured in {self.output_dir}; restore it, or use another output folder"
-                )
-        return {seed: {key: entries[seed][key] for key in entries[seed] if key != "identity"} for seed in self.seeds}
+                path = self.task.open_trajectory(seed, self.output_dir).path
+                hint = f"seed {seed} measured in {self.output_dir}; restore it, or use another output folder"
+                raise ValueError(f"{path} has other weights than the trajectory of {hint}")
+        return {seed: {key: entries[seed][key] for key in entries[seed] if key != "identity"} for seed in seeds}
 
     def measure_landscape(self, store: CellStore, landscape: Landscape) -> dict[str, Any]:
-        seed, shown = self.seeds[0], [arm for arm in self.arms if arm.kind == "predicted" and not arm.tuned]
+        seed = self.design.seeds[0]
+        shown = [arm for arm in self.design.arms if arm.kind == "predicted" and not arm.tuned]
         identity = loads(dumps([asdict(landscape), seed, [_arm_identity(arm, self.task) for arm in shown]]))
         stored = store.read("landscape")
         if stored is not None and stored.pop("identity") == identity:
@@ -255,27 +237,18 @@ class _Run:
     def measure_missing(self, store: CellStore, finished: dict[tuple[int, str], dict[str, Any]]) -> None:
         """Run the cells that are not finished, store them and add them to `finished`."""
         missing = [(seed, arm) for seed, arm in self.cells if (seed, arm.name) not in finished]
-        measuring = partial(
-            measure_arm,
-            task=self.task,
-            protocols=self.protocols,
-            draws=self.draws,
-            trials_per_rate=self.trials_per_rate,
-            output_dir=self.output_dir,
-        )
-        for (seed, arm), result in self._in_processes(measuring, missing, "compare", _cell_label):
+        measuring = partial(measure_arm, design=self.design, output_dir=self.output_dir)
+        for (seed, arm), result in self._run_cells(measuring, missing, "compare"):
             finished[seed, arm.name] = result
             store.write(f"seed-{seed}.{arm.name}", {**result, "identity": _arm_identity(arm, self.task)})
 
-    def _in_processes(
-        self, function: Callable[[Cell], Result], cells: Sequence[Cell], step: str, label: Callable[[Cell], str]
+    def _run_cells(
+        self, function: Callable[[Cell], Result], cells: Sequence[Cell], step: str, num_processes: int | None = None
     ) -> Iterator[tuple[Cell, Result]]:
         if cells:
-            bar = f"{self.name}: {step}"
-            for index, result in run_cells(
-                function, cells, num_processes=self.num_processes, description=bar, label=label
-            ):
-                yield cells[index], result
+            workers, bar = num_processes or self.num_processes, f"{self.name}: {step}"
+            results = run_cells(function, cells, num_processes=workers, description=bar, label=_label)
+            yield from ((cells[index], result) for index, result in results)
 
     def _is_recorded(self, seed: int, num_states: int) -> bool:
         """Whether the trajectory of a seed is complete on disk; it may have been deleted since it was measured."""
@@ -291,12 +264,8 @@ class _Run:
         return [file.sha256 for file in files if file.path.endswith(".safetensors")]
 
 
-def _seed_label(seed: int) -> str:
-    return f"seed {seed}"
-
-
-def _cell_label(cell: tuple[int, Arm]) -> str:
-    return f"seed {cell[0]}: {cell[1].name}"
+def _label(cell: Any) -> str:
+    return f"seed {cell[0]}: {cell[1].name}" if isinstance(cell, tuple) else f"seed {cell}"
 
 
 def _arm_identity(arm: Arm, task: ComparisonTask) -> dict[str, Any]:
@@ -311,9 +280,8 @@ def _arm_identity(arm: Arm, task: ComparisonTask) -> dict[str, Any]:
 
 
 def _arm_entry(arm: Arm) -> dict[str, Any]:
-    settings = [dict(setting) for setting in arm.settings]
-    entry = {"role": arm.role, "description": arm.description, "kind": arm.kind, "settings": settings}
-    return {**entry, "spec": arm.to_dict()}
+    entry = {key: getattr(arm, key) for key in ("role", "description", "kind")}
+    return {**entry, "settings": [dict(setting) for setting in arm.settings], "spec": arm.to_dict()}
 
 
 def _protocol_entry(protocol: MeasuringProtocol, task: ComparisonTask) -> dict[str, Any]:

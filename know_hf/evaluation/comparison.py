@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .statistics import Estimate, PairedDifference, cluster_means, holm, mean_and_interval, paired_difference
+import numpy as np
+
+from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
 
 ALPHA = 0.05
 ENOUGH_SEEDS = 10
@@ -42,8 +44,8 @@ class Measure:
 
     def difference(self, difference: Estimate) -> str:
         """Format a difference with its unit and interval."""
-        unit = f" {self.difference_unit}" if self.difference_unit else ""
-        return f"{self.format(difference.mean, '+')}{unit}, 95% interval {self.interval(difference, '+')}"
+        mean = f"{self.format(difference.mean, '+')} {self.difference_unit}".rstrip()
+        return f"{mean}, 95% interval {self.interval(difference, '+')}"
 
     def gain(self, difference: float) -> float:
         """Return the difference with the sign by which larger is better."""
@@ -76,19 +78,11 @@ class ArmResult:
     per_draw: tuple[tuple[float, ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        result: dict[str, Any] = {
-            **_mean_and_ends(self.estimate),
-            "per_seed": list(self.per_seed),
-            "per_draw": [list(values) for values in self.per_draw],
-        }
-        if self.difference is not None:
-            result["minus_naive"] = {
-                **_mean_and_ends(self.difference),
-                "p": self.difference.p_value,
-                "p_holm": self.corrected_p,
-                "effect_size": self.difference.effect_size,
-                "minimum_detectable": self.difference.minimum_detectable,
-            }
+        per_draw = [list(values) for values in self.per_draw]
+        result: dict[str, Any] = {**_entry(self.estimate), "per_seed": list(self.per_seed), "per_draw": per_draw}
+        if (d := self.difference) is not None:
+            sizes = {key: getattr(d, key) for key in ("effect_size", "minimum_detectable")}
+            result["minus_naive"] = {**_entry(d), "p_holm": self.corrected_p, **sizes}
         return result
 
 
@@ -112,7 +106,7 @@ class AgainstControls:
     p_value: float
 
     def to_dict(self) -> dict[str, Any]:
-        differences = {name: {**_mean_and_ends(d), "p": d.p_value} for name, d in self.differences.items()}
+        differences = {name: _entry(difference) for name, difference in self.differences.items()}
         return {"differences": differences, "hardest": self.hardest, "p": self.p_value}
 
 
@@ -188,20 +182,18 @@ class Comparison:
             )
         if not self.candidates:
             return f"In {self.what}, naive was compared with references only."
-        test = (
-            f"paired t-test over {self.num_seeds} {self.counted}, Holm-corrected for {len(self.candidates)} arms,"
-            f" level {ALPHA:g}"
-        )
+        count, values = len(self.candidates), f"{self.num_seeds} {self.counted}"
+        test = f"paired t-test over {values}, Holm-corrected for {count} arms, level {ALPHA:g}"
         if self.better:
             verb = "is" if len(self.better) == 1 else "are"
-            names = ", ".join(f"{name} ({self._difference(name)})" for name in self.better)
+            names = ", ".join(f"{name} ({self._gain(name)})" for name in self.better)
             return f"In {self.what}, {names} {verb} significantly better than naive ({test})."
         best = max(self.candidates, key=lambda name: self.measure.gain(self.results[name].estimate.mean))
         worse = f"; significantly worse: {', '.join(self.worse)}" if self.worse else ""
-        arms = ", ".join(self.candidates) if len(self.candidates) < 8 else f"the {len(self.candidates)} arms"
+        arms = ", ".join(self.candidates) if count < 8 else f"the {count} arms"
         return (
             f"In {self.what}, none of {arms} is significantly better than naive; the best is {best} with"
-            f" {self._difference(best)}{worse} ({test})."
+            f" {self._gain(best)}{worse} ({test})."
         )
 
     def verdict_on_methods(self) -> str:
@@ -210,10 +202,10 @@ class Comparison:
             return ""
         if self.better_than_controls:
             return f"In {self.what}, better than naive and every control: {', '.join(self.better_than_controls)}."
-        nearest = [
-            f"{name} minus {against.hardest} {self.measure.difference(against.differences[against.hardest])}"
-            for name, against in self.against_controls.items()
-        ]
+        nearest = []
+        for name, against in self.against_controls.items():
+            difference = self.measure.difference(against.differences[against.hardest])
+            nearest.append(f"{name} minus {against.hardest} {difference}")
         return f"In {self.what}, no method is better than naive and every control: {'; '.join(nearest)}."
 
     def validity(self) -> str:
@@ -221,33 +213,29 @@ class Comparison:
         gaps = self._gaps(("naive", "random"), ("naive", "pretrained"), ("oracle", "naive"))
         if not gaps:
             return "There is no positive control: neither random initialisation nor an oracle was run."
-        parts = [
-            f"{upper} {'beats' if self._beats(gap) else 'does not significantly beat'} {lower}"
-            f" ({self.measure.difference(gap)})"
-            for (upper, lower), gap in gaps.items()
-        ]
+        parts = []
+        for (upper, lower), gap in gaps.items():
+            verb = "beats" if self._beats(gap) else "does not significantly beat"
+            parts.append(f"{upper} {verb} {lower} ({self.measure.difference(gap)})")
+        conclusion = "the positive control passed."
+        if self.valid is None:
+            conclusion = "what naive learned is unknown, as neither random nor pretrained weights were run."
+        if self.headroom is False:
+            conclusion = "there is no headroom, so a missing gain is inconclusive."
         if self.valid is False:
             conclusion = "the positive control failed."
-        elif self.headroom is False:
-            conclusion = "there is no headroom, so a missing gain is inconclusive."
-        elif self.valid is None:
-            conclusion = "what naive learned is unknown, as neither random nor pretrained weights were run."
-        else:
-            conclusion = "the positive control passed."
         return f"In {self.what}, {' and '.join(parts)}: {conclusion}"
 
     def sensitivity(self) -> str:
         """Say in one sentence which difference to naive the design detects; empty if no difference has a spread."""
-        differences = [self.results[name].difference for name in self.candidates]
-        detectable = [d.minimum_detectable for d in differences if d is not None and d.minimum_detectable]
+        detectable = [d for name in self.candidates if (d := self._difference(name).minimum_detectable)]
         if not detectable:
             return ""
-        least, most = (self.measure.format(end) for end in (min(detectable), max(detectable)))
-        unit = f" {self.measure.difference_unit}" if self.measure.difference_unit else ""
+        ends = dict.fromkeys(self.measure.format(end) for end in (min(detectable), max(detectable)))
+        size = f"{' to '.join(ends)} {self.measure.difference_unit}".rstrip()
         return (
-            f"In {self.what}, the design detects a true difference to naive of"
-            f" {least if least == most else f'{least} to {most}'}{unit}, depending on the arm, with a power of 80%"
-            f" ({self.num_seeds} {self.counted}, level {ALPHA:g}/{len(self.candidates)})."
+            f"In {self.what}, the design detects a true difference to naive of {size}, depending on the arm, with a"
+            f" power of 80% ({self.num_seeds} {self.counted}, level {ALPHA:g}/{len(self.candidates)})."
         )
 
     def table(self, extra: Mapping[str, Mapping[str, str]] | None = None) -> str:
@@ -257,12 +245,18 @@ class Comparison:
             extra (`Mapping[str, Mapping[str, str]]`, *optional*):
                 More columns: from heading to arm to cell.
         """
-        rows = self._rows(extra or {})
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
+        measure, extra = self.measure, extra or {}
+        heading = f"{measure.name} {measure.unit}".rstrip()
+        rows = [["arm", heading, "95% interval", "minus naive", "95% interval", "p (Holm)", *extra]]
+        for name, result in self.results.items():
+            row = [name, measure.format(result.estimate.mean), measure.interval(result.estimate), "", "", ""]
+            if result.difference is not None:
+                p = "reference" if result.corrected_p is None else f"{result.corrected_p:.3f}"
+                row[3:] = measure.format(result.difference.mean, "+"), measure.interval(result.difference, "+"), p
+            rows.append(row + [column.get(name, "") for column in extra.values()])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines = [row[0].ljust(widths[0]) + line[widths[0] :] for row, line in zip(rows, lines, strict=True)]
         return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -274,26 +268,10 @@ class Comparison:
         """Return what a model card shows of the comparison: `what`, `arms` ([`to_dict`]), `verdict` and `validity`."""
         return {"what": self.what, "arms": self.to_dict(), "verdict": self.verdict(), "validity": self.validity()}
 
-    def _rows(self, extra: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
-        measure = self.measure
-        heading = f"{measure.name} {measure.unit}".rstrip()
-        rows = [["arm", heading, "95% interval", "minus naive", "95% interval", "p (Holm)", *extra]]
-        for name, result in self.results.items():
-            row = [name, measure.format(result.estimate.mean), measure.interval(result.estimate)]
-            if result.difference is None:
-                row += ["", "", ""]
-            else:
-                p = "reference" if result.corrected_p is None else f"{result.corrected_p:.3f}"
-                row += [measure.format(result.difference.mean, "+"), measure.interval(result.difference, "+"), p]
-            rows.append(row + [column.get(name, "") for column in extra.values()])
-        return rows
-
     def _gaps(self, *pairs: tuple[str, str]) -> dict[tuple[str, str], PairedDifference]:
-        return {
-            (upper, lower): paired_difference(self.results[upper].per_seed, self.results[lower].per_seed)
-            for upper, lower in pairs
-            if upper in self.results and lower in self.results
-        }
+        values = {name: result.per_seed for name, result in self.results.items()}
+        run = [(upper, lower) for upper, lower in pairs if upper in values and lower in values]
+        return {(upper, lower): paired_difference(values[upper], values[lower]) for upper, lower in run}
 
     def _all_beaten(self, *pairs: tuple[str, str]) -> bool | None:
         gaps = self._gaps(*pairs)
@@ -303,20 +281,16 @@ class Comparison:
         return self.measure.gain(gap.mean) > 0 and gap.p_value < ALPHA
 
     def _significant(self, sign: int) -> tuple[str, ...]:
-        tested = {name: self.results[name] for name in self.candidates}
-        return tuple(
-            name
-            for name, result in tested.items()
-            if result.difference is not None
-            and result.corrected_p is not None
-            and result.corrected_p < ALPHA
-            and sign * self.measure.gain(result.difference.mean) > 0
-        )
+        detected = [name for name in self.candidates if (self.results[name].corrected_p or 0) < ALPHA]
+        return tuple(name for name in detected if sign * self.measure.gain(self._difference(name).mean) > 0)
 
-    def _difference(self, name: str) -> str:
-        result = self.results[name]
-        assert result.difference is not None
-        return f"{self.measure.difference(result.difference)}, p = {result.corrected_p:.2g}"
+    def _difference(self, name: str) -> PairedDifference:
+        difference = self.results[name].difference
+        assert difference is not None
+        return difference
+
+    def _gain(self, name: str) -> str:
+        return f"{self.measure.difference(self._difference(name))}, p = {self.results[name].corrected_p:.2g}"
 
 
 def compare_with_naive(
@@ -348,39 +322,29 @@ def compare_with_naive(
     Raises:
         `ValueError`: If naive or a candidate has no scores, arms differ in their draws, or as [`paired_difference`].
     """
-    for name in ("naive", *candidates):
-        if name not in scores:
-            raise ValueError(f"arm {name!r} has no scores; scores has {', '.join(scores)}")
-    draws = {name: [_draws(value) for value in values] for name, values in scores.items()}
+    if missing := [name for name in ("naive", *candidates) if name not in scores]:
+        raise ValueError(f"arm {missing[0]!r} has no scores; scores has {', '.join(scores)}")
+    draws = {name: [np.atleast_1d(value).tolist() for value in values] for name, values in scores.items()}
     expected = [len(values) for values in draws["naive"]]
     for name, values in draws.items():
         if (lengths := [len(of_seed) for of_seed in values]) != expected:
             raise ValueError(f"arms must have the same draws per trajectory; naive has {expected}, {name!r} {lengths}")
-    means = {name: cluster_means(values) for name, values in draws.items()}
+    means = {name: [float(np.mean(values)) for values in of_arm] for name, of_arm in draws.items()}
     differences = {
         name: paired_difference(values, means["naive"], num_tests=len(candidates) if name in candidates else 1)
         for name, values in means.items()
         if name != "naive"
     }
     corrected = holm({name: differences[name].p_value for name in candidates})
-    results = {
-        name: ArmResult(
-            tuple(values),
-            mean_and_interval(values),
-            differences.get(name),
-            corrected.get(name),
-            tuple(tuple(of_seed) for of_seed in draws[name]),
-        )
-        for name, values in means.items()
-    }
+    results = {}
+    for name, of_arm in draws.items():
+        estimate, difference = mean_and_interval(means[name]), differences.get(name)
+        per_draw = tuple(tuple(of_seed) for of_seed in of_arm)
+        results[name] = ArmResult(tuple(means[name]), estimate, difference, corrected.get(name), per_draw)
     controls = [name for name in candidates if name in controls]
     methods = [name for name in candidates if name not in controls] if controls else []
     against = {name: _against(means, name, [*controls, "naive"], measure) for name in methods}
     return Comparison(what, results, tuple(candidates), against, measure, counted)
-
-
-def _draws(value: float | Sequence[float]) -> list[float]:
-    return [float(v) for v in value] if isinstance(value, Sequence) else [float(value)]
 
 
 def _against(
@@ -390,9 +354,10 @@ def _against(
     one_sided = {
         control: d.p_value / 2 if measure.gain(d.mean) > 0 else 1 - d.p_value / 2 for control, d in differences.items()
     }
-    hardest = max(one_sided, key=lambda control: one_sided[control])
+    hardest = max(one_sided, key=one_sided.__getitem__)
     return AgainstControls(differences, hardest, one_sided[hardest])
 
 
-def _mean_and_ends(estimate: Estimate) -> dict[str, Any]:
-    return {"mean": estimate.mean, "ci95": [estimate.low, estimate.high]}
+def _entry(estimate: Estimate) -> dict[str, Any]:
+    entry: dict[str, Any] = {"mean": estimate.mean, "ci95": [estimate.low, estimate.high]}
+    return {**entry, "p": estimate.p_value} if isinstance(estimate, PairedDifference) else entry

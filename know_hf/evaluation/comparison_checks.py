@@ -1,9 +1,9 @@
-"""Checks of the arguments of a comparison before the work."""
+"""The design of a comparison and its checks before the work."""
 
 import pickle
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .arms import Arm
@@ -13,71 +13,75 @@ from .linear_probe import LinearProbe
 from .protocols import FineTuning, MeasuringProtocol, first_of_each_class, refined
 
 
-def check_arguments(
-    task: ComparisonTask,
-    arms: Sequence[Arm],
-    protocols: Sequence[MeasuringProtocol],
-    seeds: Sequence[int],
-    draws: int,
-    trials_per_rate: int,
-) -> None:
-    """Check arguments of [`compare_arms`] against each other; raises a `ValueError`."""
-    names = [arm.name for arm in arms]
+@dataclass(frozen=True)
+class Design:
+    """What is measured, with the arguments of [`compare_arms`]."""
+
+    task: ComparisonTask
+    protocols: tuple[MeasuringProtocol, ...]
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    draws: int
+    trials_per_rate: int
+
+
+def check_design(design: Design) -> None:
+    """Check the arguments of [`compare_arms`] against each other; raises a `ValueError`."""
+    names, seeds, draws = [arm.name for arm in design.arms], design.seeds, design.draws
     _check_names("arm", names)
-    _check_names("protocol", [protocol.name for protocol in protocols])
+    _check_names("protocol", [protocol.name for protocol in design.protocols])
     if "trajectory" in names:
         raise ValueError("an arm cannot be named 'trajectory', the name of a cell of each seed; rename it")
     if "naive" not in names:
         raise ValueError(f"arms must include naive, got {names}")
-    if not protocols or not seeds or draws < 1 or len(set(seeds)) < len(seeds) or trials_per_rate < 1:
+    if not design.protocols or not seeds or draws < 1 or len(set(seeds)) < len(seeds) or design.trials_per_rate < 1:
         raise ValueError(
-            "a comparison needs at least one protocol, draw and trial and distinct seeds, got"
-            f" {len(protocols)} protocols, seeds={list(seeds)}, draws={draws} and trials_per_rate={trials_per_rate}"
+            f"a comparison needs a protocol, draw and trial and distinct seeds, got {len(design.protocols)} protocols,"
+            f" seeds={list(seeds)}, draws={draws} and trials_per_rate={design.trials_per_rate}"
         )
     if len(seeds) == 1 and draws == 1:
         raise ValueError("one draw of one trajectory has no interval; use more seeds or draws")
-    if (recorded := task.recorded) is not None and max(seeds) >= len(recorded):
+    if (recorded := design.task.recorded) is not None and max(seeds) >= len(recorded):
         raise ValueError(f"seed {max(seeds)} has no trajectory; the task has {len(recorded)}")
-    for arm in arms:
-        _check_arm(arm, task, trials_per_rate)
-    for protocol in protocols:
-        needed = "source" if protocol.on_source else "target"
-        if getattr(task, needed) is None:
+    for arm in design.arms:
+        if design.trials_per_rate % len(arm.settings):
             raise ValueError(
-                f"protocol {protocol.name!r} needs {needed} of the task; pass it, or leave out the protocol"
+                f"trials_per_rate={design.trials_per_rate} is not a multiple of the {len(arm.settings)} settings of"
+                f" arm {arm.name!r}; every arm needs the same number of trials, so change one of the two"
             )
+        if arm.needs is not None:
+            _check_given(design.task, arm.needs, f"arm {arm.name!r}")
+    for protocol in design.protocols:
+        _check_given(design.task, "source" if protocol.on_source else "target", f"protocol {protocol.name!r}")
 
 
-def check_protocols(
-    task: ComparisonTask, arms: Sequence[Arm], protocols: Sequence[MeasuringProtocol], seed: int, trials_per_rate: int
-) -> None:
+def check_protocols(design: Design) -> None:
     """Check that grids can be refined, measures computed and classes filled; raises a `ValueError`."""
-    of_probe = {measure.name for measure in (ACCURACY, LOSS)}
-    for protocol in protocols:
+    other = [measure.name for measure in design.task.measures if measure.name not in (ACCURACY.name, LOSS.name)]
+    for protocol in design.protocols:
         if not isinstance(protocol, FineTuning | LinearProbe):
             continue
-        for arm in arms:
-            refined(protocol.learning_rates, trials_per_rate // len(arm.settings))
-        if isinstance(protocol, LinearProbe) and (other := [m.name for m in task.measures if m.name not in of_probe]):
+        for arm in design.arms:
+            refined(protocol.learning_rates, design.trials_per_rate // len(arm.settings))
+        if isinstance(protocol, LinearProbe) and other:
             raise ValueError(f"protocol {protocol.name!r} measures accuracy and loss, not {other[0]!r}; leave it out")
-        if protocol.labels_per_class is not None and task.target is not None:
-            _, (split,) = task.splits(seed, draws=1)
+        if protocol.labels_per_class is not None:
+            _, (split,) = design.task.splits(design.seeds[0], draws=1)
             first_of_each_class(split.train, protocol.labels_per_class)
 
 
 def check_landscape(task: ComparisonTask) -> None:
     """Check that a loss landscape can be computed; raises a `ValueError`."""
-    if task.source is None:
-        raise ValueError("a landscape needs source of the task; pass it, or leave out the landscape")
+    _check_given(task, "source", "landscape")
     if all(measure.higher_is_better for measure in task.measures):
         raise ValueError("a landscape needs a loss among the measures of the task; leave out the landscape")
 
 
-def check_picklable(task: ComparisonTask, arms: Sequence[Arm], protocols: Sequence[MeasuringProtocol]) -> None:
+def check_picklable(design: Design) -> None:
     """Check that everything can be sent to worker processes; raises a `ValueError` that names the value."""
-    values: dict[str, Any] = {f"{f.name} of the task": getattr(task, f.name) for f in fields(task)}
-    values |= {f"arm {arm.name!r}": arm for arm in arms}
-    values |= {f"protocol {protocol.name!r}": protocol for protocol in protocols}
+    values: dict[str, Any] = {f"{f.name} of the task": getattr(design.task, f.name) for f in fields(design.task)}
+    values |= {f"arm {arm.name!r}": arm for arm in design.arms}
+    values |= {f"protocol {protocol.name!r}": protocol for protocol in design.protocols}
     for what, value in values.items():
         try:
             pickle.dumps(value)
@@ -94,11 +98,6 @@ def _check_names(what: str, names: Sequence[str]) -> None:
             raise ValueError(f"{what} {name!r} needs a unique name of letters, digits, _, + and -")
 
 
-def _check_arm(arm: Arm, task: ComparisonTask, trials_per_rate: int) -> None:
-    if trials_per_rate % len(arm.settings):
-        raise ValueError(
-            f"trials_per_rate={trials_per_rate} is not a multiple of the {len(arm.settings)} settings of arm"
-            f" {arm.name!r}; every arm needs the same number of trials, so change one of the two"
-        )
-    if arm.needs is not None and getattr(task, arm.needs) is None:
-        raise ValueError(f"arm {arm.name!r} needs {arm.needs} of the task; pass it, or leave out the arm")
+def _check_given(task: ComparisonTask, needed: str, what: str) -> None:
+    if getattr(task, needed) is None:
+        raise ValueError(f"{what} needs {needed} of the task; pass it, or leave out the {what.split()[0]}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,10 @@ class ComparisonTask:
         Raises:
             `ValueError`: If a return value cannot be used; names the call.
         """
-        source, targets = None, []
-        if self.source is not None:
-            source = check_split(self.source(seed), f"source({seed})", self.classifies)
-        if self.target is not None:
-            for draw in range(draws):
-                what = f"target({seed}, {draw})"
-                targets.append(check_split(self.target(seed, draw), what, self.classifies))
+        check = partial(check_split, classifies=self.classifies)
+        source = check(self.source(seed), f"source({seed})") if self.source else None
+        target = self.target
+        targets = [check(target(seed, i), f"target({seed}, {i})") for i in range(draws)] if target else []
         return source, targets
 
     def data_hashes(self, seed: int, draws: int) -> dict[str, str]:

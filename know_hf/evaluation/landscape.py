@@ -8,7 +8,7 @@ differences. Weights are read in pieces from a temporary file, and one model is 
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..batch_norm import recalibrate_batch_norm
 from ..checkpoint import check_free_disk
-from .arm_weights import ArmSources
 from .arms import Arm
 from .comparison_task import ComparisonTask
 from .measure import arm_sources
@@ -65,18 +63,14 @@ def measure_landscape(
     sources = arm_sources(task, seed, task.open_trajectory(seed, output_dir), split, work)
     examples = {name: tensor[: landscape.num_examples] for name, tensor in split.test.items()}
     result = loss_landscape(
-        [partial(_state, sources, index) for index in range(sources.trajectory.num_states)],
+        [partial(sources.state, index) for index in range(sources.trajectory.num_states)],
         {arm.name: partial(arm.initial_model, sources) for arm in arms},
         lambda model: task.evaluate(model, examples)[measure],
-        recalibrate_with=sources.batches or None,
+        recalibrate_with=sources.batches,
         resolution=landscape.resolution,
     )
     shutil.rmtree(work, ignore_errors=True)
     return {"seed": seed, "measure": measure, "num_examples": len(examples["labels"]), **result}
-
-
-def _state(sources: ArmSources, index: int) -> PreTrainedModel:
-    return sources.state(index).to(sources.device)
 
 
 def loss_landscape(
@@ -84,7 +78,7 @@ def loss_landscape(
     arms: Mapping[str, Callable[[], nn.Module]],
     compute_loss: Callable[[Any], float],
     *,
-    recalibrate_with: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    recalibrate_with: Sequence[Mapping[str, torch.Tensor]] = (),
     resolution: int = 15,
     margin: float = 0.25,
 ) -> dict[str, Any]:
@@ -98,7 +92,7 @@ def loss_landscape(
             From name to a callable that returns the model, such as `result.load_model`.
         compute_loss (`Callable`):
             From a model in evaluation mode to its loss, always on the same examples; called without gradients.
-        recalibrate_with (iterable of batches, *optional*):
+        recalibrate_with (sequence of batches, *optional*):
             Batches to recompute BatchNorm statistics on before each loss; without them, the grid has those of Θ0.
         resolution (`int`, *optional*, defaults to `15`):
             Grid points per axis.
@@ -117,9 +111,7 @@ def loss_landscape(
     """
     if len(states) < 3:
         raise ValueError(f"a plane needs at least three states, got {len(states)}")
-    if resolution < 2:
-        raise ValueError(f"resolution must be at least 2, got {resolution}")
-    measure = partial(_finite_loss, compute_loss, None if recalibrate_with is None else list(recalibrate_with))
+    measure = partial(_finite_loss, compute_loss, recalibrate_with)
     names = [f"Θ{index}" for index in range(len(states))] + list(arms)
     with tempfile.TemporaryDirectory(prefix="know_hf-landscape-") as folder:
         weights = _Weights(Path(folder) / "weights", len(names))
@@ -139,19 +131,10 @@ def loss_landscape(
         for row, column in tqdm(list(np.ndindex(resolution, resolution)), desc="loss landscape", unit="point"):
             weights.set(model, x[column], y[row])
             grid[row][column] = measure(model)
-    points = [
-        {
-            "name": name,
-            "kind": "state" if index < len(states) else "arm",
-            "x": px,
-            "y": py,
-            "loss": loss,
-            "off_plane": off,
-        }
-        for index, (name, (px, py), loss, off) in enumerate(
-            zip(names, coordinates.tolist(), losses, off_plane.tolist(), strict=True)
-        )
-    ]
+    kinds = ["state"] * len(states) + ["arm"] * len(arms)
+    columns = (names, kinds, *coordinates.T.tolist(), losses, off_plane.tolist())
+    keys = ("name", "kind", "x", "y", "loss", "off_plane")
+    points = [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
     return {"explained": explained, "x": x, "y": y, "loss": grid, "points": points}
 
 
@@ -171,10 +154,7 @@ class _Weights:
             self.rows = np.memmap(self.path, np.float32, "w+", shape=(self.count + 2, total))
         elif total != self.rows.shape[1]:
             raise ValueError(f"{name} has {total:,} weights, but Θ0 has {self.rows.shape[1]:,}; use the same model")
-        start = 0
-        for parameter in parameters:
-            self.rows[index, start : start + parameter.numel()] = parameter.detach().float().cpu().flatten().numpy()
-            start += parameter.numel()
+        torch.cat([p.detach().float().cpu().flatten() for p in parameters], out=torch.from_numpy(self.rows[index]))
 
     def gram(self) -> np.ndarray:
         """Compute the inner products of the differences to Θ0, `(count, count)`."""
@@ -204,9 +184,9 @@ class _Weights:
 
 
 def _finite_loss(
-    compute_loss: Callable[[Any], float], batches: list[Mapping[str, torch.Tensor]] | None, model: nn.Module
+    compute_loss: Callable[[Any], float], batches: Sequence[Mapping[str, torch.Tensor]], model: nn.Module
 ) -> float | None:
-    if batches is not None:
+    if batches:
         recalibrate_batch_norm(model, batches)
     model.eval()
     with torch.no_grad():
@@ -234,10 +214,7 @@ def _axes(coordinates: np.ndarray, resolution: int, margin: float) -> tuple[list
     low, high = coordinates.min(axis=0), coordinates.max(axis=0)
     spans = np.maximum(high - low, _MIN_ASPECT * (high - low).max()) * (1 + 2 * margin)
     centres = (low + high) / 2
-    x, y = (
-        np.linspace(centre - span / 2, centre + span / 2, resolution).tolist()
-        for centre, span in zip(centres, spans, strict=True)
-    )
+    x, y = np.linspace(centres - spans / 2, centres + spans / 2, resolution, axis=1).tolist()
     return x, y
 
 

@@ -1,6 +1,6 @@
 """Linear probe: a linear classifier on frozen features."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from .comparison import ACCURACY, LOSS, Measure
 from .fine_tuning import Examples, Scores, batches, inputs_of
-from .protocols import Evaluate, Trial, check_rates, first_of_each_class, labels_in_words, refined
+from .protocols import Trial, check_rates, first_of_each_class, labels_in_words, refined
 from .splits import Split, check_labels
 
 
@@ -53,16 +52,9 @@ class LinearProbe:
         return f"a linear probe with {labels_in_words(self.labels_per_class)}"
 
     def trials(
-        self,
-        model: PreTrainedModel,
-        split: Split,
-        seed: int,
-        evaluate: Evaluate,
-        measures: Sequence[Measure] = (ACCURACY, LOSS),
-        refinement: int = 1,
+        self, model: PreTrainedModel, split: Split, seed: int, evaluate: Any, measures: Any = (), refinement: int = 1
     ) -> Iterator[Trial]:
-        """Run all trials, as [`MeasuringProtocol`]; `evaluate` is not used, as a probe has its own accuracy and
-        loss."""
+        """Run all trials, as [`MeasuringProtocol`]; a probe has its own accuracy and loss instead of `evaluate`."""
         num_labels = split.num_labels or model.config.num_labels
         check_labels(split, f"the split of {self.name!r}", num_labels)
         train = first_of_each_class(split.train, self.labels_per_class)
@@ -111,11 +103,8 @@ def features(model: PreTrainedModel, examples: Examples, batch_size: int = 256) 
         `ValueError`: If the model has no head, or its head takes more than one vector per example.
     """
     body = set(model.base_model.modules())
-    layers = [
-        module
-        for module in model.modules()
-        if module not in body and module is not model and next(module.parameters(recurse=False), None) is not None
-    ]
+    outside = [module for module in model.modules() if module not in body and module is not model]
+    layers = [module for module in outside if next(module.parameters(recurse=False), None) is not None]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no head to read features from; use its class for classification")
     inputs: list[Tensor] = []
@@ -135,11 +124,9 @@ def features(model: PreTrainedModel, examples: Examples, batch_size: int = 256) 
         model.train(training)
         for hook in hooks:
             hook.remove()
-    if inputs[0].ndim != 2:
-        raise ValueError(
-            f"the head of {type(model).__name__} takes {tuple(inputs[0].shape[1:])} values per example, but a linear"
-            " probe needs one vector; leave out this protocol"
-        )
+    shape = tuple(inputs[0].shape[1:])
+    if len(shape) != 1:
+        raise ValueError(f"the head of {type(model).__name__} takes {shape} values per example; leave out the probe")
     return torch.cat(inputs)
 
 

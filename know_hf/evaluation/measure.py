@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from ..trajectory import WeightTrajectory
 from .arm_weights import ArmSources
 from .arms import Arm
+from .comparison_checks import Design
 from .comparison_task import ComparisonTask, trajectory_folder
 from .fine_tuning import Examples, batches, inputs_of
-from .protocols import FineTuning, MeasuringProtocol, choose, or_none
+from .protocols import FineTuning, choose, or_none
 from .splits import Split, check_labels
 
 _RECALIBRATION_BATCH, _RECALIBRATION_EXAMPLES = 64, 1024
@@ -37,7 +38,7 @@ def measure_trajectory(seed: int, *, task: ComparisonTask, output_dir: Path) -> 
     if split is not None:
         sources = arm_sources(task, seed, trajectory, split, output_dir)
         for state in trajectory.states:
-            model = sources.state(state.index).to(sources.device)
+            model = sources.state(state.index)
             sources.recalibrate(model)
             check_head(task, model, split, f"source({seed})")
             scores.append(_finite(task.evaluate(model, split.test), f"Θ{state.index} of seed {seed}"))
@@ -50,15 +51,7 @@ def measure_trajectory(seed: int, *, task: ComparisonTask, output_dir: Path) -> 
     }
 
 
-def measure_arm(
-    cell: tuple[int, Arm],
-    *,
-    task: ComparisonTask,
-    protocols: Sequence[MeasuringProtocol],
-    draws: int,
-    trials_per_rate: int,
-    output_dir: Path,
-) -> dict[str, Any]:
+def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> dict[str, Any]:
     """Measure a cell, seed and arm, in every protocol with all of its trials; temporary files are deleted.
 
     Returns:
@@ -68,20 +61,20 @@ def measure_arm(
         `ValueError`: If all trials of a draw diverge, or the data cannot be used.
     """
     started = time.perf_counter()
-    seed, arm = cell
+    (seed, arm), task = cell, design.task
     work = output_dir / "work" / f"seed-{seed}.{arm.name}"
-    source, targets = task.splits(seed, draws)
+    source, targets = task.splits(seed, design.draws)
     sources = arm_sources(task, seed, task.open_trajectory(seed, output_dir), source, work)
-    refinement = trials_per_rate // len(arm.settings)
-    splits = {protocol.name: [source] if protocol.on_source else targets for protocol in protocols}
+    refinement = design.trials_per_rate // len(arm.settings)
     measured: dict[str, list[dict[str, Any]]] = {
-        name: [{"draw": draw, "trials": []} for draw in range(len(of_protocol))]
-        for name, of_protocol in splits.items()
+        protocol.name: [{"draw": draw, "trials": []} for draw in range(1 if protocol.on_source else design.draws)]
+        for protocol in design.protocols
     }
     for setting in arm.settings:
         model = arm.initial_model(sources, setting)
-        for protocol in protocols:
-            for result, split in zip(measured[protocol.name], splits[protocol.name], strict=True):
+        for protocol in design.protocols:
+            for result in measured[protocol.name]:
+                split = source if protocol.on_source else targets[result["draw"]]
                 assert split is not None
                 if isinstance(protocol, FineTuning):
                     check_head(task, model, split, f"target({seed}, {result['draw']})")
@@ -103,11 +96,7 @@ def arm_sources(
     task: ComparisonTask, seed: int, trajectory: WeightTrajectory, source: Split | None, work: Path
 ) -> ArmSources:
     """Collect what the arms of a seed need; `work` is a folder for temporary files."""
-
-    def train_further(model: PreTrainedModel, steps: list[int]) -> PreTrainedModel:
-        assert task.train_further is not None
-        return task.train_further(seed, model, steps, work)
-
+    further = task.train_further
     return ArmSources(
         trajectory=trajectory,
         output_dir=work / "arms",
@@ -116,7 +105,7 @@ def arm_sources(
         oracle_model=task.oracle_model and partial(task.oracle_model, seed, work),
         known=task.known,
         pretrained_model=task.pretrained_model and partial(task.pretrained_model, seed),
-        train_further=task.train_further and train_further,
+        train_further=None if further is None else lambda model, steps: further(seed, model, steps, work),
         base_model=task.base_model and partial(task.base_model, seed),
         model_class=task.model_class,
         device=device(),
@@ -126,9 +115,9 @@ def arm_sources(
 def recalibration_batches(train: Examples) -> list[Examples]:
     """Return batches of equal size of the first training examples, without labels, for BatchNorm statistics."""
     inputs = {name: tensor[:_RECALIBRATION_EXAMPLES] for name, tensor in inputs_of(train).items()}
-    all_batches = list(batches(inputs, _RECALIBRATION_BATCH))
-    full = [batch for batch in all_batches if len(next(iter(batch.values()))) == _RECALIBRATION_BATCH]
-    return list(full or all_batches)
+    count = len(next(iter(inputs.values())))
+    full = count - count % _RECALIBRATION_BATCH or count  # all of them if they do not fill a batch
+    return list(batches({name: tensor[:full] for name, tensor in inputs.items()}, _RECALIBRATION_BATCH))
 
 
 def device() -> torch.device:
@@ -147,12 +136,10 @@ def check_head(task: ComparisonTask, model: PreTrainedModel, split: Split, what:
 
 
 def _finite(scores: Mapping[str, float | None], what: str) -> dict[str, float]:
-    finite = {}
     for name, value in scores.items():
         if value is None or not math.isfinite(value):
             raise ValueError(f"{name} of {what} is not finite: the training diverged; use lower learning rates")
-        finite[name] = float(value)
-    return finite
+    return {name: float(value) for name, value in scores.items() if value is not None}
 
 
 def _since(started: float) -> float:

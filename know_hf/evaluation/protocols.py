@@ -94,13 +94,7 @@ class ZeroShot:
     what = "the source task, zero-shot"
 
     def trials(
-        self,
-        model: PreTrainedModel,
-        split: Split,
-        seed: int,
-        evaluate: Evaluate,
-        measures: Sequence[Measure] = (ACCURACY, LOSS),
-        refinement: int = 1,
+        self, model: PreTrainedModel, split: Split, seed: int, evaluate: Evaluate, *_: Any, **__: Any
     ) -> Iterator[Trial]:
         yield Trial(None, evaluate(model, split.validation), evaluate(model, split.test))
 
@@ -188,12 +182,10 @@ class FineTuning:
 
     def _with_trained_head(self, model: PreTrainedModel, train: Examples, rate: float, seed: int) -> PreTrainedModel:
         model = copy.deepcopy(model)
-        body = {id(parameter) for parameter in model.base_model.parameters()}
-        head = [parameter for parameter in model.parameters() if id(parameter) not in body]
+        body = set(model.base_model.parameters())
+        head = [parameter for parameter in model.parameters() if parameter not in body]
         if not head:
-            raise ValueError(
-                f"{type(model).__name__} has no head parameters outside its body, tied ones included; use head_steps=0"
-            )
+            raise ValueError(f"{type(model).__name__} has no head parameters outside its body; use head_steps=0")
         train_parameters(model, head, train, rate, self.head_steps, seed, self.batch_size)
         return model
 
@@ -204,16 +196,10 @@ def labels_in_words(labels_per_class: int | None) -> str:
 
 
 def refined(learning_rates: Sequence[float], refinement: int) -> list[float]:
-    """Return K rates around each rate of a grid, evenly spaced in the logarithm and rounded to three digits.
+    """Return K = `refinement` rates around each rate of a grid, evenly spaced in the logarithm, of three digits.
 
     With a mean ratio q between neighbouring rates, they are `rate · q^((j - (K-1)/2) / K)` for j = 0 … K - 1: from an
     evenly spaced grid of R rates follow R · K evenly spaced rates.
-
-    Args:
-        learning_rates (`Sequence[float]`):
-            The grid.
-        refinement (`int`):
-            K.
 
     Raises:
         `ValueError`: If K > 1 and the grid has a single rate, and so no spacing.
@@ -264,9 +250,7 @@ def first_of_each_class(examples: Examples, count: int | None) -> Examples:
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         if len(members) < count:
-            raise ValueError(
-                f"class {int(label)} has {len(members)} training examples, but labels_per_class={count}; lower it"
-            )
+            raise ValueError(f"class {int(label)} has {len(members)} examples; lower labels_per_class={count}")
         rows.append(members[:count])
     selected = torch.cat(rows).sort().values
     return {name: tensor[selected] for name, tensor in examples.items()}

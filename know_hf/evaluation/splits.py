@@ -42,7 +42,7 @@ def check_split(split: Any, what: str, classifies: bool) -> Split:
             [`check_labels`].
     """
     if not isinstance(split, Split):
-        raise ValueError(f"{what} returned a {_kind(split)}; return Split(train=…, validation=…, test=…)")
+        raise ValueError(f"{what} returned a {type(split).__name__}; return Split(train=…, validation=…, test=…)")
     for part in _PARTS:
         _check_examples(getattr(split, part), f"{part} of {what}", classifies)
     if not any(len(tensor) for tensor in split.test.values()):
@@ -64,35 +64,27 @@ def check_labels(split: Split, what: str, num_labels: int | None, classifies: bo
         if labels is None or (labels.dtype != torch.int64 and not classifies):
             continue
         if labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels in {part} of {what} are {labels.dtype}, but accuracy and loss need torch.int64 classes; use"
-                " labels.long(), or pass evaluate and measures for another task than classification"
-            )
+            hint = "use torch.int64 classes, or pass evaluate and measures for another task than classification"
+            raise ValueError(f"labels in {part} of {what} are {labels.dtype}; {hint}")
         if num_labels is None or labels.ndim != 1 or (num_labels == 1 and not classifies):  # 1 is a regression
             continue
         beyond = labels[((labels < 0) | (labels >= num_labels)) & (labels != _IGNORED)]
         if len(beyond):
-            raise ValueError(
-                f"{part} of {what} has label {int(beyond[0])}, but the head has {num_labels} classes, 0 to"
-                f" {num_labels - 1}; count labels from 0, or set num_labels of the Split"
-            )
+            hint = f"{num_labels} classes, 0 to {num_labels - 1}; count labels from 0, or set num_labels of the Split"
+            raise ValueError(f"{part} of {what} has label {int(beyond[0])}, but the head has {hint}")
 
 
 def _check_examples(examples: Any, what: str, classifies: bool) -> None:
     if not isinstance(examples, Mapping):
-        raise ValueError(
-            f"{what} is a {_kind(examples)}, not a mapping of tensors; for a datasets.Dataset pass"
-            " dataset.with_format('torch')[:]"
-        )
+        hint = "pass a mapping of tensors, such as dataset.with_format('torch')[:]"
+        raise ValueError(f"{what} is a {type(examples).__name__}; {hint}")
     for name, tensor in examples.items():
         if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name!r} in {what} is a {_kind(tensor)}; pass a tensor with one row per example")
+            raise ValueError(
+                f"{name!r} in {what} is a {type(tensor).__name__}; pass a tensor with one row per example"
+            )
     lengths = {name: len(tensor) if tensor.ndim else 0 for name, tensor in examples.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the tensors in {what} have different lengths, {lengths}; pass the same examples in each")
     if classifies and "label" in examples and "labels" not in examples:
         raise ValueError(f"{what} has 'label', but models expect 'labels'; rename it")
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

@@ -1,8 +1,8 @@
 """Means with intervals, paired t-tests and Holm's correction.
 
 The unit of the statistics is the trajectory. Several downstream draws of one trajectory share its weights and are not
-independent: they are averaged first ([`cluster_means`]), and the t-test over these means has one degree of freedom
-less than there are trajectories. With equally many draws per trajectory this is exactly the test of a mixed model with
+independent: they are averaged first, and the t-test over these means has one degree of freedom less than there are
+trajectories. With equally many draws per trajectory this is exactly the test of a mixed model with
 a random effect of the trajectory.
 """
 
@@ -86,13 +86,12 @@ def paired_difference(
         raise ValueError(f"a paired test needs one value per seed and arm, got {len(values)} and {len(reference)}")
     difference = _finite(values) - _finite(reference)
     estimate = mean_and_interval(difference.tolist(), level)
-    ends = (estimate.mean, estimate.low, estimate.high)
     deviation = float(difference.std(ddof=1))
     if deviation <= _NO_SPREAD * float(np.abs(difference).max()):  # t would be 0/0 or infinite
-        return PairedDifference(*ends, p_value=1.0)
+        return PairedDifference(**vars(estimate), p_value=1.0)
     p_value = float(scipy_stats().ttest_1samp(difference, 0).pvalue)
     detectable = deviation * minimum_detectable_effect(len(difference), (1 - level) / num_tests)
-    return PairedDifference(*ends, p_value, estimate.mean / deviation, detectable)
+    return PairedDifference(estimate.mean, estimate.low, estimate.high, p_value, estimate.mean / deviation, detectable)
 
 
 @cache
@@ -109,13 +108,7 @@ def minimum_detectable_effect(n: int, alpha: float = 0.05, power: float = 0.8) -
             Level of the two-sided test.
         power (`float`, *optional*, defaults to `0.8`):
             Probability of detecting the effect.
-
-    Raises:
-        `ValueError`: For fewer than two pairs.
-        `ImportError`: If scipy is missing.
     """
-    if n < 2:
-        raise ValueError(f"a paired test needs at least two pairs, got {n}")
     stats = scipy_stats()
     from scipy.optimize import brentq
 
@@ -128,18 +121,6 @@ def minimum_detectable_effect(n: int, alpha: float = 0.05, power: float = 0.8) -
     while missing_power(upper) < 0:
         upper *= 2
     return float(brentq(missing_power, 0, upper)) / float(np.sqrt(n))
-
-
-def cluster_means(draws: Sequence[Sequence[float]]) -> list[float]:
-    """Average the draws of each trajectory.
-
-    Raises:
-        `ValueError`: For a trajectory without a draw.
-    """
-    for index, values in enumerate(draws):
-        if not len(values):
-            raise ValueError(f"trajectory {index} has no draws; give at least one value per trajectory")
-    return [float(np.mean(values)) for values in draws]
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -161,7 +142,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 def _finite(values: Sequence[float]) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or len(array) < 2:
+    if len(array) < 2:
         raise ValueError(f"an interval needs values of at least two seeds, got {array.tolist()}")
     if not np.isfinite(array).all():
         raise ValueError(f"value {int(np.argmin(np.isfinite(array)))} of {values} is not finite")

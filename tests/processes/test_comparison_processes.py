@@ -50,10 +50,7 @@ def test_workers_run_cells_on_one_thread_and_report_an_error(capfd):
 
 @pytest.mark.parametrize(
     ("cell", "error", "message"),
-    [
-        ("dead", ChildProcessError, "died .*__main__"),
-        ("invalid", ValueError, r"^factor=7 is invalid$"),
-    ],
+    [("dead", ChildProcessError, "died .*__main__"), ("invalid", ValueError, r"^factor=7 is invalid$")],
 )
 def test_errors_of_workers(cell, error, message):
     with pytest.raises(error, match=message):
