@@ -322,25 +322,18 @@ class _Layout:
             first_row = 0
             for tensor in sample.tensors:
                 steps = tensor.mean_steps[num_states - 1 :]
-                block = TransitionBlock(
-                    role=role_of[tensor.role],
-                    trajectory=sample.path,
-                    tensor=tensor.name,
-                    start=0,
-                    stop=tensor.rows * len(steps),
-                    share=tensor.rows / tensor.size,
-                    no_change=sum(steps) / len(steps),
-                )
+                count, share = tensor.rows * len(steps), tensor.rows / tensor.size
+                role, no_change = role_of[tensor.role], sum(steps) / len(steps)
+                block = TransitionBlock(role, sample.path, tensor.name, 0, count, share, no_change)
                 entries.append((block, number, first_row))
                 first_row += tensor.rows
         entries.sort(key=lambda entry: PREDICTED_ROLES.index(entry[0].role))
         blocks: list[TransitionBlock] = []
+        ranges: dict[str, tuple[int, int]] = {}
         for block, *_ in entries:
             start = blocks[-1].stop if blocks else 0
             blocks.append(replace(block, start=start, stop=start + block.stop))
-        ranges: dict[str, tuple[int, int]] = {}
-        for block in blocks:
-            ranges[block.role] = (ranges.get(block.role, (block.start, 0))[0], block.stop)
+            ranges[block.role] = (ranges.get(block.role, (start, 0))[0], start + block.stop)
         numbers = np.array([number for _, number, _ in entries], np.int64)
         return cls(
             blocks=blocks,

@@ -95,7 +95,8 @@ def retrodiction_skill(
         block = dataset.blocks[number]
         history, labels = dataset.block(block)
         error = history[:, -1] + predictor.residual(history, block.role) - labels
-        errors.append((number, _BlockErrors.of(block, error, history[:, -1] - labels)))
+        sums = (part.abs().sum(dtype=torch.float64).item() / block.share for part in (error, history[:, -1] - labels))
+        errors.append((number, _BlockErrors(block, *sums)))
     if step > 1:
         errors = sorted(gather_object(errors), key=lambda entry: entry[0])
     return _skill_by_role([of_block for _, of_block in errors])
@@ -105,23 +106,17 @@ def retrodiction_skill(
 class _BlockErrors:
     """Absolute errors of one tensor, summed over the drawn scalars and scaled to all of them."""
 
-    role: str
-    trajectory: str
+    block: TransitionBlock
     error: float
     no_change: float
-    scalars: float
-    transitions: int
 
-    @classmethod
-    def of(cls, block: TransitionBlock, error: torch.Tensor, no_change: torch.Tensor) -> "_BlockErrors":
-        return cls(
-            role=block.role,
-            trajectory=block.trajectory,
-            error=error.abs().sum(dtype=torch.float64).item() / block.share,
-            no_change=no_change.abs().sum(dtype=torch.float64).item() / block.share,
-            scalars=len(error) / block.share,
-            transitions=len(error),
-        )
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.block.role, self.block.trajectory
+
+    @property
+    def transitions(self) -> int:
+        return self.block.stop - self.block.start
 
 
 def _skill_by_role(blocks: list[_BlockErrors]) -> dict[str, RoleSkill]:
@@ -131,17 +126,17 @@ def _skill_by_role(blocks: list[_BlockErrors]) -> dict[str, RoleSkill]:
         errors, no_change = [block.error for block in blocks], [block.no_change for block in blocks]
         return RetrodictionSkill().compute(predictions=errors, references=no_change, groups=groups)
 
-    skills = skill_by([block.role for block in blocks])
-    by_trajectory = skill_by([(block.role, block.trajectory) for block in blocks])
+    skills = skill_by([errors.block.role for errors in blocks])
+    by_trajectory = skill_by([errors.key for errors in blocks])
     result = {}
     for role, skill in skills.items():
-        of_role = [block for block in blocks if block.role == role]
-        scalars = sum(block.scalars for block in of_role)
+        of_role = [errors for errors in blocks if errors.block.role == role]
+        scalars = sum(errors.transitions / errors.block.share for errors in of_role)
         result[role] = RoleSkill(
             skill=skill,
-            error=sum(block.error for block in of_role) / scalars,
-            no_change=sum(block.no_change for block in of_role) / scalars,
-            transitions=sum(block.transitions for block in of_role),
+            error=sum(errors.error for errors in of_role) / scalars,
+            no_change=sum(errors.no_change for errors in of_role) / scalars,
+            transitions=sum(errors.transitions for errors in of_role),
             by_trajectory={path: value for (group, path), value in by_trajectory.items() if group == role},
         )
     return result

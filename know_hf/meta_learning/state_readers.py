@@ -3,11 +3,11 @@
 Each reads pieces of the history of a tensor, most forgotten state first. Nothing is sampled or computed here.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class TensorInfo:
     size: int
 
 
-class StateReader(Protocol):
+class StateReader(ABC):
     """
     Reader of one trajectory.
 
@@ -46,30 +46,25 @@ class StateReader(Protocol):
             Number of states of the finished trajectory, if known.
         fingerprint (`str`):
             Hash that changes with the weights; computing it reads no weights.
-        tensors (sequence of [`TensorInfo`]):
-            Tensors of the predicted roles, in a fixed order.
     """
 
-    @property
-    def path(self) -> Path: ...
+    path: Path
+    num_states: int
+    planned_states: int | None = None
+    fingerprint: str
 
     @property
-    def num_states(self) -> int: ...
+    @abstractmethod
+    def tensors(self) -> list[TensorInfo]:
+        """Tensors of the predicted roles, in a fixed order."""
 
-    @property
-    def planned_states(self) -> int | None: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def tensors(self) -> Sequence[TensorInfo]: ...
-
+    @abstractmethod
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read the scalars `start` to `stop - 1` of a tensor: `(T, stop - start)`, float32."""
 
     def close(self) -> None:
         """Close open files."""
+        return
 
 
 def open_states(trajectory: WeightTrajectory | str | Path) -> StateReader:
@@ -94,7 +89,7 @@ def open_states(trajectory: WeightTrajectory | str | Path) -> StateReader:
     return PublishedStates(path) if path.suffix in PUBLISHED_SUFFIXES else RecordedStates(WeightTrajectory(path))
 
 
-class RecordedStates:
+class RecordedStates(StateReader):
     """[`StateReader`] of a recorded trajectory; omits tensors recorded as unchanged in all states."""
 
     def __init__(self, trajectory: WeightTrajectory) -> None:
@@ -102,11 +97,8 @@ class RecordedStates:
         self.path = trajectory.path
         self.num_states = trajectory.num_states
         self.planned_states = None if trajectory.schedule is None else trajectory.schedule.num_states
-
-    @property
-    def fingerprint(self) -> str:
-        files = [(file.path, file.sha256) for state in self._trajectory.states for file in state.files]
-        return sha256(repr(files).encode()).hexdigest()
+        files = [(file.path, file.sha256) for state in trajectory.states for file in state.files]
+        self.fingerprint = sha256(repr(files).encode()).hexdigest()
 
     @property
     def tensors(self) -> list[TensorInfo]:
@@ -120,11 +112,8 @@ class RecordedStates:
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._trajectory.read_history(name, start, stop)
 
-    def close(self) -> None:
-        pass
 
-
-class PublishedStates:
+class PublishedStates(StateReader):
     """
     [`StateReader`] of an HDF5 file in the layout of the published meta-dataset (arXiv 2508.05059).
 
@@ -132,8 +121,6 @@ class PublishedStates:
     last axis is the state trained on the smallest subset, as in the history of KNOWN. Each dataset holds the weights
     of all layers of its role and counts as one tensor.
     """
-
-    planned_states: int | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -143,13 +130,9 @@ class PublishedStates:
         except ValueError:
             self._file.close()
             raise
-        self.num_states: int = next(iter(self._datasets.values())).shape[-1]
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of name, size and modification time: hashing 50 GB would take as long as reading them."""
-        status = self.path.stat()
-        return sha256(repr((self.path.name, status.st_size, status.st_mtime_ns)).encode()).hexdigest()
+        self.num_states = next(iter(self._datasets.values())).shape[-1]
+        status = path.stat()  # hashing the content, 50 GB, would take as long as reading it
+        self.fingerprint = sha256(repr((path.name, status.st_size, status.st_mtime_ns)).encode()).hexdigest()
 
     @property
     def tensors(self) -> list[TensorInfo]:

@@ -7,10 +7,11 @@ numbers that each process maps into memory and one JSON file that describes them
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import sha256
 from io import BufferedWriter, BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,11 +42,12 @@ class SampledTensor:
     largest_steps: list[float]  # largest such differences
 
 
+@dataclass(frozen=True)
 class StateSample:
     """
     Sample of one trajectory.
 
-    Args:
+    Attributes:
         path (`str`):
             Path of the trajectory.
         key (`str`):
@@ -54,34 +56,30 @@ class StateSample:
             Number of states T.
         tensors (`list[SampledTensor]`):
             Sampled tensors, in the order of the rows.
-        values (`np.ndarray` of shape `(rows, T)` or `Path`):
-            Sampled values, most forgotten state first, or their file. Each process maps the file into memory on first
-            use.
+        source (`np.ndarray` of shape `(rows, T)` or `Path`):
+            Sampled values, most forgotten state first, or their file.
     """
 
-    def __init__(
-        self, path: str, key: str, num_states: int, tensors: list[SampledTensor], values: np.ndarray | Path
-    ) -> None:
-        self.path = path
-        self.key = key
-        self.num_states = num_states
-        self.tensors = tensors
-        self._origin = values
-        self._values = None if isinstance(values, Path) else values
+    path: str
+    key: str
+    num_states: int
+    tensors: list[SampledTensor]
+    source: np.ndarray | Path
 
-    @property
+    @cached_property
     def values(self) -> np.ndarray:
-        if self._values is None:
-            mapped = np.memmap(cast(Path, self._origin), np.float32, mode="r").view(np.ndarray)
-            expected = sum(tensor.rows for tensor in self.tensors) * self.num_states
-            if len(mapped) != expected:
-                raise ValueError(f"{self._origin} has {len(mapped)} numbers, expected {expected}; delete the file")
-            self._values = mapped.reshape(-1, self.num_states)
-        return self._values
+        """Sampled values `(rows, T)`. Each process maps the file into memory on first use."""
+        if not isinstance(self.source, Path):
+            return self.source
+        mapped = np.memmap(self.source, np.float32, mode="r").view(np.ndarray)
+        expected = sum(tensor.rows for tensor in self.tensors) * self.num_states
+        if len(mapped) != expected:
+            raise ValueError(f"{self.source} has {len(mapped)} numbers, expected {expected}; delete the file")
+        return mapped.reshape(-1, self.num_states)
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickling a map would copy its numbers.
-        return {**self.__dict__, "_values": None} if isinstance(self._origin, Path) else self.__dict__
+        return {name: value for name, value in vars(self).items() if name != "values"}
 
 
 def sample_states(
@@ -136,8 +134,8 @@ def sample_states(
         entries = json.loads(description.read_text(encoding="utf-8"))["tensors"]
         tensors = [SampledTensor(**entry) for entry in entries]
         # An empty file cannot be mapped.
-        origin = numbers if tensors else np.empty((0, reader.num_states), np.float32)
-        return StateSample(str(reader.path), key, reader.num_states, tensors, origin)
+        source = numbers if tensors else np.empty((0, reader.num_states), np.float32)
+        return StateSample(str(reader.path), key, reader.num_states, tensors, source)
     finally:
         reader.close()
 

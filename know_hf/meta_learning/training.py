@@ -4,8 +4,9 @@ import hashlib
 import logging as python_logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -210,7 +211,7 @@ class _Training:
         with tqdm(
             main_process_only=True, desc="meta-training", initial=state.step, total=args.steps, disable=not progress
         ) as bar:
-            for batch in self._batches():
+            for batch in takewhile(lambda _: not self.is_finished, self.loader):
                 self._step(send_to_device(batch, self.accelerator.device))
                 bar.update()
                 if self.validation is not None and (state.step == args.steps or state.step % args.eval_every == 0):
@@ -222,13 +223,6 @@ class _Training:
                 if saves and self.checkpoints is not None:
                     self.checkpoints.save(state)
         return state
-
-    def _batches(self) -> Iterator[Any]:
-        if not self.is_finished:
-            for batch in self.loader:
-                yield batch
-                if self.is_finished:
-                    return
 
     def _step(self, batch: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         losses = self.objective(batch)

@@ -8,7 +8,6 @@ checkpoint_dir/
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,6 @@ from ..distributed import on_main_process
 
 RUN_NAME = "run.json"
 BEST_NAME = "best.safetensors"
-_STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass
@@ -110,4 +108,4 @@ class CheckpointFolder:
             shutil.rmtree(old)
 
     def _checkpoints(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if _STEP.fullmatch(path.name))
+        return sorted(self.folder.glob(f"step-{8 * '[0-9]'}"))

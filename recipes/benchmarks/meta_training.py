@@ -240,8 +240,8 @@ def processes_table(results: dict[str, Any]) -> str:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="sizes of the nets (default: %(default)s)")
-    add("--processes", nargs="*", type=int, default=[1, 2], help="numbers of processes (default: %(default)s)")
+    add("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="sizes of the nets (default: small large)")
+    add("--processes", nargs="*", type=int, default=[1, 2], help="numbers of processes (default: 1 2)")
     add("--output-dir", help="folder for temporary files (default: that of the system)")
     add(
         "--batch-size",

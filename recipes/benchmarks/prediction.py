@@ -237,9 +237,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     shown = ["resnet18", "bert", "1b"]
-    add("--sizes", nargs="*", choices=SIZES, default=shown, help="models to predict end to end (default: %(default)s)")
+    add(
+        "--sizes",
+        nargs="*",
+        choices=SIZES,
+        default=shown,
+        help="models to predict end to end (default: resnet18 bert 1b)",
+    )
     kernels = ["eager", "folded", "cpu", "triton"]
-    add("--kernels", nargs="*", default=kernels, help="kernels of know_hf.known.kernels (default: %(default)s)")
+    add("--kernels", nargs="*", default=kernels, help="kernels of know_hf.known.kernels (default: all)")
     add("--predict-with", nargs="*", default=["auto"], metavar="KERNEL", help="kernels for end to end (default: auto)")
     add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="forms of the published network (default: all)")
     add("--peer-weights", type=Path, help="folder with the published KNOWN_*.h5 (default: the shipped weights)")
