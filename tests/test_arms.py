@@ -7,18 +7,7 @@ from conftest import make_resnet
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from know_hf import WeightTrajectory, predict_overflowed_weights
-from know_hf.evaluation import (
-    AVERAGE,
-    NAIVE,
-    ORACLE,
-    RANDOM,
-    Arm,
-    ArmSources,
-    known_arm,
-    known_step_arms,
-    make_arm,
-    shrink_arm,
-)
+from know_hf.evaluation import NAIVE, ORACLE, RANDOM, Arm, ArmSources, known_arm, known_step_arms, make_arm, shrink_arm
 from know_hf.evaluation.arm_weights import merge_task_singular_vectors
 from know_hf.known.modeling_known import KNOWNConfig, KNOWNModel
 from know_hf.predictors import protocol, register_predictor
@@ -30,6 +19,7 @@ NAMES = (
 )
 CONVOLUTION = "resnet.embedder.embedder.convolution.weight"
 HEAD = "classifier.1.weight"
+NORM = "resnet.embedder.embedder.normalization.weight"
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +60,8 @@ def test_roles_of_arms():
         *("naive", "random", "pretrained", "oracle", "shuffled")
     }
     assert [name for name, role in roles.items() if role == "method"] == ["known-step-2"]
-    arms = (NAIVE, RANDOM, ORACLE, AVERAGE, make_arm("state-1"), shrink_arm(0.8), known_arm(1, 0.5))
-    assert [arm.is_candidate for arm in arms] == [False, False, False, True, True, True, True]
-
-
-def test_known_arms_are_named_by_their_amount_of_data():
+    arms = (NAIVE, RANDOM, ORACLE, make_arm("state-1"), shrink_arm(0.8), known_arm(1, 0.5))
+    assert [arm.is_candidate for arm in arms] == [False, False, False, True, True, True]
     assert [known_arm(steps, 0.5).name for steps in (1, 2, 3)] == ["known-x2", "known-x4", "known-x8"]
     assert known_arm(1, 1 / 3).name == "known-x3"
 
@@ -147,25 +134,26 @@ def test_a_predicted_arm_is_the_prediction(sources, known, tmp_path):
     assert (sources.output_dir / "known-x4" / "model.safetensors").exists()
 
 
-def test_a_setting_overrides_the_options(sources):
-    shrink, theta = make_arm("shrink"), sources.trajectory.tensor(HEAD)
-    assert [setting["factor"] for setting in shrink.settings] == [0.95, 0.8, 0.65, 0.5]
-    torch.testing.assert_close(weight(shrink, sources, setting={"factor": 0.5}), 0.5 * theta)
-    torch.testing.assert_close(weight(replace(shrink, options={"factor": 0.25}), sources), 0.25 * theta)
+def merged_moves(history, scale):
+    return history[-1] + scale * merge_task_singular_vectors([history[k + 1] - history[k] for k in (3, 2, 1, 0)])
 
 
-def test_a_task_vector_of_minus_one_is_the_last_state(sources):
-    arm = make_arm("task-vector")
-    for name in (HEAD, CONVOLUTION, "resnet.embedder.embedder.normalization.weight"):
-        torch.testing.assert_close(
-            weight(arm, sources, name, {"scale": -1.0}), sources.trajectory.tensor(name, state=4), rtol=1e-4, atol=1e-6
-        )
-
-
-def test_the_average_includes_norm_weights(sources):
-    for name in (HEAD, "resnet.embedder.embedder.normalization.weight"):
-        expected = sources.trajectory.history(name).mean(dim=0)
-        torch.testing.assert_close(weight(make_arm("average"), sources, name), expected)
+@pytest.mark.parametrize(
+    ("arm", "setting", "names", "expected"),
+    [
+        (make_arm("shrink"), {"factor": 0.5}, [HEAD], lambda history: 0.5 * history[-1]),
+        (shrink_arm(0.25), None, [HEAD], lambda history: 0.25 * history[-1]),
+        (make_arm("task-vector"), {"scale": -1.0}, [HEAD, CONVOLUTION, NORM], lambda history: history[0]),
+        (make_arm("average"), None, [HEAD, NORM], lambda history: history.mean(dim=0)),
+        (Arm("m", "matched_shrink", "", "shrink", {"factor": 0.7}), None, [HEAD], lambda history: 0.7 * history[-1]),
+        (make_arm("task-singular-vectors"), {"scale": -0.5}, [HEAD], lambda history: merged_moves(history, -0.5)),
+        (make_arm("task-singular-vectors"), {"scale": 1.0}, [HEAD], lambda history: merged_moves(history, 1.0)),
+    ],
+)
+def test_weights_of_arms(sources, arm, setting, names, expected):
+    state_dict = arm.initial_model(sources, setting).state_dict()
+    for name in names:
+        torch.testing.assert_close(state_dict[name], expected(sources.trajectory.history(name)), rtol=1e-4, atol=1e-6)
 
 
 def test_a_matched_shrink_scales_each_tensor_as_the_prediction_does(sources, known, tmp_path):
@@ -176,13 +164,7 @@ def test_a_matched_shrink_scales_each_tensor_as_the_prediction_does(sources, kno
         residual, theta = predicted - history[-1], history[-1]
         factor = 1 + float((residual * theta).sum() / (theta * theta).sum())  # least squares: residual ~ theta
         torch.testing.assert_close(shrunk[name], factor * theta)
-    norm = "resnet.embedder.embedder.normalization.weight"
-    assert torch.equal(shrunk[norm], sources.trajectory.tensor(norm))  # not predicted
-
-
-def test_the_matched_shrink_of_a_shrink_is_the_shrink(sources):
-    arm = Arm("m", "matched_shrink", "", predictor="shrink", options={"factor": 0.7})
-    torch.testing.assert_close(weight(arm, sources), 0.7 * sources.trajectory.tensor(HEAD))
+    assert torch.equal(shrunk[NORM], sources.trajectory.tensor(NORM))  # not predicted
 
 
 def test_shuffled_keeps_only_the_values_of_each_tensor(sources):
@@ -211,22 +193,20 @@ def test_compute_matched_trains_theta_0_for_the_steps_of_the_later_states(source
 
 
 @pytest.mark.parametrize(
-    ("name", "missing"),
+    ("arm", "missing", "error", "message"),
     [
-        ("random", "fresh_model"),
-        ("pretrained", "pretrained_model"),
-        ("oracle", "oracle_model"),
-        ("compute-matched", "train_further"),
+        ("random", {"fresh_model": None}, ValueError, "arm 'random' needs fresh_model"),
+        ("pretrained", {"pretrained_model": None}, ValueError, "arm 'pretrained' needs pretrained_model"),
+        ("oracle", {"oracle_model": None}, ValueError, "arm 'oracle' needs oracle_model"),
+        ("compute-matched", {}, ValueError, "arm 'compute-matched' needs train_further"),
+        ("state-9", {}, ValueError, "arm 'state-9' needs state 9"),
+        ("naive", {"batches": []}, ValueError, "training examples of the task's source"),
+        ({"name": "shrink", "options": {"scale": 1.0}}, {}, TypeError, "shrink"),
     ],
 )
-def test_missing_sources_are_errors(sources, name, missing):
-    with pytest.raises(ValueError, match=f"arm '{name}' needs {missing}"):
-        make_arm(name).initial_model(replace(sources, **{missing: None}))
-
-
-def test_a_missing_state_is_an_error(sources):
-    with pytest.raises(ValueError, match="arm 'state-9' needs state 9"):
-        make_arm("state-9").initial_model(sources)
+def test_missing_sources_and_invalid_options_are_errors(sources, arm, missing, error, message):
+    with pytest.raises(error, match=message):
+        make_arm(arm).initial_model(replace(sources, **missing))
 
 
 def test_known_weights_of_an_arm_override_those_of_the_comparison(sources, tmp_path):
@@ -271,15 +251,6 @@ def test_kernels_are_merged_as_matrices_and_vectors_averaged():
         merge_task_singular_vectors([torch.zeros(1).expand(5000, 5000)] * 2)
 
 
-def test_task_singular_vectors_add_the_merged_moves(sources):
-    history = sources.trajectory.history(HEAD)
-    moves = [history[-1 - k] - history[-2 - k] for k in range(4)]
-    arm = make_arm("task-singular-vectors")
-    for scale in (-0.5, 1.0):
-        expected = history[-1] + scale * merge_task_singular_vectors(moves)
-        torch.testing.assert_close(weight(arm, sources, setting={"scale": scale}), expected)
-
-
 @pytest.mark.parametrize("name", ["naive", "random", "state-1", "average", "known-step-1", "task-singular-vectors"])
 def test_arms_of_half_precision_recordings_are_float32(sources, tmp_path, name):
     trajectory = WeightTrajectory.create(tmp_path / "trajectory")
@@ -292,73 +263,46 @@ def test_arms_of_half_precision_recordings_are_float32(sources, tmp_path, name):
         torch.testing.assert_close(model.state_dict()[HEAD], history.mean(0), rtol=1e-6, atol=1e-7)
 
 
-def test_batch_norm_without_source_data_is_an_error(sources):
-    with pytest.raises(ValueError, match="training examples of the task's source"):
-        make_arm("naive").initial_model(replace(sources, batches=[]))
+def adapter_sources(folder, base, batches, **options):
+    """Sources of two states of an adapter, whose weights differ by 0.1, and the adapted model of the second."""
+    peft = pytest.importorskip("peft")
+    model, trajectory = peft.get_peft_model(base(), peft.LoraConfig(**options)), WeightTrajectory.create(folder / "t")
+    for state in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+        trajectory.record(model, num_examples=8 - state, steps=1)
+    return ArmSources(WeightTrajectory(folder / "t"), folder / "arms", batches, base_model=base), model.eval()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_adapters_of_tied_embeddings_are_merged_once(tmp_path):
-    peft = pytest.importorskip("peft")
-
     def base():
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            tie_word_embeddings=True,
-            initializer_range=0.1,
-        )
-        return LlamaForCausalLM(config).eval()
+        sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16}
+        layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(**sizes, **layers, tie_word_embeddings=True, initializer_range=0.1)).eval()
 
-    model = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["embed_tokens", "q_proj"]))
-    trajectory, tokens = WeightTrajectory.create(tmp_path / "trajectory"), torch.arange(8)[None]
-    for state in range(2):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1)
-        trajectory.record(model, num_examples=8 - state, steps=1)
-    sources = ArmSources(WeightTrajectory(tmp_path / "trajectory"), tmp_path / "arms", [], base_model=base)
+    sources, model = adapter_sources(tmp_path, base, [], target_modules=["embed_tokens", "q_proj"])
+    tokens = torch.arange(8)[None]
     with torch.no_grad():
-        expected = model.eval()(tokens).logits
-        torch.testing.assert_close(make_arm("state-1").initial_model(sources)(tokens).logits, expected)
+        torch.testing.assert_close(make_arm("state-1").initial_model(sources)(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 def test_adapters_are_merged_into_their_base_model(tmp_path):
-    peft = pytest.importorskip("peft")
-
     def base():
         return make_resnet(seed=3)
 
-    model = peft.get_peft_model(
-        base(), peft.LoraConfig(target_modules=["convolution"], modules_to_save=["classifier"])
-    )
-    trajectory = WeightTrajectory.create(tmp_path / "trajectory")
-    for state in range(2):
-        trajectory.record(model, num_examples=8 - state, steps=1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1)
     batches = [{"pixel_values": torch.randn(8, 1, 8, 8)}]
-    sources = ArmSources(WeightTrajectory(tmp_path / "trajectory"), tmp_path / "arms", batches, base_model=base)
+    options = {"target_modules": ["convolution"], "modules_to_save": ["classifier"]}
+    sources, _ = adapter_sources(tmp_path, base, batches, **options)
     for arm in (NAIVE, make_arm("average"), make_arm("shuffled")):
-        whole = arm.initial_model(sources)
-        assert type(whole) is type(base()) and not any("lora" in name for name, _ in whole.named_parameters())
-    first, second = trajectory.load_model(0, base_model=base()), trajectory.load_model(1, base_model=base())
-    expected = [m.merge_and_unload().get_parameter(HEAD) for m in (first, second)]
-    averaged = make_arm("average").initial_model(sources).get_parameter(HEAD)
-    torch.testing.assert_close(averaged, (expected[0] + expected[1]) / 2)
-
-
-def test_invalid_options_of_predictors_are_errors(sources):
-    arm = Arm("bad", "predicted", "", predictor="shrink", options={"scale": 1.0})
-    with pytest.raises(TypeError, match="shrink"):
-        arm.initial_model(sources)
+        model = arm.initial_model(sources)
+        assert type(model) is type(base()) and not any("lora" in name for name, _ in model.named_parameters())
+    states = [sources.trajectory.load_model(k, base_model=base()).merge_and_unload() for k in (0, 1)]
+    expected = sum(state.get_parameter(HEAD) for state in states) / 2
+    torch.testing.assert_close(weight(make_arm("average"), sources), expected)
