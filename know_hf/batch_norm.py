@@ -33,18 +33,16 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Mapping[str, Any]
     remaining = iter(batches)
     first = next(remaining, None)
     if first is None:
-        raise ValueError(
-            f"no batch to compute the statistics of {len(norms)} BatchNorm layers from; pass at least one batch"
-        )
-    training = {module: module.training for module in model.modules()}
-    momenta = {norm: norm.momentum for norm in norms}
+        raise ValueError(f"no batch for the statistics of {len(norms)} BatchNorm layers; pass at least one batch")
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [(norm, norm.momentum) for norm in norms]
     try:
         update_bn(chain([first], remaining), _Keywords(model, norms))
     finally:
-        for norm, momentum in momenta.items():
+        for norm, momentum in momenta:
             norm.momentum = momentum
-        for module, mode in training.items():
-            module.training = mode
+        for module, is_training in modes:
+            module.training = is_training
 
 
 class _Keywords(nn.Module):

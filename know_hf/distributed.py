@@ -36,19 +36,15 @@ def on_every_process(accelerator: Accelerator | None, action: Callable[[], T]) -
     """
     if accelerator is None or accelerator.num_processes == 1:
         return [action()]
-    result: T | None = None
-    failure: Exception | None = None
     try:
         result = action()
     except Exception as error:
-        failure = error
-    text = None if failure is None else f"{type(failure).__name__}: {failure}"
-    outcomes: list[tuple[T, str | None]] = gather_object([(result, text)])
-    if failure is not None:
-        raise failure
-    for rank, (_, text) in enumerate(outcomes):
-        if text is not None:
-            raise RuntimeError(f"process {rank} failed with {text}")
+        gather_object([(None, f"{type(error).__name__}: {error}")])
+        raise
+    outcomes: list[tuple[T, str | None]] = gather_object([(result, None)])
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise RuntimeError(f"process {rank} failed with {failure}")
     return [result for result, _ in outcomes]
 
 
@@ -67,8 +63,7 @@ def check_gathering(trainer: Trainer) -> None:
     name = "stage3_gather_16bit_weights_on_model_save"
     if not config.get("zero_optimization", {}).get(name, False):
         raise ValueError(
-            f"ZeRO-3 does not gather its weights, so no state can be recorded; set zero_optimization.{name} to true in"
-            " the DeepSpeed config"
+            f"ZeRO-3 does not gather its weights; set zero_optimization.{name}=true in the DeepSpeed config"
         )
 
 
@@ -85,7 +80,7 @@ def gather_state_dict(model: nn.Module, trainer: Trainer | None) -> dict[str, to
     if trainer is None:
         if type(model).__name__.startswith(("FSDP", "FullyShardedDataParallel")) or is_partitioned(model):
             raise ValueError(
-                f"the weights of this {type(model).__name__} are sharded; pass the trainer to the callback:"
+                f"the weights of this {type(model).__name__} are sharded; use"
                 " WeightTransitionCallback(output_dir, trainer=trainer)"
             )
         return None

@@ -1,14 +1,11 @@
 """[`predict_overflowed_weights`]: plan, choose or write, add a card, push."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any
 
-import torch
-from accelerate import Accelerator
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .cards import checkpoint_card
@@ -27,24 +24,6 @@ logger = logging.get_logger(__name__)
 _PICTURE = "forgetting.png"
 
 
-class PredictionKeywords(TypedDict, total=False):
-    """Keyword arguments of [`predict_overflowed_weights`] that are passed on."""
-
-    predictor_options: Mapping[str, Any] | None
-    norm: Literal["keep", "predict"]
-    kernel: str
-    dtype: torch.dtype | None
-    max_shard_size: int
-    overwrite: bool
-    model_class: type[PreTrainedModel] | None
-    recalibrate_with: Iterable[Mapping[str, torch.Tensor]] | None
-    accelerator: Accelerator | None
-    private: bool | None
-    revision: str | None
-    create_pr: bool
-    token: str | bool | None
-
-
 def predict_overflowed_weights(
     trajectory: WeightTrajectory | str | Path,
     known: KNOWNModel | str | Path | None = None,
@@ -57,7 +36,7 @@ def predict_overflowed_weights(
     push_to_hub: str | None = None,
     write: WriteOptions | None = None,
     push: PushOptions | None = None,
-    **options: Unpack[PredictionKeywords],
+    **options: Any,
 ) -> PredictionResult:
     """Run the forgetting of a trajectory backwards and write the predicted weights as an ordinary checkpoint.
 
@@ -112,38 +91,28 @@ def predict_overflowed_weights(
     """
     write = _with_keywords(write or WriteOptions(), options)
     push = _with_keywords(push or PushOptions(), options)
-    described: dict[str, Any] = {"predictor_options": options.pop("predictor_options", None)}
-    described["norm"] = options.pop("norm", "keep")
-    kernel = options.pop("kernel", "auto")
+    accelerator = write.accelerator
+    described = {"predictor_options": options.pop("predictor_options", None), "norm": options.pop("norm", "keep")}
+    settings: dict[str, Any] = {"dtype": write.dtype, "kernel": options.pop("kernel", "auto"), **described}
+    settings["device"] = None if accelerator is None else accelerator.device
     if options:
         raise TypeError(f"predict_overflowed_weights() got an unexpected keyword argument {min(options)!r}")
-    device = None if write.accelerator is None else write.accelerator.device
-    plan = plan_prediction(
-        trajectory,
-        known,
-        steps,
-        predictor=predictor,
-        dtype=write.dtype,
-        kernel=kernel,
-        device=device,
-        estimate_time=False,
-        **described,
-    )
+    plan = plan_prediction(trajectory, known, steps, predictor=predictor, estimate_time=False, **settings)
     _check_recalibration(plan.trajectory, write)
     repo_id = None
     if push_to_hub is not None:
-        repo_id = on_main_process(write.accelerator, lambda: _check_push(plan.trajectory, push_to_hub, push))
+        repo_id = on_main_process(accelerator, lambda: _check_push(plan.trajectory, push_to_hub, push))
     named = predictor if isinstance(predictor, str) and predictor != "known" else plan.predictor
     finish = partial(_write_card, plan, named, write, described, repo_id) if card else None
     if gate is not None:
         result = write_best_candidate(gate, plan, output_dir, write, finish)
     else:
         result = write_prediction(plan, output_dir, write, finish)
-    if write.accelerator is None or write.accelerator.is_main_process:
+    if accelerator is None or accelerator.is_main_process:
         for text in result.warnings:
             logger.warning(text)
     if repo_id is not None:
-        result.url = on_main_process(write.accelerator, lambda: _push(result.path, repo_id, push))
+        result.url = on_main_process(accelerator, lambda: _push(result.path, repo_id, push))
     return result
 
 
@@ -156,15 +125,11 @@ def _with_keywords(defaults: Any, options: Any) -> Any:
 def _check_recalibration(trajectory: WeightTrajectory, write: WriteOptions) -> None:
     if write.recalibrate_with is None:
         return
-    if trajectory.is_adapter:
+    if trajectory.is_adapter or not (trajectory.path / "config.json").exists():
+        kind = "adapters" if trajectory.is_adapter else "a plain nn.Module"
         raise ValueError(
-            f"{trajectory.path} records adapters, which have no BatchNorm statistics; load the adapter on its base"
-            " model and call recalibrate_batch_norm(model, batches)"
-        )
-    if not (trajectory.path / "config.json").exists():
-        raise ValueError(
-            f"{trajectory.path} records a plain nn.Module, which cannot be instantiated here; load the prediction with"
-            " load_into(module) and call recalibrate_batch_norm(module, batches)"
+            f"{trajectory.path} records {kind}; recalibrate_with needs a complete transformers model. Load the"
+            " prediction into your model and call recalibrate_batch_norm(model, batches)"
         )
 
 
@@ -179,7 +144,7 @@ def _write_card(
 ) -> None:
     trajectory, steps, recalibrated = plan.trajectory, plan.steps, write.recalibrate_with is not None
     options = described["predictor_options"] if isinstance(predictor, str) else None
-    recipe = result.gate.recipe if result.gate is not None and result.gate.recipe is not None else None
+    recipe = None if result.gate is None else result.gate.recipe
     if recipe is not None:
         steps, recalibrated = recipe["steps"], recipe["recalibrated"]
         if recipe["predictor"] is not None:
@@ -203,23 +168,15 @@ def _write_card(
 
 
 def _check_push(trajectory: WeightTrajectory, repo_id: str, push: PushOptions) -> str:
-    kind: Literal["adapter", "checkpoint"] = "adapter" if trajectory.is_adapter else "checkpoint"
-    architecture = None if trajectory.is_adapter else architecture_of(trajectory.path / "config.json")
-    return check_push(
-        repo_id,
-        kind=kind,
-        architecture=architecture,
-        private=push.private,
-        revision=push.revision,
-        create_pr=push.create_pr,
-        token=push.token,
-    )
+    if trajectory.is_adapter:
+        return check_push(repo_id, kind="adapter", **vars(push))
+    architecture = architecture_of(trajectory.path / "config.json")
+    return check_push(repo_id, kind="checkpoint", architecture=architecture, **vars(push))
 
 
 def _push(folder: Path, repo_id: str, push: PushOptions) -> str:
-    options = {field.name: getattr(push, field.name) for field in fields(push)}
     try:
-        return push_checkpoint(folder, repo_id, **options)
+        return push_checkpoint(folder, repo_id, **vars(push))
     except (OSError, ValueError) as error:  # of know_hf, huggingface_hub or the connection
         error.add_note(f"The checkpoint is complete in {folder}; push it with: know-hf push {folder} {repo_id}")
         raise

@@ -59,29 +59,22 @@ class ForgettingSchedule:
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
-            raise ValueError(
-                f"ratio must lie strictly between 0 and 1, got {self.ratio}; published values are 0.5 and 0.33"
-            )
+            raise ValueError(f"ratio must be between 0 and 1 (exclusive), got {self.ratio}; try 0.5 or 0.33")
         if not self.epochs_per_stage > 0:
             raise ValueError(f"epochs_per_stage must be positive, got {self.epochs_per_stage}")
         if self.steps_per_stage is not None and self.epochs_per_stage != 1:
-            raise ValueError(
-                f"got both steps_per_stage={self.steps_per_stage} and epochs_per_stage={self.epochs_per_stage}; remove"
-                " one of them"
-            )
-        if self.group_by is not None and (self.stratify_by is not None or self.key_column is not None):
-            name = "stratify_by" if self.stratify_by is not None else "key_column"
-            raise ValueError(f"group_by={self.group_by!r} excludes {name}={getattr(self, name)!r}; remove one of them")
+            lengths = f"steps_per_stage={self.steps_per_stage} and epochs_per_stage={self.epochs_per_stage}"
+            raise ValueError(f"got both {lengths}; remove one of them")
+        for name in ("stratify_by", "key_column") if self.group_by is not None else ():
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(f"group_by={self.group_by!r} excludes {name}={value!r}; remove one of them")
         # trajectory.json stores Python numbers, not those of NumPy
-        epochs = self.epochs_per_stage if type(self.epochs_per_stage) is int else float(self.epochs_per_stage)
-        numbers = {
-            "ratio": float(self.ratio),
-            "num_states": _integer("num_states", self.num_states, 2),
-            "epochs_per_stage": epochs,
-            "seed": _integer("seed", self.seed, 0),
-        }
+        numbers: dict[str, float] = {"ratio": float(self.ratio)}
+        if type(self.epochs_per_stage) is not int:
+            numbers["epochs_per_stage"] = float(self.epochs_per_stage)
         if self.steps_per_stage is not None:
             numbers["steps_per_stage"] = _integer("steps_per_stage", self.steps_per_stage, 1)
+        numbers |= {"num_states": _integer("num_states", self.num_states, 2), "seed": _integer("seed", self.seed, 0)}
         for name, number in numbers.items():
             object.__setattr__(self, name, number)
 
@@ -106,16 +99,15 @@ class ForgettingSchedule:
 
     def check_sizes(self, sizes: Sequence[int], source: str, batch_size: int = 1) -> None:
         """Raise a `ValueError` as [`sizes`]; `source` describes the data in the message."""
-        sizes = list(sizes)
+        problem = None
         if sizes[-1] < max(batch_size, 1):
+            problem, direction = f"the last is smaller than one batch of {batch_size}", "above"
+        elif any(small >= large for large, small in pairwise(sizes)):
+            problem, direction = "they do not shrink at every stage", "below"
+        if problem:
             raise ValueError(
-                f"the subsets of {source} have sizes {sizes}; the last is smaller than one batch of {batch_size}. Use"
-                f" more data, a smaller batch, fewer states than {self.num_states}, or a ratio above {self.ratio}."
-            )
-        if any(small >= large for large, small in pairwise(sizes)):
-            raise ValueError(
-                f"the subsets of {source} have sizes {sizes}, which do not shrink at every stage. Use more data, fewer"
-                f" states than {self.num_states}, or a ratio below {self.ratio}."
+                f"the subsets of {source} have sizes {list(sizes)}: {problem}. Use more data, fewer states than"
+                f" {self.num_states}, or a ratio {direction} {self.ratio}."
             )
 
     def indices(
@@ -193,13 +185,10 @@ def size_in_words(num_examples: int | None, fraction: float | None) -> str:
 
 
 def _integer(name: str, value: Any, minimum: int) -> int:
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or not minimum <= number < 2**32:
+    is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not is_integer or not minimum <= operator.index(value) < 2**32:
         raise ValueError(f"{name} must be an integer from {minimum} to 2**32 - 1, got {value!r}")
-    return number
+    return operator.index(value)
 
 
 def _fill(counts: list[int], size: int) -> list[int]:

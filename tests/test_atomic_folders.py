@@ -33,30 +33,28 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_folder_with_content_is_replaced_on_request_only(target):
+def test_a_folder_with_content_is_replaced_on_request_only(target, monkeypatch):
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == ".out.partial":
+            raise OSError("planted")
+        return rename(path, target)
+
     with pytest.raises(FileExistsError, match="overwrite=True"), atomic_folder(target):
         pass
     assert unchanged(target)
     with pytest.raises(RuntimeError), atomic_folder(target, overwrite=True):
         raise RuntimeError
     assert unchanged(target)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="planted"):
+        patch.setattr(Path, "rename", fail)
+        with atomic_folder(target, overwrite=True):
+            pass
+    assert unchanged(target)
     with atomic_folder(target, overwrite=True) as work:
         (work / "new").write_text("")
     assert [path.name for path in target.iterdir()] == ["new"]
-
-
-def test_a_failed_rename_restores_the_folder(target, monkeypatch):
-    rename = Path.rename
-
-    def fails(path, target):
-        if path.name == ".out.partial":
-            raise OSError("planted")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="planted"), atomic_folder(target, overwrite=True):
-        pass
-    assert unchanged(target)
 
 
 def test_two_writers_of_one_folder(tmp_path):

@@ -1,14 +1,12 @@
 """The gate: evaluating candidates and writing the best."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 from conftest import make_images, make_resnet
 from datasets import Dataset
+from doubles.constant_predictor import Constant, weights
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, DefaultDataCollator
 
@@ -20,27 +18,12 @@ from know_hf.predictors import Average
 from know_hf.trajectory import TrajectoryError
 
 BIAS = "classifier.1.bias"
-KERNEL = "resnet.embedder.embedder.convolution.weight"
-
-
-@dataclass
-class Constant:
-    """Adds the same to every weight."""
-
-    value: float = 0.01
-    num_states: int | None = None
-
-    def residual(self, history, role):
-        return torch.full((len(history),), self.value)
+PREDICTION = {"predictor": None, "predictor_options": None, "steps": 0, "recalibrated": False, "state": None}
 
 
 def bert():
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     return BertForSequenceClassification(BertConfig(vocab_size=8, max_position_embeddings=8, **sizes))
-
-
-def weights(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def distance_to(target: float):
@@ -55,12 +38,12 @@ def distance_to(target: float):
 
 
 def through(gate, trajectory, folder, predictor=None, steps=2, finish=None, **options):
-    plan = plan_prediction(trajectory, steps=steps, predictor=predictor or Constant(), estimate_time=False)
+    plan = plan_prediction(trajectory, steps=steps, predictor=predictor or Constant(0.01), estimate_time=False)
     result = write_best_candidate(gate, plan, folder / "out", WriteOptions(**options), finish)
     return result, result.gate
 
 
-def test_the_best_number_of_steps_is_kept(trajectory, tmp_path):
+def test_the_best_number_of_steps_is_written(trajectory, tmp_path):
     goal = float(trajectory.tensor(BIAS)[0]) + 2.0
     gate = Gate(distance_to(goal), metric="distance")
     result, decided = through(gate, trajectory, tmp_path, Constant(1.0), steps=3)
@@ -71,13 +54,7 @@ def test_the_best_number_of_steps_is_kept(trajectory, tmp_path):
     assert result.path == tmp_path / "out"
     assert result.report["bias"].mean_residual == pytest.approx(2)
     assert torch.equal(result.load_model().classifier[1].bias, trajectory.tensor(BIAS) + 2)
-    assert decided.recipe == {
-        "predictor": None,
-        "predictor_options": None,
-        "steps": 2,
-        "recalibrated": False,
-        "state": None,
-    }
+    assert decided.recipe == {**PREDICTION, "steps": 2}
     assert decided.sentence.startswith("The gate chose Constant, 2 steps over Θ0 and 7 other candidates: distance of")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in result.path.iterdir()) == ["config.json", "model.safetensors"]
@@ -99,13 +76,7 @@ def test_a_state_can_be_chosen_and_is_copied_bit_for_bit(trajectory, tmp_path):
     gate = Gate(distance_to(float(trajectory.tensor(BIAS, 2)[0])))
     result, decided = through(gate, trajectory, tmp_path)
     assert decided.chosen == "Θ2"
-    assert decided.recipe == {
-        "predictor": None,
-        "predictor_options": None,
-        "steps": 0,
-        "recalibrated": False,
-        "state": 2,
-    }
+    assert decided.recipe == {**PREDICTION, "state": 2}
     written = weights(result.path)
     assert all(torch.equal(written[name], trajectory.tensor(name, 2)) for name in trajectory.names)
     moved = (trajectory.tensor(BIAS, 2) - trajectory.tensor(BIAS)).abs().max()
@@ -117,7 +88,7 @@ def test_a_state_can_be_chosen_and_is_copied_bit_for_bit(trajectory, tmp_path):
     assert result.report["norm"].parameters == sum(trajectory.shape(name).numel() for name in norms)
 
 
-def test_a_state_gets_statistics_of_its_own(trajectory, tmp_path):
+def test_the_statistics_of_a_state_are_recalibrated(trajectory, tmp_path):
     batches = [{"pixel_values": make_images(16)[:]["pixel_values"]}]
     gate = Gate(distance_to(float(trajectory.tensor(BIAS, 1)[0])))
     result, decided = through(gate, trajectory, tmp_path, recalibrate_with=batches)
@@ -129,11 +100,10 @@ def test_a_state_gets_statistics_of_its_own(trajectory, tmp_path):
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.state_dict().items())
 
 
-def test_a_dataset_is_tried_batch_by_batch(trajectory, tmp_path):
+def test_a_dataset_is_evaluated_batch_by_batch(trajectory, tmp_path):
     dataset = make_images(40, seed=3)
     gate = Gate(dataset=dataset, batch_size=4)
-    model = trajectory.load_model()
-    model.eval()
+    model = trajectory.load_model().eval()
     with torch.no_grad():
         expected = [float(model(**dataset[start : start + 4]).loss) for start in range(0, 40, 4)]
     assert gate.losses(model) == pytest.approx(expected)
@@ -142,37 +112,32 @@ def test_a_dataset_is_tried_batch_by_batch(trajectory, tmp_path):
     assert decided.scores["Θ0"] == pytest.approx(np.mean(expected))
 
 
-def test_columns_that_the_model_does_not_take_are_dropped_as_by_a_trainer():
-    model, images = make_resnet(), make_images(12)
-    plain = Gate(dataset=images).losses(model)
-    named = images.add_column("file", [f"{index}.png" for index in range(12)])
-    collator = DefaultDataCollator()
-    assert Gate(dataset=named, data_collator=collator).losses(model) == plain
-    seen = []
+def test_columns_that_the_model_does_not_accept_are_dropped():
+    model, images, files = make_resnet(), make_images(12), [f"{index}.png" for index in range(12)]
+    plain, named = Gate(dataset=images).losses(model), images.add_column("file", files)
+    collator, seen = DefaultDataCollator(), []
 
     def collate(rows):
         seen.extend(row.pop("file") for row in rows)
         return collator(rows)
 
+    assert Gate(dataset=named, data_collator=collator).losses(model) == plain
     assert Gate(dataset=named, data_collator=collate, remove_unused_columns=False).losses(model) == plain
-    assert len(seen) == 12
+    assert seen == files
+    with pytest.raises(ValueError, match="no loss for batches of pixel_values"):
+        Gate(dataset=images.remove_columns("labels")).losses(model)
 
 
 def test_examples_of_different_lengths_need_a_collator_that_pads():
-    tokens = [[5] * (3 + index % 4) for index in range(24)]
-    examples = [{"input_ids": ids, "labels": 0} for ids in tokens]
-    model = bert()
-    with pytest.raises(ValueError, match=r"8 examples.*data_collator=.*DataCollatorWithPadding") as e:
-        Gate(dataset=examples).losses(model)
-    assert isinstance(e.value.__cause__, ValueError)
-    columns = Dataset.from_list(examples).with_format("torch")
-    with pytest.raises(ValueError, match="data_collator="):
-        Gate(dataset=columns).losses(model)
-    with pytest.raises(ZeroDivisionError):  # one's own collator says itself what is wrong
+    examples, model = [{"input_ids": [5] * (3 + index % 4), "labels": 0} for index in range(24)], bert()
+    for dataset in (examples, Dataset.from_list(examples).with_format("torch")):
+        with pytest.raises(ValueError, match=r"8 examples.*data_collator=.*DataCollatorWithPadding"):
+            Gate(dataset=dataset).losses(model)
+    with pytest.raises(ZeroDivisionError):  # errors of a custom collator are not wrapped
         Gate(dataset=examples, data_collator=lambda rows: 1 / 0).losses(model)
 
 
-def test_a_plain_module_is_refused_before_the_work_and_can_be_chosen_by_hand(record_states, tmp_path):
+def test_a_plain_module_is_refused_and_can_be_compared_by_hand(record_states, tmp_path):
     module = nn.Linear(2, 2)
     trajectory = record_states(module, num_states=2)
     with pytest.raises(ValueError, match=r"plain nn\.Module.*load_into"):
@@ -186,7 +151,7 @@ def test_a_plain_module_is_refused_before_the_work_and_can_be_chosen_by_hand(rec
     assert choose(losses).candidates[1].difference == pytest.approx(1)
 
 
-def test_a_head_that_was_replaced_is_an_error_and_not_a_random_head(record_states, tmp_path):
+def test_a_replaced_head_is_an_error(record_states, tmp_path):
     model = bert()
     model.classifier = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
     trajectory = record_states(model, num_states=2)
@@ -215,10 +180,10 @@ def test_every_model_sees_the_same_random_numbers_and_no_gradient(trajectory):
     assert torch.rand(1).item() == after
 
 
-def test_the_card_says_what_the_gate_chose(trajectory, tmp_path):
+def test_the_card_names_the_chosen_candidate(trajectory, tmp_path):
     goal = float(trajectory.tensor(BIAS, 1)[0])
     result = predict_overflowed_weights(
-        trajectory, predictor=Constant(), steps=2, output_dir=tmp_path / "out", gate=Gate(distance_to(goal))
+        trajectory, predictor=Constant(0.01), steps=2, output_dir=tmp_path / "out", gate=Gate(distance_to(goal))
     )
     assert result.gate.chosen == "Θ1"
     assert result.gate.sentence in str(result)
@@ -234,26 +199,27 @@ def test_the_card_says_what_the_gate_chose(trajectory, tmp_path):
     assert torch.equal(weights(result.path)[BIAS], trajectory.tensor(BIAS, 1))
 
 
-def test_what_was_chosen_is_finished_before_it_appears(trajectory, tmp_path):
+def test_the_checkpoint_is_finished_before_it_appears(trajectory, tmp_path):
     def finish(folder, result):
         assert not (tmp_path / "out").exists()
         assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
         assert result.path == tmp_path / "out"
         (folder / "README.md").write_text(result.gate.sentence)
 
-    gate = Gate(lambda model: 1.0, margin=0.0)
-    result, decided = through(gate, trajectory, tmp_path, steps=1, finish=finish)
+    def compute_loss(model):
+        numbers.append(len(list(tmp_path.rglob("*.safetensors"))))
+        return 1.0
+
+    numbers = []
+    gate = Gate(compute_loss, margin=0.0)
+    result, decided = through(gate, trajectory, tmp_path, Average(), steps=1, finish=finish)
     assert (result.path / "README.md").read_text() == decided.sentence
-
-
-def test_an_average_is_tried_once(trajectory, tmp_path):
-    gate = Gate(lambda model: 1.0, margin=0.0)
-    _, decided = through(gate, trajectory, tmp_path, Average(), steps=1)
-    assert [candidate.name for candidate in decided.candidates[5:]] == ["Average, 1 step"]
+    assert [candidate.name for candidate in decided.candidates[5:]] == ["Average, 1 step"]  # evaluated once
+    assert numbers == [1] * 6  # one candidate on disk at a time
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
-def test_adapters_are_tried_on_their_base_which_stays_as_it_was(record_states, tmp_path):
+def test_adapters_are_evaluated_on_their_base_model_which_stays_unchanged(record_states, tmp_path):
     def base():
         return make_resnet(seed=3)
 
@@ -265,8 +231,8 @@ def test_adapters_are_tried_on_their_base_which_stays_as_it_was(record_states, t
     seen = []
 
     def compute_loss(model):
-        found = {name: tensor for name, tensor in model.state_dict().items() if "modules_to_save" in name}
-        (value,) = (float(tensor[0]) for name, tensor in found.items() if name.endswith("bias"))
+        biases = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("bias")}
+        (value,) = (float(tensor[0]) for name, tensor in biases.items() if "modules_to_save" in name)
         seen.append(value)
         return [abs(value - goal) * (1 + k / 10) for k in range(10)]
 
@@ -285,7 +251,7 @@ def test_adapters_are_tried_on_their_base_which_stays_as_it_was(record_states, t
         through(Gate(compute_loss), trajectory, tmp_path / "other")
 
 
-def test_an_error_leaves_nothing_behind_and_comes_early(trajectory, tmp_path):
+def test_errors_come_early_and_leave_nothing_behind(trajectory, tmp_path):
     calls = []
 
     def compute_loss(model):
@@ -305,22 +271,16 @@ def test_an_error_leaves_nothing_behind_and_comes_early(trajectory, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_model_without_loss_is_an_error():
-    images = make_images(12).remove_columns("labels")
-    with pytest.raises(ValueError, match="no loss for batches of pixel_values"):
-        Gate(dataset=images).losses(make_resnet())
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({}, "either compute_loss or dataset"),
         ({"compute_loss": len, "dataset": [1]}, "not both"),
-        ({"dataset": [1], "batch_size": 0}, "batch_size=0"),
+        ({"dataset": [1], "batch_size": 0}, "batch_size.*0"),
         ({"dataset": [1], "level": 0.0}, "level.*0.0"),
         ({"dataset": [1], "margin": float("nan")}, "margin.*nan"),
     ],
 )
-def test_options_that_make_no_gate_are_an_error(options, message):
+def test_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         Gate(**options)

@@ -4,30 +4,9 @@ import random
 from collections.abc import Callable
 
 import pytest
+from doubles.small_models import small_model
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    CLIPConfig,
-    CLIPModel,
-    ConvNextConfig,
-    ConvNextForImageClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    ResNetConfig,
-    ResNetForImageClassification,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-    Wav2Vec2Config,
-    Wav2Vec2ForCTC,
-)
+from transformers import PreTrainedModel
 
 from know_hf.checkpoint import CheckpointReader
 from know_hf.predictors.relative_depth import relative_depths
@@ -55,21 +34,21 @@ def depth_of(depths: dict[str, float], start: str) -> float:
 
 
 def llama() -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(vocab_size=8, num_hidden_layers=11, **SIZES))
+    return small_model("LlamaForCausalLM", vocab_size=8, num_hidden_layers=11, **SIZES)
 
 
 def stacks():
     """Models with one stack of blocks: the prefix of the blocks, their number, and names at depths 0 and 1."""
-    bert = BertForSequenceClassification(BertConfig(vocab_size=8, num_hidden_layers=12, **SIZES))
+    bert = small_model("BertForSequenceClassification", vocab_size=8, num_hidden_layers=12, **SIZES)
     yield bert, "bert.encoder.layer", 12, ["bert.embeddings."], ["bert.pooler.", "classifier."]
     yield llama(), "model.layers", 11, ["model.embed_tokens."], ["model.norm.", "lm_head."]
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=3, n_head=2, n_positions=8))
+    gpt2 = small_model("GPT2LMHeadModel", vocab_size=8, n_embd=8, n_layer=3, n_head=2, n_positions=8)
     yield gpt2, "transformer.h", 3, ["transformer.wte.", "transformer.wpe."], ["transformer.ln_f."]
-    config = ViTConfig(image_size=8, patch_size=4, num_hidden_layers=3, num_labels=3, **SIZES)
-    vit = ViTForImageClassification(config)
+    vit = small_model("ViTForImageClassification", image_size=8, patch_size=4, num_hidden_layers=3, **SIZES)
     yield vit, "vit.encoder.layer", 3, ["vit.embeddings."], ["vit.layernorm.", "classifier."]
-    config = MixtralConfig(vocab_size=8, num_hidden_layers=3, num_key_value_heads=2, num_local_experts=4, **SIZES)
-    yield MixtralForCausalLM(config), "model.layers", 3, ["model.embed_tokens."], ["model.norm.", "lm_head."]
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4}
+    mixtral = small_model("MixtralForCausalLM", vocab_size=8, num_hidden_layers=3, **experts, **SIZES)
+    yield mixtral, "model.layers", 3, ["model.embed_tokens."], ["model.norm.", "lm_head."]
 
 
 @pytest.mark.parametrize(
@@ -81,48 +60,44 @@ def test_a_stack_of_blocks(names_of, model, blocks, count, inputs, outputs):
     assert list(depths) == names
     for index in range(count):  # with all experts of Mixtral
         assert depth_of(depths, f"{blocks}.{index}.") == index / (count - 1)
-    for start in inputs:
-        assert depth_of(depths, start) == 0
-    for start in outputs:
-        assert depth_of(depths, start) == 1
+    assert {depth_of(depths, start) for start in inputs} == {0}
+    assert {depth_of(depths, start) for start in outputs} == {1}
 
 
 def structures():
-    """Models with several stacks: names in the order of their depths, and the number of steps from 0 to 1."""
-    config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_heads=2, num_layers=2, num_decoder_layers=2)
+    """Models with several stacks, and depths by the start of a name."""
+    sizes = {"vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2}
     parts = [f"encoder.block.{block}.layer.{part}." for block in range(2) for part in range(2)]
     parts += [f"decoder.block.{block}.layer.{part}." for block in range(2) for part in range(3)]
     ends = {"shared.": 0, "encoder.final_layer_norm.": 3 / 9, "decoder.final_layer_norm.": 1}
-    yield T5ForConditionalGeneration(config), {part: rank / 9 for rank, part in enumerate(parts)} | ends
+    t5 = small_model("T5ForConditionalGeneration", num_layers=2, num_decoder_layers=2, **sizes)
+    yield t5, {part: rank / 9 for rank, part in enumerate(parts)} | ends
 
-    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[2, 1], layer_type="basic", num_labels=3)
     parts = [
         "0.layers.0.layer.0.", "0.layers.0.layer.1.", "0.layers.1.layer.0.", "0.layers.1.layer.1.",
         "1.layers.0.shortcut.", "1.layers.0.layer.0.", "1.layers.0.layer.1.",
     ]  # fmt: skip
     depths = {f"resnet.encoder.stages.{part}": rank / 6 for rank, part in enumerate(parts)}
-    yield ResNetForImageClassification(config), depths | {"resnet.embedder.": 0, "classifier.": 1}
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [2, 1], "layer_type": "basic"}
+    yield small_model("ResNetForImageClassification", **sizes), depths | {"resnet.embedder.": 0, "classifier.": 1}
 
-    config = ConvNextConfig(num_stages=2, hidden_sizes=[4, 8], depths=[1, 2], num_labels=3)
     parts = ["0.layers.0.", "1.downsampling_layer.", "1.layers.0.", "1.layers.1."]
     depths = {f"convnext.encoder.stages.{part}": rank / 3 for rank, part in enumerate(parts)}
     ends = {"convnext.embeddings.": 0, "convnext.layernorm.": 1, "classifier.": 1}
-    yield ConvNextForImageClassification(config), depths | ends
+    convnext = small_model("ConvNextForImageClassification", num_stages=2, hidden_sizes=[4, 8], depths=[1, 2])
+    yield convnext, depths | ends
 
-    config = CLIPConfig(
-        text_config={"vocab_size": 8, "num_hidden_layers": 3, **SIZES},
-        vision_config={"image_size": 8, "patch_size": 4, "num_hidden_layers": 5, **SIZES},
-    )
+    text = {"vocab_size": 8, "num_hidden_layers": 3, **SIZES}
+    vision = {"image_size": 8, "patch_size": 4, "num_hidden_layers": 5, **SIZES}
     depths = {"text_model.encoder.layers.1.": 0.5, "vision_model.encoder.layers.1.": 0.25}
     ends = {"vision_model.embeddings.": 0, "vision_model.pre_layrnorm.": 0, "text_projection.": 1, "logit_scale": 1}
-    yield CLIPModel(config), depths | ends
+    yield small_model("CLIPModel", text_config=text, vision_config=vision), depths | ends
 
-    config = Wav2Vec2Config(
-        conv_dim=(4, 4), conv_kernel=(3, 3), conv_stride=(2, 2), num_feat_extract_layers=2, vocab_size=8,
-        num_hidden_layers=2, num_conv_pos_embedding_groups=2, num_conv_pos_embeddings=2, **SIZES,
-    )  # fmt: skip
+    features = {"conv_dim": (4, 4), "conv_kernel": (3, 3), "conv_stride": (2, 2), "num_feat_extract_layers": 2}
+    sizes = {"vocab_size": 8, "num_hidden_layers": 2, "num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 2}
     depths = {"feature_extractor.conv_layers.1.": 1 / 3, "encoder.layers.0.": 2 / 3, "encoder.pos_conv_embed.": 0}
-    yield Wav2Vec2ForCTC(config), {f"wav2vec2.{name}": depth for name, depth in depths.items()}
+    wav2vec2 = small_model("Wav2Vec2ForCTC", **features, **sizes, **SIZES)
+    yield wav2vec2, {f"wav2vec2.{name}": depth for name, depth in depths.items()}
 
 
 @pytest.mark.parametrize(("model", "expected"), list(structures()), ids=lambda value: type(value).__name__)

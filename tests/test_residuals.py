@@ -16,27 +16,18 @@ torch.manual_seed(0)
 HISTORY = torch.randn(5, 1000)
 
 
-def test_a_residual_that_only_shrinks():
-    report = ResidualReport.of(HISTORY, -0.25 * HISTORY[-1])
-    assert report.shrink_factor == pytest.approx(0.75)
-    assert report.shrink_share == pytest.approx(1)
-    assert report.mean_ratio == pytest.approx(0.25)
-
-
-def test_a_residual_that_only_extrapolates():
-    report = ResidualReport.of(HISTORY, 2 * (HISTORY[-1] - HISTORY[-2]))
-    assert report.extrapolation_factor == pytest.approx(2)
-    assert report.extrapolation_share == pytest.approx(1)
+def test_shares_of_shrinking_and_extrapolation():
+    shrinks = ResidualReport.of(HISTORY, -0.25 * HISTORY[-1])
+    assert (shrinks.shrink_factor, shrinks.shrink_share, shrinks.mean_ratio) == pytest.approx((0.75, 1, 0.25))
+    extrapolates = ResidualReport.of(HISTORY, 2 * (HISTORY[-1] - HISTORY[-2]))
+    assert (extrapolates.extrapolation_factor, extrapolates.extrapolation_share) == pytest.approx((2, 1))
     # independent normal states: half of the difference lies along the last one
-    assert report.shrink_share == pytest.approx(0.5, abs=0.05)
+    assert extrapolates.shrink_share == pytest.approx(0.5, abs=0.05)
+    neither = ResidualReport.of(HISTORY, torch.randn(1000))
+    assert neither.shrink_share < 0.02 and neither.extrapolation_share < 0.02
 
 
-def test_a_residual_of_neither():
-    report = ResidualReport.of(HISTORY, torch.randn(1000))
-    assert report.shrink_share < 0.02 and report.extrapolation_share < 0.02
-
-
-def test_reports_of_pieces_add_up_to_that_of_the_whole():
+def test_reports_of_pieces_add_up():
     residual = 0.1 * torch.randn(1000)
     whole = ResidualReport.of(HISTORY, residual)
     parts = ResidualReport.of(HISTORY[:, :300], residual[:300]) + ResidualReport.of(HISTORY[:, 300:], residual[300:])
@@ -50,7 +41,7 @@ def test_reports_of_pieces_add_up_to_that_of_the_whole():
 
 
 @pytest.mark.parametrize("history", [torch.zeros(5, 4), torch.zeros(5, 0)])
-def test_zeros_divide_nothing(history):
+def test_zeros_have_no_residual(history):
     report = ResidualReport.of(history, torch.zeros(history.shape[1]))
     assert report.mean_ratio == report.shrink_share == report.extrapolation_share == report.mean_residual == 0
     assert report.shrink_factor == 1
@@ -68,7 +59,7 @@ def test_inputs_outside_of_the_trained_range_are_counted():
 
 @dataclass
 class Trained:
-    """Adds nothing; trained on what it is told."""
+    """Predicts zero residuals and states the range that it was trained on."""
 
     roles: dict = field(default_factory=dict)
     num_states = None
@@ -96,14 +87,14 @@ def test_warnings_name_role_share_tensor_and_range(trajectory, tmp_path, caplog)
 
 
 @pytest.mark.parametrize("trained_on", [None, {"trajectories": 3}, {"roles": {"fc": {"largest_weight": 1e-6}}}])
-def test_weights_of_unknown_training_warn_of_nothing(trajectory, tmp_path, trained_on):
+def test_an_unknown_range_gives_no_warning(trajectory, tmp_path, trained_on):
     torch.manual_seed(0)
     known = KNOWNModel(KNOWNConfig(trained_on=trained_on))
     result = predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "out")
     assert [text for text in result.warnings if "did not forget" not in text] == []
 
 
-def test_states_that_are_no_worse_than_the_full_data_state_are_told(record_states, tmp_path):
+def test_states_that_are_no_worse_than_theta_0_give_a_warning(record_states, tmp_path):
     trajectory = record_states(nn.Linear(2, 2), num_states=3)
     for losses, expected in (
         ([0.4, 0.5, 0.6], []),
@@ -123,7 +114,7 @@ def test_states_that_are_no_worse_than_the_full_data_state_are_told(record_state
     assert "Θ1 (0.4) is no worse than Θ0 (0.5)" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_code_that_a_checkpoint_lacks_is_told(record_states, tmp_path):
+def test_custom_code_gives_a_warning(record_states, tmp_path):
     model = make_resnet()
     model.config.auto_map = {"AutoConfig": "configuration_my.MyConfig", "AutoModel": "modeling_my.MyModel"}
     (tmp_path / "secret/base").mkdir(parents=True)

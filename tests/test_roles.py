@@ -3,24 +3,9 @@
 import pytest
 import torch
 from conftest import make_resnet
+from doubles.small_models import small_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    ConvNextV2Config,
-    ConvNextV2Model,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-)
 from transformers.pytorch_utils import Conv1D
 
 from know_hf import tensor_roles
@@ -29,6 +14,7 @@ from know_hf.roles import TensorRole, role_by_shape
 from know_hf.trajectory import state_nbytes
 
 TEXT = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+VISION = {name: size for name, size in TEXT.items() if name != "vocab_size"} | {"image_size": 8}
 PARAMETRIZATIONS = "parametrizations.weight.original"
 
 
@@ -99,7 +85,7 @@ def test_partitioned_weights_have_the_same_roles():
 
 
 def test_frozen_experts_count_in_every_state_because_saving_splits_them():
-    model = MixtralForCausalLM(MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=2))
+    model = small_model("MixtralForCausalLM", **TEXT, num_key_value_heads=1, num_local_experts=2)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("experts" not in name)
     first, further = state_nbytes(model)
@@ -108,81 +94,46 @@ def test_frozen_experts_count_in_every_state_because_saving_splits_them():
     assert state_nbytes(model) == (first, first - 20 * 8 * 4)
 
 
-def test_reasons_name_the_owner():
-    roles = tensor_roles(make_resnet())
-    assert roles["resnet.embedder.embedder.convolution.weight"].reason == "7×7 kernel of Conv2d"
-    assert roles["classifier.1.bias"].reason == "bias of Linear"
+MODELS = [
+    (small_model("BertModel", **TEXT),
+     {"embeddings.word_embeddings.weight": "fc", "embeddings.LayerNorm.weight": "norm",
+      "encoder.layer.0.attention.self.query.bias": "bias"}),
+    (small_model("GPT2LMHeadModel", vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2),
+     {"transformer.wte.weight": "fc", "transformer.h.0.attn.c_attn.weight": "fc", "lm_head.weight": "fc",
+      "transformer.h.0.ln_1.bias": "norm"}),
+    (small_model("LlamaForCausalLM", **TEXT, tie_word_embeddings=True),
+     {"model.norm.weight": "norm", "model.layers.0.mlp.gate_proj.weight": "fc", "lm_head.weight": "fc"}),
+    (small_model("T5ForConditionalGeneration", vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
+     {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "fc",
+      "encoder.final_layer_norm.weight": "norm"}),
+    (small_model("ViTForImageClassification", **VISION),
+     {"vit.embeddings.cls_token": "fc", "vit.embeddings.position_embeddings": "fc", "vit.layernorm.bias": "norm",
+      "vit.embeddings.patch_embeddings.projection.weight": "conv"}),
+    (small_model("ConvNextV2Model", hidden_sizes=[4], depths=[1], num_stages=1, patch_size=2, image_size=8),
+     {"encoder.stages.0.layers.0.grn.weight": "norm"}),
+]  # fmt: skip
 
 
-def small_models():
-    yield (
-        BertModel(BertConfig(**TEXT)),
-        {
-            "embeddings.word_embeddings.weight": "fc",
-            "embeddings.LayerNorm.weight": "norm",
-            "encoder.layer.0.attention.self.query.bias": "bias",
-        },
-    )
-    yield (
-        GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)),
-        {
-            "transformer.wte.weight": "fc",
-            "transformer.h.0.attn.c_attn.weight": "fc",
-            "transformer.h.0.ln_1.bias": "norm",
-            "lm_head.weight": "fc",
-        },
-    )
-    yield (
-        LlamaForCausalLM(LlamaConfig(**TEXT, tie_word_embeddings=True)),
-        {
-            "model.norm.weight": "norm",
-            "model.layers.0.mlp.gate_proj.weight": "fc",
-            "lm_head.weight": "fc",
-        },
-    )
-    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    yield (
-        T5ForConditionalGeneration(config),
-        {
-            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "fc",
-            "encoder.final_layer_norm.weight": "norm",
-        },
-    )
-    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8)
-    yield (
-        ViTForImageClassification(config),
-        {
-            "vit.embeddings.cls_token": "fc",
-            "vit.embeddings.position_embeddings": "fc",
-            "vit.embeddings.patch_embeddings.projection.weight": "conv",
-            "vit.layernorm.bias": "norm",
-        },
-    )
-    sizes = {"hidden_sizes": [4], "depths": [1], "num_stages": 1, "patch_size": 2, "image_size": 8}
-    yield ConvNextV2Model(ConvNextV2Config(**sizes)), {"encoder.stages.0.layers.0.grn.weight": "norm"}
-
-
-@pytest.mark.parametrize(("model", "expected"), list(small_models()), ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("model", "expected"), MODELS, ids=lambda value: type(value).__name__)
 def test_roles_and_names_of_transformers_models(model, expected, tmp_path):
-    roles = tensor_roles(model)
+    roles, kind = tensor_roles(model), type(model).__name__
     assert list(roles) == list(model.state_dict())
     assert {name: roles[name].role for name in expected} == expected
-    tied = {name: role.tied_to for name, role in roles.items() if role.tied_to}
-    if isinstance(model, LlamaForCausalLM):
+    if kind == "LlamaForCausalLM":
+        tied = {name: role.tied_to for name, role in roles.items() if role.tied_to}
         assert tied == {"lm_head.weight": "model.embed_tokens.weight"}
-
     names = names_on_disk(model)
     model.save_pretrained(tmp_path)
     assert set(load_file(tmp_path / "model.safetensors")) <= set(names.values())
-    if isinstance(model, ViTForImageClassification):
+    if kind == "ViTForImageClassification":
         assert names["vit.layers.0.mlp.fc1.weight"] == "vit.encoder.layer.0.intermediate.dense.weight"
 
 
-def test_names_of_a_plain_module_are_those_in_memory():
+def test_names_reasons_and_unknown_roles():
     assert names_on_disk(nn.Linear(2, 2)) == {"weight": "weight", "bias": "bias"}
-
-
-def test_an_unknown_role_is_an_error():
+    roles = tensor_roles(make_resnet())
+    assert roles["resnet.embedder.embedder.convolution.weight"].reason == "7×7 kernel of Conv2d"
+    assert roles["classifier.1.bias"].reason == "bias of Linear"
     with pytest.raises(ValueError, match=r"'convolution'.* conv, fc"):
         TensorRole("convolution", "")
 

@@ -65,8 +65,7 @@ def test_stratified_subsets_keep_the_class_balance():
     subset = ForgettingSchedule(num_states=3, stratify_by="animal").indices(16, labels)[2]
     assert sorted(labels[index] for index in subset) == ["cat", "cat", "dog", "dog"]
 
-
-def test_many_small_classes_change_the_balance_within_the_documented_bound():
+    # many small classes change the balance within the documented bound
     labels = np.array([0] * 1000 + [1 + index // 3 for index in range(300)])
     for subset in ForgettingSchedule(ratio=0.6, stratify_by="label").indices(1300, labels):
         off = abs((labels[subset] == 0).sum() - len(subset) * 1000 / 1300)
@@ -85,9 +84,8 @@ def test_groups_fill_a_subset():
 
 
 def test_numpy_numbers_become_python_numbers():
-    schedule = ForgettingSchedule(
-        ratio=np.float32(0.5), num_states=np.int64(3), seed=np.uint8(7), steps_per_stage=np.int32(2)
-    )
+    numbers = {"num_states": np.int64(3), "seed": np.uint8(7), "steps_per_stage": np.int32(2)}
+    schedule = ForgettingSchedule(ratio=np.float32(0.5), **numbers)
     assert schedule == ForgettingSchedule(ratio=0.5, num_states=3, seed=7, steps_per_stage=2)
     types = [type(value) for value in (schedule.ratio, schedule.num_states, schedule.seed, schedule.steps_per_stage)]
     assert types == [float, int, int, int]

@@ -31,19 +31,19 @@ def test_noise_is_rarely_chosen(kind, count):
     assert chosen <= 8
 
 
-def test_a_planted_gain_is_found_and_the_largest_taken():
+def test_the_largest_gain_is_chosen():
     random = np.random.default_rng(0)
-    found = []
+    chosen = []
     for run in range(20):
         reference = random.exponential(size=200)
         losses = {"Θ0": reference}
         for gain in (0.0, 0.1, 0.2, 0.4):
             losses[f"gain {gain}"] = reference - gain + 0.5 * random.normal(size=200)
         result = choose(losses, num_resamples=199, seed=run)
-        found.append(result.chosen)
+        chosen.append(result.chosen)
         best = next(candidate for candidate in result.candidates if candidate.name == "gain 0.4")
         assert best.low < -0.4 < best.high
-    assert found == ["gain 0.4"] * 20
+    assert chosen == ["gain 0.4"] * 20
 
 
 def test_intervals_cover_all_candidates_at_once():
@@ -57,8 +57,7 @@ def test_intervals_cover_all_candidates_at_once():
     assert missed <= 8
 
 
-def test_one_candidate_is_tested_as_student_does():
-    """For normal values the studentised bootstrap and the t-test agree."""
+def test_one_candidate_of_normal_values_agrees_with_the_t_test():
     stats = pytest.importorskip("scipy.stats")
     random = np.random.default_rng(2)
     reference = random.normal(size=400)
@@ -102,7 +101,7 @@ def test_losses_that_are_not_finite_or_have_no_spread_are_not_chosen():
     assert (diverged.loss, diverged.p_value) == (None, None)
     assert (shifted.difference, shifted.low, shifted.high, shifted.p_value) == (-0.5, None, None, None)
     assert result.scores == {"Θ0": 1.5, "shifted": 1.0}
-    assert "| diverged | not finite |  |  |  |" in result.markdown()
+
     assert "validation loss of 1 (-0.5 on every value" in result.sentence
     assert "only if a margin is set" in result.rule
 
@@ -129,7 +128,7 @@ def test_a_gain_on_a_single_example_is_not_enough():
     result = choose({"Θ0": reference, "lucky": lucky})
     assert result.is_reference
     assert result.candidates[1].low is None
-    assert "| lucky | 0.95 | -0.05 | unbounded |" in result.markdown()
+    assert "interval unbounded" in result.sentence
     json.dumps(result.to_dict(), allow_nan=False)
 
 
@@ -160,16 +159,11 @@ def test_losses_that_cannot_be_compared_are_an_error(losses, options, message):
         choose(losses, **options)
 
 
-def test_table_and_dictionary_have_every_candidate():
+def test_the_dictionary_has_every_candidate():
     random = np.random.default_rng(5)
     reference = random.exponential(size=50)
     result = choose({"Θ0": reference, "Θ1": reference - 0.5 + 0.1 * random.normal(size=50)}, metric="error")
-    lines = result.markdown().splitlines()
-    assert lines[0] == "| candidate | error | minus Θ0 | 95% interval | p (corrected) |"
-    assert lines[2].startswith("| Θ0 | ") and lines[2].endswith(" |  |  |  |")
-    assert lines[3].startswith("| **Θ1** (chosen) | ")
     record = result.to_dict()
-    assert record["scores"].keys() == {"Θ0", "Θ1"}
-    assert record["chosen"] == "Θ1"
+    assert (record["metric"], record["chosen"], list(record["scores"])) == ("error", "Θ1", ["Θ0", "Θ1"])
     assert record["sentence"] in str(result) and record["rule"] in str(result)
     assert record["candidates"][1]["p_value"] == result.candidates[1].p_value

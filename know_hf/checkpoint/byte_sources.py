@@ -22,21 +22,11 @@ class LocalFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.name = str(path)
         self.size = path.stat().st_size
 
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        with self.path.open("rb", buffering=0) as handle:
+        with self.path.open("rb") as handle:
             handle.seek(offset)
-            filled = 0
-            while filled < len(buffer):
-                count = handle.readinto(buffer[filled:])  # may read fewer bytes than requested
-                if not count:
-                    raise OSError(
-                        f"{self.path} ended at byte {offset + filled}, but had {self.size} bytes when it was opened;"
-                        " another process changed it"
-                    )
-                filled += count
+            if (count := handle.readinto(buffer)) < len(buffer):
+                raise OSError(f"{self.path} ended at byte {offset + count} of {self.size}; another process changed it")

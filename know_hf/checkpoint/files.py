@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,7 @@ def check_free_disk(path: Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"{path} needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; make room, or use another"
-            " disk or a smaller dtype",
+            f"{path} needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; use another disk",
         )
 
 
@@ -87,8 +86,7 @@ def fsync(path: Path) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        names = sorted(name for name, _ in pairs)
-        repeated = next(name for name, following in pairwise(names) if name == following)
+        [(repeated, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the key {repeated!r:.60} appears twice in one object")
     return content
 

@@ -79,10 +79,8 @@ def read_header(source: ByteSource) -> dict[str, TensorEntry]:
     try:
         return _parse(source)
     except ValueError as error:
-        raise CheckpointError(
-            f"{source.name} cannot be read as safetensors ({error}); it is truncated or damaged. Restore it from a"
-            " copy, or delete its checkpoint and write it again."
-        ) from error
+        reason = f"{source.name} cannot be read as safetensors ({error}); it is truncated or damaged"
+        raise CheckpointError(f"{reason}. Restore it from a copy or write the checkpoint again.") from error
 
 
 def make_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, TensorEntry]]:
@@ -95,16 +93,16 @@ def make_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, Ten
     for name, spec in tensors.items():
         if spec.dtype not in _RANKS:
             raise CheckpointError(f"tensor {name!r} has dtype {spec.dtype}, which safetensors does not support")
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    content: dict[str, Any] = {}
     offset = 0
     for name, spec in sorted(tensors.items(), key=lambda item: (-_RANKS[item[1].dtype][0], item[0].encode())):
         offsets = [offset, offset + spec.nbytes]
         content[name] = {"dtype": _RANKS[spec.dtype][1], "shape": list(spec.shape), "data_offsets": offsets}
         offset += spec.nbytes
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    with_metadata = {"__metadata__": {"format": "pt"}, **content}
+    text = json.dumps(with_metadata, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
-    del content["__metadata__"]
     return len(text).to_bytes(8, "little") + text, {name: _entry(name, entry, base) for name, entry in content.items()}
 
 
@@ -124,9 +122,8 @@ def _parse(source: ByteSource) -> dict[str, TensorEntry]:
         raise ValueError("its __metadata__ does not map strings to strings")
     for string in (*content, *metadata.keys(), *metadata.values()):
         string.encode()  # fails for unpaired surrogates, which escapes can contain
-    base = 8 + length
-    entries = {name: _entry(name, entry, base) for name, entry in content.items()}
-    end = base
+    end = 8 + length
+    entries = {name: _entry(name, entry, end) for name, entry in content.items()}
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
             raise ValueError(f"tensor {name!r} starts at byte {entry.start}, the previous one ends at {end}")

@@ -52,10 +52,9 @@ class CheckpointWriter:
         self._entries: dict[str, tuple[str, TensorEntry]] = {}
         shards = [list(tensors)] if adapter else _shards(tensors, max_shard_size)
         for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             if len(shards) == 1:
                 file = ADAPTER_NAME if adapter else WEIGHTS_NAME
-            else:
-                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._headers[file], entries = make_header({name: tensors[name] for name in names})
             self._entries.update((name, (file, entry)) for name, entry in entries.items())
         self._written_files: set[str] = set()
@@ -71,8 +70,11 @@ class CheckpointWriter:
                 handle.write(header)
                 handle.truncate(ends[file])
 
-    def write(self, name: str, piece: torch.Tensor, start: int = 0) -> None:
+    def write(self, name: str, piece: torch.Tensor, start: int = 0) -> int:
         """Write a piece of a tensor, of any shape: its elements from `start` on, counted in the flattened tensor.
+
+        Returns:
+            `int`: Number of elements.
 
         Raises:
             `TypeError`:
@@ -81,16 +83,14 @@ class CheckpointWriter:
         file, entry = self._entries[name]
         if piece.dtype != self._tensors[name].dtype:
             raise TypeError(f"tensor {name!r} has dtype {self._tensors[name].dtype}, its piece has {piece.dtype}")
-        if not piece.numel():
-            return
-        piece = piece.detach().cpu().contiguous().flatten()
-        with (self.folder / file).open("r+b", buffering=0) as handle:
-            handle.seek(entry.start + start * piece.element_size())
-            remaining = piece.view(torch.uint8).numpy().data
-            while remaining:
-                remaining = remaining[handle.write(remaining) :]
-        self.bytes_written += piece.nbytes
-        self._written_files.add(file)
+        if piece.numel():
+            piece = piece.detach().cpu().contiguous().flatten()
+            with (self.folder / file).open("r+b") as handle:
+                handle.seek(entry.start + start * piece.element_size())
+                handle.write(piece.view(torch.uint8).numpy().data)
+            self.bytes_written += piece.nbytes
+            self._written_files.add(file)
+        return piece.numel()
 
     def flush(self) -> None:
         """Flush what this process wrote to the disk, so that other machines can read it."""

@@ -61,10 +61,8 @@ def _feed(update: _Update, value: Any) -> None:
     elif all(hasattr(value, name) for name in ("mode", "size", "tobytes")):  # a PIL image
         _feed_bytes(update, f"P{value.mode}{value.size}".encode(), value.tobytes())
     else:
-        raise NoContentError(
-            f"objects of type {type(value).__module__}.{type(value).__qualname__} have no content that is equal on"
-            " every machine; set key_column of the schedule to a column of numbers or text that identifies a row"
-        )
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise NoContentError(f"{kind} objects cannot be hashed; set key_column to numbers or text that identify a row")
 
 
 def _without_torch(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Reading of rows and columns from any dataset with a length."""
+"""Read rows and columns of any dataset with a length."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -12,25 +12,12 @@ import torch
 
 def labels_of(dataset: Any, column: str) -> list[Any]:
     """Read the class of each row. A `ValueError` names the first row without one."""
-    labels = _scalars(dataset, column, "stratify")
-    if None in labels:
-        raise ValueError(
-            f"column {column!r} has no class in row {labels.index(None)} (counted from 0); remove rows without one, or"
-            " stratify by another column"
-        )
-    return labels
+    return _scalars(dataset, column, "stratify")
 
 
 def groups_of(dataset: Any, column: str) -> list[Any]:
     """Read the group of each row. A `ValueError` names the first row without one."""
-    groups = _scalars(dataset, column, "group")
-    for row, group in enumerate(groups):
-        if group is None or group != group:
-            raise ValueError(
-                f"column {column!r} has no group in row {row} (counted from 0) but {group}; remove rows without"
-                " one, or give each a group of its own"
-            )
-    return groups
+    return _scalars(dataset, column, "group")
 
 
 def read_cell(row: Any, column: str, verb: str) -> Any:
@@ -58,22 +45,23 @@ def random_seeds(seed: int) -> Iterator[None]:
 
 def _scalars(dataset: Any, column: str, verb: str) -> list[Any]:
     values = []
-    for value in _column(dataset, column, verb):
+    for row, value in enumerate(_column(dataset, column, verb)):
         value = value.tolist() if isinstance(value, torch.Tensor | np.generic | np.ndarray) else value
         if verb == "stratify" and isinstance(value, list) and len(value) == 1:  # a class as a tensor (1,)
             value = value[0]
         if isinstance(value, list | dict):
-            raise ValueError(
-                f"column {column!r} holds a {type(value).__name__}, {str(value)[:80]}; {verb} by single values"
-            )
+            kind = type(value).__name__
+            raise ValueError(f"column {column!r} holds a {kind}, {str(value)[:80]}; {verb} by single values")
+        if value is None or (verb == "group" and value != value):
+            noun = "class" if verb == "stratify" else "group"
+            raise ValueError(f"column {column!r} has no {noun} in row {row} (from 0) but {value}; remove such rows")
         values.append(value)
     return values
 
 
 def _column(dataset: Any, column: str, verb: str) -> list[Any]:
     if isinstance(dataset, datasets.Dataset):
-        if column not in dataset.column_names:
-            raise ValueError(f"the dataset has no column {column!r} to {verb} by; it has {dataset.column_names}")
+        read_cell(dict.fromkeys(dataset.column_names), column, verb)
         return dataset.with_format(None)[column][:]
     with random_seeds(0):
         return [read_cell(dataset[index], column, verb) for index in range(len(dataset))]

@@ -36,29 +36,22 @@ def divide_stream(dataset: Any, schedule: ForgettingSchedule, batch_size: int) -
     kind = type(dataset).__name__
     if schedule.stratify_by is not None:
         raise ValueError(
-            f"the {kind} is a stream and cannot be stratified by {schedule.stratify_by!r}: a hash chooses its rows and"
-            " keeps the class balance on average only. Remove stratify_by or use a dataset with a length."
+            f"the {kind} is a stream and cannot be stratified by {schedule.stratify_by!r}; remove stratify_by or use a"
+            " dataset with a length"
         )
     if schedule.steps_per_stage is None:
-        raise ValueError(
-            f"the {kind} is a stream, whose epochs have no known length; set steps_per_stage of the schedule, the"
-            " optimizer steps of each stage"
-        )
-    column, verb = schedule.key_column, "choose"
-    if schedule.group_by is not None:
-        column, verb = schedule.group_by, "group"
-    is_hub = isinstance(dataset, datasets.IterableDataset)
-    source, restore = _stored(dataset) if is_hub else (dataset, None)
+        raise ValueError(f"the {kind} is a stream of unknown length; set steps_per_stage of the schedule")
+    column, verb = (schedule.key_column, "choose") if schedule.group_by is None else (schedule.group_by, "group")
+    source, restore = _stored(dataset) if isinstance(dataset, datasets.IterableDataset) else (dataset, None)
     members = [_Membership(schedule.seed, schedule.ratio**k, column, verb) for k in range(schedule.num_states)]
     content = _check_and_read(source, schedule, members, batch_size)
     parts = []
     for state, member in enumerate(members):
         settings = f"stream seed={schedule.seed} fraction={member.fraction!r} key={column!r} "
-        fingerprint = hashlib.sha256(settings.encode() + content).hexdigest()[:16]
         part = dataset
         if state:
             part = restore(source.filter(member)) if restore else _FilteredStream(dataset, member)
-        parts.append((part, fingerprint))
+        parts.append((part, hashlib.sha256(settings.encode() + content).hexdigest()[:16]))
     return parts
 
 
@@ -127,7 +120,7 @@ def _is_plain(value: Any) -> bool:
 
 def _check_and_read(source: Any, schedule: ForgettingSchedule, members: list[_Membership], batch_size: int) -> bytes:
     """Check that a stream can be divided, and return its content for the fingerprints."""
-    last = members[-1]
+    last, kind = members[-1], type(source).__name__
     limit = max(_PATIENCE, int(100 * batch_size / last.fraction))
     sizes = [0] * len(members)
     head: list[tuple[float, bytes]] = []
@@ -141,16 +134,13 @@ def _check_and_read(source: Any, schedule: ForgettingSchedule, members: list[_Me
                 break
             elif sizes[0] >= limit:
                 raise ValueError(
-                    f"the subsets have {sizes} of the first {limit} rows of the {type(source).__name__}; each must be"
-                    f" smaller than the one before, and the last at least one batch of {batch_size}. Many rows may"
-                    f" share a value of {last.column!r}; use a column with more values."
+                    f"the subsets have {sizes} of the first {limit} rows of the {kind}; they must shrink, and the last"
+                    f" needs one batch of {batch_size}. Use a column with more different values than {last.column!r}."
                 )
         else:
             if not head:
-                raise ValueError(
-                    f"the {type(source).__name__} is empty; use a stream with rows that can be read repeatedly"
-                )
-            schedule.check_sizes(sizes, f"the {type(source).__name__}, which ends after {sizes[0]} rows,", batch_size)
+                raise ValueError(f"the {kind} is empty; use a stream with rows that can be read repeatedly")
+            schedule.check_sizes(sizes, f"the {kind}, which ends after {sizes[0]} rows,", batch_size)
     return _fingerprint_content(source, head, last)
 
 
@@ -162,9 +152,8 @@ def _fingerprint_content(source: Any, head: list[tuple[float, bytes]], last: _Me
         return b"".join(content or struct.pack("<d", position) for position, content in head)
     if last.column is None:
         raise ValueError(
-            f"the first {len(head)} rows of the {type(source).__name__} differ when they are read again, so their"
-            " content cannot decide which subset they are in: a transform or the order is random, or the stream can"
-            " be read only once. Set key_column of the schedule to a column that identifies a row."
+            f"the first {len(head)} rows of the {type(source).__name__} differ in a second reading: transform or order"
+            " are random, or they can be read only once. Set key_column to a column that identifies a row."
         )
     keys = [position for position, _ in head]
     return struct.pack(f"<{len(keys)}d", *keys) if keys == [position for position, _ in again] else b""

@@ -79,40 +79,32 @@ def divide(dataset: Any, schedule: ForgettingSchedule, batch_size: int = 1) -> l
             no `steps_per_stage`, or no key that is equal at every reading.
     """
     if dataset is None:
-        raise ValueError("the trainer has no train_dataset; structured forgetting needs one to divide")
+        raise ValueError("the trainer has no train_dataset; pass one to divide")
     if isinstance(dataset, datasets.IterableDataset | IterableDataset):
         parts = divide_stream(dataset, schedule, batch_size)
         return [Subset(part, None, schedule.ratio**k, fingerprint) for k, (part, fingerprint) in enumerate(parts)]
     if isinstance(dataset, Mapping):
-        raise ValueError(
-            f"got a {type(dataset).__name__} of {sorted(map(str, dataset))}; pass one of them, such as its train split"
-        )
+        raise ValueError(f"got a {type(dataset).__name__} of {sorted(map(str, dataset))}; pass one of its splits")
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ValueError(
-            f"a {type(dataset).__name__} cannot be divided: it has no length and index and is not an IterableDataset."
-            " Pass a dataset with __len__ and __getitem__, or wrap it in a torch.utils.data.IterableDataset."
+            f"cannot divide a {type(dataset).__name__}, which is not an IterableDataset and has no length; pass a"
+            " dataset with __len__ and __getitem__, or wrap it in a torch.utils.data.IterableDataset"
         )
     return _divide_sized(dataset, schedule, batch_size)
 
 
 def _divide_sized(dataset: Any, schedule: ForgettingSchedule, batch_size: int) -> list[Subset]:
     if schedule.key_column is not None:
-        raise ValueError(
-            f"key_column={schedule.key_column!r} is for streams, but this {type(dataset).__name__} has a length and is"
-            " divided by position; remove key_column"
-        )
-    labels = groups = None
-    if schedule.stratify_by is not None:
-        labels = np.asarray(labels_of(dataset, schedule.stratify_by))
-    if schedule.group_by is not None:
-        groups = groups_of(dataset, schedule.group_by)
+        kind = type(dataset).__name__
+        raise ValueError(f"key_column={schedule.key_column!r} is for streams, but this {kind} has a length; remove it")
+    labels = None if schedule.stratify_by is None else np.asarray(labels_of(dataset, schedule.stratify_by))
+    groups = None if schedule.group_by is None else groups_of(dataset, schedule.group_by)
     members = schedule.indices(len(dataset), labels, batch_size, groups)
-    content = _content(dataset)
+    content = str(len(dataset)).encode() + _content(dataset)
     subsets = []
     for state, indices in enumerate(members):
         # fixed order and bytes: recorded trajectories could not resume with others
-        digest = hashlib.sha256(indices.astype("<i8").tobytes())
-        digest.update(str(len(dataset)).encode() + content)
+        digest = hashlib.sha256(indices.astype("<i8").tobytes() + content)
         part = dataset
         if state:
             is_hub = isinstance(dataset, datasets.Dataset)

@@ -3,23 +3,18 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers.utils import logging
 
-from ..checkpoint import parse_json
-from ..predictors import KNOWNPredictor, Predictor, relative_depths
-from ..trajectory import TrajectoryError, WeightTrajectory
+from ..distributed import on_main_process
+from ..predictors import DepthPredictor, KNOWNPredictor, Predictor, relative_depths
 from .pieces import Piece, pieces_of
-from .plan import COPIED_COST, PredictionPlan
+from .plan import COPIED_COST, PredictionPlan, model_json
 from .residuals import ResidualReport, is_finite
 from .result import PredictionResult
 from .tensor_sources import TensorSource, cast, check_finite, count_piece
 from .warnings import code_warnings, forgetting_warnings, range_warnings, rounding_warnings
-from .write_checkpoint import Reports, WriteOptions, write_checkpoint
-
-logger = logging.get_logger(__name__)
+from .write_checkpoint import Reports, WriteOptions, checkpoint_folder, fill_checkpoint
 
 
 def write_prediction(
@@ -41,25 +36,21 @@ def write_prediction(
             Called on the main process with the folder before it gets its final name.
     """
 
-    def make_result(reports: Reports) -> PredictionResult:
-        return prediction_result(plan, reports, output_dir, options)
-
-    reports = write_checkpoint(
-        plan.trajectory,
-        PredictedTensors(plan),
-        output_dir,
-        options,
-        finish=None if finish is None else lambda folder, reports: finish(folder, make_result(reports)),
-    )
-    return make_result(reports)
+    with checkpoint_folder(plan.trajectory, output_dir, options) as folder:
+        reports = fill_checkpoint(plan.trajectory, PredictedTensors(plan), folder, options)
+        result = prediction_result(plan, reports, output_dir, options)
+        if finish is not None:
+            on_main_process(options.accelerator, lambda: finish(folder, result))
+    return result
 
 
 def prediction_result(
     plan: PredictionPlan, reports: Reports, output_dir: str | Path, options: WriteOptions
 ) -> PredictionResult:
     """Join the reports of a written checkpoint with the warnings that follow from them."""
-    roles = {name: tensor.role for name, tensor in plan.tensors.items()}
-    warnings = [*_warnings(plan, reports), *code_warnings(_configs(plan.trajectory), plan.trajectory.base_model)]
+    trajectory, roles = plan.trajectory, {name: tensor.role for name, tensor in plan.tensors.items()}
+    configs = [model_json(path) for path in trajectory.model_files if path.name.endswith("config.json")]
+    warnings = [*_warnings(plan, reports), *code_warnings(configs, trajectory.base_model)]
     return PredictionResult(Path(output_dir), reports, roles, warnings, options.model_class)
 
 
@@ -76,10 +67,10 @@ class PredictedTensors(TensorSource):
         self.trajectory = plan.trajectory
         self.description = f"Predicting {plan.steps} step{'s' if plan.steps > 1 else ''}"
         self._device = getattr(plan.predictor, "device", torch.device("cpu"))
-        self._predictors: dict[str, Predictor] = {
-            name: plan.predictor.at_depth(depth) if hasattr(plan.predictor, "at_depth") else plan.predictor
-            for name, depth in relative_depths(list(plan.tensors)).items()
-        }
+        self._predictors: dict[str, Predictor] = dict.fromkeys(plan.tensors, plan.predictor)
+        if isinstance(plan.predictor, DepthPredictor):
+            depths = relative_depths(list(plan.tensors))
+            self._predictors = {name: plan.predictor.at_depth(depth) for name, depth in depths.items()}
         self._changes: dict[str, bool] = {}
 
     def cost(self, name: str) -> float:
@@ -112,10 +103,11 @@ class PredictedTensors(TensorSource):
         if not is_finite(residual):
             raise ValueError(
                 f"the prediction of tensor {piece.name!r} of {trajectory.path} is not finite after {self.plan.steps}"
-                f" step(s); its largest recorded value is {float(history.abs().max()):.3g}. Use fewer steps"
+                f" step(s) from values up to {float(history.abs().max()):.3g}; use fewer steps"
             )
         copied = cast(original, tensor.spec.dtype, piece.name, trajectory)
-        result = cast(_add(original, residual), tensor.spec.dtype, piece.name, trajectory)
+        total = original.to(torch.promote_types(original.dtype, torch.float32)) + residual
+        result = cast(total, tensor.spec.dtype, piece.name, trajectory)
         # -0.0 + 0.0 is +0.0: only a copy is bit-identical where the residual is zero
         result = torch.where(residual == 0, copied, result)
         used = history[-self.plan.num_states :]
@@ -152,10 +144,6 @@ def _differs(history: torch.Tensor) -> bool:
     return bool((history != history[-1]).any())
 
 
-def _add(tensor: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + residual
-
-
 def _warnings(plan: PredictionPlan, reports: Mapping[str, ResidualReport]) -> list[str]:
     warnings = []
     if isinstance(plan.predictor, KNOWNPredictor):  # the others do not claim to run the forgetting backwards
@@ -166,14 +154,3 @@ def _warnings(plan: PredictionPlan, reports: Mapping[str, ResidualReport]) -> li
             of_network = {name: reports[name] for name, t in plan.tensors.items() if t.network == network}
             warnings += range_warnings(network, of_network, trained_on)
     return warnings + rounding_warnings(reports)
-
-
-def _configs(trajectory: WeightTrajectory) -> list[Any]:
-    configs = []
-    for path in trajectory.model_files:
-        if path.name.endswith("config.json"):
-            try:
-                configs.append(parse_json(path.read_bytes()))
-            except ValueError as error:
-                raise TrajectoryError(f"{path} cannot be read ({error}); restore it from a copy") from error
-    return configs

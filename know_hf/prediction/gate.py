@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
@@ -18,7 +17,7 @@ from transformers.utils import logging
 
 from ..distributed import on_main_process
 from ..model_tensors import is_adapter
-from ..predictors import Average, KNOWNPredictor, get_predictor
+from ..predictors import Average, KNOWNPredictor
 from ..trajectory import load_pretrained
 from .engine import PredictedTensors, prediction_result
 from .plan import PredictionPlan
@@ -53,8 +52,8 @@ class Gate:
         dataset (`torch.utils.data.Dataset`, *optional*):
             Labelled validation examples. The model's own loss on each batch is one value.
         data_collator (`Callable`, *optional*):
-            Makes a batch of a list of examples, as in `Trainer`. Examples of different lengths need one that pads,
-            such as `DataCollatorWithPadding(tokenizer)`.
+            Collates a list of examples into a batch, as in `Trainer`. Examples of different lengths need a collator
+            that pads, such as `DataCollatorWithPadding(tokenizer)`.
         batch_size (`int`, *optional*, defaults to `8`):
             Number of examples per batch of `dataset`.
         metric (`str`, *optional*, defaults to `"validation loss"`):
@@ -95,7 +94,7 @@ class Gate:
         if (self.compute_loss is None) == (self.dataset is None):
             raise ValueError("Gate needs either compute_loss or dataset (the validation data), not both")
         if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: choose at least 1")
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         check_rule(self.level, self.margin)
 
     @torch.no_grad()
@@ -120,10 +119,8 @@ class Gate:
             inputs = {name: _to_model(value, name, model) for name, value in batch.items()}
             loss = model(**inputs).loss
             if loss is None:
-                raise ValueError(
-                    f"{type(model).__name__} returns no loss for batches of {', '.join(inputs)}; add labels to the"
-                    " validation examples or pass compute_loss"
-                )
+                batch_of = f"{type(model).__name__} returns no loss for batches of {', '.join(inputs)}"
+                raise ValueError(f"{batch_of}; add labels to the examples or pass compute_loss")
             losses.append(float(loss))
         return losses
 
@@ -169,9 +166,8 @@ def write_best_candidate(
         scratch = folder / "candidate"
         for candidate in candidates:
             on_main_process(accelerator, scratch.mkdir)
-            fill_checkpoint(
-                trajectory, candidate.tensors, scratch, candidate.adapt(options), verify=candidate is candidates[0]
-            )
+            adapted, verify = candidate.adapt(options), candidate is candidates[0]
+            fill_checkpoint(trajectory, candidate.tensors, scratch, adapted, verify=verify)
             losses[candidate.name] = on_main_process(accelerator, partial(_evaluate, gate, scratch, options))
             on_main_process(accelerator, partial(shutil.rmtree, scratch))
             check_reference(losses[REFERENCE], gate.margin)
@@ -189,74 +185,63 @@ def write_best_candidate(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A candidate and how to write it; `state` is `None` for predictions."""
+    """A candidate and how to write it."""
 
     name: str
     tensors: TensorSource
     plan: PredictionPlan
-    predictor: str | None = None
-    steps: int = 0
-    state: int | None = None
-    recalibrated: bool = False
+    recipe: dict[str, Any]
 
     def adapt(self, options: WriteOptions) -> WriteOptions:
-        return options if self.recalibrated else replace(options, recalibrate_with=None)
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        return {
-            "predictor": self.predictor,
-            "predictor_options": None if self.predictor is None else {},
-            "steps": self.steps,
-            "recalibrated": self.recalibrated,
-            "state": self.state,
-        }
+        return options if self.recipe["recalibrated"] else replace(options, recalibrate_with=None)
 
 
 def _candidates(plan: PredictionPlan, recalibrates: bool) -> list[_Candidate]:
     """List all candidates, Θ0 first."""
-    trajectory = plan.trajectory
-    average = replace(plan, predictor=get_predictor("average"), steps=1)
+    trajectory, average = plan.trajectory, replace(plan, predictor=Average(), steps=1)
 
-    def state(index: int, name: str, recalibrated: bool) -> _Candidate:
-        tensors = StateTensors(trajectory, index)
-        return _Candidate(name, tensors, average, state=index, recalibrated=recalibrated)
+    def state(index: int, suffix: str = "", recalibrated: bool = recalibrates) -> _Candidate:
+        recipe = {
+            "predictor": None,
+            "predictor_options": None,
+            "steps": 0,
+            "recalibrated": recalibrated,
+            "state": index,
+        }
+        return _Candidate(f"Θ{index}{suffix}", StateTensors(trajectory, index), average, recipe)
 
-    candidates = [state(0, REFERENCE, recalibrated=False)]
+    def prediction(name: str, plan: PredictionPlan, predictor: str | None = None) -> _Candidate:
+        options: dict[str, Any] | None = None if predictor is None else {}
+        recipe = {"predictor": predictor, "predictor_options": options, "steps": plan.steps}
+        recipe |= {"recalibrated": recalibrates, "state": None}
+        return _Candidate(name, PredictedTensors(plan), plan, recipe)
+
+    candidates = [state(0, recalibrated=False)]
     if recalibrates and any(role.is_batch_norm for role in trajectory.roles.values()):
-        candidates.append(state(0, f"{REFERENCE}, BatchNorm recalibrated", recalibrated=True))
-    candidates += [state(index, f"Θ{index}", recalibrates) for index in range(1, trajectory.num_states)]
+        candidates.append(state(0, ", BatchNorm recalibrated"))
+    candidates += [state(index) for index in range(1, trajectory.num_states)]
     kind = "KNOWN" if isinstance(plan.predictor, KNOWNPredictor) else type(plan.predictor).__name__
     for steps in range(1, plan.steps + 1):
         name = f"{kind}, {steps} step{'s' if steps > 1 else ''}"
-        of_steps = replace(plan, steps=steps)
-        candidates.append(
-            _Candidate(name, PredictedTensors(of_steps), of_steps, steps=steps, recalibrated=recalibrates)
-        )
+        candidates.append(prediction(name, replace(plan, steps=steps)))
     if not isinstance(plan.predictor, Average):
-        candidates.append(
-            _Candidate(
-                "average of the states", PredictedTensors(average), average, "average", 1, recalibrated=recalibrates
-            )
-        )
+        candidates.append(prediction("average of the states", average, "average"))
     return candidates
 
 
 def _check_can_load(gate: Gate, plan: PredictionPlan) -> None:
-    trajectory = plan.trajectory
-    if trajectory.is_adapter and gate.base_model is None:
-        raise ValueError(f"{trajectory.path} records adapters; pass the model they belong to as Gate(base_model=)")
-    if not trajectory.is_adapter and not (trajectory.path / "config.json").exists():
+    path, is_adapter = plan.trajectory.path, plan.trajectory.is_adapter
+    if is_adapter and gate.base_model is None:
+        raise ValueError(f"{path} records adapters; pass their base model as Gate(base_model=)")
+    if not is_adapter and not (path / "config.json").exists():
         raise ValueError(
-            f"{trajectory.path} records a plain nn.Module; Gate cannot instantiate it. Predict without a gate, load"
-            " states and predictions into your module with load_into(module), and pass their losses to"
-            " know_hf.prediction.choose"
+            f"{path} records a plain nn.Module; Gate cannot instantiate it. Predict without a gate, load states and"
+            " prediction with load_into(module), and pass their losses to know_hf.prediction.choose"
         )
 
 
 def _evaluate(gate: Gate, folder: Path, options: WriteOptions) -> float | list[float]:
-    accelerator: Accelerator | None = options.accelerator
-    device = gate.device or (None if accelerator is None else accelerator.device)
+    device = gate.device or getattr(options.accelerator, "device", None)
     with _unchanged(gate.base_model) as base:
         model: Any = load_pretrained(folder, options.model_class, base)
         try:
@@ -275,16 +260,16 @@ def _unchanged(model: PreTrainedModel | None) -> Iterator[PreTrainedModel | None
         yield None
         return
     device = model.device
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield model
     finally:
         model.to(device)
-        for parameter, required in trained.items():
-            parameter.requires_grad_(required)
-        for module, was_training in modes.items():
-            module.training = was_training
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        for module, is_training in modes:
+            module.training = is_training
 
 
 def _default_collate(examples: list[Any]) -> Mapping[str, Any]:
@@ -292,8 +277,8 @@ def _default_collate(examples: list[Any]) -> Mapping[str, Any]:
         return default_data_collator(examples)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{len(examples)} examples of the gate's dataset cannot be collated ({error}); pass data_collator=, such"
-            " as DataCollatorWithPadding(tokenizer) for examples of different lengths"
+            f"cannot collate {len(examples)} examples of the gate's dataset ({error}); pass data_collator=, for"
+            " example DataCollatorWithPadding(tokenizer)"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """[`plan_prediction`]: what a prediction will do, from the headers of the recorded files alone."""
 
-import time
+import timeit
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +117,8 @@ class PredictionPlan:
         ]
         if self.seconds is not None:
             each = self.seconds / max(self.predicted * self.steps, 1)
-            lines.append(
-                f"time      about {_duration(self.seconds)} on one process ({each:.2g} s per weight and step)"
-            )
+            time = f"{_duration(self.seconds)} on one process ({each:.2g} s per weight and step)"
+            lines.append(f"time      about {time}")
         return "\n".join(lines)
 
 
@@ -157,11 +156,11 @@ def plan_prediction(
         raise ValueError(f"dtype must be a floating-point dtype such as torch.bfloat16, got {dtype}")
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
-    chosen = _predictor(known, predictor, predictor_options, kernel, device)
-    needed = chosen.num_states or 2
+    resolved = _predictor(known, predictor, predictor_options, kernel, device)
+    needed = resolved.num_states or 2
     if trajectory.num_states < needed:
         raise ValueError(
-            f"{trajectory.path} has {trajectory.num_states} states and {type(chosen).__name__} needs {needed}; record"
+            f"{trajectory.path} has {trajectory.num_states} states, {type(resolved).__name__} needs {needed}; record"
             f" with ForgettingSchedule(num_states={needed})"
         )
     _refuse_quantised(trajectory)
@@ -172,10 +171,18 @@ def plan_prediction(
         if network not in PREDICTED_ROLES or not spec.dtype.is_floating_point or trajectory.is_unchanged(name):
             network = None
         tensors[name] = PlannedTensor(spec, role, network)
-    plan = PredictionPlan(trajectory, chosen, int(steps), tensors)
+    plan = PredictionPlan(trajectory, resolved, int(steps), tensors)
     if estimate_time:
         plan.seconds = _seconds(plan)
     return plan
+
+
+def model_json(path: Path) -> Any:
+    """Parse a JSON file of a recorded model. A `TrajectoryError` names a damaged file."""
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise TrajectoryError(f"{path} cannot be read ({error}); restore it from a copy") from error
 
 
 def _predictor(
@@ -185,20 +192,18 @@ def _predictor(
     kernel: str,
     device: torch.device | str | None,
 ) -> Predictor:
+    fields = dict(options or {})
     if predictor is not None and known is not None:
         raise ValueError("give either known or predictor, not both: a predictor replaces KNOWN")
-    if options and not isinstance(predictor, str):
+    if fields and (predictor == "known" or not isinstance(predictor, str)):
         raise ValueError(
-            f"predictor_options={dict(options)} need the name of a predictor, got predictor={predictor!r}"
+            f"predictor_options={fields} need the name of a predictor other than KNOWN, got {predictor!r}"
         )
     if predictor not in (None, "known") and kernel != "auto":
         raise ValueError(f"kernel={kernel!r} applies to KNOWN only, and predictor={predictor!r} replaces it")
     if predictor is not None and not isinstance(predictor, str):
         return predictor
-    fields = dict(options or {})
     if predictor in (None, "known"):
-        if fields:
-            raise ValueError(f"predictor_options={fields} do not apply to KNOWN; use known= and kernel=")
         model = known if isinstance(known, KNOWNModel) else _load_known(known or SHIPPED_KNOWN)
         fields = {"model": model if device is None else model.to(device), "kernel": kernel}
     try:
@@ -210,27 +215,21 @@ def _predictor(
 def _load_known(source: str | Path) -> KNOWNModel:
     model, info = KNOWNModel.from_pretrained(source, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{source} holds no KNOWN weights: tensor {missing[0]!r} is missing; give another folder or id"
-        )
+        raise ValueError(f"{source} holds no KNOWN weights: it lacks tensor {missing[0]!r}; give another folder or id")
     return model
 
 
 def _refuse_quantised(trajectory: WeightTrajectory) -> None:
     config = trajectory.path / "config.json"
-    content = parse_json(config.read_bytes()) if config.exists() else {}
+    content = model_json(config) if config.exists() else {}
     if not isinstance(content, dict):
         raise TrajectoryError(f"{config} is not a JSON object; restore it from a copy")
     if content.get("quantization_config"):
-        raise TrajectoryError(
-            f"{config} has a quantization_config: quantised weights cannot be extrapolated. Record the dequantised"
-            " model (model.dequantize())"
-        )
+        raise TrajectoryError(f"{config} has a quantization_config; record the dequantised model, model.dequantize()")
     for name in trajectory.names:
-        if trajectory.dtype(name) in (torch.float8_e4m3fn, torch.float8_e5m2):
+        if (dtype := trajectory.dtype(name)) in (torch.float8_e4m3fn, torch.float8_e5m2):
             raise TrajectoryError(
-                f"tensor {name!r} of state 0 of {trajectory.path} is quantised ({trajectory.dtype(name)}); record the"
-                " model in bfloat16, float16 or float32"
+                f"tensor {name!r} of {trajectory.path} is quantised ({dtype}); record in bfloat16, float16 or float32"
             )
 
 
@@ -240,12 +239,10 @@ def _seconds(plan: PredictionPlan) -> float:
         return 0.0
     rows = 0.05 * torch.randn(_TRIAL_SIZE, plan.num_states, generator=torch.Generator().manual_seed(0))
     predictor = plan.predictor.at_depth(0.5) if isinstance(plan.predictor, DepthPredictor) else plan.predictor
-    times: list[float] = []
-    for _ in range(3):  # the first run compiles
-        start = time.perf_counter()
-        predictor.residual(rows, sorted(networks)[0])
-        times.append(time.perf_counter() - start)
-    return min(times) / _TRIAL_SIZE * plan.predicted * plan.steps
+    trial = timeit.repeat(
+        lambda: predictor.residual(rows, min(networks)), number=1, repeat=3
+    )  # the first run compiles
+    return min(trial) / _TRIAL_SIZE * plan.predicted * plan.steps
 
 
 def _duration(seconds: float) -> str:

@@ -60,20 +60,14 @@ class ResidualReport:
             trained_on (`Mapping[str, float]`, *optional*):
                 `largest_weight` and `largest_displacement` of the predictor's training data for this role.
         """
-        weight, moves = history[-1], history.diff(dim=0)
-        report = cls(
-            predicted=residual.numel(),
-            largest_residual=_largest(residual),
-            largest_weight=_largest(history),
-            largest_move=_largest(moves),
-            _residual_sum=float(residual.abs().sum()),
-            _weight_sum=float(weight.abs().sum()),
-            _move_sum=float(moves[-1].abs().sum()),
-        )
-        products = torch.stack([residual, weight, moves[-1]])
-        gram = (products @ products.T).tolist()
-        report._residual_square, report._weight_square, report._move_square = (gram[i][i] for i in range(3))
-        report._residual_weight, report._residual_move = gram[0][1], gram[0][2]
+        moves = history.diff(dim=0)
+        vectors = torch.stack([residual, history[-1], moves[-1]])
+        products = (vectors @ vectors.T).tolist()
+        report = cls(predicted=residual.numel(), largest_residual=_largest(residual))
+        report.largest_weight, report.largest_move = _largest(history), _largest(moves)
+        report._residual_sum, report._weight_sum, report._move_sum = (float(row.abs().sum()) for row in vectors)
+        report._residual_square, report._weight_square, report._move_square = (products[i][i] for i in range(3))
+        _, report._residual_weight, report._residual_move = products[0]
         if trained_on is not None:
             weight_limit, move_limit = trained_on["largest_weight"], trained_on["largest_displacement"]
             if report.largest_weight > weight_limit or report.largest_move > move_limit:
@@ -82,11 +76,8 @@ class ResidualReport:
         return report
 
     def __add__(self, other: "ResidualReport") -> "ResidualReport":
-        merged = {}
-        for field in fields(self):
-            here, there = getattr(self, field.name), getattr(other, field.name)
-            merged[field.name] = max(here, there) if field.name.startswith("largest") else here + there
-        return ResidualReport(**merged)
+        pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
+        return ResidualReport(**{n: max(pair) if n.startswith("largest") else sum(pair) for n, pair in pairs.items()})
 
     @property
     def mean_residual(self) -> float:
@@ -147,12 +138,10 @@ def table(reports: Mapping[str, ResidualReport], heading: str) -> str:
     lines = [f"{heading:{width}}" + "".join(f"{column:>13}" for column in columns)]
     for name, r in reports.items():
         cells = [f"{r.tensors:,}", f"{r.parameters:,}", f"{r.unchanged:,}"]
-        if r.predicted:
-            ratio = "-" if math.isinf(r.mean_ratio) else f"{r.mean_ratio:.2%}"
-            cells += [f"{r.mean_residual:.3g}", f"{r.largest_residual:.3g}", ratio]
-            cells += [f"{r.shrink_share:.0%}", f"{r.extrapolation_share:.0%}"]
-        else:
-            cells += ["-"] * 5
+        ratio = "-" if math.isinf(r.mean_ratio) else f"{r.mean_ratio:.2%}"
+        residual = [f"{r.mean_residual:.3g}", f"{r.largest_residual:.3g}", ratio]
+        residual += [f"{r.shrink_share:.0%}", f"{r.extrapolation_share:.0%}"]
+        cells += residual if r.predicted else ["-"] * len(residual)
         lines.append(f"{name:{width}}" + "".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """[`PredictionResult`]: the written checkpoint and what happened to its tensors."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,9 @@ class PredictionResult:
     @property
     def report(self) -> dict[str, ResidualReport]:
         """Report on all tensors of each role together."""
-        by_role: dict[str, ResidualReport] = {}
+        by_role: defaultdict[str, ResidualReport] = defaultdict(ResidualReport)
         for name, report in self.tensors.items():
-            by_role[self.roles[name]] = by_role.get(self.roles[name], ResidualReport()) + report
+            by_role[self.roles[name]] += report
         return dict(sorted(by_role.items()))
 
     def load_model(

@@ -87,13 +87,12 @@ class GateResult:
     @property
     def rule(self) -> str:
         """The decision rule, as sentences."""
-        beyond = f" by more than {self.margin:g}" if self.margin else ""
+        beyond, untested = f" by more than {self.margin:g}" if self.margin else "", ""
         if self.num_values == 1:
             return (
                 f"Each candidate has a single loss, so its noise is unknown and no test is possible. The lowest loss"
                 f" is chosen if it is below that of {REFERENCE}{beyond}."
             )
-        untested = ""
         if any(self._is_untested(candidate) for candidate in self.candidates):
             decided = f"is better if it is lower{beyond}" if self.margin else "is chosen only if a margin is set"
             untested = f" A candidate that differs by the same amount on every value cannot be tested: it {decided}."
@@ -108,22 +107,21 @@ class GateResult:
     def sentence(self) -> str:
         """The verdict: what was chosen and by how much."""
         reference, *others = self.candidates
-        chosen = next((candidate for candidate in others if candidate.name == self.chosen), None)
-        if chosen is not None:
-            rivals = f" and {_count(len(others) - 1, 'other candidate')}" if len(others) > 1 else ""
-            return (
-                f"The gate chose {chosen.name} over {REFERENCE}{rivals}: {self._compared(chosen)}; {REFERENCE} has"
-                f" {reference.loss:.4g}."
-            )
+        number = f"{len(others) - (not self.is_reference)} other candidate"
+        number += "" if number.startswith("1 ") else "s"
         finite = [candidate for candidate in others if candidate.loss is not None]
         if not finite:
             return f"The gate kept {REFERENCE}: no other candidate has a finite {self.metric}."
-        lowest = min(finite, key=lambda candidate: candidate.loss or 0.0)
-        reason = "by more than the margin" if self.num_values == 1 else "by more than noise"
+        if not self.is_reference:
+            chosen = self._compared(next(candidate for candidate in others if candidate.name == self.chosen))
+            over = f"{REFERENCE} and {number}" if len(others) > 1 else REFERENCE
+            return f"The gate chose {self.chosen} over {over}: {chosen}; {REFERENCE} has {reference.loss:.4g}."
+        lowest = min(finite, key=_loss)
+        reason = "the margin" if self.num_values == 1 else "noise"
         return (
-            f"The gate kept {REFERENCE}: none of {_count(len(others), 'other candidate')} is better {reason}."
-            f" {REFERENCE} has a {self.metric} of {reference.loss:.4g}; the best other candidate is"
-            f" {lowest.name} with a {self._compared(lowest)}."
+            f"The gate kept {REFERENCE}: none of {number} is better by more than {reason}. {REFERENCE} has a"
+            f" {self.metric} of {reference.loss:.4g}; the best other candidate is {lowest.name} with a"
+            f" {self._compared(lowest)}."
         )
 
     def _is_untested(self, candidate: GateCandidate) -> bool:
@@ -136,34 +134,14 @@ class GateResult:
             return f"{text} on every value, so its noise is unknown)"
         if candidate.p_value is None:
             return f"{text})"
-        return f"{text}, interval {_interval(candidate)}, p = {candidate.p_value:.2g})"
+        interval = "unbounded" if candidate.low is None else f"[{candidate.low:+.4g}, {candidate.high:+.4g}]"
+        return f"{text}, interval {interval}, p = {candidate.p_value:.2g})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, as a card takes them."""
-        return {
-            "metric": self.metric,
-            "scores": self.scores,
-            "chosen": self.chosen,
-            "sentence": self.sentence,
-            "rule": self.rule,
-            "candidates": [asdict(candidate) for candidate in self.candidates],
-            "num_values": self.num_values,
-            "level": self.level,
-            "margin": self.margin,
-            "recipe": dict(self.recipe) if self.recipe else None,
-        }
-
-    def markdown(self) -> str:
-        """Return the table of all candidates."""
-        rows = [["candidate", self.metric, f"minus {REFERENCE}", f"{1 - self.level:.0%} interval", "p (corrected)"]]
-        for candidate in self.candidates:
-            name = f"**{candidate.name}** (chosen)" if candidate.name == self.chosen else candidate.name
-            loss = "not finite" if candidate.loss is None else f"{candidate.loss:.4g}"
-            difference = "" if candidate.difference is None else f"{candidate.difference:+.4g}"
-            p_value = "" if candidate.p_value is None else f"{candidate.p_value:.3g}"
-            rows.append([name, loss, difference, _interval(candidate), p_value])
-        lines = [f"| {' | '.join(row)} |" for row in rows]
-        return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]])
+        first = {name: getattr(self, name) for name in ("metric", "scores", "chosen", "sentence", "rule")}
+        last = {name: getattr(self, name) for name in ("num_values", "level", "margin", "recipe")}
+        return {**first, "candidates": [asdict(candidate) for candidate in self.candidates], **last}
 
     def __str__(self) -> str:
         return f"{self.sentence}\n{self.rule}"
@@ -202,34 +180,34 @@ def choose(
     """
     check_rule(level, margin)
     if REFERENCE not in losses:
-        raise ValueError(
-            f"losses has no {REFERENCE!r}, only {', '.join(losses)}; add the losses of the full-data state"
-        )
+        raise ValueError(f"losses has no {REFERENCE!r}, only {', '.join(losses)}; add those of the full-data state")
     values = {name: np.atleast_1d(np.asarray(given, dtype=np.float64)) for name, given in losses.items()}
     reference = check_reference(values.pop(REFERENCE), margin)
     count = len(reference)
     for name, array in values.items():
         if array.shape != reference.shape:
             raise ValueError(
-                f"{name} has losses of shape {array.shape} and {REFERENCE} of shape {reference.shape}; compute_loss"
-                " must return the losses of the same examples in the same order for every model"
+                f"{name} has losses of shape {array.shape}, {REFERENCE} of shape {reference.shape}; return the losses"
+                " of the same examples in the same order for every model"
             )
-    finite = {name: array for name, array in values.items() if np.isfinite(array).all()}
-    candidates = {name: GateCandidate(name, None) for name in values}
     least = margin or 0.0
-    differences = {name: array - reference for name, array in finite.items()}
-    for name, difference in differences.items():
-        candidates[name] = GateCandidate(name, float(finite[name].mean()), float(difference.mean()))
-    vary = [name for name, array in finite.items() if not _is_shifted(array, reference)]
-    if vary:
-        stacked = np.stack([differences[name] for name in vary], axis=1)
-        tested = _simultaneous(stacked, level, least, num_resamples, np.random.default_rng(seed))
-        for name, (low, high, p_value) in zip(vary, tested, strict=True):
+    candidates, differences = {}, {}
+    for name, array in values.items():
+        candidates[name] = GateCandidate(name, None)
+        if np.isfinite(array).all():
+            difference = array - reference
+            candidates[name] = GateCandidate(name, float(array.mean()), float(difference.mean()))
+            if not _is_shifted(array, reference):
+                differences[name] = difference
+    if differences:
+        stacked = np.stack(list(differences.values()), axis=1)
+        tests = _simultaneous(stacked, level, least, num_resamples, np.random.default_rng(seed))
+        for name, (low, high, p_value) in zip(differences, tests, strict=True):
             candidates[name] = replace(candidates[name], low=low, high=high, p_value=p_value)
-    better = [candidate for candidate in candidates.values() if _is_better(candidate, count, level, least)]
-    best = min(better, key=lambda candidate: candidate.loss or 0.0).name if better else REFERENCE
     first = GateCandidate(REFERENCE, float(reference.mean()))
-    return GateResult(best, (first, *candidates.values()), metric, count, level, least)
+    better = [candidate for candidate in candidates.values() if _is_better(candidate, count, level, least)]
+    best = min(better, key=_loss, default=first)
+    return GateResult(best.name, (first, *candidates.values()), metric, count, level, least)
 
 
 def _is_shifted(values: np.ndarray, reference: np.ndarray) -> bool:
@@ -252,9 +230,8 @@ def _simultaneous(
     tests: list[tuple[float | None, float | None, float]] = []
     for centre, spread in zip(mean.tolist(), error.tolist(), strict=True):
         p_value = (1 + int((largest >= abs(centre + margin) / spread).sum())) / (1 + num_resamples)
-        bounded = math.isfinite(critical)
-        ends = (centre - critical * spread, centre + critical * spread) if bounded else (None, None)
-        tests.append((*ends, p_value))
+        width = critical * spread
+        tests.append((centre - width, centre + width, p_value) if math.isfinite(width) else (None, None, p_value))
     return tests
 
 
@@ -299,22 +276,12 @@ def check_reference(losses: float | Sequence[float] | np.ndarray, margin: float 
     count = len(reference)
     if count == 1 and margin is None:
         raise ValueError(
-            "compute_loss returned one number, whose noise is unknown; return a list with the loss of every example or"
-            " batch, or set margin= to the improvement that counts"
+            "the noise of one number is unknown; return the loss of every example or batch, or set margin="
         )
     if count < MINIMUM_VALUES and count != 1:
-        raise ValueError(
-            f"{count} losses of {REFERENCE} are too few to separate noise from gain; give at least {MINIMUM_VALUES}:"
-            " one per example, or smaller batches"
-        )
+        raise ValueError(f"got {count} losses of {REFERENCE}, too few for a test; give at least {MINIMUM_VALUES}")
     return reference
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
-
-
-def _interval(candidate: GateCandidate) -> str:
-    if candidate.p_value is None:
-        return ""
-    return "unbounded" if candidate.low is None else f"[{candidate.low:+.4g}, {candidate.high:+.4g}]"
+def _loss(candidate: GateCandidate) -> float:
+    return candidate.loss or 0.0

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,9 +47,7 @@ class StateTensors(TensorSource):
 
     def __init__(self, trajectory: WeightTrajectory, state: int) -> None:
         if not 0 <= state < trajectory.num_states:
-            raise ValueError(
-                f"state={state}: {trajectory.path} has states 0 to {trajectory.num_states - 1}; choose one of them"
-            )
+            raise ValueError(f"state={state}, but {trajectory.path} has states 0 to {trajectory.num_states - 1}")
         self.trajectory = trajectory
         self.state = state
 
@@ -91,10 +90,8 @@ class FunctionTensors(TensorSource):
 
     def values(self, piece: Piece, data: torch.Tensor) -> tuple[torch.Tensor, ResidualReport]:
         if data.numel() != piece.size:
-            raise ValueError(
-                f"the function returned {data.numel()} values for elements {piece.start} to {piece.stop - 1} of tensor"
-                f" {piece.name!r}; return {piece.size}"
-            )
+            what = f"elements {piece.start} to {piece.stop - 1} of tensor {piece.name!r}"
+            raise ValueError(f"the function returned {data.numel()} values for {what}; return {piece.size}")
         return data.flatten(), count_piece(self.trajectory, piece)
 
 
@@ -105,13 +102,11 @@ def full_tensors(function: Callable[[str], torch.Tensor | None]) -> TensorFuncti
         function (`Callable[[str], torch.Tensor | None]`):
             From a name to all values of the tensor, or `None` for those of Θ0.
     """
-    last: tuple[str, torch.Tensor | None] | None = None
+    latest = lru_cache(maxsize=1)(function)
 
     def piece(name: str, start: int, stop: int) -> torch.Tensor | None:
-        nonlocal last
-        if last is None or last[0] != name:
-            last = name, function(name)
-        return None if last[1] is None else last[1].flatten()[start:stop]
+        values = latest(name)
+        return None if values is None else values.flatten()[start:stop]
 
     return piece
 
@@ -129,7 +124,7 @@ def check_finite(values: torch.Tensor, name: str, trajectory: WeightTrajectory, 
         count = int((~torch.isfinite(values)).sum())
         raise TrajectoryError(
             f"tensor {name!r} of state {state} of {trajectory.path} has {count} NaN or infinite values: the training"
-            " diverged. Record the trajectory again with a lower learning rate"
+            " diverged. Record again with a lower learning rate"
         )
 
 
@@ -140,9 +135,7 @@ def cast(values: torch.Tensor, dtype: torch.dtype, name: str, trajectory: Weight
         `ValueError`: if a finite value overflows the dtype.
     """
     result = values.to(dtype)
-    overflows = result.dtype != values.dtype and result.is_floating_point() and not is_finite(result)
-    if overflows and is_finite(values):
-        raise ValueError(
-            f"tensor {name!r} of {trajectory.path} has values too large for {dtype}; write bfloat16 or float32"
-        )
+    if dtype != values.dtype and dtype.is_floating_point and not is_finite(result) and is_finite(values):
+        reason = f"tensor {name!r} of {trajectory.path} has values too large for {dtype}"
+        raise ValueError(f"{reason}; write bfloat16 or float32")
     return result

@@ -33,9 +33,8 @@ def range_warnings(role: str, tensors: Mapping[str, ResidualReport], trained_on:
     mean = trained_on["mean_displacement"]
     if total.predicted and total.mean_move < FAR_SMALLER * mean:
         warnings.append(
-            f"{role}: the weights moved by {total.mean_move:.2g} on average between the last two states, and the"
-            f" network was trained on moves of {mean:.2g}. Its residual then depends on the size of a weight more"
-            " than on how the weight moved"
+            f"{role}: the weights moved by {total.mean_move:.2g} on average between the last two states, the network"
+            f" was trained on moves of {mean:.2g}. Its residual depends on the weights more than on their moves"
         )
     return warnings
 
@@ -47,17 +46,16 @@ def forgetting_warnings(losses: Sequence[float | None]) -> list[str]:
         losses (`Sequence[float | None]`):
             Evaluation loss of every state, full data first; `None` if it is unknown.
     """
-    full_data = losses[0]
+    full_data, *later = losses
     if full_data is None:
         return []
-    no_worse = [(state, loss) for state, loss in enumerate(losses) if state and loss is not None and loss <= full_data]
-    if not no_worse:
+    states = [f"Θ{k} ({loss:.4g})" for k, loss in enumerate(later, 1) if loss is not None and loss <= full_data]
+    if not states:
         return []
-    states = ", ".join(f"Θ{state} ({loss:.4g})" for state, loss in no_worse)
-    verb = "is" if len(no_worse) == 1 else "are"
+    verb = "is" if len(states) == 1 else "are"
     return [
-        f"the model did not forget: by evaluation loss {states} {verb} no worse than Θ0 ({full_data:.4g}). Predicting"
-        " backwards may undo training; train Θ0 longer"
+        f"the model did not forget: by evaluation loss {', '.join(states)} {verb} no worse than Θ0 ({full_data:.4g})."
+        " Predicting backwards may undo training; train Θ0 longer"
     ]
 
 
@@ -86,15 +84,14 @@ def code_warnings(configs: Sequence[Any], base_model: str | None) -> list[str]:
     references = [name for value in values for name in (value if isinstance(value, list) else [value])]
     # repo--module.Class is fetched from that repo
     modules = {name.rpartition(".")[0] for name in references if isinstance(name, str) and "--" not in name}
-    if not modules:
-        return []
     files = ", ".join(f"{module}.py" for module in sorted(modules))
+    if not files:
+        return []
     origin = "the folder or repo that the model was loaded from"
     if base_model:
         is_folder = base_model.startswith((".", "/")) or "\\" in base_model or Path(base_model).exists()
         origin = Path(base_model).name if is_folder else base_model  # cards show no paths
     return [
-        f"the model uses custom code ({files}), which the checkpoint does not contain. Before loading it with"
-        f" trust_remote_code=True, copy these files and the files they import from {origin}; or pass the class to"
-        " load_model(model_class=)"
+        f"the checkpoint lacks the custom code of the model ({files}). Copy these files and those they import from"
+        f" {origin}; then load with trust_remote_code=True. Or pass the class to load_model(model_class=)"
     ]

@@ -2,11 +2,13 @@
 
 import json
 import shutil
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..batch_norm import recalibrate_batch_norm
-from ..checkpoint import (
-    DEFAULT_SHARD_SIZE,
-    CheckpointWriter,
-    TensorSpec,
-    atomic_folder,
-    replace_tensors,
-    write_json,
-)
+from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, TensorSpec, atomic_folder, replace_tensors, write_json
 from ..distributed import on_every_process, on_main_process
 from ..model_tensors import names_on_disk
 from ..trajectory import WeightTrajectory, load_pretrained
@@ -32,6 +27,7 @@ from .residuals import ResidualReport
 from .tensor_sources import FunctionTensors, TensorFunction, TensorSource, cast
 
 READ_AHEAD, WRITE_BEHIND = 2, 2  # pieces
+S = TypeVar("S")
 T = TypeVar("T")
 Reports = dict[str, ResidualReport]
 
@@ -151,9 +147,8 @@ def fill_checkpoint(
     def write_my_part() -> tuple[Reports, int]:
         pieces = split_pieces(specs, source.cost, part, parts)
         with _verified(trajectory, part, parts, verify):
-            return _write_pieces(
-                trajectory, source, writer, specs, pieces, show_progress=part == 0
-            ), writer.bytes_written
+            reports = _write_pieces(trajectory, source, writer, specs, pieces, show_progress=part == 0)
+        return reports, writer.bytes_written
 
     def finish(num_bytes: int) -> None:
         writer.close(num_bytes)
@@ -169,17 +164,15 @@ def fill_checkpoint(
 def measure(trajectory: WeightTrajectory, source: TensorSource) -> Reports:
     """Return the reports that writing would give, without writing."""
     specs = checkpoint_specs(trajectory)
-    pieces = split_pieces(specs, source.cost)
-    return _merged({piece.name: source.values(piece, data)[1]} for piece, data in _read_ahead(pieces, source.read))
+    data_of_pieces = _in_background(partial(_read, source), split_pieces(specs, source.cost), READ_AHEAD)
+    return _merged({piece.name: source.values(piece, data)[1]} for piece, data in data_of_pieces)
 
 
 def checkpoint_specs(trajectory: WeightTrajectory, dtype: torch.dtype | None = None) -> dict[str, TensorSpec]:
     """Return dtype and shape of every tensor of a checkpoint; `dtype` replaces floating-point dtypes only."""
-    specs = {}
-    for name in trajectory.names:
-        stored = trajectory.dtype(name)
-        specs[name] = TensorSpec(dtype if dtype and stored.is_floating_point else stored, trajectory.shape(name))
-    return specs
+    stored = {name: trajectory.dtype(name) for name in trajectory.names}
+    dtypes = {name: dtype if dtype and kind.is_floating_point else kind for name, kind in stored.items()}
+    return {name: TensorSpec(kind, trajectory.shape(name)) for name, kind in dtypes.items()}
 
 
 def _copy_model_files(trajectory: WeightTrajectory, folder: Path, dtype: torch.dtype | None) -> None:
@@ -203,11 +196,8 @@ def _verified(trajectory: WeightTrajectory, part: int, parts: int, verify: bool)
         verification = pool.submit(trajectory.verify, part, parts)
         try:
             yield
-        except Exception as error:
-            if (damage := verification.exception()) is not None:
-                raise damage from error
-            raise
-        verification.result()
+        finally:
+            verification.result()
 
 
 def _write_pieces(
@@ -218,87 +208,61 @@ def _write_pieces(
     pieces: list[Piece],
     show_progress: bool,
 ) -> Reports:
-    reports: Reports = {}
-    bar = tqdm(
-        total=sum(piece.size for piece in pieces),
-        desc=source.description,
-        unit="parameter",
-        unit_scale=True,
-        disable=not show_progress,
-    )
-    with bar, _WriteBehind(WRITE_BEHIND) as background:
-        for piece, data in _read_ahead(pieces, source.read):
+    reports: list[Reports] = []
+
+    def compute() -> Iterator[tuple[str, torch.Tensor, int]]:
+        for piece, data in _in_background(partial(_read, source), pieces, READ_AHEAD):
             values, report = source.values(piece, data)
-            values = cast(values, specs[piece.name].dtype, piece.name, trajectory)
-            background.submit(writer.write, piece.name, values, piece.start)
-            reports[piece.name] = reports.get(piece.name, ResidualReport()) + report
-            bar.update(piece.size)
+            reports.append({piece.name: report})
+            yield piece.name, cast(values, specs[piece.name].dtype, piece.name, trajectory), piece.start
+
+    total, disable = sum(piece.size for piece in pieces), not show_progress
+    with tqdm(total=total, desc=source.description, unit="parameter", unit_scale=True, disable=disable) as bar:
+        for size in _in_background(lambda args: writer.write(*args), compute(), WRITE_BEHIND):
+            bar.update(size)
     writer.flush()
-    return reports
+    return _merged(reports)
 
 
-def _read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], T]) -> Iterator[tuple[Piece, T]]:
-    """Yield each piece with its data while the next pieces are read."""
-    with ThreadPoolExecutor(1, thread_name_prefix="know_hf-read") as pool:
-        waiting: deque[tuple[Piece, Future[T]]] = deque()
+def _read(source: TensorSource, piece: Piece) -> tuple[Piece, Any]:
+    return piece, source.read(piece)
+
+
+def _in_background(function: Callable[[S], T], items: Iterable[S], limit: int) -> Iterator[T]:
+    """Yield `function(item)` in order. A thread computes it, at most `limit` items ahead of the consumer."""
+    with ThreadPoolExecutor(1, thread_name_prefix="know_hf") as pool:
+        waiting: deque[Future[T]] = deque()
         try:
-            for piece in pieces:
-                waiting.append((piece, pool.submit(read, piece)))
-                if len(waiting) > READ_AHEAD:
-                    first, data = waiting.popleft()
-                    yield first, data.result()
-            for first, data in waiting:
-                yield first, data.result()
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > limit:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _WriteBehind:
-    """Run jobs in order in a thread, with at most `limit` waiting. Errors surface in later calls."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="know_hf-write")
-        self._jobs: deque[Future[Any]] = deque()
-
-    def submit(self, job: Callable[..., Any], *args: Any) -> None:
-        self._jobs.append(self._pool.submit(job, *args))
-        while len(self._jobs) > self._limit:
-            self._jobs.popleft().result()
-
-    def __enter__(self) -> "_WriteBehind":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-        if kind is None:
-            for job in self._jobs:
-                job.result()
-
-
 def _merged(parts: Iterable[Reports]) -> Reports:
-    total: Reports = {}
-    for reports in parts:
-        for name, report in reports.items():
-            total[name] = total.get(name, ResidualReport()) + report
+    total: defaultdict[str, ResidualReport] = defaultdict(ResidualReport)
+    for name, report in chain.from_iterable(reports.items() for reports in parts):
+        total[name] += report
     return dict(sorted(total.items()))
 
 
 def _recalibrate(folder: Path, trajectory: WeightTrajectory, options: WriteOptions) -> None:
     """Replace the BatchNorm statistics in the files. Computed in float32, stored in the dtype of the file."""
     model = load_pretrained(folder, options.model_class).float()
-    recalibrate_batch_norm(
-        model, ({name: _as_float32(v) for name, v in b.items()} for b in options.recalibrate_with or ())
-    )
-    state, on_disk = model.state_dict(), names_on_disk(model)
-    statistics = [name for name in state if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
-    for name in statistics:
-        if on_disk.get(name) not in trajectory.roles:
-            raise ValueError(
-                f"{folder} has no tensor for the BatchNorm statistics {name!r} of {type(model).__name__}. Load the"
-                " model and call recalibrate_batch_norm(model, batches)"
-            )
-    replace_tensors(folder, {on_disk[name]: state[name] for name in statistics})
+    batches = options.recalibrate_with or ()
+    recalibrate_batch_norm(model, ({name: _as_float32(v) for name, v in batch.items()} for batch in batches))
+    on_disk, statistics = names_on_disk(model), ("running_mean", "running_var", "num_batches_tracked")
+    new = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(statistics)}
+    if missing := [name for name in new if on_disk.get(name) not in trajectory.roles]:
+        raise ValueError(
+            f"{folder} has no tensor for the BatchNorm statistics {missing[0]!r}; load the model and call"
+            " recalibrate_batch_norm(model, batches)"
+        )
+    replace_tensors(folder, {on_disk[name]: tensor for name, tensor in new.items()})
 
 
 def _as_float32(value: Any) -> Any:

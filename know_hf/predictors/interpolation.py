@@ -34,9 +34,7 @@ class TaskVector(Combination):
     def weights(self, num_states: int) -> Sequence[float]:
         since = num_states - 1 if self.since is None else self.since
         if since >= num_states:
-            raise ValueError(
-                f"since={since}, but the history has {num_states} states; choose an index from 1 to {num_states - 1}"
-            )
+            raise ValueError(f"since={since} for a history of {num_states} states; choose 1 to {num_states - 1}")
         return [-self.scale if state == num_states - 1 - since else 0.0 for state in range(num_states - 1)]
 
 

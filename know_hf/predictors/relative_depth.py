@@ -59,11 +59,8 @@ def relative_depths(names: Sequence[str]) -> dict[str, float]:
     for (tower, _), depth in spans.items():
         ends[tower] = max(ends[tower], depth)
 
-    depths = {}
-    for name, path in paths.items():
-        block = blocks[name] or _beside(path, spans)
-        depths[name] = spans[block] if block else _outside(path, ends)
-    return depths
+    near = {name: blocks[name] or _beside(path, spans) for name, path in paths.items()}
+    return {name: spans[block] if block else _outside(paths[name], ends) for name, block in near.items()}
 
 
 def _path(name: str) -> Path:
@@ -156,9 +153,8 @@ def _outside(path: Path, ends: dict[Path, float]) -> float:
         return 1.0
     if _is_input(path):
         return 0.0
-    shared = {tower: _shared_length(path, tower) for tower in ends}
-    longest = max(shared.values())
-    return max(ends[tower] for tower in ends if shared[tower] == longest) if longest else 1.0
+    longest, depth = max((_shared_length(path, tower), depth) for tower, depth in ends.items())
+    return depth if longest else 1.0
 
 
 def _shared_length(path: Path, tower: Path) -> int:

@@ -1,5 +1,6 @@
-"""One of two processes that predict together, started by `torchrun`; notes what it saw for the test to read."""
+"""One of two processes that predict together, started by `torchrun`; writes its results for the test to read."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -42,19 +43,16 @@ def main(root: Path) -> None:
         gate=Gate(size_of_the_first_bias),
         accelerator=accelerator,
     )
-    assert gated.gate is not None
-    lines = [str({role: r.parameters for role, r in result.report.items()}), str(result.report["conv"].mean_residual)]
-    lines.append(str(gated.gate))
+    parameters = {role: report.parameters for role, report in result.report.items()}
+    notes = [parameters, result.report["conv"].mean_residual, str(gated.gate)]
+    fails = FailOnRankOne(accelerator.process_index)
     try:
         predict_overflowed_weights(
-            root / "trajectory",
-            predictor=FailOnRankOne(accelerator.process_index),
-            output_dir=root / "failed",
-            accelerator=accelerator,
+            root / "trajectory", predictor=fails, output_dir=root / "failed", accelerator=accelerator
         )
     except Exception as error:
-        lines.append(f"{type(error).__name__}: {error}")
-    (root / f"rank-{accelerator.process_index}.txt").write_text("\n".join(lines))
+        notes.append(f"{type(error).__name__}: {error}")
+    (root / f"rank-{accelerator.process_index}.json").write_text(json.dumps(notes))
     accelerator.end_training()
 
 
