@@ -123,7 +123,7 @@ SCORES = {
 def test_a_better_arm_is_named_with_its_difference():
     comparison = compare_with_naive(SCORES, ["good", "same", "bad"], "transfer")
     assert (comparison.better, comparison.worse) == (("good",), ("bad",))
-    assert comparison.verdict().startswith("In transfer, good (+5.2 points, 95% interval [+4.")
+    assert comparison.verdict().startswith("Transfer: good (+5.2 points, 95% interval [+4.")
     assert "4 seeds, Holm-corrected for 3 arms" in comparison.verdict()
     assert comparison.validity().endswith("positive control passed.")
     assert "power of 80%" in comparison.sensitivity()
@@ -142,7 +142,7 @@ def test_a_better_arm_is_named_with_its_difference():
 
 def test_a_comparison_without_a_better_arm_names_the_best():
     comparison = compare_with_naive(SCORES, ["same", "bad"], "transfer")
-    assert "none of same, bad is significantly better" in comparison.verdict()
+    assert "no arm is significantly better" in comparison.verdict()
     assert "the best is same with +0.0 points" in comparison.verdict()
     assert "significantly worse: bad" in comparison.verdict()
 

@@ -116,7 +116,7 @@ class Comparison:
 
     Attributes:
         what (`str`):
-            What was measured, as in "In {what}, …".
+            What was measured, such as `"few-shot fine-tuning, accuracy"`; sentences start with it.
         results (`dict[str, ArmResult]`):
             From arm to its result; includes `"naive"`.
         candidates (`tuple[str, ...]`):
@@ -174,42 +174,41 @@ class Comparison:
         return self._all_beaten(("oracle", "naive"))
 
     def verdict(self) -> str:
-        """Say in one sentence whether any candidate is better than naive."""
+        """Say whether any candidate is better than naive."""
         if self.valid is False:
-            return (
-                f"In {self.what}, the positive control failed: naive is not significantly better than the weights it"
-                " started from. The comparison is inconclusive."
+            return self._sentence(
+                "inconclusive, because the positive control failed. The unchanged weights (naive) are not"
+                " significantly better than the weights that their training started from."
             )
         if not self.candidates:
-            return f"In {self.what}, naive was compared with references only."
+            return self._sentence("the unchanged weights (naive) were compared with references only.")
         count, values = len(self.candidates), f"{self.num_seeds} {self.counted}"
-        test = f"paired t-test over {values}, Holm-corrected for {count} arms, level {ALPHA:g}"
+        test = f"Paired t-test over {values}, Holm-corrected for {count} arms, level {ALPHA:g}."
         if self.better:
             verb = "is" if len(self.better) == 1 else "are"
             names = ", ".join(f"{name} ({self._gain(name)})" for name in self.better)
-            return f"In {self.what}, {names} {verb} significantly better than naive ({test})."
+            return self._sentence(f"{names} {verb} significantly better than the unchanged weights (naive). {test}")
         best = max(self.candidates, key=lambda name: self.measure.gain(self.results[name].estimate.mean))
         worse = f"; significantly worse: {', '.join(self.worse)}" if self.worse else ""
-        arms = ", ".join(self.candidates) if count < 8 else f"the {count} arms"
-        return (
-            f"In {self.what}, none of {arms} is significantly better than naive; the best is {best} with"
-            f" {self._gain(best)}{worse} ({test})."
+        return self._sentence(
+            f"no arm is significantly better than the unchanged weights (naive); the best is {best} with"
+            f" {self._gain(best)}{worse}. {test}"
         )
 
     def verdict_on_methods(self) -> str:
-        """Say in one sentence whether a method is better than naive and every control; empty without methods."""
+        """Say whether a method is better than naive and every control; empty without methods."""
         if not self.against_controls or self.valid is False:
             return ""
         if self.better_than_controls:
-            return f"In {self.what}, better than naive and every control: {', '.join(self.better_than_controls)}."
+            return self._sentence(f"better than naive and every control: {', '.join(self.better_than_controls)}.")
         nearest = []
         for name, against in self.against_controls.items():
             difference = self.measure.difference(against.differences[against.hardest])
             nearest.append(f"{name} minus {against.hardest} {difference}")
-        return f"In {self.what}, no method is better than naive and every control: {'; '.join(nearest)}."
+        return self._sentence(f"no method is better than naive and every control ({'; '.join(nearest)}).")
 
     def validity(self) -> str:
-        """Say in one sentence whether the positive control passed: naive beats random, and the oracle naive."""
+        """Say whether the positive control passed: naive beats random, and the oracle naive."""
         gaps = self._gaps(("naive", "random"), ("naive", "pretrained"), ("oracle", "naive"))
         if not gaps:
             return "There is no positive control: neither random initialisation nor an oracle was run."
@@ -217,25 +216,25 @@ class Comparison:
         for (upper, lower), gap in gaps.items():
             verb = "beats" if self._beats(gap) else "does not significantly beat"
             parts.append(f"{upper} {verb} {lower} ({self.measure.difference(gap)})")
-        conclusion = "the positive control passed."
+        conclusion = "The positive control passed."
         if self.valid is None:
-            conclusion = "what naive learned is unknown, as neither random nor pretrained weights were run."
+            conclusion = "What naive learned is unknown, because neither random nor pretrained weights were run."
         if self.headroom is False:
-            conclusion = "there is no headroom, so a missing gain is inconclusive."
+            conclusion = "More data (oracle) does not help either, so a missing gain is inconclusive."
         if self.valid is False:
-            conclusion = "the positive control failed."
-        return f"In {self.what}, {' and '.join(parts)}: {conclusion}"
+            conclusion = "The positive control failed."
+        return self._sentence(f"{' and '.join(parts)}. {conclusion}")
 
     def sensitivity(self) -> str:
-        """Say in one sentence which difference to naive the design detects; empty if no difference has a spread."""
+        """Say which difference to naive the design detects; empty if no difference has a spread."""
         detectable = [d for name in self.candidates if (d := self._difference(name).minimum_detectable)]
         if not detectable:
             return ""
         ends = dict.fromkeys(self.measure.format(end) for end in (min(detectable), max(detectable)))
         size = f"{' to '.join(ends)} {self.measure.difference_unit}".rstrip()
-        return (
-            f"In {self.what}, the design detects a true difference to naive of {size}, depending on the arm, with a"
-            f" power of 80% ({self.num_seeds} {self.counted}, level {ALPHA:g}/{len(self.candidates)})."
+        return self._sentence(
+            f"this design detects a true difference to naive of {size}, depending on the arm, with a power of 80%"
+            f" ({self.num_seeds} {self.counted}, level {ALPHA:g}/{len(self.candidates)})."
         )
 
     def table(self, extra: Mapping[str, Mapping[str, str]] | None = None) -> str:
@@ -267,6 +266,9 @@ class Comparison:
     def to_record(self) -> dict[str, Any]:
         """Return what a model card shows of the comparison: `what`, `arms` ([`to_dict`]), `verdict` and `validity`."""
         return {"what": self.what, "arms": self.to_dict(), "verdict": self.verdict(), "validity": self.validity()}
+
+    def _sentence(self, text: str) -> str:
+        return f"{self.what[:1].upper()}{self.what[1:]}: {text}"
 
     def _gaps(self, *pairs: tuple[str, str]) -> dict[tuple[str, str], PairedDifference]:
         values = {name: result.per_seed for name, result in self.results.items()}

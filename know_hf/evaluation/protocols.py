@@ -49,7 +49,7 @@ class MeasuringProtocol(Protocol):
 
     @property
     def what(self) -> str:
-        """What it measures, as in "In {what}, …"."""
+        """What it measures, such as `"few-shot fine-tuning"`; sentences start with it."""
 
     @property
     def on_source(self) -> bool:
