@@ -50,25 +50,15 @@ class KNOWNConfig(PreTrainedConfig):
         """Roles with a network of their own; fixed."""
         return KNOWN_ROLES
 
-    def validate_num_states(self) -> None:
-        """Require two states, the fewest that have a difference."""
-        if self.num_states < 2:
-            raise ValueError(f"num_states must be at least 2, got {self.num_states}; the published network uses 5")
-
-    def validate_sizes(self) -> None:
-        """Require at least one unit in every layer."""
-        for name in ("hidden_size", "bottleneck_size", "stream_size"):
-            if (size := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}; omit it for the published size")
-
-    def validate_scales(self) -> None:
-        """Require a monotone LeakyReLU and an initializer with positive variance."""
+    def validate_values(self) -> None:
+        """Require two states (for a difference), a unit per layer, a monotone LeakyReLU and a positive variance."""
+        for name, least in {"num_states": 2, "hidden_size": 1, "bottleneck_size": 1, "stream_size": 1}.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}; omit it for the published value")
         if not 0 <= self.leaky_slope < 1:
             raise ValueError(f"leaky_slope must be in [0, 1), got {self.leaky_slope}; the published value is 0.3")
-        if not self.initializer_scale > 0:
-            raise ValueError(
-                f"initializer_scale must be positive, got {self.initializer_scale}; the published value is 0.1"
-            )
+        if not (scale := self.initializer_scale) > 0:
+            raise ValueError(f"initializer_scale must be positive, got {scale}; the published value is 0.1")
 
 
 AutoConfig.register("known", KNOWNConfig, exist_ok=True)

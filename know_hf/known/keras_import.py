@@ -79,10 +79,9 @@ def _read(file: "h5py.File", path: Path, name: str, shape: tuple[int, ...]) -> n
     if not hasattr(dataset, "dtype"):  # missing, or a group
         raise ValueError(f"{path} has no dataset {name!r}; use an unmodified KNOWN weight file")
     if dataset.shape != shape or dataset.dtype.kind != "f":
-        raise ValueError(
-            f"dataset {name!r} of {path} is {dataset.dtype} of shape {dataset.shape}, expected floats of shape "
-            f"{shape}; pass the KNOWNConfig that matches the file"
-        )
+        actual = f"{dataset.dtype} of shape {dataset.shape}"
+        hint = "pass the KNOWNConfig that matches the file"
+        raise ValueError(f"dataset {name!r} of {path} is {actual}, expected floats of shape {shape}; {hint}")
     values = dataset[()].astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError(f"dataset {name!r} of {path} contains non-finite values; download the file again")

@@ -222,32 +222,22 @@ class KNOWNModel(KNOWNPreTrainedModel):
     def check_role(self, role: str) -> None:
         """Raise a `ValueError` if no network predicts this role."""
         if role not in self.networks:
-            raise ValueError(
-                f"KNOWN has no network for role {role!r}; choose one of {', '.join(self.networks)} "
-                "(tensors of other roles are copied, not predicted)"
-            )
+            raise ValueError(f"KNOWN has no network for role {role!r}; choose one of {', '.join(self.networks)}")
 
     def check_inputs(self, history: torch.Tensor, role: str, labels: torch.Tensor | None = None) -> None:
         """Raise a `ValueError` if the arguments of `forward` have the wrong role, shape or dtype."""
         self.check_role(role)
         num_states = self.config.num_states
         if history.ndim != 2:
-            raise ValueError(
-                f"history must have shape (N, {num_states}), got {tuple(history.shape)}; "
-                "convert an (S, *shape) history with history.flatten(1).T"
-            )
-        if history.shape[1] != num_states:
-            raise ValueError(
-                f"history has {history.shape[1]} states, but this KNOWN takes {num_states}; pass the last "
-                f"{num_states} states, or use a KNOWN with num_states={history.shape[1]}"
-            )
+            hint = "convert an (S, *shape) history with history.flatten(1).T"
+            raise ValueError(f"history must have shape (N, {num_states}), got {tuple(history.shape)}; {hint}")
+        if (length := history.shape[1]) != num_states:
+            hint = f"pass the last {num_states} states, or use a KNOWN with num_states={length}"
+            raise ValueError(f"history has {length} states, but this KNOWN takes {num_states}; {hint}")
         if not history.is_floating_point():
             raise ValueError(f"history must have a floating-point dtype, got {history.dtype}")
         if labels is not None and labels.shape != history.shape[:1]:
-            raise ValueError(
-                f"labels must have shape {tuple(history.shape[:1])}, one value per row of history, "
-                f"got {tuple(labels.shape)}"
-            )
+            raise ValueError(f"labels must have shape {tuple(history.shape[:1])}, got {tuple(labels.shape)}")
 
 
 AutoModel.register(KNOWNConfig, KNOWNModel, exist_ok=True)

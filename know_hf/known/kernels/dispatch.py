@@ -116,35 +116,33 @@ def _select(model: KNOWNModel, kernel: str) -> str:
     """Return the name of a kernel that runs on the device of the model."""
     if kernel == "auto":
         # Not Triton's interpreter on a CPU: it is slow.
-        fastest = "triton" if model.device.type == "cuda" else "cpu"
-        return "folded" if _why_unavailable(fastest, model.device) else fastest
-    if kernel not in KERNELS:
+        kernel = "triton" if model.device.type == "cuda" else "cpu"
+        try:
+            _check(kernel, model.device)
+        except (ImportError, ValueError):
+            return "folded"
+    elif kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}; choose one of auto, {', '.join(KERNELS)}")
-    if error := _why_unavailable(kernel, model.device):
-        raise error
+    else:
+        _check(kernel, model.device)
     return kernel
 
 
-def _why_unavailable(kernel: str, device: torch.device) -> ImportError | ValueError | None:
-    check = {"cpu": _check_cpu, "triton": _check_triton}.get(kernel)
-    try:
-        if check is not None:
-            check(device)
-    except (ImportError, ValueError) as error:
-        return error
-    return None
+def _check(kernel: str, device: torch.device) -> None:
+    if kernel == "cpu":
+        _check_cpu(device)
+    elif kernel == "triton":
+        _check_triton(device)
 
 
 def _check_cpu(device: torch.device) -> None:
     if device.type != "cpu":
         raise ValueError(f"kernel 'cpu' cannot run on {device}; move the model with model.cpu()")
+    hint = "pip install 'know_hf[fast]'"
     if not find_spec("llvmlite"):
-        raise ImportError("kernel 'cpu' needs llvmlite, which is not installed; pip install 'know_hf[fast]'")
+        raise ImportError(f"kernel 'cpu' needs llvmlite, which is not installed; {hint}")
     if (installed := _installed_version("llvmlite")) < OLDEST_LLVMLITE:
-        raise ImportError(
-            f"kernel 'cpu' needs llvmlite {OLDEST_LLVMLITE} or later, {installed} is installed; "
-            "pip install 'know_hf[fast]'"
-        )
+        raise ImportError(f"kernel 'cpu' needs llvmlite {OLDEST_LLVMLITE} or later, {installed} is installed; {hint}")
 
 
 def _check_triton(device: torch.device) -> None:
