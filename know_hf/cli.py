@@ -67,16 +67,15 @@ def _add_record(commands: Any) -> None:
         "fine-tune a model on smaller and smaller subsets of a dataset and record every state",
         "Flags override the YAML file. A second run with the same arguments resumes at the first missing state.",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the flags below as keys, with _ for -")
+    parser.add_argument("--config", metavar="FILE", help="YAML file; its keys are the flags below with _ for -")
     parser.add_argument("--plan", action="store_true", help="load everything, print steps, cost and disk, and stop")
     add_flags(parser, RecordArguments)
 
 
 def _record(args: argparse.Namespace) -> None:
     flags = read_flags(args, RecordArguments)  # before the heavy imports: a typo is reported at once
-    arguments = (
-        RecordArguments.from_yaml(args.config, flags) if args.config else RecordArguments.from_dict(flags, "the flags")
-    )
+    read = RecordArguments.from_yaml
+    arguments = read(args.config, flags) if args.config else RecordArguments.from_dict(flags, "the flags")
 
     from accelerate import PartialState
 
@@ -183,15 +182,8 @@ def _predict(args: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             _print(str(plan))
         return
-    result = predict_overflowed_weights(
-        args.trajectory,
-        **options,
-        output_dir=args.output_dir,
-        overwrite=args.overwrite,
-        accelerator=accelerator,
-        push_to_hub=args.push_to_hub,
-        **push_options,
-    )
+    written = push_options | {name: getattr(args, name) for name in ("output_dir", "overwrite", "push_to_hub")}
+    result = predict_overflowed_weights(args.trajectory, **options, **written, accelerator=accelerator)
     if accelerator.is_main_process:
         if args.report:
             write_json(Path(args.report), result.to_dict())
@@ -200,7 +192,7 @@ def _predict(args: argparse.Namespace) -> None:
 
 def _add_compare(commands: Any) -> None:
     summary = "compare predicted weights with the recorded weights and with controls on a suite"
-    resumes = "A second run with the same folder resumes."
+    resumes = "A second run with the same folder resumes the comparison."
     add = _add_command(commands, _compare, summary, resumes).add_argument
     add("suite", metavar="SUITE", help="name of a suite, for example digits, or a YAML file")
     add("--output-dir", required=True, metavar="DIR", help="folder for results, report.json and report.html")
@@ -208,25 +200,18 @@ def _add_compare(commands: Any) -> None:
     add("--seeds", type=int, nargs="+", metavar="N", help="trajectory seeds instead of the suite's")
     add("--processes", type=int, default=1, metavar="N", help="number of worker processes (default: 1)")
     add("--data", type=_pair, action="append", metavar="ID=PATH", help="read this dataset from a local folder")
-    add("--model", type=_pair, action="append", metavar="ID=PATH", help="read this model from a local folder")
+    model = "read this model from a local folder"
+    add("--model", dest="models", type=_pair, action="append", metavar="ID=PATH", help=model)
     add("--known", type=_pair, action="append", metavar="NAME=ID", help="also compare these KNOWN weights")
 
 
 def _compare(args: argparse.Namespace) -> None:
     from .evaluation import run_suite
 
-    report = run_suite(
-        args.suite,
-        args.output_dir,
-        arms=args.arms,
-        data=dict(args.data or ()),
-        models=dict(args.model or ()),
-        known=dict(args.known or ()),
-        seeds=args.seeds,
-        num_processes=args.processes,
-        command=shlex.join(["know-hf", *sys.argv[1:]]),
-    )
-    _print(str(report))
+    options: dict[str, Any] = {name: dict(getattr(args, name) or ()) for name in ("data", "models", "known")}
+    options |= {"arms": args.arms, "seeds": args.seeds, "num_processes": args.processes}
+    command = shlex.join(["know-hf", *sys.argv[1:]])
+    _print(str(run_suite(args.suite, args.output_dir, **options, command=command)))
 
 
 def _add_push_pull(commands: Any) -> None:
@@ -302,8 +287,6 @@ def _print(text: str) -> None:
 
 def _destroy_process_group() -> None:
     """End the process group of a launched command, because the interpreter may abort at exit if it is open."""
-    if "torch" in sys.modules:
-        from torch import distributed
-
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -97,7 +97,7 @@ class RemoteRepo:
                 if self.has(path, local):
                     return local
             os.unlink(os.path.realpath(local))
-            raise DamagedError(f"{self.name(path)} arrived damaged: its hash differs from the one on the Hub")
+            raise DamagedError(f"{self.name(path)}: the downloaded file is damaged (wrong hash)")
 
         return call_hub(download, f"Could not download {self.name(path)}")
 
@@ -164,7 +164,7 @@ def call_hub(request: Callable[[], T], failure: str, retry: bool = True) -> T:
                     if note and note not in getattr(cause, "__notes__", ()):
                         cause.add_note(note)
                 raise cause from cause.__cause__
-            logger.warning(f"{failure} ({type(cause).__name__}). Trying again in {waits[0]:.0f} s.")
+            logger.warning(f"{failure} ({type(cause).__name__}). Retrying in {waits[0]:.0f} s.")
             time.sleep(waits.pop(0))
 
 

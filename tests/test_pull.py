@@ -31,20 +31,17 @@ def test_refused_pulls(hub: LoopbackHub, enhanced: Path, recorded: Path, tmp_pat
     hub.create("me/pickle", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
     hub.create("me/damaged", contents(enhanced) | {"model.safetensors": b"garbage"})
     target = tmp_path / "pulled"
-    with raises(HubError, "no safetensors weights"):
-        pull("me/pickle", target)
-    with raises(CheckpointError, "model.safetensors"):
-        pull("me/damaged", target)
-    with raises(HubError, "holds a trajectory"):
-        pull_checkpoint("me/t", target)
-    with raises(TrajectoryError, "trajectory.json"):
-        pull_trajectory("me/x", target)
-    with raises(RepositoryNotFoundError, "me/none"):
-        pull("me/none", target)
-    with raises(RevisionNotFoundError, "none"):
-        pull("me/x", target, revision="none")
-    with raises(ValueError, "token"):
-        pull("me/x", target, token="hf two")
+    for function, repo_id, options, error, match in (
+        (pull, "me/pickle", {}, HubError, "no safetensors weights"),
+        (pull, "me/damaged", {}, CheckpointError, "model.safetensors"),
+        (pull_checkpoint, "me/t", {}, HubError, "holds a trajectory"),
+        (pull_trajectory, "me/x", {}, TrajectoryError, "trajectory.json"),
+        (pull, "me/none", {}, RepositoryNotFoundError, "me/none"),
+        (pull, "me/x", {"revision": "none"}, RevisionNotFoundError, "none"),
+        (pull, "me/x", {"token": "hf two"}, ValueError, "token"),
+    ):
+        with raises(error, match):
+            function(repo_id, target, **options)
     assert {path.name for path in tmp_path.iterdir()} <= {"home"}
     target.write_bytes(b"")
     with raises(FileExistsError, "another folder"):

@@ -187,18 +187,6 @@ def test_processor_finite_metrics_and_classes_of_strings(tmp_path, monkeypatch, 
     assert not list(trajectory.path.glob("state-*/preprocessor_config.json"))
 
 
-def test_the_callback_alone_checks_that_subsets_shrink(tmp_path):
-    model, dataset = make_resnet(), make_images()
-    callback = WeightTransitionCallback(tmp_path / "trajectory", BALANCED)
-    args = make_trainer(tmp_path, seed=5, num_train_epochs=1).args
-    for indices in BALANCED.indices(len(dataset), dataset["labels"][:]):
-        Trainer(model, args, train_dataset=dataset.select(indices), callbacks=[callback]).train()
-    trajectory = WeightTrajectory(tmp_path / "trajectory")
-    assert [(s.num_examples, s.steps, s.seed) for s in trajectory.states] == [(64, 16, 5), (32, 8, 5), (16, 4, 5)]
-    with pytest.raises(ValueError, match=r"state 3 .*64 examples.*16"):
-        Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
-
-
 def test_the_callback_alone_records_a_stream_with_the_shares_of_the_schedule(tmp_path):
     schedule = ForgettingSchedule(num_states=2, steps_per_stage=1)
     callback = WeightTransitionCallback(tmp_path / "trajectory", schedule)

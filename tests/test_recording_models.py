@@ -137,3 +137,7 @@ def test_own_loops_are_recorded_and_resumed(tmp_path, record):
     record(tmp_path / "resumed", make_resnet(), stages=2)
     record(tmp_path / "resumed", make_resnet(seed=5))
     assert hashes(tmp_path / "resumed") == hashes(tmp_path / "complete")
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), **OPTIONS), train_dataset=make_images(32))
+    trainer.add_callback(WeightTransitionCallback(tmp_path / "complete", SCHEDULE))
+    with pytest.raises(ValueError, match=r"state 3 .*32 examples.* 8;"):
+        trainer.train()

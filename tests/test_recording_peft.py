@@ -1,4 +1,4 @@
-"""Of a model with an adapter, the adapter is recorded, whatever its kind."""
+"""Recordings of models with an adapter: only the adapter is recorded."""
 
 import pytest
 import torch
@@ -37,9 +37,24 @@ pytestmark = PEFT_WARNING
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
 
 
-def record(folder, model, **arguments):
-    trainer = make_trainer(folder / "out", model, num_train_epochs=1, **arguments)
-    return trainer, induce_forgetting(trainer, BALANCED, folder / "trajectory")
+def record(folder, model, name="trajectory", callbacks=()):
+    trainer = make_trainer(folder / "out", model, num_train_epochs=1)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer, induce_forgetting(trainer, BALANCED, folder / name)
+
+
+def predict(trajectory, folder, residual):
+    """Predict with one residual for every weight; returns the result and its tensors."""
+    result = predict_overflowed_weights(trajectory, predictor=Constant(residual), output_dir=folder)
+    return result, load_file(folder / "adapter_model.safetensors")
+
+
+def assert_zero_residual_is_state_0(trajectory, folder):
+    result, _ = predict(trajectory, folder, 0.0)
+    before = trajectory.path / "state-0/adapter_model.safetensors"
+    assert (result.path / "adapter_model.safetensors").read_bytes() == before.read_bytes()
+    return result
 
 
 def copied_batch_norm(model, source):
@@ -73,13 +88,10 @@ def test_an_adapter_is_recorded_reloaded_and_predicted(tmp_path, kind):
         ):
             torch.testing.assert_close(copied_batch_norm(reloaded, trainer.model)(images).logits, expected)
 
-    result = predict_overflowed_weights(trajectory, predictor=Constant(0.0), output_dir=tmp_path / "zero")
-    before = trajectory.path / "state-0/adapter_model.safetensors"
-    assert (result.path / "adapter_model.safetensors").read_bytes() == before.read_bytes()
+    result = assert_zero_residual_is_state_0(trajectory, tmp_path / "zero")
     assert not (result.path / "model.safetensors").exists()
     assert isinstance(result.load_model(make_resnet()), PeftModel)
-    predict_overflowed_weights(trajectory, predictor=Constant(0.5), output_dir=tmp_path / "half")
-    moved = load_file(tmp_path / "half/adapter_model.safetensors")
+    _, moved = predict(trajectory, tmp_path / "half", 0.5)
     for name, role in trajectory.roles.items():
         assert torch.equal(moved[name], trajectory.tensor(name) + (0.5 if role.role in ("fc", "bias") else 0)), name
 
@@ -93,9 +105,7 @@ def test_adapters_of_other_models(tmp_path, name):
     assert {role.role for role in trajectory.roles.values()} == {"fc"}
     history = trajectory.history(trajectory.names[0])
     assert not torch.equal(history[0], history[-1])
-    result = predict_overflowed_weights(trajectory, predictor=Constant(0.0), output_dir=tmp_path / "zero")
-    before = trajectory.path / "state-0/adapter_model.safetensors"
-    assert (result.path / "adapter_model.safetensors").read_bytes() == before.read_bytes()
+    result = assert_zero_residual_is_state_0(trajectory, tmp_path / "zero")
     weights = get_peft_model_state_dict(result.load_model(trainer.model.unload()))
     assert all(torch.equal(weights[tensor], trajectory.tensor(tensor)) for tensor in trajectory.names)
 
@@ -118,16 +128,14 @@ def test_batch_norm_statistics_below_an_adapter_give_one_warning(tmp_path, caplo
 
 def test_a_resumed_adapter_ends_in_the_same_weights(tmp_path):
     _, complete = record(tmp_path, make_adapter("dora"))
-    trainer = make_trainer(tmp_path / "out", make_adapter("dora"), num_train_epochs=1)
-    trainer.add_callback(StopAfter(2))
     with pytest.raises(KeyboardInterrupt):
-        induce_forgetting(trainer, BALANCED, tmp_path / "resumed")
-    trainer = make_trainer(tmp_path / "out", make_adapter("dora"), num_train_epochs=1)
-    assert_same_states(induce_forgetting(trainer, BALANCED, tmp_path / "resumed"), complete)
+        record(tmp_path, make_adapter("dora"), "resumed", [StopAfter(2)])
+    _, resumed = record(tmp_path, make_adapter("dora"), "resumed")
+    assert_same_states(resumed, complete)
 
 
-def test_each_state_holds_the_complete_adapter(tmp_path):
-    model = make_adapter("lora")
+def test_each_state_holds_the_complete_adapter_and_the_biases_beside_it(tmp_path):
+    model = make_adapter("modules_to_save", bias="all")
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
@@ -137,8 +145,10 @@ def test_each_state_holds_the_complete_adapter(tmp_path):
         assert sorted(saved) == trajectory.names
         assert all(torch.equal(saved[name], trajectory.tensor(name, state)) for name in saved)
     frozen = next(name for name in trajectory.names if "lora_A" in name)
-    result = predict_overflowed_weights(trajectory, predictor=Constant(0.5), output_dir=tmp_path / "predicted")
-    assert torch.equal(load_file(result.path / "adapter_model.safetensors")[frozen], trajectory.tensor(frozen))
+    assert torch.equal(predict(trajectory, tmp_path / "predicted", 0.5)[1][frozen], trajectory.tensor(frozen))
+    biases = [name for name in trajectory.names if name.endswith("normalization.bias")]
+    assert biases
+    assert not any(torch.equal(trajectory.tensor(name, 0), trajectory.tensor(name, 1)) for name in biases)
 
 
 def two_adapters():
@@ -205,15 +215,8 @@ def test_adapter_tensors_outside_of_the_state_dict(tmp_path):
     assert all(torch.equal(loaded[name], trajectory.tensor(name, 1)) for name in trajectory.names)
 
 
-def test_biases_trained_beside_an_adapter_are_recorded(tmp_path):
-    _, trajectory = record(tmp_path, make_adapter("modules_to_save", bias="all"))
-    biases = [name for name in trajectory.names if name.endswith("normalization.bias")]
-    assert biases
-    assert not any(torch.equal(trajectory.tensor(name, 0), trajectory.tensor(name, 1)) for name in biases)
-
-
-def test_an_adapter_needs_its_own_base(tmp_path):
-    _, trajectory = record(tmp_path, make_adapter("modules_to_save"))
+def test_an_adapter_needs_its_own_base(record_states):
+    trajectory = record_states(make_adapter("modules_to_save"), 2)
     other = ResNetForImageClassification(ResNetConfig(**{**make_resnet().config.to_dict(), "num_labels": 5}))
     with pytest.raises(TrajectoryError, match=r"ResNetForImageClassification.*classifier"):
         trajectory.load_model(base_model=other)

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SCHEDULE, make_images, make_resnet, make_trainer
-from doubles.hub_fixtures import contents
-from doubles.small_trainers import BALANCED, StopAfter, assert_same_states
+from doubles.small_trainers import BALANCED, StopAfter, assert_refused, assert_same_states
 from torch import nn
 from transformers import (
     BartConfig,
@@ -27,21 +26,6 @@ from know_hf.trajectory import TrajectoryError
 
 SHORT = ForgettingSchedule(num_states=2)
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-
-
-class NoTraining(TrainerCallback):
-    def on_train_begin(self, args, state, control, **kwargs):
-        pytest.fail("a training has begun")
-
-
-def assert_refused(trainer, folder, error, match, schedule=BALANCED, **options):
-    """The recording fails before any training and before anything is written."""
-    if isinstance(trainer, Trainer):
-        trainer.add_callback(NoTraining())
-    before = contents(folder.parent)
-    with pytest.raises(error, match=match):
-        induce_forgetting(trainer, schedule, folder, **options)
-    assert contents(folder.parent) == before
 
 
 @pytest.mark.parametrize(

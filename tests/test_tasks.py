@@ -51,12 +51,9 @@ PEFT_WARNING = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Fu
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-    datasets.enable_progress_bars()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
 
 
 def make_tokenizer(**tokens):
@@ -162,9 +159,7 @@ def test_text_classification_is_planned_recorded_and_resumed(text_arguments):
     assert trajectory.path == output_dir / "trajectory"
     assert [state.num_examples for state in trajectory.states] == plan.num_examples == [32, 16, 8]
     assert [state.steps for state in trajectory.states] == plan.steps == [16, 4, 2]
-    assert plan.epochs == [2, 1, 1]
-    assert plan.examples_seen == 2 * 32 + 16 + 8
-    assert plan.relative_cost == 1.75
+    assert (plan.epochs, plan.examples_seen, plan.relative_cost) == ([2, 1, 1], 2 * 32 + 16 + 8, 1.75)
     assert plan.parameters == sum(trajectory.shape(name).numel() for name in trajectory.names)
     assert plan.bytes_needed == 3 * 4 * plan.parameters
     assert all(text in str(plan) for text in ("22 steps", "88 examples", "2.75 epochs", "1.38 times"))
@@ -226,13 +221,10 @@ def test_image_classification(image_arguments, tmp_path):
 
 
 def test_language_modelling_in_steps_and_from_current_weights(lm_arguments):
-    args = replace(
-        lm_arguments, steps_per_stage=2, training={**QUICK, "max_steps": 3, "gradient_accumulation_steps": 2}
-    )
+    training = {**QUICK, "max_steps": 3, "gradient_accumulation_steps": 2}
+    args = replace(lm_arguments, steps_per_stage=2, training=training)
     plan = plan_task(args)
-    assert plan.steps == [3, 2, 2]
-    assert plan.epochs == [3 / 4, 1, 2]
-    assert plan.examples_seen == 24 + 16 + 16
+    assert (plan.steps, plan.epochs, plan.examples_seen) == ([3, 2, 2], [3 / 4, 1, 2], 24 + 16 + 16)
     trajectory = record_task(args)
     assert [state.steps for state in trajectory.states] == plan.steps
     assert all("eval_loss" in state.metrics and "eval_accuracy" not in state.metrics for state in trajectory.states)

@@ -169,15 +169,8 @@ def _copy_known(source: Path, folder: Path) -> None:
 
 
 def _write_known_card(folder: Path, repo_id: str) -> None:
-    def content(name: str) -> Any:
-        path = folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-    card = known_card(
-        KNOWNConfig.from_pretrained(folder),
-        content(_RESULTS),
-        title=repo_id.split("/")[-1],
-        path=repo_id,
-        comparisons=content(COMPARISONS_NAME) or (),
-    )
+    paths = (folder / _RESULTS, folder / COMPARISONS_NAME)
+    results, comparisons = (json.loads(path.read_bytes()) if path.exists() else None for path in paths)
+    options: dict[str, Any] = {"title": repo_id.split("/")[-1], "path": repo_id, "comparisons": comparisons or ()}
+    card = known_card(KNOWNConfig.from_pretrained(folder), results, **options)
     (folder / CARD).write_text(str(card), encoding="utf-8")

@@ -53,8 +53,8 @@ def induce_forgetting(
 
     Args:
         trainer (`Trainer`):
-            Any `transformers.Trainer` with a `train_dataset`. For a `PeftModel` the adapter is recorded; it must have
-            one adapter, and not a prompt-learning one.
+            Any `transformers.Trainer` with a `train_dataset`. Of a `PeftModel`, the adapter is recorded; it must be
+            the only one, and not a prompt-learning one.
         schedule ([`ForgettingSchedule`]):
             The subsets.
         output_dir (`str` or `Path`):
@@ -70,7 +70,7 @@ def induce_forgetting(
 
     Raises:
         `TypeError`:
-            When trainer or schedule have another type.
+            When `trainer` or `schedule` has the wrong type.
         `ValueError`:
             When the subsets are too small, the dataset cannot be divided, an adapter cannot be recorded, the
             trainer's optimizer cannot be created again, `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval`
@@ -127,17 +127,14 @@ def induce_forgetting(
 class _StageCallback(WeightTransitionCallback):
     """The callback of [`induce_forgetting`]: records the subset, and keeps errors to raise them on all processes."""
 
-    def __init__(self, output_dir: str | Path, schedule: ForgettingSchedule, **options: Any) -> None:
-        super().__init__(output_dir, schedule, **options)
-        self.subset: Subset | None = None
-        self.training: dict[str, str] = {}
-        self.on_written: Callable[[StateRecord], object] | None = None
-        self._failure: Exception | None = None
-        self._last_loaded: tuple[Subset, int | None] | None = None
+    subset: Subset
+    training: dict[str, str]
+    on_written: Callable[[StateRecord], object]
+    _failure: Exception | None = None
+    _last_loaded: tuple[Subset, int | None] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         """Check that the loader follows the subsets; everything else was checked before the first stage."""
-        assert self.subset is not None
         if state.is_world_process_zero:
             warn_about_warmup(args, state)
         last, size = self._last_loaded, num_examples_of(kwargs)
@@ -151,7 +148,6 @@ class _StageCallback(WeightTransitionCallback):
             )
 
     def record(self, model: nn.Module, **details: Any) -> None:
-        assert self.subset is not None
         details |= {"num_examples": self.subset.num_examples, "fraction": self.subset.fraction}
         details |= {"subset_fingerprint": self.subset.fingerprint, "on_written": self.on_written}
         # from the start of the stage: auto_find_batch_size may change the arguments

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..data.subsets import Subset
-from ..trajectory import StateRecord, WeightTrajectory
+from ..trajectory import WeightTrajectory
 
 _ARGUMENTS = (
     "learning_rate",
@@ -58,20 +58,16 @@ def check_same_recording(
                 f"state {state.index} of {trajectory.path} was trained on other data: {state.size} with fingerprint"
                 f" {state.subset_fingerprint}, now {subset.size}; use the same dataset to resume, or another folder"
             )
-        _check_same_arguments(trajectory, state, args)
-
-
-def _check_same_arguments(trajectory: WeightTrajectory, state: StateRecord, args: TrainingArguments) -> None:
-    if not state.training:  # state 0 with start="current"
-        return
-    recorded = {"seed": str(state.seed), **state.training}
-    for name, value in {"seed": str(args.seed), **recorded_arguments(args)}.items():
-        if not _same(recorded.get(name, value), value):
-            hint = " (per device × accumulation × processes)" if name == "examples_per_step" else ""
-            raise ValueError(
-                f"state {state.index} of {trajectory.path} was trained with {name}={recorded[name]}, but the trainer"
-                f" has {value}{hint}; use the same arguments to resume, or another folder"
-            )
+        if not state.training:  # state 0 with start="current"
+            continue
+        recorded = {"seed": str(state.seed), **state.training}
+        for name, value in {"seed": str(args.seed), **recorded_arguments(args)}.items():
+            if not _same(recorded.get(name, value), value):
+                hint = " (per device × accumulation × processes)" if name == "examples_per_step" else ""
+                raise ValueError(
+                    f"state {state.index} of {trajectory.path} was trained with {name}={recorded[name]}, but the"
+                    f" trainer has {value}{hint}; use the same arguments to resume, or another folder"
+                )
 
 
 def _same(text: str, other: str) -> bool:

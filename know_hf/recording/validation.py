@@ -60,7 +60,7 @@ def check_reloadable(model: nn.Module) -> None:
         problem = f"{name} cannot be built from its config alone ({error})"
         if converted := converted_names(model):
             raise ValueError(
-                f"{problem}, as resuming requires to read {min(converted)!r}; use a class that takes only its config"
+                f"{problem}, so a resumed run could not read {min(converted)!r}; use a class that needs only a config"
             ) from error
     else:
         shapes, rebuilt_shapes = (

@@ -27,6 +27,7 @@ _UNUSED = {
     IMAGE: ("text_column", "text_pair_column", "max_length", "pack"),
     LM: ("image_column", "label_column", "text_pair_column", "stratify"),
 }
+_DTYPE_HELP = "dtype of the weights: float32, bfloat16 or auto, as in the checkpoint (default: float32; LoRA: auto)"
 _LORA_HELP = (
     "train a LoRA adapter; keys: r, alpha, dropout, target_modules, use_dora, use_rslora; none: train all weights"
 )
@@ -66,7 +67,7 @@ class LoraArguments:
         if self.r < 1:
             raise ValueError(f"lora r={self.r}: the rank must be at least 1")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora dropout={self.dropout}: must lie in [0, 1)")
+            raise ValueError(f"lora dropout={self.dropout}: must be in [0, 1)")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -90,7 +91,7 @@ class RecordArguments:
     dataset: str = _option(MISSING, "Hub id or folder of the dataset, as datasets.load_dataset reads it")
     output_dir: str = _option(MISSING, "folder for trajectory/, record.json, forgetting.png and the Trainer's files")
     model_revision: str | None = _option(None, "branch, tag or commit of the model")
-    dtype: str | None = _option(None, "float32, bfloat16, or auto for the checkpoint's (default: float32; LoRA: auto)")
+    dtype: str | None = _option(None, _DTYPE_HELP)
     dataset_config: str | None = _option(None, "configuration of the dataset, if it has several")
     dataset_revision: str | None = _option(None, "branch, tag or commit of the dataset")
     train_split: str = _option("train", "split to train on; slices such as train[:90%] work")

@@ -96,7 +96,7 @@ def tokenize(
     tokens = dataset.map(inputs, batched=True, remove_columns=texts, desc="tokenizing")
     if not len(tokens):
         raise ValueError(
-            f"{len(dataset)} texts give no example of max_length={max_length} tokens; lower it or turn pack off"
+            f"{len(dataset)} texts produce no example of max_length={max_length} tokens; lower it or turn pack off"
         )
     if causal and not pack and len(tokens) < len(dataset):
         logger.warning(f"dropped {len(dataset) - len(tokens)} of {len(dataset)} texts with fewer than two tokens")
@@ -197,7 +197,7 @@ def _encode_classes(splits: list[datasets.Dataset], args: RecordArguments) -> tu
         if unknown := [value for value in values if value not in index_of]:
             raise ValueError(
                 f"{_name(split, args)}: {len(unknown)} rows have the class {unknown[0]!r}, which is not among"
-                f" {_shorten(names)}; test splits often have no classes, choose another split"
+                f" {_shorten(names)}; choose another split, because test splits often have no classes"
             )
     is_bool = getattr(feature, "dtype", None) == "bool"  # False == 0, but no model takes False as a class
     if is_bool or any(label != index for label, index in index_of.items()):

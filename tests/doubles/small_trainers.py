@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from transformers import (
     set_seed,
 )
 
-from know_hf import ForgettingSchedule, WeightTrajectory
+from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
 
 OPTIONS = {
     "per_device_train_batch_size": 8,
@@ -134,6 +135,7 @@ CASES: dict[str, tuple[Callable[[Path], Trainer], type]] = {
     "sft": (sft, AutoModelForCausalLM),
 }
 TARGETS = {"bert": "query", "llama": "q_proj", "gpt2": "c_attn", "vit": "q_proj", "t5": "q", "sft": "q_proj"}
+TARGETS |= {"resnet": "shortcut.convolution"}
 KINDS = {
     "lora": {"target_modules": ["shortcut.convolution", "classifier.1"]},
     "rslora": {"target_modules": ["shortcut.convolution", "classifier.1"], "use_rslora": True},
@@ -162,6 +164,11 @@ def adapt(trainer: Trainer, name: str) -> Trainer:
     return trainer
 
 
+class NoTraining(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        pytest.fail("a training has begun")
+
+
 class StopAfter(TrainerCallback):
     """Ctrl-C in the training that follows a number of complete ones."""
 
@@ -184,6 +191,18 @@ def hashes(folder: Path) -> dict[str, str]:
         else "folder"
         for path in folder.rglob("*")
     }
+
+
+def assert_refused(
+    trainer: Any, folder: Path, error: type[Exception], match: str, schedule: Any = BALANCED, **options: Any
+) -> None:
+    """The recording fails before any training and before it writes a trajectory."""
+    if isinstance(trainer, Trainer):
+        trainer.add_callback(NoTraining())
+    existed = WeightTrajectory.exists(folder)
+    with pytest.raises(error, match=match):
+        induce_forgetting(trainer, schedule, folder, **options)
+    assert WeightTrajectory.exists(folder) == existed
 
 
 def assert_same_states(first: WeightTrajectory, second: WeightTrajectory) -> None:

@@ -20,7 +20,6 @@ from doubles.small_trainers import (
     TARGETS,
     StopAfter,
     adapt,
-    make_adapter,
     make_case,
     next_tokens,
     tiny_llama,
@@ -148,14 +147,10 @@ def main() -> None:
 
     record_interrupted(lambda root: make_trainer(root / "out"), BALANCED, root, "interrupted")
 
-    adapter = make_trainer(root / "out", make_adapter("lora"))
-    notes["adapter_states"] = induce_forgetting(adapter, BALANCED, root / "adapter").num_states
-
     for name in TARGETS:
-        trainer = make_case(name, root / "out")
-        induce_forgetting(trainer, ForgettingSchedule(num_states=2), root / f"{name}-full")
-        trainer = adapt(make_case(name, root / "out"), name)
-        induce_forgetting(trainer, ForgettingSchedule(num_states=2), root / f"{name}-lora")
+        full, lora = make_case(name, root / "out"), adapt(make_case(name, root / "out"), name)
+        for kind, trainer in (("full", full), ("lora", lora)):
+            induce_forgetting(trainer, ForgettingSchedule(num_states=2), root / f"{name}-{kind}")
 
     notes["bad_folder"] = error_of(make_trainer(root / "out"), root / "file" / "trajectory")
 

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import make_trainer
-from doubles.small_trainers import BALANCED, hashes
-from transformers import TrainerCallback
+from doubles.small_trainers import assert_refused, hashes
 
-from know_hf import WeightTrajectory, induce_forgetting
+from know_hf import WeightTrajectory
 
 WORKER = Path(__file__).with_name("crash_worker.py")
 
@@ -179,57 +177,40 @@ def test_a_recording_resumes_after_ctrl_c(undisturbed, recording):
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=45m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+
+    def mount(option: str) -> Path:
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", folder], capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs is not permitted here")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
 
 
-def check_full_disk(run: Recording, trouble: str, message: str, release: Callable[[], None]) -> None:
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [("limit_file_size", "File too large"), ("fill_disk", "No space left on device")],
+)
+def test_a_full_disk_keeps_the_states_before(undisturbed, recording, mount, tmp_path, trouble, message):
+    run = recording("large", parent=mount("size=45m") if trouble == "fill_disk" else tmp_path)
     run.run(trouble=trouble)
     assert run.codes == [1]
     assert "OSError: state 2" in run.output and str(run.folder) in run.output and message in run.output
     assert run.num_recorded == 2
     WeightTrajectory(run.folder).verify()
-    release()
+    run.folder.with_name("ballast").unlink(missing_ok=True)
     run.run()
     assert run.codes == [1, 0], run.output
     assert run.trainings == [0, 1, 2, 2]
-
-
-def test_a_write_error_keeps_the_states_before(undisturbed, recording):
-    """Files may not grow beyond 1 MB from state 2 on: writes fail as on a full disk."""
-    run = recording("large")
-    check_full_disk(run, "limit_file_size", "File too large", lambda: None)
     assert hashes(run.folder) == undisturbed("large").hashes
 
 
-def test_a_full_disk_keeps_the_states_before(undisturbed, recording, small_disk):
-    run = recording("large", parent=small_disk)
-    check_full_disk(run, "fill_disk", "No space left on device", (small_disk / "ballast").unlink)
-    assert hashes(run.folder) == undisturbed("large").hashes
-
-
-class NoTraining(TrainerCallback):
-    def on_train_begin(self, args, state, control, **kwargs):
-        pytest.fail("a training has begun")
-
-
-def test_a_read_only_folder_is_refused_before_training(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    try:
-        trainer = make_trainer(tmp_path)
-        trainer.add_callback(NoTraining())
-        with pytest.raises(OSError, match="disk/trajectory"):
-            induce_forgetting(trainer, BALANCED, folder / "trajectory")
-    finally:
-        subprocess.run(["umount", folder], check=True)
+def test_a_read_only_folder_is_refused_before_training(mount, tmp_path):
+    assert_refused(make_trainer(tmp_path), mount("ro") / "trajectory", OSError, "disk/trajectory")
 
 
 def test_a_second_recorder_is_refused_and_the_first_finishes(undisturbed, recording, tmp_path):
@@ -237,25 +218,8 @@ def test_a_second_recorder_is_refused_and_the_first_finishes(undisturbed, record
     run.start(trouble="pause")
     while not (run.notes / "paused").exists():
         time.sleep(0.01)
-    trainer = make_trainer(tmp_path)
-    trainer.add_callback(NoTraining())
-    with pytest.raises(RuntimeError, match=rf"another process.*{run.folder}"):
-        induce_forgetting(trainer, BALANCED, run.folder)
-    with pytest.raises(RuntimeError, match="another process"):
-        WeightTrajectory(run.folder).record(trainer.model, num_examples=1, steps=1)
+    assert_refused(make_trainer(tmp_path), run.folder, RuntimeError, rf"another process.*{run.folder}")
     (run.notes / "resume").touch()
     run.wait()
     assert run.codes == [0], run.output
     assert hashes(run.folder) == undisturbed("trainer").hashes
-
-
-def test_a_recorder_that_was_overtaken_is_refused(recording):
-    """Two loops take turns: the lock is free, but one of them does not know the newest state."""
-    run = recording("loop")
-    run.run()
-    behind = WeightTrajectory(run.folder)
-    WeightTrajectory(run.folder).record(behind.load_model(), num_examples=1, steps=1)
-    with pytest.raises(RuntimeError, match="another process"):
-        behind.record(behind.load_model(), num_examples=1, steps=1)
-    newest = WeightTrajectory(run.folder)
-    assert torch.equal(newest.tensor("classifier.1.bias", 2), behind.tensor("classifier.1.bias", 0))
