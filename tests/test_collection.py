@@ -46,11 +46,7 @@ def test_folders_with_and_without_a_recipe(folder):
     assert trajectories[1].about["architecture"] == "cnn" and trajectories[1].of_schedule("ratio") == 0.5
     with pytest.raises(ValueError, match=r"vit-0 .*index\.jsonl or recipe\.json"):
         split_collection(trajectories)
-
-
-def test_single_trajectories_have_a_split(folder):
-    for name, split in (("cnn-0", "train"), ("cnn-1", "held_out_trajectory")):
-        (folder / name / "recipe.json").write_text(json.dumps({"split": split, "schedule": {"ratio": 0.5}}))
+    (folder / "cnn-1" / "recipe.json").write_text(json.dumps({"split": "held_out_trajectory"}))
     splits = split_collection(read_collection([folder / "cnn-0", folder / "cnn-1"], num_states=2))
     assert {name: [t.name for t in part] for name, part in splits.items()} == {
         "train": ["cnn-0"],
@@ -66,16 +62,6 @@ def test_index_entry_wins_over_the_trajectory_itself(folder):
         assert (trajectories.split, trajectories.about) == ("held_out_architecture", row)
 
 
-def test_trajectory_that_misses_states_of_its_schedule(folder, monkeypatch):
-    record_lines(folder / "cut", num_states=3, schedule=ForgettingSchedule(num_states=5))
-    record_lines(folder / "complete", num_states=3, schedule=ForgettingSchedule(num_states=3))
-    warnings = []
-    monkeypatch.setattr(collection.logger, "warning", warnings.append)
-    names = [trajectory.name for trajectory in read_collection(folder, num_states=2)]
-    assert names == ["cnn-0", "cnn-1", "complete", "vit-0"]
-    assert "cut (3 of 5 states)" in warnings[0]
-
-
 def test_published_files_beside_folders(folder):
     with h5py.File(folder / "net.h5", "w") as file:
         file["Bias"] = [[0.0, 1.0, 2.0]]
@@ -88,11 +74,12 @@ def test_unfinished_trajectories_are_skipped(folder, monkeypatch):
     (folder / "vit-1").mkdir()
     (folder / "vit-1" / "recipe.json").write_text("{}")
     (folder / "cnn-1" / "recipe.json").write_text(json.dumps({"schedule": {"num_states": 7}}))
+    record_lines(folder / "cut", num_states=3, schedule=ForgettingSchedule(num_states=5))
+    record_lines(folder / "complete", num_states=3, schedule=ForgettingSchedule(num_states=3))
     warnings = []
     monkeypatch.setattr(collection.logger, "warning", warnings.append)
-    assert [trajectory.name for trajectory in read_collection(folder, num_states=2)] == ["cnn-0", "vit-0"]
-    (warning,) = warnings
-    assert "cnn-1 (3 of 7 states), vit-1 (no finished state)" in warning
+    assert [t.name for t in read_collection(folder, num_states=2)] == ["cnn-0", "complete", "vit-0"]
+    assert "cnn-1 (3 of 7 states), cut (3 of 5 states), vit-1 (no finished state)" in warnings[0]
     with pytest.raises(ValueError, match="4 states"):
         read_collection(folder, num_states=3)
     assert len(warnings) == 2

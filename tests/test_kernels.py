@@ -279,25 +279,25 @@ def test_threads_do_not_change_the_result(model):
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("shape", [(16, 4), (8, 2), (4, 4), (4, 2)])
-def test_every_vector_shape(model, shape, monkeypatch):
+def test_vector_shapes(model, monkeypatch):
     llvm_network = pytest.importorskip("know_hf.known.kernels.llvm_network", exc_type=ImportError)
-    monkeypatch.setattr(llvm_network, "vector_shape", lambda triple, features: shape)
-    llvm_network.compile_network.cache_clear()
+    x86, arm = "x86_64-unknown-linux-gnu", "arm64-apple-darwin24.1.0"
+    history = make_history(101)
+    expected, _ = eager(model, history, "conv")
+    vector_shape = llvm_network.vector_shape
     try:
-        history = make_history(101)
-        expected, _ = eager(model, history, "conv")
-        torch.testing.assert_close(prepare(model, "conv", "cpu")(history), expected, atol=1e-7, rtol=0)
+        for triple, features, shape in (
+            (x86, {"avx": True, "avx512f": True}, (16, 4)),
+            (x86, {"avx": True, "avx512f": False}, (8, 2)),
+            (x86, {}, (4, 2)),
+            (arm, {"neon": True}, (4, 4)),
+        ):
+            assert vector_shape(triple, features) == shape
+            monkeypatch.setattr(llvm_network, "vector_shape", lambda *_, shape=shape: shape)
+            llvm_network.compile_network.cache_clear()
+            torch.testing.assert_close(prepare(model, "conv", "cpu")(history), expected, atol=1e-7, rtol=0)
     finally:
         llvm_network.compile_network.cache_clear()
-
-
-def test_vector_shape_of_a_cpu():
-    llvm_network = pytest.importorskip("know_hf.known.kernels.llvm_network", exc_type=ImportError)
-    assert llvm_network.vector_shape("x86_64-unknown-linux-gnu", {"avx": True, "avx512f": True}) == (16, 4)
-    assert llvm_network.vector_shape("x86_64-unknown-linux-gnu", {"avx": True, "avx512f": False}) == (8, 2)
-    assert llvm_network.vector_shape("x86_64-unknown-linux-gnu", {}) == (4, 2)
-    assert llvm_network.vector_shape("arm64-apple-darwin24.1.0", {"neon": True}) == (4, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -315,36 +315,27 @@ def test_on_a_gpu(known, name):
             assert torch.equal(residual(on_gpu, history[77:400].cuda(), role, name), actual[77:400])
 
 
-def test_auto_without_llvmlite(model, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_auto_on_a_cpu(model, monkeypatch):
+    """It is the LLVM network, or `folded` if llvmlite is missing or old."""
+    pytest.importorskip("llvmlite")
     history = make_history(10)
-    expected = residual(model, history, "conv", "folded")
+    assert torch.equal(residual(model, history, "conv"), residual(model, history, "conv", "cpu"))
+    folded = residual(model, history, "conv", "folded")
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "_installed_version", lambda package: Version("0.44.0"))
+        assert torch.equal(residual(model, history, "conv"), folded)
+        with pytest.raises(ImportError, match=r"llvmlite 0\.45.*0\.44\.0.*'know_hf\[fast\]'"):
+            residual(model, history, "conv", "cpu")
     monkeypatch.setitem(sys.modules, "llvmlite", None)
-    assert torch.equal(residual(model, history, "conv"), expected)
+    assert torch.equal(residual(model, history, "conv"), folded)
     with pytest.raises(ImportError, match=r"'cpu'.*llvmlite.*'know_hf\[fast\]'"):
         residual(model, history, "conv", "cpu")
 
 
-def test_auto_with_an_old_llvmlite(model, monkeypatch):
-    pytest.importorskip("llvmlite")
-    monkeypatch.setattr(dispatch, "_installed_version", lambda package: Version("0.44.0"))
-    history = make_history(10)
-    assert torch.equal(residual(model, history, "conv"), residual(model, history, "conv", "folded"))
-    with pytest.raises(ImportError, match=r"llvmlite 0\.45.*0\.44\.0.*'know_hf\[fast\]'"):
-        residual(model, history, "conv", "cpu")
-
-
-def test_auto_on_a_cpu_is_the_llvm_network(model):
-    pytest.importorskip("llvmlite")
-    history = make_history(10)
-    assert torch.equal(residual(model, history, "conv"), residual(model, history, "conv", "cpu"))
-
-
 def test_kernels_that_cannot_run(model, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    history = make_history(10)
     with pytest.raises(ValueError, match=r"'fast'.*auto, eager, folded, cpu, triton"):
-        residual(model, history, "conv", "fast")
+        prepare(model, "conv", "fast")
     with pytest.raises(ValueError, match=r"'triton'.*cpu.*model\.cuda\(\)"):
         prepare(model, "conv", "triton")
     with pytest.raises(ValueError, match=r"'cpu'.*meta.*model\.cpu\(\)"):

@@ -1,7 +1,5 @@
 """States of recorded trajectories and of files in the published layout."""
 
-import re
-
 import h5py
 import numpy as np
 import pytest
@@ -49,25 +47,30 @@ def test_published_pieces(tmp_path, monkeypatch):
     assert np.array_equal(dataset.block(dataset.blocks[0])[1][1::2], states.reshape(-1, 7)[:, 6])
 
 
-def test_damaged_published_files(tmp_path):
-
-    def error_of(**arrays):
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"other": np.zeros(3)}, "net.h5 .*ConvWeights, FCWeights, Bias"),
+        ({"Bias": np.zeros((3, 7), int)}, "'Bias' of .*int64"),
+        ({"FCWeights": None}, "'FCWeights' of .*group"),
+        ({"FCWeights": np.zeros((3, 7)), "Bias": np.zeros((3, 6))}, "'FCWeights': 7, 'Bias': 6"),
+        ({"Bias": np.array([[np.nan, 0, 0, 0, 0, 0, 0]])}, "'Bias' of state 6"),
+        ({"Bias": np.zeros((3, 5))}, "5 states"),
+        (None, r"net\.h5 .*HDF5"),
+    ],
+)
+def test_damaged_published_files(tmp_path, arrays, message):
+    if arrays is None:
+        (tmp_path / "net.h5").write_text("not HDF5")
+    else:
         with h5py.File(tmp_path / "net.h5", "w") as file:
             for name, array in arrays.items():
                 file.create_group(name) if array is None else file.create_dataset(name, data=array)
-        with pytest.raises(ValueError) as error:
-            TransitionDataset([tmp_path / "net.h5"], progress=False)
-        return str(error.value)
+    with pytest.raises(ValueError, match=message):
+        TransitionDataset([tmp_path / "net.h5"], progress=False)
 
-    assert re.search("net.h5 .*ConvWeights, FCWeights, Bias", error_of(other=np.zeros(3)))
-    assert re.search("'Bias' of .*int64", error_of(Bias=np.zeros((3, 7), int)))
-    assert re.search("'FCWeights' of .*group", error_of(FCWeights=None))
-    assert "'FCWeights': 7, 'Bias': 6" in error_of(FCWeights=np.zeros((3, 7)), Bias=np.zeros((3, 6)))
-    assert "'Bias' of state 6" in error_of(Bias=np.array([[np.nan, 0, 0, 0, 0, 0, 0]]))
-    assert "5 states" in error_of(Bias=np.zeros((3, 5)))
-    (tmp_path / "text.h5").write_text("not HDF5")
-    with pytest.raises(ValueError, match=r"text\.h5 .*HDF5"):
-        TransitionDataset([tmp_path / "text.h5"], progress=False)
+
+def test_missing_published_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.h5"):
         TransitionDataset([tmp_path / "missing.h5"], progress=False)
 
