@@ -6,11 +6,9 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -29,7 +27,7 @@ from doubles.collect_space import (
     sources,
     write_space,
 )
-from doubles.loopback_hub import LoopbackHub, environment, hub
+from doubles.loopback_hub import environment, hub
 from huggingface_hub import snapshot_download
 
 from know_hf import ForgettingSchedule, WeightTrajectory
@@ -41,7 +39,7 @@ CNN = {**ARCHITECTURES["cnn"], "draws": {"shapes": 1}}
 
 
 @pytest.fixture(scope="module")
-def space(collect: ModuleType) -> Any:
+def space(collect):
     from space import Space
 
     return Space.from_yaml(FOLDER / "known_base.yaml")
@@ -50,14 +48,14 @@ def space(collect: ModuleType) -> Any:
 class Tokens:
     pad_token_id, cls_token_id, sep_token_id = 0, 2, 3
 
-    def __len__(self) -> int:
+    def __len__(self):
         return 4096
 
 
 # Space
 
 
-def test_shipped_space(space: Any) -> None:
+def test_shipped_space(space):
     recipes = space.recipes()
     assert Counter(recipe.split for recipe in recipes) == {
         "train": 72,
@@ -76,7 +74,7 @@ def test_shipped_space(space: Any) -> None:
     assert 0.3 <= min(ratios) < 0.36 and 0.84 < max(ratios) <= 0.9
 
 
-def test_recipes_of_the_shipped_space_can_be_run(space: Any) -> None:
+def test_recipes_of_the_shipped_space_can_be_run(space):
     from jobs import Job
     from peft import LoraConfig
     from record_one import make_model
@@ -98,7 +96,7 @@ def test_recipes_of_the_shipped_space_can_be_run(space: Any) -> None:
         assert 5_000 < model.num_parameters() < 500_000, recipe.name
 
 
-def test_draws_do_not_depend_on_other_draws_and_architectures(space: Any) -> None:
+def test_draws_do_not_depend_on_other_draws_and_architectures(space):
     vit = {**space.architectures["vit"], "draws": {"mnist": 1, "fashion_mnist": 2}}
     fewer = replace(space, architectures={"vit": vit}).recipes()
     by_name = {recipe.name: recipe for recipe in space.recipes()}
@@ -106,8 +104,8 @@ def test_draws_do_not_depend_on_other_draws_and_architectures(space: Any) -> Non
     assert all(by_name[recipe.name] == recipe for recipe in fewer)
 
 
-def test_small_ratios_come_with_much_data_and_small_batches(space: Any) -> None:
-    def with_ratio(ratio: float) -> list[Any]:
+def test_small_ratios_come_with_much_data_and_small_batches(space):
+    def with_ratio(ratio):
         vision = space.training["vision"]
         vision = {**vision, "schedule": vision["schedule"] | {"ratio": ratio}, "min_steps": 1000}
         cnn = {"cnn": space.architectures["cnn"]}
@@ -120,7 +118,7 @@ def test_small_ratios_come_with_much_data_and_small_batches(space: Any) -> None:
     assert all(1000 <= recipe.num_examples <= 4000 for recipe in with_ratio(0.9))
 
 
-def test_splits(collect: ModuleType) -> None:
+def test_splits(collect):
     from space import HeldOut
 
     held_out = HeldOut(architectures=["vit"], datasets=["mnist"], every=3)
@@ -148,14 +146,14 @@ def test_splits(collect: ModuleType) -> None:
         ),
     ],
 )
-def test_wrong_space(collect: ModuleType, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_wrong_space(collect, tmp_path, changes, message):
     from space import Space
 
     with pytest.raises(ValueError, match=message):
         Space.from_yaml(write_space(tmp_path / "space.yaml", **changes)).recipes()
 
 
-def test_help_and_plan_need_no_torch(tmp_path: Path) -> None:
+def test_help_and_plan_need_no_torch(tmp_path):
     space, script = write_space(tmp_path / "space.yaml"), FOLDER / "collect.py"
     for flags in (["--help"], ["--plan", "--output-dir", str(tmp_path / "out"), "--space", str(space)]):
         program = (
@@ -177,7 +175,7 @@ def test_help_and_plan_need_no_torch(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_flags(collect: ModuleType, space: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags(collect, space, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"--data mnits=/tmp: .* fashion_mnist, mnist"):
         collect.read_sources(space, ["mnits=/tmp"])
     with pytest.raises(ValueError, match=r"--model me/model: .*NAME=PATH"):
@@ -194,7 +192,7 @@ def test_flags(collect: ModuleType, space: Any, tmp_path: Path, monkeypatch: pyt
 # Data
 
 
-def test_images(job: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images(job, monkeypatch):
     import examples
 
     job = job()
@@ -222,7 +220,7 @@ def test_images(job: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
         examples.load_examples(job, replace(recipe, num_examples=101))
 
 
-def test_texts(job: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts(job, monkeypatch):
     import examples
 
     job = job()
@@ -253,7 +251,7 @@ def test_texts(job: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(*held_out)
 
 
-def test_augmentation_of_images(collect: ModuleType) -> None:
+def test_augmentation_of_images(collect):
     from images import ImageBatches
 
     stored = {"pixel_values": torch.zeros(200, 1, 8, 8, dtype=torch.uint8), "labels": torch.arange(200)}
@@ -287,9 +285,7 @@ def test_augmentation_of_images(collect: ModuleType) -> None:
         ("SmallMobileNet", {"width": 4, "depths": [1, 2], "expansion": 3}, 1 + 3 * 3, 1),
     ],
 )
-def test_small_architectures(
-    collect: ModuleType, tmp_path: Path, name: str, config: dict[str, Any], convolutions: int, biases: int
-) -> None:
+def test_small_architectures(collect, tmp_path, name, config, convolutions, biases):
     import models
 
     torch.manual_seed(0)
@@ -313,7 +309,7 @@ def test_small_architectures(
         model_class.config_class(image_size=7)
 
 
-def test_models_of_a_recipe(job: Callable) -> None:
+def test_models_of_a_recipe(job):
     from record_one import make_model
 
     job = job()
@@ -333,9 +329,7 @@ def test_models_of_a_recipe(job: Callable) -> None:
 # Recording in one process
 
 
-def test_failures_are_stored_and_do_not_stop_the_others(
-    job: Callable, collect: ModuleType, sources: list[str], capsys: pytest.CaptureFixture
-) -> None:
+def test_failures_are_stored_and_do_not_stop_the_others(job, collect, sources, capsys):
     from workers import record_rest
 
     wild = {**VISION, "optimizers": {"sgd": {"optim": "sgd", "learning_rate": 1e30, "max_grad_norm": 0.0}}}
@@ -356,7 +350,7 @@ def test_failures_are_stored_and_do_not_stop_the_others(
     assert [row["path"] for row in rows] == ["good-shapes-000"]
 
 
-def test_locked_trajectories_are_left_to_their_process(job: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locked_trajectories_are_left_to_their_process(job, monkeypatch):
     import workers
 
     job = job(architectures={"cnn": ARCHITECTURES["cnn"]}, held_out={})
@@ -364,7 +358,7 @@ def test_locked_trajectories_are_left_to_their_process(job: Callable, monkeypatc
     monkeypatch.setattr(workers, "_record", lambda *_: workers._write_failure(job, second, "?"))
     messages = []
 
-    def send(*message: Any) -> None:
+    def send(*message):
         messages.append(message)
         if message[0] is None:  # the other process finishes the first trajectory now
             workers._write_failure(job, first, "?")
@@ -376,7 +370,7 @@ def test_locked_trajectories_are_left_to_their_process(job: Callable, monkeypatc
     assert messages == [(second, None), (None, None)]
 
 
-def test_index(recorded: Any, collect: ModuleType, tmp_path: Path) -> None:
+def test_index(recorded, collect, tmp_path):
     from index import write_index
     from space import Space
 
@@ -408,14 +402,7 @@ def test_index(recorded: Any, collect: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub with large files
-def test_push(
-    collect: ModuleType,
-    recorded: Any,
-    sources: list[str],
-    tmp_path: Path,
-    hub: LoopbackHub,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_push(collect, recorded, sources, tmp_path, hub, capsys):
     shutil.copytree(recorded.output_dir.parent, tmp_path / "copy", ignore=shutil.ignore_patterns("cache"))
     job = replace(recorded, output_dir=tmp_path / "copy" / "collection")
     (job.output_dir / "gpt2-reviews-000" / "result.json").write_text('{"status": "failed", "error": "?"}')
@@ -439,9 +426,7 @@ def test_push(
 
 
 @pytest.mark.parametrize(("recorded_from", "is_same"), [(None, True), ("abc", True), ("xyz", False)])
-def test_trajectory_of_other_data(
-    collect: ModuleType, tmp_path: Path, recorded_from: str | None, is_same: bool
-) -> None:
+def test_trajectory_of_other_data(collect, tmp_path, recorded_from, is_same):
     from record_one import _check_same_data
 
     if recorded_from is not None:
@@ -450,9 +435,7 @@ def test_trajectory_of_other_data(
         _check_same_data(tmp_path / "recipe.json", "abc")
 
 
-def test_collection_of_other_data_or_another_space_is_an_error_before_recording(
-    collect: ModuleType, job: Callable, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_collection_of_other_data_or_another_space(collect, job, sources, tmp_path, monkeypatch):
     import workers
 
     architectures = {name: {**ARCHITECTURES[name], "draws": {"shapes": 1}} for name in ("cnn", "vit")}
@@ -479,7 +462,7 @@ def test_collection_of_other_data_or_another_space_is_an_error_before_recording(
         run(collect, job, sources)
 
 
-def test_workers_are_isolated(collect: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_isolated(collect, monkeypatch):
     from workers import _isolate
 
     launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x", "PATH": "/bin"}

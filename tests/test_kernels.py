@@ -21,7 +21,7 @@ SHIPPED_KNOWN = Path(modeling_known.__file__).parent / "weights" / "known-base"
 NAMES = ["folded", "cpu", "triton"]
 
 
-def make_history(rows: int, weight: float = 0.05, step: float = 1e-3, num_states: int = 5) -> torch.Tensor:
+def make_history(rows, weight=0.05, step=0.001, num_states=5):
     """Random walks that start at random weights of the given scale."""
     generator = torch.Generator().manual_seed(rows)
     steps = step * torch.randn(rows, num_states, generator=generator)
@@ -29,7 +29,7 @@ def make_history(rows: int, weight: float = 0.05, step: float = 1e-3, num_states
     return steps.cumsum(dim=1)
 
 
-def make_model(**sizes: int) -> KNOWNModel:
+def make_model(**sizes):
     """A model with random weights and biases."""
     torch.manual_seed(0)
     model = KNOWNModel(KNOWNConfig(**sizes)).eval()
@@ -41,7 +41,7 @@ def make_model(**sizes: int) -> KNOWNModel:
 
 
 @pytest.fixture(scope="module", params=["shipped", "random", "published"])
-def known(request: pytest.FixtureRequest) -> KNOWNModel:
+def known(request):
     if request.param == "shipped":
         return KNOWNModel.from_pretrained(SHIPPED_KNOWN)
     if request.param == "random":
@@ -52,12 +52,12 @@ def known(request: pytest.FixtureRequest) -> KNOWNModel:
 
 
 @pytest.fixture(scope="module")
-def model() -> KNOWNModel:
+def model():
     return make_model()
 
 
 @pytest.fixture(params=NAMES)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def kernel(request, monkeypatch):
     if request.param == "cpu":
         pytest.importorskip("llvmlite")
     if request.param == "triton":
@@ -68,7 +68,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
-def cut_products_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+def cut_products_to_tf32(monkeypatch):
     """Drop the last 13 bits of float32 as tensor cores do and the interpreter does not."""
     from triton.runtime import interpreter
 
@@ -88,7 +88,7 @@ def cut_products_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
-def eager(known: KNOWNModel, history: torch.Tensor, role: str) -> tuple[torch.Tensor, torch.Tensor]:
+def eager(known, history, role):
     """The residual of the model, in float32 and in float64."""
     with torch.inference_mode():
         network = copy.deepcopy(known.networks[role]).double()
@@ -159,7 +159,7 @@ def test_other_rows_do_not_change_a_row(model, kernel):
     assert_same(residual(model, history.flip(0), "bias", kernel), expected.flip(0), kernel)
 
 
-def assert_same(actual: torch.Tensor, expected: torch.Tensor, kernel: str) -> None:
+def assert_same(actual, expected, kernel):
     """Bit for bit for machine code; torch and NumPy may sum the rows of a matrix product in different orders."""
     if kernel == "cpu":
         assert torch.equal(actual, expected)
@@ -223,7 +223,7 @@ def test_changed_weights_are_used(kernel):
     model = make_model()
     history = make_history(64)
 
-    def check() -> torch.Tensor:
+    def check():
         actual = residual(model, history, "conv", kernel)
         expected, _ = eager(model, history, "conv")
         torch.testing.assert_close(actual, expected, atol=5e-7, rtol=0)

@@ -91,22 +91,21 @@ def _row(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """Return a flat row; values that differ between architectures are JSON, so that all rows have the same columns."""
     arguments, schedule = recipe["training_arguments"], recipe["schedule"]
     trained = "all" if recipe["num_trained_parameters"] == recipe["num_parameters"] else "part"
+
+    def values(*names: str) -> dict[str, Any]:
+        return {name: recipe[name] for name in names}
+
     return {
         "path": recipe["name"],
-        "split": recipe["split"],
-        "architecture": recipe["architecture"],
-        "model_class": recipe["model_class"],
+        **values("split", "architecture", "model_class"),
         "pretrained": recipe["pretrained"] or "",
         "trained": trained if recipe["lora"] is None else "lora",
-        "num_parameters": recipe["num_parameters"],
-        "num_trained_parameters": recipe["num_trained_parameters"],
+        **values("num_parameters", "num_trained_parameters"),
         "model_config": json.dumps(recipe["model_config"]),
         "lora": json.dumps(recipe["lora"]),
-        "dataset": recipe["dataset"],
-        "dataset_path": recipe["dataset_path"],
+        **values("dataset", "dataset_path"),
         "modality": "text" if "max_length" in recipe["inputs"] else "image",
-        "num_labels": recipe["num_labels"],
-        "num_examples": recipe["num_examples"],
+        **values("num_labels", "num_examples"),
         "augmentation": " ".join(recipe["augmentation"]),
         "optimizer": recipe["optimizer"],
         "learning_rate": arguments["learning_rate"],

@@ -5,11 +5,8 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 from doubles.collect_space import ARCHITECTURES, CONFIG, WARNINGS, collect, job, recorded, run, sources
@@ -22,28 +19,20 @@ pytestmark = [*WARNINGS, pytest.mark.filterwarnings("ignore:.*multi-threaded, us
 FORK = multiprocessing.get_context("fork")  # a new process would spend most of its time on imports
 
 
-def test_two_ranks_share_the_work_and_a_worker_is_killed(
-    collect: ModuleType,
-    job: Callable,
-    recorded: Any,
-    sources: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture,
-) -> None:
+def test_two_ranks_share_the_work_and_one_worker_dies(collect, job, recorded, sources, tmp_path, monkeypatch, capfd):
     """Each trajectory is finished once, with the weights that a single uninterrupted process gives."""
     import workers
 
     job = job(architectures={**ARCHITECTURES, "broken": {**ARCHITECTURES["cnn"], "model_class": "NoSuchNet"}})
     record = WeightTrajectory.record
 
-    def record_or_die(trajectory: WeightTrajectory, *args: Any, **kwargs: Any) -> None:
+    def record_or_die(trajectory, *args, **kwargs):
         if trajectory.path.name == "cnn-shapes-000" and trajectory.num_states and not (tmp_path / "died").exists():
             (tmp_path / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         record(trajectory, *args, **kwargs)
 
-    def start(rank: int) -> None:
+    def start(rank):
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not those of pytest
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
         os._exit(run(collect, job, sources))
@@ -69,9 +58,7 @@ def test_two_ranks_share_the_work_and_a_worker_is_killed(
         assert trajectory.states == reference.states  # with hashes and metrics
 
 
-def test_spawned_workers(
-    collect: ModuleType, job: Callable, sources: list[str], capsys: pytest.CaptureFixture
-) -> None:
+def test_spawned_workers(collect, job, sources, capsys):
     architecture = {"training": "vision", "model_class": "ViTForImageClassification", "config": CONFIG}
     job = job(architectures={"vit": {**architecture, "draws": {"shapes": 1}}}, held_out={})
     assert run(collect, job, sources, "--workers=3") == 1  # patches of 16 pixels do not fit
@@ -79,9 +66,7 @@ def test_spawned_workers(
     assert job.error(job.recipes[0]) is not None
 
 
-def test_trajectories_that_kill_two_workers_fail(
-    job: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_trajectories_that_kill_two_workers_fail(job, monkeypatch, capsys):
     import record_one
     import workers
 
@@ -94,7 +79,7 @@ def test_trajectories_that_kill_two_workers_fail(
     assert capsys.readouterr().err.count("exit code 9 at cnn-shapes-000") == 2
 
 
-def test_failure_is_stored_once_no_other_process_has_the_lock(collect: ModuleType, tmp_path: Path) -> None:
+def test_failure_is_stored_once_no_other_process_has_the_lock(collect, tmp_path):
     import workers
 
     recipe = SimpleNamespace(name="deadly")
@@ -111,11 +96,11 @@ def test_failure_is_stored_once_no_other_process_has_the_lock(collect: ModuleTyp
 class Unreadable:
     name = "cnn-shapes-000"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self):
         return partial(os._exit, 3), ()
 
 
-def test_workers_that_cannot_start(collect: ModuleType, tmp_path: Path) -> None:
+def test_workers_that_cannot_start(collect, tmp_path):
     from workers import Job, record_all
 
     with pytest.raises(RuntimeError, match=r"workers died before .*\.logs"):

@@ -8,13 +8,9 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from doubles.toy_trajectories import record_lines
 
@@ -40,7 +36,7 @@ class NotedDataset(TransitionDataset):
 
     kill_at: int | None = None
 
-    def __getitems__(self, indices: Any) -> dict[str, dict[str, torch.Tensor]]:
+    def __getitems__(self, indices):
         noted = vars(self).setdefault("noted", [])
         if len(noted) + 1 == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -54,11 +50,11 @@ class Trained:
     items: list[list[int]]
 
     @property
-    def weights(self) -> dict[str, list[float]]:
+    def weights(self):
         return {name: tensor.flatten().tolist() for name, tensor in self.result.model.state_dict().items()}
 
 
-def train(root: Path, args: MetaTrainingArguments, kill_at: int | None = None) -> Trained:
+def train(root, args, kill_at=None):
     options = {"cache_dir": root / "cache", "progress": False}
     dataset = NotedDataset([root / "a0", root / "a1"], **options)
     dataset.kill_at = kill_at
@@ -67,7 +63,7 @@ def train(root: Path, args: MetaTrainingArguments, kill_at: int | None = None) -
     return Trained(result, vars(dataset).get("noted", []))
 
 
-def run(*targets: Callable[[], object]) -> list[int | None]:
+def run(*targets):
     """Run each target in a forked process and return the exit codes; a new process would spend its time on imports."""
     processes = [multiprocessing.get_context("fork").Process(target=target) for target in targets]
     for process in processes:
@@ -77,13 +73,13 @@ def run(*targets: Callable[[], object]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def run_pair(root: Path, folder: Path, args: MetaTrainingArguments, kill_at: int | None = None) -> list[int | None]:
+def run_pair(root, folder, args, kill_at=None):
     """Train on two processes as torchrun starts them, and write what they did to `rank-{rank}.json`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
 
-    def child(rank: str) -> None:
+    def child(rank):
         group = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
         os.environ |= {**group, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -102,12 +98,12 @@ def run_pair(root: Path, folder: Path, args: MetaTrainingArguments, kill_at: int
     return run(lambda: child("0"), lambda: child("1"))
 
 
-def read_notes(folder: Path) -> list[dict[str, Any]]:
+def read_notes(folder):
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("meta")
     for number in range(3):
         record_lines(folder / f"a{number}", seed=number)
@@ -115,7 +111,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(root: Path) -> list[dict[str, Any]]:
+def pair(root):
     """Notes of two processes that trained together."""
     assert run_pair(root, root, ARGUMENTS) == [0, 0]
     return read_notes(root)
@@ -154,17 +150,17 @@ def test_two_processes_resume_after_one_is_killed(pair, root, tmp_path):
         assert resumed["losses"] == uninterrupted["losses"]
 
 
-def finish(root: Path, folder: Path, args: MetaTrainingArguments = FEW_STEPS) -> Trained:
+def finish(root, folder, args=FEW_STEPS):
     return train(root, replace(args, checkpoint_dir=str(folder)))
 
 
-def kill(root: Path, folder: Path, before_step: int | None = None, before_change: int | None = None) -> int | None:
+def kill(root, folder, before_step=None, before_change=None):
     """Train in a forked process that dies before a step, or before a change in the checkpoint folder."""
 
-    def child() -> None:
+    def child():
         changes = 0
 
-        def hook(event: str, arguments: tuple) -> None:
+        def hook(event, arguments):
             nonlocal changes
             counts = event in ("os.mkdir", "os.rename", "os.rmdir", "os.remove")
             counts = counts or (event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR)))
