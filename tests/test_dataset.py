@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from doubles.toy_trajectories import record_walk
-from torch.utils.data import DataLoader
 
 from know_hf.meta_learning import BalancedBatchSampler, TransitionDataset
 from know_hf.trajectory import WeightTrajectory
@@ -63,6 +62,9 @@ def test_frozen_tensors_and_other_roles_are_left_out(tmp_path):
     assert {block.tensor for block in dataset.blocks} == {"conv.weight", "conv.bias", "fc.bias"}
     assert {"norm.running_mean", "fc.weight"} < set(trajectory.names)
     assert dataset.roles == ["conv", "bias"]
+    record_walk(tmp_path / "b", num_states=6, frozen=("conv.weight", "conv.bias", "fc.weight", "fc.bias"))
+    with pytest.raises(ValueError, match=r"conv, fc, bias"):
+        TransitionDataset([WeightTrajectory(tmp_path / "b")], progress=False)
 
 
 def test_batches_are_balanced_and_seeded(folder, tmp_path):
@@ -90,13 +92,6 @@ def test_processes_share_every_batch_from_any_start(dataset):
             assert np.array_equal(np.stack(of_role, axis=1).ravel(), expected[8 * role : 8 * role + 8])
     with pytest.raises(ValueError, match=r"batch_size.*\(3\).*8.*9"):
         BalancedBatchSampler(dataset, 8, 5, num_processes=3)
-
-
-def test_data_loader(dataset):
-    sampler = BalancedBatchSampler(dataset, batch_size=8, num_batches=3)
-    batches = list(DataLoader(dataset, batch_sampler=sampler, collate_fn=lambda batch: batch))
-    assert [batch["fc"]["history"].shape for batch in batches] == [(8, 5)] * 3
-    assert torch.equal(batches[1]["bias"]["labels"], dataset.__getitems__(list(sampler)[1])["bias"]["labels"])
 
 
 def test_no_change_of_tensors(tmp_path):
@@ -137,12 +132,6 @@ def test_describe(dataset):
 def test_too_few_states(folder):
     with pytest.raises(ValueError, match=r"6 states.* 7 .*num_states=7"):
         TransitionDataset([folder], num_states=6, progress=False)
-
-
-def test_nothing_changes(tmp_path):
-    record_walk(tmp_path / "a", num_states=6, frozen=("conv.weight", "conv.bias", "fc.weight", "fc.bias"))
-    with pytest.raises(ValueError, match=r"conv, fc, bias"):
-        TransitionDataset([WeightTrajectory(tmp_path / "a")], progress=False)
 
 
 @pytest.mark.parametrize(
