@@ -214,8 +214,6 @@ def test_flags_of_record_override_or_replace_the_yaml(config, record):
     [
         (["--config", "{typo}"], ["{typo}", "'epoch'", "'epochs'"]),
         (["--config", "{config}", "--training", "fp16"], ["--training fp16", "KEY=VALUE"]),
-        (["--config", "{config}", "--lora", "rank=3"], ["{config}", "'rank'", "r, alpha"]),
-        (["--config", "{config}", "--epochs", "many"], ["epochs='many'", "number"]),
         (["--task", "causal-lm"], ["model", "--model"]),
     ],
 )

@@ -7,12 +7,12 @@ import torch
 from accelerate.data_loader import IterableDatasetShard
 from conftest import NUM_EXAMPLES, SCHEDULE, make_images, make_resnet, make_trainer
 from datasets import Dataset
-from doubles.small_trainers import BALANCED, StopAfter, assert_same_states
+from doubles.small_trainers import BALANCED, assert_same_states
 from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, ViTImageProcessorPil
 
-from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
+from know_hf import ForgettingSchedule, WeightTransitionCallback, induce_forgetting
 from know_hf.data.subsets import divide
 from know_hf.recording.callback import num_examples_of
 from know_hf.trajectory.summary import displacement, inspect_trajectory
@@ -77,25 +77,6 @@ def test_stages_logs_and_the_trainer_afterwards(tmp_path):
     plain = make_trainer(tmp_path)
     plain.train()
     assert torch.equal(plain.model.classifier[1].weight, trajectory.tensor(WEIGHT, 0))
-
-
-def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, trajectory):
-    folder = tmp_path / "trajectory"
-    for trainings, recorded in ((0, 0), (2, 2), (1, 3)):
-        trainer = make_trainer(tmp_path)
-        trainer.add_callback(StopAfter(trainings))
-        train_dataset, args = trainer.train_dataset, trainer.args
-        with pytest.raises(KeyboardInterrupt):
-            induce_forgetting(trainer, SCHEDULE, folder)
-        assert trainer.train_dataset is train_dataset and trainer.args is args
-        assert (WeightTrajectory(folder).num_states if WeightTrajectory.exists(folder) else 0) == recorded
-    trainer = make_trainer(tmp_path)
-    spy = spied(trainer)
-    resumed = induce_forgetting(trainer, SCHEDULE, folder)
-    assert [start.examples for start in spy.starts] == [8, 4]
-    assert_same_states(resumed, trajectory)
-    assert [s.metrics for s in resumed.states] == [s.metrics for s in trajectory.states]
-    resumed.verify()
 
 
 def test_a_finished_trajectory_is_not_trained_again(tmp_path, trajectory_copy, caplog):

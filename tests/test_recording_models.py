@@ -67,8 +67,10 @@ def test_an_interrupted_recording_resumes_to_the_same_bytes(case, tmp_path):
     folder = tmp_path / "trajectory"
     trainer = make_case(case.name, tmp_path)
     trainer.add_callback(StopAfter(2))
+    train_dataset, args = trainer.train_dataset, trainer.args
     with pytest.raises(KeyboardInterrupt):
         induce_forgetting(trainer, SCHEDULE, folder)
+    assert trainer.train_dataset is train_dataset and trainer.args is args
     assert WeightTrajectory(folder).num_states == 2
     induce_forgetting(make_case(case.name, tmp_path), SCHEDULE, folder)
     assert hashes(folder) == hashes(case.trajectory.path)
