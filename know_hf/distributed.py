@@ -59,9 +59,8 @@ def check_gathering(trainer: Trainer) -> None:
     """Raise a `ValueError` if the DeepSpeed config keeps ZeRO-3 from gathering the weights after the training."""
     if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED or not is_sharded(trainer):
         return
-    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-    name = "stage3_gather_16bit_weights_on_model_save"
-    if not config.get("zero_optimization", {}).get(name, False):
+    zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+    if not zero.get(name := "stage3_gather_16bit_weights_on_model_save", False):
         raise ValueError(
             f"ZeRO-3 does not gather its weights; set zero_optimization.{name}=true in the DeepSpeed config"
         )

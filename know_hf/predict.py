@@ -142,18 +142,17 @@ def _write_card(
     folder: Path,
     result: PredictionResult,
 ) -> None:
-    trajectory, steps, recalibrated = plan.trajectory, plan.steps, write.recalibrate_with is not None
+    steps, recalibrated = plan.steps, write.recalibrate_with is not None
     options = described["predictor_options"] if isinstance(predictor, str) else None
-    recipe = None if result.gate is None else result.gate.recipe
-    if recipe is not None:
+    if result.gate is not None and (recipe := result.gate.recipe) is not None:
         steps, recalibrated = recipe["steps"], recipe["recalibrated"]
         if recipe["predictor"] is not None:
             predictor, options = recipe["predictor"], recipe["predictor_options"]
-    picture = forgetting_picture(trajectory)
+    picture = forgetting_picture(plan.trajectory)
     if picture is not None:
         save_figure(picture, folder / _PICTURE)
     checkpoint_card(
-        trajectory,
+        plan.trajectory,
         result,
         predictor,
         steps,

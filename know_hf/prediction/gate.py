@@ -117,8 +117,7 @@ class Gate:
         losses = []
         for batch in DataLoader(self.dataset, self.batch_size, collate_fn=collate):
             inputs = {name: _to_model(value, name, model) for name, value in batch.items()}
-            loss = model(**inputs).loss
-            if loss is None:
+            if (loss := model(**inputs).loss) is None:
                 batch_of = f"{type(model).__name__} returns no loss for batches of {', '.join(inputs)}"
                 raise ValueError(f"{batch_of}; add labels to the examples or pass compute_loss")
             losses.append(float(loss))

@@ -140,24 +140,17 @@ def fill_checkpoint(
     writer = CheckpointWriter(folder, specs, options.max_shard_size, adapter=trajectory.is_adapter)
     part, parts = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
 
-    def begin() -> None:
-        _copy_model_files(trajectory, folder, options.dtype)
-        writer.create()
-
     def write_my_part() -> tuple[Reports, int]:
         pieces = split_pieces(specs, source.cost, part, parts)
         with _verified(trajectory, part, parts, verify):
             reports = _write_pieces(trajectory, source, writer, specs, pieces, show_progress=part == 0)
         return reports, writer.bytes_written
 
-    def finish(num_bytes: int) -> None:
-        writer.close(num_bytes)
-        if options.recalibrate_with is not None:
-            _recalibrate(folder, trajectory, options)
-
-    on_main_process(accelerator, begin)
+    on_main_process(accelerator, partial(_copy_model_files, trajectory, folder, options.dtype))
+    on_main_process(accelerator, writer.create)
     results = on_every_process(accelerator, write_my_part)
-    on_main_process(accelerator, lambda: finish(sum(count for _, count in results)))
+    on_main_process(accelerator, lambda: writer.close(sum(count for _, count in results)))
+    on_main_process(accelerator, partial(_recalibrate, folder, trajectory, options))
     return _merged(reports for reports, _ in results)
 
 
@@ -251,9 +244,10 @@ def _merged(parts: Iterable[Reports]) -> Reports:
 
 
 def _recalibrate(folder: Path, trajectory: WeightTrajectory, options: WriteOptions) -> None:
-    """Replace the BatchNorm statistics in the files. Computed in float32, stored in the dtype of the file."""
+    """Replace the BatchNorm statistics in the files if there are batches: float32 values in the dtype on disk."""
+    if (batches := options.recalibrate_with) is None:
+        return
     model = load_pretrained(folder, options.model_class).float()
-    batches = options.recalibrate_with or ()
     recalibrate_batch_norm(model, ({name: _as_float32(v) for name, v in batch.items()} for batch in batches))
     on_disk, statistics = names_on_disk(model), ("running_mean", "running_var", "num_batches_tracked")
     new = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(statistics)}
