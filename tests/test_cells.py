@@ -12,15 +12,12 @@ def settings(cell):
     return os.getpid(), torch.get_num_threads()
 
 
-def test_one_process_runs_cells_here_on_one_thread():
+def test_one_process_runs_cells_here_on_one_thread_under_a_bar(capfd):
     before = torch.get_num_threads()
     assert list(run_cells(settings, ["a", "b"])) == [(0, (os.getpid(), 1)), (1, (os.getpid(), 1))]
     assert torch.get_num_threads() == before
     with pytest.raises(KeyError, match="planted"):
         list(run_cells(settings, ["bad"]))
-
-
-def test_the_bar_shows_the_finished_cell(capfd):
     list(run_cells(settings, ["a"], description="compare", label=lambda cell: f"seed {cell}"))
     assert "compare" in (shown := capfd.readouterr().err) and "1/1" in shown and "seed a" in shown
 
@@ -34,9 +31,5 @@ def test_a_store_keeps_results_and_its_identity(tmp_path):
         CellStore(tmp_path / "new", {"seed": 1, "sizes": (1, 3)})
     with pytest.raises(ValueError, match=r"sizes: .* null"):
         CellStore(tmp_path / "new", {"seed": 1})
-
-
-def test_a_folder_with_other_content_is_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"identity\.json"):
-        CellStore(tmp_path, {"seed": 1})
+        CellStore(tmp_path, {"seed": 1})  # a folder with other content

@@ -59,7 +59,7 @@ def test_the_plane_contains_the_states_and_keeps_distances():
     assert sum(result["explained"]) == pytest.approx(1, rel=1e-6) and result["explained"][0] > 0.9
 
 
-def test_the_grid_has_the_loss_of_its_coordinates():
+def test_the_grid_has_the_loss_of_its_coordinates_for_any_size_of_pieces(monkeypatch):
     result = compute(resolution=7, margin=0.5)
     expected = np.square(result["y"])[:, None] + np.square(result["x"])[None]
     np.testing.assert_allclose(result["loss"], expected, rtol=1e-4, atol=1e-4)
@@ -68,21 +68,15 @@ def test_the_grid_has_the_loss_of_its_coordinates():
     assert np.ptp(y) < 0.5 * np.ptp(x), "the points are flatter than the grid may be"
     assert np.ptp(result["y"]) == pytest.approx(0.5 * np.ptp(result["x"]))
     assert np.mean(result["y"]) == pytest.approx((y.min() + y.max()) / 2)
-
-
-def test_the_size_of_pieces_changes_nothing(monkeypatch):
-    at_once = compute(resolution=3)
     monkeypatch.setattr(landscape, "_PIECE", 3)
-    in_pieces = compute(resolution=3)
-    np.testing.assert_allclose(in_pieces["loss"], at_once["loss"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(in_pieces["x"], at_once["x"], rtol=1e-6)
+    in_pieces = compute(resolution=7, margin=0.5)
+    np.testing.assert_allclose(in_pieces["loss"], result["loss"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(in_pieces["x"], result["x"], rtol=1e-6)
 
 
 def test_the_directions_are_those_of_a_singular_value_decomposition():
-    random = np.random.RandomState(0)
-    states = [random.randn(40) for _ in range(5)]
-    result = compute(states, loss=lambda model: 0.0, resolution=2)
-    differences = np.stack(states) - states[0]
+    states = np.random.RandomState(0).randn(5, 40)
+    result, differences = compute(states, loss=lambda model: 0.0, resolution=2), states - states[0]
     _, values, rows = np.linalg.svd(differences, full_matrices=False)
     np.testing.assert_allclose(np.abs(coordinates(result)), np.abs(differences @ rows[:2].T), atol=1e-4)
     assert result["explained"] == pytest.approx((values[:2] ** 2 / (values**2).sum()).tolist(), rel=1e-5)
@@ -119,20 +113,16 @@ def test_batch_norm_is_recalibrated_at_every_point(trajectory):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("call", "message"),
     [
-        ({"states": STATES[:2]}, "three states, got 2"),
-        ({"states": [THETA, THETA + ALONG, THETA + 2 * ALONG]}, "on a line"),
-        ({"states": [THETA] * 3}, "on a line"),
-        ({"arms": {"other": np.ones(5)}}, "other has 5 weights, .* 4"),
+        (lambda: compute(STATES[:2]), "three states, got 2"),
+        (lambda: compute([THETA, THETA + ALONG, THETA + 2 * ALONG]), "on a line"),
+        (lambda: compute([THETA] * 3), "on a line"),
+        (lambda: compute(arms={"other": np.ones(5)}), "other has 5 weights, .* 4"),
+        (lambda: Landscape(resolution=1), "resolution=1"),
+        (lambda: Landscape(num_examples=0), "num_examples=0"),
     ],
 )
-def test_invalid_planes_are_errors(options, message):
+def test_invalid_planes_and_options_are_errors(call, message):
     with pytest.raises(ValueError, match=message):
-        compute(**options)
-
-
-@pytest.mark.parametrize("options", [{"resolution": 1}, {"num_examples": 0}])
-def test_invalid_options_are_errors(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        Landscape(**options)
+        call()

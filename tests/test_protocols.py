@@ -50,13 +50,15 @@ def equal(left, right):
     return all(torch.equal(a, b) for a, b in zip(left.state_dict().values(), right.state_dict().values(), strict=True))
 
 
-def test_accuracy_counts_every_example_once():
-    examples, model = make_examples(10), make_resnet()
+def test_zero_shot_evaluates_every_example_once():
+    model, split = make_resnet().train(), make_split(num_labels=None)
+    (trial,) = ZeroShot().trials(model, split, 0, evaluate_classifier, refinement=4)
+    assert model.training and trial.learning_rate is None
+    assert trial.validation["accuracy"] == accuracy(model, split.validation, batch_size=3)
     with torch.no_grad():
-        expected = (model.eval()(examples["pixel_values"]).logits.argmax(1) == examples["labels"]).float().mean()
-    model.train()
-    assert accuracy(model, examples, batch_size=3) == pytest.approx(float(expected))
-    assert model.training
+        output = model.eval()(**split.test)
+    expected = {"accuracy": float((output.logits.argmax(1) == split.test["labels"]).float().mean())}
+    assert trial.test == pytest.approx({**expected, "loss": float(output.loss)}, rel=1e-5)
 
 
 def test_batches_cover_the_examples_in_the_given_order():
@@ -113,10 +115,8 @@ def test_fine_tuning_learns_and_is_reproducible():
     models = [make_resnet(), make_resnet()]
     for model in models:
         fine_tune(model, make_examples(), learning_rate=1e-2, steps=25, seed=0, batch_size=16)
-    assert accuracy(models[0], make_examples(40, seed=1)) > 0.9
-    assert equal(*models)
-    assert not models[0].training
-    assert all(parameter.requires_grad for parameter in models[0].parameters())
+    assert accuracy(models[0], make_examples(40, seed=1)) > 0.9 and equal(*models)
+    assert not models[0].training and all(parameter.requires_grad for parameter in models[0].parameters())
 
 
 def test_fine_tuning_uses_the_loss_and_inputs_of_the_model():
@@ -125,15 +125,12 @@ def test_fine_tuning_uses_the_loss_and_inputs_of_the_model():
     examples = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
     model, random_state = make_bert(), torch.get_rng_state()
     fine_tune(model, examples, learning_rate=1e-2, steps=30, seed=0)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert accuracy(model, examples) == 1.0
+    assert torch.equal(torch.get_rng_state(), random_state) and accuracy(model, examples) == 1.0
 
 
 def test_the_learning_rate_decays_to_zero(monkeypatch):
-    rates, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(
-        torch.optim.Adam, "step", lambda self, *args: rates.append(self.param_groups[0]["lr"]) or step(self, *args)
-    )
+    rates = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *_: rates.append(self.param_groups[0]["lr"]))
     fine_tune(make_resnet(), make_examples(4), learning_rate=1e-2, steps=4, seed=0)
     half_cosine = [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
     assert rates == pytest.approx([1e-2 * factor for factor in half_cosine], rel=1e-5)
@@ -167,16 +164,6 @@ def test_grids_must_have_distinct_rates(rates):
             FineTuning(**options)
 
 
-def test_zero_shot_only_evaluates():
-    model, split = make_resnet(), make_split(num_labels=None)
-    (trial,) = ZeroShot().trials(model, split, 0, evaluate_classifier, refinement=4)
-    assert trial.learning_rate is None
-    assert trial.validation["accuracy"] == accuracy(model, split.validation)
-    with torch.no_grad():
-        output = model.eval()(**split.test)
-    assert trial.test["loss"] == pytest.approx(float(output.loss), rel=1e-5)
-
-
 HEADS = {
     BertForSequenceClassification: TINY,  # dropout, linear
     DistilBertForSequenceClassification: {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16},  # linear, ReLU …
@@ -203,7 +190,7 @@ def test_a_head_for_each_token_has_no_probe():
         features(BertForTokenClassification(BertConfig(**TINY)), {"input_ids": torch.ones(2, 5, dtype=torch.long)})
 
 
-def test_a_probe_learns_linear_classes_without_randomness():
+def test_a_probe_learns_linear_classes_without_randomness_and_checks_their_number():
     model, split = make_resnet(), make_split()
     before = copy.deepcopy(model)
     trials = list(LinearProbe((1e-5, 3e-2), steps=100).trials(model, split, 0, evaluate_classifier))
@@ -213,15 +200,8 @@ def test_a_probe_learns_linear_classes_without_randomness():
     assert trials[1].test["loss"] < trials[0].test["loss"]
     again = list(LinearProbe((3e-2,), steps=100).trials(model, split, 7, evaluate_classifier))
     assert again[0] == trials[1]
-
-
-def test_a_probe_names_labels_that_are_not_classes():
-    examples, probe = make_examples(), LinearProbe((1e-2, 1e-1), steps=1)
-    floats = {**examples, "labels": examples["labels"].float()}
-    with pytest.raises(ValueError, match=r"labels in test of .*'linear-probe' are torch\.float32"):
-        next(probe.trials(make_resnet(), Split(examples, examples, floats), 0, evaluate_classifier))
     with pytest.raises(ValueError, match=r"train of .*'linear-probe' has label 3, .* 3 classes"):
-        next(probe.trials(make_resnet(), Split(examples, examples, examples, 3), 0, evaluate_classifier))
+        next(LinearProbe((1e-2,)).trials(model, make_split(3), 0, evaluate_classifier))
 
 
 def test_rates_are_refined_evenly():

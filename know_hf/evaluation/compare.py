@@ -221,7 +221,7 @@ class _Run:
                 path = self.task.open_trajectory(seed, self.output_dir).path
                 hint = f"seed {seed} measured in {self.output_dir}; restore it, or use another output folder"
                 raise ValueError(f"{path} has other weights than the trajectory of {hint}")
-        return {seed: {key: entries[seed][key] for key in entries[seed] if key != "identity"} for seed in seeds}
+        return {seed: {key: value for key, value in entries[seed].items() if key != "identity"} for seed in seeds}
 
     def measure_landscape(self, store: CellStore, landscape: Landscape) -> dict[str, Any]:
         seed = self.design.seeds[0]
@@ -252,10 +252,9 @@ class _Run:
 
     def _is_recorded(self, seed: int, num_states: int) -> bool:
         """Whether the trajectory of a seed is complete on disk; it may have been deleted since it was measured."""
-        if self.task.recorded is not None:
-            return True
         folder = trajectory_folder(self.output_dir, seed)
-        return WeightTrajectory.exists(folder) and WeightTrajectory(folder).num_states >= num_states
+        is_complete = WeightTrajectory.exists(folder) and WeightTrajectory(folder).num_states >= num_states
+        return self.task.recorded is not None or is_complete
 
     def _weights(self, seed: int) -> list[str]:
         """Hashes of the recorded weights of a seed."""

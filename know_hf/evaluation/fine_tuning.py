@@ -20,8 +20,9 @@ def fine_tune(
     steps: int,
     seed: int,
     batch_size: int | None = None,
+    parameters: list[torch.nn.Parameter] | None = None,
 ) -> None:
-    """Train all weights in place by Adam with cosine decay to 0, then recompute BatchNorm statistics on the examples.
+    """Train weights in place by Adam with cosine decay to 0; the model is in evaluation mode afterwards.
 
     Args:
         model (`PreTrainedModel`):
@@ -36,30 +37,18 @@ def fine_tune(
             Seed of the order of examples and of dropout.
         batch_size (`int`, *optional*):
             Examples per step; all by default.
+        parameters (`list[torch.nn.Parameter]`, *optional*):
+            Train only these. By default all are trained, and BatchNorm statistics are then recomputed on the examples.
     """
-    train_parameters(model, list(model.parameters()), examples, learning_rate, steps, seed, batch_size)
-    recalibrate_batch_norm(model, batches(inputs_of(examples), batch_size or len(examples["labels"])))
-
-
-def train_parameters(
-    model: PreTrainedModel,
-    parameters: list[torch.nn.Parameter],
-    examples: Examples,
-    learning_rate: float,
-    steps: int,
-    seed: int,
-    batch_size: int | None,
-) -> None:
-    """Train some parameters as [`fine_tune`] does, without gradients of the others; leaves the model in evaluation
-    mode."""
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    trained = list(trainable) if parameters is None else parameters
+    optimizer = torch.optim.Adam(trained, lr=learning_rate, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=steps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model.requires_grad_(False)
-            for parameter in parameters:
+            for parameter in trained:
                 parameter.requires_grad_(True)
             model.train()
             for _, batch in zip(range(steps), _epochs(examples, batch_size, seed, model.device), strict=False):
@@ -72,6 +61,8 @@ def train_parameters(
                 parameter.requires_grad_(required)
     optimizer.zero_grad()
     model.eval()
+    if parameters is None:
+        recalibrate_batch_norm(model, batches(inputs_of(examples), batch_size or len(examples["labels"])))
 
 
 def with_new_head(model: PreTrainedModel, num_labels: int, seed: int) -> PreTrainedModel:

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .comparison import ACCURACY, LOSS, Measure
-from .fine_tuning import Examples, Scores, fine_tune, train_parameters, with_new_head
+from .fine_tuning import Examples, Scores, fine_tune, with_new_head
 from .splits import Split
 
 Evaluate = Callable[[PreTrainedModel, Examples], Scores]
@@ -186,7 +186,7 @@ class FineTuning:
         head = [parameter for parameter in model.parameters() if parameter not in body]
         if not head:
             raise ValueError(f"{type(model).__name__} has no head parameters outside its body; use head_steps=0")
-        train_parameters(model, head, train, rate, self.head_steps, seed, self.batch_size)
+        fine_tune(model, train, rate, self.head_steps, seed, self.batch_size, head)
         return model
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from know_hf import ForgettingSchedule, WeightTrajectory, compare_arms, induce_forgetting
-from know_hf.evaluation import Arm, AsTheyAre, ComparisonReport, ComparisonTask, Split
+from know_hf.evaluation import Arm, ComparisonReport, ComparisonTask, Split, ZeroShot
 from know_hf.evaluation.protocols import Trial
 from know_hf.predictors import register_predictor
 
@@ -101,7 +101,7 @@ def record(seed: int, folder: Path) -> WeightTrajectory:
 def run(output_dir: str | Path, seeds: Sequence[int] = range(3)) -> ComparisonReport:
     task = ComparisonTask(record, source=source)
     arms = ["naive", "median", HALFWAY, "average"]
-    return compare_arms(task, output_dir, protocols=[AsTheyAre(), NoisyInputs()], arms=arms, seeds=seeds)
+    return compare_arms(task, output_dir, protocols=[ZeroShot(), NoisyInputs()], arms=arms, seeds=seeds)
 
 
 if __name__ == "__main__":
