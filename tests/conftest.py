@@ -92,6 +92,18 @@ def trajectory_copy(recorded: Path, tmp_path: Path) -> Path:
     return shutil.copytree(recorded, tmp_path / "trajectory")
 
 
+@pytest.fixture(scope="session")
+def stored_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of three states of the tiny ResNet, of which the second and third store only what moved."""
+    trajectory = WeightTrajectory.create(tmp_path_factory.mktemp("stored-once") / "states", ForgettingSchedule())
+    model = make_resnet()
+    for state in range(3):
+        trajectory.record(model, num_examples=8 >> state, steps=1, seed=state, metrics={"eval_loss": 0.5})
+        with torch.no_grad():
+            model.classifier[1].weight += 1
+    return trajectory.path
+
+
 @pytest.fixture
 def record_states(tmp_path: Path) -> Callable[..., WeightTrajectory]:
     """Records a model with its weights moved at random a little before every state but the first."""

@@ -1,4 +1,4 @@
-"""From the files of a state back to a model."""
+"""Load a state as a model, or into a model."""
 
 import json
 import shutil
@@ -68,18 +68,18 @@ def test_load_into_a_model_whose_saving_leaves_out_or_splits_tensors(record_stat
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_load_into_a_model_with_another_head(record_states):
-    trajectory = record_states(make_experts_with_a_custom_head(), num_states=2)
+def edit_config(trajectory, **changes):
+    path = trajectory.path / "state-0/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_load_into_a_model_with_another_head_or_that_cannot_be_built(record_states):
+    trajectory = record_states(make_experts_with_a_custom_head(), num_states=1)
     plain = make_experts_with_a_custom_head()
     plain.score = nn.Linear(8, 2, bias=False)
-    with pytest.raises(TrajectoryError, match=r"'score.weight' is not both"):
+    with pytest.raises(TrajectoryError, match=r"'score.weight' is not in both"):
         trajectory.load_into(plain)
-
-
-def test_load_into_a_model_that_cannot_be_built(record_states):
-    trajectory = record_states(make_experts_with_a_custom_head(), num_states=2)
-    config = trajectory.path / "state-0/config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_act": "unknown"}))
+    edit_config(trajectory, hidden_act="unknown")
     with pytest.raises(TrajectoryError, match=r"split or merged .*MixtralForSequenceClassification"):
         trajectory.load_into(make_experts_with_a_custom_head())
 
@@ -96,47 +96,38 @@ def test_experts_that_saving_splits(record_states):
         assert torch.equal(trajectory.tensor(name, 1), trajectory.tensor(name, 2))
 
 
-def test_a_tensor_that_only_model_or_state_has(record_states):
-    class More(ResNetForImageClassification):
-        def __init__(self, config):
-            super().__init__(config)
-            self.more = nn.Linear(2, 2, bias=False)
+class More(ResNetForImageClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.more = nn.Linear(2, 2, bias=False)
 
-    more, less = More(make_resnet().config), make_resnet()
-    trajectory_of_less = record_states(less, num_states=2, name="less")
-    trajectory = record_states(more, num_states=2, name="more")
-    with pytest.raises(TrajectoryError, match=r"'more\.weight' is not both .* More"):
-        trajectory_of_less.load_into(more)
-    with pytest.raises(TrajectoryError, match=r"'more\.weight' is not both .* ResNet"):
-        trajectory.load_into(less)
-    config = json.loads((trajectory.path / "state-0/config.json").read_text())
-    config["architectures"] = ["ResNetForImageClassification"]
-    (trajectory.path / "state-0/config.json").write_text(json.dumps(config))
-    with pytest.raises(TrajectoryError, match=r"'more\.weight' that a ResNetForImageClassification .*load_into"):
-        trajectory.load_model()
-    assert isinstance(trajectory.load_model(0, ResNetForImageClassification), ResNetForImageClassification)
-    with pytest.raises(TrajectoryError, match=r"'more.weight' .* random.* More\.from_pretrained"):
-        trajectory_of_less.load_model(0, More)
+
+def test_a_tensor_that_only_model_or_state_has(record_states, trajectory):
+    more = More(make_resnet().config)
+    of_more = record_states(more, num_states=1)
+    with pytest.raises(TrajectoryError, match=r"'more\.weight' is not in both .* More"):
+        trajectory.load_into(more)
+    with pytest.raises(TrajectoryError, match=r"'more\.weight' is not in both .* ResNet"):
+        of_more.load_into(make_resnet())
+    with pytest.raises(TrajectoryError, match=r"'more\.weight' of More is not .* More\.from_pretrained"):
+        trajectory.load_model(0, More)
+    with pytest.raises(TrajectoryError, match=r"no class 'More'.*model_class="):
+        of_more.load_model()
+    assert isinstance(of_more.load_model(model_class=More), More)
+    edit_config(of_more, architectures=["ResNetForImageClassification"])
+    with pytest.raises(TrajectoryError, match=r"'more\.weight' .* not in ResNetForImageClassification.*load_into"):
+        of_more.load_model()
+    assert isinstance(of_more.load_model(0, ResNetForImageClassification), ResNetForImageClassification)
 
 
 def test_a_tensor_of_another_shape(record_states):
     model = make_resnet()
     model.classifier[1] = nn.Linear(16, 7)
-    trajectory = record_states(model, num_states=2)
+    trajectory = record_states(model, num_states=1)
     with pytest.raises(TrajectoryError, match=r"'classifier\.1\.bias' is \(7,\) .*\(4,\) .*load_into"):
         trajectory.load_model()
     with pytest.raises(TrajectoryError, match=r"'classifier\.1\.(bias|weight)' is \(7,.* \(4,"):
         trajectory.load_into(make_resnet())
-
-
-def test_an_unknown_architecture(record_states):
-    class MyResNet(ResNetForImageClassification):
-        pass
-
-    trajectory = record_states(MyResNet(make_resnet().config), num_states=2)
-    with pytest.raises(TrajectoryError, match=r"'MyResNet'.*model_class="):
-        trajectory.load_model()
-    assert isinstance(trajectory.load_model(model_class=MyResNet), MyResNet)
 
 
 def test_a_plain_module(record_states):

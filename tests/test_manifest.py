@@ -1,39 +1,25 @@
-"""`trajectory.json`: what is read, what is refused, and which value and location an error names."""
+"""`trajectory.json`: valid and invalid content, and the value and location that an error names."""
 
 import json
 import os
-import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
-import torch
 from conftest import edit_manifest, make_resnet
-from safetensors.torch import save_file
 from torch import nn
 
 from know_hf import ForgettingSchedule, WeightTrajectory
 from know_hf.roles import TensorRole
 from know_hf.trajectory import TrajectoryError
-from know_hf.trajectory.manifest import MAX_BYTES, FileRecord, Manifest, recordable
+from know_hf.trajectory.manifest import MAX_BYTES, FileRecord, Manifest
 
 SHA256 = "0" * 64
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    """Three states of a tiny ResNet; the second and third store only what moved."""
-    trajectory = WeightTrajectory.create(tmp_path_factory.mktemp("manifest") / "states", ForgettingSchedule())
-    model = make_resnet()
-    for state in range(3):
-        trajectory.record(model, num_examples=8 >> state, steps=1, seed=state, metrics={"eval_loss": 0.5})
-        with torch.no_grad():
-            model.classifier[1].weight += 1
-    return trajectory.path
-
-
 @pytest.fixture
-def folder(template, tmp_path):
-    return shutil.copytree(template, tmp_path / "states")
+def folder(stored_once, tmp_path):
+    return shutil.copytree(stored_once, tmp_path / "states")
 
 
 def put(folder, location, value):
@@ -68,17 +54,6 @@ def test_a_manifest_is_written_again_byte_for_byte(folder):
     assert Manifest.read(folder) == manifest
 
 
-def test_roles_of_0_1_have_a_reason_only(folder):
-    def as_in_0_1(content):
-        content["roles"] = {name: {key: role[key] for key in ("role", "reason")} for name, role in old.items()}
-
-    old = json.loads((folder / "trajectory.json").read_text())["roles"]
-    expected = Manifest.read(folder).roles
-    edit_manifest(folder, as_in_0_1)
-    assert Manifest.read(folder).roles == expected
-    assert {role.is_batch_norm for role in expected.values()} == {True, False}
-
-
 STEPS = ("states", 1, "steps")
 
 
@@ -86,17 +61,12 @@ STEPS = ("states", 1, "steps")
     ("location", "value", "message"),
     [
         (STEPS, "3", r"states\[1\]\.steps is '3' .*integer"),
-        (STEPS, 2.0, r"states\[1\]\.steps is 2\.0 .*integer"),
         (STEPS, True, r"states\[1\]\.steps is True .*integer"),
         (STEPS, -1, r"states\[1\]\.steps is -1 .*greater than or equal to 0"),
         (STEPS, 2**63, r"states\[1\]\.steps is 9223372036854775808 .*less than"),
         (STEPS, 10**400, r"states\[1\]\.steps is 1000000.*\.\.\..*000 .*less than"),
-        (STEPS, None, r"states\[1\]\.steps is None"),
         (("states", 1, "num_examples"), "4", r"num_examples is '4'"),
-        (("states", 1, "num_examples"), -4, r"num_examples is -4"),
         (("states", 1, "fraction"), 1.5, r"fraction is 1\.5 .*less than or equal to 1"),
-        (("states", 1, "fraction"), -0.5, r"fraction is -0\.5"),
-        (("states", 1, "seed"), 0.5, r"states\[1\]\.seed is 0\.5"),
         (("states", 1, "seed"), 2**64, r"states\[1\]\.seed is 18446744073709551616"),
         (("states", 1, "metrics"), {"eval_loss": "low"}, r"states\[1\]\.metrics\.eval_loss is 'low' .*finite"),
         (("states", 1, "metrics"), {"eval_loss": True}, r"metrics\.eval_loss is True .*finite"),
@@ -106,40 +76,37 @@ STEPS = ("states", 1, "steps")
         (("states", 1, "metrics"), {"a" * 5000: 1}, r"metrics\['aaa.*\.\.\..*a'\] .*at most 4096"),
         (("states", 1, "unchanged"), {"a": 1}, r"state 1 takes 'a' from state 1"),
         (("states", 1, "unchanged"), {"a": "0"}, r"unchanged\.a is '0'"),
-        (("states", 1, "unchanged"), {"a": -1}, r"unchanged\.a is -1"),
-        (("states", 1, "unchanged"), [], r"unchanged is \[\] .*dictionary"),
         (("states", 1, "index"), 7, r"position 1 has index 7"),
-        (("states", 1, "files"), {}, r"states\[1\]\.files is \{\}"),
         (("states", 1, "files", 0, "size"), -1, r"states\[1\]\.files\[0\]\.size is -1"),
         (("states", 1, "files", 0, "sha256"), "A" * 64, r"sha256 is 'AAAA.* 64 hexadecimal digits in lower"),
-        (("states", 1, "files", 0, "sha256"), "a" * 65, r"64 hexadecimal digits"),
         (("states",), {}, r"states is \{\}"),
-        (("states",), [[]], r"states\[0\] is \[\]"),
         (("states",), [{}], r"states\[0\]\.index is missing"),
         (("roles", "x"), {"role": "fc"}, r"roles\.x\.reason is missing"),
-        (("roles", "x"), {"role": ["fc"], "reason": ""}, r"roles\.x\.role is \['fc'\] .*string"),
         (("roles", "x"), {"role": "matrix", "reason": ""}, r"roles\.x .*unknown role 'matrix'"),
         (("roles", "x"), {"role": "fc", "reason": "", "is_batch_norm": 1}, r"roles\.x\.is_batch_norm is 1 .*boolean"),
-        (("roles", "x"), {"role": "fc", "reason": "", "tied_to": 1}, r"roles\.x\.tied_to is 1 .*string"),
         (("tied_weights",), {"a": 1}, r"tied_weights\.a is 1 .*string"),
         (("tied_weights",), dict.fromkeys(map(str, range(250_001)), 0), r"tied_weights .*at most 250000 entries"),
-        (("base_model",), 3, r"base_model is 3 .*string"),
         (("base_model",), "me/x\nlicense: mine", r"base_model is 'me/x\\nlicense: mine' .*control characters"),
-        (("base_model",), "\u2028", r"base_model is '\\u2028' .*control characters"),
         (("base_model",), "\ud800", r"base_model is '\\ud800' .*control characters"),
         (("base_model",), "x" * 5000, r"base_model is 'xxxxx.*\.\.\..*x' .*at most 4096"),
-        (("base_revision",), [], r"base_revision is \[\]"),
-        (("library_versions", "torch"), 2.1, r"library_versions\.torch is 2\.1"),
         (("schedule",), "half", r"schedule is 'half'"),
         (("schedule", "ratio"), "0.5", r"schedule\.ratio is '0\.5' .*finite number"),
         (("schedule", "ratio"), 1.5, r"schedule .*ratio must .*1\.5"),
-        (("schedule", "stratify_by"), ["a"], r"schedule\.stratify_by is \['a'\] .*string"),
         (("schedule", "num_states"), 10**9, r"schedule\.num_states is 1000000000 .*1000"),
         (("format_version",), 1.0, r"format version 1\.0, expected '1\.0'"),
-        (("format_version",), "new", r"format version 'new', expected"),
         (("format_version",), "²", r"format version '²', expected"),
         (("format_version",), "0.9", r"format version '0\.9', expected"),
-        (("format_version",), "10.0", r"format version 10\.0.* up to 1\.0; install a newer"),
+        (("format_version",), "10.0", r"format version '10\.0', expected '1\.0'; install a newer"),
+        # a path that is listed twice or in the folder of another owner
+        (("files", 0, "path"), "state-1/config.json", "lists 'state-1/config.json'"),
+        (("files", 0, "path"), "State-9/config.json", "lists 'State-9/config.json'"),
+        (("files", 0, "path"), "model.safetensors", "lists 'model.safetensors'"),
+        (("files", 0, "path"), "model.safetensors.index.json", "lists 'model.safetensors.index.json'"),
+        (("files", 0, "path"), "trajectory.json", "lists 'trajectory.json'"),
+        (("states", 1, "files", 0, "path"), "state-0/config.json", "lists 'state-0/config.json'"),
+        (("states", 1, "files", 0, "path"), "state-11/config.json", "lists 'state-11/config.json'"),
+        (("states", 1, "files", 0, "path"), "config.json", "lists 'config.json'"),
+        (("states", 1, "files", 1, "path"), "state-1/CONFIG.json", "lists 'state-1/CONFIG.json'"),
     ],
 )
 def test_invalid_values(folder, location, value, message):
@@ -177,25 +144,6 @@ def test_paths_that_are_refused(folder, paths, message):
 
 
 @pytest.mark.parametrize(
-    ("location", "path"),
-    [
-        (("files", 0), "state-1/config.json"),
-        (("files", 0), "State-9/config.json"),
-        (("files", 0), "model.safetensors"),
-        (("files", 0), "model.safetensors.index.json"),
-        (("files", 0), "trajectory.json"),
-        (("states", 1, "files", 0), "state-0/config.json"),
-        (("states", 1, "files", 0), "state-11/config.json"),
-        (("states", 1, "files", 0), "config.json"),
-        (("states", 1, "files", 1), "state-1/CONFIG.json"),
-    ],
-)
-def test_every_file_is_listed_once_in_its_folder(folder, location, path):
-    put(folder, (*location, "path"), path)
-    refused(folder, f"lists '{path}' under")
-
-
-@pytest.mark.parametrize(
     ("text", "message"),
     [
         (b"", "not JSON"),
@@ -216,17 +164,12 @@ def test_every_file_is_listed_once_in_its_folder(folder, location, path):
         (b"[]", "format version None"),
         (b'"1.0"', "format version None"),
         (b'{"format_version": "1.0"}', "states is missing"),
+        (b'{"format_version": "1.0", "states": [], "schedule": {"ratio": 1e999}}', r"schedule\.ratio is inf .*finite"),
     ],
 )
 def test_bytes_that_are_not_a_manifest(tmp_path, text, message):
     (tmp_path / "trajectory.json").write_bytes(text)
     refused(tmp_path, message)
-
-
-def test_an_overflowing_number_is_infinite(folder):
-    path = folder / "trajectory.json"
-    path.write_text(path.read_text().replace('"eval_loss": 0.5', '"eval_loss": 1e999', 1))
-    refused(folder, r"metrics\.eval_loss is inf .*finite")
 
 
 def test_size_and_number_of_states_are_limited(tmp_path):
@@ -251,10 +194,7 @@ def test_unknown_fields_of_a_newer_minor_version_are_ignored(folder):
             part["curriculum"] = [{"deep": [1, None, "\ud800", "../x"]}]
 
     edit_manifest(folder, add)
-    manifest = Manifest.read(folder)
-    assert manifest.format_version == "1.7"
-    assert (manifest.states, manifest.schedule) == (expected.states, expected.schedule)
-    assert manifest.roles == expected.roles
+    assert Manifest.read(folder) == replace(expected, format_version="1.7")
 
 
 def test_missing_fields_of_an_older_minor_version_have_defaults(tmp_path):
@@ -265,7 +205,7 @@ def test_missing_fields_of_an_older_minor_version_have_defaults(tmp_path):
 
 
 def test_links_that_lead_outside_are_refused(folder, tmp_path):
-    for name, message in (("state-1/config.json", "state 1 .*outside"), ("trajectory.json", "not a file")):
+    for name, message in (("state-1/config.json", "outside"), ("trajectory.json", "not a file")):
         path = folder / name
         moved = path.rename(tmp_path / f"outside-{path.name}")
         path.symlink_to(moved)
@@ -279,12 +219,11 @@ def test_links_that_lead_outside_are_refused(folder, tmp_path):
 
 def test_links_inside_the_folder_and_circular_links(folder):
     path = folder / "state-1/config.json"
-    path.unlink()
-    path.symlink_to("../state-0/config.json")
-    WeightTrajectory(folder).verify()
-    path.unlink()
-    path.symlink_to("config.json")
-    refused(folder, "state 1 is missing", path)
+    for target in ("../state-0/config.json", "config.json"):
+        WeightTrajectory(folder).verify()
+        path.unlink()
+        path.symlink_to(target)
+    refused(folder, "is missing", path)
 
 
 def test_a_snapshot_of_the_hub_cache_links_to_its_blobs(folder, tmp_path):
@@ -310,37 +249,26 @@ def test_a_manifest_that_is_not_a_file(tmp_path, make):
     refused(tmp_path, "not a file")
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-def test_verify_names_unrecorded_files_that_loading_may_read(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_verify_names_unrecorded_files_that_loading_may_read(folder):
     (folder / "state-0/notes.md").write_text("harmless")
     WeightTrajectory(folder).verify()
-    with (folder / "state-0/pytorch_model.bin").open("wb") as handle:
-        pickle.dump(Bomb(), handle)
-    with pytest.raises(TrajectoryError, match=r"pytorch_model\.bin was not recorded.* state 0"):
-        WeightTrajectory(folder).verify()
-    (folder / "state-0/pytorch_model.bin").unlink()
-    save_file({"a": torch.zeros(1)}, folder / "state-1/model.safetensors")
-    with pytest.raises(TrajectoryError, match=r"state-1/model\.safetensors was not recorded"):
-        WeightTrajectory(folder).verify()
-    assert not (tmp_path / "exploded").exists()
+    for name in ("state-1/model.safetensors", "state-0/pytorch_model.bin"):
+        (folder / name).write_bytes(b"x")
+        with pytest.raises(TrajectoryError, match=f"{name} was not recorded"):
+            WeightTrajectory(folder).verify()
 
 
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ('{"a": "../../model.safetensors"}', r"leads to '\.\./\.\./model\.safetensors'"),
-        ('{"a": "/model.safetensors"}', r"leads to '/model\.safetensors'"),
-        ('{"a": 1}', "leads to 1"),
-        ("[]", "leads to None"),
+        ('{"a": "../../model.safetensors"}', r"unrecorded '\.\./\.\./model\.safetensors'"),
+        ('{"a": "/model.safetensors"}', r"unrecorded '/model\.safetensors'"),
+        ('{"a": 1}', "unrecorded 1"),
+        ("[]", "unrecorded None"),
         ("NaN", "not JSON"),
     ],
 )
-def test_an_index_leads_to_recorded_files_only(folder, weight_map, message):
+def test_an_index_refers_to_recorded_files_only(folder, weight_map, message):
     path = folder / "state-1/model.safetensors.index.json"
     assert "../state-0/model.safetensors" in path.read_text()
     path.write_text(f'{{"weight_map": {weight_map}}}')
@@ -359,7 +287,7 @@ def test_an_invalid_manifest_is_not_written(folder):
     trajectory = WeightTrajectory(folder)
     before = (folder / "trajectory.json").read_bytes()
     for metrics in ({"eval_loss": float("nan")}, {"eval_loss": "low"}, {"eval_loss": None}, {"a\n": 1.0}):
-        with pytest.raises(TrajectoryError, match=r"cannot be written.* states\[0\]\.metrics"):
+        with pytest.raises(TrajectoryError, match=r"states\[0\]\.metrics"):
             trajectory.update_metrics(0, metrics)
     with pytest.raises(TrajectoryError, match=r"states\[3\]\.steps is '1' .*integer"):
         trajectory.record(make_resnet(), num_examples=1, steps="1")
@@ -368,35 +296,27 @@ def test_an_invalid_manifest_is_not_written(folder):
         Manifest(states=(), files=(FileRecord("state-0/x.json", 0, SHA256),)).write(folder)
 
 
-class CodeAndPickles:
-    """A processor with files that trajectories do not have."""
+RECORDED = {
+    "tokenizer.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "merges.txt", "bpe.codes", "source.spm",
+    "prophetnet.tokenizer", "qwen.tiktoken", "tokenizer.model.v3", "additional_chat_templates/tool_use.jinja",
+}  # fmt: skip
 
+
+class Processor:
     def save_pretrained(self, folder):
-        for name in ("processing_mine.py", "voices.npy", "vocab.txt", "additional_chat_templates/tool_use.jinja"):
+        for name in (*RECORDED, "processing_mine.py", "voices.npy"):
             path = folder / name
             path.parent.mkdir(exist_ok=True)
             path.write_text("x")
 
 
-def test_code_and_pickles_are_not_recorded(tmp_path):
-    trajectory = WeightTrajectory.create(tmp_path / "states")
-    trajectory.record(nn.Linear(2, 2), num_examples=2, steps=1, processing_class=CodeAndPickles())
-    again = WeightTrajectory(trajectory.path)
-    again.verify()
-    names = [path.relative_to(again.path).as_posix() for path in again.model_files]
-    assert names == ["additional_chat_templates/tool_use.jinja", "vocab.txt"]
-    assert not (again.path / "processing_mine.py").exists()
-
-
-def test_recordable_files(tmp_path, monkeypatch):
+def test_code_and_pickles_are_not_recorded(tmp_path, monkeypatch):
     warned = []
     monkeypatch.setattr("know_hf.trajectory.manifest.logger.warning_once", warned.append)
-    names = {
-        "config.json", "tokenizer.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "merges.txt",
-        "bpe.codes", "source.spm", "prophetnet.tokenizer", "qwen.tiktoken", "tokenizer.model.v3",
-        "chat_template.jinja",
-    }  # fmt: skip
-    for name in (*names, "modeling_mine.py"):
-        (tmp_path / name).touch()
-    assert recordable(tmp_path) == sorted(names)
-    assert len(warned) == 1 and warned[0].startswith("modeling_mine.py ")
+    trajectory = WeightTrajectory.create(tmp_path / "states")
+    trajectory.record(nn.Linear(2, 2), num_examples=2, steps=1, processing_class=Processor())
+    again = WeightTrajectory(trajectory.path)
+    again.verify()
+    assert [path.relative_to(again.path).as_posix() for path in again.model_files] == sorted(RECORDED)
+    assert not (again.path / "processing_mine.py").exists()
+    assert [message.split()[0] for message in warned] == ["processing_mine.py", "voices.npy"]

@@ -5,15 +5,15 @@ import io
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import make_resnet
 
-from know_hf import ForgettingSchedule, WeightTrajectory
+from know_hf import WeightTrajectory
 from know_hf.checkpoint import file_sha256
 from know_hf.trajectory import TrajectoryError
 from know_hf.trajectory.manifest import Manifest
@@ -46,22 +46,16 @@ values = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Two states of a tiny ResNet, with a secret file beside the folder."""
+def folder(stored_once, tmp_path_factory):
+    """A trajectory, with a secret file beside the folder."""
     home = tmp_path_factory.mktemp("fuzz")
-    trajectory = WeightTrajectory.create(home / "states", ForgettingSchedule())
-    model = make_resnet()
-    for state in range(2):
-        trajectory.record(model, num_examples=8 >> state, steps=1, seed=state, metrics={"eval_loss": 0.5})
-        with torch.no_grad():
-            model.classifier[1].weight += 1
     (home / "secret.json").write_text("{}")
-    return trajectory.path
+    return shutil.copytree(stored_once, home / "states")
 
 
 @pytest.fixture(scope="module")
-def valid(folder):
-    return json.loads((folder / "trajectory.json").read_text())
+def valid(stored_once):
+    return json.loads((stored_once / "trajectory.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -91,20 +85,16 @@ def open_bytes(folder, opened, data):
     try:
         manifest = Manifest.read(folder)
     except TrajectoryError as error:
-        assert str(error).startswith(str(path))
-        assert len(str(error)) < 1500 + len(str(path))
+        assert str(error).startswith(str(path)) and len(str(error)) < 1500 + len(str(path))
     else:
         outcome = "read"
         assert tree(folder.parent) == files
         assert all(math.isfinite(value) for state in manifest.states for value in state.metrics.values())
         manifest.write(folder)
         assert Manifest.read(folder) == manifest
-        try:
-            trajectory = WeightTrajectory(folder)
-            trajectory.verify()
+        with suppress(TrajectoryError):
+            WeightTrajectory(folder).verify()
             outcome = "verified"
-        except TrajectoryError:
-            pass
     outside = [p for p in opened if isinstance(p, str | Path) and not Path(os.path.realpath(p)).is_relative_to(folder)]
     assert not outside
     assert {name for name in tree(folder.parent) if name != path} == {name for name in files if name != path}
@@ -125,26 +115,22 @@ def test_opened_files_are_watched(folder, opened, valid):
     assert {"trajectory.json", "model.safetensors"} <= names
 
 
-def test_random_bytes(folder, opened):
-    @check(200)
+def test_random_bytes_and_random_json(folder, opened):
+    outcomes = Counter()
+
+    @check(150)
     @given(st.binary(max_size=200) | st.text(alphabet='[]{}",:\\u0123456789.eE-+ntrf al\n', max_size=60))
     def run(data):
         assert open_bytes(folder, opened, data if isinstance(data, bytes) else data.encode()) == "refused"
 
-    run()
-
-
-def test_random_json(folder, opened):
-    outcomes = Counter()
-
     @check(80)
     @given(values, st.dictionaries(keys, values, max_size=3))
-    def run(value, more):
-        outcomes[open_bytes(folder, opened, json.dumps(value).encode())] += 1
-        content = {"format_version": "1.0", "states": value, **more}
-        outcomes[open_bytes(folder, opened, json.dumps(content).encode())] += 1
+    def run_json(value, more):
+        for content in (value, {"format_version": "1.0", "states": value, **more}):
+            outcomes[open_bytes(folder, opened, json.dumps(content).encode())] += 1
 
     run()
+    run_json()
     assert outcomes["refused"] > 80
 
 
@@ -156,7 +142,6 @@ def mutations(draw):
     value = draw(values)
 
     def change(content):
-        node, key = None, None
         child = content
         for turn in turns:
             if not isinstance(child, dict | list) or not child:
@@ -164,18 +149,17 @@ def mutations(draw):
             node = child
             key = turn % len(node) if isinstance(node, list) else list(node)[turn % len(node)]
             child = node[key]
-        if node is None:
+        if child is content:  # an earlier change emptied it
             return
+        new = copy.deepcopy(child) if kind == "twice" else value
         if kind == "replace":
-            node[key] = value
+            node[key] = new
         elif kind == "delete":
             del node[key]
         elif isinstance(node, list):
-            node.insert(turns[0] % (len(node) + 1), copy.deepcopy(child) if kind == "twice" else value)
+            node.insert(turns[0] % (len(node) + 1), new)
         else:
-            node[f"{key}+" if kind == "twice" else str(value)[:20]] = (
-                copy.deepcopy(child) if kind == "twice" else value
-            )
+            node[f"{key}+" if kind == "twice" else str(value)[:20]] = new
 
     return change
 
@@ -203,9 +187,7 @@ def test_a_valid_manifest_with_random_edits_of_its_text(folder, opened, valid):
     @given(
         st.integers(0, len(text)),
         st.integers(0, 6),
-        st.sampled_from(
-            [b"", b"{", b"[", b"]", b'"', b"\\", b"\xff", b"0", b"1e999", b"NaN", b"-", b"\x00", b'"a":1,']
-        )
+        st.sampled_from([b"", b"{", b"]", b'"', b"\\", b"\xff", b"1e999", b"NaN", b"-", b"\x00", b'"a":1,'])
         | st.binary(max_size=4),
     )
     def run(start, length, inserted):
@@ -213,15 +195,6 @@ def test_a_valid_manifest_with_random_edits_of_its_text(folder, opened, valid):
 
     run()
     assert outcomes["refused"] > 100
-
-
-def test_every_duplicate_key(folder, opened, valid):
-    text = json.dumps(valid)
-    for name in sorted({*valid, *valid["schedule"], *valid["states"][0], *valid["states"][0]["files"][0]}):
-        twice = text.replace(f'"{name}":', f'"{name}": null, "{name}":', 1)
-        with pytest.raises(TrajectoryError, match=f"the key '{name}'"):
-            (folder / "trajectory.json").write_text(twice)
-            Manifest.read(folder)
 
 
 def test_hostile_paths(folder, opened, valid):

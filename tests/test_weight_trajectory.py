@@ -1,4 +1,4 @@
-"""Reading a trajectory, and what is wrong with a damaged one."""
+"""Read a trajectory, and report damage."""
 
 import pytest
 import torch
@@ -75,98 +75,71 @@ def test_a_folder_without_states(tmp_path, trajectory):
     assert not (tmp_path / "new").exists()
 
 
-def edit(**changes):
-    def change(folder):
-        edit_manifest(folder, lambda content: content.update(changes))
-
-    return change
+def reverse_states(content):
+    content["states"] = [{**state, "index": 4 - state["index"]} for state in reversed(content["states"])]
 
 
-def reverse_states(folder):
-    def change(content):
-        content["states"] = [{**s, "index": 4 - s["index"]} for s in reversed(content["states"])]
-
-    edit_manifest(folder, change)
+def swap_states(folder):
+    for old, new in (("state-0", "x"), ("state-4", "state-0"), ("x", "state-4")):
+        (folder / old).rename(folder / new)
 
 
-def truncate(folder):
-    path = folder / "state-2/model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+def rewrite(path, change):
+    path.write_bytes(change(path.read_bytes()))
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (reverse_states, r"state 1 .* 8 examples, state 0 on 4.*reversed"),
-        (lambda folder: edit_manifest(folder, lambda content: content["states"].reverse()), "position 0 has index 4"),
-        (lambda folder: edit_manifest(folder, lambda c: c["states"][2].update(unchanged={NAME: 3})), "from state 3"),
-        (edit(format_version="2.0"), r"version 2\.0.* up to 1\.0"),
-        (truncate, r"state-2/model\.safetensors of state 2 has \d+ bytes, \d+ were recorded.*truncated"),
-        (lambda folder: (folder / "state-3/model.safetensors").unlink(), "state 3 is missing"),
-        (lambda folder: (folder / "config.json").unlink(), r"config\.json of the model is missing"),
-    ],
-)
-def test_damage_that_opening_reports(trajectory_copy, damage, message):
+WEIGHTS = "model.safetensors"
+DAMAGE = [
+    # reported when the trajectory is opened
+    (lambda f: edit_manifest(f, reverse_states), r"state 1 .* 8 examples, state 0 on 4.* reverse", "open"),
+    (lambda f: edit_manifest(f, lambda c: c["states"].reverse()), "position 0 has index 4", "open"),
+    (
+        lambda f: rewrite(f / "state-2" / WEIGHTS, lambda data: data[:-100]),
+        rf"state-2/{WEIGHTS} has \d+ bytes",
+        "open",
+    ),
+    (lambda f: (f / "state-3" / WEIGHTS).unlink(), rf"state-3/{WEIGHTS} is missing", "open"),
+    (lambda f: (f / "config.json").unlink(), "config.json is missing", "open"),
+    # when tensors are read
+    (lambda f: rewrite(f / "state-1" / WEIGHTS, lambda data: b"x" * len(data)), rf"state 1 .*{WEIGHTS}", "read"),
+    (lambda f: rewrite_state(f, 3, lambda t: t.pop(NAME)), rf"'{NAME}' .* missing in state 3", "read"),
+    (lambda f: rewrite_state(f, 3, lambda t: t.update(extra=torch.ones(1))), "'extra' .* missing in state 0", "read"),
+    (
+        lambda f: rewrite_state(f, 3, lambda t: t.update({NAME: t[NAME][:3]})),
+        r"\(3, 16\) .*state 3 .*\(4, 16\)",
+        "read",
+    ),
+    (
+        lambda f: rewrite_state(f, 3, lambda t: t.update({NAME: t[NAME].half()})),
+        "float16 in state 3 .*float32",
+        "read",
+    ),
+    (lambda f: edit_manifest(f, lambda c: c["roles"].pop(NAME)), f"role .*'{NAME}'", "read"),
+    # by verify
+    (swap_states, rf"state-0/{WEIGHTS} .*SHA-256", "verify"),
+    (
+        lambda f: rewrite(f / "state-0" / WEIGHTS, lambda data: data[:-1] + b"\xff"),
+        rf"state-0/{WEIGHTS} .*SHA-256",
+        "verify",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message", "stage"), DAMAGE)
+def test_damage_is_reported(trajectory_copy, damage, message, stage):
     damage(trajectory_copy)
+    if stage != "open":
+        trajectory = WeightTrajectory(trajectory_copy)
+    if stage == "verify":
+        for part in (0, 1):  # the first file is the config of the model, the second that of state 0
+            trajectory.verify(part, 100)
     with pytest.raises(TrajectoryError, match=message):
-        WeightTrajectory(trajectory_copy)
-
-
-def test_a_newer_minor_version_is_read(trajectory_copy):
-    edit(format_version="1.9", something_new=1)(trajectory_copy)
-    assert WeightTrajectory(trajectory_copy).num_states == 5
-
-
-def swap_folders(folder):
-    (folder / "state-0").rename(folder / "x")
-    (folder / "state-4").rename(folder / "state-0")
-    (folder / "x").rename(folder / "state-4")
-
-
-def flip_a_bit(folder):
-    path = folder / "state-0/model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [swap_folders, flip_a_bit])
-def test_damage_that_verify_reports(trajectory_copy, damage):
-    WeightTrajectory(trajectory_copy).verify()
-    damage(trajectory_copy)
-    trajectory = WeightTrajectory(trajectory_copy)
-    with pytest.raises(TrajectoryError, match=r"state-0/model\.safetensors of state 0 .*SHA-256"):
-        trajectory.verify()
-    for part in (0, 1):  # the first file is the config of the model, the second that of state 0
-        trajectory.verify(part, 100)
-
-
-def test_a_damaged_header(trajectory_copy):
-    path = trajectory_copy / "state-1/model.safetensors"
-    path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(TrajectoryError, match=r"state 1 .*model\.safetensors"):
-        _ = WeightTrajectory(trajectory_copy).names
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda tensors: tensors.pop(NAME), r"'classifier\.1\.weight' .* in state 0 but not in state 3"),
-        (lambda tensors: tensors.update(extra=torch.zeros(1)), "'extra' .* in state 3 but not in state 0"),
-        (lambda tensors: tensors.update({NAME: torch.zeros(5, 16)}), r"\(5, 16\) .* in state 3 .*\(4, 16\)"),
-        (lambda tensors: tensors.update({NAME: tensors[NAME].half()}), r"float16 in state 3 .*float32"),
-    ],
-)
-def test_states_with_other_tensors(trajectory_copy, change, message):
-    rewrite_state(trajectory_copy, 3, change)
-    with pytest.raises(TrajectoryError, match=message):
-        _ = WeightTrajectory(trajectory_copy).names
-
-
-def test_a_tensor_without_a_role(trajectory_copy):
-    edit_manifest(trajectory_copy, lambda content: content["roles"].pop("classifier.1.bias"))
-    with pytest.raises(TrajectoryError, match=r"role .*'classifier\.1\.bias'"):
-        _ = WeightTrajectory(trajectory_copy).names
+        if stage == "open":
+            WeightTrajectory(trajectory_copy)
+        elif stage == "read":
+            _ = trajectory.names
+        else:
+            trajectory.verify()
 
 
 def test_scalars_and_empty_tensors_are_inspected(record_states):

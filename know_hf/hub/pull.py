@@ -10,11 +10,11 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
-from ..checkpoint import check_free_disk, file_sha256, fsync
+from ..checkpoint import check_free_disk, fsync
 from ..hub_client import HubError, RemoteRepo, Token, call_hub
-from ..trajectory import TrajectoryError, WeightTrajectory
-from ..trajectory.manifest import MANIFEST_NAME, Manifest
-from ..trajectory.remote import check_remote_files, fetch_manifest
+from ..trajectory import WeightTrajectory
+from ..trajectory.manifest import MANIFEST_NAME
+from ..trajectory.store import HubStore
 from .repo_contents import checkpoint_files, first_names, is_card_file, is_expected, is_weights, kind_of
 
 logger = logging.get_logger(__name__)
@@ -69,16 +69,13 @@ def pull_trajectory(
 ) -> WeightTrajectory:
     """Pull a trajectory and open it. `from_pretrained` loads its states from `output_dir/state-k`. See [`pull`]."""
     repo = _open(repo_id, output_dir, revision, token)
-    manifest = Manifest.read(fetch_manifest(repo, token).parent)
-    check_remote_files(manifest, repo)
-    records = [*manifest.files, *(record for state in manifest.states for record in state.files)]
+    store = HubStore(repo, token)
+    records = store.manifest.all_files
 
     def check(folder: Path) -> None:
         for record in records:
-            # the Hub records the SHA-256 of large files only, which check_remote_files has compared
-            if repo.files[record.path].sha256 is None and file_sha256(folder / record.path) != record.sha256:
-                raise TrajectoryError(f"{repo.name(record.path)} is not the recorded file; push the trajectory again")
-        manifest.check_what_is_loaded(folder)
+            store.check_download(record, folder / record.path)
+        store.manifest.check_what_is_loaded(folder)
         _ = WeightTrajectory(folder).names  # reads the headers of all states
 
     names = {MANIFEST_NAME, *(record.path for record in records), *filter(is_card_file, repo.files)}

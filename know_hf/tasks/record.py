@@ -15,7 +15,7 @@ from ..checkpoint import write_json
 from ..plotting import forgetting_picture, save_figure
 from ..recording import induce_forgetting
 from ..trajectory import WeightTrajectory
-from ..trajectory.model_files import explicit_path
+from ..trajectory.recorder import explicit_path
 from .arguments import RecordArguments
 from .trainer_parts import prepare_task, training_arguments
 

@@ -1,4 +1,4 @@
-"""From the files of a state back to a model."""
+"""Load a state as a model, or into a model in memory."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,53 +11,42 @@ from transformers import PreTrainedModel
 from ..model_tensors import converted_names, is_adapter, is_partitioned, names_in_memory
 from .manifest import TrajectoryError
 
-_REBUILD = (
-    "the model was changed after it was built, such as by another head, or its config does not keep all its arguments;"
-    " build it as for the training, and copy the weights with load_into(model) of the trajectory or of the prediction"
-)
+_REBUILD = "build the model as for the training, and copy the weights with load_into(model)"
 
 
 def load_pretrained(
     folder: Path, model_class: type[PreTrainedModel] | None = None, base_model: PreTrainedModel | None = None
 ) -> Any:
-    """Load a checkpoint with the class that its `config.json` names or with a given one; an adapter onto its base.
+    """Load a checkpoint with the class in its `config.json` or a given class, or an adapter onto its base model.
 
     Args:
         folder (`Path`):
             A folder as `save_pretrained` writes it.
         model_class (`type`, *optional*):
-            Class of the model. It may lack weights of the checkpoint but may not have others.
+            Class of the model. It may lack weights of the checkpoint but must not have others.
         base_model (`PreTrainedModel`, *optional*):
             The model an adapter belongs to.
 
     Raises:
         `TrajectoryError`:
-            When the folder has no config, transformers has no class of that name, or an adapter has no base; when
-            model and checkpoint do not have the same tensors and shapes.
+            When the class or the base model is unknown, or model and checkpoint differ in tensors or shapes.
     """
     if (folder / "adapter_config.json").exists():
         return _load_adapter(folder, base_model)
     may_lack = model_class is not None
     model_class = model_class or _architecture(folder)
-    name, hint = model_class.__name__, _REBUILD
     model, loading = _from_pretrained(model_class, folder)
+    name = model_class.__name__
     # transformers would only warn, and initialise the weights at random
     for tensor, on_disk, in_model in sorted(loading["mismatched_keys"]):
         raise TrajectoryError(
-            f"tensor {tensor!r} is {tuple(on_disk)} in {folder} but {tuple(in_model)} in a {name} built from its"
-            f" config; {hint}"
+            f"tensor {tensor!r} is {tuple(on_disk)} in {folder} and {tuple(in_model)} in {name}; {_REBUILD}"
         )
     for tensor in sorted(loading["missing_keys"]):
-        if may_lack:
-            hint = f"to train such weights from scratch, use {name}.from_pretrained"
-        raise TrajectoryError(
-            f"a {name} built from the config in {folder} has a tensor {tensor!r} that the checkpoint lacks and"
-            f" that would be random; {hint}"
-        )
+        hint = f"to initialise it at random, use {name}.from_pretrained" if may_lack else _REBUILD
+        raise TrajectoryError(f"tensor {tensor!r} of {name} is not in {folder}; {hint}")
     for tensor in () if may_lack else sorted(loading["unexpected_keys"]):
-        raise TrajectoryError(
-            f"{folder} has a tensor {tensor!r} that a {name} built from its config lacks; {_REBUILD}"
-        )
+        raise TrajectoryError(f"tensor {tensor!r} in {folder} is not in {name}; {_REBUILD}")
     return model
 
 
@@ -70,18 +59,17 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
         folder (`Path`):
             The folder of the state.
         tensors (`Mapping[str, Callable[[str], torch.Tensor]]`):
-            From each name on disk to the function that reads it.
+            Function that reads each tensor, by its name on disk.
 
     Raises:
         `TrajectoryError`:
-            When ZeRO-3 partitions the model, or state and model do not have the same tensors and shapes.
+            When ZeRO-3 partitions the model, or state and model differ in tensors or shapes.
     """
     kind = type(model).__name__
     if is_partitioned(model):
         raise TrajectoryError(
-            f"the weights of {folder} can't be copied into this {kind}, which ZeRO-3 partitions: a recording under"
-            " ZeRO-3 can't be resumed. Resume without ZeRO-3 (FSDP2 works), or record to another folder; open a"
-            " finished trajectory with WeightTrajectory(path)."
+            f"ZeRO-3 partitions this {kind}, so {folder} cannot be loaded into it and a recording cannot be resumed."
+            " Resume without ZeRO-3 (FSDP2 works), or record to another folder."
         )
     own, in_memory, converted = model.state_dict(), names_in_memory(model), converted_names(model)
     state_dict = {in_memory[name]: read(name) for name, read in tensors.items() if name in in_memory}
@@ -98,16 +86,16 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
         adapter: Any = model
         content = {name: read(name) for name, read in tensors.items()}
         result = set_peft_model_state_dict(adapter, content, adapter_name=next(iter(adapter.peft_config)))
-        differing |= set(result.unexpected_keys)
+        differing.update(result.unexpected_keys)
     else:
         differing |= others
     if differing:
-        raise TrajectoryError(f"tensor {min(differing)!r} is not both in {folder} and in the given {kind}")
+        raise TrajectoryError(f"tensor {min(differing)!r} is not in both {folder} and the given {kind}")
     for name, tensor in state_dict.items():
         if tensor.shape != own[name].shape:
             raise TrajectoryError(
-                f"tensor {name!r} is {tuple(tensor.shape)} in {folder} but {tuple(own[name].shape)} in the given"
-                f" {kind}; pass the recorded model, with its head and vocabulary"
+                f"tensor {name!r} is {tuple(tensor.shape)} in {folder} and {tuple(own[name].shape)} in the given"
+                f" {kind}; pass a model with the recorded head and vocabulary"
             )
     model.load_state_dict(state_dict, strict=False)
 
@@ -121,8 +109,8 @@ def _load_adapter(folder: Path, base_model: PreTrainedModel | None) -> Any:
         return PeftModel.from_pretrained(base_model, folder)
     except RuntimeError as error:  # peft names the tensors and their shapes
         raise TrajectoryError(
-            f"the adapter in {folder} does not fit this {type(base_model).__name__}; pass as base_model= the model it"
-            f" was trained on, with its head and vocabulary. {' '.join(str(error).split())}"
+            f"the adapter in {folder} does not fit this {type(base_model).__name__}; pass base_model=, the model it"
+            f" was trained on. {' '.join(str(error).split())}"
         ) from error
 
 
@@ -131,9 +119,7 @@ def _architecture(folder: Path) -> type[PreTrainedModel]:
 
     config = folder / "config.json"
     if not config.exists():
-        raise TrajectoryError(
-            f"{folder} has no config.json: it records a plain nn.Module; load it with load_into(model)"
-        )
+        raise TrajectoryError(f"{folder} has no config.json and records a plain nn.Module; use load_into(model)")
     name = (transformers.PreTrainedConfig.get_config_dict(folder)[0].get("architectures") or ["none"])[0]
     model_class: type[PreTrainedModel] | None = getattr(transformers, name, None)
     if model_class is None:
@@ -152,8 +138,8 @@ def _load_converted(
         model, loading = _from_pretrained(model_class, folder)
     except Exception as error:
         raise TrajectoryError(
-            f"saving split or merged {min(names)!r} in {folder}, and a {model_class.__name__} to load it could not be"
-            f" built: {error}"
+            f"{min(names)!r} is split or merged in {folder}, and {model_class.__name__}.from_pretrained, which undoes"
+            f" this, failed: {error}"
         ) from error
     state_dict = model.state_dict()
     missing = {name for name, *_ in loading["mismatched_keys"]} | {*loading["missing_keys"]}

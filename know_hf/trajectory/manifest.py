@@ -1,44 +1,120 @@
 """`trajectory.json`: the content of a trajectory as dataclasses, validated by pydantic.
 
-The file may come from a stranger. Reading ends in a valid manifest or in a `TrajectoryError`, and no path in it leads
-out of the folder. Values are never converted, so a manifest that is read is written again byte for byte. Unknown
-fields are ignored, so a newer minor version can add some.
+The file may come from an untrusted source. Reading gives a valid manifest or raises a `TrajectoryError`, and no path
+leads out of the folder. Values are never converted, so writing a manifest again gives the same bytes. Unknown fields
+are ignored, so that a newer minor version can add some.
 """
 
 import os
 import posixpath
 import re
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
+from reprlib import Repr
 from typing import Annotated, Any
 
-from pydantic import FailFast, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, FailFast, Field, GetPydanticSchema, Strict, TypeAdapter, ValidationError
+from pydantic.functional_validators import AfterValidator, BeforeValidator, PlainValidator
+from pydantic_core import core_schema
 from transformers.utils import logging
 
 from ..checkpoint import file_sha256, read_json, write_json
-from ..schedule import size_in_words
-from .manifest_fields import (
-    FILE_KINDS,
-    MAX_STATES,
-    Count,
-    Integer,
-    Limited,
-    Number,
-    RelativePath,
-    Role,
-    Schedule,
-    Sha256,
-    Text,
-    Texts,
-    describe,
-    shorten,
-)
+from ..roles import TensorRole
+from ..schedule import ForgettingSchedule, size_in_words
 
 logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "trajectory.json"
 FORMAT_VERSION = "1.0"
 MAX_BYTES = 64_000_000  # 5 states of 100,000 tensors, most of them stored once, take 44 MB
+_MAX_STATES = 1000
+_MAX_ENTRIES = 250_000  # of a mapping: pydantic collects the errors of all entries before it raises
+
+# Files that save_pretrained of models, adapters, tokenizers and processors writes. Loading a pickle or a model with
+# trust_remote_code runs code: pickles and Python are refused.
+_FILE_KINDS = re.compile(r".+\.(safetensors|json|jinja|txt|md|model(\.v\w+)?|spm|codes|vocab|tokenizer|tiktoken)")
+# A plain name on every system: not hidden, no drive, stream, device or separator of Windows.
+_FILE_NAME = re.compile(r"(?!\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$))[^\\/:*?\"<>|]*[^\\/:*?\"<>|. ]", re.IGNORECASE)
+# Control characters and line separators could forge lines of a card or steer a terminal.
+_PLAIN_TEXT = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
+_SHA256 = "^[0-9a-f]{64}$"
+
+_short = Repr()
+_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxlong = 2, 2, 2, 60, 30
+_shorten = _short.repr  # bounded in length and depth, unlike repr
+
+
+def _number(value: Any) -> int | float:
+    # an int of a thousand digits compares with a float but does not convert to one
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        return value
+    raise ValueError("expected a finite number")
+
+
+def _limited(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > _MAX_ENTRIES:
+        raise ValueError(f"expected at most {_MAX_ENTRIES} entries, got {len(value)}")
+    return value
+
+
+def _relative_path(path: str) -> str:
+    if path.startswith("/") or re.match(r"\w:", path) or ".." in re.split(r"[/\\]", path):
+        raise ValueError("expected a path inside the folder of the trajectory")
+    if not all(_FILE_NAME.fullmatch(name) and len(name.encode()) <= 255 for name in path.split("/")):
+        raise ValueError("expected a relative path of plain names with / between them")
+    if not _FILE_KINDS.fullmatch(path):
+        raise ValueError("expected safetensors, JSON or text; pickles and code are never read")
+    return path
+
+
+Text = Annotated[str, Strict(), Field(max_length=4096, pattern=_PLAIN_TEXT)]
+Sha256 = Annotated[str, Strict(), Field(pattern=_SHA256)]
+Integer = Annotated[int, Strict(), Field(gt=-(2**64), lt=2**64)]
+Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
+Number = Annotated[float, PlainValidator(_number)]
+RelativePath = Annotated[Text, AfterValidator(_relative_path)]
+Limited = BeforeValidator(_limited)
+Texts = Annotated[dict[Text, Text], Limited]
+
+
+class _RoleContent(BaseModel):
+    """[`TensorRole`] on disk. Version 0.1 wrote role and reason only."""
+
+    role: Text
+    reason: Text
+    tied_to: Text | None = None
+    is_batch_norm: Annotated[bool | None, Strict()] = None
+
+    def build(self) -> TensorRole:
+        is_batch_norm = "BatchNorm" in self.reason if self.is_batch_norm is None else self.is_batch_norm
+        return TensorRole(self.role, self.reason, self.tied_to, is_batch_norm)
+
+
+class _ScheduleContent(BaseModel):
+    """Types of a [`ForgettingSchedule`], which checks the values itself and has the defaults."""
+
+    ratio: Number = 0.0
+    num_states: Annotated[int, Strict(), Field(le=_MAX_STATES)] = 0
+    epochs_per_stage: Number = 0.0
+    stratify_by: Text | None = None
+    seed: Integer = 0
+    group_by: Text | None = None
+    steps_per_stage: Integer | None = None
+    key_column: Text | None = None
+
+    def build(self) -> ForgettingSchedule:
+        return ForgettingSchedule(**self.model_dump(exclude_unset=True))
+
+
+def _built_from(content: type[_RoleContent] | type[_ScheduleContent]) -> GetPydanticSchema:
+    return GetPydanticSchema(
+        lambda _, handler: core_schema.no_info_after_validator_function(lambda c: c.build(), handler(content))
+    )
+
+
+Role = Annotated[TensorRole, _built_from(_RoleContent)]
+Schedule = Annotated[ForgettingSchedule, _built_from(_ScheduleContent)]
 
 
 class TrajectoryError(ValueError):
@@ -125,7 +201,7 @@ class StateRecord:
 class Manifest:
     """The content of `trajectory.json`; see the attributes of [`WeightTrajectory`]."""
 
-    states: Annotated[tuple[StateRecord, ...], Field(max_length=MAX_STATES), FailFast()]
+    states: Annotated[tuple[StateRecord, ...], Field(max_length=_MAX_STATES), FailFast()]
     schedule: Schedule | None = None
     base_model: Text | None = None
     base_revision: Text | None = None
@@ -135,6 +211,11 @@ class Manifest:
     library_versions: Texts = field(default_factory=dict)
     format_version: Text = FORMAT_VERSION
 
+    @property
+    def all_files(self) -> list[FileRecord]:
+        """The files of the model and of all states."""
+        return [*self.files, *(record for state in self.states for record in state.files)]
+
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """Read and check the `trajectory.json` of a folder.
@@ -143,23 +224,17 @@ class Manifest:
             `FileNotFoundError`:
                 When the folder has none.
             `TrajectoryError`:
-                When the file exceeds 64 MB, is not JSON of this schema or has another major version; when the states
-                are not in the order of falling size, full data first; when a file is listed twice, in the wrong
-                folder, or is neither weights nor text.
+                When the file exceeds 64 MB, does not match the schema or has another major version, or when
+                [`check`] fails.
         """
         path = folder / MANIFEST_NAME
         if not path.exists():
             raise FileNotFoundError(f"{folder} has no {MANIFEST_NAME}: not a trajectory, or no state is finished")
         if not path.is_file() or leads_outside(folder, path):
-            raise TrajectoryError(f"{path} is not a file of this folder; replace it by the file itself")
+            raise TrajectoryError(f"{path} is not a file in this folder; put a copy there")
         content = _read(path)
         _check_version(path, content)
-        try:
-            manifest: Manifest = _ADAPTER.validate_python(content)
-        except ValidationError as error:
-            raise TrajectoryError(
-                f"{path} does not match format {FORMAT_VERSION}: {describe(error)}; restore it from a copy"
-            ) from None
+        manifest = _validate(path, content)
         manifest.check(path)
         return manifest
 
@@ -172,10 +247,7 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         content = {"format_version": self.format_version, **asdict(self)}
-        try:
-            _ADAPTER.validate_python(content)
-        except ValidationError as error:
-            raise TrajectoryError(f"{path} cannot be written, it would be invalid: {describe(error)}") from None
+        _validate(path, content)
         self.check(path)
         write_json(path, content)
 
@@ -193,28 +265,22 @@ class Manifest:
             for record in records:
                 # names that differ in case only are one file on some systems
                 if record.path.casefold() in seen or _is_misplaced(record.path, owner):
-                    raise TrajectoryError(
-                        f"{path} lists {record.path!r} under {owner or 'the files of the model'}; each file is listed"
-                        " once, and the weights of state k are in the folder state-k: restore it from a copy"
-                    )
+                    raise TrajectoryError(f"{path} lists {record.path!r} twice or in the wrong folder; restore a copy")
                 seen.add(record.path.casefold())
 
     def check_what_is_loaded(self, folder: Path) -> None:
-        """Check that `from_pretrained` can only read recorded files from the folders of the states.
+        """Check that `from_pretrained` reads only recorded files from the folders of the states.
 
         Raises:
             `TrajectoryError`:
-                When the folder of a state has weights or JSON that `trajectory.json` does not list, or an index that
-                leads to such a file.
+                When the folder of a state has weights or JSON that were not recorded, or an index of such files.
         """
         listed = {record.path for state in self.states for record in state.files}
         for state in self.states:
             for path in sorted((folder / f"state-{state.index}").rglob("*")):
                 name = path.relative_to(folder).as_posix()
                 if path.name.endswith((".safetensors", ".json", ".bin")) and name not in listed:
-                    raise TrajectoryError(
-                        f"{path} was not recorded, but loading state {state.index} may read it; delete or move it"
-                    )
+                    raise TrajectoryError(f"{path} was not recorded, but loading this state may read it; delete it")
                 if name.endswith(".index.json"):
                     _check_index(path, name, listed)
 
@@ -231,18 +297,15 @@ def leads_outside(folder: Path, path: Path) -> bool:
 
 
 def recordable(folder: Path) -> list[str]:
-    """Return the sorted relative paths of the files that a trajectory can list, and warn about the others.
-
-    Models and processors with custom code save it with themselves; a trajectory leaves it out.
-    """
+    """Return the sorted relative paths of the files that a trajectory can list; warn about others, such as code."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for name in names:
-        if not FILE_KINDS.fullmatch(name):
+        if not _FILE_KINDS.fullmatch(name):
             logger.warning_once(
-                f"{name} is not safetensors, JSON or text and is left out of the trajectory, so that trajectories are"
-                " safe to load. Checkpoints written from the trajectory lack it: copy it to them."
+                f"{name} is not safetensors, JSON or text and is not recorded, so that trajectories are safe to load;"
+                " copy it to checkpoints that need it."
             )
-    return [name for name in names if FILE_KINDS.fullmatch(name)]
+    return [name for name in names if _FILE_KINDS.fullmatch(name)]
 
 
 def _read(path: Path) -> Any:
@@ -256,30 +319,28 @@ def _check_version(path: Path, content: Any) -> None:
     version = content.get("format_version") if isinstance(content, dict) else None
     match = re.fullmatch("([0-9]{1,9})[.][0-9]{1,9}", version) if isinstance(version, str) else None
     major = int(FORMAT_VERSION.split(".")[0])
-    if match is None or int(match[1]) < major:
-        raise TrajectoryError(
-            f"{path} has format version {shorten(version)}, expected {FORMAT_VERSION!r}; restore it from a copy"
-        )
-    if int(match[1]) > major:
-        raise TrajectoryError(
-            f"{path} has format version {version}, this know_hf reads up to {FORMAT_VERSION}; install a newer know_hf"
-        )
+    if match is None or int(match[1]) != major:
+        hint = "install a newer know_hf" if match and int(match[1]) > major else "restore it from a copy"
+        raise TrajectoryError(f"{path} has format version {_shorten(version)}, expected {FORMAT_VERSION!r}; {hint}")
+
+
+def _validate(path: Path, content: Any) -> Manifest:
+    try:
+        return _ADAPTER.validate_python(content)
+    except ValidationError as error:
+        raise TrajectoryError(f"{path}: {_describe(error)}") from None
 
 
 def _check_state(path: Path, position: int, state: StateRecord, before: StateRecord) -> None:
     if state.index != position:
-        raise TrajectoryError(
-            f"{path}: the state at position {position} has index {state.index}; order the states by index, the"
-            " full-data state (index 0) first"
-        )
+        raise TrajectoryError(f"{path}: the state at position {position} has index {state.index}; sort the states")
     for name, origin in state.unchanged.items():
         if origin >= position:
             raise TrajectoryError(f"{path}: state {position} takes {name!r} from state {origin}, not an earlier one")
     if position and not state.smaller_than(before):
         raise TrajectoryError(
-            f"{path}: state {position} was trained on {state.size}, state {position - 1} on {before.size}; each state"
-            " must see fewer examples than the one before. Are the states in reversed order? Index 0 is the full-data"
-            " state."
+            f"{path}: state {position} was trained on {state.size}, state {position - 1} on {before.size}; subsets"
+            " must shrink. Are the states in reverse order? State 0 is the full-data state."
         )
 
 
@@ -296,6 +357,23 @@ def _check_index(path: Path, name: str, listed: set[str]) -> None:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     for target in weight_map.values() if isinstance(weight_map, dict) else [None]:
         if not isinstance(target, str) or posixpath.normpath(f"{posixpath.dirname(name)}/{target}") not in listed:
-            raise TrajectoryError(
-                f"{path} leads to {shorten(target)}, which is not a recorded file; restore it from a copy"
-            )
+            raise TrajectoryError(f"{path} refers to the unrecorded {_shorten(target)}; restore it from a copy")
+
+
+def _describe(error: ValidationError) -> str:
+    """Return the first error in one line: `states[1].steps is '3' (Input should be a valid integer)`."""
+    first = error.errors(include_url=False)[0]
+    name = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif part != "[key]":  # pydantic's mark of an invalid key, which is the part before
+            name += f".{part}" if part.isidentifier() and len(part) < 60 else f"[{_shorten(part)}]"
+    name = name.removeprefix(".") or "the content"
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("string_pattern_mismatch", "string_unicode"):
+        is_hash = first.get("ctx", {}).get("pattern") == _SHA256
+        reason = f"expected {'64 hexadecimal digits in lower case' if is_hash else 'text without control characters'}"
+    return f"{name} is {_shorten(first['input'])} ({reason})"

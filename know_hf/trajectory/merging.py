@@ -3,8 +3,7 @@
 Predicting merged weights differs from predicting adapters. An adapter holds the factors of `ΔW = s·B·A`; a predictor
 that adds b to B and a to A changes the weight by `s·(b·A + B·a + b·a)`. Both agree to first order only, and the
 factors are not unique: `(c·B)·(A/c)` is the same model with another history. Predicted adapters stay small and of low
-rank; merged weights form a full model, most of whose values barely move. With DoRA, the magnitudes are predicted only
-when merged.
+rank. Merged weights form a full model, most of whose values barely move. DoRA magnitudes are predicted only if merged.
 """
 
 import copy
@@ -23,13 +22,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import atomic_folder, check_free_disk
-from ..model_tensors import is_adapter
 from .snapshot import state_nbytes
 from .weight_trajectory import WeightTrajectory
 
 logger = logging.get_logger(__name__)
 
+_KEPT = ("num_examples", "steps", "fraction", "subset_fingerprint", "seed", "metrics")  # of a stage
 _PREFIX = "base_model.model."
+_UNMERGED = "predict the adapters without merging"
 _WRAPPERS = ("base_layer", "modules_to_save", "original_module", "token_adapter")  # peft's modules around the base's
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -98,12 +98,12 @@ def merge_adapters(
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
     if not trajectory.is_adapter:
-        raise ValueError(f"{trajectory.path} is a trajectory of full models, not of adapters; use it without merging")
+        raise ValueError(f"{trajectory.path} contains full models, not adapters; use it without merging")
     base = _Base.of(trajectory, base_model, dtype)
     if dtype.itemsize < 4:
         logger.warning(
-            f"Merging in {dtype} rounds away changes below {torch.finfo(dtype).eps / 2:.1g} of a weight, which may be"
-            " the entire difference between states; the default is torch.float32."
+            f"{dtype} rounds away changes below {torch.finfo(dtype).eps / 2:.1g} of a weight, possibly all differences"
+            " between states; the default is torch.float32."
         )
     trajectory.verify()
     sources = [trajectory.path]
@@ -115,16 +115,8 @@ def merge_adapters(
             model = _merge(base.fresh(), trajectory, state.index)
             if not state.index:
                 check_free_disk(Path(output_dir), _nbytes(model, trajectory))
-            merged.record(
-                model,
-                num_examples=state.num_examples,
-                steps=state.steps,
-                fraction=state.fraction,
-                subset_fingerprint=state.subset_fingerprint,
-                seed=state.seed,
-                metrics=state.metrics,
-                processing_class=_ModelFiles(trajectory),
-            )
+            stage: Any = {name: getattr(state, name) for name in _KEPT}
+            merged.record(model, processing_class=_ModelFiles(trajectory), **stage)
             del model  # before the next one is loaded
     return WeightTrajectory(output_dir)
 
@@ -155,8 +147,8 @@ def merge_adapter(adapted: Any, trajectory: WeightTrajectory) -> Any:
             merged = adapted.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"peft can't merge the {adapted.active_peft_config.peft_type.value} adapters of {trajectory.path}"
-            f" ({type(error).__name__}: {error}); predict the adapters without merging"
+            f"peft cannot merge the {adapted.active_peft_config.peft_type.value} adapters of {trajectory.path}"
+            f" ({type(error).__name__}: {error}); {_UNMERGED}"
         ) from error
     if adapts_tied:
         _tie_equal_embeddings(merged)
@@ -180,24 +172,18 @@ class _Base:
         adapter = PeftConfig.from_pretrained(str(trajectory.path))
         if adapter.is_prompt_learning or adapter.is_adaption_prompt:
             raise ValueError(
-                f"{trajectory.path} has {adapter.peft_type.value} adapters, which do not change weights and can't be"
-                " merged; predict the adapters without merging"
+                f"the {adapter.peft_type.value} adapters of {trajectory.path} do not change weights; {_UNMERGED}"
             )
         if isinstance(source, nn.Module):
-            if is_adapter(source) or hasattr(source, "peft_config"):
-                raise ValueError(
-                    f"base_model is a {type(source).__name__} with an adapter; pass the model without it"
-                    " (model.unload())"
-                )
-            _check_not_quantised(getattr(source, "config", None), type(source).__name__)
+            name = type(source).__name__
+            if hasattr(source, "peft_config"):
+                raise ValueError(f"base_model is a {name} with an adapter; pass the model without it (model.unload())")
+            _check_not_quantised(getattr(source, "config", None), name)
             return cls(source, dtype, trajectory)
         recorded = trajectory.base_model or adapter.base_model_name_or_path
         source = source or recorded
         if not source:
-            raise ValueError(
-                f"{trajectory.path} does not name the model its adapters belong to; pass base_model=, the model or its"
-                " Hub id"
-            )
+            raise ValueError(f"{trajectory.path} does not name its base model; pass base_model=")
         revision = trajectory.base_revision if str(source) == recorded else None
         config, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
         _check_not_quantised(config, str(source))
@@ -217,8 +203,8 @@ class _Base:
         for name in sorted(loading["missing_keys"]):
             if _PREFIX + name not in self.trajectory.names:
                 raise ValueError(
-                    f"{self.source} has no {name!r}, and neither have the adapters of {self.trajectory.path}: it would"
-                    " be newly initialised, without the values of the training; pass base_model=, the model itself"
+                    f"tensor {name!r} is neither in {self.source} nor in the adapters of {self.trajectory.path} and"
+                    " would be initialised at random; pass the model itself as base_model="
                 )
         return model
 
@@ -236,40 +222,32 @@ def _model_class(adapter: Any, config: dict[str, Any], source: str) -> Any:
         if name and hasattr(transformers, name):
             return getattr(transformers, name)
     raise ValueError(
-        f"transformers has no class for {source}, whose architecture is {', '.join(filter(None, names)) or 'unknown'};"
-        " pass base_model=, the model itself"
+        f"transformers has no class for {source}, of architecture {', '.join(filter(None, names)) or 'unknown'}; pass"
+        " the model itself as base_model="
     )
 
 
 def _check_not_quantised(config: Any, name: str) -> None:
     content = config if isinstance(config, dict) else getattr(config, "__dict__", {})
     if content.get("quantization_config"):
-        raise ValueError(
-            f"the base model {name} is quantised: merging would round the adapters. Pass the unquantised model, or"
-            " model.dequantize()."
-        )
+        raise ValueError(f"the base model {name} is quantised; pass the original model, or model.dequantize()")
 
 
 def _merge(model: Any, trajectory: WeightTrajectory, state: int) -> nn.Module:
     from peft import get_peft_model_state_dict
 
     _fit_vocabulary(model, trajectory)
-    base, hint = type(model).__name__, "pass base_model=, the model as it was loaded for the training"
+    unfit = f"does not fit its base model, a {type(model).__name__}; pass the model of the training as base_model=."
     try:
         adapted: Any = trajectory.load_model(state, base_model=model)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"state {state} of {trajectory.path} does not fit its base model, a {base} ({error}); {hint}"
-        ) from error
+        raise ValueError(f"state {state} of {trajectory.path} {unfit} {error}") from error
     in_model = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     recorded = set(trajectory.names)
     # adapted or resized embeddings are recorded with their own weights and those tied to them
     own = {name.replace(f".{adapted.active_adapter}", "") for name in adapted.state_dict()}
     if differing := (in_model - recorded) | (recorded - in_model - own):
-        raise ValueError(
-            f"tensor {min(differing)!r} is not both in {trajectory.path} and in its adapter on the base model, a"
-            f" {base}; {hint}"
-        )
+        raise ValueError(f"tensor {min(differing)!r} of {trajectory.path} {unfit}")
     return merge_adapter(adapted, trajectory)
 
 
@@ -288,9 +266,8 @@ def _fit_vocabulary(model: Any, trajectory: WeightTrajectory) -> None:
     for other, tensor in after.items():
         if tensor.shape != before[other] and id(tensor) not in filled:
             raise ValueError(
-                f"tensor {name!r} is {tuple(recorded[name])} in {trajectory.path} but {tuple(before[name])} in its"
-                f" base model, a {type(model).__name__}. The adapters don't have {other!r}, so the vocabulary can't be"
-                f" resized: pass base_model=, the model with the {rows} rows of the training."
+                f"tensor {name!r} is {tuple(recorded[name])} in {trajectory.path} and {tuple(before[name])} in its"
+                f" base model, and the adapters lack {other!r}; pass base_model=, the model with {rows} tokens"
             )
 
 
@@ -316,9 +293,8 @@ def _adapts_tied_embeddings(adapted: Any, trajectory: WeightTrajectory) -> bool:
         hit = sorted(name for name in group if name.endswith(".weight") and name.rpartition(".")[0] in modules)
         if hit and (len(group) > 2 or model.config.is_encoder_decoder or model.get_output_embeddings() is None):
             raise ValueError(
-                f"the adapters of {trajectory.path} change {hit[0]!r}; merging would also change"
-                f" {', '.join(sorted(group - {hit[0]}))} of {type(model).__name__}, tied to it. Predict the adapters"
-                " without merging."
+                f"merging the adapters of {trajectory.path} would also change {', '.join(sorted(group - {hit[0]}))} of"
+                f" {type(model).__name__}, tied to the adapted {hit[0]!r}; {_UNMERGED}"
             )
         if hit:
             return True

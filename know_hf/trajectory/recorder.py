@@ -4,21 +4,25 @@ A state is written to a folder of its own, renamed, and only then entered in `tr
 leaves the states before it complete.
 """
 
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging
 
-from ..checkpoint import CheckpointReader, atomic_folder
+from ..checkpoint import CheckpointReader, atomic_folder, fsync
 from .manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -28,56 +32,46 @@ from .manifest import (
     TrajectoryError,
     recordable,
 )
-from .model_files import base_of, library_versions, write_model_files
-from .recorded_states import RecordedStates, check_same_tensors
 from .snapshot import Snapshot, roles_on_disk
+from .store import Store, check_same_tensors
 
 logger = logging.get_logger(__name__)
+
+_LIBRARIES = ("know_hf", "torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "numpy")
 
 
 class Recorder:
     """Adds states to a trajectory in a local folder.
 
     Args:
-        states ([`RecordedStates`]):
+        store ([`Store`]):
             The finished states. Entering a state changes them.
     """
 
-    def __init__(self, states: RecordedStates) -> None:
-        self._states = states
-        self._path = states.store.path
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._path = store.path
         self._lock = FileLock(self._path / ".lock", timeout=0, thread_local=False)
         self._writer = _BackgroundWriter()
         self._copies: dict[str, torch.Tensor] = {}
 
     def check(self, wait: bool = True) -> None:
-        """Raise the error of a failed background job, once.
-
-        Args:
-            wait (`bool`, *optional*, defaults to `True`):
-                Whether to wait for a running job.
-        """
+        """Raise the error of a failed background job, once, after waiting for a running job if asked to."""
         self._writer.check(wait)
 
     def record(
         self,
         model: nn.Module,
         state: StateRecord,
-        *,
-        processing_class: Any = None,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        dtype: torch.dtype | None = None,
-        background: bool = False,
-        on_written: Callable[[StateRecord], object] | None = None,
+        processing_class: Any,
+        state_dict: Mapping[str, torch.Tensor] | None,
+        dtype: torch.dtype | None,
+        background: bool,
+        on_written: Callable[[StateRecord], object] | None,
     ) -> None:
-        """Write the weights of a model as the next state; see [`WeightTrajectory.record`].
-
-        Args:
-            state ([`StateRecord`]):
-                The state without its files.
-        """
+        """Write the weights of a model as the next state, given without its files; see [`WeightTrajectory.record`]."""
         self.check()
-        manifest = self._states.manifest
+        manifest = self._store.manifest
         replace(manifest, states=(*manifest.states, state)).check(self._path / MANIFEST_NAME)
         snapshot = Snapshot.of(model, state_dict, dtype, self._copies)
         self._copies = snapshot.state_dict if background else {}
@@ -90,8 +84,8 @@ class Recorder:
                 raise
             except (OSError, SafetensorError) as error:
                 raise OSError(
-                    f"state {state.index} could not be written to {self._path} ({error}). States before it"
-                    " are kept: free the disk and record again, recording resumes there."
+                    f"state {state.index} could not be written to {self._path} ({error}). Free disk space and record"
+                    " again: recording resumes after the last finished state."
                 ) from error
             if on_written is not None:
                 on_written(written)
@@ -104,11 +98,10 @@ class Recorder:
     def update_metrics(self, index: int, metrics: Mapping[str, float]) -> None:
         """Add evaluation results to a finished state."""
         self.check()
-        manifest = self._states.manifest
-        states = list(manifest.states)
+        states = list(self._store.manifest.states)
         states[index] = replace(states[index], metrics={**states[index].metrics, **metrics})
         with self.recording():
-            self._states.enter(replace(manifest, states=tuple(states)))
+            self._store.enter(replace(self._store.manifest, states=tuple(states)))
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -120,21 +113,17 @@ class Recorder:
             `TrajectoryError`:
                 When the trajectory is on the Hub.
         """
-        if (repo := self._states.store.repo) is not None:
-            raise TrajectoryError(
-                f"{repo.repo_id} is on the Hub and can't be recorded to; pull it with know_hf.hub.pull, and record"
-                " to the folder"
-            )
+        if (repo := self._store.repo) is not None:
+            raise TrajectoryError(f"{repo.repo_id} is on the Hub; pull it with know_hf.hub.pull, then record")
         self._path.mkdir(parents=True, exist_ok=True)
         try:
             with self._lock:
-                has_manifest = (self._path / MANIFEST_NAME).exists()
-                expected = len(self._states.manifest.states)
-                on_disk = len(Manifest.read(self._path).states) if has_manifest else 0
+                expected = len(self._store.manifest.states)
+                on_disk = len(Manifest.read(self._path).states) if (self._path / MANIFEST_NAME).exists() else 0
                 if expected != on_disk:
                     raise TrajectoryBusyError(
-                        f"{self._path} has {on_disk} states, expected {expected}: another process recorded to it;"
-                        " record to another folder, or open the trajectory again to resume"
+                        f"{self._path} has {on_disk} states, expected {expected}: another process recorded to it. Open"
+                        " the trajectory again to resume, or record to another folder."
                     )
                 try:
                     yield
@@ -146,8 +135,8 @@ class Recorder:
             ) from error
 
     def _write(self, snapshot: Snapshot, state: StateRecord, processing_class: Any) -> StateRecord:
-        manifest, index = self._states.manifest, state.index
-        readers = self._states.readers if index else []
+        manifest, index = self._store.manifest, state.index
+        readers = self._store.readers if index else []
         folder = self._path / f"state-{index}"
         snapshot.check_finite(self._path, index)
         with atomic_folder(folder, overwrite=True) as work:
@@ -159,25 +148,26 @@ class Recorder:
             files = tuple(FileRecord.of(work / name, f"{folder.name}/{name}") for name in names)
             origin = manifest.states[-1].unchanged if index else {}
             unchanged = {name: origin.get(name, index - 1) for name in sorted(left_out)}
-            elsewhere = {name: readers[source] for name, source in unchanged.items()}
+            elsewhere = {name: readers[k] for name, k in unchanged.items()}
             reader = CheckpointReader([work / name for name in names if name.endswith(".safetensors")], elsewhere)
             if index:
                 check_same_tensors(self._path, index, reader, readers[0])
         if not index:
-            roles, tied = roles_on_disk(snapshot, reader)
-            base_model, base_revision = base_of(snapshot.model)
-            manifest = replace(
-                manifest,
-                roles=roles,
-                tied_weights=tied,
-                base_model=base_model,
-                base_revision=base_revision,
-                files=write_model_files(self._path, folder, processing_class),
-                library_versions=library_versions(),
+            roles, tied_weights = roles_on_disk(snapshot, reader)
+            base_model, base_revision = _base_of(snapshot.model)
+            model_files = _write_model_files(self._path, folder, processing_class)
+            manifest = Manifest(
+                (), manifest.schedule, base_model, base_revision, roles, tied_weights, model_files, library_versions()
             )
         state = replace(state, files=files, unchanged=unchanged)
-        self._states.enter(replace(manifest, states=(*manifest.states, state)))
+        self._store.enter(replace(manifest, states=(*manifest.states, state)))
         return state
+
+
+def explicit_path(name: str) -> str:
+    """Return `./models/bert` for a folder `models/bert`, which would read as a Hub id; other names are unchanged."""
+    is_relative = not Path(name).is_absolute() and not name.startswith(".")
+    return f"./{name}" if name and is_relative and Path(name).is_dir() else name
 
 
 class _BackgroundWriter:
@@ -203,7 +193,6 @@ class _BackgroundWriter:
             wait([self._job])
 
     def check(self, wait: bool) -> None:
-        """Raise the error of a job that has ended, after waiting for it if asked to."""
         if wait:
             self.join()
         if self._job is not None and self._job.done():
@@ -219,3 +208,43 @@ class _BackgroundWriter:
             raise
         finally:
             self._thread = None
+
+
+def _write_model_files(folder: Path, state_folder: Path, processing_class: Any) -> tuple[FileRecord, ...]:
+    """Write the config of a state and its tokenizer or processor to the folder of the trajectory."""
+    work = folder / ".model-files.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    for path in state_folder.iterdir():
+        if path.is_file() and not path.name.endswith((".safetensors", ".index.json")):
+            shutil.copy2(path, work)
+    if processing_class is not None:
+        processing_class.save_pretrained(work)
+    names = recordable(work)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        fsync(work / name)
+        (work / name).replace(folder / name)
+    shutil.rmtree(work)
+    return tuple(FileRecord.of(folder / name, name) for name in names)
+
+
+def _base_of(model: nn.Module) -> tuple[str | None, str | None]:
+    """Hub id or path of the model that the training started from, and its commit, if known."""
+    config = getattr(model, "config", None)
+    name = explicit_path(getattr(config, "_name_or_path", None) or "")
+    if commit := getattr(config, "_commit_hash", None):
+        return name or None, commit
+    # configs do not always name their commit; the cache does if it has a single one
+    snapshots = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots")
+    commits = os.listdir(snapshots) if os.path.isdir(snapshots) else []
+    return name or None, commits[0] if len(commits) == 1 else None
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the installed libraries that a recording depends on."""
+    versions = {}
+    for library in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[library] = version(library)
+    return versions

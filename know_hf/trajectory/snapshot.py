@@ -1,4 +1,4 @@
-"""A copy of a model's weights that training cannot change, and the files of a state."""
+"""Copy the weights of a model, and save them as a state."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ class Snapshot:
 
     Attributes:
         model (`nn.Module`):
-            The model, for its config and its way of saving; its weights may have changed since.
+            The model, for its config and `save_pretrained`. Its weights may have changed since.
         state_dict (`dict[str, torch.Tensor]`):
             Copies of the tensors of a state, by their names in memory. Tensors that share memory in the model share
             it here.
@@ -36,7 +36,7 @@ class Snapshot:
         roles (`dict[str, TensorRole]`):
             Role of every tensor, by the names in memory.
         generation_config (`GenerationConfig`, *optional*):
-            A copy of the model's, which `generate` changes while it runs.
+            Copy of the model's; `generate` changes the original while it runs.
     """
 
     model: nn.Module
@@ -63,18 +63,15 @@ class Snapshot:
             dtype (`torch.dtype`, *optional*):
                 Floating-point dtype to store; by default that of each tensor.
             reuse (`Mapping[str, torch.Tensor]`, *optional*):
-                The `state_dict` of a snapshot that is no longer needed. Overwriting its memory is several times faster
-                than new memory.
+                The `state_dict` of a snapshot that is no longer needed. Its memory is overwritten, which is several
+                times faster than allocating new memory.
 
         Raises:
             `TrajectoryError`:
                 When ZeRO-3 partitions the weights and no `state_dict` is given.
         """
         if state_dict is None and is_partitioned(model):
-            raise TrajectoryError(
-                f"ZeRO-3 partitions the weights of this {type(model).__name__}, no process has all of them; pass them"
-                " as state_dict="
-            )
+            raise TrajectoryError(f"ZeRO-3 partitions this {type(model).__name__}; pass all weights as state_dict=")
         check_adapter(model)
         # Not in the writer thread: under FSDP, state_dict() gathers and reshards, as the training does meanwhile.
         on_disk, roles = names_on_disk(model), tensor_roles(model)
@@ -104,13 +101,11 @@ class Snapshot:
         Buffers may be infinite, as attention masks are.
         """
         for name, tensor in self.state_dict.items():
-            if not tensor.is_floating_point():
-                continue
             is_buffer = name in self.roles and self.roles[name].role == "copied"
             if tensor.isnan().any() if is_buffer else not tensor.isfinite().all():
                 raise TrajectoryError(
-                    f"tensor {name!r} is not finite after the training of state {index}, which diverged; lower the"
-                    f" learning rate. States before it are kept in {path}."
+                    f"tensor {name!r} is not finite in state {index}: its training diverged; lower the learning rate."
+                    f" Earlier states are kept in {path}."
                 )
 
     def save(self, folder: Path, previous: CheckpointReader | None = None) -> set[str]:
@@ -123,8 +118,8 @@ class Snapshot:
                 The previous state.
 
         Returns:
-            `set[str]`: names on disk of the tensors left out. A `model.safetensors.index.json` leads `from_pretrained`
-            to the files that have them.
+            `set[str]`: names on disk of the tensors left out. `model.safetensors.index.json` refers to the files that
+            have them.
         """
         # an adapter is one file, and peft initialises what is missing: nothing can be left out
         unchanged = set() if previous is None or is_adapter(self.model) else self._equal_to(previous)
@@ -149,13 +144,12 @@ class Snapshot:
         equal: set[str] = set()
         size = 0
         for name, tensor in self.state_dict.items():
-            saved = self.on_disk.get(name)
-            if saved is None or saved not in previous or saved in equal:
+            saved = self.on_disk.get(name, "")
+            if saved not in previous or (previous.shape(saved), previous.dtype(saved)) != (tensor.shape, tensor.dtype):
                 continue
-            if (previous.shape(saved), previous.dtype(saved)) == (tensor.shape, tensor.dtype):
-                if torch.equal(_bytes(previous.tensor(saved)), _bytes(tensor)):
-                    equal.add(saved)
-                    size += tensor.nbytes
+            if torch.equal(_bytes(previous.tensor(saved)), _bytes(tensor)):
+                equal.add(saved)
+                size += tensor.nbytes
         total = sum(tensor.nbytes for tensor in {id(t): t for t in self.state_dict.values()}.values())
         return equal if size > _WORTH_SHARING * total else set()
 
@@ -214,15 +208,12 @@ def check_adapter(model: nn.Module) -> None:
 
     adapters: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]
     if len(adapters) > 1:
-        raise ValueError(f"the model has the adapters {', '.join(adapters)}: a trajectory has one, delete the others")
+        raise ValueError(f"the model has the adapters {', '.join(adapters)}; delete all but one")
     if not isinstance(model, PeftModel):
-        raise ValueError(f"peft can't save a {type(model).__name__}; use get_peft_model(…, mixed=False)")
+        raise ValueError(f"peft cannot save a {type(model).__name__}; use get_peft_model(…, mixed=False)")
     config = next(iter(adapters.values()))
     if config.is_prompt_learning:
-        raise ValueError(
-            f"{config.peft_type.value} learns a prompt, and peft saves values computed from its weights; a trajectory"
-            " records weights: use an adapter such as LoRA"
-        )
+        raise ValueError(f"{config.peft_type.value} learns a prompt, not weights; use an adapter such as LoRA")
 
 
 def _copy(tensor: torch.Tensor, dtype: torch.dtype | None, memory: torch.Tensor | None) -> torch.Tensor:

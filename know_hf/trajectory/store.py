@@ -1,36 +1,66 @@
-"""The files of a trajectory in a local folder. `remote` has those in a repo on the Hub."""
+"""Files, manifest and tensors of a trajectory, in a local folder or in a repo on the Hub."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..checkpoint import ByteSource, file_sha256
-from ..hub_client import RemoteRepo
-from .manifest import FileRecord, Manifest, TrajectoryError, leads_outside
+from ..checkpoint import ByteSource, CheckpointError, CheckpointReader, file_sha256
+from ..hub_client import RemoteRepo, RemoteSource, Token
+from .manifest import MANIFEST_NAME, MAX_BYTES, FileRecord, Manifest, TrajectoryError, leads_outside
 
 
 class Store:
-    """The files of a trajectory in a local folder.
+    """A trajectory in a local folder.
 
-    Attributes:
+    Args:
         path (`Path`):
             The folder.
+        manifest ([`Manifest`], *optional*):
+            The manifest of a new trajectory. By default, `trajectory.json` is read and the sizes of the files are
+            compared with it.
+
+    Attributes:
         repo ([`RemoteRepo`], *optional*):
             The repo that files are downloaded from to `path`.
     """
 
     repo: RemoteRepo | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
         self.path = path
+        self.manifest = Manifest.read(path) if manifest is None else manifest
+        self._readers: list[CheckpointReader] | None = None
+        if manifest is None:
+            self.check()
 
-    def check(self, manifest: Manifest, hashes: bool = False, part: int = 0, parts: int = 1) -> None:
-        """Compare the files with the manifest.
+    @property
+    def readers(self) -> list[CheckpointReader]:
+        """Readers of all states, full data first.
+
+        Raises:
+            `TrajectoryError`:
+                When there is no state, a file cannot be read, the states do not have the same tensors, or a tensor has
+                no role.
+        """
+        if self._readers is None:
+            self._readers = self._open_readers()
+        return self._readers
+
+    def enter(self, manifest: Manifest) -> None:
+        """Write a manifest with a new or changed state."""
+        manifest.write(self.path)
+        self.manifest, self._readers = manifest, None
+
+    def verify(self, part: int, parts: int) -> None:
+        """Compare hashes, and read the headers of all states again."""
+        self.check(True, part, parts)
+        self._readers = self._open_readers()
+
+    def check(self, hashes: bool = False, part: int = 0, parts: int = 1) -> None:
+        """Compare the sizes of the files with the manifest, and their hashes if asked to.
 
         Args:
-            manifest ([`Manifest`]):
-                What was recorded.
             hashes (`bool`, *optional*, defaults to `False`):
-                Whether to compare hashes too, not sizes only.
+                Whether to compare hashes.
             part, parts (`int`, *optional*):
                 Only every `parts`-th file from number `part` on, when several processes share the reading.
 
@@ -38,26 +68,16 @@ class Store:
             `TrajectoryError`:
                 When a file is missing or is not the recorded one; names it.
         """
-        records = [(record, "the model") for record in manifest.files]
-        records += [(record, f"state {state.index}") for state in manifest.states for record in state.files]
-        for record, owner in records[part::parts]:
+        for record in self.manifest.all_files[part::parts]:
             path = self.path / record.path
             if leads_outside(self.path, path):
-                raise TrajectoryError(f"{path} of {owner} is a link that leads outside its folder; put a copy there")
-            if not path.is_file():
-                raise TrajectoryError(f"{path} of {owner} is missing; restore it from a copy or record it again")
-            if path.stat().st_size != record.size:
-                raise TrajectoryError(
-                    f"{path} of {owner} has {path.stat().st_size} bytes, {record.size} were recorded: it is truncated"
-                    " or was replaced; restore it from a copy or record it again"
-                )
-            if hashes and file_sha256(path) != record.sha256:
-                raise TrajectoryError(
-                    f"{path} of {owner} is not the recorded file (its SHA-256 differs): it is damaged or was replaced;"
-                    " restore it from a copy or record it again"
-                )
+                raise TrajectoryError(f"{path} is a link that leads outside its folder; put a copy there")
+            size = path.stat().st_size if path.is_file() else None
+            sha256 = file_sha256(path) if hashes and size == record.size else None
+            if difference := _difference(record, size, sha256):
+                raise TrajectoryError(f"{path} {difference}; restore it from a copy, or record the trajectory again")
         if hashes:
-            manifest.check_what_is_loaded(self.path)
+            self.manifest.check_what_is_loaded(self.path)
 
     def source(self, record: FileRecord) -> Path | ByteSource:
         """Return the file to read pieces of tensors from."""
@@ -66,5 +86,115 @@ class Store:
     def fetch(self, records: Iterable[FileRecord]) -> None:
         """Download files that are not in `path` yet."""
 
-    def fetch_state(self, manifest: Manifest, index: int) -> None:
+    def fetch_state(self, index: int) -> None:
         """Download the files that loading a state reads."""
+
+    def _open_readers(self) -> list[CheckpointReader]:
+        path, manifest = self.path, self.manifest
+        if not manifest.states:
+            raise TrajectoryError(f"{path} has no finished state; record one first")
+        readers: list[CheckpointReader] = []
+        for state in manifest.states:
+            files = [self.source(record) for record in state.files if record.path.endswith(".safetensors")]
+            try:
+                readers.append(CheckpointReader(files, {name: readers[k] for name, k in state.unchanged.items()}))
+            except (CheckpointError, KeyError) as error:
+                raise TrajectoryError(f"state {state.index} of {path}: {error}") from error
+            check_same_tensors(path, state.index, readers[-1], readers[0])
+        for name in readers[0].names:
+            if name not in manifest.roles:
+                raise TrajectoryError(f"{path / MANIFEST_NAME} has no role for {name!r}; restore it from a copy")
+        return readers
+
+
+class HubStore(Store):
+    """A trajectory in a model repo at one commit.
+
+    Tensors are read as byte ranges. Other files are downloaded to the Hub cache. Sizes and hashes on the Hub are
+    compared with `trajectory.json` before any other file is read.
+
+    Args:
+        repo ([`RemoteRepo`]):
+            The repo.
+        token (`str` or `bool`, *optional*):
+            Access token; defaults to the token of `hf auth login`.
+
+    Raises:
+        `TrajectoryError`:
+            When the repo has no `trajectory.json` or one of over 64 MB, or a file is missing or differs.
+    """
+
+    repo: RemoteRepo
+
+    def __init__(self, repo: RemoteRepo, token: Token = None) -> None:
+        self.repo = repo
+        self._token = token
+        self._fetched: set[str] = set()
+        file = repo.files.get(MANIFEST_NAME)
+        if file is None:
+            has_states = any(path.startswith("state-") for path in repo.files)
+            hint = "its push was not finished; push it again" if has_states else "check the repo id"
+            raise TrajectoryError(f"{repo.repo_id} has no {MANIFEST_NAME}: {hint}")
+        if file.size > MAX_BYTES:
+            raise TrajectoryError(f"{repo.name(MANIFEST_NAME)} has {file.size} bytes, more than {MAX_BYTES}")
+        super().__init__(repo.fetch(MANIFEST_NAME, token).parent)
+
+    def check(self, hashes: bool = False, part: int = 0, parts: int = 1) -> None:
+        """Compare the sizes and hashes that the Hub lists with the manifest, without a download."""
+        for record in self.manifest.all_files:
+            file = self.repo.files.get(record.path)
+            self._refuse(record, _difference(record, file.size, file.sha256) if file else "is missing")
+
+    def check_download(self, record: FileRecord, path: Path) -> None:
+        """Compare the SHA-256 of a downloaded file if the Hub does not list it, as it does for LFS files."""
+        if self.repo.files[record.path].sha256 is None:
+            self._refuse(record, _difference(record, record.size, file_sha256(path)))
+
+    def source(self, record: FileRecord) -> Path | ByteSource:
+        if self.repo.files[record.path].sha256 is None:
+            self.fetch([record])
+            return super().source(record)
+        return RemoteSource(self.repo, record.path, self._token)
+
+    def fetch(self, records: Iterable[FileRecord]) -> None:
+        for record in records:
+            if record.path not in self._fetched:
+                self.check_download(record, self.repo.fetch(record.path, self._token))
+                self._fetched.add(record.path)
+
+    def fetch_state(self, index: int) -> None:
+        states = self.manifest.states
+        needed = {index, *states[index].unchanged.values()}  # its index may lead to files of earlier states
+        self.fetch(record for number in sorted(needed) for record in states[number].files)
+        self.manifest.check_what_is_loaded(self.path)
+
+    def _refuse(self, record: FileRecord, difference: str | None) -> None:
+        if difference:
+            raise TrajectoryError(
+                f"{self.repo.name(record.path)} {difference}: its push was not finished, or it was replaced; push the"
+                " trajectory again"
+            )
+
+
+def check_same_tensors(path: Path, state: int, reader: CheckpointReader, first: CheckpointReader) -> None:
+    """Raise a `TrajectoryError` that names the first tensor in which a state differs from state 0."""
+    for name in sorted({*reader.names, *first.names}):
+        kind, expected = _kind(reader, name), _kind(first, name)
+        if kind != expected:
+            raise TrajectoryError(
+                f"tensor {name!r} of {path} is {kind} in state {state} and {expected} in state 0; was the head"
+                " replaced between stages?"
+            )
+
+
+def _kind(reader: CheckpointReader, name: str) -> str:
+    return f"{tuple(reader.shape(name))} {reader.dtype(name)}" if name in reader else "missing"
+
+
+def _difference(record: FileRecord, size: int | None, sha256: str | None) -> str | None:
+    """Describe how a file differs from the recorded one, if it does."""
+    if size is None:
+        return "is missing"
+    if size != record.size:
+        return f"has {size} bytes instead of {record.size}"
+    return None if sha256 in (None, record.sha256) else "differs from the recorded file (SHA-256)"

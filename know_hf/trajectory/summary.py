@@ -93,8 +93,8 @@ def displacement(trajectory: WeightTrajectory, state: int) -> float:
 
 def _forgetting(trajectory: WeightTrajectory) -> dict[str, float]:
     sizes = {state.num_examples for state in trajectory.states}
-    metrics = [set(state.metrics) for state in trajectory.states]
-    names = sorted(set.intersection(*metrics)) if metrics else []
+    metrics = (set(state.metrics) for state in trajectory.states)
+    names = sorted(set.intersection(*metrics))
     if not names or None in sizes or len(sizes) < 2:
         return {}
     from ..metrics import ForgettingRate  # importing evaluate takes a second

@@ -18,15 +18,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader
-from ..hub_client import RemoteRepo
+from ..hub_client import RemoteRepo, Token
 from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
 from .loading import load_into, load_pretrained
 from .manifest import MANIFEST_NAME, Manifest, StateRecord
-from .recorded_states import RecordedStates
 from .recorder import Recorder
-from .remote import HubStore
-from .store import Store
+from .store import HubStore, Store
 
 _READ_EARLY = ("config.json", "adapter_config.json")  # read through `path`, without a question for `model_files`
 
@@ -46,14 +44,14 @@ class Stage(TypedDict):
 class WeightTrajectory:
     """A recorded trajectory.
 
-    State 0 is the full-data state Θ0, state k the one after training on the k-th smaller subset. [`history`] reverses
-    this order, and nothing else does.
+    State 0 is the full-data state Θ0, state k the one after training on the k-th smaller subset. Only [`history`] and
+    [`read_history`] reverse this order.
 
     Args:
         path (`str` or `Path`):
             The folder with `trajectory.json`. For a trajectory on the Hub, see [`from_hub`].
-        states ([`RecordedStates`], *optional*):
-            The states of `path`, if they are open already.
+        store ([`Store`], *optional*):
+            The store of `path`, if it is open already.
 
     Attributes:
         path (`Path`):
@@ -78,9 +76,9 @@ class WeightTrajectory:
             When a file is missing or does not have the recorded size, or states are out of order.
     """
 
-    def __init__(self, path: str | Path, states: RecordedStates | None = None) -> None:
-        self._states = RecordedStates.open(Store(Path(path))) if states is None else states
-        self._recorder = Recorder(self._states)
+    def __init__(self, path: str | Path, store: Store | None = None) -> None:
+        self._store = Store(Path(path)) if store is None else store
+        self._recorder = Recorder(self._store)
 
     @classmethod
     def create(cls, path: str | Path, schedule: ForgettingSchedule | None = None) -> WeightTrajectory:
@@ -88,9 +86,9 @@ class WeightTrajectory:
 
         Args:
             path (`str` or `Path`):
-                Its folder, without a trajectory or model.
+                A folder without a trajectory or model; it need not exist.
             schedule ([`ForgettingSchedule`], *optional*):
-                The schedule, for `trajectory.json`.
+                The schedule to record in `trajectory.json`.
 
         Raises:
             `FileExistsError`:
@@ -100,22 +98,17 @@ class WeightTrajectory:
         if cls.exists(path):
             raise FileExistsError(f"{path} already has a trajectory; open it with WeightTrajectory({str(path)!r})")
         # a recording that stopped in its first state leaves model files and the folder of the state
-        model_files = [name for name in _READ_EARLY if (path / name).exists()]
-        if model_files and not (path / "state-0").exists():
-            raise FileExistsError(
-                f"{path} has a model, whose {model_files[0]} recording would replace; record to another folder"
-            )
-        return cls(path, RecordedStates(Store(path), Manifest(states=(), schedule=schedule)))
+        for name in _READ_EARLY if not (path / "state-0").exists() else ():
+            if (path / name).exists():
+                raise FileExistsError(f"recording would replace {path / name}; record to another folder")
+        return cls(path, Store(path, Manifest((), schedule)))
 
     @classmethod
-    def from_hub(
-        cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None
-    ) -> WeightTrajectory:
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: Token = None) -> WeightTrajectory:
         """Open a trajectory on the Hub without a download of its weights.
 
-        Tensors and pieces of tensors are read as byte ranges, on demand. Files for [`load_model`] and `model_files`
-        are downloaded to the Hub cache. All reads are of one commit. To read most of a trajectory,
-        `know_hf.hub.pull` is faster.
+        Tensors are read on demand as byte ranges, all of one commit. Files for [`load_model`] and `model_files` are
+        downloaded to the Hub cache. To read most of a trajectory, `know_hf.hub.pull` is faster.
 
         Args:
             repo_id (`str`):
@@ -123,18 +116,17 @@ class WeightTrajectory:
             revision (`str`, *optional*):
                 Branch, tag or commit; by default `main`.
             token (`str` or `bool`, *optional*):
-                Token of an account that may read the repo; by default the one logged in.
+                Access token; defaults to the token of `hf auth login`.
 
         Raises:
             `TrajectoryError`:
-                When the repo has no trajectory, an incomplete one, or a file other than the recorded one.
+                When the repo has no trajectory, or a file is missing or is not the recorded one.
             `HfHubHTTPError`:
                 When the repo cannot be read.
         """
-        store = HubStore(repo_id, revision, token)
-        states = RecordedStates.open(store)
-        store.fetch(record for record in states.manifest.files if record.path in _READ_EARLY)
-        return cls(store.path, states)
+        store = HubStore(RemoteRepo.open(repo_id, revision, token), token)
+        store.fetch(record for record in store.manifest.files if record.path in _READ_EARLY)
+        return cls(store.path, store)
 
     @staticmethod
     def exists(path: str | Path) -> bool:
@@ -142,24 +134,23 @@ class WeightTrajectory:
         return (Path(path) / MANIFEST_NAME).exists()
 
     def __repr__(self) -> str:
-        if self.repo is None:
-            source = f"({str(self.path)!r}"
-        else:
+        source = f"({str(self.path)!r}"
+        if self.repo is not None:
             source = f".from_hub({self.repo.repo_id!r}, revision={self.repo.commit!r}"
         return f"WeightTrajectory{source}, num_examples={[state.num_examples for state in self.states]})"
 
     @property
     def path(self) -> Path:
-        return self._states.store.path
+        return self._store.path
 
     @property
     def repo(self) -> RemoteRepo | None:
-        return self._states.store.repo
+        return self._store.repo
 
     @property
     def states(self) -> tuple[StateRecord, ...]:
         self._recorder.check()
-        return self._states.manifest.states
+        return self._store.manifest.states
 
     @property
     def num_states(self) -> int:
@@ -167,35 +158,35 @@ class WeightTrajectory:
 
     @property
     def schedule(self) -> ForgettingSchedule | None:
-        return self._states.manifest.schedule
+        return self._store.manifest.schedule
 
     @property
     def roles(self) -> dict[str, TensorRole]:
-        return self._states.manifest.roles
+        return self._store.manifest.roles
 
     @property
     def tied_weights(self) -> dict[str, str]:
-        return self._states.manifest.tied_weights
+        return self._store.manifest.tied_weights
 
     @property
     def base_model(self) -> str | None:
-        return self._states.manifest.base_model
+        return self._store.manifest.base_model
 
     @property
     def base_revision(self) -> str | None:
-        return self._states.manifest.base_revision
+        return self._store.manifest.base_revision
 
     @property
     def model_files(self) -> list[Path]:
         """Config, tokenizer and processor files, which all states share."""
-        records = self._states.manifest.files
-        self._states.store.fetch(records)
+        records = self._store.manifest.files
+        self._store.fetch(records)
         return [self.path / record.path for record in records]
 
     @property
     def is_adapter(self) -> bool:
         """Whether the states are adapters (peft) instead of models."""
-        return any(record.path == "adapter_config.json" for record in self._states.manifest.files)
+        return any(record.path == "adapter_config.json" for record in self._store.manifest.files)
 
     @property
     def names(self) -> list[str]:
@@ -267,7 +258,7 @@ class WeightTrajectory:
                 same tensors; names file, or tensor and state.
         """
         self._recorder.check()
-        self._states.verify(part, parts)
+        self._store.verify(part, parts)
 
     def load_model(
         self,
@@ -288,8 +279,8 @@ class WeightTrajectory:
 
         Raises:
             `TrajectoryError`:
-                When a model built from the config has other tensors than the state, such as another head. Build the
-                model as for the training then, and use [`load_into`].
+                When a model built from the config differs from the state in tensors or shapes, for example in its
+                head. Build the model as for the training, and use [`load_into`].
         """
         return load_pretrained(self._state_folder(state), model_class, base_model)
 
@@ -336,14 +327,13 @@ class WeightTrajectory:
             dtype (`torch.dtype`, *optional*):
                 Floating-point dtype to store; by default that of each tensor.
             background (`bool`, *optional*, defaults to `False`):
-                Whether to return once the weights are copied, and to write in a thread. The next call on this
-                trajectory raises its error.
+                Whether to write in a thread and return once the weights are copied. The next call on this trajectory
+                raises its error.
             on_written (`Callable[[StateRecord], object]`, *optional*):
-                Called when the state has been entered.
+                Called after the state is entered in `trajectory.json`.
             stage (*optional*):
-                Fields of [`StateRecord`] but index and files: `num_examples`, smaller than that of the state before
-                (`None` for a stream of unknown length), `steps`, and if known `fraction`, `subset_fingerprint`,
-                `seed`, `metrics` and `training`.
+                Fields of [`StateRecord`]: `num_examples`, which must shrink (`None` for a stream of unknown length),
+                `steps`, and *optional* `fraction`, `subset_fingerprint`, `seed`, `metrics` and `training`.
 
         Raises:
             `TrajectoryError`:
@@ -355,15 +345,8 @@ class WeightTrajectory:
         """
         values: dict[str, Any] = dict(stage)
         values |= {name: dict(values.get(name) or {}) for name in ("metrics", "training")}
-        self._recorder.record(
-            model,
-            StateRecord(index=self.num_states, files=(), **values),
-            processing_class=processing_class,
-            state_dict=state_dict,
-            dtype=dtype,
-            background=background,
-            on_written=on_written,
-        )
+        state = StateRecord(index=self.num_states, files=(), **values)
+        self._recorder.record(model, state, processing_class, state_dict, dtype, background, on_written)
 
     def update_metrics(self, state: int, metrics: Mapping[str, float]) -> None:
         """Add evaluation results to a finished state."""
@@ -390,9 +373,9 @@ class WeightTrajectory:
     @property
     def _readers(self) -> list[CheckpointReader]:
         self._recorder.check()
-        return self._states.readers
+        return self._store.readers
 
     def _state_folder(self, state: int) -> Path:
         self._recorder.check()
-        self._states.store.fetch_state(self._states.manifest, state)
+        self._store.fetch_state(state)
         return self.path / f"state-{state}"
