@@ -9,7 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from doubles.collect_space import ARCHITECTURES, CONFIG, WARNINGS, collect, job, recorded, run, sources
+from doubles.collect_space import ARCHITECTURES, WARNINGS, collect, job, recorded, run, sources
 
 from know_hf import WeightTrajectory
 
@@ -58,12 +58,15 @@ def test_two_ranks_share_the_work_and_one_worker_dies(collect, job, recorded, so
         assert trajectory.states == reference.states  # with hashes and metrics
 
 
-def test_spawned_workers(collect, job, sources, capsys):
-    architecture = {"training": "vision", "model_class": "ViTForImageClassification", "config": CONFIG}
-    job = job(architectures={"vit": {**architecture, "draws": {"shapes": 1}}}, held_out={})
-    assert run(collect, job, sources, "--workers=3") == 1  # patches of 16 pixels do not fit
-    assert "0 of 1 trajectories finished" in capsys.readouterr().out
-    assert job.error(job.recipes[0]) is not None
+def test_spawned_workers(job, tmp_path, monkeypatch):
+    """They import a module in place of `record_one`, whose libraries would take long."""
+    import workers
+
+    job = job()
+    (tmp_path / "record_one.py").write_text("def record_one(job, recipe):\n    raise ValueError(recipe.name)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    workers.record_all(job, workers=1, first_device=0, show=False)
+    assert [job.error(recipe) for recipe in job.recipes] == [f"ValueError: {recipe.name}" for recipe in job.recipes]
 
 
 def test_trajectories_that_kill_two_workers_fail(job, monkeypatch, capsys):
