@@ -57,28 +57,23 @@ def test_errors_of_workers(cell, error, message):
         list(run_cells(settings, [cell, cell], num_processes=2))
 
 
-ORPHANS = """
-import os
-from test_comparison_processes import settings
-from know_hf.evaluation import run_cells
+SCRIPT = """
+from test_comparison_processes import *
 if __name__ == "__main__":
-    for _, result in run_cells(settings, ["a", "slow", "slow"], num_processes=2):
-        print(result[0], flush=True)
+    {}
 """
+ORPHANS = "for _, result in run_cells(settings, ['a', 'slow', 'slow'], num_processes=2): print(result[0], flush=True)"
 
 
-def environment():
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(Path(__file__).parent), *sys.path])}
+def start(command, *arguments, **options):
+    path = os.pathsep.join([str(TESTS), str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT.format(command), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, **options)
 
 
 def test_workers_end_with_a_parent_that_is_killed():
-    process = subprocess.Popen(
-        [sys.executable, "-c", ORPHANS],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    process = start(ORPHANS, stdout=subprocess.PIPE, text=True)
     worker = int(process.stdout.readline())
     process.kill()
     process.communicate()
@@ -95,13 +90,6 @@ def _runs(process):
         return False
 
 
-KILLED = """
-import sys
-from test_comparison_processes import compare
-compare(sys.argv[1], sys.argv[2])
-"""
-
-
 def compare(trajectory, output_dir, num_processes=1):
     task = ComparisonTask([trajectory] * 2, target, source)
     protocols = (LinearProbe((1e-2, 1e-1), steps=5), ZeroShot())
@@ -110,8 +98,7 @@ def compare(trajectory, output_dir, num_processes=1):
 
 
 def test_a_killed_comparison_resumes_to_the_same_results(recorded, tmp_path):
-    command = [sys.executable, "-c", KILLED, str(recorded), str(tmp_path / "out")]
-    process = subprocess.Popen(command, env={**environment(), "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = start("compare(sys.argv[1], sys.argv[2])", recorded, tmp_path / "out")
     cells = tmp_path / "out" / "cells"
     while process.poll() is None and not list(cells.glob("seed-0.naive.json")):
         time.sleep(0.01)
@@ -119,9 +106,7 @@ def test_a_killed_comparison_resumes_to_the_same_results(recorded, tmp_path):
     process.wait()
     finished = {path.name: path.read_bytes() for path in cells.glob("seed-*")}
     assert "seed-0.naive.json" in finished and not (tmp_path / "out" / "report.json").exists()
-    resumed, uninterrupted = (
-        compare(recorded, tmp_path / "out", num_processes=2),
-        compare(recorded, tmp_path / "other"),
-    )
+    resumed = compare(recorded, tmp_path / "out", num_processes=2)
+    uninterrupted = compare(recorded, tmp_path / "other")
     assert all((cells / name).read_bytes() == content for name, content in finished.items())
     assert [cell["measured"] for cell in resumed.cells] == [cell["measured"] for cell in uninterrupted.cells]
