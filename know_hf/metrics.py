@@ -96,15 +96,11 @@ class ForgettingRate(_OfflineMetric):
         for state in trajectory.states:
             if metric not in state.metrics:
                 names = ", ".join(state.metrics) or "none"
-                raise ValueError(
-                    f"state {state.index} of {trajectory.path} has no metric {metric!r}; its metrics: {names}"
-                )
+                raise ValueError(f"state {state.index} of {trajectory.path} has no metric {metric!r}, only: {names}")
             if state.num_examples is None:
                 raise ValueError(f"state {state.index} of {trajectory.path} was trained on a stream of unknown length")
-        return self.compute(
-            predictions=[state.metrics[metric] for state in trajectory.states],
-            references=[state.num_examples for state in trajectory.states],
-        )
+        values, sizes = zip(*((state.metrics[metric], state.num_examples) for state in trajectory.states), strict=True)
+        return self.compute(predictions=values, references=sizes)
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
         values, sizes = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
@@ -130,10 +126,7 @@ class KnowledgeGain(_OfflineMetric):
     inputs = "predictions: values of the enhanced arm; references: of the naive arm; oracle (optional)."
 
     def _compute(
-        self,
-        predictions: Sequence[float],
-        references: Sequence[float],
-        oracle: Sequence[float] | None = None,
+        self, predictions: Sequence[float], references: Sequence[float], oracle: Sequence[float] | None = None
     ) -> dict[str, float]:
         enhanced, naive = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
         result = {"knowledge_gain": float((enhanced - naive).mean())}

@@ -18,24 +18,27 @@ from know_hf.trajectory.summary import inspect_trajectory
 
 def test_retrodiction_skill():
     errors, references = [1.0, 2.0, 0.5, 0.0, 1.0], [2.0, 4.0, 0.5, 0.0, 0.0]
-    assert RetrodictionSkill().compute(predictions=errors[:2], references=references[:2]) == {
-        "retrodiction_skill": 0.5
+    skill = RetrodictionSkill()
+    assert skill.compute(predictions=errors[:2], references=references[:2]) == {"retrodiction_skill": 0.5}
+    groups = ["fc", "fc", "bias", "still", "moved"]
+    assert skill.compute(predictions=errors, references=references, groups=groups) == {
+        "fc": 0.5,
+        "bias": 0.0,
+        "still": 0.0,
+        "moved": -math.inf,
     }
-    skills = RetrodictionSkill().compute(
-        predictions=errors, references=references, groups=["fc", "fc", "bias", "still", "moved"]
-    )
-    assert skills == {"fc": 0.5, "bias": 0.0, "still": 0.0, "moved": -math.inf}
 
 
 def test_forgetting_rate_of_a_line():
-    rate = ForgettingRate().compute(predictions=[0.9, 0.8, 0.7, 0.6], references=[800, 400, 200, 100])
+    metric, sizes = ForgettingRate(), [800, 400, 200, 100]
+    rate = metric.compute(predictions=[0.9, 0.8, 0.7, 0.6], references=sizes)
     assert rate == {"forgetting_rate": pytest.approx(0.1), "r_squared": pytest.approx(1.0)}
-    assert ForgettingRate().compute(predictions=[0.5, 0.5], references=[2, 1]) == {"forgetting_rate": 0.0}
-    noisy = ForgettingRate().compute(predictions=[0.9, 0.7, 0.8, 0.6], references=[800, 400, 200, 100])
+    assert metric.compute(predictions=[0.5, 0.5], references=[2, 1]) == {"forgetting_rate": 0.0}
+    noisy = metric.compute(predictions=[0.9, 0.7, 0.8, 0.6], references=sizes)
     assert noisy["forgetting_rate"] == pytest.approx(np.polyfit([3, 2, 1, 0], [0.9, 0.7, 0.8, 0.6], 1)[0])
     assert 0 < noisy["r_squared"] < 1
     with pytest.raises(ValueError, match="two different"):
-        ForgettingRate().compute(predictions=[0.5, 0.4], references=[2, 2])
+        metric.compute(predictions=[0.5, 0.4], references=[2, 2])
 
 
 def test_forgetting_rate_of_a_trajectory(tmp_path):

@@ -2,12 +2,12 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..markdown import code, fenced, link, markdown, python, size, table, url
@@ -77,4 +77,5 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {f.__name__: f for f in (code, fenced, link, python, size, table, url)}
+    environment.filters["yaml"] = partial(yaml_dump, sort_keys=False)
     return environment

@@ -4,31 +4,33 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import yaml_dump
 
 from ..checkpoint import file_sha256
 from ..config_files import check_keys
 from ..known import KNOWNConfig, KNOWNModel
-from ..markdown import Table, clean, code, python, python_call
+from ..markdown import Table, clean, python, python_call
 from ..prediction import SHIPPED_KNOWN, PredictionResult
 from ..predictors import Predictor
 from ..trajectory import WeightTrajectory
+from ..trajectory.recorder import library_versions
 from .base import Source, source
 from .evidence import comparison_table, eval_results, gate_table, recorded_comparison, recorded_gate
 from .model_loading import adapter_loading_code, loading_code
 from .recorded_card import About, RecordedCard, recorded_fields
 from .suite_tables import COMPARISONS_NAME, protocols, tally
 
-_RECORDING = "recording"  # output folder of `know-hf record` in the examples
 _IMPORTABLE = (  # from know_hf, by the code in the card
     *("ForgettingSchedule", "KNOWNModel", "WeightTrajectory"),
     *("induce_forgetting", "predict_overflowed_weights", "recalibrate_batch_norm"),
+)
+_FIGURES = (  # of a ResidualReport
+    *("tensors", "parameters", "unchanged", "predicted", "mean_residual", "largest_residual", "mean_ratio"),
+    *("shrink_share", "shrink_factor", "extrapolation_share", "extrapolation_factor"),
 )
 _BATCHES_COMMENT = "# batches: keyword arguments of the model, from the source data"
 
@@ -63,7 +65,7 @@ class CheckpointCard(RecordedCard):
     Args:
         trajectory ([`Source`], *optional*):
             The trajectory, if it is on the Hub.
-        steps, norm, dtype, recalibrated:
+        steps, norm, dtype, recalibrated, comparisons, gate:
             See [`checkpoint_card`].
         predictor (`dict`):
             `name`, `module` of its class, `options` and, for KNOWN, `known`: a [`Source`] with `shipped`, `sha256` and
@@ -74,8 +76,6 @@ class CheckpointCard(RecordedCard):
             Figures of each role, from [`ResidualReport`].
         warnings, predicted_with (`list[str]`, `dict[str, str]`):
             Warnings of the prediction and library versions.
-        comparisons, gate (`list[dict]`, `dict`, *optional*):
-            From [`~know_hf.cards.evidence.recorded_comparison`] and [`~know_hf.cards.evidence.recorded_gate`].
         elsewhere (`dict`, *optional*):
             For the KNOWN weights of the package: suites in which the same number of steps was `better` than Θ0,
             `worse`, `neither` or `unclear`, and `what` was measured.
@@ -110,18 +110,23 @@ class CheckpointCard(RecordedCard):
         check_keys(about, tuple(PredictionAbout.__annotations__), "the card")
         recorded = recorded_fields(trajectory, about, "Enhanced checkpoint")
         described = _described(predictor, about.get("predictor_options"), about.get("known_revision"))
+        name = about.get("trajectory_id") or getattr(trajectory.repo, "repo_id", None)
+        revision = about.get("trajectory_revision") or getattr(trajectory.repo, "commit", None)
         return cls(
             **recorded,
-            trajectory=_trajectory(trajectory, about),
+            trajectory=None if name is None else Source(name=name, on_hub=True, revision=revision),
             steps=steps,
             predictor=described,
             norm=about.get("norm", "keep"),
             dtype=about.get("dtype"),
             recalibrated=about.get("recalibrated", False),
             has_batch_norm=any(role.is_batch_norm for role in trajectory.roles.values()),
-            roles=[{"role": role} | _figures(report) for role, report in result.report.items()],
+            roles=[
+                {"role": role} | {name: getattr(report, name) for name in _FIGURES}
+                for role, report in result.report.items()
+            ],
             warnings=list(result.warnings),
-            predicted_with=_versions(recorded["recorded_with"]),
+            predicted_with=library_versions(),
             elsewhere=_elsewhere(described["known"], steps),
         )
 
@@ -147,25 +152,28 @@ class CheckpointCard(RecordedCard):
     @property
     def verdict(self) -> str:
         """The first sentence of the card."""
-        sentences = [comparison["sentence"] for comparison in self.comparisons if comparison["sentence"]]
-        if sentences or self.gate is not None:
-            return " ".join([*sentences, *([] if self.gate is None else [self.gate["sentence"]])])
-        if self.comparisons:
-            return "No comparison measured these weights: nothing shows that they are better than Θ0."
-        return "Not evaluated: no comparison shows that these weights are better than Θ0."
+        evidence = [*self.comparisons, *([] if self.gate is None else [self.gate])]
+        sentences = [record["sentence"] for record in evidence if record["sentence"]]
+        if sentences:
+            return " ".join(sentences)
+        start = "The comparisons below do not include these weights" if self.comparisons else "Not evaluated"
+        return f"{start}: it is unknown whether the prediction is better than the unchanged weights (Θ0)."
 
     @property
     def roles_table(self) -> Table:
         head = ["role", "tensors", "parameters", "unchanged", "mean abs. R", "largest", "relative to Θ0"]
-        rows: list[Sequence[object]] = [[*head, "along Θ0", "along Θ0 − Θ1"]]
+        rows = [[*head, "along Θ0", "along Θ0 − Θ1"]]
         for row in self.roles:
-            cells = [row["role"], *(f"{row[name]:,}" for name in ("tensors", "parameters", "unchanged"))]
+            cells = ["–"] * 5
             if row["predicted"]:
-                cells += [f"{row['mean_residual']:.3g}", f"{row['largest_residual']:.3g}"]
-                cells.append("–" if math.isinf(row["mean_ratio"]) else f"{row['mean_ratio']:.2%}")
-                cells.append(f"{row['shrink_share']:.0%} (× {row['shrink_factor']:.4g})")
-                cells.append(f"{row['extrapolation_share']:.0%} ({row['extrapolation_factor']:+.2f})")
-            rows.append(cells + ["–"] * (9 - len(cells)))
+                cells = [
+                    f"{row['mean_residual']:.3g}",
+                    f"{row['largest_residual']:.3g}",
+                    "–" if math.isinf(row["mean_ratio"]) else f"{row['mean_ratio']:.2%}",
+                    f"{row['shrink_share']:.0%} (× {row['shrink_factor']:.4g})",
+                    f"{row['extrapolation_share']:.0%} ({row['extrapolation_factor']:+.2f})",
+                ]
+            rows.append([row["role"], *(f"{row[name]:,}" for name in head[1:4]), *cells])
         return rows
 
     @property
@@ -178,10 +186,8 @@ class CheckpointCard(RecordedCard):
         return gate_table(self.gate)
 
     @property
-    def environment_table(self) -> Table:
-        now = self.predicted_with
-        versions = [[code(name), before, now.get(name, "–")] for name, before in self.recorded_with.items()]
-        return [["library", "recorded with", "predicted with"], *versions]
+    def versions(self) -> dict[str, Mapping[str, str]]:
+        return super().versions | {"predicted with": self.predicted_with}
 
     @property
     def loading_code(self) -> str:
@@ -197,14 +203,6 @@ class CheckpointCard(RecordedCard):
     @property
     def prediction_command(self) -> str | None:
         return _prediction_command(self)
-
-    @property
-    def record_yaml(self) -> str:
-        return yaml_dump(self.record_arguments, sort_keys=False)
-
-    @property
-    def record_command(self) -> str:
-        return f"know-hf record --output-dir {_RECORDING} --config record.yaml"
 
     def data(self) -> ModelCardData:
         results = eval_results(self.comparisons, self.gate, self.pipeline_tag)
@@ -268,13 +266,13 @@ def _described(
     if isinstance(config, KNOWNConfig):
         return {"name": "known", "module": None, "options": {}, "known": _known(config, known_revision)}
     kind = type(predictor)
-    values = {key.name: getattr(predictor, key.name) for key in fields(predictor)} if is_dataclass(predictor) else {}
-    plain = {name: value for name, value in values.items() if isinstance(value, str | int | float)}
-    return {"name": kind.__name__, "module": kind.__module__, "options": plain, "known": None}
+    options = asdict(predictor) if is_dataclass(predictor) else {}
+    options = {name: value for name, value in options.items() if isinstance(value, str | int | float)}
+    return {"name": kind.__name__, "module": kind.__module__, "options": options, "known": None}
 
 
 def _known(config: KNOWNConfig, revision: str | None) -> dict[str, Any]:
-    path = str(getattr(config, "_name_or_path", "") or "")
+    path = config.name_or_path or ""
     weights = Path(path) / "model.safetensors"
     return {
         **(source(path, revision) if path else Source(name="in memory", on_hub=False, revision=None)),
@@ -282,18 +280,6 @@ def _known(config: KNOWNConfig, revision: str | None) -> dict[str, Any]:
         "sha256": file_sha256(weights) if path and weights.is_file() else None,
         "trajectories": (config.trained_on or {}).get("trajectories"),
     }
-
-
-def _trajectory(trajectory: WeightTrajectory, about: About) -> Source | None:
-    name = about.get("trajectory_id") or getattr(trajectory.repo, "repo_id", None)
-    revision = about.get("trajectory_revision") or getattr(trajectory.repo, "commit", None)
-    return None if name is None else Source(name=name, on_hub=True, revision=revision)
-
-
-def _figures(report: Any) -> dict[str, Any]:
-    names = ("tensors", "parameters", "unchanged", "predicted", "mean_residual", "largest_residual", "mean_ratio")
-    more = ("shrink_share", "shrink_factor", "extrapolation_share", "extrapolation_factor")
-    return {name: getattr(report, name) for name in (*names, *more)}
 
 
 def _elsewhere(known: Mapping[str, Any] | None, steps: int) -> dict[str, Any] | None:
@@ -306,18 +292,8 @@ def _elsewhere(known: Mapping[str, Any] | None, steps: int) -> dict[str, Any] | 
     return {"what": protocol, **suites} if any(suites.values()) else None
 
 
-def _versions(libraries: Mapping[str, str]) -> dict[str, str]:
-    versions = {}
-    for library in libraries:
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
 def _trajectory_path(card: CheckpointCard) -> str:
-    return f"{_RECORDING}/trajectory" if card.record_arguments else "trajectory/"
+    return "recording/trajectory" if card.record_arguments else "trajectory/"
 
 
 def _opening(card: CheckpointCard) -> list[str]:
@@ -335,6 +311,7 @@ def _prediction_code(card: CheckpointCard) -> str:
     lines = _opening(card)
     arguments = ["trajectory" if lines else python(_trajectory_path(card))]
     predictor, known, imports = card.predictor, card.known, []
+    options: dict[str, Any] = {}
     if known is not None and known["revision"] is not None:
         revision = python(known["revision"])
         lines.append(f"known = KNOWNModel.from_pretrained({python(known['name'])}, revision={revision})")
@@ -345,10 +322,9 @@ def _prediction_code(card: CheckpointCard) -> str:
         imports.append(f"from {predictor['module']} import {predictor['name']}")
         arguments.append(f"predictor={python_call(predictor['name'], predictor['options'])}")
     else:
-        arguments.append(f"predictor={python(predictor['name'])}")
-        arguments += [f"predictor_options={python(predictor['options'])}"] if predictor["options"] else []
-    arguments.append(f"steps={card.steps}")
-    arguments += [] if card.norm == "keep" else [f"norm={python(card.norm)}"]
+        options = {"predictor": predictor["name"], "predictor_options": predictor["options"]}
+    options |= {"steps": card.steps, "norm": _norm(card)}
+    arguments += [f"{key}={python(value)}" for key, value in options.items() if value]
     arguments += [] if card.dtype is None else [f"dtype=torch.{card.dtype}"]
     if card.recalibrated:
         lines.append(_BATCHES_COMMENT)
@@ -388,8 +364,10 @@ def _prediction_command(card: CheckpointCard) -> str | None:
         return None
     elif not known["shipped"]:
         words += ["--known", known["name"]]
-    if card.norm != "keep":
-        words += ["--norm", card.norm]
-    if card.dtype is not None:
-        words += ["--dtype", card.dtype]
+    for flag, value in (("--norm", _norm(card)), ("--dtype", card.dtype)):
+        words += [flag, value] if value else []
     return shlex.join([*words, "--output-dir", "enhanced/"])
+
+
+def _norm(card: CheckpointCard) -> str | None:
+    return None if card.norm == "keep" else card.norm

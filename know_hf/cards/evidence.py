@@ -9,7 +9,9 @@ from huggingface_hub import EvalResult
 from markupsafe import Markup
 
 from ..markdown import Table, clean, code
+from .suite_tables import estimate_text
 
+_ACCURACY = {"scale": 100, "digits": 1}
 _LEVEL = 0.05
 
 
@@ -59,37 +61,29 @@ def recorded_gate(gate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def comparison_table(record: Mapping[str, Any]) -> Table:
-    """Return all arms of a recorded comparison, accuracies in %."""
-    rows: list[Sequence[object]] = [["arm", "accuracy", "95% interval", "minus naive", "95% interval", "p (Holm)"]]
+    """Return all arms of a recorded comparison, accuracies in % with 95% intervals."""
+    rows = [["arm", "accuracy", "minus naive", "p (Holm)"]]
     for name, result in record["arms"].items():
-        row = [_marked(name, record["arm"]), f"{100 * result['mean']:.1f}", _interval(result["ci95"], "")]
-        difference = result.get("minus_naive")
-        if difference is None:
-            rows.append([*row, "", "", ""])
-            continue
-        p = difference.get("p_holm")
-        row += [f"{100 * difference['mean']:+.1f}", _interval(difference["ci95"], "+")]
-        rows.append([*row, "reference" if p is None else f"{p:.3f}"])
+        row = [_marked(name, record["arm"]), estimate_text(result, _ACCURACY), "", ""]
+        if (difference := result.get("minus_naive")) is not None:
+            p = difference.get("p_holm")
+            row[2:] = estimate_text(difference, _ACCURACY, "+"), "reference" if p is None else f"{p:.3f}"
+        rows.append(row)
     return rows
 
 
 def gate_table(gate: Mapping[str, Any]) -> Table:
     """Return the candidates of the gate, with their differences to Θ0 if they are recorded."""
-    head: list[object] = ["candidate", code(gate["metric"])]
+    head = ["candidate", code(gate["metric"])]
     if not gate.get("candidates"):
         return [head] + [[_marked(name, gate["chosen"]), f"{value:.4g}"] for name, value in gate["scores"].items()]
-    rows: list[Sequence[object]] = [[*head, "minus Θ0", f"{1 - gate['level']:.0%} interval", "p (corrected)"]]
+    rows = [[*head, "minus Θ0", f"{1 - gate['level']:.0%} interval", "p (corrected)"]]
     for candidate in gate["candidates"]:
-        ends = candidate["low"], candidate["high"]
-        rows.append(
-            [
-                _marked(candidate["name"], gate["chosen"]),
-                "not finite" if candidate["loss"] is None else f"{candidate['loss']:.4g}",
-                "" if candidate["difference"] is None else f"{candidate['difference']:+.4g}",
-                "" if None in ends else f"[{ends[0]:+.4g}, {ends[1]:+.4g}]",
-                "" if candidate["p_value"] is None else f"{candidate['p_value']:.2g}",
-            ]
-        )
+        loss, difference, low, high, p = (candidate[k] for k in ("loss", "difference", "low", "high", "p_value"))
+        row = [_marked(candidate["name"], gate["chosen"]), "not finite" if loss is None else f"{loss:.4g}"]
+        row += ["" if difference is None else f"{difference:+.4g}"]
+        row += ["" if low is None or high is None else f"[{low:+.4g}, {high:+.4g}]"]
+        rows.append([*row, "" if p is None else f"{p:.2g}"])
     return rows
 
 
@@ -126,24 +120,21 @@ def eval_results(
 def _sentence(record: Mapping[str, Any], arm: str) -> str:
     what, difference = record["what"], record["arms"][arm].get("minus_naive")
     if difference is None:
-        return f"In {what}, these weights are the arm {arm}, to which the other arms are compared."
-    points = f"{100 * difference['mean']:+.1f} points, 95% interval {_interval(difference['ci95'], '+')}"
+        return f"These weights are the baseline ({arm}) of the comparison in {what}."
     corrected = difference.get("p_holm")
-    p = difference["p"] if corrected is None else corrected
-    test = f"p = {p:.2g}{'' if corrected is None else ', corrected for the number of arms'}"
-    is_better = "better than" if difference["mean"] > 0 else "worse than"
+    p, note = (difference["p"], "") if corrected is None else (corrected, ", corrected for the number of arms")
+    verb = "do not differ significantly from"
+    if p < _LEVEL:
+        verb = f"are significantly {'better' if difference['mean'] > 0 else 'worse'} than"
+    mean, _, interval = estimate_text(difference, _ACCURACY, "+").partition(" ")
     return (
-        f"In {what}, these weights are {is_better if p < _LEVEL else 'not shown to differ from'} Θ0: {points}, {test}."
+        f"These weights {verb} the unchanged weights (Θ0) in {what}: {mean} points, 95% interval {interval},"
+        f" p = {p:.2g}{note}."
     )
 
 
 def _marked(name: str, chosen: str | None) -> str:
     return Markup(f"{code(name)} (these weights)") if name == chosen else code(name)
-
-
-def _interval(ends: Sequence[float], sign: str) -> str:
-    low, high = ends
-    return f"[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
 def _slug(text: str) -> str:

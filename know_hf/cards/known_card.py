@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..known import KNOWN_ROLES, KNOWNConfig, KNOWNModel
+from ..known import KNOWNConfig, KNOWNModel
 from ..markdown import Table
 from .base import Card, source
 from .suite_tables import better_than_controls, protocols, side_by_side
@@ -52,11 +52,10 @@ class KNOWNCard(Card):
     def verdict(self) -> str:
         """The first sentence of the card."""
         if not self.comparisons:
-            return "Not evaluated: no comparison shows that these weights help."
-        methods = better_than_controls(self.comparisons)
-        if not methods:
-            return "No method is better than every trivial control in any suite."
-        return f"Better than every trivial control: {', '.join(methods)}."
+            return "Not evaluated: it is unknown whether predictions with these weights help."
+        if methods := better_than_controls(self.comparisons):
+            return f"Better than every trivial control, such as shrinking the weights: {', '.join(methods)}."
+        return "Not shown to help: in no suite is a prediction better than every trivial control, such as shrinking."
 
     @property
     def is_on_hub(self) -> bool:
@@ -87,18 +86,6 @@ class KNOWNCard(Card):
         """Whether the weights published with the paper were compared as well."""
         arms = (arm for report in self.comparisons for result in report["results"] for arm in result["arms"])
         return any(arm.startswith("published-step") for arm in arms)
-
-    @property
-    def coverage_table(self) -> Table:
-        assert self.trained_on is not None
-        head = ["role", "trajectories", "tensors", "transitions"]
-        rows: list[Sequence[object]] = [[*head, "largest weight", "mean displacement", "largest displacement"]]
-        for role in sorted(self.trained_on["roles"], key=KNOWN_ROLES.index):
-            values = self.trained_on["roles"][role]
-            counts = [f"{values[name]:,}" for name in head[1:]]
-            moves = [f"{values[f'{which}_displacement']:.1e}" for which in ("mean", "largest")]
-            rows.append([role, *counts, f"{values['largest_weight']:.2f}", *moves])
-        return rows
 
     @property
     def groups(self) -> list[tuple[str, int]]:
@@ -136,12 +123,13 @@ class HeldOutSplit:
 
     @property
     def table(self) -> Table:
-        rows: list[Sequence[object]] = [["predictor", *self.roles]]
+        rows = [["predictor", *self.roles]]
         for predictor, by_role in self.skill.items():
-            values = [by_role[role] for role in self.roles]
-            shares = [f"({value['trajectories_above_zero']}/{value['trajectories']})" for value in values]
-            skills = ["−∞" if value["skill"] is None else f"{value['skill']:+.4f}" for value in values]
-            rows.append([predictor, *(f"{skill} {share}" for skill, share in zip(skills, shares, strict=True))])
+            row = [predictor]
+            for value in (by_role[role] for role in self.roles):
+                skill = "−∞" if value["skill"] is None else f"{value['skill']:+.4f}"
+                row.append(f"{skill} ({value['trajectories_above_zero']}/{value['trajectories']})")
+            rows.append(row)
         return rows
 
     def verdict(self, role: str) -> str:
@@ -153,13 +141,16 @@ class HeldOutSplit:
             if predictor != "published"
         }
         skill = skills.pop("known")
-        against_no_change = "better" if skill > 0 else "worse" if skill < 0 else "no better"
-        sentence = f"{against_no_change} than no change by {abs(skill):.1%} of its error"
+        text = (
+            f"{'better' if skill > 0 else 'worse'} than no change by {abs(skill):.1%} of its error"
+            if skill
+            else "equal to no change"
+        )
         if not skills:
-            return f"{sentence}."
-        best = max(skills, key=lambda predictor: skills[predictor])
-        against_best = "better than" if skill > skills[best] else "not better than"
-        return f"{sentence}, and {against_best} the best predictor without learning ({best}, {skills[best]:+.4f})."
+            return f"{text}."
+        best = max(skills, key=skills.__getitem__)
+        comparative = "better" if skill > skills[best] else "not better"
+        return f"{text}, and {comparative} than the best predictor without learning ({best}, {skills[best]:+.4f})."
 
 
 def known_card(

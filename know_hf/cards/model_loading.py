@@ -72,13 +72,9 @@ def loading_code(path: str, load_with: str | None, architecture: str | None, on_
     if architecture is not None:
         comment = f"# {architecture} is not in transformers; import it from your code"
         return f"{comment}\nmodel = {architecture}.from_pretrained({python(path)})"
-    if not on_hub:
-        file = python(f"{path}model.safetensors")
-        return f"from safetensors.torch import load_file\n\nmodel.load_state_dict(load_file({file}))"
-    return (
-        "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n\n"
-        f'model.load_state_dict(load_file(hf_hub_download({python(path)}, "model.safetensors")))'
-    )
+    file = f'hf_hub_download({python(path)}, "model.safetensors")' if on_hub else python(f"{path}model.safetensors")
+    imports = "from huggingface_hub import hf_hub_download\n" if on_hub else ""
+    return f"{imports}from safetensors.torch import load_file\n\nmodel.load_state_dict(load_file({file}))"
 
 
 def adapter_loading_code(path: str, load_with: str | None, base: "Source | None") -> str:

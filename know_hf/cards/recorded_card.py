@@ -99,19 +99,26 @@ class RecordedCard(Card):
     picture: str | None = None
 
     @property
+    def versions(self) -> dict[str, Mapping[str, str]]:
+        """Columns of the table of library versions."""
+        return {"recorded with": self.recorded_with}
+
+    @property
+    def versions_table(self) -> Table:
+        rows = [
+            [code(name), *(column.get(name, "–") for column in self.versions.values())] for name in self.recorded_with
+        ]
+        return [["library", *self.versions], *rows]
+
+    @property
     def states_table(self) -> Table:
         names = sorted({name for state in self.states for name in state["metrics"]})
-        rows: list[Sequence[object]] = [["state", "examples", "steps", *map(code, names)]]
+        rows = [["state", "examples", "steps", *map(code, names)]]
         for state in self.states:
             examples = state["size"] if state["num_examples"] is None else f"{state['num_examples']:,}"
             metrics = [f"{state['metrics'][name]:.4g}" if name in state["metrics"] else "–" for name in names]
             rows.append([f"Θ{state['index']}", examples, f"{state['steps']:,}", *metrics])
         return rows
-
-    @property
-    def steps_of_stages(self) -> int:
-        """Optimizer steps on the smaller subsets."""
-        return sum(state["steps"] for state in self.states[1:])
 
     @property
     def ratio(self) -> float | None:
@@ -120,8 +127,7 @@ class RecordedCard(Card):
     @property
     def relative_cost(self) -> float | None:
         """Cost of one epoch for every state, in epochs on all data: Σ r^k."""
-        ratio = self.ratio
-        return None if ratio is None else sum(ratio**k for k in range(len(self.states)))
+        return None if self.ratio is None else sum(self.ratio**k for k in range(len(self.states)))
 
     @property
     def forgot_nothing(self) -> bool:
@@ -166,11 +172,15 @@ def recorded_fields(trajectory: WeightTrajectory, about: About, kind: str) -> di
     base_model = about.get("base_model") or trajectory.base_model or adapter.get("base_model_name_or_path")
     revision = about.get("base_revision") or trajectory.base_revision or adapter.get("revision")
     datasets = about.get("datasets")
+    shown = None
     if arguments is not None:
         if base_model == arguments.model:
             revision = revision or arguments.model_revision
         if datasets is None:
             datasets = {arguments.dataset: arguments.dataset_revision}
+        # without folders of this machine
+        names = {key: source(getattr(arguments, key))["name"] for key in ("model", "dataset")}
+        shown = {key: value for key, value in _without_defaults(arguments).items() if key != "output_dir"} | names
     base = None if not base_model else source(str(base_model), revision)
     model_class = architecture(_read_json(trajectory.path / "config.json"), adapter)
     load_with, pipeline_tag = auto_class(model_class, adapter.get("task_type"))
@@ -199,23 +209,17 @@ def recorded_fields(trajectory: WeightTrajectory, about: About, kind: str) -> di
         "pipeline_tag": pipeline_tag,
         "adapter_type": str(adapter.get("peft_type") or "adapter") if trajectory.is_adapter else None,
         "recorded_with": Manifest.read(trajectory.path).library_versions,
-        "record_arguments": None if arguments is None else _shown_arguments(arguments),
+        "record_arguments": shown,
         "picture": about.get("picture"),
     }
 
 
-def _shown_arguments(arguments: RecordArguments) -> dict[str, Any]:
-    """Return the arguments that differ from their defaults, without folders of this machine."""
-    shown = {key: value for key, value in _without_defaults(arguments).items() if key != "output_dir"}
-    return shown | {key: source(shown[key])["name"] for key in ("model", "dataset")}
-
-
 def _without_defaults(instance: Any) -> dict[str, Any]:
-    values = asdict(instance)
-    defaults = {
-        key.name: key.default if key.default_factory is MISSING else key.default_factory() for key in fields(instance)
+    return {
+        key.name: value
+        for key, value in zip(fields(instance), asdict(instance).values(), strict=True)
+        if value != (key.default if key.default_factory is MISSING else key.default_factory())
     }
-    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def _record_arguments(trajectory: Path) -> RecordArguments | None:
@@ -239,17 +243,15 @@ def _inherited_license(base: Source | None, base_model: str | None, base_card: M
     if base is None or base_model is None:
         return {}
     metadata = _local_metadata(base, base_model) if base_card is None else base_card.to_dict()
-    if not metadata.get("license"):
-        return {}
-    return {key: metadata[key] for key in _LICENSE_KEYS if isinstance(metadata.get(key), str | list)}
+    has_license = bool(metadata.get("license"))
+    return {key: metadata[key] for key in _LICENSE_KEYS if has_license and isinstance(metadata.get(key), str | list)}
 
 
 def _local_metadata(base: Source, base_model: str) -> dict[str, Any]:
     """Return the front matter of the base model's card if it is on this machine."""
-    path: object = Path(base_model) / "README.md"
-    if base["on_hub"]:
-        path = try_to_load_from_cache(base_model, "README.md", revision=base["revision"])
-    if not isinstance(path, str | Path) or not Path(path).is_file():
+    cached = try_to_load_from_cache(base_model, "README.md", revision=base["revision"]) if base["on_hub"] else None
+    path = Path(cached) if isinstance(cached, str) else Path(base_model, "README.md")
+    if not path.is_file():
         return {}
     try:
         return metadata_load(path) or {}

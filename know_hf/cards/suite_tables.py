@@ -18,11 +18,7 @@ def condensed(report: Report) -> dict[str, Any]:
     """Return the part of a `report.json` that these tables need: no cells, curves or values of single seeds."""
     results = []
     for result in report["results"]:
-        arms = {}
-        for name, values in result["arms"].items():
-            arms[name] = _estimate(values)
-            if "minus_naive" in values:
-                arms[name]["minus_naive"] = _estimate(values["minus_naive"])
+        arms = {name: _rounded(values) for name, values in result["arms"].items()}
         results.append({**{key: result[key] for key in _RESULT}, "arms": arms})
     return {**{key: report[key] for key in _HEAD}, "results": results}
 
@@ -50,19 +46,26 @@ def side_by_side(
         arms (`Sequence[str]`, *optional*):
             Rows after naive; by default all arms, in the order of the reports.
     """
-    columns = {report["name"]: result for report in reports if (result := _result(report, protocol, measure))}
+    columns = {report["name"]: result for report, result in _results(reports, protocol, measure)}
     results = columns.values()
     if arms is None:
         arms = list(dict.fromkeys(arm for result in results for arm in result["arms"]))
     rows: list[Sequence[object]] = [
         [_PROTOCOL_LABELS.get(protocol, protocol), *columns],
         ["positive control", *map(positive_control, results)],
-        ["naive", *(_interval(result, result["arms"]["naive"], sign="") for result in results)],
+        ["naive", *(estimate_text(result["arms"]["naive"], result["measure"]) for result in results)],
     ]
     for arm in arms:
         if arm != "naive" and any(arm in result["arms"] for result in results):
             rows.append([arm, *(_difference(result, arm) for result in results)])
     return rows
+
+
+def estimate_text(values: Mapping[str, Any], measure: Mapping[str, Any], sign: str = "") -> str:
+    """Format `mean` and `ci95` of an entry of `report.json` in the unit of its measure: `86.2 [84.9, 87.5]`."""
+    numbers = (values["mean"], *values["ci95"])
+    mean, low, high = (f"{measure['scale'] * value:{sign}.{measure['digits']}f}" for value in numbers)
+    return f"{mean} [{low}, {high}]"
 
 
 def positive_control(result: Mapping[str, Any]) -> str:
@@ -84,9 +87,8 @@ def tally(reports: Iterable[Report], protocol: str, arm: str, measure: str = "ac
         `unclear` instead of `neither` if the oracle did not beat naive.
     """
     suites: dict[str, list[str]] = {"better": [], "worse": [], "neither": [], "unclear": []}
-    for report in reports:
-        result = _result(report, protocol, measure)
-        if result is not None and result["valid"] and arm in result["arms"]:
+    for report, result in _results(reports, protocol, measure):
+        if result["valid"] and arm in result["arms"]:
             otherwise = "unclear" if result["headroom"] is False else "neither"
             outcome = next((key for key in ("better", "worse") if arm in result[key]), otherwise)
             suites[outcome].append(report["name"])
@@ -104,24 +106,23 @@ def better_than_controls(reports: Iterable[Report], measure: str = "accuracy") -
     ]
 
 
-def _result(report: Report, protocol: str, measure: str) -> Mapping[str, Any] | None:
-    matching = (r for r in report["results"] if r["protocol"] == protocol and r["measure"]["name"] == measure)
-    return next(matching, None)
+def _results(reports: Iterable[Report], protocol: str, measure: str) -> list[tuple[Report, Mapping[str, Any]]]:
+    return [
+        (report, result)
+        for report in reports
+        for result in report["results"]
+        if (result["protocol"], result["measure"]["name"]) == (protocol, measure)
+    ]
 
 
 def _difference(result: Mapping[str, Any], arm: str) -> str:
     if arm not in result["arms"]:
         return ""
-    text = _interval(result, result["arms"][arm]["minus_naive"], sign="+")
+    text = estimate_text(result["arms"][arm]["minus_naive"], result["measure"], "+")
     text += " ↑" if arm in result["better"] else " ↓" if arm in result["worse"] else ""
     return f"({text})" if result["valid"] is False else text
 
 
-def _interval(result: Mapping[str, Any], values: Mapping[str, Any], sign: str) -> str:
-    scale, digits = result["measure"]["scale"], result["measure"]["digits"]
-    mean, low, high = (f"{scale * value:{sign}.{digits}f}" for value in (values["mean"], *values["ci95"]))
-    return f"{mean} [{low}, {high}]"
-
-
-def _estimate(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {"mean": round(values["mean"], 6), "ci95": [round(end, 6) for end in values["ci95"]]}
+def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    estimate = {"mean": round(values["mean"], 6), "ci95": [round(end, 6) for end in values["ci95"]]}
+    return {**estimate, "minus_naive": _rounded(values["minus_naive"])} if "minus_naive" in values else estimate

@@ -1,13 +1,12 @@
 """Card of a trajectory."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..config_files import check_keys
-from ..markdown import Table, code, python
+from ..markdown import Table, python
 from ..trajectory import WeightTrajectory
 from ..trajectory.summary import TrajectorySummary
 from .recorded_card import About, RecordedCard, recorded_fields
@@ -40,22 +39,17 @@ class TrajectoryCard(RecordedCard):
         """Collect the fields; see [`trajectory_card`]."""
         check_keys(about, tuple(About.__annotations__), "the card")
         recorded = recorded_fields(trajectory, about, "Forgetting trajectory")
-        tensors: dict[str, list[str]] = {}
+        roles: dict[str, dict[str, Any]] = {}
         for name in trajectory.names:
-            tensors.setdefault(trajectory.roles[name].role, []).append(name)
-        moved = {} if summary is None else summary.displacement
+            role = trajectory.roles[name].role
+            moved = None if summary is None else summary.displacement.get(role)
+            row = roles.setdefault(role, {"role": role, "tensors": 0, "parameters": 0, "moved": moved})
+            row["tensors"] += 1
+            row["parameters"] += trajectory.shape(name).numel()
         model_files = sum(path.stat().st_size for path in trajectory.model_files)
         return cls(
             **recorded,
-            roles=[
-                {
-                    "role": role,
-                    "tensors": len(names),
-                    "parameters": sum(trajectory.shape(name).numel() for name in names),
-                    "moved": moved.get(role),
-                }
-                for role, names in sorted(tensors.items())
-            ],
+            roles=[roles[role] for role in sorted(roles)],
             stored_once=len(trajectory.states[-1].unchanged),
             bytes=model_files + sum(state["bytes"] for state in recorded["states"]),
         )
@@ -67,16 +61,11 @@ class TrajectoryCard(RecordedCard):
     @property
     def roles_table(self) -> Table:
         moved = [f"moved, Θ{state['index']}" for state in self.states[1:]] if self.has_displacement else []
-        rows: list[Sequence[object]] = [["role", "tensors", "parameters", *moved]]
+        rows = [["role", "tensors", "parameters", *moved]]
         for row in self.roles:
             distances = [f"{distance:.4f}" for distance in row["moved"][1:]] if row["moved"] else ["–"] * len(moved)
             rows.append([row["role"], f"{row['tensors']:,}", f"{row['parameters']:,}", *distances])
         return rows
-
-    @property
-    def environment_table(self) -> Table:
-        versions = [[code(name), version] for name, version in self.recorded_with.items()]
-        return [["library", "recorded with"], *versions]
 
     @property
     def opening_code(self) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .style import BAND, GRID, INK, MUTED, PAPER, ROLE_COLOURS, ROLE_MARKERS, new_figure, plain, style_axes
+from .style import BAND, GRID, INK, MUTED, PAPER, ROLE_COLOURS, ROLE_MARKERS, legend, new_figure, plain, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,14 +89,13 @@ def plot_forest(
     style_axes(axes, title, f"{worse}\u2003 difference to naive, {unit}, with {level}\u2003 {better}", "", "x")
     axes.spines[["bottom", "left"]].set_visible(False)
     for text, row in zip(axes.get_yticklabels(), ordered, strict=True):
-        text.set_color(INK)
-        text.set_fontweight("bold" if row.significant else "normal")
+        text.set(color=INK, fontweight="bold" if row.significant else "normal")
     _draw_legend(figure, ordered)
     return figure
 
 
 def _limits(rows: Sequence[ForestRow]) -> tuple[float, float]:
-    """Return limits that hold all candidates, and references up to 1.6 times as far out."""
+    """Return limits that contain all candidates, and references up to 1.6 times as far out."""
     candidates = [row for row in rows if row.role != "reference"] or list(rows)
     reach = max(max(abs(row.low), abs(row.high), row.detectable or 0.0) for row in candidates) or 1.0
     ends = [end for row in rows for end in (row.low, row.high) if abs(end) <= 1.6 * reach] + [-reach, reach]
@@ -110,14 +109,13 @@ def _draw_row(axes: "Axes", index: int, row: ForestRow, digits: int) -> None:
     if row.detectable:
         start, end = max(-row.detectable, left), min(row.detectable, right)
         axes.barh(index, end - start, left=start, height=0.86, color=BAND, zorder=0)
-    x, size, face = row.mean, 6, colour if row.significant else PAPER
-    if left <= row.mean <= right:
+    x, face = row.mean, colour if row.significant else PAPER
+    if left <= x <= right:
         axes.plot([max(row.low, left), min(row.high, right)], [index, index], color=colour, linewidth=1.8, zorder=2)
     else:
-        margin = 0.015 * (right - left)
-        x, marker = (left + margin, "<") if row.mean < left else (right - margin, ">")
-        size, face = 7, colour
-    axes.plot(x, index, marker=marker, color=colour, markerfacecolor=face, markersize=size, linewidth=0, zorder=3)
+        margin, face = 0.015 * (right - left), colour
+        x, marker = (left + margin, "<") if x < left else (right - margin, ">")
+    axes.plot(x, index, marker=marker, color=colour, markerfacecolor=face, linewidth=0, zorder=3)
     numbers = f"{row.mean:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]".replace("-", "−")
     axes.annotate(
         f"{numbers} *" if row.significant else numbers,
@@ -134,22 +132,12 @@ def _draw_legend(figure: "Figure", rows: Sequence[ForestRow]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: dict[str, Line2D | Patch] = {
-        label: Line2D(
-            [], [], color=ROLE_COLOURS[role], marker=ROLE_MARKERS[role], markerfacecolor=PAPER, linewidth=1.8
-        )
-        for role, label in _ROLE_LABELS.items()
-        if any(row.role == role for row in rows)
-    }
+    handles: dict[str, Line2D | Patch] = {}
+    for role, label in _ROLE_LABELS.items():
+        if any(row.role == role for row in rows):
+            colour, marker = ROLE_COLOURS[role], ROLE_MARKERS[role]
+            handles[label] = Line2D([], [], color=colour, marker=marker, markerfacecolor=PAPER, linewidth=1.8)
     handles["filled, *: significant (Holm)"] = Line2D([], [], color=MUTED, marker="o", linewidth=1.8)
     if any(row.detectable for row in rows):
         handles["below the minimum detectable difference (power 80%)"] = Patch(color=BAND)
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=INK,
-    )
+    legend(figure, handles.values(), handles.keys(), ncols=2)

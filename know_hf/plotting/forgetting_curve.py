@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import BLUE, INK, MUTED, PAPER, new_figure, style_axes
+from .style import BLUE, INK, MUTED, PAPER, legend, new_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,18 +46,16 @@ def plot_forgetting(
         `ImportError`: If matplotlib is not installed.
     """
     runs = np.atleast_2d(np.asarray(scores, dtype=np.float64))
-    if runs.ndim != 2 or runs.shape[1] != len(num_examples):
+    if runs.shape[1:] != (len(num_examples),):
         raise ValueError(
-            f"scores have shape {np.shape(scores)}, but there are {len(num_examples)} states; give one score per state"
+            f"scores must have one column for each of the {len(num_examples)} states, got {np.shape(scores)}"
         )
     figure = new_figure(7.5, 4.5)
     axes = figure.subplots()
-    states = np.arange(len(num_examples))
-    mean = runs.mean(axis=0)
+    states, mean, label = np.arange(len(num_examples)), runs.mean(axis=0), "one run"
     if len(runs) > 1:
-        lines = axes.plot(states, runs.T, color=BLUE, alpha=0.3, linewidth=1)
-        lines[0].set_label(f"{len(runs)} single runs")
-    label = f"mean of {len(runs)} runs" if len(runs) > 1 else "one run"
+        axes.plot(states, runs.T, color=BLUE, alpha=0.3, linewidth=1)[0].set_label("single runs")
+        label = f"mean of {len(runs)} runs"
     axes.plot(states, mean, color=BLUE, marker="o", linewidth=2.5, label=label)
     for state, score in enumerate(mean):
         axes.annotate(
@@ -76,7 +74,7 @@ def plot_forgetting(
     axes.set_xlim(-0.4, len(num_examples) - 0.6)
     axes.margins(y=0.15)
     style_axes(axes, title, "state (examples in its subset)", score_name, "y")
-    axes.legend(frameon=False, loc="best", fontsize=8.5, labelcolor=INK)
+    legend(axes, loc="best")
     return figure
 
 

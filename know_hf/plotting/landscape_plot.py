@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import INK, MUTED, PAPER, VERMILION, new_figure, plain, style_axes
+from .style import INK, MUTED, PAPER, VERMILION, legend, new_figure, plain, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,16 +67,15 @@ def plot_landscape(
         `ValueError`: If loss and grid differ in shape, or no loss is finite.
         `ImportError`: If matplotlib is not installed.
     """
-    values = np.array([[np.nan if value is None else value for value in row] for row in loss], dtype=np.float64)
+    values = np.array(loss, dtype=np.float64)  # None becomes NaN
     if values.shape != (len(y), len(x)):
         raise ValueError(f"loss has shape {values.shape}, but the grid has {len(y)} × {len(x)} points")
     if not np.isfinite(values).any():
-        raise ValueError("no loss of the grid is finite; nothing can be drawn")
+        raise ValueError("the loss is not finite at any point of the grid")
     shape = (max(y) - min(y)) / (max(x) - min(x))
     figure = new_figure(7.5, min(max(1.5 + 5.2 * shape, 3.2), 8.0))
     axes = figure.subplots()
-    masked = np.ma.masked_invalid(values)
-    filled = axes.contourf(x, y, masked, levels=_levels(values), cmap="cividis", extend="max")
+    filled = axes.contourf(x, y, np.ma.masked_invalid(values), levels=_levels(values), cmap="cividis", extend="max")
     filled.set_edgecolor("face")  # else viewers show seams between the fills
     bar = figure.colorbar(filled, ax=axes, shrink=0.85, format="%.3g")
     bar.set_label(plain(loss_name), color=INK)
@@ -87,18 +86,16 @@ def plot_landscape(
     path = [point.x for point in states], [point.y for point in states]
     axes.plot(*path, color=PAPER, linewidth=3.2, zorder=2)
     axes.plot(*path, color=INK, marker="o", linewidth=1.2, zorder=3, label="states, in order")
-    axes.plot(
-        [point.x for point in arms],
-        [point.y for point in arms],
-        marker="D",
-        color=VERMILION,
-        markeredgecolor=PAPER,
-        markersize=8,
-        linewidth=0,
-        zorder=4,
-        label="other weights, projected on the plane",
-    )
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK)
+    diamonds: dict[str, Any] = {
+        "marker": "D",
+        "color": VERMILION,
+        "markeredgecolor": PAPER,
+        "markersize": 8,
+        "linewidth": 0,
+    }
+    label = "other weights, projected on the plane"
+    axes.plot([point.x for point in arms], [point.y for point in arms], zorder=4, label=label, **diamonds)
+    legend(figure, ncols=2)
     first, second = ["", ""] if explained is None else [f" ({share:.0%} of the variance)" for share in explained]
     labels = f"first principal component of the states{first}", f"second{second}"
     style_axes(axes, title, *labels, "both")
@@ -129,11 +126,8 @@ def _label_points(axes: "Axes", points: Sequence[LandscapePoint]) -> None:
     frame = np.array(axes.get_window_extent().extents)
     for point, anchor in zip(points, anchors, strict=True):
         size = pixels * np.array([5.4 * len(plain(point.name)) + 4, 12.0])
-        low = (
-            anchor
-            + pixels * offsets
-            - np.stack([(offsets[:, 0] < 0) * size[0], np.full(len(offsets), size[1] / 2)], 1)
-        )
+        corner = np.stack([(offsets[:, 0] < 0) * size[0], np.full(len(offsets), size[1] / 2)], 1)
+        low = anchor + pixels * offsets - corner
         boxes = np.concatenate([low, low + size], axis=1)
         inner = np.minimum(boxes[:, None, 2:], taken[:, 2:]) - np.maximum(boxes[:, None, :2], taken[:, :2])
         overlap = np.maximum(inner, 0).prod(axis=2).sum(axis=1)

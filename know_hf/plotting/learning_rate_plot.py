@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .style import BLUE, GREEN, INK, MUTED, ROLE_COLOURS, VERMILION, new_figure, plain, style_axes
+from .style import BLUE, GREEN, INK, MUTED, ROLE_COLOURS, VERMILION, legend, new_figure, plain, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,19 +90,18 @@ def plot_learning_rates(
 def _draw_panel(axes: "Axes", panel: RatePanel, naive: RateCurve) -> None:
     _draw_curve(axes, naive, MUTED, "-", 1.2)
     several = len(panel.curves) > 1
-    colours = [BLUE, VERMILION, GREEN, INK]
-    if not several:
-        colours = [INK if panel.role == "reference" else ROLE_COLOURS[panel.role]]
+    single = INK if panel.role == "reference" else ROLE_COLOURS[panel.role]
+    colours = [BLUE, VERMILION, GREEN, INK] if several else [single]
     for number, curve in enumerate(panel.curves):
         style = ("-", "--", ":", "-.")[number % 4]
-        _draw_curve(axes, curve, colours[number % len(colours)], style, 1.6, fill=not several)
+        _draw_curve(axes, curve, colours[number % 4], style, 1.6, fill=not several)
     axes.set_xscale("log")
     axes.minorticks_off()
     style_axes(axes, "", "", "", "both")
     axes.set_title(plain(panel.name), fontsize=8.5, color=INK, pad=3)
     axes.tick_params(which="both", labelsize=7)
     if several:
-        axes.legend(fontsize=6, frameon=False, handlelength=1.9, labelspacing=0.15, loc="best", labelcolor=INK)
+        legend(axes, loc="best", fontsize=6, handlelength=1.9, labelspacing=0.15)
 
 
 def _draw_curve(axes: "Axes", curve: RateCurve, colour: str, style: str, width: float, fill: bool = True) -> None:

@@ -46,11 +46,19 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
 
 
+def legend(owner: Any, *handles_and_labels: Any, loc: str = "outside lower center", **options: Any) -> None:
+    """Add a legend without a frame to a figure or axes."""
+    owner.legend(*handles_and_labels, loc=loc, **{"frameon": False, "fontsize": 8.5, "labelcolor": INK, **options})
+
+
 def style_axes(axes: "Axes", title: str, x_label: str, y_label: str, grid: Literal["x", "y", "both"]) -> None:
     """Set labels, and the colours that [`adaptive_svg`] replaces on a dark page."""
-    axes.set_title(title.replace("$", r"\$"), color=INK, fontsize=11)
-    axes.set_xlabel(x_label.replace("$", r"\$"), color=INK, fontsize=9.5)
-    axes.set_ylabel(y_label.replace("$", r"\$"), color=INK, fontsize=9.5)
+    for setter, text, size in (
+        (axes.set_title, title, 11),
+        (axes.set_xlabel, x_label, 9.5),
+        (axes.set_ylabel, y_label, 9.5),
+    ):
+        setter(text.replace("$", r"\$"), color=INK, fontsize=size)
     axes.tick_params(which="both", colors=MUTED, length=2, labelsize=9)
     axes.grid(axis=grid, color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -104,8 +112,7 @@ def adaptive_svg(svg: str) -> str:
     """Return the `<svg>` with colours that follow the colour scheme of the page."""
     for number, colour in enumerate(_DARK):
         svg = svg.replace(colour, f"var(--c{number})")
-    light = "".join(f"--c{number}:{colour};" for number, colour in enumerate(_DARK))
-    dark = "".join(f"--c{number}:{colour};" for number, colour in enumerate(_DARK.values()))
+    light, dark = ("".join(f"--c{n}:{c};" for n, c in enumerate(colours)) for colours in (_DARK, _DARK.values()))
     style = f"<style>:root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
     end_of_tag = svg.index(">") + 1
     return svg[:end_of_tag] + style + svg[end_of_tag:]

@@ -20,9 +20,9 @@ python recipes/meta_train/meta_train.py --config recipes/meta_train/known_base.y
     --trajectories known_data --cache_dir known_samples --output_dir known-base
 """
 LIMITS = (
-    "The skill is near zero: the next less forgotten state is predicted hardly better than by no change, and biases of"
-    " other architectures and datasets worse. Predictions for a fine-tuned MiniLM were worse on the source task (suite"
-    " reviews above).",
+    "The skill is near zero: predictions of the next less forgotten state are hardly better than no change, and worse"
+    " for biases of other architectures and datasets. Predictions for a fine-tuned MiniLM were worse on the source"
+    " task (suite reviews above).",
     "The training data covers small nets on small grey images and short texts, and one pretrained encoder with 23M"
     " parameters. It covers no larger models and no parameters of normalisation layers.",
     "The l1 objective measures distances in units of the weights: trajectories with small displacements, such as those"

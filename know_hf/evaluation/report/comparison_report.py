@@ -27,7 +27,7 @@ order of `seeds`. Unknown values are null; no value is NaN or infinite. Readers 
         protocol      key of `protocols`
         measure       {name: "accuracy" or "loss", scale, unit, difference_unit, digits, higher_is_better}; tables show
                       scale * value
-        what          str, what was measured, for sentences ("In {what}, …")
+        what          str, what was measured, such as "few-shot fine-tuning, accuracy"
         valid         bool or null: whether naive beats random initialisation (and the pretrained weights). If false,
                       the result shows nothing, and a page must say so before any number
         headroom      bool or null: whether the oracle beats naive
@@ -140,19 +140,19 @@ class ComparisonReport:
         sentences = []
         if len(self.seeds) == 1:
             sentences.append(
-                "There is one trajectory: intervals and tests are over its downstream draws and do not cover another"
-                " training of the same model."
+                "There is only one trajectory. Intervals and tests are over its downstream draws and do not cover"
+                " another training run of the same model."
             )
         count = len(self.seeds) if len(self.seeds) > 1 else self.draws
         if count < ENOUGH_SEEDS:
-            sentences.append(f"{count} {self.counted} are few; use at least {ENOUGH_SEEDS}.")
+            sentences.append(f"Only {count} {self.counted} were run; use at least {ENOUGH_SEEDS}.")
         for comparison in self.comparisons.values():
             if comparison.valid is False:
                 sentences.append(comparison.validity())
             if comparison.without_spread:
                 sentences.append(
-                    f"In {comparison.what}, {', '.join(comparison.without_spread)} differ from naive by the same"
-                    f" amount for all {self.counted}: no test is possible. Check that seeds and draws differ."
+                    f"No test of {', '.join(comparison.without_spread)} is possible in {comparison.what}: the"
+                    f" difference to naive is the same for all {self.counted}. Check that seeds and draws differ."
                 )
         return sentences
 
@@ -170,15 +170,15 @@ class ComparisonReport:
             "counted": self.counted,
             "trials_per_rate": self.trials_per_rate,
             "warnings": self.warnings,
-            "arms": {name: dict(arm) for name, arm in self.arms.items()},
-            "protocols": {name: dict(protocol) for name, protocol in self.protocols.items()},
+            "arms": dict(self.arms),
+            "protocols": dict(self.protocols),
             "results": [_result(protocol, comparison) for (protocol, _), comparison in self.comparisons.items()],
             "curves": self._curves(),
             "chosen": {protocol: self._chosen(protocol) for protocol in self.protocols},
             "states": self._states(),
             "landscape": self.landscape,
-            "cells": [dict(cell) for cell in self.cells],
-            "trajectories": [dict(trajectory) for trajectory in self.trajectories],
+            "cells": list(self.cells),
+            "trajectories": list(self.trajectories),
             "seconds": round(sum(part["seconds"] for part in (*self.cells, *self.trajectories)), 1),
         }
 
@@ -191,8 +191,7 @@ class ComparisonReport:
     def __str__(self) -> str:
         parts = [f"{self.name}: {len(self.seeds)} trajectories, {self.draws} downstream draws each", *self.warnings]
         for comparison in self.comparisons.values():
-            sentences = _sentences(comparison).values()
-            parts += [f"{comparison.what}\n\n{comparison.table()}", "\n".join(filter(None, sentences))]
+            parts += ["\n".join(filter(None, _sentences(comparison).values())), comparison.table()]
         return "\n\n".join(part for part in parts if part)
 
     @cached_property
@@ -210,14 +209,20 @@ class ComparisonReport:
         ]
 
     def _chosen(self, protocol: str) -> dict[str, list[dict[str, Any]]]:
-        chosen: dict[str, list[dict[str, Any]]] = {arm: [] for arm in self.arms}
-        for arm in self.arms:
-            for seed, draws in zip(self.seeds, self._draws(protocol, arm), strict=True):
-                for draw in draws:
-                    trial = draw["trials"][draw["chosen"]]
-                    selected = {key: trial[key] for key in ("options", "learning_rate")}
-                    chosen[arm].append({"seed": seed, "draw": draw["draw"], **selected})
-        return chosen
+        return {
+            arm: [
+                {
+                    "seed": seed,
+                    "draw": draw["draw"],
+                    "options": trial["options"],
+                    "learning_rate": trial["learning_rate"],
+                }
+                for seed, draws in zip(self.seeds, self._draws(protocol, arm), strict=True)
+                for draw in draws
+                for trial in (draw["trials"][draw["chosen"]],)
+            ]
+            for arm in self.arms
+        }
 
     def _curves(self) -> list[dict[str, Any]]:
         return [
@@ -295,12 +300,8 @@ def _relative_gains(comparison: Comparison) -> dict[str, float]:
 
 
 def _sentences(comparison: Comparison) -> dict[str, str]:
-    return {
-        "validity": comparison.validity(),
-        "verdict": comparison.verdict(),
-        "verdict_on_methods": comparison.verdict_on_methods(),
-        "sensitivity": comparison.sensitivity(),
-    }
+    names = ("verdict", "validity", "verdict_on_methods", "sensitivity")
+    return {name: getattr(comparison, name)() for name in names}
 
 
 def _values(
@@ -319,7 +320,5 @@ def _mean(values: np.ndarray) -> list[float | None]:
 
 
 def _interval(column: np.ndarray) -> list[float] | None:
-    if not np.isfinite(column).all():
-        return None
-    estimate = mean_and_interval(column.tolist())
-    return [estimate.low, estimate.high]
+    estimate = mean_and_interval(column.tolist()) if np.isfinite(column).all() else None
+    return None if estimate is None else [estimate.low, estimate.high]

@@ -48,22 +48,16 @@ def forest_figure(report: Report, number: int) -> ReportFigure | None:
     rows = []
     for name, values in result["arms"].items():
         if (difference := values.get("minus_naive")) is not None:
-            detectable = difference["minimum_detectable"]
+            role, detectable = report["arms"][name]["role"], difference["minimum_detectable"]
             mean, low, high = (scale * value for value in (difference["mean"], *difference["ci95"]))
             detectable = None if detectable is None else scale * detectable
-            rows.append(
-                ForestRow(name, report["arms"][name]["role"], mean, low, high, name in significant, detectable)
-            )
+            rows.append(ForestRow(name, role, mean, low, high, name in significant, detectable))
     if not rows:
         return None
+    unit, options = measure["difference_unit"] or measure["name"], ("higher_is_better", "digits")
     return ReportFigure(
         f"difference-{number + 1}",
-        plot_forest(
-            rows,
-            measure["difference_unit"] or measure["name"],
-            higher_is_better=measure["higher_is_better"],
-            digits=measure["digits"],
-        ),
+        plot_forest(rows, unit, **{key: measure[key] for key in options}),
         f"Forest plot: difference to naive of {len(rows)} arms in {result['what']}, with 95% intervals. Significant"
         f" after correction: {', '.join(significant) or 'none'}. The table below lists all numbers.",
         "Paired difference of each arm to naive, best first, references below the line. Bars are 95% intervals of one"

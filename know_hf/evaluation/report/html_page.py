@@ -43,13 +43,8 @@ def html_page(header: ReportSection, sections: Sequence[ReportSection], figures:
     Raises:
         `ImportError`: If markdown-it-py is not installed.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
     environment.filters["html"] = lambda body: Markup(_to_html(body, figures))
     environment.filters["clean"] = clean
     return environment.get_template(_TEMPLATE).render(header=header, sections=sections)

@@ -93,15 +93,14 @@ def read_report(report: Report | str | Path) -> Report:
         path = path / REPORT_NAME if path.is_dir() else path
         report = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(report, Mapping):
-            raise ValueError(f"{path} is not a report: it holds a {type(report).__name__} instead of an object")
+            raise ValueError(f"{path} must contain a JSON object, got a {type(report).__name__}")
     version = report.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ValueError(
-            f"the report has schema version {version!r}, but this know_hf reads versions up to {SCHEMA_VERSION};"
-            " update know_hf"
+            f"the report has schema version {version!r}, readable are up to {SCHEMA_VERSION}; update know_hf"
         )
     if missing := [key for key in _REQUIRED if key not in report]:
-        raise ValueError(f"the report lacks the keys {', '.join(missing)}; write it again with know-hf compare")
+        raise ValueError(f"the report lacks the keys {', '.join(missing)}; run know-hf compare again")
     if report["results"] and "naive" not in report["arms"]:
         raise ValueError(f"the report has no arm naive, only {', '.join(report['arms'])}; run naive as well")
     return report
@@ -116,18 +115,15 @@ def _header(report: Report) -> ReportSection:
         f" {_plural(draws, 'downstream draw')} each; {_plural(report['trials_per_rate'], 'tuning trial')} per arm and"
         f" learning rate; {_duration(report['seconds'])} on one process."
     )
-    return ReportSection(
-        f"{report['name']}: does it help?",
-        _joined(
-            f"**{markdown(verdict(report))}**",
-            *(f"**Warning:** {markdown(text)}" for text in report["warnings"] if text != sentence),
-            f"> **{words}.** {markdown(sentence)}",
-            markdown(report["results"][0]["verdict_on_methods"]) if report["results"] else "",
-            markdown(report["description"]),
-            size,
-        ),
-        status,
+    body = _joined(
+        f"**{markdown(verdict(report))}**",
+        *(f"**Warning:** {markdown(text)}" for text in report["warnings"] if text != sentence),
+        f"> **{words}.** {markdown(sentence)}",
+        *(markdown(result["verdict_on_methods"]) for result in report["results"][:1]),
+        markdown(report["description"]),
+        size,
     )
+    return ReportSection(f"{report['name']}: does it help?", body, status)
 
 
 def _sections(report: Report, command: str | None, figures: dict[str, ReportFigure]) -> list[ReportSection]:
@@ -140,46 +136,36 @@ def _sections(report: Report, command: str | None, figures: dict[str, ReportFigu
         figures[path] = figure
         return f"![{markdown(figure.alternative)}]({path})\n\n{markdown(figure.caption)}"
 
-    sections = [ReportSection("All comparisons", overview_table(report).markdown())] if report["results"] else []
+    sections = [ReportSection("All comparisons", _text(overview_table(report)))] if report["results"] else []
     protocols: set[str] = set()
     for number, result in enumerate(report["results"]):
-        failed = "> **The positive control failed: this section shows nothing.** naive does not beat its start."
-        sections.append(
-            ReportSection(
-                result["what"][:1].upper() + result["what"][1:],
-                _joined(
-                    failed if result["valid"] is False else "",
-                    *(markdown(result[key]) for key in ("validity", "verdict", "verdict_on_methods", "sensitivity")),
-                    show(forest_figure(report, number)),
-                    result_table(report, number).markdown(),
-                    _optional(controls_table(report, number)),
-                ),
-                "invalid" if result["valid"] is False else "unknown",
-                is_folded=result["protocol"] in protocols,
-            )
+        failed = result["valid"] is False
+        body = _joined(
+            "> **The positive control failed: this section shows nothing.**" if failed else "",
+            *(markdown(result[key]) for key in ("verdict", "validity", "verdict_on_methods", "sensitivity")),
+            show(forest_figure(report, number)),
+            _text(result_table(report, number)),
+            _text(controls_table(report, number)),
         )
+        title = result["what"][:1].upper() + result["what"][1:]
+        status, is_folded = "invalid" if failed else "unknown", result["protocol"] in protocols
+        sections.append(ReportSection(title, body, status, is_folded))
         protocols.add(result["protocol"])
+    bodies = {}
     for protocol, settings in report["protocols"].items():
-        chosen = _optional(chosen_table(report, protocol))
-        if body := _joined(show(rates_figure(report, protocol)), chosen):
-            sections.append(ReportSection(f"Learning rates: {settings['what']}", body))
-    if body := show(forgetting_figure(report)):
-        sections.append(ReportSection("Forgetting", body))
-    if body := show(landscape_figure(report)):
-        sections.append(ReportSection("Loss landscape", _joined(body, landscape_table(report).markdown())))
-    seeds = ", ".join(map(str, report["seeds"]))
-    sections += [
-        ReportSection("Arms", arms_table(report).markdown()),
-        ReportSection("Limits", "\n".join(f"- {markdown(sentence)}" for sentence in limits(report))),
-        ReportSection(
-            "How to reproduce",
-            _joined(
-                fenced(command, "bash") if command else "The command was not recorded.",
-                f"Trajectory seeds: {seeds}. `report.json` holds every number of this report and every trial.",
-                environment_table(report).markdown(),
-            ),
-        ),
-    ]
+        curves = _joined(show(rates_figure(report, protocol)), _text(chosen_table(report, protocol)))
+        bodies[f"Learning rates: {settings['what']}"] = curves
+    bodies["Forgetting"] = show(forgetting_figure(report))
+    bodies["Loss landscape"] = _joined(show(landscape_figure(report)), _text(landscape_table(report)))
+    bodies["Arms"] = _text(arms_table(report))
+    bodies["Limits"] = "\n".join(f"- {markdown(sentence)}" for sentence in limits(report))
+    bodies["How to reproduce"] = _joined(
+        fenced(command, "bash") if command else "The command was not recorded.",
+        f"Trajectory seeds: {', '.join(map(str, report['seeds']))}. `report.json` contains every number of this report"
+        " and every trial.",
+        _text(environment_table(report)),
+    )
+    sections += [ReportSection(title, body) for title, body in bodies.items() if body]
     details = {"Task": report["task"], "Protocols": report["protocols"]}
     sections += [ReportSection(title, _yaml(content), is_folded=True) for title, content in details.items() if content]
     return sections
@@ -189,7 +175,7 @@ def _joined(*parts: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _optional(table: ReportTable | None) -> str:
+def _text(table: ReportTable | None) -> str:
     return "" if table is None else table.markdown()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ...cards.suite_tables import positive_control
+from ...cards.suite_tables import estimate_text, positive_control
 from ...markdown import markdown, table
 from ..comparison import Measure
 from .figures import ROLES, Report, options_text
@@ -36,54 +36,47 @@ class ReportTable:
 
 
 def verdict(report: Report) -> str:
-    """Return the verdict of the first result, with the methods that no trivial control rules out."""
+    """Return the verdict of the first result, and which methods are not better than every trivial control."""
     if not report["results"]:
-        return "Nothing was compared: no protocol has results of at least two arms."
+        return "Nothing was compared: no protocol has enough values for a test."
     first = report["results"][0]
     not_shown = [
         f"{name} (against {first['against_controls'][name]['hardest']})"
         for name in first["better"]
         if name in first["against_controls"] and name not in first["better_than_controls"]
     ]
-    if not not_shown:
-        return first["verdict"]
-    return f"{first['verdict']} Not shown to be better than every trivial control: {', '.join(not_shown)}."
+    addition = f" Not shown to be better than every trivial control: {', '.join(not_shown)}." if not_shown else ""
+    return first["verdict"] + addition
 
 
 def validity(report: Report) -> tuple[str, str, str]:
     """Return the positive control of the first result: `"valid"`, `"invalid"` or `"unknown"`, words and a sentence."""
     if not report["results"]:
-        return "unknown", "Positive control not run", "The report has no result."
+        return "unknown", "Positive control not run", "The report has no results."
     first = report["results"][0]
-    if first["valid"] is False:
-        return "invalid", "Positive control failed: this suite shows nothing", first["validity"]
-    if first["valid"] is None:
-        return "unknown", "Positive control not run", first["validity"]
-    if first["headroom"] is False:
-        return "unknown", "Positive control inconclusive: the oracle does not beat naive", first["validity"]
-    without_oracle = "" if first["headroom"] else ", without an oracle"
-    return "valid", f"Positive control passed{without_oracle}", first["validity"]
+    outcome = positive_control(first)
+    words = {
+        "failed": "Positive control failed: this suite shows nothing",
+        "inconclusive": "Positive control inconclusive: the oracle does not beat naive",
+        "passed": f"Positive control passed{'' if first['headroom'] else ', without an oracle'}",
+    }
+    status = {"failed": "invalid", "passed": "valid"}.get(outcome, "unknown")
+    return status, words.get(outcome, "Positive control not run"), first["validity"]
 
 
 def overview_table(report: Report) -> ReportTable:
     """Return one row per protocol and measure."""
     rows = []
     for result in report["results"]:
-        measure, naive = _measure(result), result["arms"]["naive"]
-        value = f"{measure.format(naive['mean'])} {measure.unit}".replace(" %", "%").rstrip()
-        row = [result["what"], positive_control(result), value]
-        if result["valid"] is False:
-            rows.append([*row, *["shows nothing"] * 4])
-            continue
-        candidates = {
-            name: values["minus_naive"]
-            for name, values in result["arms"].items()
-            if report["arms"][name]["role"] != "reference" and values.get("minus_naive")
-        }
-        gains = {name: measure.gain(difference["mean"]) for name, difference in candidates.items()}
-        best = max(gains, key=gains.__getitem__) if gains else None
-        row.append("–" if best is None else f"{best}: {_difference(measure, candidates[best])}")
-        rows.append(row + [_listed(result[key]) for key in ("better", "worse", "better_than_controls")])
+        measure, differences = _measure(result), _differences(result)
+        naive = f"{measure.format(result['arms']['naive']['mean'])} {measure.unit}".replace(" %", "%").rstrip()
+        row = [result["what"], positive_control(result), naive, *["shows nothing"] * 4]
+        if result["valid"] is not False:
+            candidates = [name for name in differences if report["arms"][name]["role"] != "reference"]
+            best = max(candidates, key=lambda name: measure.gain(differences[name]["mean"]), default=None)
+            row[3] = "–" if best is None else f"{best}: {estimate_text(differences[best], result['measure'], '+')}"
+            row[4:] = (_listed(result[key]) for key in ("better", "worse", "better_than_controls"))
+        rows.append(row)
     head = ["comparison", "positive control", "naive", "best candidate", "better than naive", "worse than naive"]
     return ReportTable(
         '"Better" and "worse" are significant after Holm\'s correction.',
@@ -95,33 +88,28 @@ def overview_table(report: Report) -> ReportTable:
 def result_table(report: Report, number: int) -> ReportTable:
     """Return all arms of one result, in the order of the forest plot."""
     result = report["results"][number]
-    measure = _measure(result)
+    measure, differences = _measure(result), _differences(result)
 
     def order(name: str) -> tuple[bool, bool, float]:
-        difference = result["arms"][name].get("minus_naive")
-        is_reference = report["arms"][name]["role"] == "reference"
-        return difference is not None, is_reference, -measure.gain(difference["mean"]) if difference else 0.0
+        gain = measure.gain(differences[name]["mean"]) if name in differences else 0.0
+        return name in differences, report["arms"][name]["role"] == "reference", -gain
 
     rows = []
     for name in sorted(result["arms"], key=order):
-        values = result["arms"][name]
-        row = [name, report["arms"][name]["role"], measure.format(values["mean"]), _interval(measure, values["ci95"])]
-        difference = values.get("minus_naive")
-        if difference is None:
-            rows.append([*row, *["–"] * 5])
-            continue
-        effect, detectable = difference["effect_size"], difference["minimum_detectable"]
-        row += [measure.format(difference["mean"], "+"), _interval(measure, difference["ci95"], "+")]
-        row.append("reference" if difference["p_holm"] is None else _p_value(difference["p_holm"]))
-        row.append("–" if effect is None else f"{effect:+.2f}")
-        rows.append([*row, "–" if detectable is None else measure.format(detectable)])
-    difference_unit = _with_comma(measure.difference_unit)
-    head = ["arm", "role", f"{measure.name}{_with_comma(measure.unit)}", "95% interval"]
-    head += [f"minus naive{difference_unit}", "95% interval", "p (Holm)", "d", f"detectable{difference_unit}"]
+        row = [name, report["arms"][name]["role"], estimate_text(result["arms"][name], result["measure"]), *["–"] * 4]
+        if (difference := differences.get(name)) is not None:
+            p, effect, detectable = (difference[key] for key in ("p_holm", "effect_size", "minimum_detectable"))
+            row[3:5] = estimate_text(difference, result["measure"], "+"), "reference" if p is None else _p_value(p)
+            row[5] = "–" if effect is None else f"{effect:+.2f}"
+            row[6] = "–" if detectable is None else measure.format(detectable)
+        rows.append(row)
+    unit = _with_comma(measure.difference_unit)
+    head = ["arm", "role", f"{measure.name}{_with_comma(measure.unit)}", f"minus naive{unit}"]
     return ReportTable(
-        f"All arms in {result['what']}: mean over {_count(report)}, paired difference to naive. d is Cohen's d of the"
-        ' paired differences; "detectable" is the minimum detectable difference at a power of 80%.',
-        head,
+        f"All arms in {result['what']}: mean over {_count(report)} and paired difference to naive, with 95% intervals."
+        ' d is Cohen\'s d of the paired differences; "detectable" is the minimum detectable difference at a power of'
+        " 80%.",
+        [*head, "p (Holm)", "d", f"detectable{unit}"],
         rows,
         frozenset([*result["better"], *result["worse"]]),
     )
@@ -130,10 +118,9 @@ def result_table(report: Report, number: int) -> ReportTable:
 def controls_table(report: Report, number: int) -> ReportTable | None:
     """Return each method against its hardest control, or `None` without methods or controls."""
     result = report["results"][number]
-    measure = _measure(result)
     rows = []
     for name, against in result["against_controls"].items():
-        difference = _difference(measure, against["differences"][against["hardest"]])
+        difference = estimate_text(against["differences"][against["hardest"]], result["measure"], "+")
         is_better = "yes" if name in result["better_than_controls"] else "no"
         rows.append([name, is_better, against["hardest"], difference, _p_value(against["p"])])
     if not rows:
@@ -167,10 +154,11 @@ def chosen_table(report: Report, protocol: str) -> ReportTable | None:
     )
 
 
-def landscape_table(report: Report) -> ReportTable:
-    """Return the points of the loss landscape."""
-    landscape = report["landscape"]
-    rows = []
+def landscape_table(report: Report) -> ReportTable | None:
+    """Return the points of the loss landscape, or `None` if it was not measured."""
+    landscape, rows = report["landscape"], []
+    if not landscape:
+        return None
     for point in landscape["points"]:
         loss = "not finite" if point["loss"] is None else f"{point['loss']:.4g}"
         rows.append([point["name"], *(f"{point[key]:.3g}" for key in ("x", "y", "off_plane")), loss])
@@ -185,19 +173,16 @@ def landscape_table(report: Report) -> ReportTable:
 def arms_table(report: Report) -> ReportTable:
     """Return the description of every arm."""
     rows = []
-    for role in ROLES:
-        for name, arm in report["arms"].items():
-            if arm["role"] == role:
-                settings = "; ".join(text for options in arm["settings"] if (text := options_text(options)))
-                rows.append([name, role, arm["description"], settings or "–"])
+    for name, arm in sorted(report["arms"].items(), key=lambda item: ROLES.index(item[1]["role"])):
+        settings = "; ".join(filter(None, map(options_text, arm["settings"])))
+        rows.append([name, arm["role"], arm["description"], settings or "–"])
     head = ["arm", "role", "description", "settings evaluated"]
     return ReportTable("Arms: the initial weights that were compared.", head, rows)
 
 
 def environment_table(report: Report) -> ReportTable:
     """Return the library versions."""
-    rows = [[name, version] for name, version in report["created_with"].items()]
-    return ReportTable("Versions.", ["library", "version"], rows)
+    return ReportTable("Versions.", ["library", "version"], [list(item) for item in report["created_with"].items()])
 
 
 def limits(report: Report) -> list[str]:
@@ -218,7 +203,7 @@ def limits(report: Report) -> list[str]:
                 arms.append(f"{name} ({share:.0%}, by chance {by_chance:.0%})")
         if arms:
             sentences.append(
-                f"In {settings['what']}, the grid of learning rates may be too narrow: the best rate lies at its edge"
+                f"The grid of learning rates of {settings['what']} may be too narrow: the best rate lies at its edge"
                 f" more often than by chance for {', '.join(arms)}."
             )
     if not any(arm["kind"] == "oracle" for arm in report["arms"].values()):
@@ -248,6 +233,10 @@ def _measure(result: Mapping[str, Any]) -> Measure:
     return Measure(**{field.name: result["measure"][field.name] for field in fields(Measure)})
 
 
+def _differences(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {name: values["minus_naive"] for name, values in result["arms"].items() if "minus_naive" in values}
+
+
 def _is_numeric(cells: Sequence[str]) -> bool:
     words = ("–", "reference", "not finite")
     numbers = [cell for cell in cells if cell not in words]
@@ -261,14 +250,6 @@ def _listed(names: Sequence[str]) -> str:
 def _count(report: Report) -> str:
     count = len(report["seeds"]) if len(report["seeds"]) > 1 else report["draws"]
     return f"{count} {report['counted']}"
-
-
-def _interval(measure: Measure, ends: Sequence[float], sign: str = "") -> str:
-    return f"[{measure.format(ends[0], sign)}, {measure.format(ends[1], sign)}]"
-
-
-def _difference(measure: Measure, difference: Mapping[str, Any]) -> str:
-    return f"{measure.format(difference['mean'], '+')} {_interval(measure, difference['ci95'], '+')}"
 
 
 def _p_value(value: float) -> str:
