@@ -390,8 +390,8 @@ def test_card_can_be_stored_and_completed(opened, prediction, shipped):
         (
             "shrink",
             {"factor": 0.9},
-            'predictor="shrink", predictor_options={"factor": 0.9}',
-            """--predictor shrink --predictor-options '{"factor": 0.9}' --output-dir""",
+            'predictor_options={"factor": 0.9}',
+            """--predictor-options '{"factor": 0.9}' --""",
         ),
         (Shrink(factor=0.9), None, "predictor=Shrink(factor=0.9), steps=1", None),
     ],
@@ -458,12 +458,8 @@ def test_license_is_inherited_from_the_base_model(opened, prediction, tmp_path, 
 @pytest.mark.parametrize(
     ("name", "shown", "on_hub"),
     [
-        ("bert-base-uncased", "bert-base-uncased", True),
-        ("me/model", "me/model", True),
-        ("me/folder", "folder", False),
-        ("/home/me/model", "model", False),
-        ("./model", "model", False),
-        ("a/b/c", "c", False),
+        *((name, name, True) for name in ("bert-base-uncased", "me/model")),
+        *((name, name.rpartition("/")[2], False) for name in ("me/folder", "/home/me/model", "./model", "a/b/c")),
         ("a" * 5000, "a" * 5000, False),
     ],
 )

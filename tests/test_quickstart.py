@@ -36,8 +36,8 @@ def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("suite") / "small.yaml"
     path.write_text(SMALL)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("know_hf.evaluation.suites.quickstart.SUITE", path)
-        monkeypatch.setattr("know_hf.evaluation.suites.quickstart.NUM_SEEDS", 2)
+        monkeypatch.setattr(quickstart, "SUITE", path)
+        monkeypatch.setattr(quickstart, "NUM_SEEDS", 2)
         yield path
 
 
@@ -46,33 +46,25 @@ def finished(small, tmp_path_factory):
     return run_quickstart(tmp_path_factory.mktemp("quickstart") / "out", 3, num_processes=1)
 
 
-def test_the_text_starts_with_the_verdict_and_names_the_files(finished):
-    text = str(finished)
-    transfer = finished.comparison.comparisons["few-shot", "accuracy"]
+def test_text_and_report(finished):
+    text, transfer = str(finished), finished.comparison.comparisons["few-shot", "accuracy"]
     assert text.startswith(transfer.verdict()) and transfer.validity() in text
     for path in (finished.trajectory, finished.enhanced, finished.path / "report.html"):
         assert str(path) in text and path.exists()
-
-
-def test_the_report_is_the_comparison(finished):
     report = json.loads((finished.path / "report.json").read_text())
     assert list(report["arms"]) == list(quickstart.ARMS) and report["seeds"] == [3, 4]
     assert report["command"] == f"know-hf quickstart --output-dir {finished.path} --seed 3"
 
 
-def test_the_enhanced_checkpoint_has_the_accuracy_of_its_arm_and_a_card(finished, small):
+def test_checkpoint_and_trajectory_have_the_accuracy_of_their_arms(finished, small):
+    source = finished.comparison.comparisons["source", "accuracy"].results
     model = AutoModelForImageClassification.from_pretrained(finished.enhanced)
     test = SuiteTask(load_suite(small)).source_split(3).test
-    source = finished.comparison.comparisons["source", "accuracy"].results["known-step-2"]
-    assert accuracy(model, test) == pytest.approx(source.per_seed[0])
+    assert accuracy(model, test) == pytest.approx(source["known-step-2"].per_seed[0])
     card = (finished.enhanced / "README.md").read_text()
     assert "accuracy" in card and (finished.enhanced / "forgetting.png").exists()
-
-
-def test_the_trajectory_has_the_accuracy_of_its_states(finished):
     recorded = [state.metrics["unseen_accuracy"] for state in WeightTrajectory(finished.trajectory).states]
-    assert len(recorded) == 5
-    assert recorded[0] == finished.comparison.comparisons["source", "accuracy"].results["naive"].per_seed[0]
+    assert len(recorded) == 5 and recorded[0] == source["naive"].per_seed[0]
 
 
 def test_a_second_run_resumes(finished, tmp_path):
@@ -86,20 +78,13 @@ def test_a_second_run_resumes(finished, tmp_path):
     assert result[0].per_seed == result[1].per_seed and again.enhanced.exists()
 
 
-def test_another_comparison_in_the_folder_is_an_error(finished, small, tmp_path):
+def test_errors(finished, small, tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text(small.read_text().replace("train: 10", "train: 20"))
     with pytest.raises(ValueError, match="task"):
         run_suite(path, finished.path)
-
-
-def test_a_folder_with_other_files_is_an_error(tmp_path):
-    (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(FileExistsError, match=str(tmp_path)):
         run_quickstart(tmp_path)
-
-
-def test_a_negative_seed_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"seed .*-1"):
         run_quickstart(tmp_path / "out", -1)
     assert not (tmp_path / "out").exists()

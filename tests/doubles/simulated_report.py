@@ -19,7 +19,7 @@ ARMS = {
 }
 PROTOCOLS = {
     "few-shot": {"kind": "fine_tuning", "what": "few-shot fine-tuning", "learning_rates": list(RATES)},
-    "source": {"kind": "as_they_are", "what": "the source task"},
+    "source": {"kind": "zero_shot", "what": "the source task"},
 }
 
 
@@ -43,7 +43,14 @@ def simulated_report(name="simulated", arms=ARMS, num_seeds=10, draws=1):
                 measured["few-shot"].append({"draw": draw, "chosen": best, "trials": tuned})
             cells.append({"seed": seed, "arm": arm, "seconds": 2.0, "measured": measured})
     states = [{"accuracy": 0.9 - 0.02 * state, "loss": 0.3 + 0.02 * state} for state in range(3)]
+    recorded = {"num_examples": [64, 32, 16], "steps": [8, 4, 2], "seconds": 1.0, "states": states}
     points = [("Θ0", "state", 0, 0), ("Θ1", "state", 0.5, 0.2), ("Θ2", "state", 1, 0), ("known-1", "arm", -0.3, 0.1)]
+    landscape = {"seed": 0, "measure": "loss", "num_examples": 16, "explained": [0.7, 0.2]}
+    landscape |= {axis: [-1.0, 0.0, 1.0] for axis in "xy"}
+    landscape["loss"] = [[3.0, 2.0, 3.0], [2.0, 1.0, None], [3.0, 2.0, 3.0]]
+    landscape["points"] = [
+        {"name": n, "kind": kind, "x": x, "y": y, "loss": 1.0, "off_plane": 0.1} for n, kind, x, y in points
+    ]
     report = ComparisonReport(
         name=name,
         description="Simulated.",
@@ -52,27 +59,13 @@ def simulated_report(name="simulated", arms=ARMS, num_seeds=10, draws=1):
         draws=draws,
         trials_per_rate=1,
         arms={
-            arm: {"role": role, "kind": kind, "settings": settings, "description": f"{arm} it is", "spec": {}}
+            arm: {"role": role, "kind": kind, "settings": settings, "description": f"Arm {arm}.", "spec": {}}
             for arm, (role, kind, settings, _) in arms.items()
         },
         protocols=PROTOCOLS,
         measures=(ACCURACY, LOSS),
         cells=tuple(cells),
-        trajectories=tuple(
-            {"seed": seed, "num_examples": [64, 32, 16], "steps": [8, 4, 2], "seconds": 1.0, "states": states}
-            for seed in seeds
-        ),
-        landscape={
-            "seed": 0,
-            "measure": "loss",
-            "num_examples": 16,
-            "explained": [0.7, 0.2],
-            "x": [-1.0, 0.0, 1.0],
-            "y": [-1.0, 0.0, 1.0],
-            "loss": [[3.0, 2.0, 3.0], [2.0, 1.0, None], [3.0, 2.0, 3.0]],
-            "points": [
-                {"name": n, "kind": kind, "x": x, "y": y, "loss": 1.0, "off_plane": 0.1} for n, kind, x, y in points
-            ],
-        },
+        trajectories=tuple({"seed": seed, **recorded} for seed in seeds),
+        landscape=landscape,
     )
     return json.loads(json.dumps(report.to_dict()))

@@ -139,15 +139,15 @@ def _sections(report: Report, command: str | None, figures: dict[str, ReportFigu
     sections = [ReportSection("All comparisons", _text(overview_table(report)))] if report["results"] else []
     protocols: set[str] = set()
     for number, result in enumerate(report["results"]):
-        failed = result["valid"] is False
+        failed, title = result["valid"] is False, result["what"][:1].upper() + result["what"][1:]
+        sentences = (result[key] for key in ("verdict", "validity", "verdict_on_methods", "sensitivity"))
         body = _joined(
             "> **The positive control failed: this section shows nothing.**" if failed else "",
-            *(markdown(result[key]) for key in ("verdict", "validity", "verdict_on_methods", "sensitivity")),
+            "\n".join(f"- {markdown(sentence.removeprefix(f'{title}: '))}" for sentence in sentences if sentence),
             show(forest_figure(report, number)),
             _text(result_table(report, number)),
             _text(controls_table(report, number)),
         )
-        title = result["what"][:1].upper() + result["what"][1:]
         status, is_folded = "invalid" if failed else "unknown", result["protocol"] in protocols
         sections.append(ReportSection(title, body, status, is_folded))
         protocols.add(result["protocol"])

@@ -45,8 +45,7 @@ class SmallCNN(PreTrainedModel):
         for index in range(config.num_layers):
             width = config.width * 2**index
             layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=not config.batch_norm))
-            if config.batch_norm:
-                layers.append(nn.BatchNorm2d(width))
+            layers += [nn.BatchNorm2d(width)] if config.batch_norm else []
             layers += [nn.ReLU(), nn.MaxPool2d(2)]
             channels = width
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -7,6 +7,7 @@ one, `name` alone the first.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,14 +50,13 @@ _PARTS: dict[str, type] = {
 _EXTENSIBLE = ("seeds", "first_seed", "arms", "description", "landscape", "draws", "trials_per_rate", "protocols")
 
 
-def _check_schedule(content: dict[str, Any]) -> dict[str, Any]:
-    _check_names(content, ForgettingSchedule)
-    ForgettingSchedule(**content)
-    return content
-
-
-def _check_training(content: dict[str, Any]) -> dict[str, Any]:
-    _check_names(content, TrainingArguments)
+def _check_fields(cls: type, content: dict[str, Any]) -> dict[str, Any]:
+    names = [f.name for f in fields(cls)]
+    for name in content:
+        if name not in names:
+            raise ValueError(f"unknown key {name!r}; {nearest(name, names)}")
+    if cls is ForgettingSchedule:
+        cls(**content)
     return content
 
 
@@ -70,15 +70,12 @@ def _without_kind(content: Any) -> Any:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in content.items() if key != "kind"}
 
 
+_KINDS = f"kind must be one of {', '.join(_PROTOCOLS)}"
 ProtocolEntry = Annotated[
     Annotated[FineTuning, BeforeValidator(_without_kind), Tag("fine_tuning")]
     | Annotated[LinearProbe, BeforeValidator(_without_kind), Tag("linear_probe")]
     | Annotated[ZeroShot, BeforeValidator(_without_kind), Tag("zero_shot")],
-    Discriminator(
-        _kind,
-        custom_error_type="protocol_kind",
-        custom_error_message=f"kind must be one of {', '.join(_PROTOCOLS)}",
-    ),
+    Discriminator(_kind, custom_error_type="protocol_kind", custom_error_message=_KINDS),
 ]
 
 
@@ -87,18 +84,14 @@ class Suite:
     """A comparison as written in YAML.
 
     Args:
-        name (`str`):
-            Name of the comparison.
-        description (`str`):
-            Description for the report.
+        name, description (`str`):
+            Name and description for the report.
         seeds (`int`):
             Number of trajectory seeds, counted from `first_seed`.
         inputs ([`Inputs`]):
             Model inputs that rows are converted to.
-        source ([`Side`]):
-            Examples of the source task.
-        target ([`Side`]):
-            Examples of the target task.
+        source, target ([`Side`]):
+            Examples of the source task and of the target task.
         model ([`ModelSpec`]):
             Model to train.
         schedule (`Mapping[str, Any]`):
@@ -130,8 +123,8 @@ class Suite:
     source: Side
     target: Side
     model: ModelSpec
-    schedule: Annotated[Mapping[str, Any], AfterValidator(_check_schedule)]
-    training: Annotated[Mapping[str, Any], AfterValidator(_check_training)]
+    schedule: Annotated[Mapping[str, Any], AfterValidator(partial(_check_fields, ForgettingSchedule))]
+    training: Annotated[Mapping[str, Any], AfterValidator(partial(_check_fields, TrainingArguments))]
     protocols: tuple[ProtocolEntry, ...]
     arms: tuple[Annotated[Arm, PlainValidator(make_arm)], ...]
     draws: PositiveInt = 1
@@ -196,13 +189,6 @@ def load_suite(name: str | Path) -> Suite:
         variant = variant or next(iter(variants))
         content = {**content, **variants[variant], "name": f"{content.get('name')}:{variant}"}
     return Suite.from_dict(content, str(path))
-
-
-def _check_names(content: Mapping[str, Any], cls: type) -> None:
-    names = [f.name for f in fields(cls)]
-    for name in content:
-        if name not in names:
-            raise ValueError(f"unknown key {name!r}; {nearest(name, names)}")
 
 
 def _explain(error: ValidationError) -> str:

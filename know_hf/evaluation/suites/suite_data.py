@@ -47,10 +47,8 @@ class Inputs:
 
     def __post_init__(self) -> None:
         if (self.image_size is None) == (self.max_length is None):
-            raise ValueError(
-                "give either image_size or max_length, got"
-                f" image_size={self.image_size} and max_length={self.max_length}"
-            )
+            sizes = f"image_size={self.image_size} and max_length={self.max_length}"
+            raise ValueError(f"give either image_size or max_length, got {sizes}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
 
@@ -250,17 +248,12 @@ def prepare(
             partial = path.with_suffix(".partial")
             save_file(tensors, partial)
             partial.replace(path)
-    present = sorted(set(_load(path)["labels"].tolist()))
-    if side.classes is None and present[0] < 0:
-        raise ValueError(
-            f"split {split!r} of {side.dataset} has unlabelled examples (class {present[0]}); use another split or"
-            " list the classes to use"
-        )
+    present, name = sorted(set(_load(path)["labels"].tolist())), f"split {split!r} of {side.dataset}"
     classes = tuple(present) if side.classes is None else side.classes
+    if side.classes is None and present[0] < 0:
+        raise ValueError(f"{name} has unlabelled examples (class {present[0]}); list the classes to use")
     if missing := set(classes) - set(present):
-        raise ValueError(
-            f"split {split!r} of {side.dataset} has no example of class {min(missing)}; its classes are {present}"
-        )
+        raise ValueError(f"{name} has no example of class {min(missing)}; its classes are {present}")
     return PreparedSplit(path, classes, inputs)
 
 
@@ -273,9 +266,8 @@ def _images(images: Any, inputs: Inputs, tokenizer: str | None) -> dict[str, Ten
     size, mode = inputs.image_size or 0, {1: "L", 3: "RGB"}[inputs.channels]
     pixels = torch.empty(len(images), inputs.channels, size, size, dtype=torch.uint8)
     for index, image in enumerate(images):
-        image = image.convert(mode)
-        image = image if image.size == (size, size) else image.resize((size, size))
-        pixels[index] = torch.from_numpy(np.array(image).reshape(size, size, -1)).permute(2, 0, 1)
+        array = np.array(image.convert(mode).resize((size, size)))  # PIL copies an image that has this size
+        pixels[index] = torch.from_numpy(array.reshape(size, size, -1)).permute(2, 0, 1)
     return {"pixel_values": pixels}
 
 

@@ -14,13 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-)
+from transformers.utils import cached_file
 
 from ...checkpoint import file_sha256
 from .small_cnn import SmallCNN
@@ -122,10 +116,10 @@ class ModelSpec:
         """Return the hashes of the pretrained weight files, in a folder or the Hub cache."""
         if path is None or not self.starts_pretrained:
             return None
-        for index, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+        for single in ("model.safetensors", "pytorch_model.bin"):
             if file := _cached(path, single):
                 return file_sha256(file)[:20]
-            if file := _cached(path, index):
+            if file := _cached(path, f"{single}.index.json"):
                 names = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
                 return ",".join(file_sha256(shard)[:20] for name in names if (shard := _cached(path, name)))
         return None

@@ -56,17 +56,16 @@ def run_suite(
     """
     if not isinstance(suite, Suite):
         suite = load_suite(suite)
-    _check_ids("data", data, {suite.source.dataset, suite.target.dataset}, suite.name)
-    _check_ids("models", models, {suite.model.pretrained} - {None}, suite.name)
+    dataset_paths = _expanded("data", data, {suite.source.dataset, suite.target.dataset}, suite.name)
+    model_paths = _expanded("models", models, {suite.model.pretrained} - {None}, suite.name)
     compared = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in (suite.arms if arms is None else arms)]
     names = {arm.name for arm in compared}
     for name, weights in (known or {}).items():
         further = known_step_arms(name=name, known=os.path.expanduser(weights))
         matching = [arm for shipped, arm in zip(known_step_arms(), further, strict=True) if shipped.name in names]
         compared += matching or further
-    task = SuiteTask(suite, _expanded(data), _expanded(models))
     return compare_arms(
-        task.comparison_task(),
+        SuiteTask(suite, dataset_paths, model_paths).comparison_task(),
         output_dir,
         protocols=suite.protocols,
         arms=compared,
@@ -80,11 +79,9 @@ def run_suite(
     )
 
 
-def _check_ids(argument: str, paths: Mapping[str, str] | None, ids: set[Any], suite: str) -> None:
+def _expanded(argument: str, paths: Mapping[str, str] | None, ids: set[Any], suite: str) -> dict[str, str]:
+    """Expand `~`, after a check that the suite reads these ids."""
     for name in paths or {}:
         if name not in ids:
             raise ValueError(f"{argument} names {name!r}, but {suite} reads {', '.join(sorted(ids)) or 'none'}")
-
-
-def _expanded(paths: Mapping[str, str] | None) -> dict[str, str]:
     return {name: os.path.expanduser(path) for name, path in (paths or {}).items()}

@@ -74,11 +74,7 @@ class SuiteTask:
         pool, unseen = self._splits(side)
         rows = pool.rows([seed, _SOURCE])
         used = self._oracle_size
-        if used > len(rows):
-            raise ValueError(
-                f"the oracle trains on {used} examples, but split {side.pool!r} of {side.dataset} has {len(rows)} of"
-                " the classes; lower train or raise ratio"
-            )
+        _check_size("the oracle", used, side, rows)
         rest = rows[used:] if unseen == pool else unseen.rows([seed, _SOURCE, 1])
         validation, test = _divide(side, rest)
         return Split(pool.take(rows[: side.train]), unseen.take(validation), unseen.take(test))
@@ -88,11 +84,7 @@ class SuiteTask:
         side = self.suite.target
         pool, unseen = self._splits(side)
         rows = pool.rows([seed, _TARGET, draw])
-        if side.train > len(rows):
-            raise ValueError(
-                f"target needs {side.train} training examples, but split {side.pool!r} of {side.dataset} has"
-                f" {len(rows)} of the classes; lower train"
-            )
+        _check_size("target", side.train, side, rows)
         rest = rows[side.train :] if unseen == pool else unseen.rows([seed, _TARGET, draw, 1])
         validation, test = _divide(side, rest)
         return Split(pool.take(rows[: side.train]), unseen.take(validation), unseen.take(test), len(pool.classes))
@@ -177,6 +169,12 @@ class SuiteTask:
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+
+def _check_size(name: str, needed: int, side: Side, rows: np.ndarray) -> None:
+    if needed > len(rows):
+        split = f"split {side.pool!r} of {side.dataset} has {len(rows)} of the classes"
+        raise ValueError(f"{name} trains on {needed} examples, but {split}; lower train")
 
 
 def _divide(side: Side, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
