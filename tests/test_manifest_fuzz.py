@@ -138,7 +138,7 @@ def test_random_bytes_and_random_json(folder, opened):
 def mutations(draw):
     """A function that changes a manifest at one random location, drawn level by level."""
     turns = draw(st.lists(st.integers(0, 1000), min_size=1, max_size=5))
-    kind = draw(st.sampled_from(["replace", "replace", "replace", "delete", "twice", "add"]))
+    kind = draw(st.sampled_from(["replace", "replace", "delete", "twice"]))
     value = draw(values)
 
     def change(content):
@@ -151,15 +151,12 @@ def mutations(draw):
             child = node[key]
         if child is content:  # an earlier change emptied it
             return
-        new = copy.deepcopy(child) if kind == "twice" else value
-        if kind == "replace":
-            node[key] = new
-        elif kind == "delete":
+        if kind == "delete":
             del node[key]
-        elif isinstance(node, list):
-            node.insert(turns[0] % (len(node) + 1), new)
+        elif kind == "twice" and isinstance(node, list):
+            node.insert(key, copy.deepcopy(child))
         else:
-            node[f"{key}+" if kind == "twice" else str(value)[:20]] = new
+            node[key] = value
 
     return change
 
@@ -176,7 +173,7 @@ def test_a_valid_manifest_with_random_changes(folder, opened, valid):
         outcomes[open_bytes(folder, opened, json.dumps(content).encode())] += 1
 
     run()
-    assert min(outcomes["refused"], outcomes["read"] + outcomes["verified"], outcomes["verified"]) > 20, outcomes
+    assert min(outcomes["refused"], outcomes["verified"]) > 20, outcomes
 
 
 def test_a_valid_manifest_with_random_edits_of_its_text(folder, opened, valid):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -58,17 +59,15 @@ def test_metrics_can_be_added_later(record_states):
     assert {"know_hf", "torch", "transformers", "safetensors"} <= set(content["library_versions"])
 
 
-@pytest.mark.parametrize("make", [make_resnet, lambda: nn.Linear(2, 2)])
+@pytest.mark.parametrize("make", [make_resnet, lambda seed: nn.Linear(2, 2)])
 def test_a_state_without_changes_stores_all_tensors(created, make):
-    model = make()
+    model, other = make(seed=0), make(seed=1)
     for num_examples in (3, 2):
         created.record(model, num_examples=num_examples, steps=0)
     created.verify()
     assert created.states[1].unchanged == {}
-    other = make()
     created.load_into(other, 1)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor)
+    torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
 def test_an_error_in_the_background_is_raised_once(created):
@@ -84,7 +83,7 @@ def test_an_error_in_the_background_is_raised_once(created):
     assert WeightTrajectory(created.path).num_states == 2
 
 
-def test_check_does_not_wait(created):
+def test_check_does_not_wait_and_waiting_can_be_interrupted(created, monkeypatch):
     release, seen = threading.Event(), []
 
     def on_written(record):
@@ -95,26 +94,15 @@ def test_check_does_not_wait(created):
     created.record(nn.Linear(2, 2), num_examples=3, steps=1, background=True, on_written=on_written)
     created.check()
     assert not seen and not any(thread.daemon for thread in threading.enumerate() if "know_hf" in thread.name)
+    with monkeypatch.context() as patch:
+        patch.setattr("know_hf.trajectory.recorder.wait", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            _ = created.states
     release.set()
     with pytest.raises(ValueError, match="full"):
         created.check(wait=True)
     created.check(wait=True)
-    assert seen == [(0, 1)]
-
-
-def test_waiting_can_be_interrupted_and_repeated(created, monkeypatch):
-    release = threading.Event()
-    created.record(nn.Linear(2, 2), num_examples=3, steps=1, background=True, on_written=lambda _: release.wait(60))
-
-    def interrupt(jobs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("know_hf.trajectory.recorder.wait", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            _ = created.states
-    release.set()
-    assert created.num_states == 1
+    assert seen == [(0, 1)] and created.num_states == 1
 
 
 def test_buffers_may_be_infinite_but_not_nan(created):

@@ -1,7 +1,8 @@
 """Trajectories on disk: [`WeightTrajectory`], the records of `trajectory.json`, and loading models from a state."""
 
 from .loading import load_into, load_pretrained
-from .manifest import FileRecord, StateRecord, TrajectoryBusyError, TrajectoryError
+from .manifest import FileRecord, StateRecord, TrajectoryError
+from .recorder import TrajectoryBusyError
 from .snapshot import check_adapter, state_nbytes
 from .weight_trajectory import WeightTrajectory
 

@@ -90,7 +90,7 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
     else:
         differing |= others
     if differing:
-        raise TrajectoryError(f"tensor {min(differing)!r} is not in both {folder} and the given {kind}")
+        raise TrajectoryError(f"{min(differing)!r} is not in both {folder} and this {kind}; pass the recorded model")
     for name, tensor in state_dict.items():
         if tensor.shape != own[name].shape:
             raise TrajectoryError(

@@ -121,10 +121,6 @@ class TrajectoryError(ValueError):
     """A trajectory is damaged, inconsistent or of a version that cannot be read."""
 
 
-class TrajectoryBusyError(RuntimeError, BlockingIOError):
-    """Another process records to the folder, or recorded to it since it was read."""
-
-
 @dataclass(frozen=True)
 class FileRecord:
     """One file of a trajectory.

@@ -27,7 +27,7 @@ from .weight_trajectory import WeightTrajectory
 
 logger = logging.get_logger(__name__)
 
-_KEPT = ("num_examples", "steps", "fraction", "subset_fingerprint", "seed", "metrics")  # of a stage
+_STAGE_FIELDS = ("num_examples", "steps", "fraction", "subset_fingerprint", "seed", "metrics")
 _PREFIX = "base_model.model."
 _UNMERGED = "predict the adapters without merging"
 _WRAPPERS = ("base_layer", "modules_to_save", "original_module", "token_adapter")  # peft's modules around the base's
@@ -115,7 +115,7 @@ def merge_adapters(
             model = _merge(base.fresh(), trajectory, state.index)
             if not state.index:
                 check_free_disk(Path(output_dir), _nbytes(model, trajectory))
-            stage: Any = {name: getattr(state, name) for name in _KEPT}
+            stage: Any = {name: getattr(state, name) for name in _STAGE_FIELDS}
             merged.record(model, processing_class=_ModelFiles(trajectory), **stage)
             del model  # before the next one is loaded
     return WeightTrajectory(output_dir)

@@ -23,21 +23,17 @@ from torch import nn
 from transformers.utils import logging
 
 from ..checkpoint import CheckpointReader, atomic_folder, fsync
-from .manifest import (
-    MANIFEST_NAME,
-    FileRecord,
-    Manifest,
-    StateRecord,
-    TrajectoryBusyError,
-    TrajectoryError,
-    recordable,
-)
+from .manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord, TrajectoryError, recordable
 from .snapshot import Snapshot, roles_on_disk
 from .store import Store, check_same_tensors
 
 logger = logging.get_logger(__name__)
 
 _LIBRARIES = ("know_hf", "torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "numpy")
+
+
+class TrajectoryBusyError(RuntimeError, BlockingIOError):
+    """Another process records to the folder, or recorded to it since it was read."""
 
 
 class Recorder:

@@ -101,6 +101,8 @@ class Snapshot:
         Buffers may be infinite, as attention masks are.
         """
         for name, tensor in self.state_dict.items():
+            if not tensor.is_floating_point():
+                continue
             is_buffer = name in self.roles and self.roles[name].role == "copied"
             if tensor.isnan().any() if is_buffer else not tensor.isfinite().all():
                 raise TrajectoryError(

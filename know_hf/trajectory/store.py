@@ -133,7 +133,7 @@ class HubStore(Store):
         file = repo.files.get(MANIFEST_NAME)
         if file is None:
             has_states = any(path.startswith("state-") for path in repo.files)
-            hint = "its push was not finished; push it again" if has_states else "check the repo id"
+            hint = "its push was not finished; push the trajectory again" if has_states else "check the repo id"
             raise TrajectoryError(f"{repo.repo_id} has no {MANIFEST_NAME}: {hint}")
         if file.size > MAX_BYTES:
             raise TrajectoryError(f"{repo.name(MANIFEST_NAME)} has {file.size} bytes, more than {MAX_BYTES}")
