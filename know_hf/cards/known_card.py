@@ -53,9 +53,10 @@ class KNOWNCard(Card):
         """The first sentence of the card."""
         if not self.comparisons:
             return "Not evaluated: it is unknown whether predictions with these weights help."
+        bar = "better than every trivial control, such as shrinking the weights"
         if methods := better_than_controls(self.comparisons):
-            return f"Better than every trivial control, such as shrinking the weights: {', '.join(methods)}."
-        return "Not shown to help: in no suite is a prediction better than every trivial control, such as shrinking."
+            return f"{bar.capitalize()}: {', '.join(methods)}."
+        return f"Not shown to help: in no suite is a prediction {bar}."
 
     @property
     def is_on_hub(self) -> bool:
