@@ -57,7 +57,12 @@ def test_tables_of_comparisons_are_those_that_their_commands_print(monkeypatch, 
     assert found
 
 
-def test_the_readme_has_the_commands_and_the_five_lines():
-    assert 'pip install -c constraints.txt ".[demo]" && know-hf quickstart' in README
-    assert 'pip install -c constraints.txt ".[test]" && pytest' in README
-    assert "induce_forgetting(trainer, schedule, " in README
+def test_the_readme_is_short_and_has_the_commands():
+    assert len(README.splitlines()) <= 130
+    for command in (
+        'pip install -c constraints.txt ".[demo]"',
+        "know-hf quickstart --output-dir outputs/quickstart",
+        'pip install -c constraints.txt ".[test]" && pytest',
+        "induce_forgetting(trainer, schedule, ",
+    ):
+        assert command in README
