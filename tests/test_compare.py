@@ -116,7 +116,7 @@ def test_states_have_a_forgetting_curve_and_a_landscape(finished):
 def test_the_report_is_printable_with_warnings_and_temporary_files_are_deleted(finished):
     folder, report, _ = finished
     assert "2 trajectory seeds" in report.warnings[0] and "10" in report.warnings[0]
-    assert "few-shot fine-tuning with 2 labels per class, accuracy" in str(report)
+    assert "few-shot fine-tuning with 2 labels per class, accuracy" in str(report).lower()
     assert str(report).count("\nnaive ") == 6
     assert {path.name for path in folder.iterdir()} == {"cells", "identity.json", "report.json"}
     versions = json.loads((folder / "identity.json").read_text())["versions"]
