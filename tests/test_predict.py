@@ -233,7 +233,7 @@ def test_a_prediction_is_copied_into_a_model(record_states, predict):
         loaded = get_peft_model_state_dict(model) if make is adapter else model.state_dict()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in written.items())
     assert all(torch.equal(tensor, trajectory.tensor(name) + 0.5) for name, tensor in loaded.items())
-    with pytest.raises(TrajectoryError, match=r"tensor.*Linear"):
+    with pytest.raises(TrajectoryError, match="Linear"):
         result.load_into(nn.Linear(2, 2))
 
 
