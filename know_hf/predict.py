@@ -41,9 +41,9 @@ def predict_overflowed_weights(
     """Run the forgetting of a trajectory backwards and write the predicted weights as an ordinary checkpoint.
 
     Each step predicts Θ̂(-1) = Θ0 + residual(W) for each scalar weight from its history W (KNOW paper, §3). The next
-    step appends the prediction to the history and drops the most forgotten state. With ratio r, `steps` stand for
-    r^(-steps) times the data. Convolution kernels, matrices and biases are predicted; normalisation layers, buffers
-    and other parameters are those of Θ0; tensors that are equal in all states are copied bit for bit.
+    step appends the prediction to the history and drops the most forgotten state. With ratio r, `steps` steps stand
+    for r^(-steps) times the data. Convolution kernels, matrices and biases are predicted; normalisation layers,
+    buffers and other parameters are those of Θ0; tensors that are equal in all states are copied bit for bit.
 
     Args:
         trajectory ([`WeightTrajectory`], `str` or `Path`):
@@ -92,6 +92,8 @@ def predict_overflowed_weights(
     write = _with_keywords(write or WriteOptions(), options)
     push = _with_keywords(push or PushOptions(), options)
     accelerator = write.accelerator
+    if gate is not None and not isinstance(gate, Gate):
+        raise TypeError(f"gate must be a Gate, got {type(gate).__name__}; pass Gate(dataset=...)")
     described = {"predictor_options": options.pop("predictor_options", None), "norm": options.pop("norm", "keep")}
     settings: dict[str, Any] = {"dtype": write.dtype, "kernel": options.pop("kernel", "auto"), **described}
     settings["device"] = None if accelerator is None else accelerator.device

@@ -112,22 +112,22 @@ def test_a_dataset_is_evaluated_batch_by_batch(trajectory, tmp_path):
 
 def test_columns_that_the_model_does_not_accept_are_dropped():
     model, images, files = make_resnet(), make_images(12), [f"{index}.png" for index in range(12)]
-    plain, named = Gate(dataset=images).losses(model), images.add_column("file", files)
+    plain, named = Gate(dataset=images, batch_size=1).losses(model), images.add_column("file", files)
     collator, seen = DefaultDataCollator(), []
 
     def collate(rows):
         seen.extend(row.pop("file") for row in rows)
         return collator(rows)
 
-    assert Gate(dataset=named, data_collator=collator).losses(model) == plain
-    assert Gate(dataset=named, data_collator=collate, remove_unused_columns=False).losses(model) == plain
+    assert Gate(dataset=named, batch_size=1, data_collator=collator).losses(model) == plain
+    assert Gate(dataset=named, batch_size=1, data_collator=collate, remove_unused_columns=False).losses(model) == plain
     assert seen == files
     with pytest.raises(ValueError, match="no loss for batches of pixel_values"):
-        Gate(dataset=images.remove_columns("labels")).losses(model)
+        Gate(dataset=images.remove_columns("labels"), batch_size=1).losses(model)
 
 
 def test_examples_of_different_lengths_need_a_collator_that_pads():
-    examples, model = [{"input_ids": [5] * (3 + index % 4), "labels": 0} for index in range(24)], bert()
+    examples, model = [{"input_ids": [5] * (3 + index % 4), "labels": 0} for index in range(80)], bert()
     for dataset in (examples, Dataset.from_list(examples).with_format("torch")):
         with pytest.raises(ValueError, match=r"8 examples.*data_collator=.*DataCollatorWithPadding"):
             Gate(dataset=dataset).losses(model)
@@ -265,13 +265,26 @@ def test_errors_come_early_and_leave_nothing_behind(trajectory, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either compute_loss or dataset"),
-        ({"compute_loss": len, "dataset": [1]}, "not both"),
+        ({}, "exactly one of compute_loss and dataset"),
+        ({"compute_loss": len, "dataset": [1]}, "exactly one"),
         ({"dataset": [1], "batch_size": 0}, "batch_size.*0"),
         ({"dataset": [1], "level": 0.0}, "level.*0.0"),
         ({"dataset": [1], "margin": float("nan")}, "margin.*nan"),
+        ({"dataset": range(30)}, "4 batches of 8 .*batch_size="),
+        ({"dataset": [1]}, "1 batches"),
+        ({"dataset": range(16), "margin": 0.1}, "2 batches"),
     ],
 )
 def test_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         Gate(**options)
+
+
+def test_a_dataset_of_one_batch_needs_a_margin():
+    assert Gate(dataset=[1], margin=0.1).margin == 0.1
+
+
+def test_a_dataset_instead_of_a_gate_is_refused(trajectory, tmp_path):
+    with pytest.raises(TypeError, match=r"Gate, got list; .*Gate\(dataset"):
+        predict_overflowed_weights(trajectory, output_dir=tmp_path / "out", gate=[1])
+    assert list(tmp_path.iterdir()) == []

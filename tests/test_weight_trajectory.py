@@ -147,3 +147,28 @@ def test_scalars_and_empty_tensors_are_inspected(record_states):
     summary = inspect_trajectory(record_states(module, num_states=2))
     assert (summary.tensors["kept"], summary.parameters["kept"]) == (2, 1)
     assert summary.displacement["kept"][0] == 0 < summary.displacement["kept"][1]
+
+
+@pytest.mark.parametrize("state", [-1, 5])
+def test_a_state_that_does_not_exist_is_named(trajectory, state):
+    module = make_resnet()
+    calls = (
+        lambda: trajectory.load_model(state),
+        lambda: trajectory.load_into(module, state),
+        lambda: trajectory.tensor(NAME, state),
+        lambda: trajectory.read(NAME, 0, 1, state),
+    )
+    for call in calls:
+        with pytest.raises(TrajectoryError, match=rf"state {state} .*does not exist.* 0 to 4"):
+            call()
+
+
+def test_a_tensor_that_does_not_exist_is_named(trajectory):
+    for method in (trajectory.tensor, trajectory.shape, trajectory.dtype, trajectory.history):
+        with pytest.raises(TrajectoryError, match="no tensor 'nope'"):
+            method("nope")
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        WeightTrajectory(tmp_path / "nowhere")

@@ -1,6 +1,7 @@
 """[`Gate`]: evaluate candidates on validation data and write the best; Θ0 stays unless another one is better."""
 
 import inspect
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from ..trajectory import load_pretrained
 from .engine import PredictedTensors, prediction_result
 from .plan import PredictionPlan
 from .result import PredictionResult
-from .selection import REFERENCE, GateCandidate, GateResult, check_reference, check_rule, choose
+from .selection import MINIMUM_VALUES, REFERENCE, GateCandidate, GateResult, check_reference, check_rule, choose
 from .tensor_sources import StateTensors, TensorSource
 from .write_checkpoint import WriteOptions, checkpoint_folder, fill_checkpoint
 
@@ -41,7 +42,8 @@ class Gate:
 
     <Tip>
 
-    The choice uses up the data: the validation loss of the chosen candidate is optimistic. Report on other data.
+    The validation data is used for the choice, so the loss of the chosen candidate is optimistic; report on other
+    data.
 
     </Tip>
 
@@ -50,12 +52,12 @@ class Gate:
             Maps a model in evaluation mode to its loss; lower is better. Returns one value per example or batch, at
             least 10 and always in the same order, or a single number, which needs `margin`.
         dataset (`torch.utils.data.Dataset`, *optional*):
-            Labelled validation examples. The model's own loss on each batch is one value.
+            Labelled validation examples. Each batch contributes one value: the model's loss.
         data_collator (`Callable`, *optional*):
             Collates a list of examples into a batch, as in `Trainer`. Examples of different lengths need a collator
             that pads, such as `DataCollatorWithPadding(tokenizer)`.
         batch_size (`int`, *optional*, defaults to `8`):
-            Number of examples per batch of `dataset`.
+            Number of examples per batch of `dataset`, which must give at least 10 batches.
         metric (`str`, *optional*, defaults to `"validation loss"`):
             Name of the values in result and card.
         level (`float`, *optional*, defaults to `0.05`):
@@ -75,7 +77,8 @@ class Gate:
             Whether to drop columns that the model does not accept before `data_collator`, as in `Trainer`.
 
     Raises:
-        `ValueError`: if both or neither of `compute_loss` and `dataset` are given, or a number is out of range.
+        `ValueError`: if both or neither of `compute_loss` and `dataset` are given, a number is out of range, or a
+            dataset with a length gives fewer than 10 batches (one is enough with a `margin`).
     """
 
     compute_loss: Callable[[Any], float | Sequence[float]] | None = None
@@ -92,10 +95,17 @@ class Gate:
 
     def __post_init__(self) -> None:
         if (self.compute_loss is None) == (self.dataset is None):
-            raise ValueError("Gate needs either compute_loss or dataset (the validation data), not both")
+            raise ValueError("pass exactly one of compute_loss and dataset (the validation data)")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         check_rule(self.level, self.margin)
+        if hasattr(self.dataset, "__len__"):
+            count = math.ceil(len(self.dataset) / self.batch_size)
+            if count < MINIMUM_VALUES and (count != 1 or self.margin is None):
+                raise ValueError(
+                    f"the dataset gives {count} batches of {self.batch_size} examples; at least {MINIMUM_VALUES} are"
+                    " needed: add examples or lower batch_size="
+                )
 
     @torch.no_grad()
     def losses(self, model: Any) -> float | list[float]:

@@ -53,8 +53,8 @@ def induce_forgetting(
 
     Args:
         trainer (`Trainer`):
-            Any `transformers.Trainer` with a `train_dataset`. Of a `PeftModel`, the adapter is recorded; it must be
-            the only one, and not a prompt-learning one.
+            Any `transformers.Trainer` with a `train_dataset`. For a `PeftModel`, only the adapter is recorded; there
+            must be exactly one, and not a prompt-learning one.
         schedule ([`ForgettingSchedule`]):
             The subsets.
         output_dir (`str` or `Path`):

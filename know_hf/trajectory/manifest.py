@@ -225,7 +225,11 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         if not path.exists():
-            raise FileNotFoundError(f"{folder} has no {MANIFEST_NAME}: not a trajectory, or no state is finished")
+            if not folder.exists():
+                raise FileNotFoundError(f"{folder} does not exist")
+            raise FileNotFoundError(
+                f"{folder} has no {MANIFEST_NAME}: it is not a trajectory, or its first state has not finished"
+            )
         if not path.is_file() or leads_outside(folder, path):
             raise TrajectoryError(f"{path} is not a file in this folder; put a copy there")
         content = _read(path)

@@ -98,7 +98,9 @@ def merge_adapters(
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
     if not trajectory.is_adapter:
-        raise ValueError(f"{trajectory.path} contains full models, not adapters; use it without merging")
+        raise ValueError(
+            f"{trajectory.path} records full models, so there is nothing to merge: pass it to know-hf predict directly"
+        )
     base = _Base.of(trajectory, base_model, dtype)
     if dtype.itemsize < 4:
         logger.warning(

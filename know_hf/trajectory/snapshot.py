@@ -106,7 +106,8 @@ class Snapshot:
             is_buffer = name in self.roles and self.roles[name].role == "copied"
             if tensor.isnan().any() if is_buffer else not tensor.isfinite().all():
                 raise TrajectoryError(
-                    f"tensor {name!r} is not finite in state {index}: its training diverged; lower the learning rate."
+                    f"tensor {name!r} contains NaN or infinite values in state {index}: the training diverged; lower"
+                    " the learning rate."
                     f" Earlier states are kept in {path}."
                 )
 

@@ -22,7 +22,7 @@ from ..hub_client import RemoteRepo, Token
 from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
 from .loading import load_into, load_pretrained
-from .manifest import MANIFEST_NAME, Manifest, StateRecord
+from .manifest import MANIFEST_NAME, Manifest, StateRecord, TrajectoryError
 from .recorder import Recorder
 from .store import HubStore, Store
 
@@ -105,7 +105,7 @@ class WeightTrajectory:
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: Token = None) -> WeightTrajectory:
-        """Open a trajectory on the Hub without a download of its weights.
+        """Open a trajectory on the Hub without downloading its weights.
 
         Tensors are read on demand as byte ranges, all of one commit. Files for [`load_model`] and `model_files` are
         downloaded to the Hub cache. To read most of a trajectory, `know_hf.hub.pull` is faster.
@@ -195,19 +195,24 @@ class WeightTrajectory:
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a tensor, the same in all states."""
-        return self._readers[0].shape(name)
+        return self._reader(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor is stored in, the same in all states."""
-        return self._readers[0].dtype(name)
+        return self._reader(name).dtype(name)
 
     def tensor(self, name: str, state: int = 0) -> torch.Tensor:
-        """Read one tensor of one state, `(*shape)`, in the dtype it is stored in."""
-        return self._readers[state].tensor(name)
+        """Read one tensor of one state, `(*shape)`, in the dtype it is stored in.
+
+        Raises:
+            `TrajectoryError`:
+                When there is no such tensor or state.
+        """
+        return self._reader(name, state).tensor(name)
 
     def read(self, name: str, start: int, stop: int, state: int = 0) -> torch.Tensor:
         """Read elements `start` to `stop - 1` of one tensor of one state, in the dtype it is stored in."""
-        return self._readers[state].read(name, start, stop)
+        return self._reader(name, state).read(name, start, stop)
 
     def is_unchanged(self, name: str) -> bool:
         """Whether the manifest lists a tensor as equal in all states. The tensor is not read."""
@@ -279,8 +284,8 @@ class WeightTrajectory:
 
         Raises:
             `TrajectoryError`:
-                When a model built from the config differs from the state in tensors or shapes, for example in its
-                head. Build the model as for the training, and use [`load_into`].
+                When the state does not exist, or when a model built from the config differs from the state in tensors
+                or shapes, for example in its head. Build the model as for the training, and use [`load_into`].
         """
         return load_pretrained(self._state_folder(state), model_class, base_model)
 
@@ -295,9 +300,11 @@ class WeightTrajectory:
 
         Raises:
             `TrajectoryError`:
-                When state and model do not have the same tensors and shapes, or ZeRO-3 partitions the model.
+                When the state does not exist, state and model do not have the same tensors and shapes, or ZeRO-3
+                partitions the model.
         """
         is_transformers = isinstance(model, PreTrainedModel)  # other models need no files but the weights
+        self._check_state(state)
         folder = self._state_folder(state) if is_transformers else self.path / f"state-{state}"
         load_into(model, folder, dict.fromkeys(self.names, self._readers[state].tensor))
 
@@ -314,7 +321,7 @@ class WeightTrajectory:
     ) -> None:
         """Write the weights of a model as the next state.
 
-        A crash at any moment leaves the states before it complete. Of a `PeftModel`, only the adapter is recorded.
+        A crash at any moment leaves the states before it complete. For a `PeftModel`, only the adapter is recorded.
         Tensors that equal those of the state before, bit for bit, are stored once if they are over 1% of the model.
 
         Args:
@@ -375,7 +382,19 @@ class WeightTrajectory:
         self._recorder.check()
         return self._store.readers
 
+    def _reader(self, name: str, state: int = 0) -> CheckpointReader:
+        self._check_state(state)
+        reader = self._readers[state]
+        if name not in reader:
+            raise TrajectoryError(f"{self.path} has no tensor {name!r}; names lists its tensors")
+        return reader
+
+    def _check_state(self, state: int) -> None:
+        if not 0 <= state < self.num_states:
+            existing = f"the states are 0 to {self.num_states - 1}" if self.num_states else "no state is recorded yet"
+            raise TrajectoryError(f"state {state} of {self.path} does not exist; {existing}")
+
     def _state_folder(self, state: int) -> Path:
-        self._recorder.check()
+        self._check_state(state)
         self._store.fetch_state(state)
         return self.path / f"state-{state}"
