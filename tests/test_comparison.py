@@ -9,7 +9,7 @@ from know_hf.evaluation.statistics import minimum_detectable_effect
 
 
 def simulated(random, effects, num_seeds=12, draws=4, of_trajectory=1.0, of_draw=0.5):
-    """Scores of arms whose differences to naive vary with the trajectory, and less with the draw."""
+    """Scores of arms whose differences from naive vary with the trajectory, and less with the draw."""
     shared = random.randn(num_seeds, 1) + 0.5 * random.randn(num_seeds, draws)
     scores = {"naive": shared}
     for name, effect in effects.items():

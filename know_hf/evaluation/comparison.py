@@ -66,7 +66,7 @@ class ArmResult:
         estimate ([`Estimate`]):
             Mean and 95% interval over trajectories.
         difference ([`PairedDifference`], *optional*):
-            Difference to naive; `None` for naive.
+            Difference from naive; `None` for naive.
         corrected_p (`float`, *optional*):
             p of the difference after Holm's correction for the number of candidates; candidates only.
     """
@@ -92,7 +92,7 @@ class AgainstControls:
 
     Attributes:
         differences (`dict[str, PairedDifference]`):
-            From control, naive last, to the difference of the method to it.
+            From control, naive last, to the difference of the method from it.
         hardest (`str`):
             The control, or naive, with the largest one-sided p.
         p_value (`float`):
@@ -158,26 +158,26 @@ class Comparison:
 
     @property
     def without_spread(self) -> tuple[str, ...]:
-        """Arms whose difference to naive is the same nonzero value for all trajectories."""
+        """Arms whose difference from naive is the same nonzero value for all trajectories."""
         differences = {name: result.difference for name, result in self.results.items() if result.difference}
         return tuple(name for name, d in differences.items() if d.effect_size is None and d.mean)
 
     @property
     def valid(self) -> bool | None:
         """Whether naive beats random initialisation and the pretrained weights, as far as they were run; `None` if
-        neither was. If not, the comparison is inconclusive."""
+        neither was. If not, the positive control failed: the comparison shows nothing."""
         return self._all_beaten(("naive", "random"), ("naive", "pretrained"))
 
     @property
     def headroom(self) -> bool | None:
-        """Whether the oracle beats naive; `None` if it was not run."""
+        """Whether the oracle beats naive; `None` if it was not run. If not, the positive control is inconclusive."""
         return self._all_beaten(("oracle", "naive"))
 
     def verdict(self) -> str:
         """Say whether any candidate is better than naive."""
         if self.valid is False:
             return self._sentence(
-                "inconclusive, because the positive control failed. The unchanged weights (naive) are not"
+                "the positive control failed, so the comparison shows nothing. The unchanged weights (naive) are not"
                 " significantly better than the weights that their training started from."
             )
         if not self.candidates:
@@ -220,20 +220,23 @@ class Comparison:
         if self.valid is None:
             conclusion = "What naive learned is unknown, because neither random nor pretrained weights were run."
         if self.headroom is False:
-            conclusion = "More data (oracle) does not help either, so a missing gain is inconclusive."
+            conclusion = (
+                "The positive control is inconclusive: more data (oracle) does not clearly help either, so a missing"
+                " gain is no evidence."
+            )
         if self.valid is False:
-            conclusion = "The positive control failed."
+            conclusion = "The positive control failed: the comparison shows nothing."
         return self._sentence(f"{' and '.join(parts)}. {conclusion}")
 
     def sensitivity(self) -> str:
-        """Say which difference to naive the design detects; empty if no difference has a spread."""
+        """Say which difference from naive the design detects; empty if no difference has a spread."""
         detectable = [d for name in self.candidates if (d := self._difference(name).minimum_detectable)]
         if not detectable:
             return ""
         ends = dict.fromkeys(self.measure.format(end) for end in (min(detectable), max(detectable)))
         size = f"{' to '.join(ends)} {self.measure.difference_unit}".rstrip()
         return self._sentence(
-            f"this design detects a true difference to naive of {size}, depending on the arm, with a power of 80%"
+            f"this design detects a true difference from naive of {size}, depending on the arm, with a power of 80%"
             f" ({self.num_seeds} {self.counted}, level {ALPHA:g}/{len(self.candidates)})."
         )
 

@@ -23,7 +23,7 @@ class ForestRow:
         role (`str`):
             `"method"`, `"control"` or `"reference"`.
         mean, low, high (`float`):
-            Difference to naive and its interval.
+            Difference from naive and its interval.
         significant (`bool`):
             Whether it is significant after correction for the number of arms.
         detectable (`float`, *optional*):
@@ -86,7 +86,7 @@ def plot_forest(
     axes.axvline(0, color=INK, linewidth=1, zorder=1)
     axes.set_yticks(range(len(ordered)), [plain(row.name) for row in ordered])
     better, worse = ("better →", "← worse") if higher_is_better else ("worse →", "← better")
-    style_axes(axes, title, f"{worse}\u2003 difference to naive, {unit}, with {level}\u2003 {better}", "", "x")
+    style_axes(axes, title, f"{worse}\u2003 difference from naive, {unit}, with {level}\u2003 {better}", "", "x")
     axes.spines[["bottom", "left"]].set_visible(False)
     for text, row in zip(axes.get_yticklabels(), ordered, strict=True):
         text.set(color=INK, fontweight="bold" if row.significant else "normal")

@@ -244,7 +244,7 @@ def repeat(function: Callable[[], object], rows: int, seconds: float, device: st
 
 
 def largest_difference(compute: "Callable[[str, int], np.ndarray]", folder: Path) -> float:
-    """Return the largest difference to the residuals of eager PyTorch, over all roles."""
+    """Return the largest difference from the residuals of eager PyTorch, over all roles."""
     import numpy as np
 
     expected = np.load(folder / "expected.npz")

@@ -197,7 +197,7 @@ def function_table(results: dict[str, Any]) -> str:
 
     peer = results["function"].get("graph", {}).get("seconds")
     header = [f"function alone, {results['rows']:,} parameters", "seconds per weight (best)", "GFLOP/s"]
-    header += ["share of float32 peak", "times the peer", "difference to eager", "extra memory"]
+    header += ["share of float32 peak", "times the peer", "difference from eager", "extra memory"]
     rows = [header]
     for name, row in results["function"].items():
         batches = f", batches of {row['batch_size']:,}" if "batch_size" in row else ""

@@ -3,7 +3,7 @@
     python recipes/compare/summary.py outputs/mnist-halves outputs/fashion-resnet
     python recipes/compare/summary.py know_hf/known/weights/known-base/comparisons.json --arms random oracle
 
-Rows are arms, columns are suites. Cells show the difference to naive with its 95% interval. An arrow marks a
+Rows are arms, columns are suites. Cells show the difference from naive with its 95% interval. An arrow marks a
 significant difference after Holm's correction; random, pretrained, shuffled and oracle are not tested. Numbers of a
 suite whose positive control failed are in brackets. `--output FILE` writes the data of the tables, such as
 `comparisons.json` beside KNOWN weights, which their card reads.

@@ -152,7 +152,7 @@ class ComparisonReport:
             if comparison.without_spread:
                 sentences.append(
                     f"No test of {', '.join(comparison.without_spread)} is possible in {comparison.what}: the"
-                    f" difference to naive is the same for all {self.counted}. Check that seeds and draws differ."
+                    f" difference from naive is the same for all {self.counted}. Check that seeds and draws differ."
                 )
         return sentences
 

@@ -41,7 +41,7 @@ class ReportFigure:
 
 
 def forest_figure(report: Report, number: int) -> ReportFigure | None:
-    """Draw the differences to naive of one result; `None` without another arm."""
+    """Draw the differences from naive of one result; `None` without another arm."""
     result = report["results"][number]
     measure, scale = result["measure"], result["measure"]["scale"]
     significant = [*result["better"], *result["worse"]]
@@ -58,7 +58,7 @@ def forest_figure(report: Report, number: int) -> ReportFigure | None:
     return ReportFigure(
         f"difference-{number + 1}",
         plot_forest(rows, unit, **{key: measure[key] for key in options}),
-        f"Forest plot: difference to naive of {len(rows)} arms in {result['what']}, with 95% intervals. Significant"
+        f"Forest plot: difference from naive of {len(rows)} arms in {result['what']}, with 95% intervals. Significant"
         f" after correction: {', '.join(significant) or 'none'}. The table below lists all numbers.",
         "Paired difference of each arm to naive, best first, references below the line. Bars are 95% intervals of one"
         " arm; filled markers are significant after Holm's correction. Within the grey band, differences are below"

@@ -57,7 +57,7 @@ def validity(report: Report) -> tuple[str, str, str]:
     outcome = positive_control(first)
     words = {
         "failed": "Positive control failed: this suite shows nothing",
-        "inconclusive": "Positive control inconclusive: the oracle does not beat naive",
+        "inconclusive": "Positive control inconclusive: the oracle does not clearly beat naive",
         "passed": f"Positive control passed{'' if first['headroom'] else ', without an oracle'}",
     }
     status = {"failed": "invalid", "passed": "valid"}.get(outcome, "unknown")
@@ -106,9 +106,9 @@ def result_table(report: Report, number: int) -> ReportTable:
     unit = _with_comma(measure.difference_unit)
     head = ["arm", "role", f"{measure.name}{_with_comma(measure.unit)}", f"minus naive{unit}"]
     return ReportTable(
-        f"All arms in {result['what']}: mean over {_count(report)} and paired difference to naive, with 95% intervals."
-        ' d is Cohen\'s d of the paired differences; "detectable" is the minimum detectable difference at a power of'
-        " 80%.",
+        f"All arms in {result['what']}: mean over {_count(report)} and paired difference from naive, with 95%"
+        ' intervals. d is Cohen\'s d of the paired differences; "detectable" is the minimum detectable difference at a'
+        " power of 80%.",
         [*head, "p (Holm)", "d", f"detectable{unit}"],
         rows,
         frozenset([*result["better"], *result["worse"]]),
@@ -128,7 +128,7 @@ def controls_table(report: Report, number: int) -> ReportTable | None:
     return ReportTable(
         "Each method against its hardest control (naive counts as one). A method that does not beat every trivial"
         " control has shown no effect of its own. Corrected for the number of methods.",
-        ["method", "better than every control", "hardest control", "difference to it", "p (one-sided)"],
+        ["method", "better than every control", "hardest control", "difference from it", "p (one-sided)"],
         rows,
         frozenset(result["better_than_controls"]),
     )
