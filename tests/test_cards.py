@@ -285,8 +285,8 @@ def test_known_card_shows_the_skill(results):
     rivals = skill.keys() - {"known"}
     for rival in rivals:
         skill[rival]["bias"]["skill"] = 0.1 if rival == "linear" else None
-    worse = "- **bias**: worse than no change by 25.0% of its error"
-    assert f"{worse}, and not better than the best" in text_of_known(results)
+    worse = "- **bias**: increases the no-change error by 25.0%"
+    assert f"{worse}, and is not better than the best" in text_of_known(results)
     for rival in rivals:
         del skill[rival]
     assert f"{worse}.\n" in text_of_known(results)
@@ -402,6 +402,9 @@ def test_other_predictors(opened, prediction, predictor, options, call, command)
     assert command is None or command in card.text
     assert ("know-hf predict" in card.text) == (command is not None)
     assert "KNOWN" not in card.text and "times the data" not in card.text
+    is_average = predictor == "average"
+    assert ("the average of the states" in card.text) == is_average
+    assert ("predicted these weights" in card.text) == ("| steps | 1" in card.text) == (not is_average)
     assert_readable(str(card))
 
 

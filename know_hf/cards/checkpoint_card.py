@@ -140,6 +140,11 @@ class CheckpointCard(RecordedCard):
         return ((self.gate or {}).get("recipe") or {}).get("state")
 
     @property
+    def is_average(self) -> bool:
+        """Whether these weights are an average of the states, requested or chosen by the gate."""
+        return self.chosen_state is None and self.predictor["name"] in ("average", "Average")
+
+    @property
     def known(self) -> dict[str, Any] | None:
         """The KNOWN weights that predicted this checkpoint."""
         return self.predictor["known"] if self.chosen_state is None else None
@@ -157,7 +162,8 @@ class CheckpointCard(RecordedCard):
         if sentences:
             return " ".join(sentences)
         start = "The comparisons below do not include these weights" if self.comparisons else "Not evaluated"
-        return f"{start}: it is unknown whether the prediction is better than the unchanged weights (Θ0)."
+        what = "average" if self.is_average else "prediction"
+        return f"{start}: it is unknown whether the {what} is better than the unchanged weights (Θ0)."
 
     @property
     def roles_table(self) -> Table:

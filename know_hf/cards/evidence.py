@@ -73,7 +73,7 @@ def comparison_table(record: Mapping[str, Any]) -> Table:
 
 
 def gate_table(gate: Mapping[str, Any]) -> Table:
-    """Return the candidates of the gate, with their differences to Θ0 if they are recorded."""
+    """Return the candidates of the gate, with their differences from Θ0 if they are recorded."""
     head = ["candidate", code(gate["metric"])]
     if not gate.get("candidates"):
         return [head] + [[_marked(name, gate["chosen"]), f"{value:.4g}"] for name, value in gate["scores"].items()]

@@ -53,10 +53,9 @@ class KNOWNCard(Card):
         """The first sentence of the card."""
         if not self.comparisons:
             return "Not evaluated: it is unknown whether predictions with these weights help."
-        bar = "better than every trivial control, such as shrinking the weights"
         if methods := better_than_controls(self.comparisons):
-            return f"{bar.capitalize()}: {', '.join(methods)}."
-        return f"Not shown to help: in no suite is a prediction {bar}."
+            return f"Better than every trivial control, such as shrinking the weights: {', '.join(methods)}."
+        return "Not shown to help: no prediction beats every trivial control in any suite."
 
     @property
     def is_on_hub(self) -> bool:
@@ -142,15 +141,13 @@ class HeldOutSplit:
             if predictor != "published"
         }
         skill = skills.pop("known")
-        text = (
-            f"{'better' if skill > 0 else 'worse'} than no change by {abs(skill):.1%} of its error"
-            if skill
-            else "equal to no change"
-        )
+        size = f"{abs(skill):.1%}"
+        verb = "reduces" if skill > 0 else "increases"
+        text = "equals no change" if size == "0.0%" else f"{verb} the no-change error by {size}"
         if not skills:
             return f"{text}."
         best = max(skills, key=skills.__getitem__)
-        comparative = "better" if skill > skills[best] else "not better"
+        comparative = "is better" if skill > skills[best] else "is not better"
         return f"{text}, and {comparative} than the best predictor without learning ({best}, {skills[best]:+.4f})."
 
 

@@ -229,7 +229,7 @@ def _record_arguments(trajectory: Path) -> RecordArguments | None:
     try:
         return RecordArguments.from_dict(content, str(path)) if content else None
     except ValueError as error:
-        logger.warning(f"the card omits the arguments of the recording: {error}")
+        logger.warning(f"could not read record.json, so the card omits the recording arguments: {error}")
         return None
 
 

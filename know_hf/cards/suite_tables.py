@@ -31,7 +31,7 @@ def protocols(reports: Iterable[Report]) -> list[str]:
 def side_by_side(
     reports: Sequence[Report], protocol: str, measure: str = "accuracy", arms: Sequence[str] | None = None
 ) -> Table:
-    """Return a table of arms by suites: differences to naive with 95% intervals, in the units of the reports.
+    """Return a table of arms by suites: differences from naive with 95% intervals, in the units of the reports.
 
     An arrow marks a significant difference after Holm's correction, up for a gain. Numbers of a suite whose positive
     control failed are in brackets.

@@ -12,12 +12,12 @@ DESCRIPTION = (
     " a pretrained MiniLM fine-tuned on IMDB, with LoRA and with all weights. Ratio, learning rate, optimizer, batch"
     " size, augmentation and lengths were drawn with a fixed seed (recipes/collect/known_base.yaml). The held-out"
     " architectures, datasets and trajectories were fixed before any recording and not used for any choice. The row"
-    " published is measured with the weights published with the paper (--published_weights FOLDER)."
+    " published is measured with the weights published with the paper (--published-weights FOLDER)."
 )
 COMMANDS = r"""
 python recipes/collect/collect.py --output-dir known_data --workers 2
 python recipes/meta_train/meta_train.py --config recipes/meta_train/known_base.yaml \
-    --trajectories known_data --cache_dir known_samples --output_dir known-base
+    --trajectories known_data --cache-dir known_samples --output-dir known-base
 """
 LIMITS = (
     "The skill is near zero: predictions of the next less forgotten state are hardly better than no change, and worse"
