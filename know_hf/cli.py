@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except (ValueError, OSError, ImportError) as error:
         message = "\n".join([str(error).strip(), *getattr(error, "__notes__", ())])
+        if hasattr(args, "overwrite"):
+            message = message.replace("overwrite=True", "--overwrite")
         sys.stderr.write(f"know-hf {args.command}: {message}\n")
         return 1
     _destroy_process_group()
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    description = "Record how a model forgets, predict better weights from it, and measure whether they are better."
+    description = "Record how a model forgets, predict weights from the recording, and test whether they are better."
     parser = argparse.ArgumentParser(prog="know-hf", description=description)
     parser.add_argument("--version", action="version", version=f"know_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -68,7 +70,7 @@ def _add_record(commands: Any) -> None:
         "Flags override the YAML file. A second run with the same arguments resumes at the first missing state.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; its keys are the flags below with _ for -")
-    parser.add_argument("--plan", action="store_true", help="load everything, print steps, cost and disk, and stop")
+    parser.add_argument("--plan", action="store_true", help="print steps, cost and disk without training")
     add_flags(parser, RecordArguments)
 
 
@@ -98,7 +100,7 @@ def _record(args: argparse.Namespace) -> None:
 def _add_inspect(commands: Any) -> None:
     add = _add_command(commands, _inspect, "print states, sizes, roles and displacement of a trajectory").add_argument
     add("trajectory", **_TRAJECTORY)
-    add("--roles", action="store_true", help="also print the role of every tensor and the reason")
+    add("--roles", action="store_true", help="print the role of every tensor and why it has it")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -142,17 +144,17 @@ def _add_predict(commands: Any) -> None:
     )
     add = parser.add_argument
     add("trajectory", **_TRAJECTORY)
-    steps = "steps to predict, each for 1/ratio times the data (default: 1)"
+    steps = "number of steps, each standing for 1/ratio times more data (default: 1)"
     add("--steps", type=int, default=1, metavar="N", help=steps)
     add("--output-dir", required=True, metavar="DIR", help="folder for the enhanced checkpoint")
     add("--known", metavar="ID", help="folder or Hub id of KNOWN weights (default: the ones shipped with know_hf)")
-    add("--predictor", metavar="NAME", help="use another predictor than KNOWN, for example average")
+    add("--predictor", metavar="NAME", help="use a predictor other than KNOWN, for example average")
     options = "options of the predictor, for example '{\"factor\": 0.9}'"
     add("--predictor-options", type=_json_object, metavar="JSON", help=options)
     add("--norm", choices=("keep", "predict"), default="keep", help="norm layers (default: keep those of state 0)")
     add("--dtype", choices=_DTYPES, help="dtype of the written weights (default: the recorded dtype)")
     add("--kernel", default="auto", metavar="NAME", help="implementation of KNOWN (default: auto, the fastest)")
-    add("--dry-run", action="store_true", help="print roles, memory, disk and time, and stop")
+    add("--dry-run", action="store_true", help="print roles, memory, disk and time without writing")
     add("--report", metavar="FILE", help="write the statistics of every tensor to this JSON file")
     add("--overwrite", action="store_true", help="replace DIR if it exists")
     add("--push-to-hub", metavar="ID", help="push the checkpoint to this Hub repo")

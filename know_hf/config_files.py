@@ -81,7 +81,7 @@ def build(cls: type[T], content: Mapping[str, Any], source: str) -> T:
             raise ValueError(f"{source}: {error['ctx']['error']}") from None
         name = ".".join(map(str, error["loc"]))
         if error["type"] == "missing":
-            raise ValueError(f"{source}: {name} is missing; set it in the YAML or pass {_flag(name)}") from None
+            raise ValueError(f"{name} is missing in {source}; pass {_flag(name)} or set it in --config FILE") from None
         raise ValueError(f"{source}: {name}={error['input']!r}: {error['msg']}") from None
 
 

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,11 @@ class ForgettingSchedule:
         epochs_per_stage (`float`, *optional*, defaults to `1`):
             Epochs on each of the S - 1 smaller subsets, unless `steps_per_stage` is set.
         stratify_by (`str`, *optional*):
-            Dataset column with the class of each example. Every subset keeps the class balance (see [`indices`]).
+            Column with the class of each example. Every subset keeps the class balance (see [`indices`]).
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order of the examples.
         group_by (`str`, *optional*):
-            Dataset column with the group of each example, for example its document or patient. A group is in a subset
+            Column with the group of each example, for example its document or patient. A group is in a subset
             with all of its examples or not at all. Sizes come as near to round(r^k · |D0|) as groups in random order
             allow.
         steps_per_stage (`int`, *optional*):
@@ -58,6 +59,8 @@ class ForgettingSchedule:
     key_column: str | None = None
 
     def __post_init__(self) -> None:
+        _check_number("ratio", self.ratio, "between 0 and 1")
+        _check_number("epochs_per_stage", self.epochs_per_stage, "above 0")
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio must be between 0 and 1 (exclusive), got {self.ratio}; try 0.5 or 0.33")
         if not self.epochs_per_stage > 0:
@@ -182,6 +185,11 @@ def size_in_words(num_examples: int | None, fraction: float | None) -> str:
     if num_examples is not None:
         return f"{num_examples} examples"
     return "a stream" if fraction is None else f"{fraction:.3g} of the stream" if fraction < 1 else "the full stream"
+
+
+def _check_number(name: str, value: Any, bounds: str) -> None:
+    if not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number {bounds}, got {value!r}")
 
 
 def _integer(name: str, value: Any, minimum: int) -> int:

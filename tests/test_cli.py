@@ -255,3 +255,17 @@ def test_record_can_only_plan(config, monkeypatch, capsys):
     assert [line.split() for line in out.splitlines()[1:3]] == [["0", "100", "2", "20"], ["1", "50", "1", "5"]]
     for text in ("25 steps", "2.50 epochs", "1.25 times", "1.50", "12.0 MB", "3,000,000", "24.0 MB", "1.0 GB"):
         assert text in out
+
+
+def test_errors_name_flags_and_files_that_do_not_exist(recorded, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["predict", str(recorded), "--predictor", "average", "--output-dir", str(tmp_path)]) == 1
+    error = one_line(capsys, "predict")
+    assert "--overwrite" in error and "overwrite=True" not in error
+    assert main(["record", "--config", str(tmp_path / "nope.yaml")]) == 1
+    assert "nope.yaml does not exist" in one_line(capsys, "record")
+    assert main(["record"]) == 1
+    assert "task is missing in the flags; pass --task" in one_line(capsys, "record")
+    assert main(["compare", "nosuch", "--output-dir", str(tmp_path / "out")]) == 1
+    error = one_line(capsys, "compare")
+    assert "unknown suite 'nosuch'; available: " in error and "site-packages" not in error

@@ -321,13 +321,16 @@ def test_statistics_of_a_plain_module_are_refused_before_the_work(record_states,
         ({"steps": 1.5}, "got 1.5"),
         ({"norm": "drop"}, "norm.*'drop'"),
         ({"dtype": torch.int8}, r"dtype.*torch\.int8"),
+        ({"dtype": "float16"}, r"torch\.float16, got 'float16'"),
+        ({"known": 3}, "known must be a KNOWNModel.*got 3"),
+        ({"kernel": "foo"}, "unknown kernel 'foo'.*eager"),
         ({"known": SHIPPED_KNOWN, "predictor": "shrink"}, "either known or predictor"),
-        ({"predictor_options": {"factor": 1}}, "predictor_options=.*name of a predictor"),
+        ({"predictor_options": {"factor": 1}}, "predictor_options=.*given by name"),
         ({"predictor": "shrnk"}, "'shrnk'"),
         ({"predictor": "known", "predictor_options": {"kernel": "eager"}}, "predictor_options.*KNOWN"),
         ({"predictor": "shrink", "kernel": "eager"}, "kernel='eager'.*KNOWN"),
         ({"predictor": "lines", "predictor_options": {"base": 5}}, "base.*5"),
-        ({"predictor": "shrink", "predictor_options": {"fraction": 1}}, "'shrink'.*'fraction'"),
+        ({"predictor": "shrink", "predictor_options": {"fraction": 1}}, "'fraction'.*'shrink' takes factor.*0.8"),
         ({"predictor": Constant(float("nan")), "steps": 2}, r"'classifier\.1\.bias'.*not finite after 2 step"),
     ],
 )
@@ -337,6 +340,11 @@ def test_invalid_arguments(trajectory, tmp_path, predict, arguments, message):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(TypeError, match="'speed'"):
         predict(trajectory, speed=2)
+
+
+def test_known_weights_that_do_not_exist_are_named(trajectory, tmp_path, predict):
+    with pytest.raises(FileNotFoundError, match="nope does not exist"):
+        predict(trajectory, known=tmp_path / "nope")
 
 
 def test_the_trajectory_is_not_replaced_by_its_prediction(trajectory_copy):

@@ -146,7 +146,7 @@ def test_invalid_values(name, options, message):
 def test_other_invalid_calls():
     with pytest.raises(ValueError, match=r"since=3.* 3 states.* 1 to 2"):
         TaskVector(since=3).residual(torch.zeros(1, 3), "fc")
-    with pytest.raises(TypeError, match=r"'shrink'.*factor.*'fraction'"):
+    with pytest.raises(TypeError, match=r"'fraction'.*'shrink'.*factor"):
         get_predictor("shrink", fraction=0.5)
     with pytest.raises(TypeError, match=r"'known'.*missing.*'model'"):
         get_predictor("known")

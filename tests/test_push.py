@@ -375,3 +375,13 @@ def test_commit_of_someone_else_in_between(hub: LoopbackHub, enhanced: Path) -> 
     with raises(HfHubHTTPError, "Run it again"):
         push(enhanced, "me/z")
     assert hub.repo("me/z").files().keys() == {"notes.txt"}
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        push(tmp_path / "nowhere", "me/x")
+
+
+def test_the_repo_id_is_checked_before_the_token(trajectory):
+    with pytest.raises(ValueError, match="bad id!"):
+        push(trajectory.path, "bad id!")

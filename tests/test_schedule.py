@@ -106,6 +106,8 @@ def test_a_schedule_of_version_0_1_loads():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"ratio": "0.5"}, "ratio must be a number .*got '0.5'"),
+        ({"epochs_per_stage": "1"}, "epochs_per_stage must be a number .*got '1'"),
         *(({"ratio": ratio}, f"ratio .* got {ratio}") for ratio in (0, 1, -0.5, 1.5, float("nan"))),
         ({"num_states": 1}, "num_states .*2.* got 1"),
         ({"num_states": 2.5}, r"num_states .* got 2\.5"),

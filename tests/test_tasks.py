@@ -451,7 +451,7 @@ REQUIRED = {"task": "causal-lm", "model": "m", "dataset": "d", "output_dir": "o"
         ({"lora": {"r": 0}}, ["lora", "r=0"]),
         ({"lora": {"dropout": 1}}, ["lora", "dropout=1"]),
         ({"lora": 8}, ["lora=8"]),
-        ({"task": "causal_lm"}, ["causal_lm", "did you mean 'causal-lm'"]),
+        ({"task": "causal_lm"}, ["unknown task 'causal_lm'", "choose one of", "causal-lm"]),
         ({"epochs": "many"}, ["epochs='many'", "number"]),
         ({"epochs": 0}, ["epochs=0"]),
         ({"num_states": 2.5}, ["num_states=2.5", "integer"]),
@@ -467,7 +467,7 @@ REQUIRED = {"task": "causal-lm", "model": "m", "dataset": "d", "output_dir": "o"
     ],
 )
 def test_wrong_arguments_are_named(content, words):
-    with pytest.raises(ValueError, match=r"^it") as caught:
+    with pytest.raises(ValueError, match=r"^it|in it;") as caught:
         RecordArguments.from_dict({**REQUIRED, **content}, "it")
     assert all(word in str(caught.value) for word in words)
 

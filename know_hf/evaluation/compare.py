@@ -46,7 +46,7 @@ def compare_arms(
     command: str | None = None,
     pages: bool = True,
 ) -> ComparisonReport:
-    """Compare ways to initialise a downstream task, with controls, tuning each of them alike.
+    """Compare ways to initialise a downstream task, with controls, giving every arm the same tuning budget.
 
     ```python
     def target(seed, draw):  # other examples for each draw
@@ -59,8 +59,7 @@ def compare_arms(
 
     A comparison resumes: with the same folder, finished cells are not run again, and arms or seeds can be added. Data
     and weights of a seed are identified by their hashes, so `source` and `target` are called once per seed and draw.
-    `output_dir` gets `report.json`, the same as `report.html` and `report.md`, one file per cell, and the
-    trajectories.
+    `output_dir` gets `report.json` (also rendered as HTML and Markdown), one file per cell, and the trajectories.
 
     Args:
         task ([`ComparisonTask`]):

@@ -27,8 +27,10 @@ def push(path: str | Path, repo_id: str, **options: Unpack[PushKeywords]) -> str
     Calls [`push_checkpoint`], [`push_trajectory`] or [`push_known`] with the same arguments.
 
     Raises:
-        `FileNotFoundError`: If the folder holds none of the three.
+        `FileNotFoundError`: If the folder does not exist or holds none of the three.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist")
     if WeightTrajectory.exists(path):
         return push_trajectory(path, repo_id, **options)
     return (push_known if _is_known(Path(path)) else push_checkpoint)(path, repo_id, **options)

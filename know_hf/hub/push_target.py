@@ -9,6 +9,7 @@ from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from ..hub_client import HubError, RemoteRepo, Token, call_hub, check_token
 from .repo_contents import Kind, architecture_of, kind_of
@@ -97,6 +98,7 @@ class PushTarget:
     """
 
     def __init__(self, repo_id: str, kind: Kind, architecture: str | None, options: PushOptions) -> None:
+        validate_repo_id(repo_id)  # before the token, whose absence would hide it
         self._kind, self._architecture, self._options = kind, architecture, options
         self._api = HfApi(token=options.token)
         self._revision = options.revision

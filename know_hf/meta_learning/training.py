@@ -107,7 +107,7 @@ def meta_train(
             Transitions of other trajectories, only evaluated: one split, named `"held_out"`, or several by name (other
             trajectories, architectures, datasets).
         validation ([`TransitionDataset`], *optional*):
-            Transitions of yet other trajectories, evaluated during training.
+            Transitions from further trajectories, evaluated during training.
         args ([`MetaTrainingArguments`], *optional*):
             Steps, batch size, learning rate and so on.
         progress (`bool`, *optional*, defaults to `True`):

@@ -1,5 +1,6 @@
 """[`plan_prediction`]: what a prediction will do, from the headers of the recorded files alone."""
 
+import re
 import timeit
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 
 from ..checkpoint import TensorSpec, parse_json
 from ..known import KNOWNModel
+from ..known.kernels import KERNELS
+from ..markdown import size
 from ..predictors import DepthPredictor, Predictor, get_predictor
 from ..roles import PREDICTED_ROLES
 from ..trajectory import TrajectoryError, WeightTrajectory
@@ -112,8 +115,8 @@ class PredictionPlan:
             "",
             f"states    {states}{'' if used == states else f' (the last {used} form the history)'}",
             f"steps     {self.steps}",
-            f"memory    at most {self.memory / 1e6:,.0f} MB for the pieces at work",
-            f"disk      {self.disk / 1e9:.3f} GB",
+            f"memory    at most {size(self.memory)} for the pieces at work",
+            f"disk      {size(self.disk)}",
         ]
         if self.seconds is not None:
             each = self.seconds / max(self.predicted * self.steps, 1)
@@ -152,8 +155,8 @@ def plan_prediction(
         raise ValueError(f"steps must be an integer of at least 1, got {steps}")
     if norm not in ("keep", "predict"):
         raise ValueError(f"norm must be 'keep' or 'predict', got {norm!r}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point dtype such as torch.bfloat16, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point dtype such as torch.float16, got {dtype!r}")
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
     resolved = _predictor(known, predictor, predictor_options, kernel, device)
@@ -197,14 +200,17 @@ def _predictor(
         raise ValueError("give either known or predictor, not both: a predictor replaces KNOWN")
     if fields and (predictor == "known" or not isinstance(predictor, str)):
         raise ValueError(
-            f"predictor_options={fields} need the name of a predictor other than KNOWN, got {predictor!r}"
+            f"predictor_options={fields} apply only to a predictor given by name (predictor=); KNOWN takes none, got"
+            f" predictor={predictor!r}"
         )
     if predictor not in (None, "known") and kernel != "auto":
         raise ValueError(f"kernel={kernel!r} applies to KNOWN only, and predictor={predictor!r} replaces it")
+    if kernel not in ("auto", *KERNELS):
+        raise ValueError(f"unknown kernel {kernel!r}; choose one of auto, {', '.join(KERNELS)}")
     if predictor is not None and not isinstance(predictor, str):
         return predictor
     if predictor in (None, "known"):
-        model = known if isinstance(known, KNOWNModel) else _load_known(known or SHIPPED_KNOWN)
+        model = known if isinstance(known, KNOWNModel) else _load_known(SHIPPED_KNOWN if known is None else known)
         fields = {"model": model if device is None else model.to(device), "kernel": kernel}
     try:
         return get_predictor(predictor or "known", **fields)
@@ -213,6 +219,10 @@ def _predictor(
 
 
 def _load_known(source: str | Path) -> KNOWNModel:
+    if not isinstance(source, str | Path):
+        raise ValueError(f"known must be a KNOWNModel, a folder or a Hub id, got {source!r}")
+    if not Path(source).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+        raise FileNotFoundError(f"known: {source} does not exist, and it is no Hub id")
     model, info = KNOWNModel.from_pretrained(source, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{source} holds no KNOWN weights: it lacks tensor {missing[0]!r}; give another folder or id")

@@ -68,7 +68,7 @@ def write_checkpoint(
     *,
     finish: Callable[[Path, Reports], None] | None = None,
 ) -> Reports:
-    """Write a checkpoint with the tensors and model files of a trajectory and other values.
+    """Write a checkpoint with a trajectory's model files and tensor names, but new values.
 
     Tensors are read, computed and written in pieces at the same time, so memory does not grow with the model. The
     recorded files are compared with their SHA-256 along the way.

@@ -100,8 +100,20 @@ def get_predictor(name: str, **kwargs: Any) -> Predictor:
     try:
         signature.bind(**kwargs)
     except TypeError as error:
+        for option in kwargs:
+            if option not in signature.parameters:
+                raise TypeError(f"unknown option {option!r}; {name!r} takes {_options(signature)}") from error
         raise TypeError(f"predictor {name!r} takes {signature}: {error}") from error
     return _PREDICTORS[name](**kwargs)
+
+
+def _options(signature: inspect.Signature) -> str:
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    options = [
+        name if default is inspect.Parameter.empty else f"{name} (default {default!r})"
+        for name, default in defaults.items()
+    ]
+    return ", ".join(options) or "no options"
 
 
 def check_finite(**values: float) -> None:

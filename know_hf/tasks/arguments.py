@@ -5,7 +5,7 @@ from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..config_files import build, nearest, parse_yaml, read_numbers
+from ..config_files import build, parse_yaml, read_numbers
 
 if TYPE_CHECKING:
     from ..schedule import ForgettingSchedule
@@ -29,7 +29,8 @@ _UNUSED = {
 }
 _DTYPE_HELP = "dtype of the weights: float32, bfloat16 or auto, as in the checkpoint (default: float32; LoRA: auto)"
 _LORA_HELP = (
-    "train a LoRA adapter; keys: r, alpha, dropout, target_modules, use_dora, use_rslora; none: train all weights"
+    "train a LoRA adapter; omit to train all weights; without values: the defaults; keys: r, alpha, dropout,"
+    " target_modules, use_dora, use_rslora; none: train all weights, whatever the YAML says"
 )
 _CHOICES = {"start": ("train", "current"), "dtype": ("float32", "bfloat16", "auto", None)}
 
@@ -121,7 +122,7 @@ class RecordArguments:
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
-            raise ValueError(f"unknown task={self.task!r}; {nearest(self.task, TASKS)}")
+            raise ValueError(f"unknown task {self.task!r}; choose one of {', '.join(TASKS)}")
         self._check_values()
         for name in _UNUSED[self.task]:
             if getattr(self, name) not in (None, False):
@@ -180,9 +181,13 @@ class RecordArguments:
                 Values that replace those of the file; `lora` and `training` are replaced key by key.
 
         Raises:
+            `FileNotFoundError`:
+                When the file does not exist.
             `ValueError`:
                 See [`from_dict`]; also when the file does not hold a mapping.
         """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path} does not exist")
         content = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
         if not isinstance(content, dict):
             raise ValueError(f"{path} must contain a mapping of keys to values; recipes/record has examples")

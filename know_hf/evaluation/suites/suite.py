@@ -177,8 +177,9 @@ def load_suite(name: str | Path) -> Suite:
     path = Path(text) if text.endswith((".yaml", ".yml")) else SUITES_DIR / f"{text}.yaml"
     if not path.exists():
         names = sorted(file.stem for file in SUITES_DIR.glob("*.yaml"))
-        hint = f"did you mean {path.stem!r}?" if path.stem in names else f"its suites: {', '.join(names)}"
-        raise FileNotFoundError(f"suite {path} does not exist; give a YAML file or a suite of know_hf; {hint}")
+        available = f"available: {', '.join(names)} (or give the path of a YAML file)"
+        hint = f"did you mean {path.stem!r}?" if path.stem in names else available
+        raise FileNotFoundError(f"unknown suite {text!r}; {hint}")
     content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} must contain keys, got {content!r}; see the suites in {SUITES_DIR}")
