@@ -24,6 +24,8 @@ MOVED_MODULES = {
     "know_hf.gate": "know_hf.prediction.gate",
     "know_hf.inspection": "know_hf.trajectory.summary",
     "know_hf.kernels": "know_hf.known.kernels",
+    "know_hf.kernels.cpu": "know_hf.known.kernels.llvm_kernel",
+    "know_hf.kernels.folded": "know_hf.known.kernels.folded_kernel",
     "know_hf.landscape": "know_hf.evaluation.landscape",
     "know_hf.merging": "know_hf.trajectory.merging",
     "know_hf.modeling_known": "know_hf.known.modeling_known",
