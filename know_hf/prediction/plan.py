@@ -221,7 +221,7 @@ def _predictor(
 def _load_known(source: str | Path) -> KNOWNModel:
     if not isinstance(source, str | Path):
         raise ValueError(f"known must be a KNOWNModel, a folder or a Hub id, got {source!r}")
-    if not Path(source).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+    if not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
         raise FileNotFoundError(f"known: {source} does not exist, and it is no Hub id")
     model, info = KNOWNModel.from_pretrained(source, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):

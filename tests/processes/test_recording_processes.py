@@ -101,7 +101,7 @@ def test_other_trainers_and_models_are_recorded_completely(launched, tmp_path, n
 def test_an_error_of_the_first_process_is_raised_on_all(launched):
     for note, expected in (
         ("bad_folder", "NotADirectoryError"),
-        ("diverged", r"TrajectoryError: tensor '.*' NaN .*state 0"),
+        ("diverged", r"TrajectoryError: tensor '.*' contains NaN .*state 0"),
     ):
         first, second = (notes[note] for notes in launched.notes)
         assert re.match(expected, first)
