@@ -222,7 +222,7 @@ def _load_known(source: str | Path) -> KNOWNModel:
     if not isinstance(source, str | Path):
         raise ValueError(f"known must be a KNOWNModel, a folder or a Hub id, got {source!r}")
     if not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
-        raise FileNotFoundError(f"known: {source} does not exist, and it is no Hub id")
+        raise FileNotFoundError(f"known={str(source)!r} is neither a folder nor a Hub id")
     model, info = KNOWNModel.from_pretrained(source, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{source} holds no KNOWN weights: it lacks tensor {missing[0]!r}; give another folder or id")
