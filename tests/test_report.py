@@ -20,7 +20,7 @@ RECIPE = Path(__file__).parents[1] / "recipes/compare/summary.py"
 COMMAND = "know-hf compare simulated\n  --seeds 10"
 NASTY = '<script>alert("1")</script>&$x_{$|`**\n\x07\u202e\ud800'
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-NUM_FIGURES = 4 + 1 + 1 + 1  # results, tuned protocols, forgetting, landscape
+NUM_FIGURES = 4 + 1 + 1 + 1 + 1  # results, learning rates and budget of the tuned protocol, forgetting, landscape
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_page_is_complete_and_starts_with_the_verdict(report, written):
     assert report["created_with"]["torch"] in page.text
     assert all(limit in page.text for limit in limits(report))
     assert len(page.all("img")) == NUM_FIGURES
-    assert len(page.all("table")) == 1 + 4 + 4 + 1 + 1 + 1 + 1
+    assert len(page.all("table")) == 1 + 4 + 4 + 1 + 1 + 1 + 1 + 1
     assert len(page.all("details")) == 2 + 2  # the second measure of a protocol, task and protocols
 
 
@@ -129,7 +129,8 @@ def test_markdown_shows_the_figures_beside_it(written, report, tmp_path):
     shown = re.findall(r"!\[[^\]]+\]\((figures/[\w-]+\.svg)\)", text)
     assert shown == [path.relative_to(written.html.parent).as_posix() for path in written.figures]
     differences = [f"difference-{number}" for number in range(1, 5)]
-    assert [path.stem for path in written.figures] == [*differences, "learning-rates-1", "forgetting", "landscape"]
+    others = ["learning-rates-1", "budget-1", "forgetting", "landscape"]
+    assert [path.stem for path in written.figures] == [*differences, *others]
     for path in written.figures:
         minidom.parse(str(path))
     assert "| **known-1** | method |" in text
@@ -205,7 +206,7 @@ def test_missing_measurements(report, tmp_path):
         values = curve["measures"]["accuracy"]
         values["test"][2] = values["test_ci95"][2] = values["validation"][2] = None
     assert "diverged" in write_report(bare, tmp_path).html.read_text()
-    bare |= {"curves": [], "chosen": {}, "arms": {name: {**arm, "kind": "x"} for name, arm in bare["arms"].items()}}
+    bare |= {"curves": [], "budgets": [], "chosen": {}, "arms": {name: {**arm, "kind": "x"} for name, arm in bare["arms"].items()}}
     page = Page(write_report(bare, tmp_path).html)
     assert len(page.all("img")) == 1
     assert "The command was not recorded." in page.text and "No oracle was run" in page.text

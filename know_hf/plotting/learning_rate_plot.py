@@ -43,7 +43,13 @@ class RatePanel:
 
 
 def plot_learning_rates(
-    panels: Sequence[RatePanel], naive: RateCurve, score_name: str, title: str = "", columns: int = 4
+    panels: Sequence[RatePanel],
+    naive: RateCurve,
+    score_name: str,
+    title: str = "",
+    columns: int = 4,
+    x_name: str = "learning rate",
+    ticks: Sequence[int] = (),
 ) -> "Figure":
     """Plot the score of every arm at every learning rate, with naive in grey in each panel.
 
@@ -58,6 +64,10 @@ def plot_learning_rates(
             Title of the figure.
         columns (`int`, *optional*, defaults to `4`):
             Panels per row.
+        x_name (`str`, *optional*, defaults to `"learning rate"`):
+            What the `rates` of the curves are.
+        ticks (`Sequence[int]`, *optional*):
+            Ticks of the horizontal axis; powers of ten by default.
 
     Raises:
         `ValueError`: If there is no panel.
@@ -76,12 +86,14 @@ def plot_learning_rates(
     # without a finite value, the axis would not show the rates
     low, high = _limits([math.log10(rate) for curve in curves for rate in curve.rates])
     grid[0, 0].set_xlim(10**low, 10**high)
+    if ticks:
+        grid[0, 0].set_xticks(ticks, [str(tick) for tick in ticks])
     for number, axes in enumerate(grid.flat):
         axes.set_visible(number < len(panels))
         # label the last panel of each column, also where the last row is not full
         axes.xaxis.set_tick_params(labelbottom=number + columns >= len(panels))
     shaded = "; shaded: 95% interval" if len(naive.intervals) else ""
-    figure.supxlabel(f"learning rate (grey: naive{shaded})", fontsize=9.5, color=INK)
+    figure.supxlabel(f"{x_name} (grey: naive{shaded})", fontsize=9.5, color=INK)
     figure.supylabel(plain(score_name), fontsize=9.5, color=INK)
     figure.suptitle(plain(title), fontsize=11, color=INK)
     return figure

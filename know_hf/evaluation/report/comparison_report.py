@@ -49,6 +49,12 @@ order of `seeds`. Unknown values are null; no value is NaN or infinite. Readers 
     curves            [one per tuned protocol, arm and setting, averaged over seeds and draws: {
         protocol, arm, options: {…}, chosen: share of the draws that selected a trial of this setting,
         learning_rates: [float], measures: {name: {validation: [float], test: [float], test_ci95: [[low, high]]}}}]
+    budgets           [one per tuned protocol, from its first measure: {
+        protocol, measure: str, sentence: str
+        trials        [int], numbers of tuning trials b: 1, 2, 4, … and all
+        arms          {arm: {mean: [float], ci95: [[low, high]]: expected test score of the best of b random trials;
+                      naive_trials: [int or null], the trials that naive needs for the same, null if all are too few;
+                      minus_naive (all but naive): [{mean, ci95, p} or null], at the same number of trials}}}]
     chosen            {protocol: {arm: [{seed, draw, options, learning_rate}]}}, selected on validation data
     states            null or {num_examples: [int or null], steps: [int], full data first,
                       measures: {name: {mean: [float], per_seed: [[float] per seed]}}}: the forgetting curve on unseen
@@ -77,6 +83,7 @@ import numpy as np
 from ...checkpoint import write_json
 from ..comparison import ENOUGH_SEEDS, Comparison, Measure, compare_with_naive
 from ..statistics import mean_and_interval
+from .budget_curves import budget_curves, budget_sentence
 
 SCHEMA_VERSION = 1
 REPORT_NAME = "report.json"
@@ -174,6 +181,7 @@ class ComparisonReport:
             "protocols": dict(self.protocols),
             "results": [_result(protocol, comparison) for (protocol, _), comparison in self.comparisons.items()],
             "curves": self._curves(),
+            "budgets": self._budgets(),
             "chosen": {protocol: self._chosen(protocol) for protocol in self.protocols},
             "states": self._states(),
             "landscape": self.landscape,
@@ -232,6 +240,16 @@ class ComparisonReport:
             if (draws := self._draws(protocol, arm))[0][0]["trials"][0]["learning_rate"] is not None
             for options in spec["settings"]
         ]
+
+    def _budgets(self) -> list[dict[str, Any]]:
+        methods = [arm for arm, spec in self.arms.items() if spec["role"] == "method"]
+        budgets = []
+        for protocol, settings in self.protocols.items():
+            curves = budget_curves({arm: self._draws(protocol, arm) for arm in self.arms}, self.measures)
+            if curves is not None:
+                sentence = budget_sentence(curves, settings["what"], self.measures[0], methods, self.counted)
+                budgets.append({"protocol": protocol, **curves, "sentence": sentence})
+        return budgets
 
     def _curve(
         self, protocol: str, arm: str, options: Mapping[str, Any], draws: Sequence[Sequence[Mapping[str, Any]]]

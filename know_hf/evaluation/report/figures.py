@@ -97,6 +97,36 @@ def rates_figure(report: Report, protocol: str) -> ReportFigure | None:
     )
 
 
+def budget_figure(report: Report, protocol: str) -> ReportFigure | None:
+    """Draw the first measure against the number of trials; `None` without budget curves."""
+    budgets = budgets_of(report, protocol)
+    if budgets is None or len(budgets["arms"]) < 2:
+        return None
+    measure = next(result["measure"] for result in report["results"] if result["protocol"] == protocol)
+    scale, curves = measure["scale"], {}
+    for name, arm in budgets["arms"].items():
+        intervals = [[_scaled(scale, end) for end in ends or (None, None)] for ends in arm["ci95"]]
+        values = [_scaled(scale, mean) for mean in arm["mean"]]
+        curves[name] = RateCurve(budgets["trials"][: len(values)], values, intervals)
+    naive = curves.pop("naive")
+    roles = {name: report["arms"][name]["role"] for name in curves}
+    panels = [RatePanel(name, role, [curves[name]]) for role in ROLES for name in curves if roles[name] == role]
+    score = f"{measure['name']} on test data{_unit(measure)}"
+    return ReportFigure(
+        f"budget-{list(report['protocols']).index(protocol) + 1}",
+        plot_learning_rates(panels, naive, score, x_name="tuning trials", ticks=budgets["trials"]),
+        f"{measure['name']} against the number of tuning trials in {report['protocols'][protocol]['what']}:"
+        f" {len(panels)} panels, one per arm, with naive in grey. The table below lists all numbers.",
+        "Expected score of the best of b random trials by validation. An arm that is above naive only on the left"
+        " saves tuning trials; one that is above it everywhere has better weights.",
+    )
+
+
+def budgets_of(report: Report, protocol: str) -> Mapping[str, Any] | None:
+    """Return the budget curves of a protocol; reports of older versions have none."""
+    return next((entry for entry in report.get("budgets", []) if entry["protocol"] == protocol), None)
+
+
 def forgetting_figure(report: Report) -> ReportFigure | None:
     """Draw the score of every state; `None` if it was not measured."""
     states = report["states"]

@@ -11,11 +11,21 @@ from huggingface_hub.utils import yaml_dump
 
 from ...markdown import fenced, markdown
 from .comparison_report import REPORT_NAME, SCHEMA_VERSION
-from .figures import Report, ReportFigure, forest_figure, forgetting_figure, landscape_figure, rates_figure
+from .figures import (
+    Report,
+    ReportFigure,
+    budget_figure,
+    budgets_of,
+    forest_figure,
+    forgetting_figure,
+    landscape_figure,
+    rates_figure,
+)
 from .html_page import ReportSection, html_page
 from .tables import (
     ReportTable,
     arms_table,
+    budget_table,
     chosen_table,
     controls_table,
     environment_table,
@@ -155,6 +165,12 @@ def _sections(report: Report, command: str | None, figures: dict[str, ReportFigu
     for protocol, settings in report["protocols"].items():
         curves = _joined(show(rates_figure(report, protocol)), _text(chosen_table(report, protocol)))
         bodies[f"Learning rates: {settings['what']}"] = curves
+        budget = budgets_of(report, protocol)
+        bodies[f"Tuning budget: {settings['what']}"] = _joined(
+            "" if budget is None else markdown(budget["sentence"]),
+            show(budget_figure(report, protocol)),
+            _text(budget_table(report, protocol)),
+        )
     bodies["Forgetting"] = show(forgetting_figure(report))
     bodies["Loss landscape"] = _joined(show(landscape_figure(report)), _text(landscape_table(report)))
     bodies["Arms"] = _text(arms_table(report))

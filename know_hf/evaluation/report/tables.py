@@ -11,7 +11,7 @@ from markupsafe import Markup
 from ...cards.suite_tables import estimate_text, positive_control
 from ...markdown import markdown, table
 from ..comparison import Measure
-from .figures import ROLES, Report, options_text
+from .figures import ROLES, Report, budgets_of, options_text
 
 _MAX_LISTED = 3  # names in a cell
 _EDGE_TOLERANCE = 0.25  # of the draws, beyond chance
@@ -150,6 +150,28 @@ def chosen_table(report: Report, protocol: str) -> ReportTable | None:
     return ReportTable(
         f"Selected on validation data in {report['protocols'][protocol]['what']}, over all seeds and draws.",
         ["arm", "median learning rate", "range", "at an edge of the grid", "most frequent settings"],
+        rows,
+    )
+
+
+def budget_table(report: Report, protocol: str) -> ReportTable | None:
+    """Return the expected score of every arm by number of trials, or `None` without budget curves."""
+    budgets = budgets_of(report, protocol)
+    if budgets is None:
+        return None
+    measure = _measure(next(result for result in report["results"] if result["protocol"] == protocol))
+    most, rows = budgets["trials"][len(budgets["arms"]["naive"]["mean"]) - 1], []
+    for name, arm in budgets["arms"].items():
+        scores = ["–" if mean is None else measure.format(mean) for mean in arm["mean"]]
+        missing = ["–"] * (len(budgets["trials"]) - len(scores))
+        needed = arm["naive_trials"][0]
+        more = "–" if arm["mean"][0] is None else f"more than {most}"
+        rows.append([name, *scores, *missing, more if needed is None else str(needed)])
+    heads = [f"{count} trial{'s' if count > 1 else ''}" for count in budgets["trials"]]
+    return ReportTable(
+        f"Expected {measure.name}{_with_comma(measure.unit)} on test data of the best of b random tuning trials by"
+        " validation. The last column has the trials with which naive reaches what the arm reaches with one.",
+        ["arm", *heads, "naive needs"],
         rows,
     )
 
