@@ -6,6 +6,7 @@ import pytest
 
 from know_hf.plotting import (
     ForestRow,
+    ForgettingPanel,
     LandscapePoint,
     RateCurve,
     RatePanel,
@@ -13,6 +14,7 @@ from know_hf.plotting import (
     figure_svg,
     plot_forest,
     plot_forgetting,
+    plot_forgetting_panels,
     plot_landscape,
     plot_learning_rates,
     save_figure,
@@ -41,7 +43,7 @@ def texts(labels):
 def test_forgetting_curve():
     runs = np.array([[0.9, 0.8, 0.6], [0.7, 0.6, 0.4]])
     axes = plot_forgetting(SIZES, runs, title="Forgetting here", chance=0.1).axes[0]
-    mean = next(line for line in axes.lines if line.get_label() == "mean of 2 runs")
+    mean = next(line for line in axes.lines if line.get_label().startswith("mean of 2 runs"))
     assert mean.get_ydata() == pytest.approx([0.8, 0.7, 0.5])
     assert texts(axes.get_xticklabels()) == ["Θ0\n1,600 (all)", "Θ1\n800", "Θ2\n400"]
     assert texts(axes.texts) == ["0.800", "0.700", "0.500"] and axes.get_title() == "Forgetting here"
@@ -49,6 +51,21 @@ def test_forgetting_curve():
     single = plot_forgetting([None, 5], [0.9, 0.8], digits=1).axes[0]
     assert len(single.lines) == 1
     assert texts(single.get_xticklabels()) == ["Θ0", "Θ1\n5"] and texts(single.texts) == ["0.9", "0.8"]
+
+
+def test_forgetting_in_two_panels():
+    """The standard error is drawn, noise does not fill the axis, and labels keep off the line."""
+    runs = np.array([[0.9, 0.8, 0.6], [0.7, 0.6, 0.4]])
+    accuracy, loss = plot_forgetting_panels(
+        SIZES, [ForgettingPanel(runs, "accuracy", 0.5), ForgettingPanel([0.31, 0.32, 0.33], "loss")]
+    ).axes
+    (bars,) = [collection for collection in accuracy.collections if hasattr(collection, "get_segments")]
+    assert bars.get_segments()[0][:, 1] == pytest.approx([0.7, 0.9])  # mean 0.8, deviation 0.141, two runs
+    assert "guessing: 0.500" in texts(accuracy.get_legend().get_texts())
+    low, high = loss.get_ylim()
+    assert high - low == pytest.approx(0.1) and (high + low) / 2 == pytest.approx(0.32)
+    assert [text.get_va() for text in loss.texts] == ["top", "bottom", "bottom"]
+    assert [text.get_va() for text in accuracy.texts] == ["bottom", "bottom", "top"]
 
 
 def test_forest_plot():

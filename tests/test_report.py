@@ -206,7 +206,12 @@ def test_missing_measurements(report, tmp_path):
         values = curve["measures"]["accuracy"]
         values["test"][2] = values["test_ci95"][2] = values["validation"][2] = None
     assert "diverged" in write_report(bare, tmp_path).html.read_text()
-    bare |= {"curves": [], "budgets": [], "chosen": {}, "arms": {name: {**arm, "kind": "x"} for name, arm in bare["arms"].items()}}
+    bare |= {
+        "curves": [],
+        "budgets": [],
+        "chosen": {},
+        "arms": {name: {**arm, "kind": "x"} for name, arm in bare["arms"].items()},
+    }
     page = Page(write_report(bare, tmp_path).html)
     assert len(page.all("img")) == 1
     assert "The command was not recorded." in page.text and "No oracle was run" in page.text

@@ -1,6 +1,8 @@
-"""The forgetting curve: the score of every state."""
+"""The forgetting curve: the scores of every state."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +11,35 @@ import numpy as np
 from .style import BLUE, INK, MUTED, PAPER, legend, new_figure, style_axes
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _PREFERRED_METRICS = ("eval_accuracy", "eval_loss")
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
+
+
+@dataclass(frozen=True)
+class ForgettingPanel:
+    """One score of every state.
+
+    Attributes:
+        scores (`(S,)` or `(runs, S)`):
+            One score per state, full data first. Several runs are drawn with their mean and its standard error.
+        name (`str`):
+            Label of the vertical axis.
+        chance (`float`, *optional*):
+            Score of guessing, drawn as a line.
+        digits (`int`, *optional*, defaults to `3`):
+            Decimals of the scores.
+        min_span (`float`, *optional*, defaults to `0.1`):
+            Smallest span of the vertical axis, so that noise does not look like forgetting.
+    """
+
+    scores: Sequence[float] | Sequence[Sequence[float]] | np.ndarray
+    name: str
+    chance: float | None = None
+    digits: int = 3
+    min_span: float = 0.1
 
 
 def plot_forgetting(
@@ -22,68 +50,62 @@ def plot_forgetting(
     chance: float | None = None,
     digits: int = 3,
 ) -> "Figure":
-    """Plot the score of every state against the size of its subset.
+    """Plot one score of every state against the size of its subset; see [`plot_forgetting_panels`].
 
     Args:
         num_examples (`Sequence[int | None]` of length S):
             Subset sizes, full data first; `None` if unknown.
-        scores (`(S,)` or `(runs, S)`):
-            One score per state. Several runs are drawn with their mean.
-        score_name (`str`, *optional*):
-            Label of the vertical axis.
+        scores, score_name, chance, digits:
+            See [`ForgettingPanel`].
         title (`str`, *optional*):
             Title of the figure.
-        chance (`float`, *optional*):
-            Score of guessing, drawn as a line.
-        digits (`int`, *optional*, defaults to `3`):
-            Decimals of the scores.
 
     Returns:
         `matplotlib.figure.Figure`: Write it with [`save_figure`].
+    """
+    return plot_forgetting_panels(num_examples, [ForgettingPanel(scores, score_name, chance, digits)], title)
+
+
+def plot_forgetting_panels(
+    num_examples: Sequence[int | None], panels: Sequence[ForgettingPanel], title: str = "Structured forgetting"
+) -> "Figure":
+    """Plot several scores of every state side by side.
+
+    Args:
+        num_examples (`Sequence[int | None]` of length S):
+            Subset sizes, full data first; `None` if unknown.
+        panels (sequence of [`ForgettingPanel`]):
+            The scores.
+        title (`str`, *optional*):
+            Title of the first panel.
 
     Raises:
         `ValueError`: If the scores do not match the states.
         `ImportError`: If matplotlib is not installed.
     """
-    runs = np.atleast_2d(np.asarray(scores, dtype=np.float64))
-    if runs.shape[1:] != (len(num_examples),):
-        raise ValueError(
-            f"scores must have one column for each of the {len(num_examples)} states, got {np.shape(scores)}"
-        )
-    figure = new_figure(7.5, 4.5)
-    axes = figure.subplots()
-    states, mean, label = np.arange(len(num_examples)), runs.mean(axis=0), "one run"
-    if len(runs) > 1:
-        axes.plot(states, runs.T, color=BLUE, alpha=0.3, linewidth=1)[0].set_label("single runs")
-        label = f"mean of {len(runs)} runs"
-    axes.plot(states, mean, color=BLUE, marker="o", linewidth=2.5, label=label)
-    for state, score in enumerate(mean):
-        axes.annotate(
-            f"{score:.{digits}f}",
-            (state, score),
-            color=INK,
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-            fontweight="bold",
-            bbox={"boxstyle": "round,pad=0.15", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.8},
-        )
-    if chance is not None:
-        axes.axhline(chance, color=MUTED, linestyle="--", linewidth=1, label=f"guessing: {chance:.2f}")
-    axes.set_xticks(states, [_state_label(state, size) for state, size in enumerate(num_examples)])
-    axes.set_xlim(-0.4, len(num_examples) - 0.6)
-    axes.margins(y=0.15)
-    style_axes(axes, title, "state (examples in its subset)", score_name, "y")
-    legend(axes, loc="best")
+    for panel in panels:
+        if np.atleast_2d(np.asarray(panel.scores)).shape[1:] != (len(num_examples),):
+            raise ValueError(
+                f"scores must have one column for each of the {len(num_examples)} states, got {np.shape(panel.scores)}"
+            )
+    figure = new_figure(7.5 if len(panels) == 1 else 5.5 * len(panels), 4.5)
+    for number, (axes, panel) in enumerate(
+        zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True)
+    ):
+        _draw_panel(axes, panel)
+        axes.set_xticks(range(len(num_examples)), [_state_label(*item) for item in enumerate(num_examples)])
+        axes.set_xlim(-0.4, len(num_examples) - 0.6)
+        style_axes(axes, "" if number else title, "state (examples in its subset)", panel.name, "y")
+        legend(axes, loc="best")
     return figure
 
 
 def forgetting_picture(trajectory: Any) -> "Figure | None":
-    """Plot a recorded metric of every state, for a model card.
+    """Plot the recorded metrics of every state, for a model card.
 
     Args:
         trajectory ([`WeightTrajectory`]):
-            Recorded states. Accuracy is preferred to loss, loss to the first other metric.
+            Recorded states. Accuracy and loss are drawn if recorded, otherwise the first other metric.
 
     Returns:
         `matplotlib.figure.Figure`, *optional*: `None` if the states share no metric, a subset size is unknown, or
@@ -94,13 +116,55 @@ def forgetting_picture(trajectory: Any) -> "Figure | None":
     sizes = [state.num_examples for state in states if state.num_examples is not None]
     if not shared or len(sizes) != len(states) or find_spec("matplotlib") is None:
         return None
-    metric = next((name for name in _PREFERRED_METRICS if name in shared), min(shared))
-    name = metric.removeprefix("eval_")
-    return plot_forgetting(
-        sizes,
-        [state.metrics[metric] for state in states],
-        score_name=name if name == metric else f"{name} on the evaluation split",
-    )
+    panels = []
+    for metric in [name for name in _PREFERRED_METRICS if name in shared] or [min(shared)]:
+        name = metric.removeprefix("eval_")
+        chance = _chance(trajectory) if name == "accuracy" else None
+        label = name if name == metric else f"{name} on the evaluation split"
+        panels.append(ForgettingPanel([state.metrics[metric] for state in states], label, chance))
+    return plot_forgetting_panels(sizes, panels)
+
+
+def _draw_panel(axes: "Axes", panel: ForgettingPanel) -> None:
+    runs = np.atleast_2d(np.asarray(panel.scores, dtype=np.float64))
+    states, mean = np.arange(runs.shape[1]), runs.mean(axis=0)
+    error, label = np.zeros_like(mean), "one run"
+    if len(runs) > 1:
+        error = runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
+        axes.plot(states, runs.T, color=BLUE, alpha=0.3, linewidth=1)[0].set_label("single runs")
+        axes.errorbar(states, mean, error, color=BLUE, fmt="none", capsize=3)
+        label = f"mean of {len(runs)} runs, standard error"
+    axes.plot(states, mean, color=BLUE, marker="o", linewidth=2.5, label=label)
+    for state, score in enumerate(mean):
+        neighbours = mean[max(state - 1, 0) : state + 2]
+        side = -1 if neighbours.sum() - score > (len(neighbours) - 1) * score else 1  # where the line is not
+        axes.annotate(
+            f"{score:.{panel.digits}f}",
+            (state, score + side * error[state]),
+            color=INK,
+            xytext=(0, 8 * side),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if side > 0 else "top",
+            fontweight="bold",
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.8},
+        )
+    if panel.chance is not None:
+        axes.axhline(
+            panel.chance, color=MUTED, linestyle="--", linewidth=1, label=f"guessing: {panel.chance:.{panel.digits}f}"
+        )
+    axes.margins(y=0.15)
+    low, high = axes.get_ylim()
+    if (missing := panel.min_span - (high - low)) > 0:
+        axes.set_ylim(low - missing / 2, high + missing / 2)
+
+
+def _chance(trajectory: Any) -> float | None:
+    """Return the accuracy of guessing of a classifier, from the labels in its config."""
+    config = trajectory.path / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    is_classifier = any(name.endswith(_CLASSIFIERS) for name in content.get("architectures") or [])
+    return 1 / len(content.get("id2label") or range(2)) if is_classifier else None  # two labels are not written
 
 
 def _state_label(state: int, size: int | None) -> str:

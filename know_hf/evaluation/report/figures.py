@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from ...plotting import (
     ForestRow,
+    ForgettingPanel,
     LandscapePoint,
     RateCurve,
     RatePanel,
     figure_svg,
     plot_forest,
-    plot_forgetting,
+    plot_forgetting_panels,
     plot_landscape,
     plot_learning_rates,
 )
@@ -128,20 +129,26 @@ def budgets_of(report: Report, protocol: str) -> Mapping[str, Any] | None:
 
 
 def forgetting_figure(report: Report) -> ReportFigure | None:
-    """Draw the score of every state; `None` if it was not measured."""
+    """Draw the scores of every state; `None` if they were not measured."""
     states = report["states"]
-    measures = [result["measure"] for result in report["results"]]
-    measure = next((m for m in measures if states and m["name"] in states["measures"]), None)
-    if measure is None:
+    measures = {result["measure"]["name"]: result["measure"] for result in report["results"]}
+    shown = [measure for name, measure in measures.items() if states and name in states["measures"]]
+    if not shown:
         return None
-    runs = [[measure["scale"] * value for value in run] for run in states["measures"][measure["name"]]["per_seed"]]
-    means = [sum(column) / len(column) for column in zip(*runs, strict=True)]
-    listed = ", ".join(f"Θ{state} {value:.{measure['digits']}f}" for state, value in enumerate(means))
-    name = f"{measure['name']} on unseen source data{_unit(measure)}"
+    panels, listed = [], []
+    for measure in shown:
+        scale, values = measure["scale"], states["measures"][measure["name"]]
+        label = f"{measure['name']} on unseen source data{_unit(measure)}"
+        runs = [[scale * value for value in run] for run in values["per_seed"]]
+        num_classes = _num_source_classes(report) if measure["name"] == "accuracy" else 0
+        chance = scale / num_classes if num_classes else None
+        panels.append(ForgettingPanel(runs, label, chance, measure["digits"], min_span=0.1 * scale))
+        means = (f"Θ{state} {scale * value:.{measure['digits']}f}" for state, value in enumerate(values["mean"]))
+        listed.append(f"mean {label}, by state: {', '.join(means)}")
     return ReportFigure(
         "forgetting",
-        plot_forgetting(states["num_examples"], runs, score_name=name, title="", digits=measure["digits"]),
-        f"Forgetting curve: mean {name}, by state: {listed}.",
+        plot_forgetting_panels(states["num_examples"], panels, title=""),
+        f"Forgetting curve: {'; '.join(listed)}.",
         "Each state continues from the previous one on a smaller subset. Where the curve does not fall, the model"
         " forgot nothing: the later states are only trained for longer.",
     )
@@ -169,6 +176,12 @@ def landscape_figure(report: Report) -> ReportFigure | None:
 def options_text(options: Mapping[str, Any]) -> str:
     """Format a setting, such as `factor 0.5`."""
     return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def _num_source_classes(report: Report) -> int:
+    """Return the number of classes of a suite's source task, or 0 if its file does not list them."""
+    source = report["task"].get("source")
+    return len(source.get("classes") or ()) if isinstance(source, Mapping) else 0
 
 
 def _scaled(scale: float, value: float | None) -> float:
