@@ -33,3 +33,14 @@ def test_a_store_keeps_results_and_its_identity(tmp_path):
         CellStore(tmp_path / "new", {"seed": 1})
     with pytest.raises(FileExistsError, match=r"identity\.json"):
         CellStore(tmp_path, {"seed": 1})  # a folder with other content
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"a": NaN}', '{"a": 1, "a": 2}', "\ufeff{}"])
+def test_damaged_files_of_a_store_are_named(tmp_path, text):
+    store = CellStore(tmp_path, {"seed": 1})
+    (tmp_path / "cells/seed-1.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"cells/seed-1\.json .*delete it"):
+        store.read("seed-1")
+    (tmp_path / "identity.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"identity\.json .*new output folder"):
+        CellStore(tmp_path, {"seed": 1})

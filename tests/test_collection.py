@@ -104,6 +104,10 @@ def test_held_out_by_name(folder):
         ("[1]", "line 1 of .*index.jsonl"),
         ('{"path": "../other"}', "line 1 of .*index.jsonl .*'../other'"),
         ('{"path": "/etc"}', "'/etc'"),
+        ('{"path": "x", "split": ["train"]}', "line 1 of .*index.jsonl has split="),
+        ('{"path": "x", "num_states": "7"}', "line 1 of .*index.jsonl has num_states='7'"),
+        ("[" * 100_000, "line 1 of .*index.jsonl"),
+        ('{"path": "x", "ratio": NaN}', "line 1 of .*index.jsonl"),
     ],
 )
 def test_damaged_index(folder, line, message):

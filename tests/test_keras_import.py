@@ -122,3 +122,64 @@ def numpy_known(layers, history):
         streams.append(np.where(y > 0, y, 0.3 * y))
     kernel, bias = layers[12]
     return np.tanh(np.concatenate(streams, axis=1) @ kernel + bias)[:, 0]
+
+
+def stored_outside(file, kind, name, outside):
+    """Replaces a dataset by one whose values come from another file."""
+    shape = file[name].shape
+    del file[name]
+    if kind == "external storage":
+        file.create_dataset(name, shape, "f4", external=[(str(outside), 0, h5py.h5f.UNLIMITED)])
+    elif kind == "virtual dataset":
+        layout = h5py.VirtualLayout(shape, "f4")
+        layout[:] = h5py.VirtualSource(str(outside), "values", shape)
+        file.create_virtual_dataset(name, layout)
+    elif kind == "external link":
+        file[name] = h5py.ExternalLink(str(outside), "values")
+    elif kind == "linked group":
+        group = name.split("/")[0]
+        del file[group]
+        file[group] = h5py.ExternalLink(str(outside), "/")
+    else:
+        file[name] = h5py.SoftLink("/elsewhere")
+
+
+@pytest.mark.parametrize("kind", ["external storage", "virtual dataset", "external link", "linked group", "soft link"])
+def test_values_outside_the_file_are_refused(keras_folder, tmp_path, kind):
+    folder, _ = keras_folder
+    outside = tmp_path / "outside.h5"
+    with h5py.File(outside, "w") as file:
+        file["values"] = file["dense_2/kernel:0"] = np.ones((8, 64), np.float32)
+    with h5py.File(folder / "KNOWN_FC.h5", "a") as file:
+        stored_outside(file, kind, "dense_2/dense_2/kernel:0", outside)
+    with pytest.raises(ValueError, match=r"(dense_2|kernel:0)' of .*KNOWN_FC\.h5 is (a link|stored outside)"):
+        KNOWNModel.from_keras(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chunks": (8, 8)}, {"chunks": (4096, 4096), "maxshape": (None, None), "compression": "gzip"}],
+    ids=["not written", "no chunk written", "large chunk"],
+)
+def test_sizes_are_compared_with_the_file(keras_folder, options):
+    folder, _ = keras_folder
+    with h5py.File(folder / "KNOWN_FC.h5", "a") as file:
+        del file["dense_2/dense_2/kernel:0"]
+        dataset = file.create_dataset("dense_2/dense_2/kernel:0", (8, 64), "f4", **options)
+        if "compression" in options:
+            dataset[:] = 0.5
+    with pytest.raises(ValueError, match=r"'dense_2/dense_2/kernel:0' of .*KNOWN_FC\.h5 needs .* bytes"):
+        KNOWNModel.from_keras(folder)
+
+
+def test_compressed_and_truncated_files(keras_folder):
+    folder, weights = keras_folder
+    with h5py.File(folder / "KNOWN_FC.h5", "a") as file:
+        del file["dense/dense/kernel:0"]
+        file.create_dataset("dense/dense/kernel:0", data=weights["fc"][0][0], compression="gzip")
+    expand = KNOWNModel.from_keras(folder).networks["fc"].history_stream.expand
+    assert torch.equal(expand.weight, torch.from_numpy(weights["fc"][0][0].T))
+    path = folder / "KNOWN_FC.h5"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"KNOWN_FC\.h5 "):
+        KNOWNModel.from_keras(folder)

@@ -1,11 +1,13 @@
 """KNOWN: sizes, arithmetic, initialization, saving and errors."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from know_hf.known.configuration_known import KNOWNConfig
 from know_hf.known.modeling_known import KNOWNModel, KNOWNOutput
@@ -133,8 +135,64 @@ def test_wrong_inputs(known, inputs, message):
         ({"leaky_slope": 1.5}, "leaky_slope.*1.5"),
         ({"initializer_scale": 0.0}, "initializer_scale.*0.0"),
         ({"num_states": "5"}, "num_states.*str"),
+        ({"stream_size": 10**9}, "stream_size.*1000000000"),
+        ({"initializer_scale": math.inf}, "initializer_scale.*inf"),
+        ({"trained_on": {"roles": {"fc": {"largest_weight": None}}}}, "fc.*largest_weight=None"),
+        ({"trained_on": {"roles": ["fc"]}}, r"roles=\['fc'\]"),
     ],
 )
 def test_wrong_config(fields, message):
     with pytest.raises(StrictDataclassError, match=message):
         KNOWNConfig(**fields)
+
+
+def write_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_only_safetensors_are_read(known, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    known.save_pretrained(tmp_path / "known")
+    weights = tmp_path / "known/model.safetensors"
+    for name in ("pytorch_model.bin", "adapter_model.bin", "shard.bin"):
+        shutil.copy(weights, tmp_path / "known" / name)
+    write_config(tmp_path / "known", transformers_weights="adapter_model.bin")
+    with pytest.raises(ValueError, match=r"known has the key 'transformers_weights'"):
+        KNOWNModel.from_pretrained(tmp_path / "known")
+    write_config(tmp_path / "known", transformers_weights=None)
+    (tmp_path / "known/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    with pytest.raises(ValueError, match=r"known has an adapter_config\.json"):
+        KNOWNModel.from_pretrained(tmp_path / "known")
+    (tmp_path / "known/adapter_config.json").unlink()
+    weights.unlink()
+    for index in (None, {"metadata": {}, "weight_map": dict.fromkeys(known.state_dict(), "shard.bin")}):
+        if index is not None:
+            (tmp_path / "known/model.safetensors.index.json").write_text(json.dumps(index))
+        for load in (KNOWNModel.from_pretrained, AutoModel.from_pretrained):
+            with pytest.raises(FileNotFoundError, match=r"known has no model\.safetensors"):
+                load(tmp_path / "known", use_safetensors=False)
+
+
+def test_sizes_are_compared_with_the_file_before_a_model_is_built(known, tmp_path, monkeypatch):
+    known.save_pretrained(tmp_path)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("the model was built"))
+    write_config(tmp_path, hidden_size=60_000)
+    for load in (KNOWNModel.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"expand\.weight' of .*model\.safetensors is F32 .*60000"):
+            load(tmp_path)
+    write_config(tmp_path, hidden_size=2**40)
+    with pytest.raises(ValueError, match=r"config\.json of .*hidden_size must be in \[1, 65536\], got 1099511627776"):
+        KNOWNModel.from_pretrained(tmp_path)
+
+
+def test_arguments_of_from_pretrained_still_work(known, tmp_path):
+    known.save_pretrained(tmp_path / "a/b")
+    loaded, info = KNOWNModel.from_pretrained(tmp_path / "a", subfolder="b", dtype="float16", output_loading_info=True)
+    assert loaded.dtype == torch.float16 and not info["missing_keys"]
+    assert KNOWNModel.from_pretrained(tmp_path / "a/b", leaky_slope=0.1).config.leaky_slope == 0.1
+    config = KNOWNConfig.from_pretrained(tmp_path / "a/b")
+    for given in (config, str(tmp_path / "a/b")):
+        assert KNOWNModel.from_pretrained(tmp_path / "a/b", config=given).config.hidden_size == 64
+    loaded = KNOWNModel.from_pretrained(None, config=config, state_dict=known.state_dict())
+    assert all(torch.equal(tensor, known.state_dict()[name]) for name, tensor in loaded.state_dict().items())

@@ -258,7 +258,7 @@ def test_names_from_others_remain_text(tmp_path):
         ({"schema_version": 2}, "version 2.*up to 1"),
         ({"schema_version": "1"}, "version '1'"),
         ({"arms": {"random": {}}}, "naive.*random"),
-        (None, "list"),
+        (None, "report.json .*not a JSON object"),
     ],
 )
 def test_unreadable_reports_raise(report, tmp_path, changes, message):

@@ -99,3 +99,18 @@ def test_trajectories_of_adapters(tmp_path):
         ("fc", "lora_A"),
         ("fc", "lora_B"),
     }
+
+
+def test_declared_states_that_are_not_stored_are_refused(tmp_path):
+    """A file of a few kilobytes that declares 10**9 states must not be read."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("FCWeights", (3, 10**9), "f4", chunks=(1, 1000))
+    with pytest.raises(ValueError, match=r"'FCWeights' of .*a\.h5 needs 12,000,000,000 bytes"):
+        TransitionDataset([tmp_path / "a.h5"], progress=False)
+
+
+def test_external_links_are_refused_without_opening_their_file(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["Bias"] = h5py.ExternalLink(str(tmp_path / "b.h5"), "Bias")
+    with pytest.raises(ValueError, match=r"'Bias' of .*a\.h5 is a link"):
+        TransitionDataset([tmp_path / "a.h5"], progress=False)

@@ -191,6 +191,24 @@ def test_processes_that_would_train_alone(train, monkeypatch, variables, message
         meta_train(None, train, args=MetaTrainingArguments(steps=1, batch_size=8), progress=False)
 
 
+def test_damaged_checkpoints_are_named(train, tmp_path):
+    args = MetaTrainingArguments(steps=2, batch_size=8, checkpoint_dir=str(tmp_path))
+    meta_train(None, train, args=args, progress=False)
+    folder = tmp_path / "step-00000002"
+    run = (folder / "run.json").read_text()
+    for name, content in (
+        ("run.json", ""),
+        ("run.json", "[]"),
+        ("run.json", '{"run": {}, "progress": {"typo": 1}}'),
+        ("model.safetensors", ""),
+        ("optimizer.bin", ""),
+    ):
+        (folder / "run.json").write_text(run)
+        (folder / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{folder}.*delete {folder} to resume"):
+            meta_train(None, train, args=args, progress=False)
+
+
 def test_role_without_transitions_keeps_its_network(tmp_path):
     record_lines(tmp_path / "a", frozen=("conv.weight",))
     dataset = TransitionDataset([tmp_path / "a"], progress=False)

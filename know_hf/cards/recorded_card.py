@@ -1,6 +1,5 @@
 """Base of the cards of a trajectory and of a checkpoint: what the recording says about itself."""
 
-import json
 import logging as python_logging
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -12,6 +11,7 @@ from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from ..checkpoint import read_json_object
 from ..markdown import Table, clean, code, python_call
 from ..schedule import ForgettingSchedule
 from ..tasks.arguments import RecordArguments
@@ -234,9 +234,8 @@ def _record_arguments(trajectory: Path) -> RecordArguments | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or `{}` if there is none."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    """Return the object in a JSON file, or `{}` if there is no file."""
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _inherited_license(base: Source | None, base_model: str | None, base_card: ModelCardData | None) -> dict[str, Any]:

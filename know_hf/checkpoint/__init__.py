@@ -6,7 +6,7 @@ bytes in the header lets reader and writer move any piece. The files are byte fo
 
 from .atomic_folders import atomic_folder
 from .byte_sources import ByteSource, LocalFile
-from .files import check_free_disk, file_sha256, fsync, parse_json, read_json, write_json
+from .files import check_free_disk, file_sha256, fsync, parse_json, read_json, read_json_object, write_json
 from .header import CheckpointError, TensorEntry, TensorSpec, read_header
 from .reader import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
 from .writer import DEFAULT_SHARD_SIZE, CheckpointWriter, replace_tensors
@@ -29,6 +29,7 @@ __all__ = [
     "parse_json",
     "read_header",
     "read_json",
+    "read_json_object",
     "replace_tensors",
     "write_json",
 ]

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+MAX_JSON_BYTES = 200_000_000
+"""Largest file that [`read_json_object`] reads."""
+
 
 def parse_json(data: bytes, parse_int: Callable[[str], Any] = int) -> Any:
     """Parse JSON from an untrusted source; `parse_int` converts the digits of integers.
@@ -41,6 +44,28 @@ def read_json(path: Path, max_bytes: int) -> Any:
         return parse_json(data)
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from error
+
+
+def read_json_object(path: Path, hint: str = "restore it from a copy") -> dict[str, Any]:
+    """Read the object in a JSON file.
+
+    Args:
+        path (`Path`):
+            The file.
+        hint (`str`, *optional*):
+            What to do if the file is damaged, for the error message.
+
+    Raises:
+        `ValueError`:
+            If the file is not JSON, see [`parse_json`], or is not an object. The message names the file.
+    """
+    try:
+        content = read_json(path, MAX_JSON_BYTES)
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}; {hint}") from error
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:

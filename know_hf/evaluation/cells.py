@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..checkpoint import write_json
+from ..checkpoint import read_json_object, write_json
 
 Cell = TypeVar("Cell")
 Result = TypeVar("Result")
@@ -35,7 +35,8 @@ class CellStore:
             Everything that the results depend on, JSON values only; stored in `identity.json`.
 
     Raises:
-        `ValueError`: If the folder has results with another identity; names the difference.
+        `ValueError`: If the folder has results with another identity, names the difference; or if `identity.json` is
+            damaged.
         `FileExistsError`: If the folder has other content.
     """
 
@@ -45,7 +46,7 @@ class CellStore:
         self.path = Path(path)
         stored_at = self.path / self.IDENTITY_NAME
         if stored_at.exists():
-            self.check_same(json.loads(stored_at.read_text(encoding="utf-8")), identity)
+            self.check_same(read_json_object(stored_at, "use a new output folder"), identity)
         elif self.path.exists() and any(self.path.iterdir()):
             raise FileExistsError(f"{self.path} is not empty and has no {self.IDENTITY_NAME}; use a new output folder")
         else:
@@ -53,9 +54,9 @@ class CellStore:
             write_json(stored_at, identity)
 
     def read(self, cell: str) -> dict[str, Any] | None:
-        """Return the result of a cell, or `None` if it is not finished."""
+        """Return the result of a cell, or `None` if it is not finished. A `ValueError` names a damaged file."""
         path = self._file(cell)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_json_object(path, "delete it to run the cell again") if path.exists() else None
 
     def write(self, cell: str, result: Mapping[str, Any]) -> None:
         """Store the result of a cell atomically."""

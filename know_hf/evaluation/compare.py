@@ -186,7 +186,7 @@ class _Run:
         for seed, arm in self.cells:
             if (result := store.read(f"seed-{seed}.{arm.name}")) is not None:
                 what = f"arm {arm.name!r}"
-                store.check_same({what: result.pop("identity")}, {what: _arm_identity(arm, self.task)})
+                store.check_same({what: result.pop("identity", None)}, {what: _arm_identity(arm, self.task)})
                 finished[seed, arm.name] = result
         return finished
 
@@ -227,7 +227,7 @@ class _Run:
         shown = [arm for arm in self.design.arms if arm.kind == "predicted" and not arm.tuned]
         identity = loads(dumps([asdict(landscape), seed, [_arm_identity(arm, self.task) for arm in shown]]))
         stored = store.read("landscape")
-        if stored is not None and stored.pop("identity") == identity:
+        if stored is not None and stored.pop("identity", None) == identity:
             return stored
         picture = measure_landscape(landscape, self.task, seed, shown, store.path)
         store.write("landscape", {**picture, "identity": identity})

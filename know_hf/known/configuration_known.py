@@ -1,11 +1,16 @@
 """Configuration of KNOWN, the hyper-model that predicts how a scalar weight would move with more training data."""
 
+import math
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 KNOWN_ROLES = ("conv", "fc", "bias")
+
+_LARGEST_SIZE = 65_536
 
 
 @strict
@@ -28,8 +33,8 @@ class KNOWNConfig(PreTrainedConfig):
         initializer_scale (`float`, *optional*, defaults to `0.1`):
             Scale of the variance-scaling initializer (fan in, uniform) of the first and last layer of a stream.
         trained_on (`dict[str, Any]`, *optional*):
-            Description of the meta-training data, JSON values only: for instance the number of trajectories and the
-            largest weight and displacement. Prediction warns when its input lies far outside.
+            Description of the meta-training data, JSON values only: for instance the number of trajectories and, in
+            `roles`, the largest weight and displacement by role. Prediction warns when its input lies far outside.
 
     Raises:
         `huggingface_hub.errors.StrictDataclassClassValidationError`: If a value is out of range.
@@ -50,15 +55,44 @@ class KNOWNConfig(PreTrainedConfig):
         """Roles with a network of their own; fixed."""
         return KNOWN_ROLES
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> "KNOWNConfig":
+        """
+        Read a `config.json`, with the arguments of [`~transformers.PreTrainedConfig.from_pretrained`].
+
+        Raises:
+            `ValueError`: If the file is not a config of KNOWN; names its folder or repo.
+            `OSError`: If the file is missing or is not JSON.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (AttributeError, KeyError, RecursionError, StrictDataclassError, TypeError, ValueError) as error:
+            cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+            reason = " ".join(f"{type(cause).__name__}: {cause}"[:500].split())
+            source = f"config.json of {pretrained_model_name_or_path}"
+            raise ValueError(f"{source} is not a config of KNOWN ({reason}); restore it from a copy") from error
+
     def validate_values(self) -> None:
         """Require two states (for a difference), a unit per layer, a monotone LeakyReLU and a positive variance."""
         for name, least in {"num_states": 2, "hidden_size": 1, "bottleneck_size": 1, "stream_size": 1}.items():
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}; omit it for the published value")
+            if not least <= (value := getattr(self, name)) <= _LARGEST_SIZE:
+                raise ValueError(
+                    f"{name} must be in [{least}, {_LARGEST_SIZE}], got {value!r:.60}; omit it for the published value"
+                )
         if not 0 <= self.leaky_slope < 1:
             raise ValueError(f"leaky_slope must be in [0, 1), got {self.leaky_slope}; the published value is 0.3")
-        if not (scale := self.initializer_scale) > 0:
+        if not 0 < (scale := self.initializer_scale) < math.inf:
             raise ValueError(f"initializer_scale must be positive, got {scale}; the published value is 0.1")
+
+    def validate_trained_on(self) -> None:
+        """Require `trained_on["roles"]`, if any, to map roles to finite numbers by name."""
+        roles = (self.trained_on or {}).get("roles", {})
+        for role, numbers in roles.items() if isinstance(roles, dict) else [("roles", roles)]:
+            for name, value in numbers.items() if isinstance(numbers, dict) else [(role, numbers)]:
+                if type(value) not in (int, float) or not math.isfinite(value):
+                    raise ValueError(f"trained_on of {role} has {name}={value!r:.60}, expected a finite number")
 
 
 AutoConfig.register("known", KNOWNConfig, exist_ok=True)

@@ -1,8 +1,9 @@
 """Import of the published Keras weights of KNOWN. HDF5 files are read with h5py; nothing is unpickled."""
 
+import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 if TYPE_CHECKING:
     import h5py
+
+_LARGEST_COMPRESSION = 20  # of the bytes of weights, which hardly compress
 
 KERAS_FILES = {"conv": "KNOWN_Conv.h5", "fc": "KNOWN_FC.h5", "bias": "KNOWN_Bias.h5"}
 
@@ -35,8 +38,8 @@ def read_keras_weights(folder: str | os.PathLike, model: nn.Module) -> dict[str,
     Raises:
         `ImportError`: If h5py is not installed.
         `FileNotFoundError`: If a file is missing.
-        `ValueError`: If a file is not HDF5, or one of its datasets is missing, has the wrong shape or dtype, or
-        contains non-finite values.
+        `ValueError`: If a file is not HDF5, or one of its datasets is missing, has the wrong shape or dtype, is stored
+        elsewhere or not completely, or contains non-finite values.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state_dict = {}
@@ -74,15 +77,58 @@ def open_hdf5(path: Path) -> "h5py.File":
         raise ValueError(f"{path} is not a readable HDF5 file ({error}); download it again") from error
 
 
+def find_dataset(file: "h5py.File", path: Path, name: str) -> "h5py.Dataset | None":
+    """
+    Return a dataset whose values are in the file itself, or `None` if there is no dataset of that name.
+
+    HDF5 can take values from any other file of the machine, and can declare sizes that it does not store.
+
+    Raises:
+        `ValueError`: If a link, a virtual dataset or external storage leads out of the file, or the dataset is larger
+        than what the file stores.
+    """
+    import h5py
+
+    node, problem = file, None
+    for part in name.split("/"):
+        # Not `part in node`, nor `node.get`: both follow an external link, that is, open its file.
+        if not isinstance(node, h5py.Group) or not node.id.links.exists(part.encode()):
+            return None
+        if node.id.links.get_info(part.encode()).type != h5py.h5l.TYPE_HARD:
+            raise ValueError(f"{part!r} of {path} is a link; use a file that contains its datasets")
+        node = node[part]
+    if not isinstance(node, h5py.Dataset):
+        return None
+    if node.is_virtual or node.external:
+        problem = "is stored outside the file"
+    else:
+        needed = max(node.nbytes, math.prod(node.chunks or ()) * node.dtype.itemsize)  # HDF5 reads complete chunks
+        compressed = _LARGEST_COMPRESSION if node.id.get_create_plist().get_nfilters() else 1
+        stored = min(node.id.get_storage_size(), path.stat().st_size)
+        if needed > compressed * stored and node.size:
+            problem = f"needs {needed:,} bytes, of which the file stores {stored:,}"
+    if problem:
+        raise ValueError(f"dataset {name!r} of {path} {problem}; use a complete file")
+    return node
+
+
+def read_values(dataset: "h5py.Dataset", path: Path, selection: Any = ()) -> np.ndarray:
+    """Read a part of a dataset as float32. A `ValueError` names a damaged file."""
+    try:
+        return dataset[selection].astype(np.float32)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); download it again") from error
+
+
 def _read(file: "h5py.File", path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    dataset = file.get(name)
-    if not hasattr(dataset, "dtype"):  # missing, or a group
+    dataset = find_dataset(file, path, name)
+    if dataset is None:
         raise ValueError(f"{path} has no dataset {name!r}; use an unmodified KNOWN weight file")
     if dataset.shape != shape or dataset.dtype.kind != "f":
         actual = f"{dataset.dtype} of shape {dataset.shape}"
         hint = "pass the KNOWNConfig that matches the file"
         raise ValueError(f"dataset {name!r} of {path} is {actual}, expected floats of shape {shape}; {hint}")
-    values = dataset[()].astype(np.float32)
+    values = read_values(dataset, path)
     if not np.isfinite(values).all():
         raise ValueError(f"dataset {name!r} of {path} contains non-finite values; download the file again")
     return values

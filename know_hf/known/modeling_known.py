@@ -9,14 +9,21 @@ import math
 import os
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from .configuration_known import KNOWNConfig
+
+_WEIGHTS_NAME = "model.safetensors"
+_DTYPES = ("F64", "F32", "F16", "BF16")
+# Arguments of from_pretrained that say where the files of a Hub repo are.
+_LOCATION = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -134,6 +141,44 @@ class KNOWNModel(KNOWNPreTrainedModel):
         self.post_init()
 
     @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        config: KNOWNConfig | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Load weights from `model.safetensors`, with the arguments of [`~transformers.PreTrainedModel.from_pretrained`].
+
+        The config is compared with the header of the file before the model is built. Other files, pickled weights
+        among them, are never read.
+
+        Raises:
+            `ValueError`: If config or weights are damaged, or do not fit each other.
+            `OSError`: If a file is missing, or the Hub cannot be reached.
+        """
+        source = pretrained_model_name_or_path
+        if source is None:  # weights from state_dict
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        kwargs["use_safetensors"] = True
+        checked = config
+        if not isinstance(checked, KNOWNConfig):
+            # Without the weights' dtype, and all other arguments that do not belong to the config.
+            checked, _ = KNOWNConfig.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
+        location = {name: kwargs[name] for name in _LOCATION if name in kwargs}
+        _refuse_other_files(source, checked, location)
+        path = cached_file(source, _WEIGHTS_NAME, **location, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            raise FileNotFoundError(f"{source} has no {_WEIGHTS_NAME}; save the weights of KNOWN with save_pretrained")
+        _check_header(source, path, cls, checked)
+        try:
+            return super().from_pretrained(source, *model_args, config=config, **kwargs)
+        except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}"[:500].split())
+            raise ValueError(f"{source} cannot be loaded as KNOWN ({reason}); restore it from a copy") from error
+
+    @classmethod
     def from_keras(cls, folder: str | os.PathLike, config: KNOWNConfig | None = None) -> "KNOWNModel":
         """
         Load the published Keras weights `KNOWN_Conv.h5`, `KNOWN_FC.h5` and `KNOWN_Bias.h5`.
@@ -238,6 +283,37 @@ class KNOWNModel(KNOWNPreTrainedModel):
             raise ValueError(f"history must have a floating-point dtype, got {history.dtype}")
         if labels is not None and labels.shape != history.shape[:1]:
             raise ValueError(f"labels must have shape {tuple(history.shape[:1])}, got {tuple(labels.shape)}")
+
+
+def _refuse_other_files(source: str | os.PathLike, config: KNOWNConfig, location: dict[str, Any]) -> None:
+    """Refuse a config, or an adapter beside it, that makes `from_pretrained` read other files than the weights."""
+    for name in ("transformers_weights", "quantization_config"):
+        if getattr(config, name, None) is not None:
+            raise ValueError(f"config.json of {source} has the key {name!r}, which KNOWN does not support; remove it")
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(source, "adapter_config.json", **location, **lenient) is not None:
+        raise ValueError(f"{source} has an adapter_config.json, but KNOWN takes no adapters; remove the file")
+
+
+def _check_header(source: str | os.PathLike, path: str, model_class: type[KNOWNModel], config: KNOWNConfig) -> None:
+    """Compare names, shapes and dtypes in the header of a safetensors file with those of a config."""
+    with torch.device("meta"):
+        expected = {name: list(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            pieces = {name: file.get_slice(name) for name in file.keys() if name in expected}
+            stored = {name: (piece.get_shape(), piece.get_dtype()) for name, piece in pieces.items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}); restore it from a copy") from error
+    for name, shape in expected.items():
+        if name not in stored:
+            raise ValueError(f"{source} holds no KNOWN weights: it lacks tensor {name!r}; give another folder or id")
+        actual, dtype = stored[name]
+        if actual != shape or dtype not in _DTYPES:
+            raise ValueError(
+                f"tensor {name!r} of {path} is {dtype} of shape {actual}, but the config needs floats of shape"
+                f" {shape}; restore config and weights from the same copy"
+            )
 
 
 AutoModel.register(KNOWNConfig, KNOWNModel, exist_ok=True)

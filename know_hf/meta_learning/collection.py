@@ -1,7 +1,6 @@
 """Collections: folders of many trajectories, with an index of their splits and properties."""
 
 import fnmatch
-import json
 import logging as python_logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..checkpoint import parse_json, read_json_object
 from .state_readers import PUBLISHED_SUFFIXES, open_states
 
 logger: python_logging.Logger = logging.get_logger(__name__)
@@ -140,15 +140,15 @@ def _list(folder: Path) -> list[CollectedTrajectory]:
         return [_from_recipe(folder)]
     index = folder / INDEX_NAME
     if index.exists():
-        return [_from_row(index, number, line) for number, line in enumerate(index.read_text("utf-8").splitlines(), 1)]
+        return [_from_row(index, number, line) for number, line in enumerate(index.read_bytes().splitlines(), 1)]
     files = [CollectedTrajectory(path) for suffix in PUBLISHED_SUFFIXES for path in folder.glob(f"*{suffix}")]
     subfolders = {path.parent for name in ("trajectory.json", RECIPE_NAME) for path in folder.glob(f"*/{name}")}
     return files + [_from_recipe(path) for path in subfolders]
 
 
-def _from_row(index: Path, number: int, line: str) -> CollectedTrajectory:
+def _from_row(index: Path, number: int, line: bytes) -> CollectedTrajectory:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         name = row.get("path") or row["name"]
         path = index.parent / name
         is_inside = path.resolve().is_relative_to(index.parent.resolve())
@@ -158,13 +158,24 @@ def _from_row(index: Path, number: int, line: str) -> CollectedTrajectory:
         ) from error
     if not is_inside:
         raise ValueError(f"line {number} of {index} names {name!r}, which is outside the folder; rebuild the index")
-    return CollectedTrajectory(path, row.get("split"), row)
+    return _collected(path, row, f"line {number} of {index}")
 
 
 def _from_recipe(path: Path) -> CollectedTrajectory:
     recipe = path / RECIPE_NAME
-    about = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
-    return CollectedTrajectory(path, about.get("split"), about)
+    about = read_json_object(recipe) if recipe.is_file() else {}
+    return _collected(path, about, str(recipe))
+
+
+def _collected(path: Path, about: dict[str, Any], source: str) -> CollectedTrajectory:
+    trajectory = CollectedTrajectory(path, about.get("split"), about)
+    for name, value, kind in (
+        ("split", trajectory.split, str),
+        ("num_states", trajectory.of_schedule("num_states"), int),
+    ):
+        if not isinstance(value, kind | None):
+            raise ValueError(f"{source} has {name}={value!r:.60}, expected {kind.__name__}; restore it from a copy")
+    return trajectory
 
 
 def _why_unfinished(trajectory: CollectedTrajectory, num_states: int) -> str | None:

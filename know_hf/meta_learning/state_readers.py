@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..known.keras_import import open_hdf5
+from ..known.keras_import import find_dataset, open_hdf5, read_values
 from ..roles import PREDICTED_ROLES
 from ..trajectory import WeightTrajectory
 
@@ -144,20 +144,21 @@ class PublishedStates(StateReader):
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         dataset = self._datasets[name]
         if dataset.ndim == 2:
-            return torch.from_numpy(dataset[start:stop].astype(np.float32).T)
+            return torch.from_numpy(read_values(dataset, self.path, slice(start, stop)).T)
         # The scalars of a (height, width, N, T) dataset are ordered by kernel position, N of each.
         width, count = dataset.shape[1:3]
         pieces = [
-            dataset[k // width, k % width, max(start - k * count, 0) : min(stop - k * count, count)]
+            read_values(dataset, self.path, np.s_[k // width, k % width, first : min(stop - k * count, count)])
             for k in range(start // count, (stop - 1) // count + 1)
+            for first in [max(start - k * count, 0)]
         ]
-        return torch.from_numpy(np.concatenate(pieces).astype(np.float32).T)
+        return torch.from_numpy(np.concatenate(pieces).T)
 
     def close(self) -> None:
         self._file.close()
 
     def _read_datasets(self) -> "dict[str, h5py.Dataset]":
-        present = [name for name in PUBLISHED_DATASETS if name in self._file]
+        present = [name for name in PUBLISHED_DATASETS if name in {*self._file}]
         datasets = {name: dataset for name in present if (dataset := self._dataset(name)).size}
         if not datasets:
             raise ValueError(
@@ -170,10 +171,9 @@ class PublishedStates(StateReader):
         return datasets
 
     def _dataset(self, name: str) -> "h5py.Dataset":
-        dataset = self._file[name]
-        is_dataset = hasattr(dataset, "dtype")  # a group has no dtype
-        if not is_dataset or dataset.dtype.kind != "f" or dataset.ndim != PUBLISHED_DATASETS[name][1]:
-            actual = f"{dataset.dtype} of shape {dataset.shape}" if is_dataset else "a group"
+        dataset = find_dataset(self._file, self.path, name)
+        if dataset is None or dataset.dtype.kind != "f" or dataset.ndim != PUBLISHED_DATASETS[name][1]:
+            actual = "a group" if dataset is None else f"{dataset.dtype} of shape {dataset.shape}"
             raise ValueError(
                 f"dataset {name!r} of {self.path} is {actual}, expected floats with {PUBLISHED_DATASETS[name][1]} "
                 "axes, the states last; use a file of the published meta-dataset"

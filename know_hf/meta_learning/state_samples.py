@@ -4,7 +4,6 @@ A sample is drawn once, reading no more of a large tensor than is drawn. It can 
 numbers that each process maps into memory and one JSON file that describes them.
 """
 
-import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
 
-from ..checkpoint import fsync, write_json
+from ..checkpoint import fsync, read_json_object, write_json
+from ..roles import PREDICTED_ROLES
 from .state_readers import StateReader, TensorInfo
 
 FORMAT_VERSION = 1
@@ -27,6 +28,8 @@ FORMAT_VERSION = 1
 COMPLETE_SCALARS = 2**18
 RUN_SCALARS = 16
 PIECE_SCALARS = 2**22
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,13 @@ class SampledTensor:
     largest: float  # largest magnitude of a sampled weight in any state
     mean_steps: list[float]  # mean |difference| between consecutive states, most forgotten first, T - 1 values
     largest_steps: list[float]  # largest such differences
+
+    def __post_init__(self) -> None:
+        numbers = (self.largest, *self.mean_steps, *self.largest_steps)
+        if self.role not in PREDICTED_ROLES or not 1 <= self.rows <= self.size:
+            raise ValueError(f"role {self.role!r:.60}, {self.rows} of {self.size} scalars")
+        if len(self.mean_steps) != len(self.largest_steps) or not all(0 <= n <= _LARGEST for n in numbers):
+            raise ValueError("magnitudes that are negative, beyond float32 or not one per step")
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ def sample_states(
         [`StateSample`], without tensors that are equal in all states.
 
     Raises:
-        `ValueError`: If a sampled value is not finite.
+        `ValueError`: If a sampled value is not finite, or a file of the cache is damaged.
         `filelock.Timeout`: If another process draws the same sample and `wait` is `False`.
     """
     try:
@@ -131,13 +141,27 @@ def sample_states(
                 fsync(partial)
                 partial.replace(numbers)
                 write_json(description, {"tensors": [asdict(tensor) for tensor in tensors]})
-        entries = json.loads(description.read_text(encoding="utf-8"))["tensors"]
-        tensors = [SampledTensor(**entry) for entry in entries]
+        tensors = _read_description(description, reader.num_states)
         # An empty file cannot be mapped.
         source = numbers if tensors else np.empty((0, reader.num_states), np.float32)
         return StateSample(str(reader.path), key, reader.num_states, tensors, source)
     finally:
         reader.close()
+
+
+def _read_description(path: Path, num_states: int) -> list[SampledTensor]:
+    """Read the description of a cached sample. A `ValueError` names a damaged file."""
+    hint = f"delete it and its {path.with_suffix('.float32').name}"
+    content = read_json_object(path, hint).get("tensors")
+    try:
+        tensors = TypeAdapter(list[SampledTensor]).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("tensors", *first["loc"])))
+        raise ValueError(f"{path} does not describe a sample: {key}: {first['msg']}; {hint}") from None
+    if any(len(tensor.mean_steps) != num_states - 1 for tensor in tensors):
+        raise ValueError(f"{path} does not describe a sample of {num_states} states; {hint}")
+    return tensors
 
 
 def _draw_all(

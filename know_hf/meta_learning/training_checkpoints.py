@@ -12,13 +12,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError  # what torch raises for a damaged optimizer.bin
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from ..checkpoint import atomic_folder, write_json
+from ..checkpoint import CheckpointReader, atomic_folder, read_json_object, write_json
 from ..distributed import on_main_process
 
 RUN_NAME = "run.json"
@@ -79,21 +81,34 @@ class CheckpointFolder:
             [`Progress`] of the checkpoint, or an initial one.
 
         Raises:
-            `ValueError`: If the checkpoint belongs to another training; the message names the difference.
+            `ValueError`: If the checkpoint is damaged, or belongs to another training; the message names the
+            difference.
         """
         newest = on_main_process(self._accelerator, lambda: self._checkpoints()[-1:])
         if not newest:
             return Progress()
-        content = json.loads((newest[0] / RUN_NAME).read_text(encoding="utf-8"))
+        path = newest[0] / RUN_NAME
+        hint = f"delete {newest[0]} to resume from an earlier checkpoint"
+        content = read_json_object(path, hint)
+        try:
+            run, progress = dict(content["run"]), Progress(**content["progress"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not describe a training ({error!r}); {hint}") from error
         for key, value in self._run.items():
-            if key in content["run"] and content["run"][key] != value:
+            if key in run and run[key] != value:
                 raise ValueError(
-                    f"{newest[0]} was saved by a training with {key}={content['run'][key]!r}, this one has {value!r};"
+                    f"{newest[0]} was saved by a training with {key}={run[key]!r}, this one has {value!r};"
                     " train with the same value, or choose another checkpoint_dir"
                 )
-        self._accelerator.load_state(str(newest[0]))
+        try:
+            self._accelerator.load_state(str(newest[0]))
+        except (EOFError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            raise ValueError(f"{newest[0]} cannot be loaded ({error}); {hint}") from error
         best = newest[0] / BEST_NAME
-        return Progress(**content["progress"], best_weights=load_file(best) if best.exists() else {})
+        if best.exists():
+            reader = CheckpointReader([best])
+            progress.best_weights = {name: reader.tensor(name) for name in reader.names}
+        return progress
 
     def _write(self, target: Path, progress: Progress) -> None:
         # A folder of that name is from another training, or the checkpoint that this one resumed from.

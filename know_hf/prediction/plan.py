@@ -223,9 +223,10 @@ def _load_known(source: str | Path) -> KNOWNModel:
         raise ValueError(f"known must be a KNOWNModel, a folder or a Hub id, got {source!r}")
     if not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
         raise FileNotFoundError(f"known={str(source)!r} is neither a folder nor a Hub id")
-    model, info = KNOWNModel.from_pretrained(source, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{source} holds no KNOWN weights: it lacks tensor {missing[0]!r}; give another folder or id")
+    model = KNOWNModel.from_pretrained(source)
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"tensor {name!r} of {source} contains non-finite values; restore it from a copy")
     return model
 
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_json
+from ..checkpoint import read_json_object, write_json
 from ..plotting import forgetting_picture, save_figure
 from ..recording import induce_forgetting
 from ..trajectory import WeightTrajectory
@@ -58,7 +58,7 @@ def _check_or_write_arguments(args: RecordArguments, output_dir: Path, write: bo
     path = output_dir / _ARGUMENTS_NAME
     new = json.loads(json.dumps(_with_explicit_paths(args.to_dict())))
     if path.exists() and WeightTrajectory.exists(output_dir / _TRAJECTORY_NAME):
-        old = _with_explicit_paths(json.loads(path.read_text(encoding="utf-8")))
+        old = _with_explicit_paths(read_json_object(path))
         for key in sorted((new.keys() | old.keys()) - {"output_dir"}):
             if old.get(key) != new.get(key):
                 raise ValueError(

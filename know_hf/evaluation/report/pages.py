@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub.utils import yaml_dump
 
+from ...checkpoint import read_json_object
 from ...markdown import fenced, markdown
 from .comparison_report import REPORT_NAME, SCHEMA_VERSION
 from .figures import (
@@ -101,9 +102,7 @@ def read_report(report: Report | str | Path) -> Report:
     if not isinstance(report, Mapping):
         path = Path(report)
         path = path / REPORT_NAME if path.is_dir() else path
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(report, Mapping):
-            raise ValueError(f"{path} must contain a JSON object, got a {type(report).__name__}")
+        report = read_json_object(path, "run know-hf compare again")
     version = report.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ValueError(

@@ -1,0 +1,113 @@
+"""Damaged or hostile files of users give one error that names the file, or are read: KNOWN, sample cache, YAML."""
+
+import copy
+import json
+import random
+from collections import Counter
+from functools import partial
+
+import torch
+from doubles.toy_trajectories import record_walk
+
+from know_hf import KNOWNConfig, KNOWNModel
+from know_hf.meta_learning import TransitionDataset
+
+VALUES = [
+    None, True, False, 0, -1, 1, 5, 64, 2**31, 2**64, 10**400, -0.0, 0.5, 1e308, float("inf"), float("nan"), "", "5",
+    "evil", "é\u202e", "x" * 10_000, [], {}, [1], [[]], {"a": 1}, {"fc": None}, {"roles": 1},
+]  # fmt: skip
+DAMAGES = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\xef\xbb\xbf{}",
+    b"\xff\xfe{}",
+    b'{"a": 1, "a": 1}',
+    b"[" * 100_000,
+    b"9" * 5000,
+]
+
+
+def changed(content, rng):
+    """A copy with a random change at a random place."""
+    content = copy.deepcopy(content)
+    node = content
+    for _ in range(rng.randrange(4)):
+        inner = list(node.values()) if isinstance(node, dict) else node
+        inner = [child for child in inner if isinstance(child, dict | list) and child]
+        if not inner:
+            break
+        node = rng.choice(inner)
+    key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+    if rng.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = rng.choice(VALUES)
+    return content
+
+
+def inputs(content, count, seed=0):
+    """Bytes of damaged files: fixed ones, cut ones and ones with a random change."""
+    rng = random.Random(seed)
+    text = json.dumps(content).encode()
+    yield from DAMAGES
+    for _ in range(count // 5):
+        yield text[: rng.randrange(len(text))]
+    for _ in range(count):
+        yield json.dumps(changed(content, rng)).encode()
+
+
+def outcome(read, name, data):
+    """Whether a reader refuses its file with an error that names it in one line."""
+    try:
+        read()
+    except (ValueError, OSError) as error:
+        message = str(error)
+        assert name in message, (data[:300], message)
+        assert "\n" not in message and len(message) < 2000, (data[:300], message)
+        return "refused"
+    return "read"
+
+
+def test_config_of_known(tmp_path):
+    KNOWNModel(KNOWNConfig(trained_on={"roles": {"fc": {"largest_weight": 1.0, "tensors": 3}}})).save_pretrained(
+        tmp_path
+    )
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    outcomes = Counter()
+    for number, data in enumerate(inputs(content, 100)):
+        path.write_bytes(data)
+        read = KNOWNModel.from_pretrained if number % 4 == 0 else KNOWNConfig.from_pretrained
+        outcomes[outcome(partial(read, tmp_path), str(tmp_path), data)] += 1
+    assert min(outcomes.values()) > 20, outcomes
+
+
+def test_weights_of_known(tmp_path):
+    KNOWNModel(KNOWNConfig()).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights, rng = path.read_bytes(), random.Random(0)
+    for _ in range(30):
+        start = rng.randrange(2000)
+        data = weights[:start] + rng.choice([b"", b"9", b'"', b"-", b"\xff"]) + weights[start + 1 :]
+        data = data[: rng.choice([len(data), start])]
+        path.write_bytes(data)
+        outcome(lambda: KNOWNModel.from_pretrained(tmp_path), str(tmp_path), data)
+
+
+def test_cached_samples(tmp_path):
+    record_walk(tmp_path / "a", num_states=6)
+    TransitionDataset([tmp_path / "a"], cache_dir=tmp_path / "cache", progress=False)
+    (path,) = (tmp_path / "cache").glob("*.json")
+
+    def read():
+        dataset = TransitionDataset([tmp_path / "a"], cache_dir=tmp_path / "cache", progress=False)
+        dataset.describe()
+        assert torch.isfinite(dataset[0]["history"]).all()
+
+    outcomes = Counter()
+    for data in inputs(json.loads(path.read_text()), 150):
+        path.write_bytes(data)
+        outcomes[outcome(read, path.stem, data)] += 1
+    assert min(outcomes.values()) > 5, outcomes
