@@ -100,3 +100,26 @@ def test_repo_differs_from_the_recorded_trajectory(
     with raises(TrajectoryError, name):
         pull("me/t", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
+
+
+def test_bytes_that_differ_from_the_hash_on_the_hub(hub: LoopbackHub, enhanced: Path, tmp_path: Path) -> None:
+    repo = store(hub, enhanced, "me/x")
+    sha256 = repo.resolve("main").tree["model.safetensors"].sha256
+    content = hub.large_files[sha256]
+    hub.large_files[sha256] = content[:-1] + bytes([content[-1] ^ 1])
+    with raises(HubError, r"model.safetensors: the downloaded file is damaged"):
+        pull("me/x", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+    hub.large_files[sha256] = content
+    assert contents(pull("me/x", tmp_path / "pulled")) == contents(enhanced)
+
+
+@pytest.mark.parametrize("pattern", ["GET .*/resolve/.*config.json", "GET .*/tree/"])
+def test_the_token_is_not_sent_to_another_host(hub: LoopbackHub, enhanced: Path, tmp_path: Path, pattern: str) -> None:
+    hub.create("me/x", contents(enhanced), private=True)
+    pull("me/x", tmp_path / "first")
+    hub.fail(pattern, times=1000, status=302, headers={"Location": f"{hub.cdn_url}/elsewhere"})
+    with raises(OSError):
+        pull("me/x", tmp_path / "second")
+    assert {request.has_token for request in hub.requests if request.on_cdn} == {False}
+    assert hub.matching("GET /elsewhere") and not (tmp_path / "second").exists()

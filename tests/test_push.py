@@ -377,6 +377,28 @@ def test_commit_of_someone_else_in_between(hub: LoopbackHub, enhanced: Path) -> 
     assert hub.repo("me/z").files().keys() == {"notes.txt"}
 
 
+@pytest.mark.parametrize("change", ["another trajectory", "a file of a state"])
+def test_a_trajectory_is_never_mixed_with_another(
+    hub: LoopbackHub, recorded: Path, sharing: WeightTrajectory, tmp_path: Path, change: str
+) -> None:
+    files = contents(sharing.path) if change == "another trajectory" else {"state-1/config.json": b"{}"}
+    hub.fail(COMMIT, times=3 if change == "another trajectory" else 5, before=lambda: None)
+    hub.fail(COMMIT, before=lambda: hub.add("me/t", files))
+    with raises(HubError, "state . of me/t was changed .* push again"):
+        push(recorded, "me/t")
+    with raises(TrajectoryError, "push was not finished"):
+        pull("me/t", tmp_path / "pulled")
+    push(recorded, "me/t")
+    WeightTrajectory(pull("me/t", tmp_path / "pulled")).verify()
+
+
+def test_nothing_private_is_sent_to_a_repo_that_became_public(hub: LoopbackHub, enhanced: Path) -> None:
+    hub.fail("POST .*/repos/create", before=lambda: hub.create("me/x"))
+    with raises(HubError, "me/x is public, not private"):
+        push(enhanced, "me/x", private=True)
+    assert hub.repo("me/x").files() == {} and not hub.matching("PUT")
+
+
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         push(tmp_path / "nowhere", "me/x")

@@ -9,11 +9,12 @@ from typing import Any, Unpack
 from ..cards import known_card, trajectory_card
 from ..cards.suite_tables import COMPARISONS_NAME
 from ..checkpoint import CheckpointReader, write_json
+from ..hub_client import HubError, RemoteRepo
 from ..known import configuration_known, modeling_known
 from ..known.configuration_known import KNOWNConfig
 from ..known.modeling_known import KNOWNModel
 from ..trajectory import TrajectoryError, WeightTrajectory
-from ..trajectory.manifest import MANIFEST_NAME, Manifest
+from ..trajectory.manifest import MANIFEST_NAME, Manifest, StateRecord
 from .push_target import PushKeywords, PushOptions, PushTarget
 from .repo_contents import CARD, architecture_of, checkpoint_files, is_card_file, is_weights, kind_of, read_config
 
@@ -73,7 +74,7 @@ def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **o
 
     A repo without `trajectory.json` cannot be read as a trajectory. After an interruption, push again: states on the
     Hub are skipped. If the repo holds another trajectory, the first commit deletes its `trajectory.json` and the last
-    commit its other states.
+    commit its other states. If another commit changes a state meanwhile, the last commit is refused.
 
     States that share tensors with earlier ones cannot be loaded from the Hub with `from_pretrained(repo_id,
     subfolder="state-k")`, which does not read other subfolders. Use `WeightTrajectory.from_hub(repo_id).load_model(k)`
@@ -89,6 +90,7 @@ def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **o
     Raises:
         `TrajectoryError`: If the trajectory is on the Hub, has no complete state, or has a file that differs from the
             recorded one.
+        `HubError`: If another commit changes a state during the push, and as [`push_checkpoint`].
     """
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
@@ -104,11 +106,10 @@ def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **o
     repo = target.create(message)
 
     manifest = Manifest.read(folder)
-    is_other = MANIFEST_NAME in repo.files and not repo.has(MANIFEST_NAME, folder / MANIFEST_NAME)
     for state in manifest.states:
-        if not all(repo.has(record.path, folder / record.path, record.sha256) for record in state.files):
+        if not _has_state(repo, folder, state):
             files = {record.path: folder / record.path for record in state.files}
-            target.commit(files, f"{message}: state {state.index}", lambda name: is_other and name == MANIFEST_NAME)
+            target.commit(files, f"{message}: state {state.index}", lambda name: name == MANIFEST_NAME)
     state_files = {record.path for state in manifest.states for record in state.files}
     last = {record.path: folder / record.path for record in manifest.files}
     last |= {path.name: path for path in sorted(folder.iterdir()) if is_card_file(path.name)}
@@ -117,7 +118,14 @@ def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **o
         if CARD not in last:
             last[CARD] = Path(temporary) / CARD
             last[CARD].write_text(str(trajectory_card(trajectory, repo_id=target.repo_id)), encoding="utf-8")
-        target.commit(last, message, lambda name: name not in state_files and name.startswith("state-"))
+
+        def check(repo: RemoteRepo) -> None:
+            for state in manifest.states:
+                if not _has_state(repo, folder, state):
+                    changed = f"state {state.index} of {repo.repo_id} was changed by another commit during the push"
+                    raise HubError(f"{changed}; push again, or to another repo")
+
+        target.commit(last, message, lambda name: name not in state_files and name.startswith("state-"), check)
     return target.url
 
 
@@ -153,6 +161,10 @@ def push_known(model: KNOWNModel | str | Path, repo_id: str, **options: Unpack[P
             _write_known_card(folder, repo_id)
         options["commit_message"] = options.get("commit_message") or "Upload KNOWN weights with know_hf"
         return push_checkpoint(folder, repo_id, **options)
+
+
+def _has_state(repo: RemoteRepo, folder: Path, state: StateRecord) -> bool:
+    return all(repo.has(record.path, folder / record.path, record.sha256) for record in state.files)
 
 
 def _is_known(folder: Path) -> bool:

@@ -123,12 +123,23 @@ class PushTarget:
             self._call(what, self._api.create_branch, branch=str(options.revision), exist_ok=True)
         return self._open()
 
-    def commit(self, files: Mapping[str, Path], message: str, is_obsolete: Callable[[str], bool]) -> None:
-        """Commit the files, given by path in the repo, that differ from those on the Hub, and delete obsolete ones."""
+    def commit(
+        self,
+        files: Mapping[str, Path],
+        message: str,
+        is_obsolete: Callable[[str], bool],
+        check: Callable[[RemoteRepo], None] | None = None,
+    ) -> None:
+        """Commit the files, given by path in the repo, that differ from those on the Hub, and delete obsolete ones.
+
+        `check` is called before each attempt with the repo that the commit changes.
+        """
 
         def attempt() -> CommitInfo:
             repo = self._open()
-            self._check_contents(repo)
+            self._check_repo(repo)
+            if check is not None:
+                check(repo)
             obsolete = [name for name in repo.files if name not in files and is_obsolete(name)]
             return self._api.create_commit(
                 self.repo_id,
@@ -162,10 +173,7 @@ class PushTarget:
         if not options.is_pull_request and "write" in inspect.signature(HfApi.auth_check).parameters:  # not in 1.0
             failure = f"No write access to {self.repo_id}: use another repo, or open a pull request (create_pr=True)"
             call_hub(lambda: self._api.auth_check(self.repo_id, write=True), failure)
-        if None not in (options.private, repo.private) and options.private != repo.private:
-            actual, requested = ("private", "public") if repo.private else ("public", "private")
-            raise HubError(f"{self.repo_id} is {actual}, not {requested}; change that on the Hub or use another repo")
-        self._check_contents(repo)
+        self._check_repo(repo)
         return repo
 
     def _call(self, what: str, method: Callable[..., Any], retry: bool = True, **arguments: Any) -> Any:
@@ -175,8 +183,12 @@ class PushTarget:
     def _open(self) -> RemoteRepo:
         return RemoteRepo.open(self.repo_id, self._revision, self._options.token)
 
-    def _check_contents(self, repo: RemoteRepo) -> None:
-        """Refuse to mix kinds or architectures in one repo."""
+    def _check_repo(self, repo: RemoteRepo) -> None:
+        """Refuse to publish what must be private, and to mix kinds or architectures in one repo."""
+        private = self._options.private
+        if None not in (private, repo.private) and private != repo.private:
+            actual, requested = ("private", "public") if repo.private else ("public", "private")
+            raise HubError(f"{self.repo_id} is {actual}, not {requested}; change that on the Hub or use another repo")
         pairs: dict[str, str | None] = {self._kind: kind_of(repo.files)}
         if self._architecture is not None and "config.json" in repo.files:
             pairs[self._architecture] = architecture_of(repo.fetch("config.json", self._options.token))

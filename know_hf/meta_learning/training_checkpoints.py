@@ -111,14 +111,20 @@ class CheckpointFolder:
         return progress
 
     def _write(self, target: Path, progress: Progress) -> None:
-        # A folder of that name is from another training, or the checkpoint that this one resumed from.
-        with atomic_folder(target, overwrite=True) as work:
-            self._accelerator.save_state(str(work))
-            if progress.best_weights:
-                save_file(progress.best_weights, work / BEST_NAME, metadata={"format": "pt"})
-            content = asdict(progress)
-            del content["best_weights"]
-            write_json(work / RUN_NAME, {"run": self._run, "progress": content})
+        content = asdict(progress)
+        del content["best_weights"]
+        try:
+            # A folder of that name is from another training, or the checkpoint that this one resumed from.
+            with atomic_folder(target, overwrite=True) as work:
+                self._accelerator.save_state(str(work))
+                if progress.best_weights:
+                    save_file(progress.best_weights, work / BEST_NAME, metadata={"format": "pt"})
+                write_json(work / RUN_NAME, {"run": self._run, "progress": content})
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last if the disk is full
+            raise OSError(
+                f"{target} could not be written ({error}). Free disk space and train again: training resumes from the"
+                " last checkpoint."
+            ) from error
         for old in self._checkpoints()[: -self._keep]:
             shutil.rmtree(old)
 
