@@ -79,10 +79,10 @@ def predict_overflowed_weights(
 
     Raises:
         `TrajectoryError`: if a file is not the recorded one, states are out of order or have different tensors, a
-            value is not finite, or weights are quantised; names tensor and state.
+            value is not finite, or the config is that of a quantised model; names tensor and state.
         `ValueError`: if the trajectory has fewer states than the predictor needs, an argument is invalid,
-            `output_dir` contains the trajectory, a value is too large for `dtype`, or the losses of a gate
-            cannot be compared.
+            `output_dir` contains the trajectory, a value is too large for `dtype` or float32, or the losses of a
+            gate cannot be compared.
         `FileExistsError`: if `output_dir` is not empty and `overwrite` is off.
         `OSError`: before the work, if the disk has too little space or another process writes to `output_dir`.
         `HubError` or an error of huggingface_hub: if the checkpoint cannot be pushed; a written one stays in

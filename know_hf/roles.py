@@ -2,10 +2,12 @@
 
 KNOWN has one network each for convolution kernels (`conv`), matrices (`fc`) and additive vectors (`bias`). In the
 paper the shape alone decides: 3×3 kernels are conv, other tensors of two or more axes are fc, vectors are bias. Here
-the module that owns a tensor decides, so roles hold for any model. Tensors that no network was meant for keep their
-values: `norm` (parameters of normalisation layers), `kept` (other parameters) and `copied` (buffers).
+the module that owns a tensor and the tensor's name decide before its axes, so roles hold for any model. Tensors that
+no network was meant for keep their values: `norm` (parameters of normalisation layers), `kept` (other parameters) and
+`copied` (buffers).
 """
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +20,24 @@ from .model_tensors import unsharded_shape
 
 PREDICTED_ROLES = ("conv", "fc", "bias")
 ROLES = (*PREDICTED_ROLES, "norm", "kept", "copied")
-_MATRIX_OWNERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-_ELEMENTWISE = ("A_log",)  # log decay rates of state-space models, one row per channel
+PREDICTED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MATRIX_OWNERS = (
+    *(nn.Linear, nn.Bilinear, Conv1D, nn.Embedding, nn.EmbeddingBag),
+    *(nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase),
+)
+# The last of these words in the name of a parameter tells its kind, whatever its shape.
+_WORDS = re.compile(
+    r"(?P<norm>norm(?!al))"
+    r"|(?P<bias>bias(?!.*(weight|proj|kernel)))"
+    # a row per token or position, or a factor of LoRA, LoHa or LoKr, even if it has a single row
+    r"|(?P<matrix>token|embed|(?<![a-z])emb|emb$|(?<![a-z])table|probe|latent|newline|lora_[ab](?![a-z])|(hada|lokr)_w)"
+    # with the decay rates of state-space models, one row per channel
+    r"|(?P<scale>(scale(?!d)|scaling|gain|gamma|lambda|temperature|magnitude|decay$|(?<![a-z])(ls|tau|a_log)(?![a-z]))"
+    r"(?!.*(weight|proj|kernel)))",
+    re.IGNORECASE,
+)
+_NORM_KINDS = re.compile(r"[Nn]orm(?!al)|NORM|(GRN|RMS|[BGL]N)(\dd)?$")  # GRN: global response normalisation
+_SCALE_KINDS = re.compile(r"(Scale|Gain|Temperature)(\dd)?$")
 
 
 @dataclass(frozen=True)
@@ -70,7 +88,7 @@ def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         path, _, attribute = name.rpartition(".")
         owner = owners.get(path)
-        if isinstance(owner, nn.ParameterDict):  # of peft, by name of the adapter
+        if isinstance(owner, nn.ParameterDict | nn.ParameterList):  # keys are names of adapters, or indices
             attribute = path.rpartition(".")[2]
         first = first_name.setdefault(id(tensor), name)
         if first == name:
@@ -83,56 +101,72 @@ def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
 
 def role_by_shape(name: str, shape: tuple[int, ...], is_floating_point: bool) -> TensorRole:
     """Role of a tensor on disk of unknown owner, for tensors that saving splits or merges."""
-    axes = f"{len(shape)} axes, owner unknown"
     if not is_floating_point:
         return TensorRole("copied", "integer tensor, owner unknown")
+    parent, _, attribute = name.rpartition(".")
+    if _NORM_KINDS.search(parent.rpartition(".")[2]):
+        return TensorRole("norm", "norm by name, owner unknown")
+    if ".parametrizations." in f".{name}" or re.search("weight_[gv]$", attribute):
+        return TensorRole("kept", "factor of a parametrized weight, owner unknown")
+    if role := _role_by_name(attribute, "unknown owner"):
+        return role
+    axes = f"{len(shape)} axes, owner unknown"
     if len(shape) > 3 and any(size > 1 for size in shape[2:]):
         return TensorRole("conv", axes)
-    if len(shape) >= 2:
-        return TensorRole("fc", axes)
-    if "norm" in name.lower():
-        return TensorRole("norm", "norm by name, owner unknown")
-    if len(shape) == 1 and "bias" in name.rpartition(".")[2]:
-        return TensorRole("bias", "bias by name, owner unknown")
-    return TensorRole("kept", axes)
+    return TensorRole("fc" if len(shape) > 1 else "kept", axes)
 
 
-def _role(owner: nn.Module | None, name: str, attribute: str, tensor: object) -> TensorRole:
+def _role(owner: nn.Module | None, name: str, attribute: str, tensor: torch.Tensor) -> TensorRole:
     kind = type(owner).__name__.removeprefix("FSDP")  # fully_shard subclasses the class of the module
     if not isinstance(tensor, nn.Parameter):
         return TensorRole("copied", f"buffer of {kind}")
-    if not tensor.is_floating_point():
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return TensorRole("copied", f"integer parameter of {kind}")
-    if "norm" in kind.lower() or kind.endswith("GRN"):  # global response normalisation
-        return TensorRole("norm", f"{attribute} of {kind}")
-    if ".parametrizations." in f".{name}":
+    if tensor.dtype not in PREDICTED_DTYPES:
+        return TensorRole("kept", f"{str(tensor.dtype).removeprefix('torch.')} parameter of {kind}")
+    if ".parametrizations." in f".{name}" or _is_factor(owner, attribute):
         return TensorRole("kept", "factor of a parametrized weight")
     shape = unsharded_shape(tensor)
-    if not shape:
-        return TensorRole("kept", f"scalar of {kind}")
-    if len(shape) > 1:
-        return _matrix_role(owner, kind, attribute, shape)
-    if "bias" in attribute:
-        return TensorRole("bias", f"{attribute} of {kind}")
-    return TensorRole("kept", f"{attribute} of {kind}, a vector that may scale instead of shift")
-
-
-def _matrix_role(owner: nn.Module | None, kind: str, attribute: str, shape: torch.Size) -> TensorRole:
-    """Role of a floating-point parameter of two or more axes."""
-    if isinstance(owner, _ConvNd):
-        taps = "×".join(map(str, owner.kernel_size))
-        is_pointwise = all(size == 1 for size in owner.kernel_size)
-        return TensorRole("fc" if is_pointwise else "conv", f"{taps} kernel of {kind}")
-    if isinstance(owner, (*_MATRIX_OWNERS, Conv1D, nn.Embedding)) or _is_matrix(attribute):
-        return TensorRole("fc", f"{attribute} of {kind}, {len(shape)} axes")
-    if attribute in _ELEMENTWISE:
-        return TensorRole("kept", f"{attribute} of {kind}, which acts element by element")
+    if isinstance(owner, (_ConvNd, *_MATRIX_OWNERS)):
+        return _role_by_name(attribute, kind) or _matrix_role(owner, kind, attribute, shape)
+    if _NORM_KINDS.search(kind):
+        return TensorRole("norm", f"{attribute} of {kind}")
+    if _SCALE_KINDS.search(kind):
+        return TensorRole("kept", f"{attribute} of {kind}, which scales")
+    if role := _role_by_name(attribute, kind):
+        return role
     if sum(size > 1 for size in shape) < 2:
-        size = "×".join(map(str, shape))
-        return TensorRole("kept", f"{attribute} of {kind}, a vector of shape {size} that may scale instead of shift")
+        vector = f"a vector of shape {'×'.join(map(str, shape))}" if shape else "a scalar"
+        return TensorRole("kept", f"{attribute} of {kind}, {vector} that may scale instead of shift")
     return TensorRole("fc", f"{attribute} of {kind}, {len(shape)} axes")
 
 
-def _is_matrix(attribute: str) -> bool:
-    """Whether the name is that of a matrix, even with a single row: an embedding or a factor of LoHa or LoKr."""
-    return any(word in attribute.lower() for word in ("token", "embed", "hada_w", "lokr_w"))
+def _matrix_role(owner: nn.Module, kind: str, attribute: str, shape: torch.Size) -> TensorRole:
+    """Role of the weight of a convolution or of a layer whose weight is a matrix."""
+    if not isinstance(owner, _ConvNd):
+        return TensorRole("fc", f"{attribute} of {kind}, {len(shape)} axes")
+    taps = "×".join(map(str, owner.kernel_size))
+    is_pointwise = all(size == 1 for size in owner.kernel_size)
+    return TensorRole("fc" if is_pointwise else "conv", f"{taps} kernel of {kind}")
+
+
+def _role_by_name(attribute: str, kind: str) -> TensorRole | None:
+    """Role of a parameter of any shape whose name tells its kind."""
+    words = [match.lastgroup for match in _WORDS.finditer(attribute)]
+    match words[-1] if words else None:
+        case "norm":
+            return TensorRole("norm", f"{attribute} of {kind}")
+        case "bias":
+            return TensorRole("norm" if "norm" in words else "bias", f"{attribute} of {kind}")
+        case "matrix":
+            return TensorRole("fc", f"{attribute} of {kind}, an embedding or a factor by name")
+        case "scale":
+            return TensorRole("kept", f"{attribute} of {kind}, a scale by name")
+    return None
+
+
+def _is_factor(owner: nn.Module | None, attribute: str) -> bool:
+    """Whether a parameter is of the older `weight_norm` or `spectral_norm` of torch.nn.utils."""
+    base, _, kind = attribute.rpartition("_")
+    others = {"g": "v", "v": "g", "orig": "u"}
+    return kind in others and hasattr(owner, f"{base}_{others[kind]}")

@@ -134,6 +134,54 @@ def test_the_recorded_dtype_is_written_by_default(record_states, predict, dtype)
     assert torch.equal(written["weight"], (trajectory.tensor("weight").double() + 0.5).to(dtype))
 
 
+@pytest.fixture
+def record_values(tmp_path):
+    """Records a layer beside a parameter `w` with one value per state, repeated 8 times."""
+
+    def record(dtype, values):
+        module, path = nn.Linear(2, 2), tmp_path / f"{dtype} {values}"
+        trajectory = WeightTrajectory.create(path)
+        for state, value in enumerate(values):
+            module.w = nn.Parameter(torch.full((2, 4), value, dtype=torch.float64).to(dtype), requires_grad=False)
+            trajectory.record(module, num_examples=2 ** (len(values) - state), steps=1)
+            module.weight.data += 0.01
+        return trajectory
+
+    return record
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.float8_e8m0fnu])
+def test_dtypes_that_cannot_be_predicted_are_kept_with_a_warning_if_they_moved(record_values, predict, dtype):
+    trajectory = record_values(dtype, [1.0, 2.0, 1.0])
+    result, written = predict(trajectory, Constant(0.5))
+    assert torch.equal(written["w"].view(torch.uint8), trajectory.tensor("w").view(torch.uint8))
+    assert torch.equal(written["weight"], trajectory.tensor("weight") + 0.5)
+    assert (result.tensors["w"].kept, result.tensors["weight"].kept) == (8, 0)
+    (text,) = result.warnings
+    assert "'w'" in text and str(dtype) in text
+    assert text in (result.path / "README.md").read_text()
+    still, _ = predict(record_values(dtype, [1.0, 1.0]), Constant(0.5), overwrite=True)
+    assert still.warnings == [] and still.tensors["w"].kept == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.float8_e4m3fnuz])
+def test_dtypes_that_cannot_be_stored_are_refused_before_anything_is_written(record_values, tmp_path, dtype):
+    with pytest.raises(TrajectoryError, match=rf"'w'.*{dtype}"):
+        record_values(dtype, [1.0, 2.0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_float64_is_compared_as_stored(record_values, predict):
+    result, written = predict(record_values(torch.float64, [1.0, 1 + 1e-12]), Constant(0.5))
+    assert (result.tensors["w"].unchanged, result.tensors["w"].predicted) == (0, 8)
+    assert (written["w"] == 1.5).all()
+    result, written = predict(record_values(torch.float64, [1e300, 1e300]), Constant(0.5), overwrite=True)
+    assert result.tensors["w"].unchanged == 1 and (written["w"] == 1e300).all()
+    for values in ([1e300, 2e300], [1.0, 1e300]):
+        with pytest.raises(ValueError, match=r"'w' of state \d .*e\+300.*float32"):
+            predict(record_values(torch.float64, values), Constant(0.5), overwrite=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_another_dtype_can_be_written(trajectory, predict, dtype):
     result, written = predict(trajectory, Constant(0.5), dtype=dtype)
@@ -321,6 +369,7 @@ def test_statistics_of_a_plain_module_are_refused_before_the_work(record_states,
         ({"steps": 1.5}, "got 1.5"),
         ({"norm": "drop"}, "norm.*'drop'"),
         ({"dtype": torch.int8}, r"dtype.*torch\.int8"),
+        ({"dtype": torch.float8_e5m2}, r"dtype.*torch\.float8_e5m2"),
         ({"dtype": "float16"}, r"torch\.float16, got 'float16'"),
         ({"known": 3}, "known must be a KNOWNModel.*got 3"),
         ({"kernel": "foo"}, "unknown kernel 'foo'.*eager"),

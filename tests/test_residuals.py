@@ -1,10 +1,12 @@
 """Reports on residuals, and the warnings of a prediction."""
 
+import re
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from conftest import make_resnet
+from doubles.constant_predictor import Constant
 from test_predict import BIAS, CONV
 from torch import nn
 
@@ -76,13 +78,14 @@ def test_warnings_name_role_share_tensor_and_range(trajectory, tmp_path, caplog)
     wide = {"largest_weight": 100.0, "largest_displacement": 100.0, "mean_displacement": 1e-3}
     roles = {"conv": wide, "fc": {**wide, "largest_weight": 1e-3}, "bias": {**wide, "mean_displacement": 10.0}}
     result = predict_overflowed_weights(trajectory, predictor=Trained(roles), output_dir=tmp_path / "out")
-    bias, fc = result.warnings
+    bias, fc, same = result.warnings
     assert fc.startswith("fc: ") and "weights up to 0.001, moves up to 100" in fc
     worst = max((n for n in result.tensors if result.roles[n] == "fc"), key=lambda n: result.tensors[n].outside)
     assert f"most of them in {worst!r}" in fc
     moved = float((trajectory.tensor(BIAS) - trajectory.tensor(BIAS, 1)).abs().mean())
     assert f"bias: the weights moved by {moved:.2g}" in bias and "moves of 10" in bias
-    assert str(result).endswith(f"warning: {bias}\nwarning: {fc}")
+    assert same.startswith("the enhanced weights equal Θ0")
+    assert str(result).endswith(f"warning: {bias}\nwarning: {fc}\nwarning: {same}")
     assert result.to_dict()["warnings"] == result.warnings
 
 
@@ -92,6 +95,33 @@ def test_an_unknown_range_gives_no_warning(trajectory, tmp_path, trained_on):
     known = KNOWNModel(KNOWNConfig(trained_on=trained_on))
     result = predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "out")
     assert [text for text in result.warnings if "did not forget" not in text] == []
+
+
+class Scale(nn.Module):
+    """Has no tensor that is predicted."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.norm = nn.Parameter(torch.ones(4)), nn.LayerNorm(4)
+
+
+@pytest.mark.parametrize(
+    ("model", "predictor", "options", "words"),
+    [
+        (nn.Linear(4, 4), Constant(0.0), {}, "residual of every weight is zero"),
+        (nn.Linear(4, 4), Constant(1e-12), {}, "lost to rounding"),
+        (nn.Linear(4, 4).requires_grad_(False), Constant(0.5), {}, "no tensor with the role conv, fc or bias moved"),
+        (Scale(), Constant(0.5), {}, r"kept: 1, norm: 2\).*norm=.predict."),
+        (Scale(), Constant(0.5), {"norm": "predict"}, None),
+        (nn.Linear(4, 4), Constant(0.5), {}, None),
+    ],
+)
+def test_a_prediction_that_equals_theta_0_gives_a_warning(record_states, tmp_path, model, predictor, options, words):
+    trajectory = record_states(model, num_states=2)
+    result = predict_overflowed_weights(trajectory, predictor=predictor, output_dir=tmp_path / "out", **options)
+    texts = [text for text in result.warnings if "equal Θ0" in text]
+    assert [bool(re.search(words, text)) for text in texts] == [True] if words else texts == []
+    assert all(text in (result.path / "README.md").read_text() for text in texts)
 
 
 def test_states_that_are_no_worse_than_theta_0_give_a_warning(record_states, tmp_path):
@@ -112,6 +142,13 @@ def test_states_that_are_no_worse_than_theta_0_give_a_warning(record_states, tmp
     trivial = predict_overflowed_weights(trajectory, predictor="shrink", output_dir=tmp_path / "other")
     assert trivial.warnings == []
     assert "Θ1 (0.4) is no worse than Θ0 (0.5)" in (tmp_path / "out" / "README.md").read_text()
+    for state, loss in enumerate((0.5, 0.6, 0.3)):
+        metrics = {"eval_loss": 0.4 + state, "eval_other_set_loss": loss, "eval_lossy_accuracy": 0.5}
+        trajectory.update_metrics(state, metrics)
+    result = predict_overflowed_weights(trajectory, known, output_dir=tmp_path / "out", overwrite=True)
+    assert result.warnings == forgetting_warnings([0.5, 0.6, 0.3], "eval_other_set_loss")
+    card = (result.path / "README.md").read_text()
+    assert "By `eval_other_set_loss`, the last state is no worse than Θ0" in card
 
 
 def test_custom_code_gives_a_warning(record_states, tmp_path):

@@ -1,6 +1,7 @@
 """Base of the cards of a trajectory and of a checkpoint: what the recording says about itself."""
 
 import logging as python_logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..schedule import ForgettingSchedule
 from ..tasks.arguments import RecordArguments
 from ..trajectory import WeightTrajectory
 from ..trajectory.manifest import Manifest
+from ..trajectory.summary import loss_names
 from .base import Card, Source, source
 from .model_loading import architecture, auto_class
 
@@ -130,10 +132,10 @@ class RecordedCard(Card):
         return None if self.ratio is None else sum(self.ratio**k for k in range(len(self.states)))
 
     @property
-    def forgot_nothing(self) -> bool:
-        """Whether the evaluation loss of the last state is not higher than that of Θ0."""
-        first, last = (state["metrics"].get("eval_loss") for state in (self.states[0], self.states[-1]))
-        return len(self.states) > 1 and first is not None and last is not None and last <= first
+    def not_forgotten(self) -> list[str]:
+        """Losses that are no higher in the last state than in Θ0."""
+        first, last = (self.states[k]["metrics"] for k in (0, -1))
+        return [name for name in loss_names(first) if len(self.states) > 1 and last.get(name, math.inf) <= first[name]]
 
     @property
     def schedule_call(self) -> str | None:

@@ -1,5 +1,6 @@
 """Predict the tensors of a checkpoint from their histories."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -8,12 +9,20 @@ import torch
 
 from ..distributed import on_main_process
 from ..predictors import DepthPredictor, KNOWNPredictor, Predictor, relative_depths
+from ..trajectory.summary import loss_names
 from .pieces import Piece, pieces_of
 from .plan import COPIED_COST, PredictionPlan, model_json
 from .residuals import ResidualReport, is_finite
 from .result import PredictionResult
-from .tensor_sources import TensorSource, cast, check_finite, count_piece
-from .warnings import code_warnings, forgetting_warnings, range_warnings, rounding_warnings
+from .tensor_sources import TensorSource, cast, check_finite, check_history, count_differences, count_piece
+from .warnings import (
+    code_warnings,
+    dtype_warnings,
+    forgetting_warnings,
+    range_warnings,
+    rounding_warnings,
+    unchanged_warnings,
+)
 from .write_checkpoint import Reports, WriteOptions, checkpoint_folder, fill_checkpoint
 
 
@@ -45,12 +54,21 @@ def write_prediction(
 
 
 def prediction_result(
-    plan: PredictionPlan, reports: Reports, output_dir: str | Path, options: WriteOptions
+    plan: PredictionPlan, reports: Reports, output_dir: str | Path, options: WriteOptions, is_prediction: bool = True
 ) -> PredictionResult:
-    """Join the reports of a written checkpoint with the warnings that follow from them."""
+    """Join the reports of a written checkpoint with the warnings that follow from them.
+
+    Args:
+        plan, reports, output_dir, options:
+            What was planned and written.
+        is_prediction (`bool`, *optional*, defaults to `True`):
+            Whether the checkpoint is a prediction instead of a state that a gate chose.
+    """
     trajectory, roles = plan.trajectory, {name: tensor.role for name, tensor in plan.tensors.items()}
     configs = [model_json(path) for path in trajectory.model_files if path.name.endswith("config.json")]
     warnings = [*_warnings(plan, reports), *code_warnings(configs, trajectory.base_model)]
+    if is_prediction or not any(tensor.network for tensor in plan.tensors.values()):
+        warnings += unchanged_warnings(reports, Counter(roles.values()))
     return PredictionResult(Path(output_dir), reports, roles, warnings, options.model_class)
 
 
@@ -76,29 +94,35 @@ class PredictedTensors(TensorSource):
     def cost(self, name: str) -> float:
         return self.plan.steps if self.plan.tensors[name].network else COPIED_COST
 
-    def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Read Θ0 as stored, `(N,)`, and the history, `(S, N)` float32, of a piece that is predicted."""
-        read = partial(self.trajectory.read, piece.name, piece.start, piece.stop)
-        if not self.plan.tensors[piece.name].network:
-            return read(), None
+    def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """Read Θ0 as stored, `(N,)`, and the history, `(S, N)` float32, of a piece that is predicted.
+
+        The last item is the number of elements that moved but have a dtype that cannot be predicted.
+        """
+        read, tensor = (
+            partial(self.trajectory.read, piece.name, piece.start, piece.stop),
+            self.plan.tensors[piece.name],
+        )
+        if not tensor.network:
+            return read(), None, count_differences(self.trajectory, piece) if tensor.is_kept_by_dtype else 0
         history = self.trajectory.read_history(piece.name, piece.start, piece.stop)
         if not self._tensor_changes(piece, history):
-            return read(), None
-        return history[-1] if self.trajectory.dtype(piece.name) == torch.float32 else read(), history
+            return read(), None, 0
+        return history[-1] if self.trajectory.dtype(piece.name) == torch.float32 else read(), history, 0
 
     def values(
-        self, piece: Piece, data: tuple[torch.Tensor, torch.Tensor | None]
+        self, piece: Piece, data: tuple[torch.Tensor, torch.Tensor | None, int]
     ) -> tuple[torch.Tensor, ResidualReport]:
-        original, history = data
+        original, history, kept = data
         tensor, trajectory = self.plan.tensors[piece.name], self.trajectory
         unchanged = trajectory.is_unchanged(piece.name) or self._changes.get(piece.name) is False
         report = count_piece(trajectory, piece, unchanged=history is None and unchanged)
         if history is None:
+            report.kept = kept
             if tensor.role != "copied":
                 check_finite(original, piece.name, trajectory, state=0)
             return original, report
-        for state, values in enumerate(history.flip(0)):
-            check_finite(values, piece.name, trajectory, state)
+        check_history(history, piece, trajectory)
         residual = self._residual(history, piece.name, tensor.network or "")
         if not is_finite(residual):
             raise ValueError(
@@ -112,8 +136,10 @@ class PredictedTensors(TensorSource):
         result = torch.where(residual == 0, copied, result)
         used = history[-self.plan.num_states :]
         report += ResidualReport.of(used, residual, self.plan.trained_on(tensor.network or ""))
+        same = result == copied
+        report.changed = result.numel() - int(same.sum())
         if result.dtype != torch.float32:
-            report.lost = int(((residual != 0) & (result == copied)).sum())
+            report.lost = int(((residual != 0) & same).sum())
         return result, report
 
     def _residual(self, history: torch.Tensor, name: str, network: str) -> torch.Tensor:
@@ -134,23 +160,26 @@ class PredictedTensors(TensorSource):
         name = piece.name
         if name not in self._changes:
             others = (other for other in pieces_of(name, self.plan.tensors[name].spec) if other != piece)
-            self._changes[name] = _differs(history) or any(
-                _differs(self.trajectory.read_history(name, other.start, other.stop)) for other in others
+            self._changes[name] = self._differs(piece, history) or any(
+                self._differs(other, self.trajectory.read_history(name, other.start, other.stop)) for other in others
             )
         return self._changes[name]
 
-
-def _differs(history: torch.Tensor) -> bool:
-    return bool((history != history[-1]).any())
+    def _differs(self, piece: Piece, history: torch.Tensor) -> bool:
+        if self.trajectory.dtype(piece.name) == torch.float64:  # float32 hides small moves and very large values
+            return count_differences(self.trajectory, piece) > 0
+        return bool((history != history[-1]).any())
 
 
 def _warnings(plan: PredictionPlan, reports: Mapping[str, ResidualReport]) -> list[str]:
     warnings = []
     if isinstance(plan.predictor, KNOWNPredictor):  # the others do not claim to run the forgetting backwards
-        warnings += forgetting_warnings([state.metrics.get("eval_loss") for state in plan.trajectory.states])
+        states = plan.trajectory.states
+        for name in loss_names(states[0].metrics):
+            warnings += forgetting_warnings([state.metrics.get(name) for state in states], name)
     for network in sorted({tensor.network for tensor in plan.tensors.values() if tensor.network}):
         trained_on = plan.trained_on(network)
         if trained_on is not None:
             of_network = {name: reports[name] for name, t in plan.tensors.items() if t.network == network}
             warnings += range_warnings(network, of_network, trained_on)
-    return warnings + rounding_warnings(reports)
+    return warnings + rounding_warnings(reports) + dtype_warnings(reports, plan.trajectory.dtype)

@@ -183,7 +183,8 @@ def write_best_candidate(
         decision = choose(losses, metric=gate.metric, level=gate.level, margin=gate.margin, seed=gate.seed)
         winner = next(candidate for candidate in candidates if candidate.name == decision.chosen)
         reports = fill_checkpoint(trajectory, winner.tensors, folder, winner.adapt(options), verify=False)
-        result = prediction_result(winner.plan, reports, output_dir, options)
+        is_prediction = winner.recipe["state"] is None
+        result = prediction_result(winner.plan, reports, output_dir, options, is_prediction)
         result.gate = replace(decision, recipe=winner.recipe)
         if finish is not None:
             on_main_process(accelerator, lambda: finish(folder, result))

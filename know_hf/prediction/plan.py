@@ -14,7 +14,7 @@ from ..known import KNOWNModel
 from ..known.kernels import KERNELS
 from ..markdown import size
 from ..predictors import DepthPredictor, Predictor, get_predictor
-from ..roles import PREDICTED_ROLES
+from ..roles import PREDICTED_DTYPES, PREDICTED_ROLES
 from ..trajectory import TrajectoryError, WeightTrajectory
 from . import pieces
 from .write_checkpoint import READ_AHEAD, WRITE_BEHIND, checkpoint_specs
@@ -36,11 +36,14 @@ class PlannedTensor:
             Role of the tensor.
         network (`str`, *optional*):
             Role whose network predicts it; `None` if it is copied.
+        is_kept_by_dtype (`bool`):
+            Whether it is a parameter that is copied because its dtype cannot be predicted (complex, float8).
     """
 
     spec: TensorSpec
     role: str
     network: str | None
+    is_kept_by_dtype: bool = False
 
 
 @dataclass
@@ -155,8 +158,8 @@ def plan_prediction(
         raise ValueError(f"steps must be an integer of at least 1, got {steps}")
     if norm not in ("keep", "predict"):
         raise ValueError(f"norm must be 'keep' or 'predict', got {norm!r}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point dtype such as torch.float16, got {dtype!r}")
+    if dtype is not None and dtype not in PREDICTED_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, PREDICTED_DTYPES))}, got {dtype!r}")
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
     resolved = _predictor(known, predictor, predictor_options, kernel, device)
@@ -171,9 +174,12 @@ def plan_prediction(
     for name, spec in checkpoint_specs(trajectory, dtype).items():
         role = trajectory.roles[name].role
         network: str | None = "bias" if role == "norm" and norm == "predict" else role
-        if network not in PREDICTED_ROLES or not spec.dtype.is_floating_point or trajectory.is_unchanged(name):
+        kind = trajectory.dtype(name)
+        if network not in PREDICTED_ROLES or kind not in PREDICTED_DTYPES or trajectory.is_unchanged(name):
             network = None
-        tensors[name] = PlannedTensor(spec, role, network)
+        is_number = kind.is_floating_point or kind.is_complex
+        is_kept_by_dtype = is_number and kind not in PREDICTED_DTYPES and role != "copied"
+        tensors[name] = PlannedTensor(spec, role, network, is_kept_by_dtype)
     plan = PredictionPlan(trajectory, resolved, int(steps), tensors)
     if estimate_time:
         plan.seconds = _seconds(plan)
@@ -237,11 +243,6 @@ def _refuse_quantised(trajectory: WeightTrajectory) -> None:
         raise TrajectoryError(f"{config} is not a JSON object; restore it from a copy")
     if content.get("quantization_config"):
         raise TrajectoryError(f"{config} has a quantization_config; record the dequantised model, model.dequantize()")
-    for name in trajectory.names:
-        if (dtype := trajectory.dtype(name)) in (torch.float8_e4m3fn, torch.float8_e5m2):
-            raise TrajectoryError(
-                f"tensor {name!r} of {trajectory.path} is quantised ({dtype}); record in bfloat16, float16 or float32"
-            )
 
 
 def _seconds(plan: PredictionPlan) -> float:

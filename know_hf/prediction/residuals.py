@@ -20,8 +20,12 @@ class ResidualReport:
             Scalar weights that got a residual.
         outside (`int`):
             Scalar weights with a |W| or |dW| larger than any that the predictor was trained on.
+        changed (`int`):
+            Scalar weights whose written value differs from that of Θ0.
         lost (`int`):
             Scalar weights whose residual is smaller than the rounding of the written dtype.
+        kept (`int`):
+            Scalar weights that moved but have a dtype that cannot be predicted (complex, float8). They are copied.
         largest_residual (`float`):
             Largest |Θ̂ − Θ0|, in units of the weights.
         largest_weight, largest_move (`float`):
@@ -33,7 +37,9 @@ class ResidualReport:
     unchanged: int = 0
     predicted: int = 0
     outside: int = 0
+    changed: int = 0
     lost: int = 0
+    kept: int = 0
     largest_residual: float = 0.0
     largest_weight: float = 0.0
     largest_move: float = 0.0
@@ -155,6 +161,10 @@ def _largest(values: torch.Tensor) -> float:
     """Largest |value|; NaN if a value is NaN."""
     if not values.numel():
         return 0.0
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    elif values.dtype.itemsize == 1:  # float8, which has no aminmax
+        values = values.float()
     low, high = values.aminmax()
     return max(-float(low), float(high))
 

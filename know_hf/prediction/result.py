@@ -27,7 +27,8 @@ class PredictionResult:
             Role of each tensor, by name.
         warnings (`list[str]`):
             Reasons to doubt the prediction: histories unlike those the predictor was trained on, no forgetting,
-            residuals lost to rounding, code that the checkpoint lacks.
+            residuals lost to rounding, dtypes that cannot be predicted, code that the checkpoint lacks, no difference
+            from Θ0.
         model_class (`type`, *optional*):
             Class of the model if transformers has none of its name.
         url (`str`, *optional*):

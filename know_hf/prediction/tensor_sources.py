@@ -128,6 +128,38 @@ def check_finite(values: torch.Tensor, name: str, trajectory: WeightTrajectory, 
         )
 
 
+def check_history(history: torch.Tensor, piece: Piece, trajectory: WeightTrajectory) -> None:
+    """Check that a piece of all states, `(S, N)` float32, is finite.
+
+    Raises:
+        `TrajectoryError`: if a recorded value is NaN or infinite.
+        `ValueError`: if a float64 value is too large for float32.
+    """
+    for state, values in enumerate(history.flip(0)):
+        if is_finite(values):
+            continue
+        stored = trajectory.read(piece.name, piece.start, piece.stop, state)
+        check_finite(stored, piece.name, trajectory, state)
+        raise ValueError(
+            f"tensor {piece.name!r} of state {state} of {trajectory.path} has values up to"
+            f" {float(stored.abs().max()):.3g}, too large for float32, in which predictions are computed; scale the"
+            " tensor down and record again"
+        )
+
+
+def count_differences(trajectory: WeightTrajectory, piece: Piece) -> int:
+    """Return how many elements of a piece, as stored, are not equal in all states."""
+    first, *others = (
+        trajectory.read(piece.name, piece.start, piece.stop, state) for state in range(trajectory.num_states)
+    )
+    if first.dtype != torch.float64:  # bits: torch does not compare all dtypes
+        first, *others = (values.view(torch.uint8).view(piece.size, -1) for values in (first, *others))
+    differ = torch.zeros(first.shape, dtype=torch.bool)
+    for values in others:
+        differ |= values != first
+    return int(differ.view(piece.size, -1).any(dim=1).sum())
+
+
 def cast(values: torch.Tensor, dtype: torch.dtype, name: str, trajectory: WeightTrajectory) -> torch.Tensor:
     """Cast values to the dtype on disk.
 

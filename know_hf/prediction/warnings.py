@@ -1,11 +1,13 @@
 """Reasons to doubt a prediction, as sentences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..roles import PREDICTED_ROLES
 from .residuals import ResidualReport
 
+_PREDICTED = f"{', '.join(PREDICTED_ROLES[:-1])} or {PREDICTED_ROLES[-1]}"
 FAR_SMALLER = 0.01  # mean move relative to the one KNOWN was trained on, below which a warning is given
 
 
@@ -39,12 +41,14 @@ def range_warnings(role: str, tensors: Mapping[str, ResidualReport], trained_on:
     return warnings
 
 
-def forgetting_warnings(losses: Sequence[float | None]) -> list[str]:
+def forgetting_warnings(losses: Sequence[float | None], name: str = "eval_loss") -> list[str]:
     """Warn about later states that are no worse than Θ0: there is no forgetting to run backwards.
 
     Args:
         losses (`Sequence[float | None]`):
             Evaluation loss of every state, full data first; `None` if it is unknown.
+        name (`str`, *optional*, defaults to `"eval_loss"`):
+            Name of the loss.
     """
     full_data, *later = losses
     if full_data is None:
@@ -54,7 +58,7 @@ def forgetting_warnings(losses: Sequence[float | None]) -> list[str]:
         return []
     verb = "is" if len(states) == 1 else "are"
     return [
-        f"the model did not forget: by evaluation loss {', '.join(states)} {verb} no worse than Θ0 ({full_data:.4g})."
+        f"the model did not forget: by {name}, {', '.join(states)} {verb} no worse than Θ0 ({full_data:.4g})."
         " Predicting backwards may undo training; train Θ0 longer"
     ]
 
@@ -67,6 +71,47 @@ def rounding_warnings(tensors: Mapping[str, ResidualReport]) -> list[str]:
     return [
         f"{total.lost / total.predicted:.0%} of the residuals are smaller than the rounding of the written dtype and"
         " changed nothing. Write float32 with dtype=torch.float32, or record in float32"
+    ]
+
+
+def unchanged_warnings(tensors: Mapping[str, ResidualReport], roles: Mapping[str, int]) -> list[str]:
+    """Warn if a prediction equals Θ0.
+
+    Args:
+        tensors (`Mapping[str, ResidualReport]`):
+            Reports on all tensors, by name.
+        roles (`Mapping[str, int]`):
+            Number of tensors of each role.
+    """
+    total = sum(tensors.values(), ResidualReport())
+    if total.changed:
+        return []
+    if total.predicted:
+        return ["the enhanced weights equal Θ0: the residual of every weight is zero or lost to rounding"]
+    counts = ", ".join(f"{role}: {count:,}" for role, count in sorted(roles.items()))
+    hint = '. norm="predict" predicts the weights of normalisation layers' if roles.get("norm") else ""
+    return [
+        f"the enhanced weights equal Θ0: nothing was predicted, because no tensor with the role {_PREDICTED} moved"
+        f" (tensors by role: {counts}){hint}"
+    ]
+
+
+def dtype_warnings(tensors: Mapping[str, ResidualReport], dtype_of: Callable[[str], Any]) -> list[str]:
+    """Warn about weights that moved but have a dtype that cannot be predicted.
+
+    Args:
+        tensors (`Mapping[str, ResidualReport]`):
+            Reports on all tensors, by name.
+        dtype_of (`Callable[[str], torch.dtype]`):
+            From a name to the recorded dtype.
+    """
+    kept = [f"{name!r} ({dtype_of(name)})" for name, report in tensors.items() if report.kept]
+    if not kept:
+        return []
+    more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+    return [
+        f"weights of Θ0 are kept although they moved, because their dtype cannot be predicted: {', '.join(kept[:3])}"
+        f"{more}. Record with dtype=torch.float32 to predict float8"
     ]
 
 

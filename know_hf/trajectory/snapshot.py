@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader, write_json
+from ..checkpoint.header import DTYPES
 from ..model_tensors import is_adapter, is_partitioned, names_on_disk, unsharded_shape
 from ..roles import TensorRole, role_by_shape, tensor_roles
 from .manifest import TrajectoryError
@@ -68,11 +69,13 @@ class Snapshot:
 
         Raises:
             `TrajectoryError`:
-                When ZeRO-3 partitions the weights and no `state_dict` is given.
+                When ZeRO-3 partitions the weights and no `state_dict` is given, or safetensors has no dtype for a
+                tensor.
         """
         if state_dict is None and is_partitioned(model):
             raise TrajectoryError(f"ZeRO-3 partitions this {type(model).__name__}; pass all weights as state_dict=")
         check_adapter(model)
+        _check_dtypes(model, dtype)
         # Not in the writer thread: under FSDP, state_dict() gathers and reshards, as the training does meanwhile.
         on_disk, roles = names_on_disk(model), tensor_roles(model)
         source = model.state_dict() if state_dict is None else state_dict
@@ -101,10 +104,11 @@ class Snapshot:
         Buffers may be infinite, as attention masks are.
         """
         for name, tensor in self.state_dict.items():
-            if not tensor.is_floating_point():
+            if not (tensor.is_floating_point() or tensor.is_complex()):
                 continue
+            values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
             is_buffer = name in self.roles and self.roles[name].role == "copied"
-            if tensor.isnan().any() if is_buffer else not tensor.isfinite().all():
+            if values.isnan().any() if is_buffer else not values.isfinite().all():
                 raise TrajectoryError(
                     f"tensor {name!r} contains NaN or infinite values in state {index}: the training diverged; lower"
                     " the learning rate."
@@ -172,12 +176,17 @@ def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[in
             The model, with any weights.
         dtype (`torch.dtype`, *optional*):
             Floating-point dtype to store.
+
+    Raises:
+        `TrajectoryError`:
+            When safetensors has no dtype for a tensor.
     """
+    _check_dtypes(model, dtype)
     total = frozen = 0
     on_disk = names_on_disk(model)
     renamed = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in on_disk}
     for tensor in recorded_tensors(model):
-        stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        stored = _stored_dtype(tensor, dtype)
         size = unsharded_shape(tensor).numel() * stored.itemsize
         total += size
         # tensors that saving splits or merges, such as experts, are stored each time
@@ -219,8 +228,22 @@ def check_adapter(model: nn.Module) -> None:
         raise ValueError(f"{config.peft_type.value} learns a prompt, not weights; use an adapter such as LoRA")
 
 
+def _check_dtypes(model: nn.Module, dtype: torch.dtype | None) -> None:
+    on_disk = names_on_disk(model) if is_adapter(model) else None
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        stored = _stored_dtype(tensor, dtype)
+        if stored not in DTYPES.values() and (on_disk is None or name in on_disk):
+            raise TrajectoryError(
+                f"tensor {name!r} has dtype {stored}, which safetensors cannot store; convert it before recording"
+            )
+
+
+def _stored_dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
 def _copy(tensor: torch.Tensor, dtype: torch.dtype | None, memory: torch.Tensor | None) -> torch.Tensor:
-    stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    stored = _stored_dtype(tensor, dtype)
     if memory is None or memory.shape != tensor.shape or memory.dtype != stored:
         memory = torch.empty(tensor.shape, dtype=stored)
     return memory.copy_(tensor.detach())
