@@ -127,21 +127,22 @@ def _role(owner: nn.Module | None, name: str, attribute: str, tensor: torch.Tens
     if ".parametrizations." in f".{name}" or _is_factor(owner, attribute):
         return TensorRole("kept", "factor of a parametrized weight")
     shape = unsharded_shape(tensor)
-    if isinstance(owner, (_ConvNd, *_MATRIX_OWNERS)):
-        return _role_by_name(attribute, kind) or _matrix_role(owner, kind, attribute, shape)
-    if _NORM_KINDS.search(kind):
+    is_matrix_layer = isinstance(owner, (_ConvNd, *_MATRIX_OWNERS))
+    if _NORM_KINDS.search(kind) and not is_matrix_layer:
         return TensorRole("norm", f"{attribute} of {kind}")
-    if _SCALE_KINDS.search(kind):
+    if _SCALE_KINDS.search(kind) and not is_matrix_layer:
         return TensorRole("kept", f"{attribute} of {kind}, which scales")
     if role := _role_by_name(attribute, kind):
         return role
+    if is_matrix_layer and "weight" in attribute and len(shape) > 1:
+        return _weight_role(owner, kind, attribute, shape)
     if sum(size > 1 for size in shape) < 2:
         vector = f"a vector of shape {'×'.join(map(str, shape))}" if shape else "a scalar"
         return TensorRole("kept", f"{attribute} of {kind}, {vector} that may scale instead of shift")
     return TensorRole("fc", f"{attribute} of {kind}, {len(shape)} axes")
 
 
-def _matrix_role(owner: nn.Module, kind: str, attribute: str, shape: torch.Size) -> TensorRole:
+def _weight_role(owner: nn.Module | None, kind: str, attribute: str, shape: torch.Size) -> TensorRole:
     """Role of the weight of a convolution or of a layer whose weight is a matrix."""
     if not isinstance(owner, _ConvNd):
         return TensorRole("fc", f"{attribute} of {kind}, {len(shape)} axes")

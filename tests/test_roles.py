@@ -121,7 +121,11 @@ class LayerScale(nn.Module):
 
 
 class NormHead(nn.Linear):
-    """A matrix, as the language-model head of Baichuan."""
+    """A matrix, in spite of the name of its class, and a vector that is none."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.alpha = nn.Parameter(torch.ones(4))
 
 
 class Adapter(nn.Module):
@@ -139,7 +143,8 @@ def test_owners_decide_before_names():
     model = nn.ModuleDict({"gamma": nn.Linear(4, 1), "norm": NormHead(4, 2), "scale": LayerScale(), "peft": Adapter()})
     roles = {name: role.role for name, role in tensor_roles(model).items()}
     assert roles == {
-        "gamma.weight": "fc", "gamma.bias": "bias", "norm.weight": "fc", "norm.bias": "bias", "scale.weight": "kept",
+        "gamma.weight": "fc", "gamma.bias": "bias", "norm.weight": "fc", "norm.bias": "bias", "norm.alpha": "kept",
+        "scale.weight": "kept",
         "peft.ia3_l.default": "kept", "peft.lora_embedding_A.default": "fc", "peft.lora_A.default": "fc",
         "peft.vera_lambda_b.default": "kept",
     }  # fmt: skip
