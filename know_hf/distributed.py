@@ -85,7 +85,9 @@ def gather_state_dict(model: nn.Module, trainer: Trainer | None) -> dict[str, to
         return None
     if not is_sharded(trainer):
         return None
-    return trainer.accelerator.get_state_dict(trainer.model_wrapped, unwrap=False)
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped, unwrap=False)
+    # compiled modules add a part to the names; ZeRO-3 returns None on other processes
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in (state_dict or {}).items()}
 
 
 def reshard(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from .model_tensors import unsharded_shape
+from .model_tensors import tied_names, unsharded_shape, unwrapped
 
 PREDICTED_ROLES = ("conv", "fc", "bias")
 ROLES = (*PREDICTED_ROLES, "norm", "kept", "copied")
@@ -77,21 +77,22 @@ def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
 
     Args:
         model (`nn.Module`):
-            Any module.
+            Any module; wrappers such as those of torch.compile are removed.
 
     Returns:
         `dict[str, TensorRole]`: Roles by the names of `model.state_dict()`, in its order.
     """
+    model = unwrapped(model)
+    tied = tied_names(model)
     owners = dict(model.named_modules(remove_duplicate=False))
-    first_name: dict[int, str] = {}
     roles: dict[str, TensorRole] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         path, _, attribute = name.rpartition(".")
         owner = owners.get(path)
         if isinstance(owner, nn.ParameterDict | nn.ParameterList):  # keys are names of adapters, or indices
             attribute = path.rpartition(".")[2]
-        first = first_name.setdefault(id(tensor), name)
-        if first == name:
+        first = tied.get(name)
+        if first is None:
             role = _role(owner, name, attribute, tensor)
             roles[name] = replace(role, is_batch_norm=isinstance(owner, _BatchNorm))
         else:

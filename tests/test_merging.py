@@ -326,6 +326,8 @@ def test_wrong_trajectories_and_bases(tmp_path, record, recorded):
     refused("PROMPT_TUNING adapters", llama())
     alora = lora("q_proj", alora_invocation_tokens=[1], task_type=TaskType.CAUSAL_LM)
     refused(r"LORA adapters .*NotImplementedError: aLoRA", llama(), record(llama(), alora, "alora"))
+    replicated = lora("q_proj", layer_replication=[[0, 1], [0, 1]])
+    refused(r"layer_replication=\[\[0, 1\], \[0, 1\]\]", llama(), record(llama(), replicated, "replicated"))
     refused(r"lm_head\.weight.* T5For.* 'shared\.weight'", t5(), record(t5(), lora("shared"), "t5"))
 
 

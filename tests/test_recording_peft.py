@@ -151,9 +151,41 @@ def test_each_state_holds_the_complete_adapter_and_the_biases_beside_it(tmp_path
     assert not any(torch.equal(trajectory.tensor(name, 0), trajectory.tensor(name, 1)) for name in biases)
 
 
-def two_adapters():
+def two_adapters(train):
+    """A model with the adapters "default", which is active, and "second"."""
     model = make_adapter("lora")
-    model.add_adapter("second", LoraConfig(r=2, **KINDS["lora"]))
+    model.add_adapter("second", LoraConfig(r=2, init_lora_weights=False, **KINDS["lora"]))
+    for name in ("default", "second"):
+        model.set_requires_grad(name, name in train)
+    return model
+
+
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_the_adapter_that_trains_is_recorded_beside_a_frozen_one(tmp_path, name):
+    frozen = {"default": "second", "second": "default"}[name]
+    model = two_adapters([name])
+    model.set_adapter(name)
+    before = {path: tensor.clone() for path, tensor in model.state_dict().items()}
+    _, trajectory = record(tmp_path, model)
+    saved = get_peft_model_state_dict(model, adapter_name=name)
+    assert trajectory.names == sorted(saved)
+    assert all(torch.equal(trajectory.tensor(path), tensor) for path, tensor in saved.items())
+    moved = {path for path, tensor in model.state_dict().items() if "lora" in path and (tensor != before[path]).any()}
+    assert moved and not [path for path in moved if frozen in path.split(".")]
+    assert not (trajectory.path / "state-0" / name).exists()
+    assert_zero_residual_is_state_0(trajectory, tmp_path / "zero")
+
+
+def stacked_adapters():
+    model = two_adapters(["second"])
+    model.base_model.set_adapter(["default", "second"])
+    model.set_requires_grad("default", False)
+    return model
+
+
+def trained_head():
+    model = make_adapter("lora")
+    model.get_base_model().resnet.embedder.embedder.convolution.weight.requires_grad_(True)
     return model
 
 
@@ -165,7 +197,9 @@ def prompt_tuning():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (two_adapters, "default, second"),
+        (lambda: two_adapters(["default", "second"]), "default, second train"),
+        (stacked_adapters, "'second' trains on top of .* 'default'"),
+        (trained_head, r"'.*embedder\.convolution\.weight' trains.*modules_to_save"),
         (prompt_tuning, "PROMPT_TUNING"),
         (lambda: get_peft_model(make_resnet(), LoraConfig(r=2, **KINDS["lora"]), mixed=True), "PeftMixedModel"),
     ],

@@ -71,7 +71,7 @@ class PredictionResult:
 
         Args:
             model (`nn.Module`):
-                The model, unwrapped.
+                The model; wrappers such as those of torch.compile are removed.
 
         Raises:
             `TrajectoryError`: if checkpoint and model do not have the same tensors.

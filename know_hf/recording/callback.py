@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..distributed import gather_state_dict, reshard
 from ..schedule import ForgettingSchedule
-from ..trajectory import WeightTrajectory, check_adapter
+from ..trajectory import WeightTrajectory, check_recordable
 from .resuming import recorded_arguments
 from .validation import check_arguments, check_reloadable, warn_about_statistics, warn_about_warmup
 
@@ -53,7 +53,7 @@ class WeightTransitionCallback(TrainerCallback):
             When the folder holds a model.
         `ValueError`:
             When the trajectory in the folder has another schedule. Before a training: when its subset is not smaller
-            than that of the last state or is a stream without a schedule, the adapter cannot be recorded, or
+            than that of the last state or is a stream without a schedule, a state could not hold what trains, or
             `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on. After a training: when a weight is not
             finite or no process holds all weights.
     """
@@ -82,7 +82,7 @@ class WeightTransitionCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         check_arguments(args)
-        check_adapter(kwargs["model"])
+        check_recordable(kwargs["model"])
         size = num_examples_of(kwargs)
         if size is None and self.trajectory.schedule is None:
             raise ValueError(

@@ -47,14 +47,14 @@ def induce_forgetting(
     Afterwards the trainer has its own dataset, arguments and callbacks again, and its model holds Θ0, the weights
     trained on all data (under FSDP and ZeRO-3 those of the last state).
 
-    Warns when a warmup is longer than a stage, when a stage ends early, when the config does not describe the model
-    (states then load with `load_into`, not with `from_pretrained`), and when BatchNorm layers below an adapter are in
-    training mode (no state holds their statistics, so a resumed run ends in other weights).
+    Warns when a warmup is longer than a stage, when a stage ends early, when the config does not describe the model or
+    its tied weights (states then load with `load_into`, not with `from_pretrained`), and when BatchNorm layers below
+    an adapter are in training mode (no state holds their statistics, so a resumed run ends in other weights).
 
     Args:
         trainer (`Trainer`):
-            Any `transformers.Trainer` with a `train_dataset`. For a `PeftModel`, only the adapter is recorded; there
-            must be exactly one, and not a prompt-learning one.
+            Any `transformers.Trainer` with a `train_dataset`; its model may be compiled. For a `PeftModel`, only the
+            adapter that trains is recorded, as peft saves it; adapters beside it must be frozen.
         schedule ([`ForgettingSchedule`]):
             The subsets.
         output_dir (`str` or `Path`):
@@ -72,10 +72,12 @@ def induce_forgetting(
         `TypeError`:
             When `trainer` or `schedule` has the wrong type.
         `ValueError`:
-            When the subsets are too small, the dataset cannot be divided, an adapter cannot be recorded, the
-            trainer's optimizer cannot be created again, `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval`
-            is on, the trainer's loader does not follow its `train_dataset`, a state is not finite, or the folder holds
-            a trajectory of another schedule, other data or other training arguments, or one to resume under ZeRO-3.
+            When the subsets are too small, the dataset cannot be divided, a state could not hold the weights that
+            train (two trainable adapters, prompts, AdaLoRA, what peft does not save or changes in the base at random,
+            weights that share memory in part), the trainer's optimizer cannot be created again,
+            `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on, the trainer's loader does not follow
+            its `train_dataset`, a state is not finite, or the folder holds a trajectory of another schedule, other
+            data or other training arguments, or one to resume under ZeRO-3.
         `FileExistsError`:
             When the folder holds a model.
         `OSError`:

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArgumen
 from transformers.utils import logging
 
 from ..distributed import check_gathering
-from ..model_tensors import converted_names, is_adapter, unsharded_shape
-from ..trajectory import check_adapter
+from ..model_tensors import converted_names, is_adapter, tied_names, unsharded_shape, unwrapped
+from ..trajectory import check_recordable
 from .resuming import argument_text
 
 logger = logging.get_logger(__name__)
@@ -28,7 +28,7 @@ def check_trainer(trainer: Trainer) -> None:
         raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
     check_gathering(trainer)
     check_arguments(trainer.args)
-    check_adapter(trainer.model)
+    check_recordable(trainer.model)
     if getattr(trainer.model, "_hf_peft_config_loaded", False):
         raise ValueError("the model has an adapter from add_adapter; wrap the model with peft.get_peft_model instead")
     _check_optimizer(trainer)
@@ -51,6 +51,7 @@ def check_reloadable(model: nn.Module) -> None:
     Raises a `ValueError` when, in addition, saving splits or merges tensors: only a model built from its config reads
     them back.
     """
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         return
     name = type(model).__name__
@@ -70,12 +71,25 @@ def check_reloadable(model: nn.Module) -> None:
         keys = shapes.keys() | rebuilt_shapes.keys()
         differing = sorted(key for key in keys if shapes.get(key) != rebuilt_shapes.get(key))
         if not differing:
+            _warn_about_ties(name, tied_names(model), tied_names(rebuilt))
             return
         problem = f"a {name} built from its config has a different tensor {differing[0]!r}"
     logger.warning(
         f"{problem}: from_pretrained and load_model cannot load states and predictions. Build the model the same way"
         " and call load_into(model) of the trajectory or the prediction result"
     )
+
+
+def _warn_about_ties(kind: str, tied: dict[str, str], tied_by_config: dict[str, str]) -> None:
+    """Warn about weights that are tied by hand, of which a state holds one."""
+    for name in sorted(tied.keys() - tied_by_config.keys()):
+        logger.warning(
+            f"{name!r} is tied to {tied[name]!r}, but the config of this {kind} does not tie them: a state holds one,"
+            " and from_pretrained would initialise the other at random. If they are the embeddings, set"
+            " model.config.tie_word_embeddings=True before recording; otherwise build the model in the same way and"
+            " call load_into(model) of the trajectory or the prediction result"
+        )
+        return
 
 
 def warn_about_warmup(args: TrainingArguments, state: TrainerState) -> None:
@@ -98,7 +112,7 @@ def warn_about_statistics(model: nn.Module) -> None:
         if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
     ]
     moving = [name for name in moving if not _PEFT_COPIES & set(name.split("."))]
-    if is_adapter(model) and moving:
+    if is_adapter(unwrapped(model)) and moving:
         logger.warning(
             f"{len(moving)} BatchNorm layers of the base model are in training mode, such as {moving[0]!r}. Training"
             " changes their running statistics, but a state holds only the adapter: resumed runs end in other weights,"

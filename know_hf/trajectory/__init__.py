@@ -1,9 +1,10 @@
 """Trajectories on disk: [`WeightTrajectory`], the records of `trajectory.json`, and loading models from a state."""
 
+from .adapters import check_recordable
 from .loading import load_into, load_pretrained
 from .manifest import FileRecord, StateRecord, TrajectoryError
 from .recorder import TrajectoryBusyError
-from .snapshot import check_adapter, state_nbytes
+from .snapshot import state_nbytes
 from .weight_trajectory import WeightTrajectory
 
 __all__ = [
@@ -12,7 +13,7 @@ __all__ = [
     "TrajectoryBusyError",
     "TrajectoryError",
     "WeightTrajectory",
-    "check_adapter",
+    "check_recordable",
     "load_into",
     "load_pretrained",
     "state_nbytes",

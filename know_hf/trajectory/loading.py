@@ -8,7 +8,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model_tensors import converted_names, is_adapter, is_partitioned, names_in_memory
+from ..model_tensors import (
+    converted_names,
+    is_adapter,
+    is_partitioned,
+    names_in_memory,
+    recorded_adapter,
+    unwrapped,
+)
+from .adapters import check_initialisation
 from .manifest import TrajectoryError
 
 _REBUILD = "build the model as for the training, and copy the weights with load_into(model)"
@@ -29,7 +37,8 @@ def load_pretrained(
 
     Raises:
         `TrajectoryError`:
-            When the class or the base model is unknown, or model and checkpoint differ in tensors or shapes.
+            When the class or the base model is unknown, model and checkpoint differ in tensors or shapes, or peft
+            changed the base of the adapter at random.
     """
     if (folder / "adapter_config.json").exists():
         return _load_adapter(folder, base_model)
@@ -55,7 +64,7 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
 
     Args:
         model (`nn.Module`):
-            The model, without wrappers.
+            The model; wrappers are removed.
         folder (`Path`):
             The folder of the state.
         tensors (`Mapping[str, Callable[[str], torch.Tensor]]`):
@@ -65,6 +74,7 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
         `TrajectoryError`:
             When ZeRO-3 partitions the model, or state and model differ in tensors or shapes.
     """
+    model = unwrapped(model)
     kind = type(model).__name__
     if is_partitioned(model):
         raise TrajectoryError(
@@ -85,7 +95,7 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
 
         adapter: Any = model
         content = {name: read(name) for name, read in tensors.items()}
-        result = set_peft_model_state_dict(adapter, content, adapter_name=next(iter(adapter.peft_config)))
+        result = set_peft_model_state_dict(adapter, content, adapter_name=recorded_adapter(adapter))
         differing.update(result.unexpected_keys)
     else:
         differing |= others
@@ -103,10 +113,14 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
 def _load_adapter(folder: Path, base_model: PreTrainedModel | None) -> Any:
     if base_model is None:
         raise TrajectoryError(f"{folder} has an adapter; pass base_model=, the model it was trained on")
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     try:
-        return PeftModel.from_pretrained(base_model, folder)
+        check_initialisation(PeftConfig.from_pretrained(str(folder)))
+    except ValueError as error:
+        raise TrajectoryError(f"the adapter in {folder} cannot be loaded as it was recorded: {error}") from error
+    try:
+        return PeftModel.from_pretrained(unwrapped(base_model), folder)
     except RuntimeError as error:  # peft names the tensors and their shapes
         raise TrajectoryError(
             f"the adapter in {folder} does not fit this {type(base_model).__name__}; pass base_model=, the model it"

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import atomic_folder, check_free_disk
+from ..model_tensors import unwrapped
 from .snapshot import state_nbytes
 from .weight_trajectory import WeightTrajectory
 
@@ -85,9 +86,9 @@ def merge_adapters(
 
     Raises:
         `ValueError`:
-            When the trajectory is not one of adapters, or peft cannot merge them; when the base model is unknown,
-            quantised, incomplete, or not the one that the adapters were trained on; when `output_dir` contains the
-            trajectory or the base model.
+            When the trajectory is not one of adapters, or peft cannot merge them (`layer_replication`, prompts); when
+            the base model is unknown, quantised, incomplete, or not the one that the adapters were trained on; when
+            `output_dir` contains the trajectory or the base model.
         `TrajectoryError`:
             When a file of the trajectory is not the recorded one.
         `FileExistsError`:
@@ -176,7 +177,13 @@ class _Base:
             raise ValueError(
                 f"the {adapter.peft_type.value} adapters of {trajectory.path} do not change weights; {_UNMERGED}"
             )
+        if getattr(adapter, "layer_replication", None):
+            raise ValueError(
+                f"the adapters of {trajectory.path} have layer_replication={adapter.layer_replication}: copies of a"
+                f" layer share the weights that each adapter would be merged into; {_UNMERGED}"
+            )
         if isinstance(source, nn.Module):
+            source = unwrapped(source)
             name = type(source).__name__
             if hasattr(source, "peft_config"):
                 raise ValueError(f"base_model is a {name} with an adapter; pass the model without it (model.unload())")

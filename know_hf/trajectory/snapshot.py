@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,17 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader, write_json
 from ..checkpoint.header import DTYPES
-from ..model_tensors import is_adapter, is_partitioned, names_on_disk, unsharded_shape
+from ..model_tensors import (
+    is_adapter,
+    is_partitioned,
+    memory_key,
+    names_on_disk,
+    recorded_adapter,
+    unsharded_shape,
+    unwrapped,
+)
 from ..roles import TensorRole, role_by_shape, tensor_roles
+from .adapters import check_recordable
 from .manifest import TrajectoryError
 
 _WORTH_SHARING = 0.01  # share of a state's bytes; if less is unchanged, the state stores everything itself
@@ -28,7 +38,7 @@ class Snapshot:
 
     Attributes:
         model (`nn.Module`):
-            The model, for its config and `save_pretrained`. Its weights may have changed since.
+            The model without wrappers, for its config and `save_pretrained`. Its weights may have changed since.
         state_dict (`dict[str, torch.Tensor]`):
             Copies of the tensors of a state, by their names in memory. Tensors that share memory in the model share
             it here.
@@ -38,6 +48,8 @@ class Snapshot:
             Role of every tensor, by the names in memory.
         generation_config (`GenerationConfig`, *optional*):
             Copy of the model's; `generate` changes the original while it runs.
+        adapter (`str`, *optional*):
+            Name of the recorded adapter of a `PeftModel`.
     """
 
     model: nn.Module
@@ -45,6 +57,7 @@ class Snapshot:
     on_disk: dict[str, str]
     roles: dict[str, TensorRole]
     generation_config: GenerationConfig | None = None
+    adapter: str | None = None
 
     @classmethod
     def of(
@@ -58,7 +71,7 @@ class Snapshot:
 
         Args:
             model (`nn.Module`):
-                The model without wrappers.
+                The model; wrappers are removed.
             state_dict (`Mapping[str, torch.Tensor]`, *optional*):
                 All of its weights by their names in memory, when the model has only a part of them (FSDP, ZeRO-3).
             dtype (`torch.dtype`, *optional*):
@@ -71,17 +84,21 @@ class Snapshot:
             `TrajectoryError`:
                 When ZeRO-3 partitions the weights and no `state_dict` is given, or safetensors has no dtype for a
                 tensor.
+            `ValueError`:
+                When a state could not hold the weights, see [`check_recordable`].
         """
+        model = unwrapped(model)
         if state_dict is None and is_partitioned(model):
             raise TrajectoryError(f"ZeRO-3 partitions this {type(model).__name__}; pass all weights as state_dict=")
-        check_adapter(model)
+        check_recordable(model)
         _check_dtypes(model, dtype)
+        adapter = recorded_adapter(model) if is_adapter(model) else None
         # Not in the writer thread: under FSDP, state_dict() gathers and reshards, as the training does meanwhile.
         on_disk, roles = names_on_disk(model), tensor_roles(model)
         source = model.state_dict() if state_dict is None else state_dict
-        if is_adapter(model):
+        if adapter is not None:
             source = {name: tensor for name, tensor in source.items() if name in on_disk}
-        copies: dict[tuple[Any, ...], torch.Tensor] = {}
+        copies: dict[Hashable, torch.Tensor] = {}
         copied: dict[str, torch.Tensor] = {}
         overwritten: set[int] = set()
         for name, tensor in source.items():
@@ -89,14 +106,15 @@ class Snapshot:
             if first in copied:
                 copied[name] = copied[first]  # gathering gives each tied tensor its own memory
                 continue
-            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+            key = memory_key(tensor)
             if key not in copies:
                 old = (reuse or {}).get(name)
                 # names that share memory in the old snapshot may not share it in the model
                 copies[key] = _copy(tensor, dtype, None if id(old) in overwritten else old)
                 overwritten.add(id(copies[key]))
             copied[name] = copies[key]
-        return cls(model, copied, on_disk, roles, copy.deepcopy(getattr(model, "generation_config", None)))
+        generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+        return cls(model, copied, on_disk, roles, generation_config, adapter)
 
     def check_finite(self, path: Path, index: int) -> None:
         """Raise a `TrajectoryError` that names the first tensor with a NaN or infinite value.
@@ -129,22 +147,37 @@ class Snapshot:
             have them.
         """
         # an adapter is one file, and peft initialises what is missing: nothing can be left out
-        unchanged = set() if previous is None or is_adapter(self.model) else self._equal_to(previous)
+        unchanged = set() if previous is None or self.adapter is not None else self._equal_to(previous)
         left_out = {id(self.state_dict[name]) for name, saved in self.on_disk.items() if saved in unchanged}
         stored = {name: tensor for name, tensor in self.state_dict.items() if id(tensor) not in left_out}
         if not stored:  # nothing changed, but a state without weights could not be loaded
-            unchanged, stored = set(), self.state_dict
+            unchanged, stored = set(), dict(self.state_dict)
         if isinstance(self.model, PreTrainedModel):
+            for name in self._tied_by_hand():
+                stored.pop(name, None)
             self.model.save_pretrained(folder, state_dict=stored)
             if self.generation_config is not None and (folder / GENERATION_CONFIG_NAME).exists():
                 self.generation_config.save_pretrained(folder)
-        elif is_adapter(self.model):
-            _save_adapter(self.model, stored, folder)
+        elif self.adapter is not None:
+            _save_adapter(self.model, self.adapter, stored, folder)
         else:
             save_torch_state_dict(stored, folder, metadata={"format": "pt"})
         if previous is not None and unchanged:
             _write_index(folder, {name: Path(previous.file(name)) for name in unchanged})
         return unchanged
+
+    def _tied_by_hand(self) -> set[str]:
+        """Names in memory of a `PreTrainedModel` that are tied to another one without its class declaring this.
+
+        `save_pretrained` drops duplicates of declared ties, and fails on others.
+        """
+        declared: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        known = {*declared, *declared.values()}
+        groups: defaultdict[str, list[str]] = defaultdict(list)
+        for name, role in self.roles.items():
+            groups[role.tied_to or name].append(name)
+        kept = {name for names in groups.values() for name in (known.intersection(names) or names[:1])}
+        return self.roles.keys() - kept
 
     def _equal_to(self, previous: CheckpointReader) -> set[str]:
         """Names on disk of the tensors that equal the previous state's, if they are worth leaving out."""
@@ -163,9 +196,11 @@ class Snapshot:
 
 def recorded_tensors(model: nn.Module) -> list[torch.Tensor]:
     """Return the tensors of a state, tied ones once; of a `PeftModel`, those of the adapter."""
+    model = unwrapped(model)
     on_disk = names_on_disk(model)
     state = model.state_dict(keep_vars=True).items()
-    return list({id(tensor): tensor for name, tensor in state if name in on_disk or not is_adapter(model)}.values())
+    tensors = [tensor for name, tensor in state if name in on_disk or not is_adapter(model)]
+    return list({memory_key(tensor): tensor for tensor in tensors}.values())
 
 
 def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[int, int]:
@@ -181,51 +216,40 @@ def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[in
         `TrajectoryError`:
             When safetensors has no dtype for a tensor.
     """
+    model = unwrapped(model)
     _check_dtypes(model, dtype)
     total = frozen = 0
     on_disk = names_on_disk(model)
-    renamed = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in on_disk}
+    renamed = {memory_key(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in on_disk}
     for tensor in recorded_tensors(model):
         stored = _stored_dtype(tensor, dtype)
         size = unsharded_shape(tensor).numel() * stored.itemsize
         total += size
         # tensors that saving splits or merges, such as experts, are stored each time
         is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        frozen += size if is_frozen and id(tensor) in renamed else 0
+        frozen += size if is_frozen and memory_key(tensor) in renamed else 0
     is_shared = not is_adapter(model) and frozen > _WORTH_SHARING * total
     return total, total - frozen if is_shared else total
 
 
 def roles_on_disk(snapshot: Snapshot, reader: CheckpointReader) -> tuple[dict[str, TensorRole], dict[str, str]]:
     """Return the roles of the tensors on disk, and the names that are tied to them, all by names on disk."""
-    on_disk = snapshot.on_disk
-    owned = {
-        on_disk[name]: replace(role, tied_to=on_disk.get(role.tied_to or ""))
-        for name, role in snapshot.roles.items()
-        if name in on_disk
-    }
-    roles = {
-        name: owned.get(name) or role_by_shape(name, reader.shape(name), reader.dtype(name).is_floating_point)
-        for name in reader.names
-    }
-    tied = {name: role.tied_to for name, role in owned.items() if role.tied_to is not None and name not in roles}
-    return roles, tied
-
-
-def check_adapter(model: nn.Module) -> None:
-    """Raise a `ValueError` when a model has adapters that cannot be recorded."""
-    if not is_adapter(model):
-        return
-    from peft import PeftModel
-
-    adapters: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]
-    if len(adapters) > 1:
-        raise ValueError(f"the model has the adapters {', '.join(adapters)}; delete all but one")
-    if not isinstance(model, PeftModel):
-        raise ValueError(f"peft cannot save a {type(model).__name__}; use get_peft_model(…, mixed=False)")
-    config = next(iter(adapters.values()))
-    if config.is_prompt_learning:
-        raise ValueError(f"{config.peft_type.value} learns a prompt, not weights; use an adapter such as LoRA")
+    roles: dict[str, TensorRole] = {}
+    tied: dict[str, str] = {}
+    first: dict[str, str] = {}  # of tied names in memory, the first that is on disk
+    for name, role in snapshot.roles.items():
+        if (saved := snapshot.on_disk.get(name)) is not None and saved in reader:
+            tied_to = first.setdefault(role.tied_to or name, saved)
+            untied = snapshot.roles[role.tied_to or name]
+            reason = untied.reason if tied_to == saved else f"tied to {tied_to}"
+            roles[saved] = replace(untied, reason=reason, tied_to=None if tied_to == saved else tied_to)
+    for name, role in snapshot.roles.items():
+        leader = role.tied_to or name
+        if (saved := snapshot.on_disk.get(name)) is not None and saved not in reader and leader in first:
+            tied[saved] = first[leader]
+    for name in set(reader.names) - roles.keys():
+        roles[name] = role_by_shape(name, reader.shape(name), reader.dtype(name).is_floating_point)
+    return {name: roles[name] for name in reader.names}, tied
 
 
 def _check_dtypes(model: nn.Module, dtype: torch.dtype | None) -> None:
@@ -263,11 +287,11 @@ def _write_index(folder: Path, elsewhere: Mapping[str, Path]) -> None:
     write_json(index, {"metadata": {}, "weight_map": dict(sorted(files.items()))})
 
 
-def _save_adapter(model: Any, state_dict: dict[str, torch.Tensor], folder: Path) -> None:
-    model.save_pretrained(folder, state_dict=state_dict)
+def _save_adapter(model: Any, adapter: str, state_dict: dict[str, torch.Tensor], folder: Path) -> None:
+    model.save_pretrained(folder, state_dict=state_dict, selected_adapters=[adapter])
     (folder / "README.md").unlink(missing_ok=True)  # the same in every state
     # peft puts an adapter that is not named "default" into a folder of its own
-    if (named := folder / next(iter(model.peft_config))).is_dir():
+    if (named := folder / adapter).is_dir():
         for path in named.iterdir():
             path.rename(folder / path.name)
         named.rmdir()

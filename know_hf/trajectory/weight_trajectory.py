@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader
 from ..hub_client import RemoteRepo, Token
+from ..model_tensors import unwrapped
 from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
 from .loading import load_into, load_pretrained
@@ -294,16 +295,15 @@ class WeightTrajectory:
 
         Args:
             model (`nn.Module`):
-                The model, without wrappers.
+                The model, also compiled or wrapped.
             state (`int`, *optional*, defaults to `0`):
                 Index of the state.
 
         Raises:
             `TrajectoryError`:
-                When the state does not exist, state and model do not have the same tensors and shapes, or ZeRO-3
-                partitions the model.
+                When the state does not exist, its tensors and shapes differ, or ZeRO-3 partitions the model.
         """
-        is_transformers = isinstance(model, PreTrainedModel)  # other models need no files but the weights
+        is_transformers = isinstance(unwrapped(model), PreTrainedModel)  # other models need no files but the weights
         self._check_state(state)
         folder = self._state_folder(state) if is_transformers else self.path / f"state-{state}"
         load_into(model, folder, dict.fromkeys(self.names, self._readers[state].tensor))
@@ -326,7 +326,7 @@ class WeightTrajectory:
 
         Args:
             model (`nn.Module`):
-                A `PreTrainedModel`, a `PeftModel` or any module, without wrappers.
+                A `PreTrainedModel`, a `PeftModel` or any module, also compiled or wrapped.
             processing_class (*optional*):
                 Tokenizer or processor, saved with the first state.
             state_dict (`Mapping[str, torch.Tensor]`, *optional*):
@@ -334,8 +334,7 @@ class WeightTrajectory:
             dtype (`torch.dtype`, *optional*):
                 Floating-point dtype to store; by default that of each tensor.
             background (`bool`, *optional*, defaults to `False`):
-                Whether to write in a thread and return once the weights are copied. The next call on this trajectory
-                raises its error.
+                Whether to write in a thread. The next call raises its error.
             on_written (`Callable[[StateRecord], object]`, *optional*):
                 Called after the state is entered in `trajectory.json`.
             stage (*optional*):
@@ -343,10 +342,12 @@ class WeightTrajectory:
                 `steps`, and *optional* `fraction`, `subset_fingerprint`, `seed`, `metrics` and `training`.
 
         Raises:
+            `ValueError`:
+                When a state could not hold the weights that train, see `check_recordable`.
             `TrajectoryError`:
-                When the subset does not shrink, or the tensors are not those of state 0; the state is not entered.
+                When the subset does not shrink, or the tensors are not those of state 0.
             `OSError`:
-                When a file cannot be written; the states before are kept.
+                When a file cannot be written.
             `TrajectoryBusyError`:
                 When another process records to the folder.
         """

@@ -1,0 +1,111 @@
+"""Checks before a training: whether a state holds what trains, and whether an adapter loads as it was recorded."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..model_tensors import (
+    computed_names,
+    is_adapter,
+    memory_key,
+    names_on_disk,
+    recorded_adapter,
+    unwrapped,
+)
+
+logger = logging.get_logger(__name__)
+
+# Initialisations of LoRA that leave the base model as it is, and those that change it to the same values when peft
+# loads the adapter. Others draw at random, or need data or gradients.
+_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_CHANGE_BASE = ("pissa", "olora")
+
+
+def check_recordable(model: nn.Module) -> None:
+    """Raise a `ValueError` when states could not hold the weights that train, or an adapter would not load again.
+
+    These are adapters that learn a prompt or change their rank, weights that train but that `save_pretrained` leaves
+    out or replaces, two trainable adapters, base models that peft changes at random, and weights that share memory in
+    part.
+    """
+    model = unwrapped(model)
+    if is_adapter(model):
+        _check_adapter(model)
+    else:
+        _check_memory(model)
+
+
+def check_initialisation(config: Any) -> None:
+    """Raise a `ValueError` when peft changed the base of an adapter in a way that it does not repeat on loading."""
+    method = getattr(config, "init_lora_weights", None)
+    if isinstance(method, str):
+        method = method.lower()
+    if method not in (*_KEEP_BASE, *_CHANGE_BASE):
+        raise ValueError(
+            f"init_lora_weights={method!r} changes the base model, and peft does not change it in the same way when it"
+            " loads the adapter; save the changed base model and adapt it with init_lora_weights=True, or use"
+            " init_lora_weights='pissa'"
+        )
+
+
+def _check_adapter(model: nn.Module) -> None:
+    from peft import PeftModel, PeftType
+
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"peft cannot save a {type(model).__name__}; use get_peft_model(…, mixed=False)")
+    adapter = recorded_adapter(model)
+    config: Any = model.peft_config[adapter]
+    if config.is_prompt_learning:
+        raise ValueError(f"{config.peft_type.value} learns a prompt, not weights; use an adapter such as LoRA")
+    if config.peft_type == PeftType.ADALORA:
+        raise ValueError(
+            "ADALORA changes the ranks of its matrices, so states would differ in shape; use LORA with a rank_pattern"
+        )
+    if others := [name for name in model.active_adapters if name != adapter]:
+        raise ValueError(
+            f"the adapter {adapter!r} trains on top of the active adapter {others[0]!r}, which a state does not hold;"
+            " merge that one into the base model first"
+        )
+    check_initialisation(config)
+    if getattr(config, "init_lora_weights", None) in _CHANGE_BASE:
+        logger.warning_once(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base model. peft changes it again whenever it"
+            " loads the adapter, and resuming changes it too: do both with the same base model in the same dtype"
+        )
+    if computed := computed_names(model):
+        raise ValueError(
+            f"peft saves {min(computed)!r}, computed from the weights of this {config.peft_type.value} adapter, and"
+            " not the weights, so a recording could not be resumed; turn off the option that selects what is saved,"
+            " such as save_only_topk_weights"
+        )
+    on_disk, state = names_on_disk(model), model.state_dict(keep_vars=True)
+    saved = {memory_key(tensor) for name, tensor in state.items() if name in on_disk}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and memory_key(parameter) not in saved:
+            raise ValueError(
+                f"{name!r} trains, but peft does not save it with the adapter {adapter!r}; freeze it, or add its"
+                " module to modules_to_save of the adapter config"
+            )
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Raise a `ValueError` for a parameter that trains and shares a part of its memory with another tensor."""
+    state = [(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items() if tensor.data_ptr()]
+    state.sort(key=lambda item: (str(item[1].device), item[1].data_ptr()))
+    for (name, tensor), (other, view) in pairwise(state):
+        overlap = tensor.device == view.device and view.data_ptr() < tensor.data_ptr() + _extent(tensor)
+        trains = tensor.requires_grad or view.requires_grad
+        if overlap and trains and memory_key(tensor) != memory_key(view):
+            raise ValueError(
+                f"{name!r} and {other!r} share a part of their memory, but a state stores each of them; tie them"
+                " completely, or give each its own memory with clone()"
+            )
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last element of a tensor in memory."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.element_size()
