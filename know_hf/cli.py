@@ -11,6 +11,7 @@ from typing import Any
 from . import __version__
 from .config_files import add_flags, read_flags
 from .tasks import RecordArguments
+from .terminal import run_program
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _TRAJECTORY: dict[str, Any] = {"metavar": "TRAJECTORY", "help": "folder with trajectory.json"}
@@ -27,13 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: 0, or 1 after an error, which is printed to standard error with its notes.
     """
     args = make_parser().parse_args([_dashed(arg) for arg in (sys.argv[1:] if argv is None else argv)])
-    try:
-        args.run(args)
-    except (ValueError, OSError, ImportError) as error:
-        message = "\n".join([str(error).strip(), *getattr(error, "__notes__", ())])
-        if hasattr(args, "overwrite"):
-            message = message.replace("overwrite=True", "--overwrite")
-        sys.stderr.write(f"know-hf {args.command}: {message}\n")
+    if run_program(f"know-hf {args.command}", lambda: args.run(args)):
         return 1
     _destroy_process_group()
     return 0
@@ -125,6 +120,7 @@ def _add_merge(commands: Any) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
+    _check_output_dir(args)
     import torch
 
     from .trajectory.merging import merge_adapters
@@ -168,6 +164,9 @@ def _predict(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} needs --push-to-hub")
     if args.report and not Path(args.report).absolute().parent.is_dir():
         raise FileNotFoundError(f"--report {args.report}: the folder of the file does not exist; create it")
+
+    if not args.dry_run:
+        _check_output_dir(args)
 
     import torch
     from accelerate import Accelerator
@@ -261,6 +260,12 @@ def _push_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"private": args.private, "revision": args.revision, "create_pr": args.create_pr}
 
 
+def _check_output_dir(args: argparse.Namespace) -> None:
+    folder = Path(args.output_dir)
+    if not args.overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; choose another folder or pass --overwrite")
+
+
 def _pair(text: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     if not (name and value):
@@ -271,10 +276,10 @@ def _pair(text: str) -> tuple[str, str]:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object such as '{{\"factor\": 0.9}}', got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a JSON object such as '{{\"factor\": 0.9}}', got {text!r:.200}")
     return content
 
 

@@ -2,13 +2,19 @@
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .terminal import shorten_words
+
 T = TypeVar("T")
+_LARGEST_YAML = 100_000
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -16,23 +22,86 @@ def check_keys(content: Mapping[str, Any], known: Sequence[str], source: str) ->
     """Raise a `ValueError` that names the first unknown key and the known key nearest to it."""
     for name in content:
         if name not in known:
-            raise ValueError(f"{source}: unknown key {name!r}; {nearest(str(name), known)}")
+            raise ValueError(f"{source}: unknown key {name!r:.200}; {nearest(str(name), known)}")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return a hint: the known name closest to `name`, or all known names."""
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(name[:200], known, n=1)  # its time grows with the square of the length
     return f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(known)}"
 
 
+def read_yaml(path: str | Path, hint: str) -> dict[str, Any]:
+    """Read the mapping in a YAML file.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        hint (`str`):
+            What to do if the file does not hold a mapping, for the error message.
+
+    Raises:
+        `FileNotFoundError`:
+            When the file does not exist.
+        `ValueError`:
+            When the file is not UTF-8 or does not hold a mapping, and as [`parse_yaml`].
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
+    content = parse_yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must contain a mapping of keys to values, got {content!r:.60}; {hint}")
+    return content
+
+
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML; a syntax error is a `ValueError` that names the source."""
+    """Parse YAML.
+
+    Raises:
+        `ValueError`:
+            For a syntax error, a key that appears twice in a mapping, a value that JSON lacks, such as a date, or more
+            than 100,000 values, those of aliases included. The message names the source.
+    """
     import yaml  # type: ignore[import-untyped]
 
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not valid YAML: {error}") from error
+        content = yaml.load(text, _make_loader())
+    except Exception as error:  # the constructors of yaml raise any kind of error for values such as `!!int x`
+        reason = " ".join(f"{error or type(error).__name__}"[:500].split())
+        raise ValueError(f"{source} is not valid YAML: {reason}") from error
+    values, count = [content], 0
+    while values:
+        value, count = values.pop(), count + 1
+        if count > _LARGEST_YAML:
+            raise ValueError(f"{source} has more than {_LARGEST_YAML:,} values, those of aliases included; shorten it")
+        if isinstance(value, dict):
+            values.extend((*value, *value.values()))
+        elif isinstance(value, list):
+            values.extend(value)
+        elif not isinstance(value, str | int | float | None):
+            raise ValueError(f"{source} has the value {value!r:.60} of type {type(value).__name__}; quote it")
+        elif isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            raise ValueError(f"{source} has the text {value!r:.60}, which is not Unicode")
+    return content
+
+
+@cache
+def _make_loader() -> Any:
+    import yaml
+
+    class UniqueKeyLoader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            if repeated := [key for key, count in Counter(keys).items() if count > 1]:
+                raise yaml.MarkedYAMLError(problem=f"the key {repeated[0]!r:.60} appears twice in one mapping")
+            return node
+
+    return UniqueKeyLoader
 
 
 def read_numbers(content: Any) -> Any:
@@ -78,11 +147,11 @@ def build(cls: type[T], content: Mapping[str, Any], source: str) -> T:
     except ValidationError as invalid:
         error = invalid.errors()[0]
         if error["type"] == "value_error":  # from the checks of the dataclass
-            raise ValueError(f"{source}: {error['ctx']['error']}") from None
+            raise ValueError(shorten_words(f"{source}: {error['ctx']['error']}")) from None
         name = ".".join(map(str, error["loc"]))
         if error["type"] == "missing":
             raise ValueError(f"{name} is missing in {source}; pass {_flag(name)} or set it in --config FILE") from None
-        raise ValueError(f"{source}: {name}={error['input']!r}: {error['msg']}") from None
+        raise ValueError(f"{source}: {name}={error['input']!r:.200}: {error['msg']}") from None
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:

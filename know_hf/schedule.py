@@ -17,6 +17,10 @@ import numpy as np
 Values = Sequence[Any] | np.ndarray
 
 
+_MOST_STATES = 1000
+_MOST_EPOCHS = 1_000_000
+
+
 @dataclass(frozen=True)
 class ForgettingSchedule:
     """Sizes and members of the nested subsets D0 ⊃ D1 ⊃ … ⊃ D(S-1), with |Dk| = round(r^k · |D0|) (KNOW paper, §3).
@@ -63,8 +67,10 @@ class ForgettingSchedule:
         _check_number("epochs_per_stage", self.epochs_per_stage, "above 0")
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio must be between 0 and 1 (exclusive), got {self.ratio}; try 0.5 or 0.33")
-        if not self.epochs_per_stage > 0:
-            raise ValueError(f"epochs_per_stage must be positive, got {self.epochs_per_stage}")
+        if not 0 < self.epochs_per_stage <= _MOST_EPOCHS:
+            raise ValueError(
+                f"epochs_per_stage must be positive and at most {_MOST_EPOCHS:,}, got {self.epochs_per_stage!r:.60}"
+            )
         if self.steps_per_stage is not None and self.epochs_per_stage != 1:
             lengths = f"steps_per_stage={self.steps_per_stage} and epochs_per_stage={self.epochs_per_stage}"
             raise ValueError(f"got both {lengths}; remove one of them")
@@ -77,7 +83,8 @@ class ForgettingSchedule:
             numbers["epochs_per_stage"] = float(self.epochs_per_stage)
         if self.steps_per_stage is not None:
             numbers["steps_per_stage"] = _integer("steps_per_stage", self.steps_per_stage, 1)
-        numbers |= {"num_states": _integer("num_states", self.num_states, 2), "seed": _integer("seed", self.seed, 0)}
+        numbers["num_states"] = _integer("num_states", self.num_states, 2, _MOST_STATES)
+        numbers["seed"] = _integer("seed", self.seed, 0)
         for name, number in numbers.items():
             object.__setattr__(self, name, number)
 
@@ -192,10 +199,10 @@ def _check_number(name: str, value: Any, bounds: str) -> None:
         raise ValueError(f"{name} must be a number {bounds}, got {value!r}")
 
 
-def _integer(name: str, value: Any, minimum: int) -> int:
+def _integer(name: str, value: Any, minimum: int, maximum: int = 2**32 - 1) -> int:
     is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
-    if not is_integer or not minimum <= operator.index(value) < 2**32:
-        raise ValueError(f"{name} must be an integer from {minimum} to 2**32 - 1, got {value!r}")
+    if not is_integer or not minimum <= operator.index(value) <= maximum:
+        raise ValueError(f"{name} must be an integer from {minimum} to {maximum:,}, got {value!r:.60}")
     return operator.index(value)
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -108,6 +109,7 @@ def test_predict_writes_checkpoint_and_report(recorded, tmp_path, capsys):
     [
         ("predict t --output-dir out --predictor-options {factor}", "JSON object"),
         ("predict t --output-dir out --predictor-options [0.5]", "JSON object"),
+        (f"predict t --output-dir out --predictor-options {'[' * 10_000}", "JSON object"),
         ("compare digits --output-dir out --data a/b", "NAME=VALUE"),
     ],
 )
@@ -269,3 +271,28 @@ def test_errors_name_flags_and_files_that_do_not_exist(recorded, tmp_path, capsy
     assert main(["compare", "nosuch", "--output-dir", str(tmp_path / "out")]) == 1
     error = one_line(capsys, "compare")
     assert "unknown suite 'nosuch'; available: " in error and "site-packages" not in error
+
+
+def test_output_survives_terminals_of_any_encoding(recorded):
+    code = "import sys; from know_hf.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "predict", str(recorded), "--output-dir", "out", "--known", 1000 * "Σ"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 1 and b"\\u03a3" in done.stderr and b"Traceback" not in done.stderr
+    assert len(done.stderr) < 3000  # long names are cut
+    program = "from know_hf.terminal import run_program; run_program('x', lambda: print('Σ'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u03a3\n", b"")
+
+
+def test_defects_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr("know_hf.evaluation.run_suite", lambda *_, **__: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        main(["compare", "digits", "--output-dir", "out"])
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "1001", "9" * 100])
+def test_numbers_of_steps_are_bounded(recorded, tmp_path, capsys, steps):
+    assert main(["predict", str(recorded), "--steps", steps, "--output-dir", str(tmp_path / "out")]) == 1
+    error = one_line(capsys, "predict")
+    assert "steps must be an integer from 1 to 1000, got" in error and len(error) < 200

@@ -7,9 +7,11 @@ from collections import Counter
 from functools import partial
 
 import torch
+import yaml
 from doubles.toy_trajectories import record_walk
 
-from know_hf import KNOWNConfig, KNOWNModel
+from know_hf import KNOWNConfig, KNOWNModel, RecordArguments
+from know_hf.evaluation.suites.suite import SUITES_DIR, load_suite
 from know_hf.meta_learning import TransitionDataset
 
 VALUES = [
@@ -111,3 +113,43 @@ def test_cached_samples(tmp_path):
         path.write_bytes(data)
         outcomes[outcome(read, path.stem, data)] += 1
     assert min(outcomes.values()) > 5, outcomes
+
+
+RECORD = {
+    "task": "causal-lm", "model": "some/model", "dataset": "some/dataset", "output_dir": "out", "epochs": 2, "seed": 1,
+    "max_length": 64, "ratio": 0.5, "num_states": 5, "start": "train", "lora": {"r": 4, "target_modules": ["q", "v"]},
+    "training": {"learning_rate": 1e-5, "warmup_steps": 10, "fp16": False},
+}  # fmt: skip
+YAML_DAMAGES = [
+    b"", b"[]", b"null", b"\xff\xfe", b"\xef\xbb\xbf[]", b"a: 1\na: 2\n", b"{" * 5000, b"? [a, b]\n: 1", b"a: &a [*a]",
+    b"a: !!python/object/apply:os.system [ls]", b"a: !!int x", b"a: !!timestamp x", b"a: 2020-13-45", b"2020-01-01: 1",
+    b"a: !!binary eA==", b"a: !!set {b}", b"a: " + b"9" * 5000, b"\ta: 1", b"a: \x00",
+    b'a: "\\ud800"', b'"\\ud800": 1',
+    "".join(f"a{n}: &a{n} [x{9 * f', *a{n - 1}'}]\n" if n else "a0: &a0 [x]\n" for n in range(12)).encode(),
+]  # fmt: skip
+
+
+def yaml_inputs(content, count):
+    yield from YAML_DAMAGES
+    rng = random.Random(0)
+    for _ in range(count):
+        yield yaml.safe_dump(changed(content, rng), allow_unicode=True).encode()
+
+
+def test_yaml_of_record(tmp_path):
+    path = tmp_path / "record.yaml"
+    outcomes = Counter()
+    for data in yaml_inputs(RECORD, 120):
+        path.write_bytes(data)
+        outcomes[outcome(lambda: RecordArguments.from_yaml(path), "record.yaml", data)] += 1
+    assert min(outcomes.values()) > 20, outcomes
+
+
+def test_yaml_of_suites(tmp_path):
+    path = tmp_path / "suite.yaml"
+    content = yaml.safe_load((SUITES_DIR / "digits.yaml").read_text())
+    outcomes = Counter()
+    for data in yaml_inputs(content, 60):
+        path.write_bytes(data)
+        outcomes[outcome(lambda: load_suite(path), "suite.yaml", data)] += 1
+    assert min(outcomes.values()) > 10, outcomes

@@ -110,6 +110,8 @@ def test_a_schedule_of_version_0_1_loads():
         ({"epochs_per_stage": "1"}, "epochs_per_stage must be a number .*got '1'"),
         *(({"ratio": ratio}, f"ratio .* got {ratio}") for ratio in (0, 1, -0.5, 1.5, float("nan"))),
         ({"num_states": 1}, "num_states .*2.* got 1"),
+        ({"num_states": 1001}, "num_states .*1,000, got 1001"),
+        ({"epochs_per_stage": float("inf")}, "epochs_per_stage .* got inf"),
         ({"num_states": 2.5}, r"num_states .* got 2\.5"),
         ({"num_states": 5.0}, r"num_states .* got 5\.0"),
         ({"epochs_per_stage": 0}, "epochs_per_stage .* got 0"),

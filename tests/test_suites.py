@@ -325,7 +325,7 @@ def test_paths_of_data_that_the_suite_does_not_read_are_errors(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("name: x", "'description' is missing"), ("- 1", "must contain keys"), ("a: [", "not valid YAML")],
+    [("name: x", "'description' is missing"), ("- 1", "must contain a mapping"), ("a: [", "not valid YAML")],
 )
 def test_a_file_that_is_no_suite_is_an_error(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)

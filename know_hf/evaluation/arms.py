@@ -22,13 +22,13 @@ The name of any registered predictor is an arm too.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from ..config_files import check_keys
+from ..config_files import build
 from ..prediction import plan_prediction
 from ..predictors import get_predictor
 from .arm_weights import ArmSources, matched_shrink, moved_by_singular_vectors, predicted, shuffled, trained_on
@@ -170,22 +170,20 @@ def make_arm(spec: str | Mapping[str, Any]) -> Arm:
             given is not tuned.
 
     Raises:
-        `ValueError`: If a name or field is unknown.
+        `ValueError`: If a name or field is unknown, or a value has the wrong type.
     """
     if isinstance(spec, str):
         return _by_name(spec)
-    if "name" not in spec:
-        raise ValueError(f"an arm needs a name, got {dict(spec)}")
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        raise ValueError(f"an arm needs a name, got {spec!r:.200}")
     name = spec["name"]
-    check_keys(spec, [f.name for f in fields(Arm)], f"arm {name!r}")
     try:
         arm = _by_name(name)
     except ValueError:
         arm = Arm(name, "predicted", f"prediction of {spec.get('predictor', 'known')}")
-    fixed = spec.get("options", {}).keys()
-    is_fixed = any(fixed & setting.keys() for setting in arm.tuned)
-    tuned = spec.get("tuned", () if is_fixed else arm.tuned)
-    return replace(arm, **{**spec, "tuned": tuple(dict(setting) for setting in tuned)})
+    options = spec.get("options")
+    is_fixed = isinstance(options, Mapping) and any(options.keys() & setting.keys() for setting in arm.tuned)
+    return build(Arm, {**vars(arm), "tuned": () if is_fixed else arm.tuned, **spec}, f"arm {name!r:.100}")
 
 
 def known_arm(steps: int, ratio: float) -> Arm:

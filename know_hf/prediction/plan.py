@@ -20,6 +20,7 @@ from . import pieces
 from .write_checkpoint import READ_AHEAD, WRITE_BEHIND, checkpoint_specs
 
 SHIPPED_KNOWN = Path(__file__).parents[1] / "known" / "weights" / "known-base"
+MAX_STEPS = 1000
 COPIED_COST = 0.02  # cost of a copied element relative to one step of prediction
 _TRIAL_SIZE = 2**16  # rows of the trial behind the estimated time
 _RANGE = {"largest_weight", "largest_displacement", "mean_displacement"}
@@ -154,8 +155,8 @@ def plan_prediction(
     Raises:
         `TrajectoryError`, `ValueError`: as [`predict_overflowed_weights`] does before it starts.
     """
-    if int(steps) != steps or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1, got {steps}")
+    if int(steps) != steps or not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps must be an integer from 1 to {MAX_STEPS}, got {steps!r:.60}")
     if norm not in ("keep", "predict"):
         raise ValueError(f"norm must be 'keep' or 'predict', got {norm!r}")
     if dtype is not None and dtype not in PREDICTED_DTYPES:

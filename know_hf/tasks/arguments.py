@@ -5,7 +5,7 @@ from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..config_files import build, parse_yaml, read_numbers
+from ..config_files import build, read_numbers, read_yaml
 
 if TYPE_CHECKING:
     from ..schedule import ForgettingSchedule
@@ -137,8 +137,8 @@ class RecordArguments:
         for name in ("max_examples", "max_eval_examples", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1, or none")
-        if not self.epochs > 0:
-            raise ValueError(f"epochs={self.epochs}: must be positive")
+        if not 0 < self.epochs <= 1_000_000:
+            raise ValueError(f"epochs={self.epochs}: must be positive and at most 1,000,000")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, choices))}")
@@ -186,11 +186,7 @@ class RecordArguments:
             `ValueError`:
                 See [`from_dict`]; also when the file does not hold a mapping.
         """
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path} does not exist")
-        content = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} must contain a mapping of keys to values; recipes/record has examples")
+        content = read_yaml(path, "recipes/record has examples")
         for name, value in (overrides or {}).items():
             if isinstance(value, Mapping) and isinstance(content.get(name), Mapping):
                 value = {**content[name], **value}

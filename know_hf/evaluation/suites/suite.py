@@ -16,16 +16,17 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Discriminator,
+    Field,
     PlainValidator,
-    PositiveInt,
     Tag,
     TypeAdapter,
     ValidationError,
 )
 from transformers import TrainingArguments
 
-from ...config_files import nearest, parse_yaml, read_numbers
+from ...config_files import nearest, read_numbers, read_yaml
 from ...schedule import ForgettingSchedule
+from ...terminal import shorten_words
 from ..arms import Arm, make_arm
 from ..landscape import Landscape
 from ..linear_probe import LinearProbe
@@ -54,7 +55,7 @@ def _check_fields(cls: type, content: dict[str, Any]) -> dict[str, Any]:
     names = [f.name for f in fields(cls)]
     for name in content:
         if name not in names:
-            raise ValueError(f"unknown key {name!r}; {nearest(name, names)}")
+            raise ValueError(f"unknown key {name!r}; {nearest(str(name), names)}")
     if cls is ForgettingSchedule:
         cls(**content)
     return content
@@ -77,6 +78,9 @@ ProtocolEntry = Annotated[
     | Annotated[ZeroShot, BeforeValidator(_without_kind), Tag("zero_shot")],
     Discriminator(_kind, custom_error_type="protocol_kind", custom_error_message=_KINDS),
 ]
+
+
+Count = Annotated[int, Field(gt=0, le=10_000)]
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Suite:
 
     name: str
     description: str
-    seeds: PositiveInt
+    seeds: Count
     inputs: Inputs
     source: Side
     target: Side
@@ -127,8 +131,8 @@ class Suite:
     training: Annotated[Mapping[str, Any], AfterValidator(partial(_check_fields, TrainingArguments))]
     protocols: tuple[ProtocolEntry, ...]
     arms: tuple[Annotated[Arm, PlainValidator(make_arm)], ...]
-    draws: PositiveInt = 1
-    trials_per_rate: PositiveInt = 4
+    draws: Count = 1
+    trials_per_rate: Count = 4
     first_seed: int = 0
     landscape: Landscape | None = None
     content: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -154,7 +158,7 @@ class Suite:
         try:
             return TypeAdapter(cls).validate_json(document)
         except ValidationError as error:
-            raise ValueError(f"{source}: {_explain(error)}") from error
+            raise ValueError(shorten_words(f"{source}: {_explain(error)}")) from None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -180,10 +184,10 @@ def load_suite(name: str | Path) -> Suite:
         available = f"available: {', '.join(names)} (or give the path of a YAML file)"
         hint = f"did you mean {path.stem!r}?" if path.stem in names else available
         raise FileNotFoundError(f"unknown suite {text!r}; {hint}")
-    content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must contain keys, got {content!r}; see the suites in {SUITES_DIR}")
-    variants = content.pop("variants", {})
+    content = read_yaml(path, f"see the suites in {SUITES_DIR}")
+    variants = content.pop("variants", None) or {}
+    if not isinstance(variants, dict) or not all(isinstance(variant, dict) for variant in variants.values()):
+        raise ValueError(f"variants of {path} must map names to keys of a suite, got {variants!r:.60}")
     if variant and variant not in variants:
         raise ValueError(f"{path} has no variant {variant!r}; its variants: {', '.join(variants) or 'none'}")
     if variants:
@@ -205,4 +209,4 @@ def _explain(error: ValidationError) -> str:
         return f"key {key!r} is missing; {parent or 'a suite'} has the keys {', '.join(names)}"
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}"
-    return f"{key}: {first['msg'].removeprefix('Input ')}, got {first['input']!r}"
+    return f"{key}: {first['msg'].removeprefix('Input ')}, got {first['input']!r:.200}"

@@ -1,0 +1,42 @@
+"""Programs in a terminal: output on terminals of any encoding, and errors in one line. Imports nothing heavy."""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_LONGEST_WORD = 300  # characters
+
+
+def run_program(name: str, function: Callable[[], T]) -> T | int:
+    """Run a program and report the errors that its input causes: `ValueError`, `OSError` and `ImportError`.
+
+    All other exceptions are defects of the program and keep their traceback. Characters that the terminal cannot show
+    are printed as escapes.
+
+    Args:
+        name (`str`):
+            Name of the program, before its errors.
+        function (`Callable`):
+            The program.
+
+    Returns:
+        The result of the function; 1 after an error, which is printed to standard error with its notes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return function()
+    except (ValueError, OSError, ImportError) as error:
+        message = "\n".join([str(error).strip(), *getattr(error, "__notes__", ())])
+        sys.stderr.write(f"{name}: {shorten_words(message)}\n")
+        return 1
+
+
+def shorten_words(text: str) -> str:
+    """Cut the middle of very long words, such as names that were meant to be files."""
+    half = _LONGEST_WORD // 2
+    return re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda match: f"{match[0][:half]}…{match[0][-half:]}", text)
