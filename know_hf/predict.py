@@ -81,10 +81,10 @@ def predict_overflowed_weights(
         `TrajectoryError`: if a file is not the recorded one, states are out of order or have different tensors, a
             value is not finite, or the config is that of a quantised model; names tensor and state.
         `ValueError`: if the trajectory has fewer states than the predictor needs, an argument is invalid,
-            `output_dir` contains the trajectory, a value is too large for `dtype` or float32, or the losses of a
-            gate cannot be compared.
-        `FileExistsError`: if `output_dir` is not empty and `overwrite` is off.
-        `OSError`: before the work, if the disk has too little space or another process writes to `output_dir`.
+            `output_dir` contains or is inside the trajectory, another one, its base model or the folder of KNOWN, a
+            value is too large for `dtype` or float32, or the losses of a gate cannot be compared.
+        `FileExistsError`: if `output_dir` is not empty and `overwrite` is off, or another program changed it.
+        `OSError`: before the work, if the disk has too little space or another process writes or pushes `output_dir`.
         `HubError` or an error of huggingface_hub: if the checkpoint cannot be pushed; a written one stays in
             `output_dir`.
         `RuntimeError`: on the other processes, if one failed.

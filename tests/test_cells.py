@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -44,3 +45,22 @@ def test_damaged_files_of_a_store_are_named(tmp_path, text):
     (tmp_path / "identity.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"identity\.json .*new output folder"):
         CellStore(tmp_path, {"seed": 1})
+
+
+def test_an_identity_tells_no_local_folder(tmp_path):
+    store = CellStore(tmp_path / "new", {"task": {"data": "/home/someone/data"}})
+    assert json.loads((store.path / "identity.json").read_text()) == {"task": {"data": ".../data"}}
+    (store.path / "identity.json").write_text('{"task": {"data": "/home/someone/data"}}')  # as 0.2 did
+    CellStore(store.path, {"task": {"data": "/elsewhere/data"}})
+
+
+def test_one_comparison_at_a_time(tmp_path):
+    store = CellStore(tmp_path, {"seed": 1})
+    with (
+        store.locked(),
+        pytest.raises(BlockingIOError, match=tmp_path.name),
+        CellStore(tmp_path, {"seed": 1}).locked(),
+    ):
+        pass
+    with store.locked():
+        pass

@@ -1,5 +1,6 @@
 """Pulls from the loopback Hub into a folder: complete and equal to the repo, or not at all."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from doubles.loopback_hub import LoopbackHub, hub
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from know_hf import WeightTrajectory
-from know_hf.checkpoint import CheckpointError
+from know_hf.checkpoint import CheckpointError, atomic_folder
 from know_hf.hub import HubError, pull, pull_checkpoint, pull_trajectory
 from know_hf.trajectory import TrajectoryError
 
@@ -65,6 +66,44 @@ def test_pull_after_a_fault(hub: LoopbackHub, recorded: Path, tmp_path: Path, fa
     hub.faults.clear()
     assert contents(pull("me/t", tmp_path / "never")) == contents(pulled.path)
     assert not (tmp_path / ".never.pull").exists()
+
+
+def test_pull_into_a_link_and_two_pulls(hub: LoopbackHub, enhanced: Path, tmp_path: Path) -> None:
+    store(hub, enhanced, "me/x")
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "empty")
+    with suppress(RuntimeError), atomic_folder(tmp_path / "link", resume=True):
+        before = hub.sent("GET /lfs")
+        with raises(BlockingIOError, "empty"):
+            pull("me/x", tmp_path / "link")
+        assert hub.sent("GET /lfs") == before
+        raise RuntimeError
+    pull("me/x", tmp_path / "link")
+    assert contents(tmp_path / "disk" / "empty") == contents(enhanced) and (tmp_path / "link").is_symlink()
+    assert not list((tmp_path / "disk").glob(".*"))
+    with raises(FileExistsError, "another folder"):
+        pull("me/x", tmp_path / "link")
+
+
+def test_pull_into_a_trajectory_is_refused(hub: LoopbackHub, enhanced: Path, trajectory_copy: Path) -> None:
+    store(hub, enhanced, "me/x")
+    with raises(ValueError, "inside the trajectory"):
+        pull("me/x", trajectory_copy / "pulled")
+
+
+def test_a_folder_that_appears_during_a_pull_is_kept(hub: LoopbackHub, enhanced: Path, tmp_path: Path) -> None:
+    store(hub, enhanced, "me/x")
+    target = tmp_path / "pulled"
+
+    def write(content: bytes) -> bytes:
+        target.mkdir(exist_ok=True)
+        (target / "thesis").touch()
+        return content
+
+    hub.fail("GET /lfs", tamper=write)
+    with raises(FileExistsError, "in the meantime"):
+        pull("me/x", target)
+    assert [path.name for path in target.iterdir()] == ["thesis"]
 
 
 def test_interrupted_pull_fetches_missing_files_only(hub: LoopbackHub, recorded: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from conftest import make_resnet
 from doubles.hub_fixtures import COMMIT, contents, enhanced, no_sleep, no_token_shown, raises
 from doubles.loopback_hub import FOREIGN_TOKEN, READ_TOKEN, TOKEN, LoopbackHub, hub
+from doubles.old_paths import record_path
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
 from transformers import AutoModel
 
 from know_hf import KNOWNModel, WeightTrajectory, predict_overflowed_weights
-from know_hf.checkpoint import CheckpointError
+from know_hf.checkpoint import CheckpointError, atomic_folder
 from know_hf.cli import main
 from know_hf.hub import HubError, check_push, pull, push, push_checkpoint, push_known, push_trajectory
 from know_hf.prediction import REFERENCE, SHIPPED_KNOWN, Gate
@@ -232,6 +233,64 @@ def test_adapters_and_plain_modules(
     remote = WeightTrajectory.from_hub("me/plain")
     remote.load_into(module := torch.nn.Linear(3, 2), 1)
     assert torch.equal(module.weight, plain.tensor("weight", 1)) and remote.model_files == []
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # raised by peft
+def test_local_paths_are_not_pushed(
+    hub: LoopbackHub, record_states: Callable[..., WeightTrajectory], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["convolution"], r=2, modules_to_save=["classifier"])
+    folder = record_states(peft.get_peft_model(make_resnet(), config), 5).path
+    record_path(folder, "/home/secretuser/resnet")
+    adapters = WeightTrajectory(folder)
+    before = contents(adapters.path)
+    push(adapters.path, "me/t")
+    predict_overflowed_weights(adapters, output_dir=tmp_path / "enhanced")
+    written = tmp_path / "enhanced" / "adapter_config.json"
+    written.write_text(written.read_text().replace('"base_model_name_or_path": null', '"x_path": "/secretuser/a"'))
+    push(tmp_path / "enhanced", "me/lora")
+    for repo_id in ("me/t", "me/lora"):
+        assert not [name for name, content in hub.repo(repo_id).files().items() if b"secretuser" in content]
+    assert contents(adapters.path) == before
+    sent = hub.received("PUT|commit")
+    push(adapters.path, "me/t")
+    assert hub.received("PUT|commit") == sent
+    pulled = WeightTrajectory(pull("me/t", tmp_path / "pulled"))
+    pulled.verify()
+    assert pulled.base_model == ".../resnet" and pulled.states[0].training == {"output": ".../resnet"}
+    assert torch.equal(pulled.history(pulled.names[0]), adapters.history(pulled.names[0]))
+
+
+def test_a_recording_goes_on_during_a_push(hub: LoopbackHub, trajectory_copy: Path) -> None:
+    before = (trajectory_copy / "trajectory.json").read_bytes()
+
+    def record() -> None:
+        WeightTrajectory(trajectory_copy).update_metrics(0, {"accuracy": 0.5})
+
+    hub.fail(COMMIT, before=record)
+    push(trajectory_copy, "me/t")
+    assert hub.repo("me/t").files()["trajectory.json"] == before
+    WeightTrajectory.from_hub("me/t").verify()
+
+
+def test_a_folder_is_not_replaced_during_a_push(hub: LoopbackHub, recorded: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    predict = partial(predict_overflowed_weights, recorded, output_dir=target, card=False, overwrite=True)
+    predict()
+    before, refused = contents(target), []
+
+    def replace() -> None:
+        with pytest.raises(BlockingIOError, match="out"):
+            predict()
+        refused.append(True)
+
+    hub.fail(COMMIT, before=replace)
+    push(target, "me/x")
+    assert refused and hub.repo("me/x").files().items() >= before.items()
+    predict()
+    with atomic_folder(target, overwrite=True), raises(BlockingIOError, "out"):
+        push(target, "me/x")
 
 
 # KNOWN weights

@@ -161,13 +161,15 @@ def test_roles_by_names_on_disk(record_states):
     [
         ("models/tiny", "./models/tiny"),  # a folder, which would read as a Hub id
         ("microsoft/resnet-18", "microsoft/resnet-18"),
-        ("/deleted/models/base", "/deleted/models/base"),
+        ("/deleted/models/base", ".../base"),  # not recorded
+        ("beside", "../beside"),  # a folder beside the trajectory
         ("", None),
     ],
 )
 def test_the_base_model_by_its_name(created, tmp_path, monkeypatch, name, base_model):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models/tiny").mkdir(parents=True)
+    for folder in ("models/tiny", "beside"):
+        (tmp_path / folder).mkdir(parents=True)
     model = make_resnet()
     model.config._name_or_path = name
     created.record(model, num_examples=8, steps=1)

@@ -2,22 +2,24 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_resnet, rewrite_state
+from conftest import edit_manifest, make_resnet, rewrite_state
 from doubles.constant_predictor import Constant, weights
+from doubles.small_trainers import hashes
 from processes.prediction_worker import size_of_the_first_bias
 from safetensors.torch import load_file
 from test_predict import BIAS, CONV, FC
 from torch import nn
 
-from know_hf import plan_prediction, predict_overflowed_weights
+from know_hf import WeightTrajectory, plan_prediction, predict_overflowed_weights
 from know_hf.checkpoint import file_sha256
-from know_hf.prediction import Gate, StateTensors, WriteOptions, pieces, write_checkpoint
+from know_hf.prediction import SHIPPED_KNOWN, Gate, StateTensors, WriteOptions, pieces, write_checkpoint
 from know_hf.prediction.engine import PredictedTensors
 from know_hf.prediction.pieces import split_pieces
 from know_hf.trajectory import TrajectoryError
@@ -209,3 +211,54 @@ def test_a_state_is_written_bit_for_bit_and_finished_before_it_appears(trajector
     assert (tmp_path / "out/note.txt").exists()
     with pytest.raises(ValueError, match="state=5"):
         StateTensors(trajectory, 5)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_inputs_and_trajectories_are_no_output(trajectory_copy, tmp_path, overwrite):
+    known = shutil.copytree(SHIPPED_KNOWN, tmp_path / "known")
+    (tmp_path / "base").mkdir()
+    edit_manifest(trajectory_copy, lambda content: content.update(base_model="../base"))
+    shutil.copytree(trajectory_copy, tmp_path / "other")
+    before = hashes(tmp_path)
+    for name in (
+        "",
+        "trajectory",
+        "trajectory/state-0",
+        "trajectory/sub/out",
+        "known",
+        "known/out",
+        "base",
+        "base/out",
+    ):
+        with pytest.raises(ValueError, match=r"input "):
+            predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / name, overwrite=overwrite)
+    for name in ("other/state-0", "other/out", *(["other"] if overwrite else [])):
+        with pytest.raises(ValueError, match=r"trajectory .*other"):
+            predict_overflowed_weights(trajectory_copy, known, output_dir=tmp_path / name, overwrite=overwrite)
+    assert hashes(tmp_path) == before
+
+
+def test_the_base_model_of_a_gate_is_no_output(trajectory, tmp_path):
+    base = make_resnet()
+    base.config.name_or_path = str(tmp_path)
+    gate = Gate([{"pixel_values": torch.zeros(1, 8, 8), "labels": 0}], base_model=base)
+    with pytest.raises(ValueError, match="input"):
+        predict_overflowed_weights(trajectory, predictor="shrink", gate=gate, output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_permissions_are_those_of_the_umask(trajectory_copy, tmp_path, umask, mode):
+    (trajectory_copy / "config.json").chmod(0o600)
+    before = os.umask(umask)
+    try:
+        batches = [{"pixel_values": torch.randn(4, 1, 8, 8)}]  # BatchNorm statistics are written with safetensors
+        result = predict_overflowed_weights(
+            trajectory_copy, output_dir=tmp_path / "out", recalibrate_with=batches, max_shard_size=2000
+        )
+        states = WeightTrajectory.create(tmp_path / "states")
+        states.record(make_resnet(), num_examples=1, steps=1)
+    finally:
+        os.umask(before)
+    for folder in (result.path, states.path):
+        assert {path.stat().st_mode & 0o777 for path in folder.rglob("*.*") if path.is_file()} == {mode}
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~umask

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from ..checkpoint import read_json_object
+from ..local_paths import resolved_name
 from ..markdown import Table, clean, code, python_call
 from ..schedule import ForgettingSchedule
 from ..tasks.arguments import RecordArguments
@@ -171,7 +172,8 @@ def recorded_fields(trajectory: WeightTrajectory, about: About, kind: str) -> di
         validate_repo_id(repo_id)
     adapter = _read_json(trajectory.path / "adapter_config.json")
     arguments = _record_arguments(trajectory.path.resolve())
-    base_model = about.get("base_model") or trajectory.base_model or adapter.get("base_model_name_or_path")
+    recorded = trajectory.base_model or adapter.get("base_model_name_or_path")
+    base_model = about.get("base_model") or (resolved_name(trajectory.path, str(recorded)) if recorded else None)
     revision = about.get("base_revision") or trajectory.base_revision or adapter.get("revision")
     datasets = about.get("datasets")
     shown = None

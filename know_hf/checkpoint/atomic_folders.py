@@ -1,79 +1,151 @@
-"""Folders that appear complete or not at all."""
+"""Folders that appear complete or not at all.
 
+A folder is written beside its target, as `.NAME.partial`, and renamed. Where the file system can exchange two folders
+in one step, an existing target is never missing. Elsewhere it is renamed to `.NAME.old` first: a crash between the two
+renames leaves that name, and the next writer of the target restores it. The folder that is written, an existing target
+and a folder that is pushed are locked; file systems without locks for folders (NFS) get none.
+"""
+
+import ctypes
 import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .files import fsync
 
+_TRAJECTORY = "trajectory.json"  # its folder belongs to the trajectory, whose files are hashed
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+
 
 @contextmanager
-def atomic_folder(target: Path, overwrite: bool = False, sources: Iterable[Path] = ()) -> Iterator[Path]:
+def atomic_folder(
+    target: Path, overwrite: bool = False, sources: Sequence[str | Path] = (), *, resume: bool = False
+) -> Iterator[Path]:
     """Yield a new folder that is renamed to `target` when the block ends without an error.
+
+    Its files and folders get the permissions of the umask.
 
     Args:
         target (`Path`):
             The final folder. A link is followed.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether an existing folder may be replaced.
-        sources (iterable of `Path`, *optional*):
-            Paths that are read meanwhile; `target` must not contain them.
+        sources (sequence of `str` or `Path`, *optional*):
+            What is read meanwhile; see [`check_output`].
+        resume (`bool`, *optional*, defaults to `False`):
+            Whether to keep the unfinished folder after an error or a crash and to yield it the next time.
 
     Raises:
         `FileExistsError`:
-            If `target` is not empty and `overwrite` is off. Nothing is written.
+            If `target` is not empty and `overwrite` is off, or another program changed it during the block.
         `ValueError`:
-            If `target` contains one of the sources.
+            If `target` is an input, contains one, or is inside one or a trajectory. Only checked with `sources`.
         `OSError`:
             If `target` is a mount point.
         `BlockingIOError`:
-            If another process writes to `target`.
+            If another process writes or pushes `target`.
     """
     target = Path(os.path.realpath(target))
-    for source in sources:
-        if Path(os.path.realpath(source)).is_relative_to(target):
-            raise ValueError(f"{target} contains the input {source}, which would be replaced; choose another folder")
+    work = target.with_name(f".{target.name}.{'pull' if resume else 'partial'}")
+    if sources:
+        check_output(target, sources)
     if os.path.ismount(target):
         raise OSError(errno.EBUSY, f"{target} is a mount point and cannot be replaced; choose a folder inside it")
-    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty; choose another folder or pass overwrite=True")
-    with _work_folder(target.with_name(f".{target.name}.partial"), target) as work:
+    if not overwrite:
+        check_empty(target, "choose another folder" if resume else "choose another folder or pass overwrite=True")
+    with ExitStack() as stack:
+        stack.enter_context(_work_folder(work, target, resume))
         try:
+            _restore(target)
+            if overwrite and target.is_dir():
+                stack.enter_context(locked_folder(target))
+            before = _contents(target) if overwrite else []
             yield work
-            for path in sorted(work.rglob("*")):
-                fsync(path)
-            fsync(work)
-            _replace(target, work)
+            _finish(work)
+            if overwrite and _contents(target) != before:
+                raise FileExistsError(f"another program changed {target} in the meantime; choose another folder")
+            _publish(work, target, overwrite)
         except BaseException:
-            _remove(work)
+            if not resume or (work.exists() and not any(work.iterdir())):
+                _remove(work)
             raise
+        _remove(work)  # the replaced folder, if there was one
+
+
+def check_empty(target: Path, hint: str = "choose another folder") -> None:
+    """Raise a `FileExistsError` if a path exists and is not an empty folder."""
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty; {hint}")
+
+
+def check_output(target: str | Path, inputs: Iterable[str | Path] = (), *, replaces: bool = True) -> None:
+    """Check the place of a folder before the work that fills it.
+
+    Args:
+        target (`str` or `Path`):
+            The folder to write. Links are followed.
+        inputs (iterable of `str` or `Path`, *optional*):
+            Folders and files that the work reads. Those that do not exist, such as Hub ids, are ignored.
+        replaces (`bool`, *optional*, defaults to `True`):
+            Whether the work replaces the folder, so that it must not contain inputs.
+
+    Raises:
+        `ValueError`:
+            If `target` is an input, contains one that would be replaced, or is inside one or a trajectory.
+    """
+    target = Path(os.path.realpath(target))
+    for source in filter(os.path.exists, inputs):
+        resolved = Path(os.path.realpath(source))
+        if replaces and resolved.is_relative_to(target):
+            raise ValueError(f"{target} contains the input {source}, which would be replaced; choose another folder")
+        if target.is_relative_to(resolved):
+            raise ValueError(f"{target} is or is inside the input {source}; choose a folder outside of it")
+    for parent in target.parents:
+        if (parent / _TRAJECTORY).exists():
+            raise ValueError(f"{target} is inside the trajectory {parent}; choose a folder outside of it")
 
 
 @contextmanager
-def _work_folder(work: Path, target: Path) -> Iterator[Path]:
+def locked_folder(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Keep other processes from writing a folder during the block; `shared` lets others read it under the same lock.
+
+    Raises:
+        `BlockingIOError`:
+            If another process has the lock.
+    """
+    with _locked(folder, folder, shared):
+        yield
+
+
+@contextmanager
+def _work_folder(work: Path, target: Path, resume: bool) -> Iterator[None]:
     """Create a folder and lock it during the block. An existing unlocked folder is left over from a crash."""
     with ExitStack() as stack:
         if work.is_dir() and not work.is_symlink():
             stack.enter_context(_locked(work, target))
+            if resume:
+                yield
+                return
         _remove(work)
         try:
             work.mkdir(parents=True)
         except FileExistsError:
             raise _busy(target) from None
         stack.enter_context(_locked(work, target))
-        yield work
+        yield
 
 
 @contextmanager
-def _locked(folder: Path, target: Path) -> Iterator[None]:
+def _locked(folder: Path, target: Path, shared: bool = False) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _busy(target) from None
         except OSError:  # the file system has no locks
@@ -85,24 +157,78 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
 
 def _busy(target: Path) -> BlockingIOError:
     return BlockingIOError(
-        f"another process is writing {target}; wait for it or choose another folder. If this is one launch with"
-        " several processes, accelerate did not see them: on CPUs, launch with ACCELERATE_USE_CPU=1"
+        f"another process is writing or pushing {target}; wait for it or choose another folder. If this is one launch"
+        " with several processes, accelerate did not see them: on CPUs, launch with ACCELERATE_USE_CPU=1"
     )
 
 
-def _replace(target: Path, work: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
-    _remove(old)
-    if target.exists():
-        target.rename(old)
-    try:
-        work.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
+def _contents(folder: Path) -> list[tuple[str, int, int]]:
+    """Return what changes when another program writes to a folder."""
+    paths = [folder, *sorted(folder.rglob("*"))] if folder.exists() else []
+    status = [(path, path.lstat()) for path in paths]
+    return [(str(path), entry.st_ino, entry.st_mtime_ns) for path, entry in status]
+
+
+def _finish(work: Path) -> None:
+    """Give all files the permissions of the umask, which those of the folder tell, and flush them to the disk."""
+    mode = work.stat().st_mode & 0o777
+    for path in (*sorted(work.rglob("*")), work):
+        if path.is_symlink():
+            continue
+        expected = mode if path.is_dir() else mode & 0o666
+        if path.stat().st_mode & 0o777 != expected:
+            path.chmod(expected)
+        fsync(path)
+
+
+def _publish(work: Path, target: Path, overwrite: bool) -> None:
+    if not overwrite:
+        _rename_to_new(work, target)
+    elif not target.is_dir() or not _exchange(work, target):
+        _rename_twice(work, target)
     fsync(target.parent)
-    _remove(old)
+
+
+def _rename_to_new(work: Path, target: Path) -> None:
+    try:
+        work.rename(target)  # onto an empty folder or nothing: the system refuses to replace anything else
+    except OSError as error:
+        if not os.path.lexists(target):
+            raise
+        raise FileExistsError(f"another program created {target} in the meantime; choose another folder") from error
+
+
+def _rename_twice(work: Path, target: Path) -> None:
+    old = _old(target)
+    try:
+        if os.path.lexists(target):
+            target.rename(old)
+        work.rename(target)
+    finally:
+        if not work.exists():
+            _remove(old)
+        elif not os.path.lexists(target):
+            _restore(target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step, if the system and the file system can."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    names = os.fsencode(first), os.fsencode(second)
+    return rename is not None and not rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _restore(target: Path) -> None:
+    """End a replacement that a crash interrupted, or undo it if it had not come to the new folder."""
+    old = _old(target)
+    if os.path.lexists(target):
+        _remove(old)
+    elif old.exists():
+        old.rename(target)
 
 
 def _remove(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""JSON files, hashes, free disk space and fsync."""
+"""JSON files, hashes, free disk space, permissions and fsync."""
 
 import errno
 import hashlib
@@ -97,6 +97,13 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def apply_umask(path: Path) -> None:
+    """Give a file the permissions of the umask: safetensors creates files that only the owner can read."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def fsync(path: Path) -> None:

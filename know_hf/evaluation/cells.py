@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..checkpoint import read_json_object, write_json
+from ..checkpoint import locked_folder, read_json_object, write_json
+from ..local_paths import public_values
 
 Cell = TypeVar("Cell")
 Result = TypeVar("Result")
@@ -32,12 +33,14 @@ class CellStore:
         path (`str` or `Path`):
             The folder; it is created if missing.
         identity (`Mapping[str, Any]`):
-            Everything that the results depend on, JSON values only; stored in `identity.json`.
+            Everything that the results depend on, JSON values only; stored in `identity.json`, of local paths only the
+            last part.
 
     Raises:
         `ValueError`: If the folder has results with another identity, names the difference; or if `identity.json` is
             damaged.
         `FileExistsError`: If the folder has other content.
+        `BlockingIOError`: If another process creates the store.
     """
 
     IDENTITY_NAME = "identity.json"
@@ -47,11 +50,21 @@ class CellStore:
         stored_at = self.path / self.IDENTITY_NAME
         if stored_at.exists():
             self.check_same(read_json_object(stored_at, "use a new output folder"), identity)
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif not self._is_new():
             raise FileExistsError(f"{self.path} is not empty and has no {self.IDENTITY_NAME}; use a new output folder")
         else:
-            (self.path / "cells").mkdir(parents=True, exist_ok=True)
-            write_json(stored_at, identity)
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self.locked():
+                write_json(stored_at, public_values(identity))
+        (self.path / "cells").mkdir(exist_ok=True)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other comparisons from writing to the folder during a `with` block.
+
+        Raises:
+            `BlockingIOError`: If another comparison writes to it.
+        """
+        return locked_folder(self.path)
 
     def read(self, cell: str) -> dict[str, Any] | None:
         """Return the result of a cell, or `None` if it is not finished. A `ValueError` names a damaged file."""
@@ -68,13 +81,20 @@ class CellStore:
         Raises:
             `ValueError`: If a value differs; names its key.
         """
-        expected = json.loads(json.dumps(expected))  # as it is read back: lists instead of tuples
+        expected = json.loads(json.dumps(public_values(expected)))  # as it is read back: lists instead of tuples
+        stored = public_values(stored)  # of 0.2 it has paths
         for name in sorted(stored.keys() | expected.keys()):
             if stored.get(name) != expected.get(name):
                 raise ValueError(
                     f"{self.path} has results with different {name}: {json.dumps(stored.get(name))} instead of"
                     f" {json.dumps(expected.get(name))}; use another output folder, or delete this one"
                 )
+
+    def _is_new(self) -> bool:
+        """Whether the folder has nothing but what a process leaves that is killed in the constructor."""
+        paths = list(self.path.iterdir()) if self.path.exists() else []
+        left_over = (f".{self.IDENTITY_NAME}.partial", "cells")
+        return all(path.name in left_over and not (path.is_dir() and any(path.iterdir())) for path in paths)
 
     def _file(self, cell: str) -> Path:
         return self.path / "cells" / f"{cell}.json"

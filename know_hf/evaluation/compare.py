@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..checkpoint import file_sha256
+from ..checkpoint import check_output, file_sha256
+from ..local_paths import public_command, public_name, public_values
 from ..prediction import SHIPPED_KNOWN
 from ..trajectory import WeightTrajectory
 from .arms import NAMED_ARMS, Arm, known_step_arms, make_arm
@@ -89,8 +90,10 @@ def compare_arms(
 
     Raises:
         `ValueError`: If naive is missing, the task lacks what an arm or protocol needs, its data cannot be used, an
-            argument is invalid, or the folder has results of another comparison, such as on other data.
+            argument is invalid, the folder has results of another comparison, such as on other data, or it is inside a
+            trajectory or the folder of KNOWN weights.
         `FileExistsError`: If the folder has other content.
+        `BlockingIOError`: If another comparison writes to the folder.
         `RuntimeError`, `ChildProcessError`: If a cell fails in its process, or the process dies.
         `ImportError`: If scipy is missing; raised before the work.
     """
@@ -105,29 +108,30 @@ def compare_arms(
         check_landscape(task)
     data = run.hash_data()
     store = CellStore(output_dir, run.identity())
-    cells = run.finished_cells(store)
-    trajectories = run.record(store, cells, data)
-    picture = None if landscape is None else run.measure_landscape(store, landscape)
-    run.measure_missing(store, cells)
-    shutil.rmtree(run.output_dir / "work", ignore_errors=True)
-    report = ComparisonReport(
-        name=name,
-        description=description,
-        task=task.facts,
-        seeds=design.seeds,
-        draws=draws,
-        trials_per_rate=trials_per_rate,
-        arms={arm.name: _arm_entry(arm) for arm in compared},
-        protocols={protocol.name: _protocol_entry(protocol, task) for protocol in protocols},
-        measures=task.measures,
-        cells=tuple(cells[seed, arm.name] for seed, arm in run.cells),
-        trajectories=tuple(trajectories[seed] for seed in design.seeds),
-        landscape=picture,
-        command=command,
-    )
-    report.write(output_dir)
-    if pages:
-        _write_pages(report, run.output_dir)
+    with store.locked():
+        cells = run.finished_cells(store)
+        trajectories = run.record(store, cells, data)
+        picture = None if landscape is None else run.measure_landscape(store, landscape)
+        run.measure_missing(store, cells)
+        shutil.rmtree(run.output_dir / "work", ignore_errors=True)
+        report = ComparisonReport(
+            name=name,
+            description=description,
+            task=public_values(task.facts),
+            seeds=design.seeds,
+            draws=draws,
+            trials_per_rate=trials_per_rate,
+            arms={arm.name: _arm_entry(arm) for arm in compared},
+            protocols={protocol.name: _protocol_entry(protocol, task) for protocol in protocols},
+            measures=task.measures,
+            cells=tuple(cells[seed, arm.name] for seed, arm in run.cells),
+            trajectories=tuple(trajectories[seed] for seed in design.seeds),
+            landscape=picture,
+            command=None if command is None else public_command(command),
+        )
+        report.write(output_dir)
+        if pages:
+            _write_pages(report, run.output_dir)
     return report
 
 
@@ -159,6 +163,8 @@ class _Run:
 
     def check(self) -> None:
         check_design(self.design)
+        known = [self.task.known, *(arm.known for arm in self.design.arms)]
+        check_output(self.output_dir, filter(None, known), replaces=False)
         if self.num_processes > 1:
             check_picklable(self.design)
         if not (self.output_dir / CellStore.IDENTITY_NAME).exists():
@@ -272,14 +278,15 @@ def _arm_identity(arm: Arm, task: ComparisonTask) -> dict[str, Any]:
     if arm.kind in ("predicted", "matched_shrink") and arm.predictor == "known":
         known = str(arm.known or task.known or SHIPPED_KNOWN)
         weights = Path(known) / "model.safetensors"
-        known = file_sha256(weights) if weights.exists() else known
+        known = file_sha256(weights) if weights.exists() else public_name(known)
     settings = {key: value for key, value in arm.to_dict().items() if key not in ("description", "known")}
     return {"arm": settings, "known": known}
 
 
 def _arm_entry(arm: Arm) -> dict[str, Any]:
     entry = {key: getattr(arm, key) for key in ("role", "description", "kind")}
-    return {**entry, "settings": [dict(setting) for setting in arm.settings], "spec": arm.to_dict()}
+    spec = public_values(arm.to_dict())
+    return {**entry, "settings": [dict(setting) for setting in arm.settings], "spec": spec}
 
 
 def _protocol_entry(protocol: MeasuringProtocol, task: ComparisonTask) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
-from ..checkpoint import check_free_disk, fsync
+from ..checkpoint import atomic_folder, check_empty, check_free_disk, check_output
 from ..hub_client import HubError, RemoteRepo, Token, call_hub
 from ..trajectory import WeightTrajectory
 from ..trajectory.manifest import MANIFEST_NAME
@@ -30,7 +30,7 @@ def pull(repo_id: str, output_dir: str | Path, *, revision: str | None = None, t
         repo_id (`str`):
             Id of the model repo.
         output_dir (`str` or `Path`):
-            Folder to create; an empty one is replaced.
+            Folder to create; an empty one is replaced, and a link is followed.
         revision (`str`, *optional*, defaults to `"main"`):
             Branch, tag or commit.
         token (`str` or `bool`, *optional*):
@@ -41,6 +41,8 @@ def pull(repo_id: str, output_dir: str | Path, *, revision: str | None = None, t
 
     Raises:
         `FileExistsError`: If `output_dir` is not empty.
+        `BlockingIOError`: If another process pulls to `output_dir`.
+        `ValueError`: If `output_dir` is inside a trajectory.
         `HubError`: If the repo holds no safetensors weights, or a file arrives damaged.
         `TrajectoryError` or `CheckpointError`: If the content of the repo is incomplete.
         `HfHubHTTPError`: If the server refuses, for example because the repo does not exist.
@@ -83,9 +85,8 @@ def pull_trajectory(
 
 
 def _open(repo_id: str, output_dir: str | Path, revision: str | None, token: Token) -> RemoteRepo:
-    folder = Path(output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder")
+    check_empty(Path(output_dir))
+    check_output(output_dir)
     return RemoteRepo.open(repo_id, revision, token)
 
 
@@ -94,28 +95,22 @@ def _download(
 ) -> Path:
     """Download files beside `output_dir`, compare them with their hashes, check the folder and rename it."""
     folder = Path(os.path.abspath(output_dir))
-    work = folder.with_name(f".{folder.name}.pull")
-    check_free_disk(work, sum(repo.files[name].size for name in names if not (work / name).is_file()))
-    patterns = [glob.escape(name) for name in names]
-    download = partial(snapshot_download, repo.repo_id, revision=repo.commit, allow_patterns=patterns, token=token)
-    call_hub(lambda: download(local_dir=work), f"Could not pull {repo.repo_id} to {folder}")
-    for name in names:
-        repo.fetch(name, token, work)
-    for path in sorted(work.rglob("*"), reverse=True):  # files before their folders
-        if path.is_dir() and not path.is_symlink():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif path.relative_to(work).as_posix() not in names:  # from huggingface_hub, or from a pull of another commit
-            path.unlink()
-    try:
-        check(work)
-    except ValueError:
-        shutil.rmtree(work)  # the repo is damaged, and the files would not help the next pull
-        raise
-    for path in (*sorted(work.rglob("*")), work):
-        fsync(path)
-    if folder.exists():
-        folder.rmdir()
-    work.rename(folder)
-    fsync(folder.parent)
+    with atomic_folder(folder, resume=True) as work:
+        check_free_disk(work, sum(repo.files[name].size for name in names if not (work / name).is_file()))
+        patterns = [glob.escape(name) for name in names]
+        download = partial(snapshot_download, repo.repo_id, revision=repo.commit, allow_patterns=patterns, token=token)
+        call_hub(lambda: download(local_dir=work), f"Could not pull {repo.repo_id} to {folder}")
+        for name in names:
+            repo.fetch(name, token, work)
+        for path in sorted(work.rglob("*"), reverse=True):  # files before their folders
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(work).as_posix() not in names:  # of huggingface_hub, or of a pull of another commit
+                path.unlink()
+        try:
+            check(work)
+        except ValueError:
+            shutil.rmtree(work)  # the repo is damaged, and the files would not help the next pull
+            raise
     return folder

@@ -3,20 +3,32 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from ..cards import known_card, trajectory_card
 from ..cards.suite_tables import COMPARISONS_NAME
-from ..checkpoint import CheckpointReader, write_json
+from ..checkpoint import CheckpointReader, locked_folder, write_json
 from ..hub_client import HubError, RemoteRepo
 from ..known import configuration_known, modeling_known
 from ..known.configuration_known import KNOWNConfig
 from ..known.modeling_known import KNOWNModel
+from ..local_paths import public_name, public_values
 from ..trajectory import TrajectoryError, WeightTrajectory
-from ..trajectory.manifest import MANIFEST_NAME, Manifest, StateRecord
+from ..trajectory.manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord
 from .push_target import PushKeywords, PushOptions, PushTarget
-from .repo_contents import CARD, architecture_of, checkpoint_files, is_card_file, is_weights, kind_of, read_config
+from .repo_contents import (
+    CARD,
+    architecture_of,
+    checkpoint_files,
+    is_card_file,
+    is_weights,
+    kind_of,
+    public_files,
+    read_config,
+)
 
 _RESULTS = "results.json"
 _AUTO_MAP = {"AutoConfig": "configuration_known.KNOWNConfig", "AutoModel": "modeling_known.KNOWNModel"}
@@ -41,6 +53,7 @@ def push_checkpoint(folder: str | Path, repo_id: str, **options: Unpack[PushKeyw
     """Push a checkpoint with its card in one commit.
 
     The same commit deletes weights under other names, such as old shards. Files that the Hub has are not sent again.
+    Configs are pushed without paths of local folders.
 
     Args:
         folder (`str` or `Path`):
@@ -56,6 +69,7 @@ def push_checkpoint(folder: str | Path, repo_id: str, **options: Unpack[PushKeyw
     Raises:
         `FileNotFoundError`, `CheckpointError` or `ValueError`: If the folder holds an incomplete checkpoint, or other
             files.
+        `BlockingIOError`: If another process writes the folder.
         `HubError` or `HfHubHTTPError`: If the push is refused or fails; nothing was committed. See [`check_push`].
     """
     folder = Path(folder)
@@ -64,8 +78,10 @@ def push_checkpoint(folder: str | Path, repo_id: str, **options: Unpack[PushKeyw
     architecture = architecture_of(folder / "config.json") if kind == "checkpoint" else None
     target = PushTarget(repo_id, kind, architecture, PushOptions(**options))
     message = options.get("commit_message") or f"Upload {kind} with know_hf"
-    target.create(message)
-    target.commit(files, message, is_weights)
+    with locked_folder(folder, shared=True), tempfile.TemporaryDirectory(prefix="know_hf-") as temporary:
+        files = public_files(checkpoint_files(folder), Path(temporary))
+        target.create(message)
+        target.commit(files, message, is_weights)
     return target.url
 
 
@@ -101,27 +117,25 @@ def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **o
         raise TrajectoryError(f"{folder} has no complete state; record one first")
     architecture = architecture_of(folder / "config.json")
     target = PushTarget(repo_id, "trajectory", architecture, PushOptions(**options))  # before all files are read
-    trajectory.verify()
     message = options.get("commit_message") or f"Upload trajectory of {num_states} states with know_hf"
-    repo = target.create(message)
-
-    manifest = Manifest.read(folder)
-    for state in manifest.states:
-        if not _has_state(repo, folder, state):
-            files = {record.path: folder / record.path for record in state.files}
-            target.commit(files, f"{message}: state {state.index}", lambda name: name == MANIFEST_NAME)
-    state_files = {record.path for state in manifest.states for record in state.files}
-    last = {record.path: folder / record.path for record in manifest.files}
-    last |= {path.name: path for path in sorted(folder.iterdir()) if is_card_file(path.name)}
-    last[MANIFEST_NAME] = folder / MANIFEST_NAME
-    with tempfile.TemporaryDirectory(prefix="know_hf-") as temporary:
-        if CARD not in last:
-            last[CARD] = Path(temporary) / CARD
-            last[CARD].write_text(str(trajectory_card(trajectory, repo_id=target.repo_id)), encoding="utf-8")
+    with locked_folder(folder, shared=True), tempfile.TemporaryDirectory(prefix="know_hf-") as temporary:
+        trajectory.verify()
+        manifest, files = _public_trajectory(folder, Path(temporary))
+        cards = {path.name: path for path in sorted(folder.iterdir()) if is_card_file(path.name)}
+        if CARD not in cards:
+            cards[CARD] = Path(temporary) / CARD
+            cards[CARD].write_text(str(trajectory_card(trajectory, repo_id=target.repo_id)), encoding="utf-8")
+        repo = target.create(message)
+        for state in manifest.states:
+            if not _has_state(repo, files, state):
+                of_state = {record.path: files[record.path] for record in state.files}
+                target.commit(of_state, f"{message}: state {state.index}", lambda name: name == MANIFEST_NAME)
+        state_files = {record.path for state in manifest.states for record in state.files}
+        last = {name: path for name, path in files.items() if name not in state_files} | cards
 
         def check(repo: RemoteRepo) -> None:
             for state in manifest.states:
-                if not _has_state(repo, folder, state):
+                if not _has_state(repo, files, state):
                     changed = f"state {state.index} of {repo.repo_id} was changed by another commit during the push"
                     raise HubError(f"{changed}; push again, or to another repo")
 
@@ -163,8 +177,28 @@ def push_known(model: KNOWNModel | str | Path, repo_id: str, **options: Unpack[P
         return push_checkpoint(folder, repo_id, **options)
 
 
-def _has_state(repo: RemoteRepo, folder: Path, state: StateRecord) -> bool:
-    return all(repo.has(record.path, folder / record.path, record.sha256) for record in state.files)
+def _has_state(repo: RemoteRepo, files: Mapping[str, Path], state: StateRecord) -> bool:
+    return all(repo.has(record.path, files[record.path], record.sha256) for record in state.files)
+
+
+def _public_trajectory(folder: Path, temporary: Path) -> tuple[Manifest, dict[str, Path]]:
+    """Return the manifest to push and its files by path in the repo, without local paths, which 0.2 recorded."""
+    shutil.copyfile(folder / MANIFEST_NAME, temporary / MANIFEST_NAME)  # a recording may go on meanwhile
+    manifest = Manifest.read(temporary)
+    files = public_files({record.path: folder / record.path for record in manifest.all_files}, temporary)
+
+    def public(records: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
+        is_changed = {record: files[record.path] != folder / record.path for record in records}
+        return tuple(FileRecord.of(files[r.path], r.path) if is_changed[r] else r for r in records)
+
+    states = tuple(
+        replace(state, files=public(state.files), training=public_values(state.training)) for state in manifest.states
+    )
+    base_model = None if manifest.base_model is None else public_name(manifest.base_model)
+    changed = replace(manifest, base_model=base_model, files=public(manifest.files), states=states)
+    if changed != manifest:
+        changed.write(temporary)
+    return changed, files | {MANIFEST_NAME: temporary / MANIFEST_NAME}
 
 
 def _is_known(folder: Path) -> bool:

@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoint import CheckpointReader
+from ..local_paths import public_config
 from ..trajectory.manifest import MANIFEST_NAME
 
 Kind = Literal["checkpoint", "adapter", "trajectory"]
@@ -68,6 +69,17 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
         CheckpointReader.from_folder(folder)  # detects missing shards
     CheckpointReader([folder / name for name in weights])
     return {name: folder / name for name in names}
+
+
+def public_files(files: Mapping[str, Path], temporary: Path) -> dict[str, Path]:
+    """Replace configs that tell local folders by copies in `temporary` that do not."""
+    public = dict(files)
+    for name, path in files.items():
+        if name.endswith("config.json") and (text := public_config(path)) is not None:
+            public[name] = temporary / name
+            public[name].parent.mkdir(parents=True, exist_ok=True)
+            public[name].write_text(text, encoding="utf-8")
+    return public
 
 
 def first_names(names: Sequence[str]) -> str:

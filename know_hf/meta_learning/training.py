@@ -4,8 +4,10 @@ import hashlib
 import logging as python_logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +20,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
+from ..checkpoint import check_output, locked_folder
+from ..distributed import on_main_process
 from ..known.configuration_known import KNOWNConfig
 from ..known.modeling_known import KNOWNModel
 from .dataset import BalancedBatchSampler, TransitionDataset
@@ -119,6 +123,7 @@ def meta_train(
     Raises:
         `ValueError`: If a trajectory is in two splits, the histories do not have the length of the model's, a
         checkpoint belongs to another training, or the batch size is not a multiple of the number of processes.
+        `BlockingIOError`: If another training writes to `args.checkpoint_dir`.
         `RuntimeError`: If fewer processes train together than were launched.
         `FloatingPointError`: If the loss is not finite.
     """
@@ -131,7 +136,8 @@ def meta_train(
         if accelerator.log_with:
             config = {name: value for name, value in asdict(args).items() if isinstance(value, int | float | str)}
             accelerator.init_trackers("know_hf-meta_train", config=config)
-        state = _Training(accelerator, model, train, validation, args).run(progress)
+        with _locked_checkpoints(accelerator, train, args):
+            state = _Training(accelerator, model, train, validation, args).run(progress)
         returns_best = bool(args.patience and state.best_weights)
         if returns_best:
             model.load_state_dict(state.best_weights)
@@ -277,6 +283,23 @@ class _Training:
         self.accelerator.log({f"loss/{role}": mean for role, mean in means.items()} | rate, step=step)
         self.loss_sums, self.steps_since_report = {}, 0
         return means
+
+
+@contextmanager
+def _locked_checkpoints(
+    accelerator: Accelerator, train: TransitionDataset, args: MetaTrainingArguments
+) -> Iterator[None]:
+    """Keep other trainings from writing to the folder of the checkpoints."""
+    with ExitStack() as stack:
+
+        def lock(folder: Path) -> None:
+            check_output(folder, train.trajectories, replaces=False)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked_folder(folder))
+
+        if args.checkpoint_dir is not None:
+            on_main_process(accelerator, partial(lock, Path(args.checkpoint_dir)))
+        yield
 
 
 def _identity(

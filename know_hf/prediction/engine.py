@@ -45,7 +45,8 @@ def write_prediction(
             Called on the main process with the folder before it gets its final name.
     """
 
-    with checkpoint_folder(plan.trajectory, output_dir, options) as folder:
+    models = [getattr(plan.predictor, "model", None)]
+    with checkpoint_folder(plan.trajectory, output_dir, options, models) as folder:
         reports = fill_checkpoint(plan.trajectory, PredictedTensors(plan), folder, options)
         result = prediction_result(plan, reports, output_dir, options)
         if finish is not None:

@@ -171,7 +171,8 @@ def write_best_candidate(
         options = replace(options, recalibrate_with=list(options.recalibrate_with))
     candidates = _candidates(plan, recalibrates=options.recalibrate_with is not None)
     losses: dict[str, float | Sequence[float]] = {}
-    with checkpoint_folder(trajectory, output_dir, options) as folder:
+    models = [getattr(plan.predictor, "model", None), gate.base_model]
+    with checkpoint_folder(trajectory, output_dir, options, models) as folder:
         scratch = folder / "candidate"
         for candidate in candidates:
             on_main_process(accelerator, scratch.mkdir)

@@ -18,10 +18,20 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..batch_norm import recalibrate_batch_norm
-from ..checkpoint import DEFAULT_SHARD_SIZE, CheckpointWriter, TensorSpec, atomic_folder, replace_tensors, write_json
+from ..checkpoint import (
+    DEFAULT_SHARD_SIZE,
+    CheckpointWriter,
+    TensorSpec,
+    atomic_folder,
+    check_output,
+    replace_tensors,
+    write_json,
+)
 from ..distributed import on_every_process, on_main_process
+from ..local_paths import hide_paths, loaded_from, resolved_name
 from ..model_tensors import names_on_disk
 from ..trajectory import WeightTrajectory, load_pretrained
+from ..trajectory.manifest import MANIFEST_NAME
 from .pieces import Piece, split_pieces
 from .residuals import ResidualReport
 from .tensor_sources import FunctionTensors, TensorFunction, TensorSource, cast
@@ -99,9 +109,10 @@ def write_checkpoint(
 
     Raises:
         `TrajectoryError`: if a recorded file changed or a recorded value is not finite.
-        `ValueError`: if `output_dir` contains the trajectory, or a value is too large for the dtype.
-        `FileExistsError`: if `output_dir` is not empty and `overwrite` is off.
-        `OSError`: if the disk has too little space or another process writes to `output_dir`.
+        `ValueError`: if `output_dir` contains or is inside the trajectory, another one or the base model, or a value
+            is too large for the dtype.
+        `FileExistsError`: if `output_dir` is not empty and `overwrite` is off, or another program changed it.
+        `OSError`: if the disk has too little space or another process writes or pushes `output_dir`.
     """
     options = options or WriteOptions()
     source = tensors if isinstance(tensors, TensorSource) else FunctionTensors(trajectory, tensors)
@@ -113,12 +124,32 @@ def write_checkpoint(
 
 
 @contextmanager
-def checkpoint_folder(trajectory: WeightTrajectory, output_dir: str | Path, options: WriteOptions) -> Iterator[Path]:
-    """Give every process a folder to write to. It becomes `output_dir` when the block ends without an error."""
+def checkpoint_folder(
+    trajectory: WeightTrajectory, output_dir: str | Path, options: WriteOptions, models: Iterable[Any] = ()
+) -> Iterator[Path]:
+    """Give every process a folder to write to. It becomes `output_dir` when the block ends without an error.
+
+    `output_dir` must not touch the folders of the trajectory, its base model, and the `models` that are used with it.
+    """
+    base = resolved_name(trajectory.path, trajectory.base_model or "")
+    inputs: list[str | Path] = [trajectory.path, base, *map(loaded_from, models)]
+    target = Path(output_dir)
     with ExitStack() as stack:
-        target = atomic_folder(Path(output_dir), options.overwrite, [trajectory.path])
-        yield on_main_process(options.accelerator, lambda: stack.enter_context(target))
+
+        def enter() -> Path:
+            check_output(target, inputs)
+            if options.overwrite:
+                _check_holds_no_trajectory(target)
+            return stack.enter_context(atomic_folder(target, options.overwrite))
+
+        yield on_main_process(options.accelerator, enter)
         on_main_process(options.accelerator, stack.close)
+
+
+def _check_holds_no_trajectory(target: Path) -> None:
+    """Refuse to replace trajectories, which cannot be predicted again."""
+    for manifest in target.rglob(MANIFEST_NAME):
+        raise ValueError(f"{target} holds the trajectory {manifest.parent}; choose another folder, or delete it first")
 
 
 def fill_checkpoint(
@@ -176,6 +207,7 @@ def _copy_model_files(trajectory: WeightTrajectory, folder: Path, dtype: torch.d
         target = folder / path.relative_to(trajectory.path)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
+    hide_paths(folder)
     config = folder / "config.json"
     if dtype is not None and config.exists():
         content = json.loads(config.read_text(encoding="utf-8"))

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..checkpoint import check_output
 from ..distributed import gather_state_dict, reshard
+from ..local_paths import loaded_from
 from ..schedule import ForgettingSchedule
 from ..trajectory import WeightTrajectory, check_recordable
 from .resuming import recorded_arguments
@@ -52,10 +54,11 @@ class WeightTransitionCallback(TrainerCallback):
         `FileExistsError`:
             When the folder holds a model.
         `ValueError`:
-            When the trajectory in the folder has another schedule. Before a training: when its subset is not smaller
-            than that of the last state or is a stream without a schedule, a state could not hold what trains, or
-            `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on. After a training: when a weight is not
-            finite or no process holds all weights.
+            When the trajectory in the folder has another schedule, or the folder is inside another trajectory. Before
+            a training: when its subset is not smaller than that of the last state or is a stream without a schedule,
+            a state could not hold what trains, the folder is inside that of the model, or `enable_jit_checkpoint`,
+            `bf16_full_eval` or `fp16_full_eval` is on. After a training: when a weight is not finite or no process
+            holds all weights.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class WeightTransitionCallback(TrainerCallback):
             )
         warn_about_warmup(args, state)
         if not self._sizes:
+            check_output(self.trajectory.path, [loaded_from(kwargs["model"])], replaces=False)
             check_reloadable(kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -12,9 +12,10 @@ from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
-from ..checkpoint import check_free_disk
+from ..checkpoint import check_free_disk, check_output
 from ..data.subsets import Subset, divide
 from ..distributed import gather_state_dict, is_sharded, on_main_process, reshard
+from ..local_paths import loaded_from
 from ..schedule import ForgettingSchedule
 from ..trajectory import StateRecord, WeightTrajectory, state_nbytes
 from .callback import WeightTransitionCallback, num_examples_of
@@ -77,7 +78,8 @@ def induce_forgetting(
             weights that share memory in part), the trainer's optimizer cannot be created again,
             `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on, the trainer's loader does not follow
             its `train_dataset`, a state is not finite, or the folder holds a trajectory of another schedule, other
-            data or other training arguments, or one to resume under ZeRO-3.
+            data or other training arguments, or one to resume under ZeRO-3, or
+            is inside another trajectory or the folder of the model.
         `FileExistsError`:
             When the folder holds a model.
         `OSError`:
@@ -178,6 +180,7 @@ def _check_missing_states(
     if not missing:
         logger.warning(f"{trajectory.path} has all {trajectory.num_states} states, nothing is trained")
     if not trajectory.num_states:
+        check_output(trajectory.path, [loaded_from(model)], replaces=False)
         check_reloadable(model)
     first, further = state_nbytes(model, dtype)
     check_free_disk(trajectory.path, missing * further + (0 if trajectory.num_states else first - further))

@@ -11,11 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import read_json_object, write_json
+from ..checkpoint import check_output, read_json_object, write_json
+from ..local_paths import explicit_path
 from ..plotting import forgetting_picture, save_figure
 from ..recording import induce_forgetting
 from ..trajectory import WeightTrajectory
-from ..trajectory.recorder import explicit_path
 from .arguments import RecordArguments
 from .trainer_parts import prepare_task, training_arguments
 
@@ -66,6 +66,7 @@ def _check_or_write_arguments(args: RecordArguments, output_dir: Path, write: bo
                     " to resume, or another output_dir"
                 )
     elif write:
+        check_output(output_dir, [args.model], replaces=False)
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(path, new)
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import atomic_folder, check_free_disk
+from ..local_paths import is_unknown, loaded_from, resolved_name
 from ..model_tensors import unwrapped
 from .snapshot import state_nbytes
 from .weight_trajectory import WeightTrajectory
@@ -72,7 +73,7 @@ def merge_adapters(
             A trajectory of LoRA adapters, or of another kind that peft can merge.
         base_model (`nn.Module`, `str` or `Path`, *optional*):
             The model that the adapters were trained on, as it was loaded: an object, which is not changed, a Hub id or
-            a folder. By default the base model of the trajectory.
+            a folder. By default the base model of the trajectory, unless its folder is not recorded.
         output_dir (`str` or `Path`):
             Folder of the new trajectory, which appears only when it is complete.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
@@ -88,7 +89,7 @@ def merge_adapters(
         `ValueError`:
             When the trajectory is not one of adapters, or peft cannot merge them (`layer_replication`, prompts); when
             the base model is unknown, quantised, incomplete, or not the one that the adapters were trained on; when
-            `output_dir` contains the trajectory or the base model.
+            `output_dir` contains the trajectory or the base model, or is inside one of them.
         `TrajectoryError`:
             When a file of the trajectory is not the recorded one.
         `FileExistsError`:
@@ -109,10 +110,8 @@ def merge_adapters(
             " between states; the default is torch.float32."
         )
     trajectory.verify()
-    sources = [trajectory.path]
-    if isinstance(base.source, str | Path) and Path(base.source).exists():
-        sources.append(Path(base.source))
-    with atomic_folder(Path(output_dir), overwrite, sources) as work:
+    source = loaded_from(base.source) if isinstance(base.source, nn.Module) else base.source
+    with atomic_folder(Path(output_dir), overwrite, [trajectory.path, source]) as work:
         merged = WeightTrajectory.create(work, trajectory.schedule)
         for state in tqdm(trajectory.states, desc="merging adapters", unit="state"):
             model = _merge(base.fresh(), trajectory, state.index)
@@ -189,10 +188,14 @@ class _Base:
                 raise ValueError(f"base_model is a {name} with an adapter; pass the model without it (model.unload())")
             _check_not_quantised(getattr(source, "config", None), name)
             return cls(source, dtype, trajectory)
-        recorded = trajectory.base_model or adapter.base_model_name_or_path
+        recorded = resolved_name(trajectory.path, trajectory.base_model or adapter.base_model_name_or_path or "")
         source = source or recorded
         if not source:
             raise ValueError(f"{trajectory.path} does not name its base model; pass base_model=")
+        if is_unknown(str(source)):
+            raise ValueError(
+                f"the folder of the base model {source} of {trajectory.path} is not recorded; pass base_model="
+            )
         revision = trajectory.base_revision if str(source) == recorded else None
         config, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
         _check_not_quantised(config, str(source))
@@ -204,7 +207,7 @@ class _Base:
             model = copy.deepcopy(self.source).to(self.dtype)
             config = getattr(model, "config", None)
             if isinstance(config, PreTrainedConfig) and not config.name_or_path:
-                config.name_or_path = self.trajectory.base_model or ""
+                config.name_or_path = resolved_name(self.trajectory.path, self.trajectory.base_model or "")
             return model
         model, loading = self.model_class.from_pretrained(
             self.source, revision=self.revision, dtype=self.dtype, output_loading_info=True

@@ -23,6 +23,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..checkpoint import CheckpointReader, atomic_folder, fsync
+from ..local_paths import hide_paths, name_beside
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord, TrajectoryError, recordable
 from .snapshot import Snapshot, roles_on_disk
 from .store import Store, check_same_tensors
@@ -137,6 +138,7 @@ class Recorder:
         snapshot.check_finite(self._path, index)
         with atomic_folder(folder, overwrite=True) as work:
             left_out = snapshot.save(work, readers[-1] if index else None)
+            hide_paths(work)
             for record in manifest.files:  # saving adds fields to a config the second time; keep that of state 0
                 if (work / record.path).exists():
                     shutil.copy2(self._path / record.path, work / record.path)
@@ -150,7 +152,7 @@ class Recorder:
                 check_same_tensors(self._path, index, reader, readers[0])
         if not index:
             roles, tied_weights = roles_on_disk(snapshot, reader)
-            base_model, base_revision = _base_of(snapshot.model)
+            base_model, base_revision = _base_of(snapshot.model, self._path)
             model_files = _write_model_files(self._path, folder, processing_class)
             manifest = Manifest(
                 (), manifest.schedule, base_model, base_revision, roles, tied_weights, model_files, library_versions()
@@ -158,12 +160,6 @@ class Recorder:
         state = replace(state, files=files, unchanged=unchanged)
         self._store.enter(replace(manifest, states=(*manifest.states, state)))
         return state
-
-
-def explicit_path(name: str) -> str:
-    """Return `./models/bert` for a folder `models/bert`, which would read as a Hub id; other names are unchanged."""
-    is_relative = not Path(name).is_absolute() and not name.startswith(".")
-    return f"./{name}" if name and is_relative and Path(name).is_dir() else name
 
 
 class _BackgroundWriter:
@@ -216,6 +212,7 @@ def _write_model_files(folder: Path, state_folder: Path, processing_class: Any) 
             shutil.copy2(path, work)
     if processing_class is not None:
         processing_class.save_pretrained(work)
+    hide_paths(work)
     names = recordable(work)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -225,10 +222,11 @@ def _write_model_files(folder: Path, state_folder: Path, processing_class: Any) 
     return tuple(FileRecord.of(folder / name, name) for name in names)
 
 
-def _base_of(model: nn.Module) -> tuple[str | None, str | None]:
-    """Hub id or path of the model that the training started from, and its commit, if known."""
+def _base_of(model: nn.Module, folder: Path) -> tuple[str | None, str | None]:
+    """Hub id or name of the model that the training started from, see [`name_beside`], and its commit, if known."""
     config = getattr(model, "config", None)
-    name = explicit_path(getattr(config, "_name_or_path", None) or "")
+    loaded_from = getattr(config, "_name_or_path", None) or ""
+    name = name_beside(folder, loaded_from) if loaded_from else ""
     if commit := getattr(config, "_commit_hash", None):
         return name or None, commit
     # configs do not always name their commit; the cache does if it has a single one

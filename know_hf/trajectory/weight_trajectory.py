@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import CheckpointReader
+from ..checkpoint import CheckpointReader, check_output
 from ..hub_client import RemoteRepo, Token
 from ..model_tensors import unwrapped
 from ..roles import TensorRole
@@ -68,7 +68,8 @@ class WeightTrajectory:
         tied_weights (`dict[str, str]`):
             Names that are in the model but not on disk, with the name that each is tied to.
         base_model, base_revision (`str`, *optional*):
-            Hub id or path of the model that the training started from; a relative path starts with `./`.
+            Hub id of the model that the training started from, and its commit; or `../base` for a folder beside
+            `path`, `./base` for one below the working directory, `.../base` for another, whose path is not recorded.
 
     Raises:
         `FileNotFoundError`:
@@ -94,8 +95,11 @@ class WeightTrajectory:
         Raises:
             `FileExistsError`:
                 When `path` has a trajectory, or a model whose files would be replaced.
+            `ValueError`:
+                When `path` is inside another trajectory.
         """
         path = Path(path)
+        check_output(path, replaces=False)
         if cls.exists(path):
             raise FileExistsError(f"{path} already has a trajectory; open it with WeightTrajectory({str(path)!r})")
         # a recording that stopped in its first state leaves model files and the folder of the state

@@ -37,10 +37,13 @@ def main(arguments: argparse.Namespace) -> int:
     from jobs import RECIPE_NAME, RESULT_NAME, Job
     from workers import record_all
 
+    from know_hf.checkpoint import check_output
+
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1 and arguments.workers > 1:
         raise ValueError(f"--workers {arguments.workers}: the launcher starts one process per rank; remove the flag")
     sources, models = read_sources(space, arguments.data), read_pairs("--model", arguments.model)
+    check_output(arguments.output_dir, models.values(), replaces=False)
     job = Job(recipes, sources, models, arguments.output_dir)
     for recipe in recipes:
         recipe.check_same(job.folder(recipe) / RECIPE_NAME)

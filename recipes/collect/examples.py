@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from know_hf.checkpoint import write_json
+from know_hf.checkpoint import apply_umask, write_json
 
 Tensors = dict[str, Tensor]
 
@@ -185,6 +185,7 @@ def _prepare(job: Job, recipe: Recipe, name: str, tokenizer: PreTrainedTokenizer
                 tensors = tokenize(split, source, tokenizer, recipe.inputs["max_length"])
             partial_file = path.with_suffix(".partial")
             save_file(tensors, partial_file)
+            apply_umask(partial_file)
             partial_file.replace(path)
     return load_file(path)
 

@@ -56,12 +56,13 @@ class ScriptArguments:
 
 def main(args: ScriptArguments, training_args: "MetaTrainingArguments") -> dict[str, Any]:
     from know_hf import KNOWNConfig, TransitionDataset, meta_train
-    from know_hf.checkpoint import write_json
+    from know_hf.checkpoint import apply_umask, check_output, write_json
     from know_hf.meta_learning import read_collection, retrodiction_skill, split_collection, start_processes
 
     processes = start_processes()
     is_main = processes.is_main_process
     output_dir = Path(args.output_dir)
+    check_output(output_dir, filter(None, [*args.trajectories, args.published_weights]), replaces=False)
     splits = split_collection(read_collection(args.trajectories, args.num_states), args.held_out)
     splits["train"], validation_trajectories = split_share(splits["train"], args.validation_share, training_args.seed)
     config = KNOWNConfig(num_states=args.num_states)
@@ -94,6 +95,7 @@ def main(args: ScriptArguments, training_args: "MetaTrainingArguments") -> dict[
     }
     if is_main:
         result.model.save_pretrained(output_dir)
+        apply_umask(output_dir / "model.safetensors")
         write_json(output_dir / "results.json", results)
         for name, report in results["splits"].items():
             print(format_table(name, report["skill"], len(splits["train"]), len(report["trajectories"])))

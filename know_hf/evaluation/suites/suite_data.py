@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...checkpoint import apply_umask
 from ..fine_tuning import Examples, trimmed
 
 DIGITS = "sklearn/digits"  # scikit-learn ships this dataset
@@ -247,6 +248,7 @@ def prepare(
             tensors["labels"] = torch.from_numpy(np.asarray(labels, dtype=np.int64))
             partial = path.with_suffix(".partial")
             save_file(tensors, partial)
+            apply_umask(partial)
             partial.replace(path)
     present, name = sorted(set(_load(path)["labels"].tolist())), f"split {split!r} of {side.dataset}"
     classes = tuple(present) if side.classes is None else side.classes
