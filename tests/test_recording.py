@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, Trainer, TrainerCallba
 
 from know_hf import ForgettingSchedule, WeightTransitionCallback, induce_forgetting
 from know_hf.data.subsets import divide
-from know_hf.recording.callback import num_examples_of
+from know_hf.recording.loaders import num_examples
 from know_hf.trajectory.summary import displacement, inspect_trajectory
 
 WEIGHT = "classifier.1.weight"
@@ -181,7 +181,7 @@ def test_the_callback_alone_records_a_stream_with_the_shares_of_the_schedule(tmp
     with pytest.raises(ValueError, match=r"stream.*schedule"):
         Trainer(model, args, train_dataset=subset.dataset, callbacks=[alone]).train()
     shard = IterableDatasetShard(stream, batch_size=2, num_processes=2)
-    assert num_examples_of({"train_dataloader": SimpleNamespace(dataset=shard)}) is None
+    assert num_examples(SimpleNamespace(dataset=shard)) is None
 
 
 def test_a_stage_that_restarts_with_a_smaller_batch_is_recorded(tmp_path):

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SCHEDULE, make_images, make_resnet, make_trainer
-from doubles.small_trainers import BALANCED, StopAfter, assert_refused, assert_same_states
+from doubles.small_trainers import BALANCED, StopAfter, assert_refused, assert_same_states, llama
 from torch import nn
+from torch.utils.data import Sampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
@@ -20,7 +21,9 @@ from transformers import (
 )
 
 from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
-from know_hf.recording.resuming import examples_per_step
+from know_hf.data.subsets import divide
+from know_hf.recording.loaders import check_loader
+from know_hf.recording.recorded_arguments import examples_per_step
 from know_hf.recording.validation import check_reloadable, warn_about_warmup
 from know_hf.trajectory import TrajectoryError
 
@@ -95,6 +98,8 @@ def test_folders_and_disks_that_cannot_be_used_are_refused(tmp_path, monkeypatch
         ({"num_train_epochs": 3}, r"num_train_epochs=2.*3"),
         ({"lr_scheduler_type": "cosine"}, r"lr_scheduler_type=linear.*cosine"),
         ({"seed": 43}, r"seed=42.*43"),
+        ({"data_seed": 1}, "data_seed=None.*1"),
+        ({"bf16": True}, "mixed_precision=no.*bf16"),
     ],
 )
 def test_resuming_with_other_arguments_is_refused(tmp_path, recorded, change, match):
@@ -147,15 +152,88 @@ def test_a_diverged_training_names_the_tensor(tmp_path):
     assert WeightTrajectory(tmp_path / "trajectory").num_states == 1
 
 
-def test_a_loader_that_ignores_the_subsets_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path)
+def baked_loader(trainer):
     everything = trainer.get_train_dataloader()
     trainer.get_train_dataloader = lambda: everything
-    with pytest.raises(ValueError, match=r"64 examples .*32 .*train_dataset"):
-        induce_forgetting(trainer, SHORT, tmp_path / "trajectory")
-    assert WeightTrajectory(tmp_path / "trajectory").num_states == 1  # state 0 is complete
-    del trainer.get_train_dataloader
-    assert induce_forgetting(trainer, SHORT, tmp_path / "trajectory").num_states == 2
+
+
+def baked_stream(trainer):
+    trainer.args.max_steps = 1
+    trainer.train_dataset = make_images().to_iterable_dataset()
+    baked_loader(trainer)
+
+
+def baked_sampler(sampler):
+    return lambda trainer: setattr(trainer, "_get_train_sampler", lambda dataset=None: sampler)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (baked_loader, r"64 examples .*32 .*train_dataset"),
+        (baked_stream, r"same data .*0\.5 of the stream.*train_dataset"),
+        (baked_sampler(SequentialSampler(range(64))), r"sampler .*index 32 of 32 .*train_dataset"),
+        (baked_sampler(SubsetRandomSampler([63])), r"sampler .*index 63 of 32 .*train_dataset"),
+    ],
+)
+def test_a_loader_that_ignores_the_subsets_is_refused_before_the_first_training(tmp_path, change, match):
+    trainer = make_trainer(tmp_path)
+    change(trainer)
+    given = trainer.train_dataset
+    schedule = ForgettingSchedule(num_states=2, steps_per_stage=1)
+    assert_refused(trainer, tmp_path / "trajectory", ValueError, match, schedule)
+    assert trainer.train_dataset is given
+
+
+def test_samplers_that_follow_the_subsets_are_accepted(tmp_path):
+    def endless(dataset):
+        while True:
+            yield from range(len(dataset))
+
+    class Endless(Sampler):
+        def __init__(self, dataset):
+            self.dataset = dataset
+
+        def __iter__(self):
+            return endless(self.dataset)
+
+    weighted = make_trainer(tmp_path)
+    weighted._get_train_sampler = lambda data: WeightedRandomSampler(
+        [1.0] * len(data), 64
+    )  # of the same size each time
+    check_loader(weighted, divide(weighted.train_dataset, SHORT))
+    trainer = make_trainer(tmp_path)
+    trainer._get_train_sampler = Endless
+    check_loader(trainer, divide(trainer.train_dataset, SHORT))
+
+
+def test_what_cannot_be_saved_surfaces_before_the_training(tmp_path):
+    class Unsaved:
+        def save_pretrained(self, folder):
+            raise NotImplementedError("no vocabulary")
+
+    trainer = make_trainer(tmp_path)
+    trainer.processing_class = trainer.callback_handler.processing_class = Unsaved()
+    assert_refused(trainer, tmp_path / "processor", NotImplementedError, "vocabulary")
+    trainer.callback_handler.callbacks = [WeightTransitionCallback(tmp_path / "alone")]
+    with pytest.raises(NotImplementedError, match="vocabulary"):
+        trainer.train()
+
+    trainer = llama(tmp_path)
+    trainer.model.generation_config.temperature = 0.5  # without do_sample
+    assert_refused(trainer, tmp_path / "generation", ValueError, "temperature", SHORT)
+    trainer = llama(tmp_path)
+    trainer.model.config._name_or_path = "one\nmodel"
+    assert_refused(trainer, tmp_path / "name", ValueError, r"base_model is 'one\\nmodel'", SHORT)
+
+
+def test_the_callback_alone_refuses_a_folder_it_cannot_write_before_the_training(tmp_path):
+    (tmp_path / "file").touch()
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(WeightTransitionCallback(tmp_path / "file/trajectory"))
+    with pytest.raises(OSError, match="file/trajectory"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_model_unlike_its_config_is_recorded_resumed_and_warned_about(tmp_path, caplog):

@@ -1,6 +1,5 @@
 """[`WeightTransitionCallback`]: when a training ends, its weights become the next state."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,10 @@ from ..distributed import gather_state_dict, reshard
 from ..local_paths import loaded_from
 from ..schedule import ForgettingSchedule
 from ..trajectory import WeightTrajectory, check_recordable
-from .resuming import recorded_arguments
+from ..trajectory.recorder import check_savable
+from .loaders import num_examples
+from .optimizers import check_trains, use_evaluated_weights
+from .recorded_arguments import recorded_arguments
 from .validation import check_arguments, check_reloadable, warn_about_statistics, warn_about_warmup
 
 logger = logging.get_logger(__name__)
@@ -33,6 +35,10 @@ class WeightTransitionCallback(TrainerCallback):
 
     The weights are copied. Unless the state is the last of the schedule, a thread writes it during the next training.
     A write error is logged at once, and raised when the next training begins or ends or the trajectory is read.
+
+    An optimizer with an evaluation mode, such as a schedule-free one, is put into it: the recorded weights are those
+    that an evaluation uses. Callbacks that come before this one, such as an exponential moving average, may change the
+    weights in `on_train_end`; the changed weights are recorded.
 
     Args:
         output_dir (`str` or `Path`):
@@ -56,9 +62,14 @@ class WeightTransitionCallback(TrainerCallback):
         `ValueError`:
             When the trajectory in the folder has another schedule, or the folder is inside another trajectory. Before
             a training: when its subset is not smaller than that of the last state or is a stream without a schedule,
-            a state could not hold what trains, the folder is inside that of the model, or `enable_jit_checkpoint`,
+            a state could not hold what trains, the folder is inside that of the model, the generation config or the
+            processing class cannot be saved, the optimizer does not train the model, or `enable_jit_checkpoint`,
             `bf16_full_eval` or `fp16_full_eval` is on. After a training: when a weight is not finite or no process
             holds all weights.
+        `OSError`:
+            Before a training, when the folder cannot be written.
+        `TrajectoryBusyError`:
+            Before a training, when another process records to the folder.
     """
 
     def __init__(
@@ -86,7 +97,8 @@ class WeightTransitionCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         check_arguments(args)
         check_recordable(kwargs["model"])
-        size = num_examples_of(kwargs)
+        self.check_optimizer(state, **kwargs)
+        size = num_examples(kwargs["train_dataloader"])
         if size is None and self.trajectory.schedule is None:
             raise ValueError(
                 "the training data is a stream of unknown size; pass the schedule that divides it:"
@@ -95,6 +107,9 @@ class WeightTransitionCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.trajectory.check()
+        if not self._stepped:
+            with self.trajectory.recording():  # an error now if the folder cannot be written
+                pass
         last = self._sizes[-1] if self._sizes else None
         if size is not None and last is not None and size >= last:
             raise ValueError(
@@ -105,6 +120,11 @@ class WeightTransitionCallback(TrainerCallback):
         if not self._sizes:
             check_output(self.trajectory.path, [loaded_from(kwargs["model"])], replaces=False)
             check_reloadable(kwargs["model"])
+            check_savable(self.trajectory.path, kwargs["model"], kwargs.get("processing_class"))
+
+    def check_optimizer(self, state: TrainerState, **kwargs: Any) -> None:
+        """Check that the optimizer of a training trains the model, and warn once when it trains more."""
+        check_trains(kwargs["optimizer"], kwargs["model"], warn=state.is_world_process_zero and not self._stepped)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and not self._stepped:
@@ -112,6 +132,7 @@ class WeightTransitionCallback(TrainerCallback):
         self._stepped = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        use_evaluated_weights(kwargs["optimizer"], args, state)
         state_dict = gather_state_dict(kwargs["model"], self.trainer)  # a collective call: on every process
         if state.is_world_process_zero:
             if state.global_step < state.max_steps:
@@ -122,10 +143,10 @@ class WeightTransitionCallback(TrainerCallback):
             self.record(
                 kwargs["model"],
                 state_dict=state_dict,
-                num_examples=num_examples_of(kwargs),
+                num_examples=num_examples(kwargs["train_dataloader"]),
                 steps=state.global_step,
                 seed=args.seed,
-                training=recorded_arguments(args),
+                training=recorded_arguments(args, getattr(self.trainer, "optimizer_cls_and_kwargs", None)),
                 processing_class=kwargs.get("processing_class"),
             )
 
@@ -144,12 +165,3 @@ class WeightTransitionCallback(TrainerCallback):
         is_last = schedule is None or len(self._sizes) + 1 >= schedule.num_states
         self.trajectory.record(model, dtype=self.dtype, background=not is_last, **details)
         self._sizes.append(details["num_examples"])
-
-
-def num_examples_of(kwargs: Mapping[str, Any]) -> int | None:
-    """Return the size of the training data, from the keyword arguments of a callback event; `None` for a stream."""
-    dataset = kwargs["train_dataloader"].dataset
-    try:
-        return len(dataset)
-    except TypeError:  # a stream, or accelerate's shard of one, whose __len__ fails
-        return None

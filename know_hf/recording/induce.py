@@ -18,9 +18,12 @@ from ..distributed import gather_state_dict, is_sharded, on_main_process, reshar
 from ..local_paths import loaded_from
 from ..schedule import ForgettingSchedule
 from ..trajectory import StateRecord, WeightTrajectory, state_nbytes
-from .callback import WeightTransitionCallback, num_examples_of
-from .progress import Progress
-from .resuming import check_same_recording, examples_per_step, recorded_arguments
+from ..trajectory.recorder import check_savable
+from .callback import WeightTransitionCallback
+from .loaders import check_loader
+from .progress import Progress, weights_checksum
+from .recorded_arguments import examples_per_step, recorded_arguments
+from .resuming import check_same_recording
 from .validation import check_reloadable, check_trainer, warn_about_warmup
 
 logger = logging.get_logger(__name__)
@@ -41,7 +44,9 @@ def induce_forgetting(
     Size, displacement and metrics of every state go to the trainer's loggers under `forgetting/`.
 
     A second call with the same folder and arguments resumes at the first missing state. It ends in the same weights as
-    an uninterrupted run, unless `dtype` rounds the stored weights. A recording under ZeRO-3 cannot be resumed.
+    an uninterrupted run, unless `dtype` rounds the stored weights. All training arguments that can change the weights
+    must be the same; batch size, accumulation and processes may change if their product does not. A recording under
+    ZeRO-3 cannot be resumed.
 
     In distributed training, call it on every process; the main process writes, and its errors are raised on all.
 
@@ -49,8 +54,9 @@ def induce_forgetting(
     trained on all data (under FSDP and ZeRO-3 those of the last state).
 
     Warns when a warmup is longer than a stage, when a stage ends early, when the config does not describe the model or
-    its tied weights (states then load with `load_into`, not with `from_pretrained`), and when BatchNorm layers below
-    an adapter are in training mode (no state holds their statistics, so a resumed run ends in other weights).
+    its tied weights (states then load with `load_into`, not with `from_pretrained`), and when the training changes
+    what no state holds, so that a resumed run ends in other weights: BatchNorm statistics below an adapter, or
+    parameters of the optimizer that are not in the model, such as weights of a loss.
 
     Args:
         trainer (`Trainer`):
@@ -73,17 +79,18 @@ def induce_forgetting(
         `TypeError`:
             When `trainer` or `schedule` has the wrong type.
         `ValueError`:
-            When the subsets are too small, the dataset cannot be divided, a state could not hold the weights that
-            train (two trainable adapters, prompts, AdaLoRA, what peft does not save or changes in the base at random,
-            weights that share memory in part), the trainer's optimizer cannot be created again,
-            `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on, the trainer's loader does not follow
-            its `train_dataset`, a state is not finite, or the folder holds a trajectory of another schedule, other
-            data or other training arguments, or one to resume under ZeRO-3, or
-            is inside another trajectory or the folder of the model.
+            Before the training, when the subsets are too small, the dataset cannot be divided, the trainer's loader or
+            sampler does not follow its `train_dataset`, a state could not hold the weights that train (two trainable
+            adapters, prompts, AdaLoRA, what peft does not save or changes in the base at random, weights that share
+            memory in part), the generation config or the processing class cannot be saved, the trainer would not
+            create its optimizer or scheduler again, the optimizer does not train the model or is layer-wise,
+            `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on, or the folder holds a trajectory of
+            another schedule, other data or other training arguments, or one to resume under ZeRO-3, or is inside
+            another trajectory or the folder of the model. After a training, when a state is not finite.
         `FileExistsError`:
             When the folder holds a model.
         `OSError`:
-            Before the training, when the disk has too little space for all states.
+            Before the training, when the folder cannot be written or the disk has too little space for all states.
         `TrajectoryBusyError`:
             When another process records to the folder.
     """
@@ -93,6 +100,7 @@ def induce_forgetting(
     if not isinstance(schedule, ForgettingSchedule):
         raise TypeError(f"schedule must be a ForgettingSchedule, got {schedule!r}")
     subsets = divide(trainer.train_dataset, schedule, examples_per_step(trainer.args))
+    check_loader(trainer, subsets)
     arguments = [_stage_arguments(trainer.args, index, schedule) for index in range(schedule.num_states)]
     callback = _StageCallback(output_dir, schedule, trainer=trainer, dtype=dtype)
     trajectory = callback.trajectory
@@ -100,8 +108,8 @@ def induce_forgetting(
 
         def begin() -> int:
             stack.enter_context(trajectory.recording())
-            check_same_recording(trajectory, subsets, arguments)
-            _check_missing_states(trajectory, trainer.model, schedule, dtype)
+            check_same_recording(trajectory, subsets, arguments, trainer.optimizer_cls_and_kwargs)
+            _check_missing_states(trajectory, trainer, schedule, dtype)
             return trajectory.num_states
 
         num_recorded = on_main_process(trainer.accelerator, begin)
@@ -120,7 +128,7 @@ def induce_forgetting(
             else:
                 _train_stage(trainer, arguments[index], subsets[index], callback)
             on_main_process(trainer.accelerator, callback.raise_failure)
-            progress.evaluate(index)
+            progress.evaluate(index, callback.weights)
         on_main_process(trainer.accelerator, progress.finish)
     trajectory = WeightTrajectory(output_dir)
     if not is_sharded(trainer):
@@ -134,28 +142,21 @@ class _StageCallback(WeightTransitionCallback):
     subset: Subset
     training: dict[str, str]
     on_written: Callable[[StateRecord], object]
+    weights: list[int] | None = None
     _failure: Exception | None = None
-    _last_loaded: tuple[Subset, int | None] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
-        """Check that the loader follows the subsets; everything else was checked before the first stage."""
+        """Check the optimizer of the stage; everything else was checked before the first stage."""
+        self.check_optimizer(state, **kwargs)
         if state.is_world_process_zero:
             warn_about_warmup(args, state)
-        last, size = self._last_loaded, num_examples_of(kwargs)
-        self._last_loaded = self.subset, size
-        if last is None or last[0] is self.subset:  # restarted with a smaller batch by auto_find_batch_size
-            return
-        if size is not None and last[1] is not None and size >= last[1]:
-            raise ValueError(
-                f"the trainer's loader has {size} examples for a subset of {self.subset.size}: it does not follow"
-                " trainer.train_dataset; read self.train_dataset in get_train_dataloader"
-            )
 
     def record(self, model: nn.Module, **details: Any) -> None:
         details |= {"num_examples": self.subset.num_examples, "fraction": self.subset.fraction}
         details |= {"subset_fingerprint": self.subset.fingerprint, "on_written": self.on_written}
         # from the start of the stage: auto_find_batch_size may change the arguments
         details |= {"training": self.training if details["steps"] else {}}
+        self.weights = None if self.trainer is None else weights_checksum(self.trainer)
         try:
             super().record(model, **details)
         except Exception as error:
@@ -174,15 +175,16 @@ class _StageCallback(WeightTransitionCallback):
 
 
 def _check_missing_states(
-    trajectory: WeightTrajectory, model: nn.Module, schedule: ForgettingSchedule, dtype: torch.dtype | None
+    trajectory: WeightTrajectory, trainer: Trainer, schedule: ForgettingSchedule, dtype: torch.dtype | None
 ) -> None:
     missing = schedule.num_states - trajectory.num_states
     if not missing:
         logger.warning(f"{trajectory.path} has all {trajectory.num_states} states, nothing is trained")
     if not trajectory.num_states:
-        check_output(trajectory.path, [loaded_from(model)], replaces=False)
-        check_reloadable(model)
-    first, further = state_nbytes(model, dtype)
+        check_output(trajectory.path, [loaded_from(trainer.model)], replaces=False)
+        check_reloadable(trainer.model)
+        check_savable(trajectory.path, trainer.model, trainer.processing_class)
+    first, further = state_nbytes(trainer.model, dtype)
     check_free_disk(trajectory.path, missing * further + (0 if trajectory.num_states else first - further))
 
 
@@ -211,11 +213,16 @@ def _stage_arguments(args: TrainingArguments, index: int, schedule: ForgettingSc
 
 
 def _train_stage(trainer: Trainer, args: TrainingArguments, subset: Subset, callback: _StageCallback) -> None:
-    callback.training = recorded_arguments(args)
+    callback.training = recorded_arguments(args, trainer.optimizer_cls_and_kwargs)
     before = trainer.args
     trainer.args, trainer.train_dataset = args, subset.dataset
     trainer.optimizer = trainer.lr_scheduler = None
     reshard(trainer.model)
+    if callback.weights is not None and callback.weights != weights_checksum(trainer):
+        logger.warning(
+            "the weights changed after the last state was recorded; a resumed run starts from the recorded weights and"
+            " ends in others. Change weights in on_train_end of a callback"
+        )
     trainer.add_callback(callback)
     set_seed(args.seed)
     try:
@@ -223,3 +230,4 @@ def _train_stage(trainer: Trainer, args: TrainingArguments, subset: Subset, call
     finally:
         trainer.remove_callback(callback)
         trainer.args = before
+        trainer.optimizer = trainer.lr_scheduler = None  # an evaluation would change the mode of the optimizer

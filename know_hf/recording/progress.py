@@ -4,17 +4,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..data.subsets import Subset
-from ..distributed import on_main_process
+from ..distributed import is_sharded, on_main_process
 from ..trajectory import StateRecord, WeightTrajectory
 from ..trajectory.summary import displacement
 
 logger = logging.get_logger(__name__)
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}  # by bytes per element
 _TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 
 
@@ -58,11 +60,30 @@ class Progress:
         self._written[record.index] = {key: value for key, value in values.items() if value is not None}
         self._bar.update()
 
-    def evaluate(self, index: int) -> None:
-        """Evaluate the state that the model holds, while it is written, and record its finite metrics."""
+    def evaluate(self, index: int, weights: list[int] | None = None) -> None:
+        """Evaluate the state that the model holds, while it is written, and record its finite metrics.
+
+        Args:
+            index (`int`):
+                The state.
+            weights (`list[int]`, *optional*):
+                [`weights_checksum`] of the state. By default, the model is known to hold it.
+        """
         if self._trainer.eval_dataset is None:
             return
-        results: Mapping[str, Any] = self._trainer.evaluate()
+        evaluated = _EvaluatedWeights(self._trainer)
+        weights = weights_checksum(self._trainer) if weights is None else weights
+        self._trainer.add_callback(evaluated)
+        try:
+            results: Mapping[str, Any] = self._trainer.evaluate()
+        finally:
+            self._trainer.remove_callback(evaluated)
+        if evaluated.checksum not in (None, weights):
+            logger.warning(
+                f"the evaluation of state {index} used other weights than the recorded ones, so its metrics are not"
+                " recorded. Change the weights, as for an exponential moving average, in on_train_end of a callback"
+            )
+            results = {}  # no return: all processes meet below
         metrics = {}
         for name, value in results.items():
             if not name.startswith("eval_") or name.endswith(_TIMINGS):
@@ -93,6 +114,27 @@ class Progress:
             state.global_step = sum(self._steps[k] for k in range(index + 1))
             self._trainer.log({f"forgetting/{name}": value for name, value in values.items()})
         state.global_step = step
+
+
+class _EvaluatedWeights(TrainerCallback):
+    """Notes the weights of the first prediction step."""
+
+    checksum: list[int] | None = None
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_prediction_step(self, *others: Any, **kwargs: Any) -> None:
+        if self.checksum is None:
+            self.checksum = weights_checksum(self._trainer)
+
+
+def weights_checksum(trainer: Trainer) -> list[int] | None:
+    """Return the sum of the bits of every trainable parameter; `None` if the parameters are sharded."""
+    if is_sharded(trainer):
+        return None
+    parameters = [parameter.detach().flatten() for parameter in trainer.model.parameters() if parameter.requires_grad]
+    return [int(values.view(_BITS[values.itemsize]).sum(dtype=torch.int64)) for values in parameters]
 
 
 def _finite_number(value: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""Training arguments that determine the trained weights: recorded with every state, compared on resuming."""
+"""Comparison of a recording with the states that it continues."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,50 +6,15 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..data.subsets import Subset
-from ..trajectory import WeightTrajectory
-
-_ARGUMENTS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "num_train_epochs",
-    "max_steps",
-    "optim",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-)
-_OPTIMIZERS_WITHOUT_ADAM_ARGUMENTS = ("sgd", "rmsprop", "adagrad", "adafactor")
-
-
-def recorded_arguments(args: TrainingArguments) -> dict[str, str]:
-    """Return the training arguments that determine the trained weights, as text."""
-    values = {name: getattr(args, name) for name in _ARGUMENTS}
-    if args.max_steps > 0:
-        del values["num_train_epochs"]
-    texts = {name: argument_text(value) for name, value in values.items()}
-    if texts["optim"] in _OPTIMIZERS_WITHOUT_ADAM_ARGUMENTS:
-        texts = {name: text for name, text in texts.items() if not name.startswith("adam_")}
-    return {"examples_per_step": str(examples_per_step(args)), **texts}
-
-
-def examples_per_step(args: TrainingArguments) -> int:
-    """Return the number of examples of one optimizer step, over all processes."""
-    processes = 1 if getattr(args.accelerator_config, "split_batches", False) else args.world_size
-    return args.train_batch_size * args.gradient_accumulation_steps * processes
-
-
-def argument_text(value: Any) -> str:
-    """Return an argument as text, and an enumeration by its value, because scripts also set it as a string."""
-    return str(getattr(value, "value", value))
+from ..trajectory import StateRecord, WeightTrajectory
+from .recorded_arguments import ARGUMENTS_CLASS, compared_arguments
 
 
 def check_same_recording(
-    trajectory: WeightTrajectory, subsets: Sequence[Subset], stage_arguments: Sequence[TrainingArguments]
+    trajectory: WeightTrajectory,
+    subsets: Sequence[Subset],
+    stage_arguments: Sequence[TrainingArguments],
+    optimizer: tuple[Any, Any] | None,
 ) -> None:
     """Raise a `ValueError` for the first recorded state with other data or training arguments than its stage has."""
     for state, subset, args in zip(trajectory.states, subsets, stage_arguments, strict=False):
@@ -58,16 +23,34 @@ def check_same_recording(
                 f"state {state.index} of {trajectory.path} was trained on other data: {state.size} with fingerprint"
                 f" {state.subset_fingerprint}, now {subset.size}; use the same dataset to resume, or another folder"
             )
-        if not state.training:  # state 0 with start="current"
-            continue
-        recorded = {"seed": str(state.seed), **state.training}
-        for name, value in {"seed": str(args.seed), **recorded_arguments(args)}.items():
-            if not _same(recorded.get(name, value), value):
-                hint = " (per device × accumulation × processes)" if name == "examples_per_step" else ""
-                raise ValueError(
-                    f"state {state.index} of {trajectory.path} was trained with {name}={recorded[name]}, but the"
-                    f" trainer has {value}{hint}; use the same arguments to resume, or another folder"
-                )
+        # without arguments: state 0 with start="current"
+        if state.training and (difference := _difference(state, args, optimizer)):
+            name, recorded, given = difference
+            hint = " (per device × accumulation × processes)" if name == "examples_per_step" else ""
+            raise ValueError(
+                f"state {state.index} of {trajectory.path} was trained with {name}={recorded}, but the trainer has"
+                f" {given}{hint}; use the same arguments to resume, or another folder"
+            )
+
+
+def _difference(
+    state: StateRecord, args: TrainingArguments, optimizer: tuple[Any, Any] | None
+) -> tuple[str, str, str] | None:
+    """Return the first argument that differs: its name, the recorded text and the given one.
+
+    A record of know_hf 0.2.0 or older names only a part of the arguments; the others are not compared. In a newer
+    record, what is missing had its default.
+    """
+    recorded, is_complete = state.training, ARGUMENTS_CLASS in state.training
+    compared = compared_arguments(args, optimizer)
+    if state.seed != args.seed:
+        return "seed", str(state.seed), str(args.seed)
+    for name, (text, default) in compared.items():
+        old = recorded.get(name, default if is_complete else text)
+        if not _same(old, text):
+            return name, old, text
+    missing = sorted(recorded.keys() - compared.keys() - {ARGUMENTS_CLASS}) if is_complete else []
+    return (missing[0], recorded[missing[0]], f"none in its {type(args).__name__}") if missing else None
 
 
 def _same(text: str, other: str) -> bool:

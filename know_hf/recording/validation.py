@@ -3,7 +3,6 @@
 import copy
 from contextlib import nullcontext
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +13,13 @@ from transformers.utils import logging
 from ..distributed import check_gathering
 from ..model_tensors import converted_names, is_adapter, tied_names, unsharded_shape, unwrapped
 from ..trajectory import check_recordable
-from .resuming import argument_text
+from .optimizers import check_created_again
+from .recorded_arguments import argument_text
 
 logger = logging.get_logger(__name__)
 
 _SCHEDULERS_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
+_STEPS_IN_HOOKS = ("_layerwise", "lomo")  # endings of the names of such optimizers
 _PEFT_COPIES = {"modules_to_save", "original_module"}  # modules of peft that hold the adapter, or an unused original
 
 
@@ -31,14 +32,19 @@ def check_trainer(trainer: Trainer) -> None:
     check_recordable(trainer.model)
     if getattr(trainer.model, "_hf_peft_config_loaded", False):
         raise ValueError("the model has an adapter from add_adapter; wrap the model with peft.get_peft_model instead")
-    _check_optimizer(trainer)
+    check_created_again(trainer)
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raise a `ValueError` for an argument that ends a training early or rounds the weights."""
+    """Raise a `ValueError` for an argument that ends a training early, rounds the weights or keeps old optimizers."""
     if getattr(args, "enable_jit_checkpoint", False):  # missing in older versions of transformers
         raise ValueError(
             "enable_jit_checkpoint=True ends a training early on SIGTERM; turn it off, recordings resume without it"
+        )
+    if (optim := argument_text(args.optim)).endswith(_STEPS_IN_HOOKS):
+        raise ValueError(
+            f"optim={optim} trains in hooks of the parameters, which stay when the next stage begins; use another"
+            " optimizer"
         )
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name):
@@ -129,29 +135,3 @@ def _rebuild(model: PreTrainedModel) -> PreTrainedModel:
         config = type(model.config).from_pretrained(folder)
     with torch.random.fork_rng(devices=[]), torch.device("meta"), safely():
         return type(model)(config)
-
-
-def _check_optimizer(trainer: Trainer) -> None:
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    if optimizer is None:
-        return
-    # A trainer that has trained before holds the optimizer it created itself, which is fine.
-    optimizer_class, options = _new_optimizer(trainer)
-    if type(optimizer) is not optimizer_class or any(optimizer.defaults.get(k, v) != v for k, v in options.items()):
-        raise ValueError(
-            f"the trainer has a {type(optimizer).__name__} object, but each stage needs a new optimizer; pass"
-            " optimizer_cls_and_kwargs=(class, options) to the Trainer instead of optimizers="
-        )
-
-
-def _new_optimizer(trainer: Trainer) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Return class and options of the optimizer that the trainer creates for a stage."""
-    if getattr(trainer.create_optimizer, "__func__", None) is Trainer.create_optimizer:
-        return trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-    given, trainer.optimizer = trainer.optimizer, None
-    try:
-        trainer.create_optimizer()
-        created: Any = trainer.optimizer
-    finally:
-        trainer.optimizer = given
-    return type(created), created.defaults

@@ -165,7 +165,8 @@ class StateRecord:
         metrics (`dict[str, float]`):
             Evaluation results of the state.
         training (`dict[str, str]`):
-            Training arguments that influence the weights, as text.
+            Training arguments that influence the weights, as text. If `class` is among them, which is the class of the
+            arguments, all others had the defaults of that class; know_hf 0.2.0 and older wrote only a part.
         unchanged (`dict[str, int]`):
             Tensors that are stored once: from the name to the earlier state whose files hold the same bits.
     """
@@ -246,10 +247,19 @@ class Manifest:
                 When [`read`] would refuse it; nothing is written.
         """
         path = folder / MANIFEST_NAME
+        write_json(path, self.content(path))
+
+    def content(self, path: Path) -> dict[str, Any]:
+        """Return the content of the file `path`.
+
+        Raises:
+            `TrajectoryError`:
+                When [`read`] would refuse it.
+        """
         content = {"format_version": self.format_version, **asdict(self)}
         _validate(path, content)
         self.check(path)
-        write_json(path, content)
+        return content
 
     def check(self, path: Path) -> None:
         """Check what the schema cannot: the order of the states and the folder of every file.

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import CheckpointReader, atomic_folder, fsync
 from ..local_paths import hide_paths, name_beside
+from ..model_tensors import unwrapped
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord, TrajectoryError, recordable
 from .snapshot import Snapshot, roles_on_disk
 from .store import Store, check_same_tensors
@@ -160,6 +163,27 @@ class Recorder:
         state = replace(state, files=files, unchanged=unchanged)
         self._store.enter(replace(manifest, states=(*manifest.states, state)))
         return state
+
+
+def check_savable(path: Path, model: nn.Module, processing_class: Any) -> None:
+    """Raise the error that saving everything but the weights as state 0 would raise, before a training.
+
+    Args:
+        path (`Path`):
+            Folder of the trajectory.
+        model (`nn.Module`):
+            The model; its generation config must be valid, and the name of its base model plain text.
+        processing_class (*any*):
+            Tokenizer or processor to save, or `None`.
+    """
+    model = unwrapped(model)
+    base_model, base_revision = _base_of(model, path)
+    Manifest((), base_model=base_model, base_revision=base_revision).content(path / MANIFEST_NAME)
+    generates = isinstance(model, PreTrainedModel) and model.can_generate()
+    with TemporaryDirectory() as folder:
+        for part in (getattr(model, "generation_config", None) if generates else None, processing_class):
+            if part is not None:
+                part.save_pretrained(folder)
 
 
 class _BackgroundWriter:
