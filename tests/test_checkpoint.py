@@ -131,6 +131,9 @@ def test_damaged_files_are_named(tmp_path):
     ("content", "message"),
     [
         ('{"weight_map": {"a": "b.safetensors", "c": "../d.safetensors"}}', r"'\.\./d\.safetensors'"),
+        ('{"weight_map": {"a": "b.safetensors", "c": "pytorch_model.bin"}}', r"'pytorch_model\.bin'"),
+        ('{"weight_map": {"a": 5}}', "names 5"),
+        ('{"weight_map": {"a": ["b.safetensors"]}}', "not an index"),
         ('{"weight_map": ["a"]}', "not an index"),
         ('{"a": 1, "a": 2}', "key 'a' appears twice"),
         ("[" * 100_000, "nested too deeply"),

@@ -16,6 +16,7 @@ from .byte_sources import ByteSource
 from .files import parse_json
 
 MAX_HEADER_SIZE = 100_000_000  # limit of the library
+_LONGEST_NAME = 1000  # characters; messages show names
 
 # In the order of the library, which sorts the tensors of a file by dtype, last first, and then by name.
 DTYPES = {
@@ -110,6 +111,8 @@ def _parse(source: ByteSource) -> dict[str, TensorEntry]:
         raise ValueError("its __metadata__ does not map strings to strings")
     for string in (*content, *metadata.keys(), *metadata.values()):
         string.encode()  # fails for unpaired surrogates, which escapes can contain
+    if longest := max((name for name in content if len(name) > _LONGEST_NAME), default=None):
+        raise ValueError(f"the name of tensor {longest!r:.60} has {len(longest):,} characters, over {_LONGEST_NAME:,}")
     end = 8 + length
     entries = {name: _entry(name, entry, end) for name, entry in content.items()}
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):

@@ -53,11 +53,13 @@ class CheckpointReader:
         if not index.exists():
             return cls([folder / WEIGHTS_NAME])
         try:
-            files = {str(name) for name in parse_json(index.read_bytes())["weight_map"].values()}
+            files = set(parse_json(index.read_bytes())["weight_map"].values())
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{index} is not an index of shards ({error!r}); restore it from a copy") from error
-        if outside := sorted(name for name in files if Path(name).name != name):
-            raise CheckpointError(f"{index} names {outside[0]!r}, which is outside its folder; restore it from a copy")
+        for name in files:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                problem = f"names {name!r:.100}, which is not a safetensors file of its folder"
+                raise CheckpointError(f"{index} {problem}; restore it from a copy")
         return cls([folder / name for name in sorted(files)])
 
     def __contains__(self, name: str) -> bool:

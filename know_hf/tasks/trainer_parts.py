@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -29,6 +28,7 @@ from transformers import (
     set_seed,
 )
 
+from ..checkpoint.safe_loading import from_safetensors, load_config
 from ..config_files import check_keys
 from .arguments import IMAGE, LABELS, LM, TEXT, LoraArguments, RecordArguments
 from .task_data import CausalCollator, load_splits, process_images, tokenize
@@ -74,7 +74,7 @@ def prepare_task(args: RecordArguments) -> TrainerParts:
     with training.main_process_first(desc="data"):
         train, evaluation, classes = load_splits(args)
         revision = args.model_revision or "main"
-        config = AutoConfig.from_pretrained(args.model, revision=revision)
+        config = load_config(args.model, revision)
         processor: Processor
         collator: Callable[[list[Any]], Any]
         if args.task == IMAGE:
@@ -146,14 +146,15 @@ def _max_length(args: RecordArguments, tokenizer: PreTrainedTokenizerBase, confi
 
 def _load_model(args: RecordArguments, classes: list[str] | None) -> tuple[PreTrainedModel, list[str]]:
     """Return the model, and the names of the tensors that its checkpoint does not have."""
-    options: dict[str, Any] = {"revision": args.model_revision or "main"}
+    options: dict[str, Any] = {}
     if classes is not None:
         label2id = {name: index for index, name in enumerate(classes)}
         options |= {"num_labels": len(classes), "id2label": dict(enumerate(classes)), "label2id": label2id}
         options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced
     set_seed(args.seed)
     dtype = args.dtype or ("float32" if args.lora is None else "auto")
-    model, info = _AUTO_MODELS[args.task].from_pretrained(args.model, dtype=dtype, output_loading_info=True, **options)
+    options |= {"dtype": dtype, "output_loading_info": True}
+    model, info = from_safetensors(_AUTO_MODELS[args.task], args.model, args.model_revision, **options)
     if classes is not None:
         # These models accept the Trainer's num_items_in_batch but do not divide by it: the loss would grow with the
         # numbers of processes and accumulated batches.

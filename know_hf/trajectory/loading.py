@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.safe_loading import check_weight_files, from_safetensors
 from ..model_tensors import (
     converted_names,
     is_adapter,
@@ -115,6 +116,7 @@ def _load_adapter(folder: Path, base_model: PreTrainedModel | None) -> Any:
         raise TrajectoryError(f"{folder} has an adapter; pass base_model=, the model it was trained on")
     from peft import PeftConfig, PeftModel
 
+    check_weight_files(folder)
     try:
         check_initialisation(PeftConfig.from_pretrained(str(folder)))
     except ValueError as error:
@@ -161,6 +163,4 @@ def _load_converted(
 
 
 def _from_pretrained(model_class: type[PreTrainedModel], folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    return model_class.from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    return from_safetensors(model_class, folder, output_loading_info=True, ignore_mismatched_sizes=True)

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import atomic_folder, check_free_disk
+from ..checkpoint.safe_loading import from_safetensors
 from ..local_paths import is_unknown, loaded_from, resolved_name
 from ..model_tensors import unwrapped
 from .snapshot import state_nbytes
@@ -209,9 +210,8 @@ class _Base:
             if isinstance(config, PreTrainedConfig) and not config.name_or_path:
                 config.name_or_path = resolved_name(self.trajectory.path, self.trajectory.base_model or "")
             return model
-        model, loading = self.model_class.from_pretrained(
-            self.source, revision=self.revision, dtype=self.dtype, output_loading_info=True
-        )
+        options = {"dtype": self.dtype, "output_loading_info": True}
+        model, loading = from_safetensors(self.model_class, self.source, self.revision, **options)
         for name in sorted(loading["missing_keys"]):
             if _PREFIX + name not in self.trajectory.names:
                 raise ValueError(

@@ -1,6 +1,5 @@
 """Record one trajectory: from a recipe to a folder with states and `result.json`."""
 
-import json
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +14,8 @@ from space import Recipe
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
-from know_hf.checkpoint import write_json
+from know_hf.checkpoint import read_json_object, write_json
+from know_hf.checkpoint.safe_loading import from_safetensors
 from know_hf.trajectory.summary import displacement
 
 
@@ -87,7 +87,7 @@ def make_model(job: Job, recipe: Recipe, num_labels: int, tokenizer: Any) -> tor
     options = {**recipe.model_config, "num_labels": num_labels}
     model: PreTrainedModel
     if recipe.pretrained is not None:
-        model = model_class.from_pretrained(job.model_path(recipe), **options)
+        model = from_safetensors(model_class, job.model_path(recipe), **options)
         # Publish the Hub id, not the local folder.
         model.name_or_path = model.config.name_or_path = recipe.pretrained
     else:
@@ -112,7 +112,7 @@ def make_model(job: Job, recipe: Recipe, num_labels: int, tokenizer: Any) -> tor
 
 
 def _check_same_data(path: Path, fingerprint: str) -> None:
-    if path.exists() and (recorded := json.loads(path.read_text())["data_fingerprint"]) != fingerprint:
+    if path.exists() and (recorded := read_json_object(path).get("data_fingerprint")) != fingerprint:
         raise ValueError(
             f"{path.parent} was recorded from other data (fingerprint {recorded}, now {fingerprint}); use the same"
             " dataset, or delete the folder"

@@ -24,6 +24,7 @@ def main(args: argparse.Namespace) -> None:
     )
 
     from know_hf import ForgettingSchedule, induce_forgetting, predict_overflowed_weights
+    from know_hf.checkpoint.safe_loading import from_safetensors
 
     output_dir = Path(args.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -38,7 +39,8 @@ def main(args: argparse.Namespace) -> None:
 
     train, test = load(args.train_split, args.num_train), load(args.test_split, args.num_test)
     set_seed(args.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(set(train["label"])))
+    num_labels = len(set(train["label"]))
+    model = from_safetensors(AutoModelForSequenceClassification, args.model, num_labels=num_labels)
     training_args = TrainingArguments(
         output_dir=str(output_dir / "trainer"),
         num_train_epochs=args.epochs,

@@ -1,6 +1,5 @@
 """The model of a suite."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 from transformers.utils import cached_file
 
-from ...checkpoint import file_sha256
+from ...checkpoint import INDEX_NAME, WEIGHTS_NAME, file_sha256, read_json_object
+from ...checkpoint.safe_loading import check_index, from_safetensors, load_config
 from .small_cnn import SmallCNN
 
 
@@ -95,9 +94,9 @@ class ModelSpec:
                 return model_class(model_class.config_class(**options))
             auto = AutoModelForImageClassification if is_image else AutoModelForSequenceClassification
             if new:
-                config = AutoConfig.from_pretrained(path, **options)
+                config = load_config(path, **options)
                 return auto.from_config(config) if model_class is None else model_class(config)
-            model = (model_class or auto).from_pretrained(path, ignore_mismatched_sizes=True, **options)
+            model = from_safetensors(model_class or auto, path, ignore_mismatched_sizes=True, **options)
             if self.lora is None:  # peft needs the folder: it reads the base model's config whenever it saves
                 model.name_or_path = model.config.name_or_path = self.pretrained
             return model
@@ -116,12 +115,12 @@ class ModelSpec:
         """Return the hashes of the pretrained weight files, in a folder or the Hub cache."""
         if path is None or not self.starts_pretrained:
             return None
-        for single in ("model.safetensors", "pytorch_model.bin"):
-            if file := _cached(path, single):
-                return file_sha256(file)[:20]
-            if file := _cached(path, f"{single}.index.json"):
-                names = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
-                return ",".join(file_sha256(shard)[:20] for name in names if (shard := _cached(path, name)))
+        if file := _cached(path, WEIGHTS_NAME):
+            return file_sha256(file)[:20]
+        if file := _cached(path, INDEX_NAME):
+            check_index(file)
+            names = sorted(set(read_json_object(file)["weight_map"].values()))
+            return ",".join(file_sha256(shard)[:20] for name in names if (shard := _cached(path, name)))
         return None
 
 
