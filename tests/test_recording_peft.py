@@ -30,7 +30,7 @@ from transformers import (
     Trainer,
 )
 
-from know_hf import induce_forgetting, predict_overflowed_weights
+from know_hf import WeightTrajectory, induce_forgetting, predict_overflowed_weights
 from know_hf.trajectory import TrajectoryError
 
 pytestmark = PEFT_WARNING
@@ -132,6 +132,27 @@ def test_a_resumed_adapter_ends_in_the_same_weights(tmp_path):
         record(tmp_path, make_adapter("dora"), "resumed", [StopAfter(2)])
     _, resumed = record(tmp_path, make_adapter("dora"), "resumed")
     assert_same_states(resumed, complete)
+
+
+def test_a_recording_is_not_resumed_over_another_base(tmp_path):
+    def adapted(seed, dtype=torch.float32):
+        return get_peft_model(make_resnet(seed).to(dtype), LoraConfig(r=2, **KINDS["lora"]))
+
+    trajectory = WeightTrajectory.create(tmp_path / "states")
+    trajectory.record(adapted(0), num_examples=3, steps=1)
+    for same in (adapted(0), adapted(0, torch.bfloat16)):
+        WeightTrajectory(trajectory.path).check_base(same)
+    trajectory.record(adapted(0), num_examples=2, steps=1)
+    other = adapted(1)
+    with pytest.raises(TrajectoryError, match="base model of the recording"):
+        trajectory.check_base(other)
+    with pytest.raises(TrajectoryError, match="base model of the recording"):
+        trajectory.record(other, num_examples=1, steps=1)
+    assert trajectory.num_states == 2
+
+    record(tmp_path, adapted(0))
+    with pytest.raises(TrajectoryError, match="base model of the recording"):
+        record(tmp_path, other)
 
 
 def test_each_state_holds_the_complete_adapter_and_the_biases_beside_it(tmp_path):

@@ -109,6 +109,7 @@ def induce_forgetting(
         def begin() -> int:
             stack.enter_context(trajectory.recording())
             check_same_recording(trajectory, subsets, arguments, trainer.optimizer_cls_and_kwargs)
+            trajectory.check_base(trainer.model)
             _check_missing_states(trajectory, trainer, schedule, dtype)
             return trajectory.num_states
 

@@ -1,5 +1,6 @@
 """Checks before a training: whether a state holds what trains, and whether an adapter loads as it was recorded."""
 
+import hashlib
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,7 @@ logger = logging.get_logger(__name__)
 # loads the adapter. Others draw at random, or need data or gradients.
 _KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CHANGE_BASE = ("pissa", "olora")
+_VALUES = 64  # of each weight of a base in its fingerprint, at least
 
 
 def check_recordable(model: nn.Module) -> None:
@@ -51,6 +53,36 @@ def check_initialisation(config: Any) -> None:
         )
 
 
+def base_fingerprint(model: nn.Module) -> str | None:
+    """Return a hash of values from all weights below an adapter, in bfloat16 and so the same for most dtypes.
+
+    `None` without an adapter, and when peft changes the base or the weights are sharded.
+    """
+    model = unwrapped(model)
+    if not is_adapter(model):
+        return None
+    adapters: Any = model.peft_config
+    config = adapters[recorded_adapter(model)]
+    if not _keeps_base(config):
+        return None
+    on_disk, parts = names_on_disk(model), {*adapters, "original_module"}
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if name in on_disk or not parts.isdisjoint(name.split(".")):
+            continue
+        if not parameter.data_ptr():
+            return None
+        values = parameter.detach().flatten()
+        values = values[:: max(1, len(values) // _VALUES)].bfloat16().cpu()
+        digest.update(name.encode() + values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _keeps_base(config: Any) -> bool:
+    method = getattr(config, "init_lora_weights", None)
+    return method not in _CHANGE_BASE and getattr(config, "kasa_config", None) is None
+
+
 def _check_adapter(model: nn.Module) -> None:
     from peft import PeftModel, PeftType
 
@@ -70,9 +102,10 @@ def _check_adapter(model: nn.Module) -> None:
             " merge that one into the base model first"
         )
     check_initialisation(config)
-    if getattr(config, "init_lora_weights", None) in _CHANGE_BASE:
+    if not _keeps_base(config):
+        option = "kasa_config" if getattr(config, "kasa_config", None) else "init_lora_weights"
         logger.warning_once(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base model. peft changes it again whenever it"
+            f"{option}={getattr(config, option)!r} changes the base model. peft changes it again whenever it"
             " loads the adapter, and resuming changes it too: do both with the same base model in the same dtype"
         )
     if computed := computed_names(model):

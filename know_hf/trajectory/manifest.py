@@ -202,6 +202,7 @@ class Manifest:
     schedule: Schedule | None = None
     base_model: Text | None = None
     base_revision: Text | None = None
+    base_fingerprint: Text | None = None
     roles: Annotated[dict[Text, Role], Limited] = field(default_factory=dict)
     tied_weights: Texts = field(default_factory=dict)
     files: Annotated[tuple[FileRecord, ...], FailFast()] = ()

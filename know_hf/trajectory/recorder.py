@@ -14,7 +14,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from filelock import FileLock, Timeout
@@ -27,6 +27,7 @@ from transformers.utils import logging
 from ..checkpoint import CheckpointReader, atomic_folder, fsync
 from ..local_paths import hide_paths, name_beside
 from ..model_tensors import unwrapped
+from .adapters import base_fingerprint
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord, TrajectoryError, recordable
 from .snapshot import Snapshot, roles_on_disk
 from .store import Store, check_same_tensors
@@ -38,6 +39,18 @@ _LIBRARIES = ("know_hf", "torch", "transformers", "datasets", "accelerate", "pef
 
 class TrajectoryBusyError(RuntimeError, BlockingIOError):
     """Another process records to the folder, or recorded to it since it was read."""
+
+
+class Stage(TypedDict):
+    """The stage that ends in a state; see [`StateRecord`]."""
+
+    num_examples: int | None
+    steps: int
+    fraction: NotRequired[float | None]
+    subset_fingerprint: NotRequired[str | None]
+    seed: NotRequired[int | None]
+    metrics: NotRequired[Mapping[str, float] | None]
+    training: NotRequired[Mapping[str, str] | None]
 
 
 class Recorder:
@@ -73,6 +86,7 @@ class Recorder:
         self.check()
         manifest = self._store.manifest
         replace(manifest, states=(*manifest.states, state)).check(self._path / MANIFEST_NAME)
+        self.check_base(model)
         snapshot = Snapshot.of(model, state_dict, dtype, self._copies)
         self._copies = snapshot.state_dict if background else {}
 
@@ -94,6 +108,15 @@ class Recorder:
             self._writer.submit(write)
         else:
             write()
+
+    def check_base(self, model: nn.Module) -> None:
+        """Raise a `TrajectoryError` when an adapter is on another base model than in the recorded states."""
+        recorded = self._store.manifest.base_fingerprint
+        if recorded is not None and base_fingerprint(model) not in (None, recorded):
+            raise TrajectoryError(
+                f"the weights below the adapter are not those of the states in {self._path}; resume with the base"
+                " model of the recording, or record to another folder"
+            )
 
     def update_metrics(self, index: int, metrics: Mapping[str, float]) -> None:
         """Add evaluation results to a finished state."""
@@ -158,7 +181,15 @@ class Recorder:
             base_model, base_revision = _base_of(snapshot.model, self._path)
             model_files = _write_model_files(self._path, folder, processing_class)
             manifest = Manifest(
-                (), manifest.schedule, base_model, base_revision, roles, tied_weights, model_files, library_versions()
+                (),
+                schedule=manifest.schedule,
+                base_model=base_model,
+                base_revision=base_revision,
+                base_fingerprint=snapshot.base_fingerprint,
+                roles=roles,
+                tied_weights=tied_weights,
+                files=model_files,
+                library_versions=library_versions(),
             )
         state = replace(state, files=files, unchanged=unchanged)
         self._store.enter(replace(manifest, states=(*manifest.states, state)))

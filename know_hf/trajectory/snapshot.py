@@ -26,7 +26,7 @@ from ..model_tensors import (
     unwrapped,
 )
 from ..roles import TensorRole, role_by_shape, tensor_roles
-from .adapters import check_recordable
+from .adapters import base_fingerprint, check_recordable
 from .manifest import TrajectoryError
 
 _WORTH_SHARING = 0.01  # share of a state's bytes; if less is unchanged, the state stores everything itself
@@ -50,6 +50,8 @@ class Snapshot:
             Copy of the model's; `generate` changes the original while it runs.
         adapter (`str`, *optional*):
             Name of the recorded adapter of a `PeftModel`.
+        base_fingerprint (`str`, *optional*):
+            Hash of the weights below the adapter.
     """
 
     model: nn.Module
@@ -58,6 +60,7 @@ class Snapshot:
     roles: dict[str, TensorRole]
     generation_config: GenerationConfig | None = None
     adapter: str | None = None
+    base_fingerprint: str | None = None
 
     @classmethod
     def of(
@@ -114,7 +117,7 @@ class Snapshot:
                 overwritten.add(id(copies[key]))
             copied[name] = copies[key]
         generation_config = copy.deepcopy(getattr(model, "generation_config", None))
-        return cls(model, copied, on_disk, roles, generation_config, adapter)
+        return cls(model, copied, on_disk, roles, generation_config, adapter, base_fingerprint(model))
 
     def check_finite(self, path: Path, index: int) -> None:
         """Raise a `TrajectoryError` that names the first tensor with a NaN or infinite value.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -24,22 +24,10 @@ from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
 from .loading import load_into, load_pretrained
 from .manifest import MANIFEST_NAME, Manifest, StateRecord, TrajectoryError
-from .recorder import Recorder
+from .recorder import Recorder, Stage
 from .store import HubStore, Store
 
 _READ_EARLY = ("config.json", "adapter_config.json")  # read through `path`, without a question for `model_files`
-
-
-class Stage(TypedDict):
-    """The stage that ends in a state; see [`StateRecord`]."""
-
-    num_examples: int | None
-    steps: int
-    fraction: NotRequired[float | None]
-    subset_fingerprint: NotRequired[str | None]
-    seed: NotRequired[int | None]
-    metrics: NotRequired[Mapping[str, float] | None]
-    training: NotRequired[Mapping[str, str] | None]
 
 
 class WeightTrajectory:
@@ -372,6 +360,10 @@ class WeightTrajectory:
                 When another process records, or recorded since this object read the folder.
         """
         return self._recorder.recording()
+
+    def check_base(self, model: nn.Module) -> None:
+        """Raise a `TrajectoryError` when an adapter is on another base model than in the recorded states."""
+        self._recorder.check_base(model)
 
     def check(self, wait: bool = False) -> None:
         """Raise the error of a failed background recording.
