@@ -57,6 +57,7 @@ class Averaged(SGD):
     def step(self, closure=None):
         assert not self.evaluates
         super().step(closure)
+        self.param_groups[0]["num_steps"] = self.param_groups[0].get("num_steps", 0) + 1
         for parameter in self.param_groups[0]["params"]:
             state = self.state[parameter]
             state["mean"] = state.get("mean", parameter.detach().clone()).lerp(parameter.detach(), 0.5)
@@ -209,6 +210,12 @@ def test_the_recorded_weights_of_an_averaging_optimizer_are_the_evaluated_ones(t
     with pytest.raises(KeyboardInterrupt):
         induce_forgetting(averaged(callbacks=[StopAfter(1)]), SCHEDULE, tmp_path / "resumed")
     assert_same_states(induce_forgetting(averaged(), SCHEDULE, tmp_path / "resumed"), complete)
+
+    trainer = averaged()
+    trainer.train()
+    current = induce_forgetting(trainer, SCHEDULE, tmp_path / "current", start="current")
+    assert torch.equal(current.tensor("head.weight", 0), complete.tensor("head.weight", 0))
+    assert current.states[0].metrics["eval_loss"] == complete.states[0].metrics["eval_loss"]
 
     callback = WeightTransitionCallback(tmp_path / "alone")
     averaged(callbacks=[callback]).train()

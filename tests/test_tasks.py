@@ -463,6 +463,7 @@ REQUIRED = {"task": "causal-lm", "model": "m", "dataset": "d", "output_dir": "o"
         ({"stratify": True}, ["stratify=True", "causal-lm"]),
         ({"image_column": "img"}, ["image_column='img'", "causal-lm"]),
         ({"training": {"num_train_epochs": 1}}, ["'num_train_epochs'", "epochs_per_stage"]),
+        ({"training": {"hub_token": "hf_x"}}, ["'hub_token'", "auth login"]),
         ({"model": None}, ["model", "--model"]),
     ],
 )

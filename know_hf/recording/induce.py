@@ -21,6 +21,7 @@ from ..trajectory import StateRecord, WeightTrajectory, state_nbytes
 from ..trajectory.recorder import check_savable
 from .callback import WeightTransitionCallback
 from .loaders import check_loader
+from .optimizers import use_evaluated_weights
 from .progress import Progress, weights_checksum
 from .recorded_arguments import examples_per_step, recorded_arguments
 from .resuming import check_same_recording
@@ -114,6 +115,7 @@ def induce_forgetting(
             return trajectory.num_states
 
         num_recorded = on_main_process(trainer.accelerator, begin)
+        use_evaluated_weights(trainer.optimizer, trainer.args, trainer.state)
         if num_recorded:
             trajectory.load_into(trainer.model, num_recorded - 1)
         stack.enter_context(_restored(trainer))
@@ -195,6 +197,7 @@ def _restored(trainer: Trainer) -> Iterator[None]:
     names = ("args", "train_dataset", "model_init", "optimizer", "lr_scheduler", "state", "control")
     before = {name: getattr(trainer, name) for name in names}
     trainer.model_init = None  # otherwise every stage would start from new weights
+    trainer.optimizer = trainer.lr_scheduler = None  # created by every stage; an evaluation would change its mode
     try:
         yield
     finally:
@@ -217,7 +220,6 @@ def _train_stage(trainer: Trainer, args: TrainingArguments, subset: Subset, call
     callback.training = recorded_arguments(args, trainer.optimizer_cls_and_kwargs)
     before = trainer.args
     trainer.args, trainer.train_dataset = args, subset.dataset
-    trainer.optimizer = trainer.lr_scheduler = None
     reshard(trainer.model)
     if callback.weights is not None and callback.weights != weights_checksum(trainer):
         logger.warning(
@@ -231,4 +233,4 @@ def _train_stage(trainer: Trainer, args: TrainingArguments, subset: Subset, call
     finally:
         trainer.remove_callback(callback)
         trainer.args = before
-        trainer.optimizer = trainer.lr_scheduler = None  # an evaluation would change the mode of the optimizer
+        trainer.optimizer = trainer.lr_scheduler = None

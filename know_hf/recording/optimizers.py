@@ -4,6 +4,7 @@ A `Trainer` creates its optimizer once and keeps it, so every stage makes it cre
 create again the same way is refused before the first training.
 """
 
+from inspect import signature
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -38,8 +39,9 @@ def check_created_again(trainer: Trainer) -> None:
             f"create_optimizer returns the same {type(first).__name__} again, but each stage needs a new optimizer;"
             " create the object in create_optimizer"
         )
-    if held is not None and (type(held) is not type(created) or _options(held) != _options(created)):
-        # a trainer that has trained before holds the optimizer it created itself, which is fine
+    # a trainer that has trained before holds the optimizer it created itself, which is fine
+    trained = isinstance(trainer.optimizer, AcceleratedOptimizer)
+    if held is not None and (type(held) is not type(created) or _options(held, trained) != _options(created, trained)):
         raise ValueError(
             f"the trainer has a {type(held).__name__} object, but each stage needs a new optimizer, and the trainer"
             f" would create a {type(created).__name__} with other parameters or options. Pass"
@@ -104,11 +106,17 @@ def _unwrapped(optimizer: Any) -> Any:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _options(optimizer: Any) -> dict[int, dict[str, Any]]:
-    """The options of every parameter, with the learning rate that the scheduler starts from."""
+def _options(optimizer: Any, trained: bool) -> dict[int, dict[str, Any]]:
+    """The options of every parameter, with the learning rate that the scheduler starts from.
+
+    Of an optimizer that has trained, those that its constructor takes; others may count steps.
+    """
+    constructors = [vars(cls)["__init__"] for cls in type(optimizer).__mro__ if "__init__" in vars(cls)]
+    settable = {name for constructor in constructors for name in signature(constructor).parameters}
     options: dict[int, dict[str, Any]] = {}
     for group in optimizer.param_groups:
-        shared = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-        shared["lr"] = shared.pop("initial_lr", shared.get("lr"))
+        names = [name for name in group if name in settable or not trained]
+        shared = {name: group[name] for name in names if name not in ("params", "param_names", "initial_lr")}
+        shared["lr"] = group.get("initial_lr", group.get("lr"))
         options |= {id(parameter): shared for parameter in group["params"]}
     return options

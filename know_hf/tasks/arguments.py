@@ -16,6 +16,7 @@ LABELS = "labels"
 # Keys of TrainingArguments that another argument sets.
 _RESERVED = {
     "output_dir": "use output_dir outside of training",
+    "hub_token": "log in with `hf auth login`, because record.json and the card show it",
     "num_train_epochs": "use epochs and epochs_per_stage",
     "seed": "use seed outside of training",
     "remove_unused_columns": "the task sets it",
