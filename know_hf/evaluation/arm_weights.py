@@ -16,6 +16,7 @@ from ..prediction import PredictionPlan, TensorSource, WriteOptions, write_check
 from ..prediction.engine import PredictedTensors
 from ..prediction.tensor_sources import full_tensors
 from ..prediction.write_checkpoint import measure
+from ..roles import PREDICTED_DTYPES
 from ..trajectory import WeightTrajectory, load_pretrained
 from ..trajectory.merging import merge_adapter
 
@@ -128,6 +129,8 @@ def moved_by_singular_vectors(sources: ArmSources, folder: Path, scale: float) -
 
     def moved(name: str) -> Tensor | None:
         if trajectory.roles[name].role == "copied" or trajectory.is_unchanged(name):
+            return None
+        if trajectory.dtype(name) not in PREDICTED_DTYPES:
             return None
         newest_first = trajectory.history(name).flip(0)
         moves = list(newest_first[:-1] - newest_first[1:])

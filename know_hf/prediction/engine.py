@@ -86,7 +86,8 @@ class PredictedTensors(TensorSource):
         self.trajectory = plan.trajectory
         self.description = f"Predicting {plan.steps} step{'s' if plan.steps > 1 else ''}"
         self._device = getattr(plan.predictor, "device", torch.device("cpu"))
-        self._predictors: dict[str, Predictor] = dict.fromkeys(plan.tensors, plan.predictor)
+        predictor = plan.predictor.prepared() if isinstance(plan.predictor, KNOWNPredictor) else plan.predictor
+        self._predictors: dict[str, Predictor] = dict.fromkeys(plan.tensors, predictor)
         if isinstance(plan.predictor, DepthPredictor):
             depths = relative_depths(list(plan.tensors))
             self._predictors = {name: plan.predictor.at_depth(depth) for name, depth in depths.items()}

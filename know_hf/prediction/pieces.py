@@ -1,11 +1,12 @@
 """Cut the tensors of a checkpoint into pieces of bounded size."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..checkpoint import TensorSpec
 
 PIECE_SIZE = 2**19  # elements: reading and writing a piece then cost little next to predicting it
+_GROUP_LENGTH = 64  # pieces
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,23 @@ def pieces_of(name: str, spec: TensorSpec) -> Iterator[Piece]:
     size = spec.shape.numel()
     for start in range(0, max(size, 1), PIECE_SIZE):
         yield Piece(name, start, min(start + PIECE_SIZE, size))
+
+
+def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yield consecutive pieces in groups that are at most as large as one piece.
+
+    What goes from thread to thread is a group: handing over each small tensor would take longer than predicting it.
+    """
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if group and (size + piece.size > PIECE_SIZE or len(group) == _GROUP_LENGTH):
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += piece.size
+    if group:
+        yield group
 
 
 def split_pieces(

@@ -93,11 +93,11 @@ class PredictionPlan:
     @property
     def memory(self) -> int:
         """Largest size in bytes of all pieces in memory at the same time. It does not grow with the model."""
-        largest = max((t.spec.shape.numel() for t in self.tensors.values()), default=0)
+        total = sum(t.spec.shape.numel() for t in self.tensors.values())
         # histories read ahead; and in computing the window with every step, differences, products and the result
         read = (READ_AHEAD + 1) * self.trajectory.num_states
         computed = 2 * (self.num_states + self.steps) + 12
-        return 4 * min(largest, pieces.PIECE_SIZE) * (read + computed + WRITE_BEHIND + 1)
+        return 4 * min(total, pieces.PIECE_SIZE) * (read + computed + WRITE_BEHIND + 1)
 
     def trained_on(self, network: str) -> Mapping[str, float] | None:
         """Return the range of inputs that the predictor was trained on for a role, if it states one."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+_LARGEST = {"largest_residual", "largest_weight", "largest_move"}
+
 
 @dataclass
 class ResidualReport:
@@ -82,8 +84,10 @@ class ResidualReport:
         return report
 
     def __add__(self, other: "ResidualReport") -> "ResidualReport":
-        pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
-        return ResidualReport(**{n: max(pair) if n.startswith("largest") else sum(pair) for n, pair in pairs.items()})
+        total, added = ResidualReport(**vars(self)), vars(other)
+        for name, value in vars(self).items():
+            setattr(total, name, max(value, added[name]) if name in _LARGEST else value + added[name])
+        return total
 
     @property
     def mean_residual(self) -> float:

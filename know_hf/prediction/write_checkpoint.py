@@ -32,11 +32,11 @@ from ..local_paths import hide_paths, loaded_from, resolved_name
 from ..model_tensors import names_on_disk
 from ..trajectory import WeightTrajectory, load_pretrained
 from ..trajectory.manifest import MANIFEST_NAME
-from .pieces import Piece, split_pieces
+from .pieces import Piece, grouped, split_pieces
 from .residuals import ResidualReport
 from .tensor_sources import FunctionTensors, TensorFunction, TensorSource, cast
 
-READ_AHEAD, WRITE_BEHIND = 2, 2  # pieces
+READ_AHEAD, WRITE_BEHIND = 2, 2  # groups of pieces
 S = TypeVar("S")
 T = TypeVar("T")
 Reports = dict[str, ResidualReport]
@@ -191,8 +191,8 @@ def fill_checkpoint(
 def measure(trajectory: WeightTrajectory, source: TensorSource) -> Reports:
     """Return the reports that writing would give, without writing."""
     specs = checkpoint_specs(trajectory)
-    data_of_pieces = _in_background(partial(_read, source), split_pieces(specs, source.cost), READ_AHEAD)
-    return _merged({piece.name: source.values(piece, data)[1]} for piece, data in data_of_pieces)
+    groups = _in_background(partial(_read, source), grouped(split_pieces(specs, source.cost)), READ_AHEAD)
+    return _merged({piece.name: source.values(piece, data)[1]} for piece, data in chain.from_iterable(groups))
 
 
 def checkpoint_specs(trajectory: WeightTrajectory, dtype: torch.dtype | None = None) -> dict[str, TensorSpec]:
@@ -238,22 +238,25 @@ def _write_pieces(
 ) -> Reports:
     reports: list[Reports] = []
 
-    def compute() -> Iterator[tuple[str, torch.Tensor, int]]:
-        for piece, data in _in_background(partial(_read, source), pieces, READ_AHEAD):
-            values, report = source.values(piece, data)
-            reports.append({piece.name: report})
-            yield piece.name, cast(values, specs[piece.name].dtype, piece.name, trajectory), piece.start
+    def compute_piece(piece: Piece, data: Any) -> tuple[str, torch.Tensor, int]:
+        values, report = source.values(piece, data)
+        reports.append({piece.name: report})
+        return piece.name, cast(values, specs[piece.name].dtype, piece.name, trajectory), piece.start
+
+    def compute() -> Iterator[list[tuple[str, torch.Tensor, int]]]:
+        for group in _in_background(partial(_read, source), grouped(pieces), READ_AHEAD):
+            yield [compute_piece(piece, data) for piece, data in group]
 
     total, disable = sum(piece.size for piece in pieces), not show_progress
     with tqdm(total=total, desc=source.description, unit="parameter", unit_scale=True, disable=disable) as bar:
-        for size in _in_background(lambda args: writer.write(*args), compute(), WRITE_BEHIND):
+        for size in _in_background(lambda group: sum(writer.write(*args) for args in group), compute(), WRITE_BEHIND):
             bar.update(size)
     writer.flush()
     return _merged(reports)
 
 
-def _read(source: TensorSource, piece: Piece) -> tuple[Piece, Any]:
-    return piece, source.read(piece)
+def _read(source: TensorSource, group: list[Piece]) -> list[tuple[Piece, Any]]:
+    return [(piece, source.read(piece)) for piece in group]
 
 
 def _in_background(function: Callable[[S], T], items: Iterable[S], limit: int) -> Iterator[T]:
