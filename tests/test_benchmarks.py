@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from know_hf import KNOWNConfig, KNOWNModel, TransitionDataset
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "benchmarks"
-MODULES = ("prediction", "contestants", "trajectories", "memory", "meta_training")
+MODULES = ("prediction", "contestants", "trajectories", "memory", "meta_training", "many_tensors")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +43,7 @@ def meta_training(scripts):
 
 
 def test_help_needs_no_torch():
-    for name in ("prediction", "meta_training", "recording"):
+    for name in ("prediction", "meta_training", "recording", "many_tensors"):
         program = (
             "import runpy, sys\n"
             f"sys.path.insert(0, {str(FOLDER)!r})\n"
@@ -92,6 +92,23 @@ def test_prediction(prediction, tmp_path, monkeypatch, capsys):
     assert f"| eager | {eager['seconds']:.2e} (" in printed
     assert "| peer: Keras graph | not run: tensorflow is not installed |" in printed
     assert f"| tiny ResNet | auto | {end_to_end['parameters']:,} | float32 |" in printed
+    assert not list(disk.iterdir())
+
+
+def test_many_tensors(scripts, tmp_path, monkeypatch, capsys):
+    many_tensors = import_module("many_tensors")
+    monkeypatch.setattr(many_tensors, "Contestant", InThisProcess)
+    monkeypatch.setattr(many_tensors.os, "environ", dict(os.environ))
+    numbers, disk = tmp_path / "numbers.json", tmp_path / "disk"
+    disk.mkdir()
+    command = ["--tensors", "3", "--side", "2", "--repetitions", "1", "--threads", "1"]
+    command += ["--output-dir", str(disk), "--json", str(numbers)]
+    many_tensors.main(many_tensors.make_parser().parse_args(command))
+    results = json.loads(numbers.read_text())
+    assert results["parameters"] == 12
+    seconds = results["seconds"]["predict"]
+    assert results["ratios"]["predict"] == pytest.approx(seconds["many"] / seconds["one"])
+    assert f"| predict | {seconds['many']:.2f} | {seconds['one']:.2f} |" in capsys.readouterr().out
     assert not list(disk.iterdir())
 
 
