@@ -16,9 +16,10 @@ from quadrants import source, target
 from transformers import T5Config, T5ForConditionalGeneration
 
 from know_hf import WeightTrajectory
+from know_hf.checkpoint import locked_folder
 from know_hf.evaluation import ComparisonTask, FineTuning, Landscape, LinearProbe, Split, ZeroShot, make_arm
 from know_hf.evaluation import compare_arms as compare_arms_with_pages
-from know_hf.evaluation.compare import RESULTS_VERSION, default_arms
+from know_hf.evaluation.compare import RESULTS_VERSION, _arm_entry, default_arms
 from know_hf.evaluation.comparison import ACCURACY, Measure
 from know_hf.evaluation.measure import check_head
 from know_hf.evaluation.protocols import refined
@@ -383,3 +384,20 @@ def test_default_arms_and_the_forgetting_curve_are_those_the_task_has_models_and
     assert report["states"]["num_examples"] == [64, 32]  # the states of all trajectories
     assert [len(run) for run in report["states"]["measures"]["accuracy"]["per_seed"]] == [2, 2]
     assert [len(run["states"]) for run in report["trajectories"]] == [5, 2]
+
+
+def test_a_report_tells_no_local_folder(task, finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "out")
+    known = {"name": "mine", "kind": "predicted", "description": "", "known": "/home/secretuser/known"}
+    with pytest.raises(ValueError, match="secretuser"):  # an error may name it
+        compare_arms(task, tmp_path / "new", **{**OPTIONS, "arms": ["naive", known]})
+    command = "know-hf compare digits --output-dir /home/secretuser/out --known mine=/home/secretuser/known"
+    report = compare_arms(task, folder, **OPTIONS, command=command)
+    assert report.command == "know-hf compare digits --output-dir .../out --known mine=.../known"
+    assert _arm_entry(make_arm(known))["spec"]["known"] == ".../known"
+    assert not [path for path in folder.rglob("*") if path.is_file() and b"secretuser" in path.read_bytes()]
+
+
+def test_one_comparison_at_a_time(task, finished):
+    with locked_folder(finished[0]), pytest.raises(BlockingIOError, match=r"another process .*out"):
+        compare_arms(task, finished[0], **OPTIONS)

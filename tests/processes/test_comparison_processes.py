@@ -1,11 +1,13 @@
 """Cells in worker processes, and a comparison that is killed."""
 
+import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,57 @@ def test_a_killed_comparison_resumes_to_the_same_results(recorded, tmp_path):
     uninterrupted = compare(recorded, tmp_path / "other")
     assert all((cells / name).read_bytes() == content for name, content in finished.items())
     assert [cell["measured"] for cell in resumed.cells] == [cell["measured"] for cell in uninterrupted.cells]
+
+
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+def fork(function, *arguments, kill_at=None):
+    """Run a function in a fork, killed before a change to the folder `arguments[1]`; return code and changes."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        changes = 0
+
+        def hook(event, args):
+            nonlocal changes
+            is_change = event in CHANGES or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            if is_change and str(args[0]).startswith(str(arguments[1])):
+                changes += 1
+                if changes == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        try:
+            function(*arguments)
+            os.write(writing, str(changes).encode())
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(writing)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with os.fdopen(reading) as pipe:
+        return code, pipe.read()
+
+
+def compare_states(trajectory, output_dir):
+    task, protocols = ComparisonTask([trajectory] * 2, target, source), [LinearProbe((1e-2,), steps=1)]
+    compare_arms(task, output_dir, protocols=protocols, arms=["naive", "state-1"], trials_per_rate=1, pages=False)
+
+
+def kill_before_changes(trajectory, root):
+    torch.set_num_threads(1)
+    compare_states(trajectory, f"{root}/first")  # loads what the forks need
+    changes = int(fork(compare_states, trajectory, f"{root}/whole")[1])
+    for change in (*range(1, 8), *range(8, changes, 6), changes):  # the first ones make the folder
+        codes = [fork(compare_states, trajectory, f"{root}/{change}", kill_at=kill)[0] for kill in (change, None)]
+        assert codes == [-signal.SIGKILL, 0], (change, codes)
+
+
+def test_a_comparison_resumes_after_kills_before_changes_on_disk(recorded, tmp_path):
+    process = start("kill_before_changes(*sys.argv[1:])", recorded, tmp_path)
+    assert process.wait() == 0
+    reports = [json.loads(path.read_text()) for path in tmp_path.glob("*/report.json")]
+    assert len(reports) > 10
+    measured = [[cell["measured"] for cell in report["cells"]] for report in reports]
+    assert all(one == measured[0] for one in measured)
