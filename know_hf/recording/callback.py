@@ -107,6 +107,8 @@ class WeightTransitionCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.trajectory.check()
+        if not self._sizes:
+            check_output(self.trajectory.path, [loaded_from(kwargs["model"])], replaces=False)
         if not self._stepped:
             with self.trajectory.recording():  # an error now if the folder cannot be written
                 pass
@@ -118,7 +120,6 @@ class WeightTransitionCallback(TrainerCallback):
             )
         warn_about_warmup(args, state)
         if not self._sizes:
-            check_output(self.trajectory.path, [loaded_from(kwargs["model"])], replaces=False)
             check_reloadable(kwargs["model"])
             check_savable(self.trajectory.path, kwargs["model"], kwargs.get("processing_class"))
 

@@ -108,6 +108,8 @@ def induce_forgetting(
     with ExitStack() as stack:
 
         def begin() -> int:
+            if not trajectory.num_states:
+                check_output(trajectory.path, [loaded_from(trainer.model)], replaces=False)
             stack.enter_context(trajectory.recording())
             check_same_recording(trajectory, subsets, arguments, trainer.optimizer_cls_and_kwargs)
             trajectory.check_base(trainer.model)
@@ -184,7 +186,6 @@ def _check_missing_states(
     if not missing:
         logger.warning(f"{trajectory.path} has all {trajectory.num_states} states, nothing is trained")
     if not trajectory.num_states:
-        check_output(trajectory.path, [loaded_from(trainer.model)], replaces=False)
         check_reloadable(trainer.model)
         check_savable(trajectory.path, trainer.model, trainer.processing_class)
     first, further = state_nbytes(trainer.model, dtype)

@@ -154,7 +154,7 @@ def kill_before_changes(trajectory, root):
     torch.set_num_threads(1)
     compare_states(trajectory, f"{root}/first")  # loads what the forks need
     changes = int(fork(compare_states, trajectory, f"{root}/whole")[1])
-    for change in (*range(1, 8), *range(8, changes, 6), changes):  # the first ones make the folder
+    for change in (*range(1, 7), changes // 2, changes):  # the first ones make the folder
         codes = [fork(compare_states, trajectory, f"{root}/{change}", kill_at=kill)[0] for kill in (change, None)]
         assert codes == [-signal.SIGKILL, 0], (change, codes)
 
@@ -163,6 +163,6 @@ def test_a_comparison_resumes_after_kills_before_changes_on_disk(recorded, tmp_p
     process = start("kill_before_changes(*sys.argv[1:])", recorded, tmp_path)
     assert process.wait() == 0
     reports = [json.loads(path.read_text()) for path in tmp_path.glob("*/report.json")]
-    assert len(reports) > 10
+    assert len(reports) == 10
     measured = [[cell["measured"] for cell in report["cells"]] for report in reports]
     assert all(one == measured[0] for one in measured)
