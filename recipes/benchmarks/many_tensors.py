@@ -4,8 +4,8 @@
     python recipes/benchmarks/many_tensors.py --tensors 5000 --json results.json
 
 Records two trajectories of five states: one of many square matrices, and one of a single matrix of as many weights.
-Then runs `predict_overflowed_weights` and `inspect_trajectory` on both in turns, in a new process each time, and prints
-medians and their ratio as Markdown.
+Runs `predict_overflowed_weights` and `inspect_trajectory` on both. The two take turns in new processes. Prints medians
+and their ratio as Markdown.
 """
 
 import argparse
