@@ -34,7 +34,7 @@ OPTIONS = {  # of kinds that need more than target modules
     "WAVEFT": {"n_frequency": 8, **TARGETS},
 }
 REFUSED = {"ADALORA": {"total_step": 10, **TARGETS}}
-NEEDS_MORE = {"POLY": "task ids", "XLORA": "adapters on disk"}  # than a model and tokens
+NEEDS_MORE = {"ADAMSS": "scikit-learn", "POLY": "task ids", "XLORA": "adapters on disk"}  # than a model and tokens
 PROMPTS = {"CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
 KINDS = sorted({kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - PROMPTS - REFUSED.keys() - NEEDS_MORE.keys())
 VARIANTS = {
