@@ -56,13 +56,16 @@ def atomic_folder(
         check_output(target, sources)
     if os.path.ismount(target):
         raise OSError(errno.EBUSY, f"{target} is a mount point and cannot be replaced; choose a folder inside it")
+    hint = "choose another folder" if resume else "choose another folder or pass overwrite=True"
     if not overwrite:
-        check_empty(target, "choose another folder" if resume else "choose another folder or pass overwrite=True")
+        check_empty(target, hint)
     with ExitStack() as stack:
         stack.enter_context(_work_folder(work, target, resume))
         try:
             _restore(target)
-            if overwrite and target.is_dir():
+            if not overwrite:
+                check_empty(target, hint)
+            elif target.is_dir():
                 stack.enter_context(locked_folder(target))
             before = _contents(target) if overwrite else []
             yield work
