@@ -25,6 +25,20 @@ def check_keys(content: Mapping[str, Any], known: Sequence[str], source: str) ->
             raise ValueError(f"{source}: unknown key {name!r:.200}; {nearest(str(name), known)}")
 
 
+def check_types(content: Mapping[str, Any], cls: type, prefix: str = "") -> None:
+    """Raise a `ValueError` that names the first value of the wrong type for its field of a dataclass."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    hints = get_type_hints(cls)
+    config = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True)
+    for name, value in content.items():
+        kind = hints[name]
+        try:
+            TypeAdapter(kind, config=None if is_dataclass(kind) else config).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{prefix}{name}={value!r:.60}: {error.errors()[0]['msg']}") from None
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return a hint: the known name closest to `name`, or all known names."""
     near = get_close_matches(name[:200], known, n=1)  # its time grows with the square of the length

@@ -3,14 +3,11 @@
 import re
 import sys
 from collections.abc import Callable
-from typing import TypeVar
-
-T = TypeVar("T")
 
 _LONGEST_WORD = 300  # characters
 
 
-def run_program(name: str, function: Callable[[], T]) -> T | int:
+def run_program(name: str, function: Callable[[], object]) -> int:
     """Run a program and report the errors that its input causes: `ValueError`, `OSError` and `ImportError`.
 
     All other exceptions are defects of the program and keep their traceback. Characters that the terminal cannot show
@@ -23,13 +20,15 @@ def run_program(name: str, function: Callable[[], T]) -> T | int:
             The program.
 
     Returns:
-        The result of the function; 1 after an error, which is printed to standard error with its notes.
+        `int`: Exit code: the result of the function if it is a number, else 0; 1 after an error, which is printed to
+        standard error with its notes.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return function()
+        result = function()
+        return result if isinstance(result, int) else 0
     except (ValueError, OSError, ImportError) as error:
         message = "\n".join([str(error).strip(), *getattr(error, "__notes__", ())])
         sys.stderr.write(f"{name}: {shorten_words(message)}\n")

@@ -129,6 +129,13 @@ def test_splits(collect):
     assert HeldOut().split("cnn", "mnist", 0) == "train"
 
 
+ODD_STEPS = {
+    "training": {"vision": {**VISION, "min_steps": "x"}},
+    "architectures": {"cnn": CNN},
+    "held_out": {},
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -142,8 +149,15 @@ def test_splits(collect):
         ({"held_out": {"each": 2}}, r"held_out of .*'each'"),
         (
             {"architectures": {"cnn": {**CNN, "config": {"width": {"normal": [1, 2]}}}}, "held_out": {}},
-            r"unknown distribution 'normal' of 1/cnn-shapes-000/model_config/width",
+            r"width of config of .*'cnn'.*space\.yaml must be .*'normal'",
         ),
+        ({"datasets": [1]}, r"datasets of .*space\.yaml must be a mapping"),
+        ({"datasets": {"shapes": None}}, r"dataset 'shapes' of .*space\.yaml must be a mapping"),
+        ({"seed": "x"}, r"seed of .*space\.yaml must be an integer"),
+        ({"held_out": {"every": 0}}, r"every in held_out of .*space\.yaml .*got 0"),
+        ({"architectures": {"cnn": {**CNN, "draws": {"shapes": 10**9}}}}, r"draws of 'shapes' .* to 10,000, got"),
+        ({"architectures": {"cnn": {**CNN, "config": {"width": {"choice": []}}}}}, r"width .*space\.yaml"),
+        (ODD_STEPS, r"space\.yaml: no recipes can be drawn"),
     ],
 )
 def test_wrong_space(collect, tmp_path, changes, message):
@@ -173,6 +187,19 @@ def test_help_and_plan_need_no_torch(tmp_path):
         ("cnn-shapes-001", "held_out_trajectory"),
     ]
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_are_named_in_one_line(tmp_path):
+    space, output = write_space(tmp_path / "space.yaml"), tmp_path / "out"
+    space_of_others = tmp_path / "other.yaml"
+    space_of_others.write_text("seed: 1\nseed: 2\n")
+    (output / "cnn-shapes-000").mkdir(parents=True)
+    (output / "cnn-shapes-000/result.json").write_text("[]")
+    for path, name in ((space_of_others, "other.yaml"), (space, "result.json")):
+        command = [sys.executable, str(FOLDER / "collect.py"), "--output-dir", str(output), "--space", str(path)]
+        done = subprocess.run([*command, "--retry-failed"], capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and done.stderr.startswith("collect.py: ")
+        assert name in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_flags(collect, space, tmp_path, monkeypatch):

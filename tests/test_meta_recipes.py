@@ -133,6 +133,9 @@ def test_meta_train_flags_override_the_yaml(meta_train, tmp_path):
     (tmp_path / "wrong.yaml").write_text("learning_rte: 1")
     with pytest.raises(ValueError, match=r"not used.*--learning_rte"):
         meta_train.parse_arguments(["--config", str(tmp_path / "wrong.yaml"), *flags])
+    (tmp_path / "list.yaml").write_text("[steps, 7]")
+    with pytest.raises(ValueError, match=r"list\.yaml must contain a mapping"):
+        meta_train.parse_arguments(["--config", str(tmp_path / "list.yaml"), *flags])
 
 
 def test_rows_of_ablations(ablations, collection):

@@ -51,7 +51,8 @@ def test_tables_of_comparisons_are_those_that_their_commands_print(monkeypatch, 
                 if (arguments := shlex.split(line))[:1] == ["python"] and "comparisons.json" in line:
                     monkeypatch.chdir(ROOT)
                     monkeypatch.setattr("sys.argv", arguments[1:])
-                    runpy.run_path(arguments[1], run_name="__main__")
+                    with pytest.raises(SystemExit, match=r"^0$"):
+                        runpy.run_path(arguments[1], run_name="__main__")
                     assert capsys.readouterr().out.strip() in text, f"{document}: {line}"
                     found += 1
     assert found

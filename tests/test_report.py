@@ -284,7 +284,10 @@ def test_summary_shows_reports_side_by_side(report, tmp_path, capsys, monkeypatc
 
     def summary(*arguments):
         monkeypatch.setattr("sys.argv", ["summary.py", *map(str, arguments)])
-        runpy.run_path(str(RECIPE), run_name="__main__")
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(RECIPE), run_name="__main__")
+        if end.value.code:
+            raise end.value
         return capsys.readouterr().out
 
     condensed = tmp_path / "comparisons.json"

@@ -308,6 +308,8 @@ def test_layers_of_the_small_network():
         ({"schedule": {"ration": 0.5}}, "schedule: unknown key 'ration'; did you mean 'ratio'"),
         ({"schedule": {"ratio": 2}}, "schedule: .*ratio"),
         ({"training": {"learning_rat": 1}}, "training: unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ({"training": {"weight_decay": {"a": 1}}}, "training: weight_decay={'a': 1}: .*number"),
+        ({"schedule": {"ratio": "x"}}, "schedule: ratio='x': .*number"),
         ({"training": [3]}, r"training: .*\[3\]"),
         ({"landscape": {"resolution": "fine"}}, "landscape.resolution: .*'fine'"),
     ],
@@ -353,7 +355,8 @@ def test_the_tables_of_the_recipe_are_the_output_of_its_command(capsys, monkeypa
     command = next(line for line in readme.splitlines() if "summary.py" in line)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", command.split()[1:])
-    runpy.run_path(str(RECIPE / "summary.py"), run_name="__main__")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(RECIPE / "summary.py"), run_name="__main__")
     assert readme.endswith(capsys.readouterr().out)
 
 

@@ -335,6 +335,7 @@ def test_accumulated_batches_are_averaged(text_arguments, lora):
     [
         ({"start": "current"}, r"start='current'.*'classifier\.bias'"),
         ({"training": {"learning_rat": 1e-4}}, "'learning_rat'.*'learning_rate'"),
+        ({"training": {"learning_rate": [1]}}, r"training\.learning_rate=\[1\]: .*number"),
         ({"max_length": 17}, "max_length=17.*16"),
     ],
 )

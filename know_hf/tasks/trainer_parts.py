@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from ..checkpoint.safe_loading import from_safetensors, load_config
-from ..config_files import check_keys
+from ..config_files import check_keys, check_types
 from .arguments import IMAGE, LABELS, LM, TEXT, LoraArguments, RecordArguments
 from .task_data import CausalCollator, load_splits, process_images, tokenize
 
@@ -109,9 +109,10 @@ def training_arguments(args: RecordArguments) -> TrainingArguments:
 
     Raises:
         `ValueError`:
-            For a key of `args.training` that `TrainingArguments` does not have.
+            For a key of `args.training` that `TrainingArguments` does not have, or a value of the wrong type.
     """
     check_keys(args.training, [option.name for option in fields(TrainingArguments) if option.init], "training")
+    check_types(args.training, TrainingArguments, "training.")
     options: dict[str, Any] = {
         "save_strategy": "no",
         "dataloader_pin_memory": torch.accelerator.is_available(),

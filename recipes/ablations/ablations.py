@@ -11,6 +11,7 @@ with all numbers as JSON. A second run reuses finished cells.
 import argparse
 import hashlib
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -266,4 +267,6 @@ def make_parser() -> "HfArgumentParser":
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args_into_dataclasses()[0])
+    from know_hf.terminal import run_program
+
+    sys.exit(run_program("ablations.py", lambda: main(make_parser().parse_args_into_dataclasses()[0])))

@@ -259,5 +259,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    from know_hf.terminal import run_program
+
     arguments = make_parser().parse_args()
-    train(arguments) if arguments.train else main(arguments)
+    sys.exit(run_program("meta_training.py", lambda: train(arguments) if arguments.train else main(arguments)))

@@ -260,4 +260,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    from know_hf.terminal import run_program
+
+    arguments = make_parser().parse_args()
+    sys.exit(run_program("prediction.py", lambda: main(arguments)))

@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -138,4 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    from know_hf.terminal import run_program
+
+    arguments = make_parser().parse_args()
+    sys.exit(run_program("recording.py", lambda: main(arguments)))

@@ -117,4 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main(make_parser().parse_args()))
+    from know_hf.terminal import run_program
+
+    arguments = make_parser().parse_args()
+    sys.exit(run_program("collect.py", lambda: main(arguments)))

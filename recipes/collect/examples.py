@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from know_hf.checkpoint import apply_umask, write_json
+from know_hf.checkpoint import apply_umask, read_json_object, write_json
 
 Tensors = dict[str, Tensor]
 
@@ -113,7 +113,7 @@ def check_same_data(job: Job) -> None:
     """
     path = job.output_dir / ".data.json"
     with FileLock(job.output_dir / ".locks" / "data.lock"):
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        stored = read_json_object(path) if path.exists() else {}
         hashes: dict[str, str] = {}
         for recipe in job.recipes:
             inputs = json.dumps(recipe.inputs, sort_keys=True)

@@ -10,6 +10,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from jobs import RECIPE_NAME, Job
 from space import SPLITS, Space
 
+from know_hf.checkpoint import read_json_object
 from know_hf.markdown import table
 
 INDEX_NAME, SPACE_NAME, CARD_NAME = "index.jsonl", "space.yaml", "README.md"
@@ -35,7 +36,7 @@ def write_index(job: Job, space: Space, space_file: Path) -> list[dict[str, Any]
     for recipe in job.recipes:
         result = job.result(recipe)
         if result is not None and result["status"] == "finished":
-            rows.append(_row(json.loads((job.folder(recipe) / RECIPE_NAME).read_text(encoding="utf-8")), result))
+            rows.append(_row(read_json_object(job.folder(recipe) / RECIPE_NAME), result))
     with FileLock(job.output_dir / ".locks" / "index.lock"):
         _write(job.output_dir / SPACE_NAME, space_file.read_text(encoding="utf-8"))
         _write(job.output_dir / CARD_NAME, _card(space, rows))

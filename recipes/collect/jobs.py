@@ -1,6 +1,5 @@
 """Job that workers share, and the result of a trajectory."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,20 @@ class Job:
 
     def result(self, recipe: Recipe) -> dict[str, Any] | None:
         """Return the result, whose `status` is `"finished"` or `"failed"`, or `None` if the recipe is not done."""
+        from know_hf.checkpoint import (
+            read_json_object,  # not at the top: workers set variables before torch is imported
+        )
+
         path = self.folder(recipe) / RESULT_NAME
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        hint = "delete it to record the trajectory again"
+        result = read_json_object(path, hint)
+        if result.get("status") == "finished" or isinstance(result.get("error"), str):
+            return result
+        raise ValueError(
+            f"{path} has neither status='finished' nor an error; delete it to record the trajectory again"
+        )
 
     def error(self, recipe: Recipe) -> str | None:
         """Return the error of a failed recipe."""

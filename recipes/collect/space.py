@@ -3,7 +3,6 @@
 All recipes are drawn before any training. The same file gives the same recipes on every machine.
 """
 
-import json
 import math
 import random
 from collections.abc import Iterable, Mapping
@@ -11,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from know_hf.config_files import nearest, parse_yaml, read_numbers
+from know_hf.config_files import nearest, read_numbers, read_yaml
 
+_LARGEST_INTEGER, _MOST_DRAWS = 2**31, 10_000
 FORMAT_VERSION = "2.0"
 TRAIN, TRAJECTORY, ARCHITECTURE, DATASET = SPLITS = (
     "train",
@@ -94,8 +94,12 @@ class Recipe:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     def check_same(self, path: Path) -> None:
-        """Raise a `ValueError` if `path` exists and stores another recipe."""
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else self.to_dict()
+        """Raise a `ValueError` if `path` exists and is damaged or stores another recipe."""
+        if not path.exists():
+            return
+        from know_hf.checkpoint import read_json_object
+
+        stored = read_json_object(path, "delete its folder to record the trajectory again")
         for key, value in self.to_dict().items():
             if stored.get(key) != value:
                 raise ValueError(
@@ -139,27 +143,29 @@ class Space:
 
     @classmethod
     def from_yaml(cls, path: Path) -> "Space":
-        content = read_numbers(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
+        content = read_numbers(read_yaml(path, "see known_base.yaml"))
         _check_keys(f"{path}", content, "seed held_out training architectures datasets", "license")
+        _check_integer(f"seed of {path}", content["seed"])
         _check_keys(f"held_out of {path}", content["held_out"], "", "architectures datasets every")
+        if (every := content["held_out"].get("every")) is not None:
+            _check_integer(f"every in held_out of {path}", every, 1)
+        for key in ("training", "architectures", "datasets"):
+            _check_mapping(f"{key} of {path}", content[key])
         space = cls(**{**content, "held_out": HeldOut(**content["held_out"])})
         for name, dataset in space.datasets.items():
-            kind = "text" if "text" in dataset else "image"
-            _check_keys(f"dataset {name!r} of {path}", dataset, f"path {kind} label train eval")
+            source = f"dataset {name!r} of {path}"
+            _check_mapping(source, dataset)
+            _check_keys(source, dataset, f"path {'text' if 'text' in dataset else 'image'} label train eval")
         for name, training in space.training.items():
-            _check_keys(f"training {name!r} of {path}", training, _TRAINING, "augmentation")
+            _check_training(f"training {name!r} of {path}", training)
         for name, architecture in space.architectures.items():
-            source = f"architecture {name!r} of {path}"
-            _check_keys(source, architecture, "training draws model_class config", "pretrained lora freeze")
-            _check_names(f"training of {source}", [architecture["training"]], space.training)
-            _check_names(f"draws of {source}", architecture["draws"], space.datasets)
-            takes_text = "max_length" in space.training[architecture["training"]]["inputs"]
-            for dataset in architecture["draws"]:
-                if takes_text != ("text" in space.datasets[dataset]):
-                    kinds = ("text", "images") if takes_text else ("images", "text")
-                    raise ValueError(f"{source} takes {kinds[0]}, but dataset {dataset!r} has {kinds[1]}; remove it")
+            _check_architecture(f"architecture {name!r} of {path}", architecture, space)
         _check_names(f"held_out of {path}", space.held_out.architectures, space.architectures)
         _check_names(f"held_out of {path}", space.held_out.datasets, space.datasets)
+        try:
+            space.recipes()
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: no recipes can be drawn ({error!r:.300}); see known_base.yaml") from error
         return space
 
     def recipes(self) -> list[Recipe]:
@@ -223,7 +229,63 @@ def _fitting_batch_sizes(training: Mapping[str, Any], schedule: Mapping[str, Any
     return fitting or batch_sizes[:1], smallest
 
 
-def _check_keys(source: str, content: Mapping[str, Any], required: str, optional: str = "") -> None:
+def _check_mapping(source: str, content: Any) -> None:
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{source} must be a mapping with text as keys, got {content!r:.60}; see known_base.yaml")
+
+
+def _check_integer(source: str, value: Any, least: int = 0, most: int = _LARGEST_INTEGER) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{source} must be an integer from {least} to {most:,}, got {value!r:.60}")
+
+
+def _check_draws(source: str, content: Any, only: str = "") -> None:
+    """Check that each value is fixed or a distribution; `only` names the values to check, all by default."""
+    _check_mapping(source, content)
+    for key, value in content.items():
+        if isinstance(value, dict) and (not only or key in only.split()):
+            kind, bounds = next(iter(value.items())) if len(value) == 1 else (None, None)
+            is_range = kind in ("uniform", "log_uniform") and isinstance(bounds, list) and len(bounds) == 2
+            if is_range:
+                numbers = [b for b in bounds if type(b) in (int, float) and abs(b) <= _LARGEST_INTEGER]
+                is_range = len(numbers) == 2 and (kind == "uniform" or min(numbers) > 0)
+            if not is_range and not (kind == "choice" and isinstance(bounds, list) and bounds):
+                raise ValueError(
+                    f"{key} of {source} must be a value, {{choice: [...]}}, {{uniform: [low, high]}} or"
+                    f" {{log_uniform: [low, high]}}, got {value!r:.60}"
+                )
+
+
+def _check_training(source: str, training: Any) -> None:
+    _check_keys(source, training, _TRAINING, "augmentation")
+    _check_draws(source, training, "num_examples min_steps augmentation")
+    _check_integer(f"num_eval_examples of {source}", training["num_eval_examples"], 1)
+    _check_integer(f"num_examples_limit of {source}", training["num_examples_limit"], 1)
+    for key in ("inputs", "schedule", "training_arguments"):
+        _check_draws(f"{key} of {source}", training[key])
+    _check_mapping(f"optimizers of {source}", training["optimizers"])
+    for name, arguments in training["optimizers"].items():
+        _check_draws(f"optimizer {name!r} of {source}", arguments)
+
+
+def _check_architecture(source: str, architecture: Any, space: Space) -> None:
+    _check_keys(source, architecture, "training draws model_class config", "pretrained lora freeze")
+    _check_names(f"training of {source}", [architecture["training"]], space.training)
+    _check_mapping(f"draws of {source}", architecture["draws"])
+    _check_names(f"draws of {source}", architecture["draws"], space.datasets)
+    _check_draws(f"config of {source}", architecture["config"])
+    _check_draws(f"lora of {source}", architecture.get("lora") or {})
+    _check_draws(source, architecture, "freeze")
+    takes_text = "max_length" in space.training[architecture["training"]]["inputs"]
+    for dataset, count in architecture["draws"].items():
+        _check_integer(f"draws of {dataset!r} in {source}", count, 0, _MOST_DRAWS)
+        if takes_text != ("text" in space.datasets[dataset]):
+            kinds = ("text", "images") if takes_text else ("images", "text")
+            raise ValueError(f"{source} takes {kinds[0]}, but dataset {dataset!r} has {kinds[1]}; remove it")
+
+
+def _check_keys(source: str, content: Any, required: str, optional: str = "") -> None:
+    _check_mapping(source, content)
     if missing := [key for key in required.split() if key not in content]:
         raise ValueError(f"{source} lacks the keys {', '.join(missing)}; see known_base.yaml")
     known = [*required.split(), *optional.split()]
@@ -232,8 +294,11 @@ def _check_keys(source: str, content: Mapping[str, Any], required: str, optional
 
 
 def _check_names(source: str, names: Iterable[str], known: Mapping[str, Any]) -> None:
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{source} names {unknown[0]!r}, which is not defined; {nearest(unknown[0], [*known])}")
+    if not isinstance(names, list | dict):
+        raise ValueError(f"{source} must be a list of names, got {names!r:.60}")
+    if unknown := [name for name in names if not isinstance(name, str) or name not in known]:
+        near = nearest(str(unknown[0]), [*known])
+        raise ValueError(f"{source} names {unknown[0]!r:.60}, which is not defined; {near}")
 
 
 def _draw_all(values: Mapping[str, Any], stream: str) -> dict[str, Any]:

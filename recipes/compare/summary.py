@@ -11,6 +11,7 @@ suite whose positive control failed are in brackets. `--output FILE` writes the 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ def read(path: Path) -> list[Any]:
     file = path / "report.json" if path.is_dir() else path
     if not file.exists():
         raise SystemExit(f"{file} does not exist; run: know-hf compare SUITE --output-dir {path}")
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); run know-hf compare again") from error
     return content if isinstance(content, list) else [content]
 
 
@@ -60,4 +64,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    from know_hf.terminal import run_program
+
+    sys.exit(run_program("summary.py", main))

@@ -4,6 +4,7 @@ python recipes/extend/extend.py --output-dir outputs/extend
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from know_hf import ForgettingSchedule, WeightTrajectory, compare_arms, induce_f
 from know_hf.evaluation import Arm, ComparisonReport, ComparisonTask, Split, ZeroShot
 from know_hf.evaluation.protocols import Trial
 from know_hf.predictors import register_predictor
+from know_hf.terminal import run_program
 
 
 @register_predictor("median")
@@ -107,4 +109,5 @@ def run(output_dir: str | Path, seeds: Sequence[int] = range(3)) -> ComparisonRe
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Compare a predictor, an arm and a protocol of your own.")
     parser.add_argument("--output-dir", default="outputs/extend", help="folder of the comparison")
-    print(run(parser.parse_args().output_dir))
+    arguments = parser.parse_args()
+    sys.exit(run_program("extend.py", lambda: print(run(arguments.output_dir))))

@@ -11,6 +11,7 @@ and of predictors without learning, by held-out split and role. An interrupted r
 import argparse
 import math
 import random
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,9 +214,9 @@ def parse_arguments(argv: list[str] | None = None) -> "tuple[ScriptArguments, Me
     config_parser.add_argument("--config", type=Path)
     config, flags = config_parser.parse_known_args(argv)
     if config.config is not None:
-        import yaml
+        from know_hf.config_files import read_yaml
 
-        content = yaml.safe_load(config.config.read_text(encoding="utf-8"))
+        content = read_yaml(config.config, "recipes/meta_train/known_base.yaml is an example")
         values = {key: value if isinstance(value, list) else [value] for key, value in content.items()}
         flags = [
             flag for key, value in values.items() if value != [None] for flag in (f"--{key}", *map(str, value))
@@ -224,4 +225,6 @@ def parse_arguments(argv: list[str] | None = None) -> "tuple[ScriptArguments, Me
 
 
 if __name__ == "__main__":
-    main(*parse_arguments())
+    from know_hf.terminal import run_program
+
+    sys.exit(run_program("meta_train.py", lambda: main(*parse_arguments())))

@@ -7,6 +7,7 @@ OUTPUT_DIR/results.json. A second run resumes at the first missing state.
 """
 
 import argparse
+import sys
 
 
 def main(args: argparse.Namespace) -> None:
@@ -108,4 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    from know_hf.terminal import run_program
+
+    arguments = make_parser().parse_args()
+    sys.exit(run_program("text_classification.py", lambda: main(arguments)))

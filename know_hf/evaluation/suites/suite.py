@@ -24,7 +24,7 @@ from pydantic import (
 )
 from transformers import TrainingArguments
 
-from ...config_files import nearest, read_numbers, read_yaml
+from ...config_files import check_types, nearest, read_numbers, read_yaml
 from ...schedule import ForgettingSchedule
 from ...terminal import shorten_words
 from ..arms import Arm, make_arm
@@ -56,6 +56,7 @@ def _check_fields(cls: type, content: dict[str, Any]) -> dict[str, Any]:
     for name in content:
         if name not in names:
             raise ValueError(f"unknown key {name!r}; {nearest(str(name), names)}")
+    check_types(content, cls)
     if cls is ForgettingSchedule:
         cls(**content)
     return content
