@@ -51,13 +51,18 @@ def recorded_gate(gate: Mapping[str, Any]) -> dict[str, Any]:
             `sentence`; optionally the other keys of `GateResult.to_dict`.
 
     Raises:
-        `ValueError`: If a key is missing, or the chosen candidate has no score.
+        `ValueError`: If a key is missing, a value has the wrong type, or the chosen candidate has no score.
     """
     if missing := {"metric", "scores", "chosen", "sentence"} - gate.keys():
         raise ValueError(f"the result of the gate lacks {', '.join(sorted(missing))}")
-    if gate["chosen"] not in gate["scores"]:
-        raise ValueError(f"the gate chose {gate['chosen']!r}, but has scores only of {', '.join(gate['scores'])}")
-    return {**gate, "scores": dict(gate["scores"])}
+    try:
+        if gate["chosen"] not in gate["scores"]:
+            raise ValueError(f"the gate chose {gate['chosen']!r}, but has scores only of {', '.join(gate['scores'])}")
+        record = {**gate, "scores": {name: float(value) for name, value in gate["scores"].items()}}
+        gate_table(record)
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:
+        raise ValueError(f"the result of the gate is not one of GateResult.to_dict ({error!r:.200})") from error
+    return record
 
 
 def comparison_table(record: Mapping[str, Any]) -> Table:
