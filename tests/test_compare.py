@@ -200,6 +200,32 @@ def test_results_of_another_comparison_are_refused(finished, task, of_task, opti
         compare_arms(replace(task, **of_task), finished[0], **{**OPTIONS, **options})
 
 
+@pytest.mark.parametrize(
+    ("cell", "change"),
+    [
+        ("seed-0.naive", lambda content: content.pop("arm")),
+        ("seed-0.naive", lambda content: content.update(seconds="9")),
+        ("seed-0.naive", lambda content: content.update(seed=1)),
+        ("seed-0.naive", lambda content: content["measured"].pop("source")),
+        ("seed-1.shrink", lambda content: content["measured"]["few-shot"].pop()),
+        ("seed-1.shrink", lambda content: content["measured"]["few-shot"][0].update(chosen=99)),
+        ("seed-1.shrink", lambda content: content["measured"]["few-shot"][0]["trials"].pop()),
+        ("seed-1.shrink", lambda content: content["measured"]["few-shot"][0]["trials"][0].pop("test")),
+        ("seed-1.trajectory", lambda content: content["states"].pop()),
+        ("seed-1.trajectory", lambda content: content["states"][0].pop("accuracy")),
+        ("seed-1.trajectory", lambda content: content.pop("identity")),
+    ],
+)
+def test_damaged_cells_are_named(finished, task, tmp_path, cell, change):
+    folder = shutil.copytree(finished[0], tmp_path / "out")
+    path = folder / "cells" / f"{cell}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{re.escape(path.name)}.*run the cell again"):
+        compare_arms(task, folder, **OPTIONS)
+
+
 def test_seeds_are_added_with_their_data(task, tmp_path):
     options = {"protocols": PROTOCOLS[1:2], "arms": ["naive"], "draws": 2}
     compare_arms(task, tmp_path, seeds=[0], **options)

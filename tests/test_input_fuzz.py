@@ -113,6 +113,12 @@ def test_cached_samples(tmp_path):
         path.write_bytes(data)
         outcomes[outcome(read, path.stem, data)] += 1
     assert min(outcomes.values()) > 5, outcomes
+    path.unlink()
+    read()
+    numbers = path.with_suffix(".float32")
+    for data in (b"", b"x", numbers.read_bytes() + b"x"):
+        numbers.write_bytes(data)
+        assert outcome(read, numbers.name, data) == "refused"
 
 
 RECORD = {

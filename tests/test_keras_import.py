@@ -78,6 +78,21 @@ def test_wrong_dataset(keras_folder, values, message):
         KNOWNModel.from_keras(folder)
 
 
+def test_damaged_files_are_named(keras_folder):
+    folder, _ = keras_folder
+    path = folder / "KNOWN_FC.h5"
+    content = path.read_bytes()
+    refused = 0
+    for place in range(0, len(content), 701):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        try:
+            KNOWNModel.from_keras(folder)
+        except ValueError as error:
+            assert "KNOWN_FC.h5" in str(error)
+            refused += 1
+    assert refused > 5
+
+
 def test_config_of_another_size(keras_folder):
     folder, _ = keras_folder
     with pytest.raises(ValueError, match=r"'dense/dense/kernel:0'.*\(5, 64\).*\(3, 64\)"):

@@ -252,6 +252,23 @@ def test_a_base_model_by_its_folder(tmp_path, record, make, config):
         assert torch.equal(by_name.history(name), by_object.history(name))
 
 
+@pytest.mark.parametrize("damage", ["truncated", "no config", "other sizes"])
+def test_a_damaged_base_model_is_named(tmp_path, record, damage):
+    base, weights = tmp_path / "base", tmp_path / "base" / "model.safetensors"
+    llama().save_pretrained(base)
+    trajectory = record(llama(), lora("q_proj"))
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "no config":
+        (base / "config.json").unlink()
+    else:
+        content = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**content, "hidden_size": "16"}))
+    with pytest.raises((ValueError, OSError), match=str(base)) as raised:
+        merge_adapters(trajectory, base, output_dir=tmp_path / "merged")
+    assert "\n" not in str(raised.value)
+
+
 def test_bfloat16_rounds_changes_away(tmp_path, record, caplog):
     trajectory = record(llama(), lora("q_proj", lora_alpha=0.001), num_states=3)
     fine = merge_adapters(trajectory, llama().bfloat16(), output_dir=tmp_path / "fine")

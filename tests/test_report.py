@@ -259,12 +259,13 @@ def test_names_from_others_remain_text(tmp_path):
         ({"schema_version": "1"}, "version '1'"),
         ({"arms": {"random": {}}}, "naive.*random"),
         (None, "report.json .*not a JSON object"),
+        ({"landscape": "x"}, "report.json .*another kind"),
     ],
 )
 def test_unreadable_reports_raise(report, tmp_path, changes, message):
     (tmp_path / "report.json").write_text(json.dumps([] if changes is None else {**report, **changes}))
     with pytest.raises(ValueError, match=message):
-        read_report(tmp_path)
+        write_report(tmp_path / "report.json", tmp_path)
     with pytest.raises(ValueError, match="curves, chosen"):
         read_report({key: value for key, value in report.items() if key not in ("curves", "chosen")})
 

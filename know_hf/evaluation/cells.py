@@ -68,12 +68,12 @@ class CellStore:
 
     def read(self, cell: str) -> dict[str, Any] | None:
         """Return the result of a cell, or `None` if it is not finished. A `ValueError` names a damaged file."""
-        path = self._file(cell)
+        path = self.file(cell)
         return read_json_object(path, "delete it to run the cell again") if path.exists() else None
 
     def write(self, cell: str, result: Mapping[str, Any]) -> None:
         """Store the result of a cell atomically."""
-        write_json(self._file(cell), result)
+        write_json(self.file(cell), result)
 
     def check_same(self, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         """Check that stored results depend on the same as new ones.
@@ -96,7 +96,8 @@ class CellStore:
         left_over = (f".{self.IDENTITY_NAME}.partial", "cells")
         return all(path.name in left_over and not (path.is_dir() and any(path.iterdir())) for path in paths)
 
-    def _file(self, cell: str) -> Path:
+    def file(self, cell: str) -> Path:
+        """Return the file of a cell."""
         return self.path / "cells" / f"{cell}.json"
 
 

@@ -17,7 +17,15 @@ from ..prediction import SHIPPED_KNOWN
 from ..trajectory import WeightTrajectory
 from .arms import NAMED_ARMS, Arm, known_step_arms, make_arm
 from .cells import Cell, CellStore, Result, run_cells
-from .comparison_checks import Design, check_design, check_landscape, check_picklable, check_protocols
+from .comparison_checks import (
+    Design,
+    check_design,
+    check_landscape,
+    check_picklable,
+    check_protocols,
+    check_stored_arm,
+    check_stored_trajectory,
+)
 from .comparison_task import ComparisonTask, trajectory_folder
 from .landscape import Landscape, measure_landscape
 from .measure import device, measure_arm, measure_trajectory
@@ -190,9 +198,10 @@ class _Run:
         """Return the stored results of each seed and arm."""
         finished = {}
         for seed, arm in self.cells:
-            if (result := store.read(f"seed-{seed}.{arm.name}")) is not None:
-                what = f"arm {arm.name!r}"
+            cell, what = f"seed-{seed}.{arm.name}", f"arm {arm.name!r}"
+            if (result := store.read(cell)) is not None:
                 store.check_same({what: result.pop("identity", None)}, {what: _arm_identity(arm, self.task)})
+                check_stored_arm(result, str(store.file(cell)), self.design, seed, arm.name)
                 finished[seed, arm.name] = result
         return finished
 
@@ -208,6 +217,7 @@ class _Run:
         entries: dict[int, dict[str, Any]] = {}
         for seed in seeds:
             if (entry := store.read(f"seed-{seed}.trajectory")) is not None:
+                check_stored_trajectory(entry, str(store.file(f"seed-{seed}.trajectory")), self.design, seed)
                 store.check_same(entry["identity"]["data"], data[seed])
                 entries[seed] = entry
         unfinished = list(dict.fromkeys(seed for seed, arm in self.cells if (seed, arm.name) not in finished))

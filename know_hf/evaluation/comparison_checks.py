@@ -1,16 +1,21 @@
 """The design of a comparison and its checks before the work."""
 
+import json
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
+
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from .arms import Arm
 from .comparison import ACCURACY, LOSS
 from .comparison_task import ComparisonTask
 from .linear_probe import LinearProbe
 from .protocols import FineTuning, MeasuringProtocol, first_of_each_class, refined
+
+_RUN_AGAIN = "delete it to run the cell again"
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,82 @@ class Design:
     seeds: tuple[int, ...]
     draws: int
     trials_per_rate: int
+
+
+@dataclass
+class _Trial:
+    options: dict[str, Any]
+    learning_rate: float | None
+    validation: dict[str, float | None]
+    test: dict[str, float | None]
+
+
+@dataclass
+class _Draw:
+    draw: int
+    chosen: NonNegativeInt
+    trials: list[_Trial]
+
+
+@dataclass
+class _MeasuredArm:
+    seed: int
+    arm: str
+    seconds: float
+    measured: dict[str, list[_Draw]]
+
+
+@dataclass
+class _MeasuredTrajectory:
+    seed: int
+    num_examples: list[int | None]
+    steps: list[int]
+    seconds: float
+    states: list[dict[str, float | None]]
+    identity: dict[str, Any]
+
+
+def check_stored_arm(content: Mapping[str, Any], what: str, design: Design, seed: int, arm: str) -> None:
+    """Check the stored result of a cell; a `ValueError` names what is damaged."""
+    cell = _validated(_MeasuredArm, content, what)
+    measures = {measure.name for measure in design.task.measures}
+
+    def is_complete(protocol: MeasuringProtocol) -> bool:
+        draws = cell.measured.get(protocol.name, [])
+        return (
+            len(draws) == (1 if protocol.on_source else design.draws)
+            and len({len(draw.trials) for draw in draws}) == 1
+            and all(measures <= trial.validation.keys() & trial.test.keys() for d in draws for trial in d.trials)
+            and all(draw.chosen < len(draw.trials) for draw in draws)
+            and all(draw.trials[draw.chosen].test[name] is not None for draw in draws for name in measures)
+        )
+
+    if (cell.seed, cell.arm) != (seed, arm) or not all(map(is_complete, design.protocols)):
+        raise ValueError(f"{what} is not a complete result of arm {arm!r} and seed {seed}; {_RUN_AGAIN}")
+
+
+def check_stored_trajectory(content: Mapping[str, Any], what: str, design: Design, seed: int) -> None:
+    """Check the stored entry of a trajectory; a `ValueError` names what is damaged."""
+    entry = _validated(_MeasuredTrajectory, content, what)
+    measures = {measure.name for measure in design.task.measures}
+    lengths = {len(entry.num_examples), len(entry.steps), *([len(entry.states)] if entry.states else [])}
+    has_identity = {"weights", "data"} <= entry.identity.keys() and isinstance(entry.identity["data"], dict)
+    if (
+        entry.seed != seed
+        or len(lengths) > 1
+        or not has_identity
+        or not all(measures <= s.keys() for s in entry.states)
+    ):
+        raise ValueError(f"{what} is not a complete entry of seed {seed}; {_RUN_AGAIN}")
+
+
+def _validated(kind: type, content: Mapping[str, Any], what: str) -> Any:
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{what}: {key:.100} is {first['input']!r:.60} ({first['msg']}); {_RUN_AGAIN}") from None
 
 
 def check_design(design: Design) -> None:

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +73,8 @@ def open_hdf5(path: Path) -> "h5py.File":
         raise ImportError(f'{path.name} is an HDF5 file, which needs h5py; pip install "know_hf[keras]"') from error
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found; download the published file, or check the folder")
-    try:
+    with hdf5_errors(path):
         return h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(f"{path} is not a readable HDF5 file ({error}); download it again") from error
 
 
 def find_dataset(file: "h5py.File", path: Path, name: str) -> "h5py.Dataset | None":
@@ -85,8 +85,28 @@ def find_dataset(file: "h5py.File", path: Path, name: str) -> "h5py.Dataset | No
 
     Raises:
         `ValueError`: If a link, a virtual dataset or external storage leads out of the file, or the dataset is larger
-        than what the file stores.
+        than what the file stores, or the file is damaged.
     """
+    with hdf5_errors(path):
+        return _find(file, path, name)
+
+
+def read_values(dataset: "h5py.Dataset", path: Path, selection: Any = ()) -> np.ndarray:
+    """Read a part of a dataset as float32. A `ValueError` names a damaged file."""
+    with hdf5_errors(path):
+        return dataset[selection].astype(np.float32)
+
+
+@contextmanager
+def hdf5_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of h5py for a damaged file into a `ValueError` that names it."""
+    try:
+        yield
+    except (KeyError, OSError, RuntimeError, UnicodeError) as error:
+        raise ValueError(f"{path} is not a readable HDF5 file ({error}); download it again") from error
+
+
+def _find(file: "h5py.File", path: Path, name: str) -> "h5py.Dataset | None":
     import h5py
 
     node, problem = file, None
@@ -110,14 +130,6 @@ def find_dataset(file: "h5py.File", path: Path, name: str) -> "h5py.Dataset | No
     if problem:
         raise ValueError(f"dataset {name!r} of {path} {problem}; use a complete file")
     return node
-
-
-def read_values(dataset: "h5py.Dataset", path: Path, selection: Any = ()) -> np.ndarray:
-    """Read a part of a dataset as float32. A `ValueError` names a damaged file."""
-    try:
-        return dataset[selection].astype(np.float32)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}); download it again") from error
 
 
 def _read(file: "h5py.File", path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:

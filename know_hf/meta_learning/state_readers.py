@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..known.keras_import import find_dataset, open_hdf5, read_values
+from ..known.keras_import import find_dataset, hdf5_errors, open_hdf5, read_values
 from ..roles import PREDICTED_ROLES
 from ..trajectory import WeightTrajectory
 
@@ -158,7 +158,8 @@ class PublishedStates(StateReader):
         self._file.close()
 
     def _read_datasets(self) -> "dict[str, h5py.Dataset]":
-        present = [name for name in PUBLISHED_DATASETS if name in {*self._file}]
+        with hdf5_errors(self.path):
+            present = [name for name in PUBLISHED_DATASETS if name in {*self._file}]
         datasets = {name: dataset for name in present if (dataset := self._dataset(name)).size}
         if not datasets:
             raise ValueError(

@@ -81,11 +81,10 @@ class StateSample:
         """Sampled values `(rows, T)`. Each process maps the file into memory on first use."""
         if not isinstance(self.source, Path):
             return self.source
-        mapped = np.memmap(self.source, np.float32, mode="r").view(np.ndarray)
-        expected = sum(tensor.rows for tensor in self.tensors) * self.num_states
-        if len(mapped) != expected:
-            raise ValueError(f"{self.source} has {len(mapped)} numbers, expected {expected}; delete the file")
-        return mapped.reshape(-1, self.num_states)
+        size, expected = self.source.stat().st_size, 4 * sum(tensor.rows for tensor in self.tensors) * self.num_states
+        if size != expected:
+            raise ValueError(f"{self.source} has {size} bytes, expected {expected}; delete the file")
+        return np.memmap(self.source, np.float32, mode="r").view(np.ndarray).reshape(-1, self.num_states)
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickling a map would copy its numbers.

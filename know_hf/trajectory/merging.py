@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,6 +32,8 @@ from .weight_trajectory import WeightTrajectory
 
 logger = logging.get_logger(__name__)
 
+# raised by transformers for a damaged config or damaged weights
+_UNLOADABLE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
 _STAGE_FIELDS = ("num_examples", "steps", "fraction", "subset_fingerprint", "seed", "metrics")
 _PREFIX = "base_model.model."
 _UNMERGED = "predict the adapters without merging"
@@ -211,7 +215,11 @@ class _Base:
                 config.name_or_path = resolved_name(self.trajectory.path, self.trajectory.base_model or "")
             return model
         options = {"dtype": self.dtype, "output_loading_info": True}
-        model, loading = from_safetensors(self.model_class, self.source, self.revision, **options)
+        try:
+            model, loading = from_safetensors(self.model_class, self.source, self.revision, **options)
+        except _UNLOADABLE as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"the base model {self.source} cannot be loaded ({reason:.300})") from error
         for name in sorted(loading["missing_keys"]):
             if _PREFIX + name not in self.trajectory.names:
                 raise ValueError(

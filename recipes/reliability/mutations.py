@@ -163,7 +163,8 @@ class Campaign:
             message = str(error).strip()
             if self.verbose:
                 traceback.print_exc()
-            is_named = not target.names_file or path.name in message or str(folder) in message
+            places = (path.name, str(folder), str(self.root / "inputs"))
+            is_named = not target.names_file or any(place in message for place in places)
             is_clear = is_named and "\n" not in message and len(message) < 1000
             return "refused" if is_clear else "unclear error", f"{type(error).__name__}: {message}"
         except BaseException as error:

@@ -24,6 +24,7 @@ from know_hf import (
     predict_overflowed_weights,
 )
 from know_hf.cards import checkpoint_card
+from know_hf.checkpoint import read_json_object
 from know_hf.evaluation import ComparisonTask, LinearProbe, Split, ZeroShot
 from know_hf.evaluation.report.pages import write_report
 from know_hf.evaluation.suites import load_suite
@@ -228,5 +229,5 @@ class Targets:
         return len(TransitionDataset([folder / "trajectory.h5"], 4, max_per_tensor=20, progress=False))
 
     def gate(self, folder: Path, out: Path) -> str:
-        content = json.loads((folder / "gate.json").read_text("utf-8"))
+        content = read_json_object(folder / "gate.json")
         return str(checkpoint_card(WeightTrajectory(self.walk), self.enhanced, "average", 1, gate=content))

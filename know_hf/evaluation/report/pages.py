@@ -69,19 +69,18 @@ def write_report(report: Report | str | Path, output_dir: str | Path, *, command
         [`ReportFiles`]: The paths.
 
     Raises:
-        `ValueError`: If the report has a newer schema or lacks a key.
+        `ValueError`: If the report has a newer schema, lacks a key, or has a value of another kind.
         `ImportError`: If matplotlib or markdown-it-py is not installed.
     """
-    report = read_report(report)
-    figures: dict[str, ReportFigure] = {}
-    header = _header(report)
-    sections = _sections(report, command or report.get("command"), figures)
-    texts = {path: figure.svg for path, figure in figures.items()}
-    texts[MARKDOWN_NAME] = "\n".join(
-        f"{'##' if number else '#'} {markdown(section.title)}\n\n{section.body}\n"
-        for number, section in enumerate([header, *sections])
-    )
-    texts[HTML_NAME] = html_page(header, sections, figures)
+    content = read_report(report)
+    try:
+        texts = _texts(content, command)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        if isinstance(report, Mapping):
+            raise
+        raise ValueError(
+            f"{report} has a value of another kind ({error!r:.200}); run know-hf compare again"
+        ) from error
     folder = Path(output_dir)
     for name, text in texts.items():
         path = folder / name
@@ -99,20 +98,35 @@ def read_report(report: Report | str | Path) -> Report:
     Raises:
         `ValueError`: If it is not a report, has a newer schema or lacks a key.
     """
+    what = "the report"
     if not isinstance(report, Mapping):
         path = Path(report)
         path = path / REPORT_NAME if path.is_dir() else path
-        report = read_json_object(path, "run know-hf compare again")
+        what, report = str(path), read_json_object(path, "run know-hf compare again")
     version = report.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ValueError(
-            f"the report has schema version {version!r}, readable are up to {SCHEMA_VERSION}; update know_hf"
+            f"{what} has schema version {version!r:.60}, readable are up to {SCHEMA_VERSION}; update know_hf"
         )
     if missing := [key for key in _REQUIRED if key not in report]:
-        raise ValueError(f"the report lacks the keys {', '.join(missing)}; run know-hf compare again")
+        raise ValueError(f"{what} lacks the keys {', '.join(missing)}; run know-hf compare again")
     if report["results"] and "naive" not in report["arms"]:
-        raise ValueError(f"the report has no arm naive, only {', '.join(report['arms'])}; run naive as well")
+        raise ValueError(f"{what} has no arm naive, only {', '.join(report['arms'])}; run naive as well")
     return report
+
+
+def _texts(report: Report, command: str | None) -> dict[str, str]:
+    """Return the texts of all files by path, the figures first."""
+    figures: dict[str, ReportFigure] = {}
+    header = _header(report)
+    sections = _sections(report, command or report.get("command"), figures)
+    texts = {path: figure.svg for path, figure in figures.items()}
+    texts[MARKDOWN_NAME] = "\n".join(
+        f"{'##' if number else '#'} {markdown(section.title)}\n\n{section.body}\n"
+        for number, section in enumerate([header, *sections])
+    )
+    texts[HTML_NAME] = html_page(header, sections, figures)
+    return texts
 
 
 def _header(report: Report) -> ReportSection:
