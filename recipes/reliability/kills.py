@@ -10,6 +10,7 @@ In the end the command runs once more, and its files must be those of an uninter
 """
 
 import argparse
+import gc
 import itertools
 import json
 import multiprocessing
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 NAMES = ("record", "predict", "gate", "merge", "compare", "meta-train", "push", "pull")
 SIGNALS = (signal.SIGKILL,) * 6 + (signal.SIGINT, signal.SIGTERM) * 2
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
+COLUMNS = ("kills", "wrong bytes", "half-written", "refusals", "left-over")
 TIMEOUT = 300
 MANIFEST = "trajectory.json"
 
@@ -74,14 +76,17 @@ def main(argv: list[str] | None = None) -> int:
         root = Path(temporary)
         commands = prepare(root)
         counts = {}
+        print(f"{'command':12}" + "".join(f"{column:>14}" for column in COLUMNS), flush=True)
         for index, name in enumerate(names):
             kills = args.kills // len(names) + (index < args.kills % len(names))
             counts[name] = Campaign(name, commands, root, args.seed).run(kills, args.trial)
-    columns = ("kills", "wrong bytes", "half-written", "refusals", "left-over")
-    print(f"{'command':12}" + "".join(f"{column:>14}" for column in columns))
-    for name, count in (*counts.items(), ("all", sum(counts.values(), Counter()))):
-        print(f"{name:12}" + "".join(f"{count[column]:14}" for column in columns))
-    return int(any(count[column] for count in counts.values() for column in columns[1:]))
+            print_row(name, counts[name])
+    print_row("all", sum(counts.values(), Counter()))
+    return int(any(count[column] for count in counts.values() for column in COLUMNS[1:]))
+
+
+def print_row(name: str, count: Counter[str]) -> None:
+    print(f"{name:12}" + "".join(f"{count[column]:14}" for column in COLUMNS), flush=True)
 
 
 def prepare(root: Path) -> "Commands":
@@ -95,7 +100,9 @@ def prepare(root: Path) -> "Commands":
     torch.set_num_threads(1)
     from commands import Commands
 
-    return Commands(root / "inputs", hub)
+    commands = Commands(root / "inputs", hub)
+    gc.freeze()  # a collection in a fork would copy the memory of all imports
+    return commands
 
 
 class Campaign:

@@ -10,6 +10,7 @@ is read by a public function or a command. Allowed are the right result, and a `
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -80,6 +81,7 @@ class Campaign:
         for name, target in self.targets.items():
             target.make(self.intact(name))
             self.expected[name] = target.run(self.copy(name), self.empty_out())
+        gc.freeze()  # a collection in a fork would copy the memory of all imports
 
     def intact(self, name: str) -> Path:
         (self.root / "intact" / name).mkdir(parents=True, exist_ok=True)
