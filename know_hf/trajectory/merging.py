@@ -203,6 +203,8 @@ class _Base:
             )
         revision = trajectory.base_revision if str(source) == recorded else None
         config, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
+        if not config.get("model_type"):  # transformers would build a model of its default sizes
+            raise ValueError(f"the base model {source} has no config.json with a model_type; pass a complete one")
         _check_not_quantised(config, str(source))
         return cls(source, dtype, trajectory, _model_class(adapter, config, str(source)), revision)
 
