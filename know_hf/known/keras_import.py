@@ -20,7 +20,10 @@ KERAS_FILES = {"conv": "KNOWN_Conv.h5", "fc": "KNOWN_FC.h5", "bias": "KNOWN_Bias
 
 # Order in which the published program builds its layers; Keras names them dense, dense_1, dense_2, …
 _STREAM_LAYERS = ("expand", *(f"activation.{name}" for name in ("squeeze", "shift", "scale", "exponent")), "contract")
-_LAYERS = (*(f"{stream}_stream.{layer}" for stream in ("history", "difference") for layer in _STREAM_LAYERS), "head")
+KERAS_LAYERS = (
+    *(f"{stream}_stream.{layer}" for stream in ("history", "difference") for layer in _STREAM_LAYERS),
+    "head",
+)
 
 
 def read_keras_weights(folder: str | os.PathLike, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -48,7 +51,7 @@ def read_keras_weights(folder: str | os.PathLike, model: nn.Module) -> dict[str,
     for role, file_name in KERAS_FILES.items():
         path = Path(folder) / file_name
         with open_hdf5(path) as file:
-            for number, layer in enumerate(_LAYERS):
+            for number, layer in enumerate(KERAS_LAYERS):
                 group = "dense" if number == 0 else f"dense_{number}"
                 prefix = f"networks.{role}.{layer}"
                 kernel = _read(file, path, f"{group}/{group}/kernel:0", shapes[f"{prefix}.weight"][::-1])
