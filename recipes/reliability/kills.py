@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -96,8 +97,10 @@ def prepare(root: Path) -> "Commands":
     settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
     os.environ.update(settings, OMP_NUM_THREADS="1")
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its default lock is shared by forks, and a killed one would keep it
     from commands import Commands
 
     commands = Commands(root / "inputs", hub)

@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -72,8 +73,10 @@ class Campaign:
         import torch
         from damage import SECRET
         from targets import Targets
+        from tqdm import tqdm
 
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())  # its default lock is shared by forks, and a killed one would keep it
         self.root, self.seed, self.verbose = root, seed, verbose
         (root / SECRET).write_text(json.dumps({"secret": 1}))
         self.targets = {name: t for name, t in Targets(root / "inputs").all().items() if only is None or name in only}
