@@ -31,6 +31,7 @@ from doubles.loopback_hub import environment, hub
 from huggingface_hub import snapshot_download
 
 from know_hf import ForgettingSchedule, WeightTrajectory
+from know_hf.hub import HubError
 
 __all__ = ["collect", "hub", "job", "recorded", "sources"]
 
@@ -450,6 +451,15 @@ def test_push(collect, recorded, sources, tmp_path, hub, capsys):
     assert names == ["cnn-shapes-000", "vit-shapes-000", "lora-reviews-000", "cnn-shapes-001"], printed.stderr
     for name in names:
         WeightTrajectory(pulled / name).verify()
+
+
+def test_nothing_private_is_pushed_to_a_public_repo(collect, recorded, hub):
+    from index import push
+
+    hub.create("me/public", type="dataset")
+    with pytest.raises(HubError, match="me/public is public"):
+        push(recorded.output_dir, [], "me/public", private=True)
+    assert hub.repo("me/public", "dataset").files() == {}
 
 
 @pytest.mark.parametrize(("recorded_from", "is_same"), [(None, True), ("abc", True), ("xyz", False)])

@@ -11,6 +11,7 @@ from jobs import RECIPE_NAME, Job
 from space import SPLITS, Space
 
 from know_hf.checkpoint import read_json_object
+from know_hf.hub import HubError
 from know_hf.markdown import table
 
 INDEX_NAME, SPACE_NAME, CARD_NAME = "index.jsonl", "space.yaml", "README.md"
@@ -74,9 +75,14 @@ def push(output_dir: Path, rows: list[dict[str, Any]], repo_id: str, private: bo
 
     Returns:
         `str`: URL of the commit.
+
+    Raises:
+        `HubError`: If `private` is requested and the repo is public.
     """
     api = HfApi()
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+    if private and not api.dataset_info(repo_id).private:
+        raise HubError(f"{repo_id} is public, not private; change that on the Hub or use another repo")
     commit = api.upload_folder(
         repo_id=repo_id,
         repo_type="dataset",

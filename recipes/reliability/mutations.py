@@ -10,6 +10,7 @@ is read by a public function or a command. Allowed are the right result, and a `
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -29,15 +30,8 @@ from typing import Any
 TIMEOUT = 30
 MEMORY = 3 * 2**29
 COLUMNS = (
-    "right",
-    "refused",
-    "other error",
-    "unclear error",
-    "wrong result",
-    "too long",
-    "memory",
-    "unpickled",
-    "outside",
+    *("right", "refused", "other error", "unclear error", "wrong result"),
+    *("too long", "memory", "unpickled", "outside"),
 )
 IN_PLACE = ("comparison", "report", "cache")  # write to the folder that they read
 
@@ -49,11 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", help="targets, separated by commas (default: all)")
     parser.add_argument("--input", type=int, help="only the input of this number, with its traceback")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by default in the background
     with tempfile.TemporaryDirectory(prefix="know_hf-mutations-") as temporary:
         root = Path(temporary)
         campaign = Campaign(root, args.seed, args.only.split(",") if args.only else None, args.input is not None)
         numbers = range(args.inputs) if args.input is None else range(args.input, args.input + 1)
-        counts = campaign.run(list(numbers))
+        counts: dict[str, Counter[str]] = {name: Counter() for name in campaign.targets}
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C prints the table of the inputs so far
+            campaign.run(list(numbers), counts)
     print(f"{'target':12} {'inputs':>7}" + "".join(f"{column:>15}" for column in COLUMNS))
     for name, count in (*sorted(counts.items()), ("all", sum(counts.values(), Counter()))):
         print(f"{name:12} {count.total():7}" + "".join(f"{count[column]:15}" for column in COLUMNS))
@@ -100,12 +97,11 @@ class Campaign:
         (self.root / "out").mkdir()
         return self.root / "out"
 
-    def run(self, numbers: list[int]) -> dict[str, Counter[str]]:
-        counts = {name: Counter[str]() for name in self.targets}
+    def run(self, numbers: list[int], counts: dict[str, Counter[str]]) -> None:
         context = multiprocessing.get_context("fork")
         while numbers:
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=self.work, args=(numbers, sender))
+            process = context.Process(target=self.work, args=(numbers, sender), daemon=True)
             process.start()
             sender.close()
             while numbers:
@@ -120,7 +116,6 @@ class Campaign:
                     break
             process.kill()
             process.join()
-        return counts
 
     def receive(self, receiver: Any, process: Any, number: int) -> tuple[str, str, str]:
         try:
