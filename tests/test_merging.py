@@ -252,7 +252,7 @@ def test_a_base_model_by_its_folder(tmp_path, record, make, config):
         assert torch.equal(by_name.history(name), by_object.history(name))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no config", "other sizes"])
+@pytest.mark.parametrize("damage", ["truncated", "no config", "nested config", "other sizes"])
 def test_a_damaged_base_model_is_named(tmp_path, record, damage):
     base, weights = tmp_path / "base", tmp_path / "base" / "model.safetensors"
     llama().save_pretrained(base)
@@ -261,6 +261,8 @@ def test_a_damaged_base_model_is_named(tmp_path, record, damage):
         weights.write_bytes(weights.read_bytes()[:-1])
     elif damage == "no config":
         (base / "config.json").unlink()
+    elif damage == "nested config":
+        (base / "config.json").write_text("[" * 50_000)
     else:
         content = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps({**content, "hidden_size": "16"}))

@@ -13,8 +13,8 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "reliability"
 @pytest.mark.parametrize(
     ("script", "flags", "total"),
     [
-        ("kills.py", ["--kills", "4", "--only", "predict,push,pull"], 4),
-        ("mutations.py", ["--inputs", "20", "--only", "trajectory,known,record-yaml"], 20),
+        ("kills.py", ["--kills", "2", "--only", "predict,pull"], 2),
+        ("mutations.py", ["--inputs", "15", "--only", "trajectory,known,record-yaml"], 15),
     ],
 )
 def test_campaign(script: str, flags: list[str], total: int) -> None:

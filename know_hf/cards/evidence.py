@@ -57,7 +57,9 @@ def recorded_gate(gate: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"the result of the gate lacks {', '.join(sorted(missing))}")
     try:
         if gate["chosen"] not in gate["scores"]:
-            raise ValueError(f"the gate chose {gate['chosen']!r}, but has scores only of {', '.join(gate['scores'])}")
+            raise ValueError(
+                f"the gate chose {gate['chosen']!r:.100}, but has scores only of {', '.join(gate['scores']):.500}"
+            )
         record = {**gate, "scores": {name: float(value) for name, value in gate["scores"].items()}}
         gate_table(record)
     except (AttributeError, KeyError, OverflowError, TypeError) as error:

@@ -202,7 +202,10 @@ class _Base:
                 f"the folder of the base model {source} of {trajectory.path} is not recorded; pass base_model="
             )
         revision = trajectory.base_revision if str(source) == recorded else None
-        config, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
+        except _UNLOADABLE as error:
+            raise _unloadable(source, error) from error
         if not config.get("model_type"):  # transformers would build a model of its default sizes
             raise ValueError(f"the base model {source} has no config.json with a model_type; pass a complete one")
         _check_not_quantised(config, str(source))
@@ -220,8 +223,7 @@ class _Base:
         try:
             model, loading = from_safetensors(self.model_class, self.source, self.revision, **options)
         except _UNLOADABLE as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"the base model {self.source} cannot be loaded ({reason:.300})") from error
+            raise _unloadable(self.source, error) from error
         for name in sorted(loading["missing_keys"]):
             if _PREFIX + name not in self.trajectory.names:
                 raise ValueError(
@@ -229,6 +231,11 @@ class _Base:
                     " would be initialised at random; pass the model itself as base_model="
                 )
         return model
+
+
+def _unloadable(source: str | Path, error: Exception) -> ValueError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(f"the base model {source} cannot be loaded ({reason:.300})")
 
 
 def _model_class(adapter: Any, config: dict[str, Any], source: str) -> Any:

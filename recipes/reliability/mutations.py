@@ -165,7 +165,7 @@ class Campaign:
                 traceback.print_exc()
             places = (path.name, str(folder), str(self.root / "inputs"))
             is_named = not target.names_file or any(place in message for place in places)
-            is_clear = is_named and "\n" not in message and len(message) < 1000
+            is_clear = is_named and "\n" not in message and len(message) < 4000
             return "refused" if is_clear else "unclear error", f"{type(error).__name__}: {message}"
         except BaseException as error:
             if self.verbose:
@@ -210,17 +210,15 @@ class Watch:
         elif event == "open" and isinstance(args[0], str | bytes):
             path = os.fsdecode(args[0])
             if args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                self.check(path)
+                self.check(os.path.realpath(path))
             elif path.endswith(("secret.json", "/etc/passwd")) and not self.links:
                 self.fault = ("outside", f"read {path}")
         elif event in ("os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate"):
-            self.check(os.fsdecode(args[0] if event == "os.mkdir" else args[1]))
+            folder, name = os.path.split(os.fsdecode(args[0] if event in ("os.mkdir", "os.truncate") else args[1]))
+            self.check(os.path.join(os.path.realpath(folder), name))  # not through a link of that name
 
     def check(self, path: str) -> None:
-        self.is_on = False
-        real = os.path.realpath(path)
-        self.is_on = True
-        if not real.startswith(("/dev/", *self.folders)):
+        if not path.startswith(("/dev/", *self.folders)):
             self.fault = ("outside", f"wrote {path}")
 
 
