@@ -28,7 +28,7 @@ from know_hf.checkpoint import read_json_object
 from know_hf.evaluation import ComparisonTask, LinearProbe, Split, ZeroShot
 from know_hf.evaluation.report.pages import write_report
 from know_hf.evaluation.suites import load_suite
-from know_hf.known.keras_import import _LAYERS, KERAS_FILES
+from know_hf.known.keras_import import KERAS_FILES, KERAS_LAYERS
 from know_hf.meta_learning import read_collection
 from know_hf.tasks import RecordArguments
 
@@ -111,7 +111,7 @@ def make_keras(folder: Path) -> None:
     tensors = tiny_known().state_dict()
     for role, name in KERAS_FILES.items():
         with h5py.File(folder / name, "w") as file:
-            for number, layer in enumerate(_LAYERS):
+            for number, layer in enumerate(KERAS_LAYERS):
                 group = "dense" if number == 0 else f"dense_{number}"
                 file[f"{group}/{group}/kernel:0"] = tensors[f"networks.{role}.{layer}.weight"].T.numpy()
                 file[f"{group}/{group}/bias:0"] = tensors[f"networks.{role}.{layer}.bias"].numpy()
