@@ -1,6 +1,6 @@
 """[`predict_overflowed_weights`]: plan, choose or write, add a card, push."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from .plotting import forgetting_picture, save_figure
 from .prediction import Gate, PredictionPlan, PredictionResult, WriteOptions, plan_prediction
 from .prediction.engine import write_prediction
 from .prediction.gate import write_best_candidate
-from .predictors import Predictor
+from .predictors import Composition, Predictor
 from .trajectory import WeightTrajectory
 
 logger = logging.get_logger(__name__)
@@ -30,7 +30,7 @@ def predict_overflowed_weights(
     steps: int = 1,
     *,
     output_dir: str | Path,
-    predictor: Predictor | str | None = None,
+    predictor: Predictor | str | Sequence[Predictor | str] | None = None,
     gate: Gate | None = None,
     card: bool = True,
     push_to_hub: str | None = None,
@@ -54,8 +54,9 @@ def predict_overflowed_weights(
             Number of recursive predictions.
         output_dir (`str` or `Path`):
             Output folder. It appears complete or not at all.
-        predictor ([`Predictor`] or `str`, *optional*):
-            Predictor instead of KNOWN, by name or as an object.
+        predictor ([`Predictor`], `str` or sequence of them, *optional*):
+            Predictor instead of KNOWN, by name or as an object. With several, or names joined by `+`, the others
+            rescale what the first predicts: `"average+rescale"`, `["known", Rescale(factor=0.25)]`.
         gate ([`Gate`], *optional*):
             Validation data. The best of Θ0, the other states, all numbers of steps up to `steps` and the average of
             the states is written; Θ0 if none is better by more than noise.
@@ -70,7 +71,8 @@ def predict_overflowed_weights(
             How to push. Its fields can be given as keyword arguments instead: `private`, `revision`, `create_pr` and
             `token`.
         options:
-            `predictor_options`: fields of a predictor given by its name, such as `{"factor": 0.9}`; `norm`:
+            `predictor_options`: fields of a predictor given by its name, such as `{"factor": 0.9}`, for several names
+            those of each, such as `{"rescale": {"factor": 0.25}}`; `norm`:
             `"predict"` treats weights and biases of normalisation layers as biases, `"keep"` (the default) copies
             those of Θ0; `kernel`: the kernel that computes KNOWN, see [`know_hf.known.kernels`].
 
@@ -82,7 +84,8 @@ def predict_overflowed_weights(
             value is not finite, or the config is that of a quantised model; names tensor and state.
         `ValueError`: if the trajectory has fewer states than the predictor needs, an argument is invalid,
             `output_dir` contains or is inside the trajectory, another one, its base model or the folder of KNOWN, a
-            value is too large for `dtype` or float32, or the losses of a gate cannot be compared.
+            value is too large for `dtype` or float32, rescaling would change the function of Θ0, or the losses of a
+            gate cannot be compared.
         `FileExistsError`: if `output_dir` is not empty and `overwrite` is off, or another program changed it.
         `OSError`: before the work, if the disk has too little space or another process writes or pushes `output_dir`.
         `HubError` or an error of huggingface_hub: if the checkpoint cannot be pushed; a written one stays in
@@ -104,7 +107,11 @@ def predict_overflowed_weights(
     repo_id = None
     if push_to_hub is not None:
         repo_id = on_main_process(accelerator, lambda: _check_push(plan.trajectory, push_to_hub, push))
-    named = predictor if isinstance(predictor, str) and predictor != "known" else plan.predictor
+    if isinstance(predictor, list | tuple) and all(isinstance(item, str) for item in predictor):
+        predictor = "+".join(predictor)
+    named: Predictor | str = plan.predictor if len(plan.members) == 1 else Composition(plan.members)
+    if isinstance(predictor, str) and "known" not in predictor.split("+"):
+        named = predictor
     finish = partial(_write_card, plan, named, write, described, repo_id) if card else None
     if gate is not None:
         result = write_best_candidate(gate, plan, output_dir, write, finish)

@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
@@ -15,7 +15,7 @@ from ..config_files import check_keys
 from ..known import KNOWNConfig, KNOWNModel
 from ..markdown import Table, clean, python, python_call
 from ..prediction import SHIPPED_KNOWN, PredictionResult
-from ..predictors import Predictor
+from ..predictors import Composition, Predictor
 from ..trajectory import WeightTrajectory
 from ..trajectory.recorder import library_versions
 from .base import Source, source
@@ -69,7 +69,7 @@ class CheckpointCard(RecordedCard):
             See [`checkpoint_card`].
         predictor (`dict`):
             `name`, `module` of its class, `options` and, for KNOWN, `known`: a [`Source`] with `shipped`, `sha256` and
-            `trajectories`.
+            `trajectories`. Of a [`Composition`], `members` has one such dict each.
         has_batch_norm (`bool`):
             Whether the model has BatchNorm statistics.
         roles (`list[dict]`):
@@ -79,6 +79,8 @@ class CheckpointCard(RecordedCard):
         elsewhere (`dict`, *optional*):
             For the KNOWN weights of the package: suites in which the same number of steps was `better` than Θ0,
             `worse`, `neither` or `unclear`, and `what` was measured.
+        rescaled (`str`, *optional*):
+            What was multiplied by a factor after the prediction, and how well the function was kept.
     """
 
     template: ClassVar[str] = "checkpoint.md"
@@ -96,6 +98,7 @@ class CheckpointCard(RecordedCard):
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     gate: dict[str, Any] | None = None
     elsewhere: dict[str, Any] | None = None
+    rescaled: str | None = None
 
     @classmethod
     def of(
@@ -128,6 +131,7 @@ class CheckpointCard(RecordedCard):
             warnings=list(result.warnings),
             predicted_with=library_versions(),
             elsewhere=_elsewhere(described["known"], steps),
+            rescaled=None if result.rescaling is None else str(result.rescaling),
         )
 
     def compare(self, comparison: Any, arm: str | None) -> None:
@@ -268,11 +272,16 @@ def _described(
     if isinstance(predictor, str):
         options = {name: value for name, value in (options or {}).items() if value is not None}
         return {"name": predictor, "module": None, "options": options, "known": None}
+    if isinstance(predictor, Composition):
+        members = [_described(member, None, known_revision) for member in predictor.members]
+        name = "+".join(member["name"] for member in members)
+        return {"name": name, "module": None, "options": {}, "known": members[0]["known"], "members": members}
     config = getattr(getattr(predictor, "model", predictor), "config", None)
     if isinstance(config, KNOWNConfig):
         return {"name": "known", "module": None, "options": {}, "known": _known(config, known_revision)}
     kind = type(predictor)
-    options = asdict(predictor) if is_dataclass(predictor) else {}
+    # without the copies of models that asdict would make
+    options = {f.name: getattr(predictor, f.name) for f in fields(predictor)} if is_dataclass(predictor) else {}
     options = {name: value for name, value in options.items() if isinstance(value, str | int | float)}
     return {"name": kind.__name__, "module": kind.__module__, "options": options, "known": None}
 
@@ -318,7 +327,14 @@ def _prediction_code(card: CheckpointCard) -> str:
     arguments = ["trajectory" if lines else python(_trajectory_path(card))]
     predictor, known, imports = card.predictor, card.known, []
     options: dict[str, Any] = {}
-    if known is not None and known["revision"] is not None:
+    if "members" in predictor:
+        calls = []
+        for member in predictor["members"]:
+            name, module, fields_given = member["name"], member["module"], member["options"]
+            imports += [] if module is None else [f"from {module} import {name}"]
+            calls.append(python(name) if module is None else python_call(name, fields_given))
+        arguments.append(f"predictor=[{', '.join(calls)}]")
+    elif known is not None and known["revision"] is not None:
         revision = python(known["revision"])
         lines.append(f"known = KNOWNModel.from_pretrained({python(known['name'])}, revision={revision})")
         arguments.append("known")
@@ -359,7 +375,7 @@ def _with_imports(lines: Sequence[str], imports: Sequence[str] = ()) -> str:
 def _prediction_command(card: CheckpointCard) -> str | None:
     """Return the command that predicts the checkpoint from the recorded folder, if one does."""
     predictor, known = card.predictor, card.known
-    is_local = card.trajectory is None and predictor["module"] is None
+    is_local = card.trajectory is None and predictor["module"] is None and "members" not in predictor
     if card.chosen_state is not None or card.recalibrated or not is_local:
         return None
     words = ["know-hf", "predict", _trajectory_path(card), "--steps", str(card.steps)]

@@ -68,9 +68,10 @@ def prediction_result(
     trajectory, roles = plan.trajectory, {name: tensor.role for name, tensor in plan.tensors.items()}
     configs = [model_json(path) for path in trajectory.model_files if path.name.endswith("config.json")]
     warnings = [*_warnings(plan, reports), *code_warnings(configs, trajectory.base_model)]
-    if is_prediction or not any(tensor.network for tensor in plan.tensors.values()):
+    may_equal = is_prediction or not any(tensor.network for tensor in plan.tensors.values())
+    if may_equal and plan.rescaling is None:
         warnings += unchanged_warnings(reports, Counter(roles.values()))
-    return PredictionResult(Path(output_dir), reports, roles, warnings, options.model_class)
+    return PredictionResult(Path(output_dir), reports, roles, warnings, options.model_class, rescaling=plan.rescaling)
 
 
 class PredictedTensors(TensorSource):
@@ -91,6 +92,7 @@ class PredictedTensors(TensorSource):
         if isinstance(plan.predictor, DepthPredictor):
             depths = relative_depths(list(plan.tensors))
             self._predictors = {name: plan.predictor.at_depth(depth) for name, depth in depths.items()}
+        self._factors = {} if plan.rescaling is None else plan.rescaling.factors
         self._changes: dict[str, bool] = {}
 
     def cost(self, name: str) -> float:
@@ -123,7 +125,7 @@ class PredictedTensors(TensorSource):
             report.kept = kept
             if tensor.role != "copied":
                 check_finite(original, piece.name, trajectory, state=0)
-            return original, report
+            return self._rescaled(original, piece), report
         check_history(history, piece, trajectory)
         residual = self._residual(history, piece.name, tensor.network or "")
         if not is_finite(residual):
@@ -131,8 +133,9 @@ class PredictedTensors(TensorSource):
                 f"the prediction of tensor {piece.name!r} of {trajectory.path} is not finite after {self.plan.steps}"
                 f" step(s) from values up to {float(history.abs().max()):.3g}; use fewer steps"
             )
-        copied = cast(original, tensor.spec.dtype, piece.name, trajectory)
+        copied = cast(self._rescaled(original, piece), tensor.spec.dtype, piece.name, trajectory)
         total = original.to(torch.promote_types(original.dtype, torch.float32)) + residual
+        total = self._rescaled(total, piece)
         result = cast(total, tensor.spec.dtype, piece.name, trajectory)
         # -0.0 + 0.0 is +0.0: only a copy is bit-identical where the residual is zero
         result = torch.where(residual == 0, copied, result)
@@ -143,6 +146,13 @@ class PredictedTensors(TensorSource):
         if result.dtype != torch.float32:
             report.lost = int(((residual != 0) & same).sum())
         return result, report
+
+    def _rescaled(self, values: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """Multiply a piece by the factor of its tensor, if it has one."""
+        if (factor := self._factors.get(piece.name)) is None:
+            return values
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        return factor.scale_piece(wide, self.plan.tensors[piece.name].spec.shape, piece.start)
 
     def _residual(self, history: torch.Tensor, name: str, network: str) -> torch.Tensor:
         """Sum the residuals of all steps, `(N,)` float32 on the CPU, from a history `(S, N)`."""

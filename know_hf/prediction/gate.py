@@ -209,7 +209,7 @@ class _Candidate:
 
 def _candidates(plan: PredictionPlan, recalibrates: bool) -> list[_Candidate]:
     """List all candidates, Θ0 first."""
-    trajectory, average = plan.trajectory, replace(plan, predictor=Average(), steps=1)
+    trajectory, average = plan.trajectory, replace(plan, predictor=Average(), steps=1, rescaling=None)
 
     def state(index: int, suffix: str = "", recalibrated: bool = recalibrates) -> _Candidate:
         recipe = {
@@ -232,6 +232,7 @@ def _candidates(plan: PredictionPlan, recalibrates: bool) -> list[_Candidate]:
         candidates.append(state(0, ", BatchNorm recalibrated"))
     candidates += [state(index) for index in range(1, trajectory.num_states)]
     kind = "KNOWN" if isinstance(plan.predictor, KNOWNPredictor) else type(plan.predictor).__name__
+    kind += "".join(f" + {type(member).__name__}" for member in plan.members[1:])
     for steps in range(1, plan.steps + 1):
         name = f"{kind}, {steps} step{'s' if steps > 1 else ''}"
         candidates.append(prediction(name, replace(plan, steps=steps)))

@@ -2,8 +2,8 @@
 
 import re
 import timeit
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,11 @@ from ..checkpoint import TensorSpec, parse_json
 from ..known import KNOWNModel
 from ..known.kernels import KERNELS
 from ..markdown import size
-from ..predictors import DepthPredictor, Predictor, get_predictor
+from ..predictors import Composition, DepthPredictor, Predictor, Rescaling, get_predictor
 from ..roles import PREDICTED_DTYPES, PREDICTED_ROLES
 from ..trajectory import TrajectoryError, WeightTrajectory
 from . import pieces
+from .full_data_model import rescaling_of
 from .write_checkpoint import READ_AHEAD, WRITE_BEHIND, checkpoint_specs
 
 SHIPPED_KNOWN = Path(__file__).parents[1] / "known" / "weights" / "known-base"
@@ -60,6 +61,10 @@ class PredictionPlan:
             Number of recursive predictions.
         tensors (`dict[str, PlannedTensor]`):
             Every tensor of the checkpoint, by name, sorted.
+        members (`list[Predictor]`):
+            The predictor and the rescalers that follow it.
+        rescaling ([`Rescaling`], *optional*):
+            What the predicted tensors are multiplied by.
         seconds (`float`, *optional*):
             Estimated time of the prediction on this process, from a trial on random rows. Reading and writing are not
             included.
@@ -69,6 +74,8 @@ class PredictionPlan:
     predictor: Predictor
     steps: int
     tensors: dict[str, PlannedTensor]
+    members: list[Predictor] = field(default_factory=list)
+    rescaling: Rescaling | None = None
     seconds: float | None = None
 
     @property
@@ -122,6 +129,8 @@ class PredictionPlan:
             f"memory    at most {size(self.memory)} for the pieces at work",
             f"disk      {size(self.disk)}",
         ]
+        if self.rescaling is not None:
+            lines.append(f"rescaled  {self.rescaling}")
         if self.seconds is not None:
             each = self.seconds / max(self.predicted * self.steps, 1)
             time = f"{_duration(self.seconds)} on one process ({each:.2g} s per weight and step)"
@@ -134,7 +143,7 @@ def plan_prediction(
     known: KNOWNModel | str | Path | None = None,
     steps: int = 1,
     *,
-    predictor: Predictor | str | None = None,
+    predictor: Predictor | str | Sequence[Predictor | str] | None = None,
     predictor_options: Mapping[str, Any] | None = None,
     norm: Literal["keep", "predict"] = "keep",
     dtype: torch.dtype | None = None,
@@ -142,7 +151,9 @@ def plan_prediction(
     device: torch.device | str | None = None,
     estimate_time: bool = True,
 ) -> PredictionPlan:
-    """Plan what [`predict_overflowed_weights`] would do with the same arguments. Reads the files' headers only.
+    """Plan what [`predict_overflowed_weights`] would do with the same arguments.
+
+    Reads the files' headers only; to rescale, Θ0 is loaded and run on a batch.
 
     Args:
         trajectory, known, steps, predictor, predictor_options, norm, dtype, kernel:
@@ -163,7 +174,8 @@ def plan_prediction(
         raise ValueError(f"dtype must be one of {', '.join(map(str, PREDICTED_DTYPES))}, got {dtype!r}")
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
-    resolved = _predictor(known, predictor, predictor_options, kernel, device)
+    members = _members(known, predictor, predictor_options, kernel, device)
+    resolved, rescalers = members[0], Composition(members).rescalers
     needed = resolved.num_states or 2
     if trajectory.num_states < needed:
         raise ValueError(
@@ -181,7 +193,8 @@ def plan_prediction(
         is_number = kind.is_floating_point or kind.is_complex
         is_kept_by_dtype = is_number and kind not in PREDICTED_DTYPES and role != "copied"
         tensors[name] = PlannedTensor(spec, role, network, is_kept_by_dtype)
-    plan = PredictionPlan(trajectory, resolved, int(steps), tensors)
+    rescaling = rescaling_of(trajectory, rescalers) if rescalers else None
+    plan = PredictionPlan(trajectory, resolved, int(steps), tensors, members, rescaling)
     if estimate_time:
         plan.seconds = _seconds(plan)
     return plan
@@ -195,34 +208,48 @@ def model_json(path: Path) -> Any:
         raise TrajectoryError(f"{path} cannot be read ({error}); restore it from a copy") from error
 
 
-def _predictor(
+def _members(
     known: KNOWNModel | str | Path | None,
-    predictor: Predictor | str | None,
+    predictor: Predictor | str | Sequence[Predictor | str] | None,
     options: Mapping[str, Any] | None,
     kernel: str,
     device: torch.device | str | None,
-) -> Predictor:
+) -> list[Predictor]:
+    """Create the predictor and the rescalers that follow it."""
     fields = dict(options or {})
     if predictor is not None and known is not None:
         raise ValueError("give either known or predictor, not both: a predictor replaces KNOWN")
-    if fields and (predictor == "known" or not isinstance(predictor, str)):
-        raise ValueError(
-            f"predictor_options={fields} apply only to a predictor given by name (predictor=); KNOWN takes none, got"
-            f" predictor={predictor!r}"
-        )
-    if predictor not in (None, "known") and kernel != "auto":
-        raise ValueError(f"kernel={kernel!r} applies to KNOWN only, and predictor={predictor!r} replaces it")
     if kernel not in ("auto", *KERNELS):
         raise ValueError(f"unknown kernel {kernel!r}; choose one of auto, {', '.join(KERNELS)}")
-    if predictor is not None and not isinstance(predictor, str):
-        return predictor
-    if predictor in (None, "known"):
-        model = known if isinstance(known, KNOWNModel) else _load_known(SHIPPED_KNOWN if known is None else known)
-        fields = {"model": model if device is None else model.to(device), "kernel": kernel}
-    try:
-        return get_predictor(predictor or "known", **fields)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    if isinstance(predictor, Composition):
+        predictor = predictor.members
+    given: list[Any] = list(predictor) if isinstance(predictor, list | tuple) else [predictor]
+    items = [item for value in given for item in (value.split("+") if isinstance(value, str) else [value])]
+    if kernel != "auto" and not {None, "known"} & {item for item in items if isinstance(item, str | None)}:
+        raise ValueError(f"kernel={kernel!r} applies to KNOWN only, and predictor={predictor!r} replaces it")
+    names = [item for item in items if isinstance(item, str) and item != "known"]
+    by_name = {items[0]: fields} if len(items) == 1 and names else fields
+    if unknown := by_name.keys() - set(names):
+        raise ValueError(
+            f"predictor_options={fields} apply only to a predictor given by name (predictor=), and for several names"
+            f" to each by its name; KNOWN takes none, got {min(unknown)!r} with predictor={predictor!r}"
+        )
+
+    def member(item: Any) -> Any:
+        if item is not None and not isinstance(item, str):
+            return item
+        try:
+            if item in (None, "known"):
+                model = (
+                    known if isinstance(known, KNOWNModel) else _load_known(SHIPPED_KNOWN if known is None else known)
+                )
+                model = model if device is None else model.to(device)
+                return get_predictor("known", model=model, kernel=kernel)
+            return get_predictor(item, **by_name.get(item, {}))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+    return [member(item) for item in items]
 
 
 def _load_known(source: str | Path) -> KNOWNModel:

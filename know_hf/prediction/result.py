@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader
+from ..predictors import Rescaling
 from ..trajectory import load_into, load_pretrained
 from .residuals import ResidualReport, table
 from .selection import GateResult
@@ -35,6 +36,8 @@ class PredictionResult:
             Address of the commit or pull request if it was pushed.
         gate ([`GateResult`], *optional*):
             The candidates that the gate evaluated and its choice.
+        rescaling ([`Rescaling`], *optional*):
+            Factors that the predicted tensors were multiplied by. The reports are on the prediction before it.
     """
 
     path: Path
@@ -44,6 +47,7 @@ class PredictionResult:
     model_class: type[PreTrainedModel] | None = None
     url: str | None = None
     gate: GateResult | None = None
+    rescaling: Rescaling | None = None
 
     @property
     def report(self) -> dict[str, ResidualReport]:
@@ -86,8 +90,11 @@ class PredictionResult:
             "tensors": {name: {"role": self.roles[name], **r.to_dict()} for name, r in self.tensors.items()},
             "warnings": self.warnings,
             "gate": None if self.gate is None else self.gate.to_dict(),
+            "rescaling": None if self.rescaling is None else self.rescaling.to_dict(),
         }
 
     def __str__(self) -> str:
         lines = [table(self.report, "role"), *(f"warning: {text}" for text in self.warnings)]
+        if self.rescaling is not None:
+            lines.insert(1, f"rescaled: {self.rescaling}")
         return "\n".join(lines if self.gate is None else [str(self.gate), "", *lines])

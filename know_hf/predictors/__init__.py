@@ -5,12 +5,15 @@ from .combination import Combination, LayerScaling
 from .extrapolation import LinearFit, LogarithmicFit
 from .hyper_model import KNOWNPredictor
 from .interpolation import Shrink, TaskVector
-from .protocol import DepthPredictor, Predictor, get_predictor, register_predictor
+from .protocol import Composition, DepthPredictor, Predictor, get_predictor, register_predictor
 from .relative_depth import relative_depths
+from .rescaling import Rescale, ScaleSymmetry, scale_symmetries
+from .tensor_factor import Rescaler, Rescaling, TensorFactor
 
 __all__ = [
     "Average",
     "Combination",
+    "Composition",
     "DepthPredictor",
     "KNOWNPredictor",
     "LayerScaling",
@@ -18,9 +21,15 @@ __all__ = [
     "LogarithmicFit",
     "MovingAverage",
     "Predictor",
+    "Rescale",
+    "Rescaler",
+    "Rescaling",
+    "ScaleSymmetry",
     "Shrink",
     "TaskVector",
+    "TensorFactor",
     "get_predictor",
     "register_predictor",
     "relative_depths",
+    "scale_symmetries",
 ]

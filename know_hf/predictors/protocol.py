@@ -6,10 +6,13 @@ files: `know_hf.prediction` passes histories to it in chunks.
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+
+from .tensor_factor import Rescaler
 
 
 @runtime_checkable
@@ -52,6 +55,49 @@ class DepthPredictor(Predictor, Protocol):
         """
 
 
+@dataclass
+class Composition:
+    """A predictor whose result is rescaled.
+
+    Args:
+        members (sequence of [`Predictor`]):
+            At most one predictor that adds a residual, which comes first, and any number of [`Rescaler`]s.
+
+    Raises:
+        `ValueError`:
+            If there is no member, or one that is neither first nor a rescaler.
+    """
+
+    members: Sequence[Predictor]
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ValueError("a composition needs at least one predictor, got none")
+        for member in self.members[1:]:
+            if not isinstance(member, Rescaler):
+                raise ValueError(
+                    f"{type(member).__name__} cannot follow another predictor: it would need the histories of the"
+                    " predicted weights. Give one predictor first, then 'rescale'"
+                )
+
+    @property
+    def predictor(self) -> Predictor:
+        """The first member. A rescaler predicts a residual of zero."""
+        return self.members[0]
+
+    @property
+    def rescalers(self) -> list[Rescaler]:
+        """The members that rescale, in order."""
+        return [member for member in self.members if isinstance(member, Rescaler)]
+
+    @property
+    def num_states(self) -> int | None:
+        return self.predictor.num_states
+
+    def residual(self, history: torch.Tensor, role: str) -> torch.Tensor:
+        return self.predictor.residual(history, role)
+
+
 _PREDICTORS: dict[str, Callable[..., Predictor]] = {}
 _PredictorClass = TypeVar("_PredictorClass", bound=Callable[..., Predictor])
 
@@ -84,9 +130,11 @@ def get_predictor(name: str, **kwargs: Any) -> Predictor:
         name (`str`):
             `"known"` ([`KNOWNPredictor`]), `"task_vector"` ([`TaskVector`]), `"linear"` ([`LinearFit`]), `"log"`
             ([`LogarithmicFit`]), `"average"` ([`Average`]), `"ema"` ([`MovingAverage`]), `"shrink"` ([`Shrink`]),
-            `"lines"` ([`LayerScaling`]) or a name given to [`register_predictor`].
+            `"lines"` ([`LayerScaling`]), `"rescale"` ([`Rescale`]) or a name given to [`register_predictor`]. Names
+            joined by `+`, such as `"average+rescale"`, give a [`Composition`].
         kwargs:
-            Fields of the predictor, for example `factor` of [`Shrink`].
+            Fields of the predictor, for example `factor` of [`Shrink`]. For joined names, the fields of each by its
+            name, for example `rescale={"factor": 0.25}`.
 
     Raises:
         `ValueError`:
@@ -94,6 +142,11 @@ def get_predictor(name: str, **kwargs: Any) -> Predictor:
         `TypeError`:
             If a field is unknown or a required field is missing.
     """
+    if "+" in name:
+        names = name.split("+")
+        if unknown := kwargs.keys() - set(names):
+            raise TypeError(f"unknown option {min(unknown)!r}; {name!r} takes the options of each by its name")
+        return Composition([get_predictor(part, **kwargs.get(part, {})) for part in names])
     if name not in _PREDICTORS:
         raise ValueError(f"unknown predictor {name!r}; choose one of {', '.join(sorted(_PREDICTORS))}")
     signature = inspect.signature(_PREDICTORS[name])

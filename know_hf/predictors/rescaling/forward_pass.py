@@ -1,0 +1,96 @@
+"""Run a model once in evaluation mode, on a given or a random batch."""
+
+import inspect
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+_SIZE, _TOKENS, _EXAMPLES = 64, 8, 2
+
+
+def evaluated(
+    model: nn.Module,
+    batch: Any = None,
+    context: AbstractContextManager[Any] | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """Return the floating-point outputs of a model.
+
+    Args:
+        model (`nn.Module`):
+            The model; its training modes are restored.
+        batch (`Mapping[str, torch.Tensor]` or `torch.Tensor`, *optional*):
+            Keyword arguments of the model, or its only argument; [`random_batch`] by default.
+        context (context manager, *optional*):
+            Entered around the call.
+        tensors (`Mapping[str, torch.Tensor]`, *optional*):
+            Values to use instead of the model's, by name in memory.
+    """
+    batch = random_batch(model) if batch is None else batch
+    args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else ((batch,), {})
+    parameter = next(iter(model.parameters()))
+    args = tuple(_fitting(value, parameter) for value in args)
+    kwargs = {name: _fitting(value, parameter) for name, value in kwargs.items() if name != "labels"}
+    accepted = inspect.signature(_innermost(model).forward).parameters
+    kwargs |= {"use_cache": False} if "use_cache" in accepted else {}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), context or nullcontext():
+            outputs = torch.func.functional_call(model, dict(tensors or {}), args, kwargs)
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
+    return list(_outputs(outputs))
+
+
+def random_batch(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Create inputs for a model of transformers: two rows of random tokens, or two random images.
+
+    Raises:
+        `ValueError`:
+            If the model takes neither tokens nor images.
+    """
+    inner = _innermost(model)
+    if not inspect.signature(inner.forward).parameters:
+        return {}
+    config = getattr(inner, "config", None)
+    main = getattr(inner, "main_input_name", None)
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(inner, PreTrainedModel) and config is not None:
+        if main == "pixel_values":
+            size = getattr(config, "image_size", None) or _SIZE
+            height, width = size if isinstance(size, tuple | list) else (size, size)
+            shape = (_EXAMPLES, getattr(config, "num_channels", 3), height, width)
+            return {"pixel_values": torch.randn(shape, generator=generator)}
+        vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+        if main == "input_ids" and vocabulary:
+            ids = torch.randint(vocabulary // 2, vocabulary, (_EXAMPLES, _TOKENS), generator=generator)
+            batch = {"input_ids": ids}
+            if getattr(config, "is_encoder_decoder", False):
+                batch["decoder_input_ids"] = ids.flip(1)
+            if "pixel_values" not in inspect.signature(inner.forward).parameters:
+                return batch
+    raise ValueError(f"{type(inner).__name__} needs a batch of inputs; pass batch=, the arguments of its forward")
+
+
+def _innermost(model: Any) -> Any:
+    """The base model under an adapter of peft."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _fitting(value: Any, parameter: torch.Tensor) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+
+
+def _outputs(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [tensor for item in values for tensor in _outputs(item)]

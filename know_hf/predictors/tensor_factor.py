@@ -1,0 +1,104 @@
+"""What a tensor is multiplied by: a number, or numbers per channel along some of its axes."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorFactor:
+    """A factor of a tensor.
+
+    Attributes:
+        scalar (`float`):
+            Factor of all elements.
+        channels (`dict[int, torch.Tensor]`):
+            Further factors `(C,)` float32 along an axis of size C, by axis.
+    """
+
+    scalar: float = 1.0
+    channels: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    def __mul__(self, other: "TensorFactor") -> "TensorFactor":
+        channels = dict(self.channels)
+        for axis, values in other.channels.items():
+            channels[axis] = channels[axis] * values if axis in channels else values
+        return TensorFactor(self.scalar * other.scalar, channels)
+
+    def mean(self) -> float:
+        """Return the geometric mean over all elements."""
+        return self.scalar * math.exp(math.fsum(float(values.log().mean()) for values in self.channels.values()))
+
+    def scale(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor, times the factor."""
+        result = tensor * self.scalar
+        for axis, values in self.channels.items():
+            result = result * values.to(result).reshape(-1, *[1] * (tensor.ndim - axis - 1))
+        return result
+
+    def scale_piece(self, values: torch.Tensor, shape: torch.Size, start: int) -> torch.Tensor:
+        """Scale a piece of a tensor.
+
+        Args:
+            values (`torch.Tensor` of shape `(N,)`):
+                Elements `start` to `start + N - 1` in row-major order.
+            shape (`torch.Size`):
+                Shape of the complete tensor.
+            start (`int`):
+                Position of the first element.
+        """
+        result = values * self.scalar
+        if self.channels:
+            position = torch.arange(start, start + len(values))
+            for axis, factors in self.channels.items():
+                result *= factors.to(result)[position // shape[axis + 1 :].numel() % shape[axis]]
+        return result
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """Factors that keep the function of a model.
+
+    Attributes:
+        factors (`dict[str, TensorFactor]`):
+            Factor of every tensor that changes, by name on disk; a tied tensor has all of its names.
+        deviation (`float`):
+            Largest difference between outputs of Θ0 with and without the factors, relative to the largest output.
+    """
+
+    factors: Mapping[str, TensorFactor] = field(default_factory=dict)
+    deviation: float = 0.0
+
+    def __mul__(self, other: "Rescaling") -> "Rescaling":
+        names = [*self.factors, *(name for name in other.factors if name not in self.factors)]
+        one = TensorFactor()
+        factors = {name: self.factors.get(name, one) * other.factors.get(name, one) for name in names}
+        return Rescaling(factors, self.deviation + other.deviation)
+
+    def __str__(self) -> str:
+        count = len(self.factors)
+        return f"{count} tensor{'s' if count > 1 else ''}; outputs of Θ0 differ by {self.deviation:.2g} of the largest"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return deviation and factors as JSON values; of channels, the geometric mean of their factors."""
+        return {"deviation": self.deviation, "factors": {name: f.mean() for name, f in self.factors.items()}}
+
+
+@runtime_checkable
+class Rescaler(Protocol):
+    """Multiplies tensors by factors that depend on Θ0 alone, after a predictor."""
+
+    @property
+    def model(self) -> Any:
+        """A model of the recorded architecture, or the base model of adapters; `None` to build it from the config."""
+
+    def rescaling(self, model: torch.nn.Module) -> Rescaling:
+        """Return the factors.
+
+        Args:
+            model (`nn.Module`):
+                The model with the weights of Θ0 in float32.
+        """
