@@ -35,6 +35,7 @@ MODELS = {
     "qwen3": ("Qwen3ForCausalLM", {**LLAMA, "head_dim": 8}),
     "mixtral": ("MixtralForCausalLM", {**LLAMA, "num_local_experts": 2}),
     "gpt2": ("GPT2LMHeadModel", {**GPT2, **SPECIAL}),
+    "phi3": ("Phi3ForCausalLM", {**LLAMA, "pad_token_id": 0, **SPECIAL}),
     "t5": (
         "T5ForConditionalGeneration",
         {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 50},
@@ -162,6 +163,52 @@ def test_pairs_of_attention_and_gated_layers():
     assert not any("gate_proj" in name or "norm" in name for name in scaled)
     # normalised queries and keys scale alone
     assert list(exponents(make("qwen3"), f"{layer}self_attn.k_proj.weight").values()) == [1.0]
+
+
+def test_parts_of_fused_projections_scale_apart():
+    layer = "transformer.h.1.attn."
+    query, value = (s for s in scale_symmetries(make("gpt2")) if s.tensor == f"{layer}c_attn.weight")
+    for symmetry, exponents in [(query, (1, -1, 0)), (value, (0, 0, 1))]:
+        weight, bias = (symmetry.parts[f"{layer}c_attn.{name}"] for name in ("weight", "bias"))
+        assert (weight.axis, weight.sizes, weight.exponents) == (1, (16, 16, 16), exponents)
+        assert (bias.axis, bias.sizes, bias.exponents) == (0, (16, 16, 16), exponents)
+    assert query.exponents == {} and value.exponents == {f"{layer}c_proj.weight": -1}
+    factors = query.factors(0.5)[f"{layer}c_attn.bias"].scale(torch.ones(48))
+    assert factors.unique_consecutive().tolist() == [0.5, 2.0, 1.0]
+    (up,) = (s for s in scale_symmetries(make("phi3")) if s.tensor == "model.layers.0.mlp.gate_up_proj.weight")
+    assert up.parts[up.tensor].exponents == (0, 1)
+
+
+class Split(nn.Module):
+    """Splits the output of a projection, and maybe uses it in another way."""
+
+    def __init__(self, function: object) -> None:
+        super().__init__()
+        self.fused, self.last, self.function = nn.Linear(6, 8), nn.Linear(4, 3), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.function(self, self.fused(x)))
+
+
+@pytest.mark.parametrize(
+    ("function", "parts"),
+    [
+        (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x.chunk(2, dim=1)[1], (0, 1)),
+        (lambda net, x: x.split([4, 4], dim=-1)[0] + x.split([4, 4], dim=-1)[1], None),
+        (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x.chunk(2, dim=1)[1] + x.sum(), None),
+        (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x[:, 4:], None),
+        (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x.split([2, 4, 2], dim=1)[1], None),
+        (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x.chunk(2, dim=1)[1] / net.fused.weight.norm(), None),
+        (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x.chunk(2, dim=1)[1] * net.fused.bias.abs().sum(), None),
+    ],
+)
+def test_a_projection_that_is_used_as_a_whole_has_one_scale(function, parts):
+    torch.manual_seed(0)
+    model, batch = Split(function), torch.linspace(-1, 1, 24).view(4, 6)
+    symmetries = scale_symmetries(model, batch)
+    assert [s.parts["fused.weight"].exponents for s in symmetries if s.parts] == ([] if parts is None else [parts])
+    if symmetries:
+        assert Rescale(batch=batch).rescaling(model).deviation < 1e-6
 
 
 def test_batch_norm_statistics_scale_with_the_weights():

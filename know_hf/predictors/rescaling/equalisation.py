@@ -1,6 +1,5 @@
 """Scale symmetries that give layers, or the channels between two layers, weights of equal size."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -64,16 +63,23 @@ def equal_layers(symmetries: Sequence[ScaleSymmetry], tensors: Mapping[str, torc
     Returns:
         `torch.Tensor` of shape `(K,)`, float64.
     """
-    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    matrices = {name: tensor.double() for name, tensor in floating.items() if tensor.ndim > 1 and tensor.any()}
-    logarithms = {name: float(tensor.square().mean().sqrt().log()) for name, tensor in matrices.items()}
-    names = [name for name in logarithms if any(name in symmetry.exponents for symmetry in symmetries)]
-    if not names:
+    split = {name: part for symmetry in symmetries for name, part in symmetry.parts.items()}
+    exponents, logarithms = [], []
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or not tensor.is_floating_point():
+            continue
+        part = split.get(name)
+        blocks = [tensor] if part is None else tensor.split(part.sizes, part.axis)
+        for i, block in enumerate(blocks):
+            if block.any():
+                logarithms.append(float(block.double().square().mean().sqrt().log()))
+                exponents.append([_exponent(symmetry, name, i) for symmetry in symmetries])
+    if not exponents or not symmetries:
         return torch.zeros(len(symmetries), dtype=torch.float64)
-    exponents = torch.tensor([[s.exponents.get(name, 0.0) for s in symmetries] for name in names]).double()
-    mean = math.fsum(logarithms.values()) / len(logarithms)
-    target = torch.tensor([[mean - logarithms[name]] for name in names]).double()
-    return torch.linalg.lstsq(exponents, target, driver="gelsd").solution[:, 0]
+    matrix = torch.tensor(exponents, dtype=torch.float64)
+    target = torch.tensor(logarithms, dtype=torch.float64)
+    target = (target.mean() - target)[:, None]
+    return torch.linalg.lstsq(matrix, target, driver="gelsd").solution[:, 0]
 
 
 def equal_channels(pairs: Sequence[ChannelPair], tensors: Mapping[str, torch.Tensor]) -> list[Factors]:
@@ -133,7 +139,7 @@ def channel_pairs(
         if (of_owner := _axes(owners.get(path.rpartition(".")[0]))) is not None:
             axes[name] = of_owner
     tensors = {name: state[path] for name, path in in_memory.items()}
-    exact = [symmetry for symmetry in symmetries if symmetry.is_exact]
+    exact = [symmetry for symmetry in symmetries if symmetry.is_exact and not symmetry.parts]
     pairs: list[ChannelPair] = []
     for i in range(len(exact)):
         candidates = _of_symmetry(i, exact, axes, tensors)
@@ -185,6 +191,12 @@ def _candidates(
         maps += [torch.arange(count).view(-1, 1, head).expand(-1, repeats, head).flatten() for head in heads]
         for channel_of in maps:
             yield ChannelPair(first, second, (axes[first][0], axis), vectors, channel_of)
+
+
+def _exponent(symmetry: ScaleSymmetry, name: str, part: int) -> float:
+    if name in symmetry.parts:
+        return symmetry.parts[name].exponents[part]
+    return symmetry.exponents.get(name, 0.0)
 
 
 def _axes(owner: Any) -> tuple[int, int] | None:

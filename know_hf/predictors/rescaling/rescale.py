@@ -125,10 +125,7 @@ class Rescale:
             bases = equal_layers(symmetries, comparison.tensors).exp().tolist()
         else:
             bases = [_FACTOR if self.factor is None else self.factor] * len(symmetries)
-        return [
-            (symmetry.tensor, {name: TensorFactor(base**e) for name, e in symmetry.exponents.items()})
-            for symmetry, base in zip(symmetries, bases, strict=True)
-        ]
+        return [(symmetry.tensor, symmetry.factors(base)) for symmetry, base in zip(symmetries, bases, strict=True)]
 
     def _first_above(self, moves: Sequence[tuple[str, Factors]], comparison: "_Comparison") -> str:
         """Bisect for the first change with which the outputs differ too much."""

@@ -1,17 +1,37 @@
 """Find the ways to scale the tensors of a model that keep its function."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...model_tensors import names_in_memory
+from ..tensor_factor import TensorFactor
 from .forward_pass import evaluated
+from .fused_projections import TensorParts
 from .scale_trace import ScaleTrace
 
 _VECTORS = 1  # axes of biases, of norm weights and of other vectors, which only follow the matrices
+
+
+@dataclass(frozen=True)
+class PartExponents:
+    """Exponents of parts of a tensor, such as query, key and value in one matrix.
+
+    Attributes:
+        axis (`int`):
+            Axis along which the parts lie.
+        sizes (`tuple[int]`):
+            Size of each part.
+        exponents (`tuple[float]`):
+            Exponent of each part.
+    """
+
+    axis: int
+    sizes: tuple[int, ...]
+    exponents: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -20,24 +40,35 @@ class ScaleSymmetry:
 
     Attributes:
         tensor (`str`):
-            The tensor that is multiplied by f itself, by its name on disk.
+            The tensor that is multiplied by f itself, by its name on disk, or of which a part is.
         exponents (`dict[str, float]`):
-            Exponent of every tensor that changes, by name on disk; a tied tensor has all of its names.
+            Exponent of every tensor that changes as a whole, by name on disk; a tied tensor has all of its names.
         is_exact (`bool`):
             Whether no normalisation with an epsilon lies in between. With one, the function changes where variances
             are not far above epsilon.
         reason (`str`):
             Explanation for people.
+        parts (`dict[str, PartExponents]`):
+            Exponents of tensors whose parts change differently.
     """
 
     tensor: str
     exponents: dict[str, float]
     is_exact: bool
     reason: str
+    parts: dict[str, PartExponents] = field(default_factory=dict)
+
+    def factors(self, base: float) -> dict[str, TensorFactor]:
+        """Return what each tensor is multiplied by, for f = `base`."""
+        factors = {name: TensorFactor(base**exponent) for name, exponent in self.exponents.items()}
+        for name, part in self.parts.items():
+            values = [torch.full((size,), base**e) for size, e in zip(part.sizes, part.exponents, strict=True)]
+            factors[name] = TensorFactor(channels={part.axis: torch.cat(values)})
+        return factors
 
 
 def scale_symmetries(model: nn.Module, batch: Any = None) -> list[ScaleSymmetry]:
-    """Return the scale symmetries of a model, one for each matrix whose scale is free.
+    """Return the scale symmetries of a model, one for each matrix, or part of one, whose scale is free.
 
     All of them together are a basis: any powers of them can be combined. Multiplying each by the same f gives every
     layer a factor f from the input on as far as what follows allows: through ReLU layer l has f in its weights and
@@ -69,34 +100,50 @@ def scale_symmetries(model: nn.Module, batch: Any = None) -> list[ScaleSymmetry]
     outputs = evaluated(model, batch, trace)
     trace.require_unscaled(outputs)
 
-    free: dict[int, str] = {}
-    reduced = {name: trace.equations.reduced(form) for name, form in trace.forms.items()}
-    for name, form in reduced.items():
-        if form == trace.forms[name] and tensors[on_disk[name]].ndim > _VECTORS:
-            free[next(iter(form))] = name
-    epsilons = [trace.equations.reduced(form) for form in trace.epsilons]
+    parts, equations = trace.parts(), trace.equations
+    forms = {name: (parts[name].forms if name in parts else (form,)) for name, form in trace.forms.items()}
+    reduced = {name: tuple(equations.reduced(form) for form in of_tensor) for name, of_tensor in forms.items()}
+    leading = {
+        next(iter(form)): name
+        for name, of_tensor in reduced.items()
+        if tensors[on_disk[name]].ndim > _VECTORS
+        for form, before in zip(of_tensor, forms[name], strict=True)
+        if form and form == before
+    }
+    epsilons = [equations.reduced(form) for form in trace.epsilons]
     symmetries = []
-    for variable, name in free.items():
-        exponents = {tensor: form[variable] for tensor, form in reduced.items() if form.get(variable)}
+    for variable, name in leading.items():
+        exponents = {
+            tensor: tuple(float(f.get(variable, 0)) for f in of_tensor) for tensor, of_tensor in reduced.items()
+        }
         is_exact = not any(form.get(variable) for form in epsilons)
-        symmetries.append(_symmetry(name, exponents, is_exact, aliases))
+        symmetries.append(_symmetry(name, exponents, parts, is_exact, aliases))
     return symmetries
 
 
 def _symmetry(
-    name: str, exponents: Mapping[str, Fraction], is_exact: bool, aliases: Mapping[str, list[str]]
+    leading: str,
+    exponents: Mapping[str, tuple[float, ...]],
+    parts: Mapping[str, TensorParts],
+    is_exact: bool,
+    aliases: Mapping[str, list[str]],
 ) -> ScaleSymmetry:
-    undone = [tensor for tensor, exponent in exponents.items() if exponent < 0]
-    followers = [tensor for tensor, exponent in exponents.items() if exponent > 0 and tensor != name]
-    reason = f"{name} scales freely"
-    if followers:
-        reason += f" with {_some(followers)}"
-    if undone:
-        reason += f", undone in {_some(undone)}"
-    if not is_exact:
-        reason += "; a normalisation absorbs it up to its epsilon"
-    every = {alias: float(exponent) for tensor, exponent in exponents.items() for alias in aliases[tensor]}
-    return ScaleSymmetry(name, every, is_exact, reason)
+    """Create a symmetry from one exponent per tensor, or one per part."""
+    changed = {name: values for name, values in exponents.items() if any(values)}
+    followers = [name for name, values in changed.items() if max(values) > 0 and name != leading]
+    undone = [name for name, values in changed.items() if min(values) < 0]
+    reason = f"{leading} scales freely"
+    reason += f" with {_some(followers)}" if followers else ""
+    reason += f", undone in {_some(undone)}" if undone else ""
+    reason += "" if is_exact else "; a normalisation absorbs it up to its epsilon"
+    whole = {alias: v[0] for name, v in changed.items() if len(set(v)) == 1 for alias in aliases[name]}
+    split = {
+        alias: PartExponents(parts[name].axis, parts[name].sizes, v)
+        for name, v in changed.items()
+        if len(set(v)) > 1
+        for alias in aliases[name]
+    }
+    return ScaleSymmetry(leading, whole, is_exact, reason, split)
 
 
 def _some(names: list[str]) -> str:

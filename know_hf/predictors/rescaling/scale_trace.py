@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .fused_projections import FusedProjections, TensorParts
 from .scale_equations import Form, ScaleEquations, add
 
 Rule = Callable[..., Form | list[Form]]
@@ -57,6 +58,7 @@ class ScaleTrace(TorchDispatchMode):
         self.forms: dict[str, Form] = {}
         self.epsilons: list[Form] = []
         self._names = names
+        self._fused = FusedProjections(self.equations, names)
         self._of_tensor: Any = WeakTensorKeyDictionary()
         self._rules: dict[str, Rule] = {
             **dict.fromkeys(_HOMOGENEOUS, self._same),
@@ -113,6 +115,7 @@ class ScaleTrace(TorchDispatchMode):
         before = [(tensor, self.form(tensor)) for tensor in _written(schema, args)]
         output = func(*args, **kwargs)
         forms = rule(output, *args, **kwargs)
+        forms = self._watch(name, args, kwargs, output) or forms
         outputs = list(floating_tensors(output))
         for tensor, form in zip(outputs, forms if isinstance(forms, list) else [forms] * len(outputs), strict=False):
             for written, old in before:
@@ -120,6 +123,15 @@ class ScaleTrace(TorchDispatchMode):
                     self.equations.require_equal(old, form)
             self._of_tensor[tensor] = form
         return output
+
+    def parts(self) -> dict[str, TensorParts]:
+        """Return the tensors of which parts scale apart, by name; to be called after the last operation."""
+        return self._fused.parts(self.forms)
+
+    def _watch(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> list[Form] | None:
+        first = args[0] if args else None
+        form = self.form(first) if isinstance(first, torch.Tensor) else {}
+        return self._fused.watch(name, (*args, *kwargs.values()), output, self.forms, form)
 
     def _rule(self, func: Any, name: str) -> Rule | None:
         if func.is_view:
