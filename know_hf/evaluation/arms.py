@@ -36,7 +36,8 @@ from .arm_weights import ArmSources, matched_shrink, moved_by_singular_vectors, 
 _MODELS = {"fresh": "fresh_model", "pretrained": "pretrained_model", "oracle": "oracle_model"}
 _REFERENCES = (*_MODELS, "shuffled")
 _KINDS = (*_REFERENCES, "state", "trained_on", "predicted", "matched_shrink", "task_singular_vectors")
-_CONTROLS = ("shrink", "task_vector", "average", "ema", "linear", "log", "lines")  # predictors that learn nothing
+# predictors that learn nothing
+_CONTROLS = frozenset("shrink task_vector average tail_average ema bema linear log lines rescale".split())
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class Arm:
         naive, and `"reference"` otherwise."""
         if self.kind in _REFERENCES or (self.kind == "state" and self.state == 0):
             return "reference"
-        return "method" if self.kind == "predicted" and self.predictor not in _CONTROLS else "control"
+        is_learned = self.kind == "predicted" and not set(self.predictor.split("+")) <= _CONTROLS
+        return "method" if is_learned else "control"
 
     @property
     def is_candidate(self) -> bool:

@@ -130,8 +130,9 @@ def get_predictor(name: str, **kwargs: Any) -> Predictor:
         name (`str`):
             `"known"` ([`KNOWNPredictor`]), `"task_vector"` ([`TaskVector`]), `"linear"` ([`LinearFit`]), `"log"`
             ([`LogarithmicFit`]), `"average"` ([`Average`]), `"ema"` ([`MovingAverage`]), `"shrink"` ([`Shrink`]),
-            `"lines"` ([`LayerScaling`]), `"rescale"` ([`Rescale`]) or a name given to [`register_predictor`]. Names
-            joined by `+`, such as `"average+rescale"`, give a [`Composition`].
+            `"lines"` ([`LayerScaling`]), `"tail_average"` ([`TailAverage`]), `"bema"` ([`BiasCorrectedAverage`]),
+            `"rescale"` ([`Rescale`]) or a name given to [`register_predictor`]. Names joined by `+`, such as
+            `"average+rescale"`, give a [`Composition`].
         kwargs:
             Fields of the predictor, for example `factor` of [`Shrink`]. For joined names, the fields of each by its
             name, for example `rescale={"factor": 0.25}`.

@@ -1,0 +1,121 @@
+"""Predictions from branches: trainings from one start on different parts of the data, or with different seeds.
+
+Trajectories have no branches and no start yet: these are functions of tensors, without a name in the registry. They
+act on one complete tensor. Of LoRA, take the products B A and factorise the result (see [`factorise`]), or the factors
+where all branches continue one run: only then do the factors of branches belong together.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def branch_average(branches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the mean of K branches in float32 (Wortsman et al., *Model soups*, arXiv 2203.05482).
+
+    With independent noise of variance σ² per weight and branch, its error is `σ² / K` per weight.
+    """
+    return _stacked(branches, 1).mean(dim=0)
+
+
+def model_stock(start: torch.Tensor, branches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Move from the start towards the mean of the branches as far as they agree: `P + t (mean - P)`.
+
+    Model Stock (Jang et al., *Model Stock: All we need is just a few fine-tuned models*, arXiv 2403.19522):
+    `t = K c / (1 + (K - 1) c)`, where c is the mean cosine between the updates of two branches. A common update of
+    variance τ² per weight and independent noise of variance σ² give `c = τ² / (τ² + σ²)`, so that
+    `t = τ² / (τ² + σ² / K)` has the least squared error of all multiples of the mean.
+
+    Args:
+        start (`torch.Tensor`):
+            One tensor before the branches parted.
+        branches (sequence of `torch.Tensor` of that shape):
+            The tensor in each of K ≥ 2 branches.
+
+    Returns:
+        `torch.Tensor` of that shape, float32. Where a branch did not move, or the updates point away from each other
+        (c ≤ 0), it is the start.
+    """
+    count, updates = len(branches), (_stacked(branches, 2) - start.float()).flatten(1).double()
+    norms = updates.norm(dim=1)
+    if not bool((norms > 0).all()):
+        return start.float().clone()
+    units = updates / norms[:, None]
+    # the sum of all cosines is |Σ unit|², of which K are 1
+    cosine = max(float((units.sum(dim=0).square().sum() - count) / (count * (count - 1))), 0.0)
+    ratio = count * cosine / (1 + (count - 1) * cosine)
+    return start.float() + ratio * (branch_average(branches) - start.float())
+
+
+def james_stein_average(start: torch.Tensor, branches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Shrink the mean update of the branches by its noise: `P + f (mean - P)` with the factor of [`james_stein`].
+
+    The noise is the variance between K ≥ 2 branches, over K. For the expected error see [`model_stock`].
+    """
+    update = branch_average(branches) - start.float()
+    return start.float() + james_stein(update, _noise(branches)) * update
+
+
+def james_stein(values: torch.Tensor, noise: float) -> float:
+    """Positive-part James–Stein factor of N noisy values: `max(0, 1 - (1 - 2 / N) noise / |values|²)`.
+
+    James and Stein, *Estimation with Quadratic Loss*, 1961. For N > 2 values with independent Gaussian noise, the
+    factor times the values has a smaller expected squared error than the values, whatever the true ones are.
+
+    Args:
+        values (`torch.Tensor`):
+            N values.
+        noise (`float`):
+            Sum of the variances of their noise.
+    """
+    count, square = values.numel(), float(values.double().square().sum())
+    return max(0.0, 1 - (1 - 2 / count) * noise / square) if count > 2 and square > 0 else 1.0
+
+
+def jackknife(theta0: torch.Tensor, branches: Sequence[torch.Tensor], fraction: float = 0.5) -> torch.Tensor:
+    """Remove the bias of training on a finite sample: `Θ0 + ρ / (1 - ρ) (Θ0 - mean of the branches)`.
+
+    After Quenouille, *Notes on Bias in Estimation*, 1956. A bias b / n of weights trained on n examples is
+    b / (ρ n) in branches on a fraction ρ of them, and cancels exactly; for two halves the result is `2 Θ0 - mean`.
+
+    Args:
+        theta0 (`torch.Tensor`):
+            Weights after training on all data.
+        branches (sequence of `torch.Tensor` of that shape):
+            Weights after training on parts of equal size.
+        fraction (`float`, *optional*, defaults to `0.5`):
+            Size ρ of each part relative to all data, above 0 and below 1.
+
+    Returns:
+        `torch.Tensor` of that shape, float32.
+
+    Raises:
+        `ValueError`:
+            If the fraction is out of range or there is no branch.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must be above 0 and below 1, got {fraction!r}")
+    return theta0.float() + fraction / (1 - fraction) * (theta0.float() - branch_average(branches))
+
+
+def shrunken_jackknife(theta0: torch.Tensor, branches: Sequence[torch.Tensor], fraction: float = 0.5) -> torch.Tensor:
+    """As [`jackknife`], with its correction shrunk by [`james_stein`].
+
+    The noise of `Θ0 - mean` is taken as twice that of the mean of K ≥ 2 branches, as if Θ0 were as noisy and
+    independent of it. They share data, so this errs towards Θ0.
+    """
+    correction = jackknife(theta0, branches, fraction) - theta0.float()
+    scale = fraction / (1 - fraction)
+    return theta0.float() + james_stein(correction, 2 * scale**2 * _noise(branches)) * correction
+
+
+def _noise(branches: Sequence[torch.Tensor]) -> float:
+    """Sum over all weights of the variance of the mean of the branches."""
+    stacked = _stacked(branches, 2).double()
+    return float(stacked.var(dim=0).sum()) / len(branches)
+
+
+def _stacked(branches: Sequence[torch.Tensor], least: int) -> torch.Tensor:
+    if len(branches) < least:
+        raise ValueError(f"at least {least} branch{'es' if least > 1 else ''} needed, got {len(branches)}")
+    return torch.stack([branch.float() for branch in branches])

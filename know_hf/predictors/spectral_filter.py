@@ -1,0 +1,67 @@
+"""Keep the singular directions of an update that branches share.
+
+Trajectories have no branches and no start yet: these are functions of tensors, without a name in the registry.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def spectral_filter(start: torch.Tensor, branches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rebuild the mean update of K branches from singular directions, with the values that the other branches have.
+
+    For the update `Δk = Σ_i s_i u_i v_iᵀ` of each branch, the value along direction i is that of the mean update M of
+    the *other* branches, `c_i = u_iᵀ M v_i`, and directions with `c_i ≤ 0` are dropped:
+    `P + 1/K Σ_k Σ_i max(c_i, 0) u_i v_iᵀ`. A direction that only fits the noise of its own branch has no part in the
+    others, so `c_i` is an unbiased estimate of the true value along it; singular values themselves are inflated by
+    noise. It is the idea of cross-validated eigenvalues (Bartz, *Cross-validation based Nonlinear Shrinkage*, arXiv
+    1611.00798) for updates.
+
+    With noise of variance σ² per weight in an m × n matrix and a strong common update of rank r, two branches leave an
+    error of about `σ² r (m + n) / 2` instead of the `σ² m n / 2` of their mean.
+
+    Args:
+        start (`torch.Tensor`):
+            One tensor before the branches parted; of LoRA, the product B A (see [`factorise`]). Convolution kernels
+            are matrices `(out, in · taps)`. Vectors are averaged.
+        branches (sequence of `torch.Tensor` of that shape):
+            The tensor in each of K ≥ 2 branches.
+
+    Returns:
+        `torch.Tensor` of that shape, float32.
+
+    Raises:
+        `ValueError`:
+            If there are fewer than two branches.
+    """
+    if len(branches) < 2:
+        raise ValueError(f"at least 2 branches needed, got {len(branches)}")
+    updates = torch.stack([branch.float() - start.float() for branch in branches])
+    if updates.ndim < 3:
+        return start.float() + updates.mean(dim=0)
+    matrices = updates.flatten(2)
+    total, filtered = matrices.sum(dim=0), torch.zeros_like(matrices[0])
+    for matrix in matrices:
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        others = (total - matrix) / (len(branches) - 1)
+        values = ((left.T @ others) * right).sum(dim=1)
+        filtered += left * values.clamp(min=0) @ right
+    return start.float() + (filtered / len(branches)).reshape(start.shape)
+
+
+def factorise(product: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the LoRA matrices A `(r, in)` and B `(out, r)` whose product B A is nearest to a matrix `(out, in)`.
+
+    By singular values (Eckart and Young, *The Approximation of One Matrix by Another of Lower Rank*, 1936), with their
+    square roots in both. Of a scaled adapter, divide the matrix by the scaling first.
+
+    Raises:
+        `ValueError`:
+            If the rank is less than 1 or more than the matrix has rows or columns.
+    """
+    if not 1 <= rank <= min(product.shape):
+        raise ValueError(f"rank must be from 1 to {min(product.shape)}, got {rank}")
+    left, values, right = torch.linalg.svd(product.float(), full_matrices=False)
+    roots = values[:rank].sqrt()
+    return roots[:, None] * right[:rank], left[:, :rank] * roots
