@@ -329,6 +329,14 @@ def test_the_model_is_left_unchanged():
     assert all(module.training for module in model.modules())
 
 
+def test_random_draws_of_a_model_do_not_count():
+    sizes = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    model = small_model("ViTMAEForPreTraining", **SMALL, **sizes, image_size=16, patch_size=4)  # masks at random
+    state = torch.random.get_rng_state()
+    assert Rescale().rescaling(model).deviation < 1e-5
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_a_model_without_known_inputs_needs_a_batch():
     with pytest.raises(ValueError, match="batch="):
         Rescale().rescaling(mlp())

@@ -40,7 +40,8 @@ def evaluated(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), context or nullcontext():
+        with torch.random.fork_rng(), torch.no_grad(), context or nullcontext():
+            torch.manual_seed(0)  # some models draw masks in evaluation mode too
             outputs = torch.func.functional_call(model, dict(tensors or {}), args, kwargs)
     finally:
         for module, is_training in modes:

@@ -30,7 +30,7 @@ class Rescale:
 
     Before anything is written, outputs on a batch are compared with those of Θ0. Factors that are powers of two are
     free of rounding, but the epsilon of a normalisation is not scaled, so weights in front of it cannot be made
-    arbitrarily small.
+    arbitrarily small. The comparison needs memory for the model and for a copy of the tensors that change.
 
     Rescaling composes: `predictor="average+rescale"`, or a list such as `[Average(), Rescale(factor=0.5)]`, predicts
     first and scales the result. The factors depend on Θ0 alone.
