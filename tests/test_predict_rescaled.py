@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_images, make_resnet
+from conftest import make_images, make_resnet, rewrite_state
 from doubles.constant_predictor import weights
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from know_hf import Gate, KNOWNModel, WeightTrajectory, plan_prediction, predict_overflowed_weights
 from know_hf.prediction import SHIPPED_KNOWN, pieces
 from know_hf.predictors import Average, KNOWNPredictor, Rescale
+from know_hf.trajectory import TrajectoryError
 
 CONV = "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
 MEAN = "resnet.encoder.stages.0.layers.0.layer.0.normalization.running_mean"
@@ -53,14 +54,19 @@ def test_a_prediction_is_rescaled_by_factors_of_theta_0(trajectory, predict, mon
     _, average = predict(trajectory, "average")
     monkeypatch.setattr(pieces, "PIECE_SIZE", 50)
     options = {"average+rescale": {"rescale": {"factor": 0.5}}}
-    for predictor in ("average+rescale", ["average", Rescale(factor=0.5)], [Average(), "rescale"]):
+    for predictor in (
+        "average+rescale",
+        "tail_average+rescale",
+        ["average", Rescale(factor=0.5)],
+        [Average(), "rescale"],
+    ):
         given = options.get(predictor) if isinstance(predictor, str) else None
         result, written = predict(trajectory, predictor, predictor_options=given)
         for name, tensor in average.items():
             factor = result.rescaling.factors.get(name)
             assert torch.equal(written[name], tensor if factor is None else factor.scale(tensor)), name
         card = (result.path / "README.md").read_text()
-        assert "Rescale(" in card or 'predictor="average+rescale"' in card
+        assert "Rescale(" in card or f'predictor="{predictor}"' in card
 
 
 def test_channels_are_rescaled_in_pieces(tmp_path, predict, monkeypatch):
@@ -121,6 +127,12 @@ def test_nothing_is_written_where_the_function_would_change(trajectory, tmp_path
     with pytest.raises(ValueError, match=r"convolution\.weight"):
         predict_overflowed_weights(trajectory, predictor=Rescale(factor=1e-3), output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_value_that_is_not_finite_is_named(trajectory_copy, predict):
+    rewrite_state(trajectory_copy, 0, lambda tensors: tensors[CONV].view(-1)[0].fill_(float("nan")))
+    with pytest.raises(TrajectoryError, match=CONV):
+        predict(trajectory_copy, "rescale")
 
 
 def test_known_and_rescale(trajectory, predict):

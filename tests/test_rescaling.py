@@ -329,6 +329,33 @@ def test_the_model_is_left_unchanged():
     assert all(module.training for module in model.modules())
 
 
+class Experts(nn.Module):
+    """A residual layer whose rows go to one of two experts by the sign of their first value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.norm = nn.Linear(6, 6), nn.Linear(6, 3), nn.LayerNorm(6, eps=1e-12)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        for i, expert in enumerate(self.experts):
+            (rows,) = torch.where((x[:, 0] > 0) == bool(i))
+            if len(rows):
+                hidden = hidden.index_add(0, rows, expert(self.norm(hidden[rows])))
+        return self.last(self.norm(hidden))
+
+
+def test_experts_that_the_batch_does_not_use_keep_the_scale_of_all():
+    torch.manual_seed(0)
+    model, batch = Experts(), torch.randn(8, 6)
+    (symmetry,) = scale_symmetries(model, batch)
+    assert symmetry.exponents == {
+        f"{name}.{kind}": 1.0 for name in ("first", "experts.0", "experts.1") for kind in ("weight", "bias")
+    }
+    assert scale_symmetries(model, batch.abs()) == []
+
+
 def test_random_draws_of_a_model_do_not_count():
     sizes = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     model = small_model("ViTMAEForPreTraining", **SMALL, **sizes, image_size=16, patch_size=4)  # masks at random

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..predictors import Rescaler, Rescaling
-from ..trajectory import WeightTrajectory
+from ..trajectory import TrajectoryError, WeightTrajectory
+from .tensor_sources import check_finite
 
 
 def rescaling_of(trajectory: WeightTrajectory, rescalers: Sequence[Rescaler]) -> Rescaling:
@@ -24,6 +25,8 @@ def rescaling_of(trajectory: WeightTrajectory, rescalers: Sequence[Rescaler]) ->
             The rescalers; their `model` is not changed.
 
     Raises:
+        `TrajectoryError`:
+            If a value of Θ0 is not finite.
         `ValueError`:
             If the trajectory records a plain module, or adapters other than LoRA, and a rescaler has no `model`.
     """
@@ -34,6 +37,9 @@ def rescaling_of(trajectory: WeightTrajectory, rescalers: Sequence[Rescaler]) ->
 
 
 def _full_data_model(trajectory: WeightTrajectory, model: Any) -> nn.Module:
+    for name in trajectory.names:
+        if trajectory.roles[name].role != "copied":
+            check_finite(trajectory.tensor(name), name, trajectory, state=0)
     if model is not None and not isinstance(model, nn.Module):
         raise ValueError(f"model must be a module, got {type(model).__name__}")
     if trajectory.is_adapter:
@@ -46,7 +52,11 @@ def _full_data_model(trajectory: WeightTrajectory, model: Any) -> nn.Module:
                 f"{trajectory.path} records a plain nn.Module; pass one of its class and a batch of inputs to compare"
                 " outputs: Rescale(model=..., batch=...)"
             )
-        return trajectory.load_model(0).float()
+        try:
+            return trajectory.load_model(0).float()
+        except TrajectoryError as error:
+            error.add_note("To rescale, pass a model of the recorded class: Rescale(model=...)")
+            raise
     model = copy.deepcopy(model).float()
     trajectory.load_into(model)
     return model

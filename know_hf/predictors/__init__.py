@@ -3,6 +3,8 @@
 from .averages import Average, MovingAverage
 from .branches import (
     branch_average,
+    combine_adapters,
+    factorise,
     jackknife,
     james_stein_average,
     model_stock,
@@ -15,7 +17,7 @@ from .interpolation import Shrink, TaskVector
 from .protocol import Composition, DepthPredictor, Predictor, get_predictor, register_predictor
 from .relative_depth import relative_depths
 from .rescaling import Rescale, ScaleSymmetry, scale_symmetries
-from .spectral_filter import factorise, spectral_filter
+from .spectral_filter import spectral_filter
 from .start_interpolation import move_from_start
 from .tail_averages import BiasCorrectedAverage, TailAverage, decay_weights
 from .tensor_factor import Rescaler, Rescaling, TensorFactor
@@ -41,6 +43,7 @@ __all__ = [
     "TaskVector",
     "TensorFactor",
     "branch_average",
+    "combine_adapters",
     "decay_weights",
     "factorise",
     "get_predictor",

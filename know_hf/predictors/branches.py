@@ -1,11 +1,10 @@
 """Predictions from branches: trainings from one start on different parts of the data, or with different seeds.
 
 Trajectories have no branches and no start yet: these are functions of tensors, without a name in the registry. They
-act on one complete tensor. Of LoRA, take the products B A and factorise the result (see [`factorise`]), or the factors
-where all branches continue one run: only then do the factors of branches belong together.
+act on one complete tensor. Of LoRA, see [`combine_adapters`].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -107,6 +106,50 @@ def shrunken_jackknife(theta0: torch.Tensor, branches: Sequence[torch.Tensor], f
     correction = jackknife(theta0, branches, fraction) - theta0.float()
     scale = fraction / (1 - fraction)
     return theta0.float() + james_stein(correction, 2 * scale**2 * _noise(branches)) * correction
+
+
+def combine_adapters(
+    combine: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+    adapters: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    rank: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine the products of LoRA matrices, and factorise the result.
+
+    Only the product B A acts on the model: `R A` and `B R⁻¹` are the same adapter for any invertible R, but not the
+    same factors, so the mean of the factors of two runs means nothing. Between branches that continue one run, factors
+    can be combined as they are.
+
+    Args:
+        combine (`Callable`):
+            From the products `(out, in)` of all adapters to one matrix, for example [`branch_average`], or
+            `lambda products: model_stock(zeros, products)`: an adapter starts at a product of zero.
+        adapters (sequence of pairs):
+            A `(r, in)` and B `(out, r)` of each adapter, of equal scaling.
+        rank (`int`, *optional*):
+            Rank of the result; that of the first adapter by default.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: A and B, see [`factorise`].
+    """
+    product = combine([second.float() @ first.float() for first, second in adapters])
+    return factorise(product, len(adapters[0][0]) if rank is None else rank)
+
+
+def factorise(product: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the LoRA matrices A `(r, in)` and B `(out, r)` whose product B A is nearest to a matrix `(out, in)`.
+
+    By singular values (Eckart and Young, *The Approximation of One Matrix by Another of Lower Rank*, 1936), with their
+    square roots in both. Of a scaled adapter, divide the matrix by the scaling first.
+
+    Raises:
+        `ValueError`:
+            If the rank is less than 1 or more than the matrix has rows or columns.
+    """
+    if not 1 <= rank <= min(product.shape):
+        raise ValueError(f"rank must be from 1 to {min(product.shape)}, got {rank}")
+    left, values, right = torch.linalg.svd(product.float(), full_matrices=False)
+    roots = values[:rank].sqrt()
+    return roots[:, None] * right[:rank], left[:, :rank] * roots
 
 
 def _noise(branches: Sequence[torch.Tensor]) -> float:

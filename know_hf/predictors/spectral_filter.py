@@ -1,6 +1,6 @@
 """Keep the singular directions of an update that branches share.
 
-Trajectories have no branches and no start yet: these are functions of tensors, without a name in the registry.
+Trajectories have no branches and no start yet: this is a function of tensors, without a name in the registry.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ def spectral_filter(start: torch.Tensor, branches: Sequence[torch.Tensor]) -> to
 
     Args:
         start (`torch.Tensor`):
-            One tensor before the branches parted; of LoRA, the product B A (see [`factorise`]). Convolution kernels
-            are matrices `(out, in · taps)`. Vectors are averaged.
+            One tensor before the branches parted; of LoRA, the product B A (see [`combine_adapters`]). Convolution
+            kernels are matrices `(out, in · taps)`. Vectors are averaged.
         branches (sequence of `torch.Tensor` of that shape):
             The tensor in each of K ≥ 2 branches.
 
@@ -48,20 +48,3 @@ def spectral_filter(start: torch.Tensor, branches: Sequence[torch.Tensor]) -> to
         values = ((left.T @ others) * right).sum(dim=1)
         filtered += left * values.clamp(min=0) @ right
     return start.float() + (filtered / len(branches)).reshape(start.shape)
-
-
-def factorise(product: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the LoRA matrices A `(r, in)` and B `(out, r)` whose product B A is nearest to a matrix `(out, in)`.
-
-    By singular values (Eckart and Young, *The Approximation of One Matrix by Another of Lower Rank*, 1936), with their
-    square roots in both. Of a scaled adapter, divide the matrix by the scaling first.
-
-    Raises:
-        `ValueError`:
-            If the rank is less than 1 or more than the matrix has rows or columns.
-    """
-    if not 1 <= rank <= min(product.shape):
-        raise ValueError(f"rank must be from 1 to {min(product.shape)}, got {rank}")
-    left, values, right = torch.linalg.svd(product.float(), full_matrices=False)
-    roots = values[:rank].sqrt()
-    return roots[:, None] * right[:rank], left[:, :rank] * roots

@@ -71,7 +71,10 @@ def random_batch(model: nn.Module) -> dict[str, torch.Tensor]:
         vocabulary = getattr(config.get_text_config(), "vocab_size", None)
         if main == "input_ids" and vocabulary:
             ids = torch.randint(vocabulary // 2, vocabulary, (_EXAMPLES, _TOKENS), generator=generator)
-            batch = {"input_ids": ids}
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            batch["attention_mask"][0, -1] = 0
+            if "token_type_ids" in inspect.signature(inner.forward).parameters:
+                batch["token_type_ids"] = torch.zeros_like(ids)
             if getattr(config, "is_encoder_decoder", False):
                 batch["decoder_input_ids"] = ids.flip(1)
             if "pixel_values" not in inspect.signature(inner.forward).parameters:

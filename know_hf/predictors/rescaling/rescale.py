@@ -47,8 +47,8 @@ class Rescale:
         skip (sequence of `str`, *optional*):
             Tensors whose own symmetry is left out, see [`ScaleSymmetry.tensor`].
         batch (`Mapping[str, torch.Tensor]` or `torch.Tensor`, *optional*):
-            Inputs for the comparison: keyword arguments of the model, or its only argument. Random tokens or images by
-            default.
+            Inputs for the comparison: keyword arguments of the model, or its only argument. They must use every part
+            of the model that is used later. Random tokens or images by default.
         model (`nn.Module`, *optional*):
             A model of the recorded architecture for a trajectory of a plain module, or the base model of adapters.
             It is left unchanged.

@@ -1,5 +1,6 @@
 """Find the ways to scale the tensors of a model that keep its function."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +78,9 @@ def scale_symmetries(model: nn.Module, batch: Any = None) -> list[ScaleSymmetry]
     residual branches are kept consistent. Weights of normalisation layers change only where nothing else can undo a
     factor.
 
-    The equations behind it are collected in one forward pass, see [`~know_hf.predictors.rescaling.scale_trace`].
+    The equations behind it are collected in one forward pass, see [`~know_hf.predictors.rescaling.scale_trace`]. The
+    batch must use every part of the model that inputs can use. Of a list of modules, such as experts, of which it uses
+    only some, none scales.
 
     Args:
         model (`nn.Module`):
@@ -99,6 +102,11 @@ def scale_symmetries(model: nn.Module, batch: Any = None) -> list[ScaleSymmetry]
     trace = ScaleTrace(names)
     outputs = evaluated(model, batch, trace)
     trace.require_unscaled(outputs)
+    # an expert that got no token, while others of its list did: what its weights would have to do is unknown
+    unused = {_pattern(name) for name in aliases if name not in trace.forms}
+    for name, form in trace.forms.items():
+        if _pattern(name) in unused:
+            trace.equations.require_zero(form)
 
     parts, equations = trace.parts(), trace.equations
     forms = {name: (parts[name].forms if name in parts else (form,)) for name, form in trace.forms.items()}
@@ -119,6 +127,10 @@ def scale_symmetries(model: nn.Module, batch: Any = None) -> list[ScaleSymmetry]
         is_exact = not any(form.get(variable) for form in epsilons)
         symmetries.append(_symmetry(name, exponents, parts, is_exact, aliases))
     return symmetries
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
 
 
 def _symmetry(
