@@ -170,8 +170,8 @@ def test_parts_of_fused_projections_scale_apart():
     query, value = (s for s in scale_symmetries(make("gpt2")) if s.tensor == f"{layer}c_attn.weight")
     for symmetry, exponents in [(query, (1, -1, 0)), (value, (0, 0, 1))]:
         weight, bias = (symmetry.parts[f"{layer}c_attn.{name}"] for name in ("weight", "bias"))
-        assert (weight.axis, weight.sizes, weight.exponents) == (1, (16, 16, 16), exponents)
-        assert (bias.axis, bias.sizes, bias.exponents) == (0, (16, 16, 16), exponents)
+        assert (weight.axis, weight.exponents) == (1, exponents) and (bias.axis, bias.exponents) == (0, exponents)
+        assert weight.part_of.tolist() == bias.part_of.tolist() == [0] * 16 + [1] * 16 + [2] * 16
     assert query.exponents == {} and value.exponents == {f"{layer}c_proj.weight": -1}
     factors = query.factors(0.5)[f"{layer}c_attn.bias"].scale(torch.ones(48))
     assert factors.unique_consecutive().tolist() == [0.5, 2.0, 1.0]
@@ -196,7 +196,12 @@ class Split(nn.Module):
         (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x.chunk(2, dim=1)[1], (0, 1)),
         (lambda net, x: x.split([4, 4], dim=-1)[0] + x.split([4, 4], dim=-1)[1], None),
         (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x.chunk(2, dim=1)[1] + x.sum(), None),
-        (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x[:, 4:], None),
+        (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x[:, 4:], (0, 1)),
+        (lambda net, x: x.view(4, 4, 2)[..., 0].sigmoid() * x.view(4, 4, 2).unbind(-1)[1], (0, 1)),
+        (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x[:, 2:6], None),
+        (lambda net, x: torch.view_as_real(torch.view_as_complex(x.view(4, 4, 2))).flatten(1)[:, :4], None),
+        (lambda net, x: x.view(torch.int32).view(torch.float32)[:, :4], None),
+        (lambda net, x: x.as_strided((4, 4), (8, 2)) + x.view(2, 2, 8).transpose(0, 1).reshape(4, 8)[:, :4], None),
         (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x.split([2, 4, 2], dim=1)[1], None),
         (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x.chunk(2, dim=1)[1] / net.fused.weight.norm(), None),
         (lambda net, x: x.chunk(2, dim=1)[0].sigmoid() * x.chunk(2, dim=1)[1] * net.fused.bias.abs().sum(), None),

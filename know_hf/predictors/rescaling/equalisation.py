@@ -69,7 +69,10 @@ def equal_layers(symmetries: Sequence[ScaleSymmetry], tensors: Mapping[str, torc
         if tensor.ndim < 2 or not tensor.is_floating_point():
             continue
         part = split.get(name)
-        blocks = [tensor] if part is None else tensor.split(part.sizes, part.axis)
+        blocks = [tensor]
+        if part is not None:
+            channels = [(part.part_of == i).nonzero()[:, 0] for i in range(len(part.exponents))]
+            blocks = [tensor.index_select(part.axis, of_part) for of_part in channels]
         for i, block in enumerate(blocks):
             if block.any():
                 logarithms.append(float(block.double().square().mean().sqrt().log()))

@@ -1,7 +1,7 @@
 """Projections whose output is split, such as query, key and value in one matrix: each part has its own scale."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,8 +9,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .scale_equations import Form, ScaleEquations, add
 
-_KEEP_CHANNELS = ("view", "_unsafe_view", "reshape", "clone")
-_SPLITS = ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
+# operations that only arrange elements, so that they can be applied to the numbers of channels too
+_ARRANGING = frozenset(
+    "view _unsafe_view reshape clone detach alias t transpose permute unsqueeze squeeze expand select slice split"
+    " split_with_sizes unsafe_split unsafe_split_with_sizes unbind".split()
+)
 
 
 @dataclass(frozen=True)
@@ -20,14 +23,14 @@ class TensorParts:
     Attributes:
         axis (`int`):
             The axis.
-        sizes (`tuple[int]`):
-            Size of each part.
+        part_of (`torch.Tensor` of shape `(C,)`):
+            Part of each position along it.
         forms (`tuple[Form]`):
             Exponent of each part.
     """
 
     axis: int
-    sizes: tuple[int, ...]
+    part_of: torch.Tensor
     forms: tuple[Form, ...]
 
 
@@ -35,13 +38,15 @@ class TensorParts:
 class _Projection:
     axis: int  # of the output channels in the weight
     bias: str | None
-    sizes: tuple[int, ...] = ()
-    forms: tuple[Form, ...] = ()  # of the weight's parts
+    num_channels: int
+    parts: dict[tuple[int, ...], Form] = field(default_factory=dict)  # exponents of the weight, by channels
     is_used_whole: bool = False
 
 
 class FusedProjections:
-    """Watches operations for projections whose output is only ever split along its channels, always in the same way.
+    """Watches operations for projections whose output is only ever used in parts, always the same ones.
+
+    Which channels a part has is found by applying the same views to the numbers of the channels.
 
     Args:
         equations ([`ScaleEquations`]):
@@ -56,56 +61,61 @@ class FusedProjections:
         self._projections: dict[str, _Projection] = {}
         self._used_otherwise: set[str] = set()
         self._transposed: Any = WeakTensorKeyDictionary()  # names of weights
-        self._outputs: Any = WeakTensorKeyDictionary()  # names of the weights of projections
+        # names of weights and numbers of channels, of complete outputs
+        self._channels: Any = WeakTensorKeyDictionary()
 
     def watch(
-        self, name: str, args: Sequence[Any], output: Any, forms: Mapping[str, Form], form: Form
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        forms: Mapping[str, Form],
+        form: Form,
     ) -> list[Form] | None:
-        """Note an operation; return the exponents of its outputs if it splits a projection.
+        """Note an operation; return the exponents of its outputs if it takes parts of a projection.
 
         Args:
-            name (`str`):
-                Name of the operation.
-            args (sequence):
-                Its inputs.
-            output:
-                Its output.
+            func, args, kwargs, output:
+                The operation.
             forms (`Mapping[str, Form]`):
                 Exponents of the tensors of the model.
             form (`Form`):
                 Exponent of its first input.
         """
-        first = args[0] if args else None
+        name, first = func.overloadpacket.__name__, args[0] if args else None
         if name == "t" and (weight := self._names.get(id(first))) is not None:
             self._transposed[output] = weight
             return None
-        if name in ("mm", "addmm") and (projection := self._projection(name, args)) is not None:
-            self._outputs[output] = projection
+        if name in ("mm", "addmm") and (projected := self._projection(name, args)) is not None:
+            channels = torch.arange(output.shape[-1], device=output.device)
+            self._channels[output] = (projected, channels.expand(output.shape).clone())  # with the same strides
             return None
-        if isinstance(first, torch.Tensor) and (weight := self._outputs.get(first)) is not None:
-            if name in _KEEP_CHANNELS and output.shape[-1] == first.shape[-1]:
-                self._outputs[output] = weight
-                return None
-            dim = args[2] if len(args) > 2 else 0
-            if name in _SPLITS and dim in (-1, first.ndim - 1):
-                return self._split(weight, tuple(part.shape[-1] for part in output), forms[weight], form)
-        self._use_whole(args)
+        is_arranging = name in _ARRANGING and not any(isinstance(value, torch.dtype) for value in args)
+        if is_arranging and isinstance(first, torch.Tensor) and first in self._channels:
+            weight, channels = self._channels[first]
+            views = func(channels, *args[1:], **kwargs)
+            pairs = [(output, views)] if isinstance(output, torch.Tensor) else zip(output, views, strict=True)
+            return [self._view(weight, view, of_view, forms[weight], form) for view, of_view in pairs]
+        self._use_whole((*args, *kwargs.values()))
         return None
 
     def parts(self, forms: Mapping[str, Form]) -> dict[str, TensorParts]:
         """Return the parts of weights and biases by name, and require one scale of the other projections."""
         parts = {}
         for name, projection in self._projections.items():
-            tensors = {name, projection.bias} - {None}
-            if projection.is_used_whole or tensors & self._used_otherwise:
-                for form in projection.forms:
+            of_weight = tuple(projection.parts.values())
+            if projection.is_used_whole or {name, projection.bias} & self._used_otherwise:
+                for form in of_weight:
                     self._equations.require_equal(form, forms[name])
-            elif projection.sizes:
-                parts[name] = TensorParts(projection.axis, projection.sizes, projection.forms)
+            elif of_weight:
+                part_of = torch.zeros(projection.num_channels, dtype=torch.long)
+                for part, channels in enumerate(projection.parts):
+                    part_of[list(channels)] = part
+                parts[name] = TensorParts(projection.axis, part_of, of_weight)
                 if projection.bias is not None:
                     rest = add(forms[projection.bias], forms[name], -1)
-                    of_bias = tuple(add(rest, form) for form in projection.forms)
-                    parts[projection.bias] = TensorParts(0, projection.sizes, of_bias)
+                    parts[projection.bias] = TensorParts(0, part_of, tuple(add(rest, form) for form in of_weight))
         return parts
 
     def _projection(self, name: str, args: Sequence[Any]) -> str | None:
@@ -116,31 +126,34 @@ class FusedProjections:
         bias = self._names.get(id(args[0])) if name == "addmm" else None
         if weight is None or (name == "addmm" and bias is None) or id(args[-2]) in self._names:
             return None
-        new = _Projection(axis=1 if transposed is None else 0, bias=bias)
+        new = _Projection(1 if transposed is None else 0, bias, matrix.shape[1])
         projection = self._projections.setdefault(weight, new)
         if (projection.axis, projection.bias) != (new.axis, new.bias):
             projection.is_used_whole = True
-        self._use_whole(args[-2:-1])
+        self._use_whole(args[-2])
         return weight
 
-    def _split(self, weight: str, sizes: tuple[int, ...], base: Form, form: Form) -> list[Form]:
+    def _view(self, weight: str, view: torch.Tensor, channels: torch.Tensor, base: Form, form: Form) -> Form:
+        """Exponent of a view of a complete output: that of a part, unless it has all channels too."""
         projection = self._projections[weight]
-        if not projection.sizes:
-            projection.sizes = sizes
-            projection.forms = (base, *(self._equations.variable() for _ in sizes[1:]))
-        if projection.sizes != sizes:
-            projection.is_used_whole = True
-            return [form] * len(sizes)
-        rest = add(form, base, -1)
-        return [add(rest, part) for part in projection.forms]
+        used = tuple(channels.unique().tolist())
+        if len(used) == projection.num_channels:
+            self._channels[view] = (weight, channels)
+            return form
+        if used not in projection.parts:
+            if set(used) & {channel for part in projection.parts for channel in part}:
+                projection.is_used_whole = True
+                return form
+            projection.parts[used] = self._equations.variable() if projection.parts else base
+        return add(form, add(projection.parts[used], base, -1))
 
     def _use_whole(self, values: Any) -> None:
         if isinstance(values, torch.Tensor):
             name = self._names.get(id(values)) or self._transposed.get(values)
             if name is not None:
                 self._used_otherwise.add(name)
-            if (weight := self._outputs.get(values)) is not None:
-                self._projections[weight].is_used_whole = True
+            if values in self._channels:
+                self._projections[self._channels[values][0]].is_used_whole = True
         elif isinstance(values, tuple | list):
             for value in values:
                 self._use_whole(value)

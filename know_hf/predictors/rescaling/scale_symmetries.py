@@ -24,14 +24,14 @@ class PartExponents:
     Attributes:
         axis (`int`):
             Axis along which the parts lie.
-        sizes (`tuple[int]`):
-            Size of each part.
+        part_of (`torch.Tensor` of shape `(C,)`):
+            Part of each position along the axis.
         exponents (`tuple[float]`):
             Exponent of each part.
     """
 
     axis: int
-    sizes: tuple[int, ...]
+    part_of: torch.Tensor
     exponents: tuple[float, ...]
 
 
@@ -63,8 +63,8 @@ class ScaleSymmetry:
         """Return what each tensor is multiplied by, for f = `base`."""
         factors = {name: TensorFactor(base**exponent) for name, exponent in self.exponents.items()}
         for name, part in self.parts.items():
-            values = [torch.full((size,), base**e) for size, e in zip(part.sizes, part.exponents, strict=True)]
-            factors[name] = TensorFactor(channels={part.axis: torch.cat(values)})
+            values = torch.tensor([base**exponent for exponent in part.exponents])
+            factors[name] = TensorFactor(channels={part.axis: values[part.part_of]})
         return factors
 
 
@@ -150,7 +150,7 @@ def _symmetry(
     reason += "" if is_exact else "; a normalisation absorbs it up to its epsilon"
     whole = {alias: v[0] for name, v in changed.items() if len(set(v)) == 1 for alias in aliases[name]}
     split = {
-        alias: PartExponents(parts[name].axis, parts[name].sizes, v)
+        alias: PartExponents(parts[name].axis, parts[name].part_of, v)
         for name, v in changed.items()
         if len(set(v)) > 1
         for alias in aliases[name]

@@ -115,7 +115,8 @@ class ScaleTrace(TorchDispatchMode):
         before = [(tensor, self.form(tensor)) for tensor in _written(schema, args)]
         output = func(*args, **kwargs)
         forms = rule(output, *args, **kwargs)
-        forms = self._watch(name, args, kwargs, output) or forms
+        first = self.form(args[0]) if args and isinstance(args[0], torch.Tensor) else {}
+        forms = self._fused.watch(func, args, kwargs, output, self.forms, first) or forms
         outputs = list(floating_tensors(output))
         for tensor, form in zip(outputs, forms if isinstance(forms, list) else [forms] * len(outputs), strict=False):
             for written, old in before:
@@ -127,11 +128,6 @@ class ScaleTrace(TorchDispatchMode):
     def parts(self) -> dict[str, TensorParts]:
         """Return the tensors of which parts scale apart, by name; to be called after the last operation."""
         return self._fused.parts(self.forms)
-
-    def _watch(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> list[Form] | None:
-        first = args[0] if args else None
-        form = self.form(first) if isinstance(first, torch.Tensor) else {}
-        return self._fused.watch(name, (*args, *kwargs.values()), output, self.forms, form)
 
     def _rule(self, func: Any, name: str) -> Rule | None:
         if func.is_view:
