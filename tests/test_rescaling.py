@@ -230,6 +230,20 @@ def test_tied_embeddings_are_undone_in_the_last_norm():
     assert "model.norm.weight" not in exponents(make("llama"), "model.embed_tokens.weight")
 
 
+def test_weights_that_share_memory_have_one_scale():
+    model = mlp()
+    model[2] = nn.Linear(8, 8)
+    model[4] = nn.Linear(8, 8)
+    model[4].weight.data = model[2].weight.data
+    # the shared weight is used twice and is the head too, so that each use undoes half
+    (symmetry,) = scale_symmetries(model, BATCHES["mlp"])
+    assert symmetry.exponents == {
+        **{"0.weight": 1.0, "0.bias": 1.0, "2.bias": 0.5},
+        **{"2.weight": -0.5, "4.weight": -0.5},
+    }
+    assert Rescale(factor=0.25, batch=BATCHES["mlp"]).rescaling(model).deviation < 1e-6
+
+
 def test_lora_matrices_undo_each_other():
     symmetries = scale_symmetries(lora())
     assert len(symmetries) == 4

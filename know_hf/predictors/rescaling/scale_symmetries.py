@@ -1,14 +1,14 @@
 """Find the ways to scale the tensors of a model that keep its function."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...model_tensors import names_in_memory
+from ...model_tensors import memory_key, names_in_memory
 from ..tensor_factor import TensorFactor
 from .forward_pass import evaluated
 from .fused_projections import TensorParts
@@ -94,16 +94,19 @@ def scale_symmetries(model: nn.Module, batch: Any = None) -> list[ScaleSymmetry]
     """
     tensors, on_disk = model.state_dict(keep_vars=True), names_in_memory(model)
     names: dict[int, str] = {}
-    aliases: dict[str, list[str]] = {}
+    aliases: dict[Hashable, list[str]] = {}
     for name, in_memory in on_disk.items():
-        if tensors[in_memory].is_floating_point():
-            first = names.setdefault(id(tensors[in_memory]), name)
-            aliases.setdefault(first, []).append(name)
+        tensor = tensors[in_memory]
+        if tensor.is_floating_point():
+            of_tensor = aliases.setdefault(memory_key(tensor), [])
+            of_tensor.append(name)
+            names[id(tensor)] = of_tensor[0]
+    by_first = {of_tensor[0]: of_tensor for of_tensor in aliases.values()}
     trace = ScaleTrace(names)
     outputs = evaluated(model, batch, trace)
     trace.require_unscaled(outputs)
     # an expert that got no token, while others of its list did: what its weights would have to do is unknown
-    unused = {_pattern(name) for name in aliases if name not in trace.forms}
+    unused = {_pattern(name) for name in by_first if name not in trace.forms}
     for name, form in trace.forms.items():
         if _pattern(name) in unused:
             trace.equations.require_zero(form)
@@ -125,7 +128,7 @@ def scale_symmetries(model: nn.Module, batch: Any = None) -> list[ScaleSymmetry]
             tensor: tuple(float(f.get(variable, 0)) for f in of_tensor) for tensor, of_tensor in reduced.items()
         }
         is_exact = not any(form.get(variable) for form in epsilons)
-        symmetries.append(_symmetry(name, exponents, parts, is_exact, aliases))
+        symmetries.append(_symmetry(name, exponents, parts, is_exact, by_first))
     return symmetries
 
 
