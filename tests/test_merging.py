@@ -252,13 +252,15 @@ def test_a_base_model_by_its_folder(tmp_path, record, make, config):
         assert torch.equal(by_name.history(name), by_object.history(name))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no config", "nested config", "other sizes"])
+@pytest.mark.parametrize("damage", ["truncated", "not finite", "no config", "nested config", "other sizes"])
 def test_a_damaged_base_model_is_named(tmp_path, record, damage):
     base, weights = tmp_path / "base", tmp_path / "base" / "model.safetensors"
     llama().save_pretrained(base)
     trajectory = record(llama(), lora("q_proj"))
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "not finite":
+        weights.write_bytes(weights.read_bytes()[:-4] + b"\xff\xff\xff\xff")
     elif damage == "no config":
         (base / "config.json").unlink()
     elif damage == "nested config":

@@ -224,6 +224,9 @@ class _Base:
             model, loading = from_safetensors(self.model_class, self.source, self.revision, **options)
         except _UNLOADABLE as error:
             raise _unloadable(self.source, error) from error
+        for name, tensor in model.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"tensor {name!r} of the base model {self.source} contains NaN or infinite values")
         for name in sorted(loading["missing_keys"]):
             if _PREFIX + name not in self.trajectory.names:
                 raise ValueError(
