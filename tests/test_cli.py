@@ -255,7 +255,7 @@ def test_record_can_only_plan(config, monkeypatch, capsys):
     assert main(["record", "--config", config, "--plan"]) == 0
     out = capsys.readouterr().out
     assert [line.split() for line in out.splitlines()[1:3]] == [["0", "100", "2", "20"], ["1", "50", "1", "5"]]
-    for text in ("25 steps", "2.50 epochs", "1.25 times", "1.50", "12.0 MB", "3,000,000", "24.0 MB", "1.0 GB"):
+    for text in ("25 steps", "2.50 epochs", "1.25 times", "1.50", "12.0 MB", "3,000,000", "36.0 MB", "1.0 GB"):
         assert text in out
 
 

@@ -93,10 +93,10 @@ STEPS = ("states", 1, "steps")
         (("schedule", "ratio"), "0.5", r"schedule\.ratio is '0\.5' .*finite number"),
         (("schedule", "ratio"), 1.5, r"schedule .*ratio must .*1\.5"),
         (("schedule", "num_states"), 10**9, r"schedule\.num_states is 1000000000 .*1000"),
-        (("format_version",), 1.0, r"format version 1\.0, expected '1\.0'"),
+        (("format_version",), 1.0, r"format version 1\.0, expected '1\.1'"),
         (("format_version",), "²", r"format version '²', expected"),
         (("format_version",), "0.9", r"format version '0\.9', expected"),
-        (("format_version",), "10.0", r"format version '10\.0', expected '1\.0'; install a newer"),
+        (("format_version",), "10.0", r"format version '10\.0', expected '1\.1'; install a newer"),
         # a path that is listed twice or in the folder of another owner
         (("files", 0, "path"), "state-1/config.json", "lists 'state-1/config.json'"),
         (("files", 0, "path"), "State-9/config.json", "lists 'State-9/config.json'"),
@@ -178,7 +178,7 @@ def test_size_and_number_of_states_are_limited(tmp_path):
         handle.truncate(10**12)  # a sparse file
     refused(tmp_path, "more than 64 MB")
     path.write_bytes(b'{"format_version": "1.0", "states": []}'.ljust(MAX_BYTES))
-    assert Manifest.read(tmp_path) == Manifest(states=())
+    assert Manifest.read(tmp_path).states == ()
     states = [{"index": k, "num_examples": 2000 - k, "steps": 1, "files": []} for k in range(1001)]
     path.write_text(json.dumps({"format_version": "1.0", "states": states}))
     refused(tmp_path, "at most 1000")
@@ -201,7 +201,9 @@ def test_missing_fields_of_an_older_minor_version_have_defaults(tmp_path):
     content = '{"format_version": "1.0", "states": [], "schedule": {"ratio": 0.33}, "roles": {"a": %s}}'
     (tmp_path / "trajectory.json").write_text(content % '{"role": "norm", "reason": "weight of SyncBatchNorm"}')
     role = TensorRole("norm", "weight of SyncBatchNorm", is_batch_norm=True)
-    assert Manifest.read(tmp_path) == Manifest((), ForgettingSchedule(ratio=0.33), roles={"a": role})
+    assert Manifest.read(tmp_path) == Manifest(
+        (), ForgettingSchedule(ratio=0.33), roles={"a": role}, format_version="1.0"
+    )
 
 
 def test_links_that_lead_outside_are_refused(folder, tmp_path):

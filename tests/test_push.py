@@ -188,7 +188,7 @@ def test_new_metrics_replace_the_manifest_in_one_commit(hub: LoopbackHub, trajec
     push(trajectory_copy, "me/t")
     WeightTrajectory(trajectory_copy).update_metrics(0, {"accuracy": 0.5})
     push(trajectory_copy, "me/t")
-    assert len(hub.repo("me/t").titles()) == 8
+    assert len(hub.repo("me/t").titles()) == 9
     assert WeightTrajectory.from_hub("me/t").states[0].metrics["accuracy"] == 0.5
 
 
@@ -205,7 +205,9 @@ def test_interrupted_push_of_a_trajectory_resumes(hub: LoopbackHub, recorded: Pa
     push(recorded, "me/t")
     sent = [r.path.removeprefix("/lfs/") for r in hub.requests[before:] if r.method == "PUT"]
     tree = hub.repo("me/t").resolve("main").tree
-    assert sent == [tree[f"state-{index}/model.safetensors"].sha256 for index in (2, 3, 4)]
+    assert sent == [tree[f"state-{index}/model.safetensors"].sha256 for index in (2, 3, 4)] + [
+        tree["start/model.safetensors"].sha256
+    ]
     WeightTrajectory(pull("me/t", tmp_path / "pulled")).verify()
 
 
@@ -441,7 +443,7 @@ def test_a_trajectory_is_never_mixed_with_another(
     hub: LoopbackHub, recorded: Path, sharing: WeightTrajectory, tmp_path: Path, change: str
 ) -> None:
     files = contents(sharing.path) if change == "another trajectory" else {"state-1/config.json": b"{}"}
-    hub.fail(COMMIT, times=3 if change == "another trajectory" else 5, before=lambda: None)
+    hub.fail(COMMIT, times=3 if change == "another trajectory" else 6, before=lambda: None)
     hub.fail(COMMIT, before=lambda: hub.add("me/t", files))
     with raises(HubError, "state . of me/t was changed .* push again"):
         push(recorded, "me/t")

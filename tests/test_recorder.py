@@ -55,7 +55,7 @@ def test_metrics_can_be_added_later(record_states):
     again = WeightTrajectory(trajectory.path)
     assert [state.metrics for state in again.states] == [{"eval_loss": 0.5, "eval_accuracy": 1.0}, {}]
     content = json.loads((trajectory.path / "trajectory.json").read_text())
-    assert content["format_version"] == "1.0"
+    assert content["format_version"] == "1.1"
     assert {"know_hf", "torch", "transformers", "safetensors"} <= set(content["library_versions"])
 
 

@@ -19,8 +19,8 @@ class CheckpointReader:
     Args:
         files (`Sequence[Path | ByteSource]`):
             The safetensors files. Each tensor is in exactly one of them.
-        elsewhere (`Mapping[str, CheckpointReader]`, *optional*):
-            Readers of tensors that other checkpoints store for this one, by name.
+        elsewhere (`Mapping[str, tuple[ByteSource, TensorEntry]]`, *optional*):
+            Tensors that other checkpoints store for this one, by name; see [`locate`].
 
     Raises:
         `CheckpointError`:
@@ -28,11 +28,9 @@ class CheckpointReader:
     """
 
     def __init__(
-        self, files: Sequence[Path | ByteSource], elsewhere: "Mapping[str, CheckpointReader] | None" = None
+        self, files: Sequence[Path | ByteSource], elsewhere: Mapping[str, tuple[ByteSource, TensorEntry]] | None = None
     ) -> None:
-        self._entries: dict[str, tuple[ByteSource, TensorEntry]] = {
-            name: reader.locate(name) for name, reader in (elsewhere or {}).items()
-        }
+        self._entries: dict[str, tuple[ByteSource, TensorEntry]] = dict(elsewhere or {})
         for file in files:
             try:
                 source = LocalFile(file) if isinstance(file, Path) else file

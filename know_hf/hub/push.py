@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -17,13 +17,15 @@ from ..known.configuration_known import KNOWNConfig
 from ..known.modeling_known import KNOWNModel
 from ..local_paths import public_name, public_values
 from ..trajectory import TrajectoryError, WeightTrajectory
-from ..trajectory.manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord
+from ..trajectory.manifest import MANIFEST_NAME, Manifest
+from ..trajectory.records import FileRecord, StateRecord
 from .push_target import PushKeywords, PushOptions, PushTarget
 from .repo_contents import (
     CARD,
     architecture_of,
     checkpoint_files,
     is_card_file,
+    is_of_snapshot,
     is_weights,
     kind_of,
     public_files,
@@ -126,20 +128,22 @@ def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **o
             cards[CARD] = Path(temporary) / CARD
             cards[CARD].write_text(str(trajectory_card(trajectory, repo_id=target.repo_id)), encoding="utf-8")
         repo = target.create(message)
-        for state in manifest.states:
+        for state in manifest.snapshots:
             if not _has_state(repo, files, state):
                 of_state = {record.path: files[record.path] for record in state.files}
-                target.commit(of_state, f"{message}: state {state.index}", lambda name: name == MANIFEST_NAME)
-        state_files = {record.path for state in manifest.states for record in state.files}
+                what = state.name.replace("-", " ")
+                target.commit(of_state, f"{message}: {what}", lambda name: name == MANIFEST_NAME)
+        state_files = {record.path for state in manifest.snapshots for record in state.files}
         last = {name: path for name, path in files.items() if name not in state_files} | cards
 
         def check(repo: RemoteRepo) -> None:
-            for state in manifest.states:
+            for state in manifest.snapshots:
                 if not _has_state(repo, files, state):
-                    changed = f"state {state.index} of {repo.repo_id} was changed by another commit during the push"
+                    what = state.name.replace("-", " ")
+                    changed = f"{what} of {repo.repo_id} was changed by another commit during the push"
                     raise HubError(f"{changed}; push again, or to another repo")
 
-        target.commit(last, message, lambda name: name not in state_files and name.startswith("state-"), check)
+        target.commit(last, message, lambda name: name not in state_files and is_of_snapshot(name), check)
     return target.url
 
 
@@ -191,11 +195,19 @@ def _public_trajectory(folder: Path, temporary: Path) -> tuple[Manifest, dict[st
         is_changed = {record: files[record.path] != folder / record.path for record in records}
         return tuple(FileRecord.of(files[r.path], r.path) if is_changed[r] else r for r in records)
 
-    states = tuple(
-        replace(state, files=public(state.files), training=public_values(state.training)) for state in manifest.states
-    )
+    def public_states(states: Iterable[StateRecord]) -> tuple[StateRecord, ...]:
+        return tuple(replace(s, files=public(s.files), training=public_values(s.training)) for s in states)
+
     base_model = None if manifest.base_model is None else public_name(manifest.base_model)
-    changed = replace(manifest, base_model=base_model, files=public(manifest.files), states=states)
+    changed = replace(
+        manifest,
+        base_model=base_model,
+        files=public(manifest.files),
+        states=public_states(manifest.states),
+        start=None if manifest.start is None else public_states([manifest.start])[0],
+        tail=public_states(manifest.tail),
+        branches=public_states(manifest.branches),
+    )
     if changed != manifest:
         changed.write(temporary)
     return changed, files | {MANIFEST_NAME: temporary / MANIFEST_NAME}

@@ -21,6 +21,7 @@ _EXPECTED = re.compile(
 )
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _STATE_FOLDER = re.compile(r"state-\d+/")
+_SNAPSHOT_FOLDER = re.compile(r"(start|(state|tail|branch)-\d+)/")
 
 
 def kind_of(names: Collection[str]) -> Kind | None:
@@ -44,6 +45,11 @@ def is_expected(name: str) -> bool:
 def is_weights(name: str) -> bool:
     """Return whether `from_pretrained` may read this file as the weights of a checkpoint."""
     return _WEIGHTS.fullmatch(name) is not None
+
+
+def is_of_snapshot(name: str) -> bool:
+    """Return whether a file is in the folder of a state, the start, a tail state or a branch."""
+    return _SNAPSHOT_FOLDER.match(name) is not None
 
 
 def is_card_file(name: str) -> bool:

@@ -1,5 +1,6 @@
 """[`WeightTransitionCallback`]: when a training ends, its weights become the next state."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..local_paths import loaded_from
 from ..schedule import ForgettingSchedule
 from ..trajectory import WeightTrajectory, check_recordable
 from ..trajectory.recorder import check_savable
+from ..trajectory.start import StartWeights
 from .loaders import num_examples
 from .optimizers import check_trains, use_evaluated_weights
 from .recorded_arguments import recorded_arguments
@@ -51,6 +53,10 @@ class WeightTransitionCallback(TrainerCallback):
         dtype (`torch.dtype`, *optional*):
             Floating-point dtype to store, such as `torch.bfloat16`; defaults to the dtype of each weight. A resumed
             run continues from the stored weights.
+        start_weights (`"reference"`, `"full"` or `"none"`, *optional*, defaults to `"reference"`):
+            How to record the start, the weights before the first training: with the unchanged tensors of a base model
+            in the Hub cache by its id and commit, with a copy of them, or not at all. A training that resumes from a
+            checkpoint has no start.
 
     Attributes:
         trajectory ([`WeightTrajectory`]):
@@ -79,6 +85,7 @@ class WeightTransitionCallback(TrainerCallback):
         *,
         trainer: Trainer | None = None,
         dtype: torch.dtype | None = None,
+        start_weights: StartWeights = "reference",
     ) -> None:
         if WeightTrajectory.exists(output_dir):
             self.trajectory = WeightTrajectory(output_dir)
@@ -91,6 +98,8 @@ class WeightTransitionCallback(TrainerCallback):
             self.trajectory = WeightTrajectory.create(output_dir, schedule)
         self.trainer = trainer
         self.dtype = dtype
+        self.start_weights = start_weights
+        self._trainings = 0
         self._sizes = [state.num_examples for state in self.trajectory.states]
         self._stepped = False
 
@@ -104,6 +113,10 @@ class WeightTransitionCallback(TrainerCallback):
                 "the training data is a stream of unknown size; pass the schedule that divides it:"
                 " WeightTransitionCallback(output_dir, schedule)"
             )
+        # a collective call: whether it is the first training is known on every process
+        begins = state.global_step == 0 and not self._trainings and self.start_weights != "none"
+        state_dict = gather_state_dict(kwargs["model"], self.trainer) if begins else None
+        self._trainings += 1
         if not state.is_world_process_zero:
             return
         self.trajectory.check()
@@ -122,6 +135,8 @@ class WeightTransitionCallback(TrainerCallback):
         if not self._sizes:
             check_reloadable(kwargs["model"])
             check_savable(self.trajectory.path, kwargs["model"], kwargs.get("processing_class"))
+            if begins:
+                self.record_start(kwargs["model"], state_dict)
 
     def check_optimizer(self, state: TrainerState, **kwargs: Any) -> None:
         """Check that the optimizer of a training trains the model, and warn once when it trains more."""
@@ -153,6 +168,10 @@ class WeightTransitionCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         reshard(kwargs["model"])  # the next training creates its optimizer before any of its events
+
+    def record_start(self, model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None) -> None:
+        """Write the weights before the first training; see [`WeightTrajectory.record_start`]."""
+        self.trajectory.record_start(model, state_dict=state_dict, dtype=self.dtype, weights=self.start_weights)
 
     def record(self, model: nn.Module, **details: Any) -> None:
         """Copy the weights and write them as the next state; takes the arguments of [`WeightTrajectory.record`].

@@ -19,6 +19,7 @@ from ..local_paths import loaded_from
 from ..schedule import ForgettingSchedule
 from ..trajectory import StateRecord, WeightTrajectory, state_nbytes
 from ..trajectory.recorder import check_savable
+from ..trajectory.start import StartWeights
 from .callback import WeightTransitionCallback
 from .loaders import check_loader
 from .optimizers import use_evaluated_weights
@@ -37,6 +38,7 @@ def induce_forgetting(
     start: Literal["train", "current"] = "train",
     *,
     dtype: torch.dtype | None = None,
+    start_weights: StartWeights = "reference",
 ) -> WeightTrajectory:
     """Train a model on smaller and smaller nested subsets of its data and record every state (KNOW paper, §3).
 
@@ -70,8 +72,9 @@ def induce_forgetting(
         start (`"train"` or `"current"`, *optional*, defaults to `"train"`):
             `"train"` trains state 0 on all data, like `trainer.train()`; `"current"` uses the model's current weights
             as state 0.
-        dtype (`torch.dtype`, *optional*):
-            Floating-point dtype to store, see [`WeightTransitionCallback`].
+        dtype, start_weights (*optional*):
+            See [`WeightTransitionCallback`]. With `start="current"` the weights before the training are unknown and
+            not recorded.
 
     Returns:
         [`WeightTrajectory`]: with `schedule.num_states` states.
@@ -103,7 +106,8 @@ def induce_forgetting(
     subsets = divide(trainer.train_dataset, schedule, examples_per_step(trainer.args))
     check_loader(trainer, subsets)
     arguments = [_stage_arguments(trainer.args, index, schedule) for index in range(schedule.num_states)]
-    callback = _StageCallback(output_dir, schedule, trainer=trainer, dtype=dtype)
+    start_weights = start_weights if start == "train" else "none"
+    callback = _StageCallback(output_dir, schedule, trainer=trainer, dtype=dtype, start_weights=start_weights)
     trajectory = callback.trajectory
     with ExitStack() as stack:
 
@@ -113,7 +117,7 @@ def induce_forgetting(
             stack.enter_context(trajectory.recording())
             check_same_recording(trajectory, subsets, arguments, trainer.optimizer_cls_and_kwargs)
             trajectory.check_base(trainer.model)
-            _check_missing_states(trajectory, trainer, schedule, dtype)
+            _check_missing_states(trajectory, trainer, schedule, dtype, start_weights)
             return trajectory.num_states
 
         num_recorded = on_main_process(trainer.accelerator, begin)
@@ -131,6 +135,7 @@ def induce_forgetting(
             if index == 0 and start == "current":
                 callback.record_current(trainer)
             else:
+                callback.record_first(trainer, index)
                 _train_stage(trainer, arguments[index], subsets[index], callback)
             on_main_process(trainer.accelerator, callback.raise_failure)
             progress.evaluate(index, callback.weights)
@@ -167,6 +172,14 @@ class _StageCallback(WeightTransitionCallback):
         except Exception as error:
             self._failure = error
 
+    def record_first(self, trainer: Trainer, index: int) -> None:
+        """Record the weights of the trainer's model as the start, before the training of state 0."""
+        if index or self.start_weights == "none":
+            return
+        state_dict = gather_state_dict(trainer.model, trainer)
+        on_main_process(trainer.accelerator, lambda: self.record_start(trainer.model, state_dict))
+        reshard(trainer.model)
+
     def record_current(self, trainer: Trainer) -> None:
         """Record the current weights as state 0, without training."""
         state_dict = gather_state_dict(trainer.model, trainer)
@@ -180,7 +193,11 @@ class _StageCallback(WeightTransitionCallback):
 
 
 def _check_missing_states(
-    trajectory: WeightTrajectory, trainer: Trainer, schedule: ForgettingSchedule, dtype: torch.dtype | None
+    trajectory: WeightTrajectory,
+    trainer: Trainer,
+    schedule: ForgettingSchedule,
+    dtype: torch.dtype | None,
+    start_weights: StartWeights,
 ) -> None:
     missing = schedule.num_states - trajectory.num_states
     if not missing:
@@ -189,7 +206,8 @@ def _check_missing_states(
         check_reloadable(trainer.model)
         check_savable(trajectory.path, trainer.model, trainer.processing_class)
     first, further = state_nbytes(trainer.model, dtype)
-    check_free_disk(trajectory.path, missing * further + (0 if trajectory.num_states else first - further))
+    once = 0 if trajectory.num_states else first - further + (first if start_weights != "none" else 0)
+    check_free_disk(trajectory.path, missing * further + once)
 
 
 @contextmanager

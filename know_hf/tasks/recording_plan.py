@@ -49,8 +49,13 @@ class RecordingPlan:
 
     @property
     def bytes_needed(self) -> int:
-        """Upper bound of the bytes of all states; tensors that do not change are stored once."""
-        return self.bytes_per_state * len(self.num_examples)
+        """Upper bound of the bytes of all states and the start; tensors that do not change are stored once."""
+        return self.bytes_per_state * (len(self.num_examples) + self.has_start)
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the weights before the training are recorded too: state 0 is trained."""
+        return self.epochs[0] > 0
 
     def __str__(self) -> str:
         rows = [f"{'state':>5}  {'examples':>10}  {'epochs':>6}  {'steps':>9}"]
@@ -60,8 +65,9 @@ class RecordingPlan:
         cost = f"cost: {sum(self.steps):,} steps, {self.examples_seen:,} examples = {epochs:.2f} epochs on all data"
         if self.epochs[0]:
             cost += f", {epochs / self.epochs[0]:.2f} times the training of state 0"
+        states = f"{len(self.num_examples)} states{' and the start' if self.has_start else ''}"
         disk = (
-            f"disk: {len(self.num_examples)} states of {format_bytes(self.bytes_per_state)} ({self.parameters:,}"
+            f"disk: {states} of {format_bytes(self.bytes_per_state)} ({self.parameters:,}"
             f" parameters) = {format_bytes(self.bytes_needed)}, {format_bytes(self.free_bytes)} free"
         )
         return "\n".join([*rows, "", f"{cost} (Σ r^k = {self.relative_cost:.2f})", disk])

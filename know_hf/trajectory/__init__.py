@@ -2,8 +2,9 @@
 
 from .adapters import check_recordable
 from .loading import load_into, load_pretrained
-from .manifest import FileRecord, StateRecord, TrajectoryError
+from .manifest import TrajectoryError
 from .recorder import TrajectoryBusyError
+from .records import FileRecord, StateRecord
 from .snapshot import state_nbytes
 from .weight_trajectory import WeightTrajectory
 

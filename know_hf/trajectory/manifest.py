@@ -8,74 +8,32 @@ are ignored, so that a newer minor version can add some.
 import os
 import posixpath
 import re
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from reprlib import Repr
 from typing import Annotated, Any
 
 from pydantic import BaseModel, FailFast, Field, GetPydanticSchema, Strict, TypeAdapter, ValidationError
-from pydantic.functional_validators import AfterValidator, BeforeValidator, PlainValidator
 from pydantic_core import core_schema
 from transformers.utils import logging
 
-from ..checkpoint import file_sha256, read_json, write_json
+from ..checkpoint import read_json, write_json
 from ..roles import TensorRole
-from ..schedule import ForgettingSchedule, size_in_words
+from ..schedule import ForgettingSchedule
+from .records import FILE_KINDS, SHA256, FileRecord, Integer, Limited, Number, StateRecord, Text, Texts
 
 logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "trajectory.json"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"  # 1.1 added start, tail and branches
 MAX_BYTES = 64_000_000  # 5 states of 100,000 tensors, most of them stored once, take 44 MB
 _MAX_STATES = 1000
-_MAX_ENTRIES = 250_000  # of a mapping: pydantic collects the errors of all entries before it raises
 
-# Files that save_pretrained of models, adapters, tokenizers and processors writes. Loading a pickle or a model with
-# trust_remote_code runs code: pickles and Python are refused.
-_FILE_KINDS = re.compile(r".+\.(safetensors|json|jinja|txt|md|model(\.v\w+)?|spm|codes|vocab|tokenizer|tiktoken)")
-# A plain name on every system: not hidden, no drive, stream, device or separator of Windows.
-_FILE_NAME = re.compile(r"(?!\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$))[^\\/:*?\"<>|]*[^\\/:*?\"<>|. ]", re.IGNORECASE)
-# Control characters and line separators could forge lines of a card or steer a terminal.
-_PLAIN_TEXT = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
-_SHA256 = "^[0-9a-f]{64}$"
+SNAPSHOT_FOLDER = re.compile(r"start|(state|tail|branch)-.*", re.IGNORECASE)
 
 _short = Repr()
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxlong = 2, 2, 2, 60, 30
 _shorten = _short.repr  # bounded in length and depth, unlike repr
-
-
-def _number(value: Any) -> int | float:
-    # an int of a thousand digits compares with a float but does not convert to one
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-        return value
-    raise ValueError("expected a finite number")
-
-
-def _limited(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > _MAX_ENTRIES:
-        raise ValueError(f"expected at most {_MAX_ENTRIES} entries, got {len(value)}")
-    return value
-
-
-def _relative_path(path: str) -> str:
-    if path.startswith("/") or re.match(r"\w:", path) or ".." in re.split(r"[/\\]", path):
-        raise ValueError("expected a path inside the folder of the trajectory")
-    if not all(_FILE_NAME.fullmatch(name) and len(name.encode()) <= 255 for name in path.split("/")):
-        raise ValueError("expected a relative path of plain names with / between them")
-    if not _FILE_KINDS.fullmatch(path):
-        raise ValueError("expected safetensors, JSON or text; pickles and code are never read")
-    return path
-
-
-Text = Annotated[str, Strict(), Field(max_length=4096, pattern=_PLAIN_TEXT)]
-Sha256 = Annotated[str, Strict(), Field(pattern=_SHA256)]
-Integer = Annotated[int, Strict(), Field(gt=-(2**64), lt=2**64)]
-Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
-Number = Annotated[float, PlainValidator(_number)]
-RelativePath = Annotated[Text, AfterValidator(_relative_path)]
-Limited = BeforeValidator(_limited)
-Texts = Annotated[dict[Text, Text], Limited]
 
 
 class _RoleContent(BaseModel):
@@ -121,84 +79,14 @@ class TrajectoryError(ValueError):
     """A trajectory is damaged, inconsistent or of a version that cannot be read."""
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """One file of a trajectory.
-
-    Attributes:
-        path (`str`):
-            Path relative to the trajectory's folder.
-        size (`int`):
-            Size in bytes.
-        sha256 (`str`):
-            SHA-256 of its content, in hexadecimal.
-    """
-
-    path: RelativePath
-    size: Count
-    sha256: Sha256
-
-    @classmethod
-    def of(cls, path: Path, name: str) -> "FileRecord":
-        return cls(path=name, size=path.stat().st_size, sha256=file_sha256(path))
-
-
-@dataclass(frozen=True)
-class StateRecord:
-    """One state Θk.
-
-    Attributes:
-        index (`int`):
-            k; 0 is the state trained on all data.
-        num_examples (`int`, *optional*):
-            |Dk|, the size of the subset its stage trained on; `None` for streams.
-        steps (`int`):
-            Optimizer steps of its stage, 0 without training.
-        files (`tuple[FileRecord]`):
-            All files of the state. Its tensors are in the safetensors files among them, or in `unchanged`.
-        fraction (`float`, *optional*):
-            Share of the data its stage trained on.
-        subset_fingerprint (`str`, *optional*):
-            Hash of the subset's data and members.
-        seed (`int`, *optional*):
-            Seed of the stage's training.
-        metrics (`dict[str, float]`):
-            Evaluation results of the state.
-        training (`dict[str, str]`):
-            Training arguments that influence the weights, as text. If `class` is among them, which is the class of the
-            arguments, all others had the defaults of that class; know_hf 0.2.0 and older wrote only a part.
-        unchanged (`dict[str, int]`):
-            Tensors that are stored once: from the name to the earlier state whose files hold the same bits.
-    """
-
-    index: Count
-    num_examples: Count | None
-    steps: Count
-    files: Annotated[tuple[FileRecord, ...], FailFast()]
-    fraction: Annotated[Number | None, Field(ge=0, le=1)] = None
-    subset_fingerprint: Text | None = None
-    seed: Integer | None = None
-    metrics: Annotated[dict[Text, Number], Limited] = field(default_factory=dict)
-    training: Texts = field(default_factory=dict)
-    unchanged: Annotated[dict[Text, Count], Limited] = field(default_factory=dict)
-
-    @property
-    def size(self) -> str:
-        """Size of the subset in words."""
-        return size_in_words(self.num_examples, self.fraction)
-
-    def smaller_than(self, other: "StateRecord") -> bool:
-        """Whether the subset of this state is known to be smaller than that of another."""
-        if self.num_examples is not None and other.num_examples is not None:
-            return self.num_examples < other.num_examples
-        return self.fraction is not None and other.fraction is not None and self.fraction < other.fraction
+_States = Annotated[tuple[StateRecord, ...], Field(max_length=_MAX_STATES), FailFast()]
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The content of `trajectory.json`; see the attributes of [`WeightTrajectory`]."""
 
-    states: Annotated[tuple[StateRecord, ...], Field(max_length=_MAX_STATES), FailFast()]
+    states: _States
     schedule: Schedule | None = None
     base_model: Text | None = None
     base_revision: Text | None = None
@@ -207,12 +95,20 @@ class Manifest:
     tied_weights: Texts = field(default_factory=dict)
     files: Annotated[tuple[FileRecord, ...], FailFast()] = ()
     library_versions: Texts = field(default_factory=dict)
+    start: StateRecord | None = None
+    tail: _States = ()
+    branches: _States = ()
     format_version: Text = FORMAT_VERSION
 
     @property
+    def snapshots(self) -> list[StateRecord]:
+        """The states, the start, the tail states and the branches."""
+        return [*self.states, *(() if self.start is None else (self.start,)), *self.tail, *self.branches]
+
+    @property
     def all_files(self) -> list[FileRecord]:
-        """The files of the model and of all states."""
-        return [*self.files, *(record for state in self.states for record in state.files)]
+        """The files of the model and of all snapshots."""
+        return [*self.files, *(record for state in self.snapshots for record in state.files)]
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -271,8 +167,12 @@ class Manifest:
         """
         for position, state in enumerate(self.states):
             _check_state(path, position, state, self.states[position - 1])
+        starts = () if self.start is None else (self.start,)
+        for kind, snapshots in (("start", starts), ("tail", self.tail), ("branch", self.branches)):
+            for position, snapshot in enumerate(snapshots):
+                _check_snapshot(path, kind, position, snapshot)
         seen: set[str] = set()
-        for owner, records in (("", self.files), *((f"state-{state.index}", state.files) for state in self.states)):
+        for owner, records in (("", self.files), *((state.name, state.files) for state in self.snapshots)):
             for record in records:
                 # names that differ in case only are one file on some systems
                 if record.path.casefold() in seen or _is_misplaced(record.path, owner):
@@ -286,9 +186,9 @@ class Manifest:
             `TrajectoryError`:
                 When the folder of a state has weights or JSON that were not recorded, or an index of such files.
         """
-        listed = {record.path for state in self.states for record in state.files}
-        for state in self.states:
-            for path in sorted((folder / f"state-{state.index}").rglob("*")):
+        listed = {record.path for state in self.snapshots for record in state.files}
+        for state in self.snapshots:
+            for path in sorted((folder / state.name).rglob("*")):
                 name = path.relative_to(folder).as_posix()
                 if path.name.endswith((".safetensors", ".json", ".bin")) and name not in listed:
                     raise TrajectoryError(f"{path} was not recorded, but loading this state may read it; delete it")
@@ -311,12 +211,12 @@ def recordable(folder: Path) -> list[str]:
     """Return the sorted relative paths of the files that a trajectory can list; warn about others, such as code."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for name in names:
-        if not _FILE_KINDS.fullmatch(name):
+        if not FILE_KINDS.fullmatch(name):
             logger.warning_once(
                 f"{name} is not safetensors, JSON or text and is not recorded, so that trajectories are safe to load;"
                 " copy it to checkpoints that need it."
             )
-    return [name for name in names if _FILE_KINDS.fullmatch(name)]
+    return [name for name in names if FILE_KINDS.fullmatch(name)]
 
 
 def _read(path: Path) -> Any:
@@ -343,8 +243,10 @@ def _validate(path: Path, content: Any) -> Manifest:
 
 
 def _check_state(path: Path, position: int, state: StateRecord, before: StateRecord) -> None:
-    if state.index != position:
-        raise TrajectoryError(f"{path}: the state at position {position} has index {state.index}; sort the states")
+    if state.index != position or state.kind != "state" or state.hub is not None:
+        raise TrajectoryError(
+            f"{path}: the state at position {position} has index {state.index}, kind {state.kind!r}; sort the states"
+        )
     for name, origin in state.unchanged.items():
         if origin >= position:
             raise TrajectoryError(f"{path}: state {position} takes {name!r} from state {origin}, not an earlier one")
@@ -355,12 +257,20 @@ def _check_state(path: Path, position: int, state: StateRecord, before: StateRec
         )
 
 
+def _check_snapshot(path: Path, kind: str, position: int, snapshot: StateRecord) -> None:
+    if (snapshot.kind, snapshot.index) != (kind, position):
+        raise TrajectoryError(f"{path} lists {snapshot.name!r} as {kind} {position}; restore it from a copy")
+    for name, origin in snapshot.unchanged.items():
+        if origin:
+            raise TrajectoryError(f"{path}: {snapshot.name} takes {name!r} from state {origin}, not from state 0")
+
+
 def _is_misplaced(path: str, owner: str) -> bool:
     top = PurePosixPath(path).parts[0]
     if owner:
         return top != owner
     is_weights = path.endswith((".safetensors", ".index.json"))
-    return top.lower().startswith("state-") or is_weights or path == MANIFEST_NAME
+    return SNAPSHOT_FOLDER.fullmatch(top) is not None or is_weights or path == MANIFEST_NAME
 
 
 def _check_index(path: Path, name: str, listed: set[str]) -> None:
@@ -385,6 +295,6 @@ def _describe(error: ValidationError) -> str:
         return f"{name} is missing"
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("string_pattern_mismatch", "string_unicode"):
-        is_hash = first.get("ctx", {}).get("pattern") == _SHA256
+        is_hash = first.get("ctx", {}).get("pattern") == SHA256
         reason = f"expected {'64 hexadecimal digits in lower case' if is_hash else 'text without control characters'}"
     return f"{name} is {_shorten(first['input'])} ({reason})"

@@ -28,6 +28,7 @@ from ..checkpoint.safe_loading import from_safetensors
 from ..local_paths import is_unknown, loaded_from, resolved_name
 from ..model_tensors import unwrapped
 from .snapshot import state_nbytes
+from .store import StateName
 from .weight_trajectory import WeightTrajectory
 
 logger = logging.get_logger(__name__)
@@ -61,8 +62,8 @@ def merge_adapters(
     peft loads each state on a fresh copy of the base model and merges it with `merge_and_unload(safe_merge=True)`,
     which handles scaling (rsLoRA), magnitudes (DoRA), transposed layers and `modules_to_save`. Tensors that no adapter
     changes are stored once. Sizes, seeds, fingerprints and metrics of the states, the schedule, and tokenizer and
-    processor files are kept. Buffers that adapters do not hold, such as BatchNorm statistics, are those of the base
-    model.
+    processor files are kept; the start is merged too. Buffers that adapters do not hold, such as BatchNorm statistics,
+    are those of the base model.
 
     An adapter on one of two tied embeddings (`embed_tokens` without `lm_head`) unties them, and the merged model has
     `tie_word_embeddings=False`: `merge_and_unload` alone would change both.
@@ -118,6 +119,8 @@ def merge_adapters(
     source = loaded_from(base.source) if isinstance(base.source, nn.Module) else base.source
     with atomic_folder(Path(output_dir), overwrite, [trajectory.path, source]) as work:
         merged = WeightTrajectory.create(work, trajectory.schedule)
+        if trajectory.start is not None:
+            merged.record_start(_merge(base.fresh(), trajectory, "start"))
         for state in tqdm(trajectory.states, desc="merging adapters", unit="state"):
             model = _merge(base.fresh(), trajectory, state.index)
             if not state.index:
@@ -265,7 +268,7 @@ def _check_not_quantised(config: Any, name: str) -> None:
         raise ValueError(f"the base model {name} is quantised; pass the original model, or model.dequantize()")
 
 
-def _merge(model: Any, trajectory: WeightTrajectory, state: int) -> nn.Module:
+def _merge(model: Any, trajectory: WeightTrajectory, state: StateName) -> nn.Module:
     from peft import get_peft_model_state_dict
 
     _fit_vocabulary(model, trajectory)
@@ -273,7 +276,7 @@ def _merge(model: Any, trajectory: WeightTrajectory, state: int) -> nn.Module:
     try:
         adapted: Any = trajectory.load_model(state, base_model=model)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"state {state} of {trajectory.path} {unfit} {error}") from error
+        raise ValueError(f"state {state!r} of {trajectory.path} {unfit} {error}") from error
     in_model = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     recorded = set(trajectory.names)
     # adapted or resized embeddings are recorded with their own weights and those tied to them

@@ -14,7 +14,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, get_args
 
 import torch
 from filelock import FileLock, Timeout
@@ -28,8 +28,10 @@ from ..checkpoint import CheckpointReader, atomic_folder, fsync
 from ..local_paths import hide_paths, name_beside
 from ..model_tensors import unwrapped
 from .adapters import base_fingerprint
-from .manifest import MANIFEST_NAME, FileRecord, Manifest, StateRecord, TrajectoryError, recordable
+from .manifest import MANIFEST_NAME, Manifest, TrajectoryError, recordable
+from .records import FileRecord, StateRecord
 from .snapshot import Snapshot, roles_on_disk
+from .start import StartWeights, store_start
 from .store import Store, check_same_tensors
 
 logger = logging.get_logger(__name__)
@@ -67,6 +69,7 @@ class Recorder:
         self._lock = FileLock(self._path / ".lock", timeout=0, thread_local=False)
         self._writer = _BackgroundWriter()
         self._copies: dict[str, torch.Tensor] = {}
+        self._start: StartWeights = "none"
 
     def check(self, wait: bool = True) -> None:
         """Raise the error of a failed background job, once, after waiting for a running job if asked to."""
@@ -108,6 +111,27 @@ class Recorder:
             self._writer.submit(write)
         else:
             write()
+
+    def record_start(
+        self,
+        model: nn.Module,
+        state_dict: Mapping[str, torch.Tensor] | None,
+        dtype: torch.dtype | None,
+        weights: StartWeights,
+    ) -> None:
+        """Write the weights of a model before the training; see [`WeightTrajectory.record_start`]."""
+        self.check()
+        if weights not in get_args(StartWeights):
+            raise ValueError(f"start_weights must be one of {', '.join(get_args(StartWeights))}, got {weights!r}")
+        if self._store.manifest.states:
+            raise TrajectoryError(f"{self._path} has states already; the start is recorded before the first one")
+        self._start = weights
+        if weights == "none":
+            return
+        snapshot = Snapshot.of(model, state_dict, dtype)
+        with self.recording(), atomic_folder(self._path / "start", overwrite=True) as work:
+            snapshot.save(work)
+            hide_paths(work)
 
     def check_base(self, model: nn.Module) -> None:
         """Raise a `TrajectoryError` when an adapter is on another base model than in the recorded states."""
@@ -172,10 +196,10 @@ class Recorder:
             files = tuple(FileRecord.of(work / name, f"{folder.name}/{name}") for name in names)
             origin = manifest.states[-1].unchanged if index else {}
             unchanged = {name: origin.get(name, index - 1) for name in sorted(left_out)}
-            elsewhere = {name: readers[k] for name, k in unchanged.items()}
+            elsewhere = {name: readers[k].locate(name) for name, k in unchanged.items()}
             reader = CheckpointReader([work / name for name in names if name.endswith(".safetensors")], elsewhere)
             if index:
-                check_same_tensors(self._path, index, reader, readers[0])
+                check_same_tensors(self._path, f"state {index}", reader, readers[0])
         if not index:
             roles, tied_weights = roles_on_disk(snapshot, reader)
             base_model, base_revision = _base_of(snapshot.model, self._path)
@@ -192,8 +216,28 @@ class Recorder:
                 library_versions=library_versions(),
             )
         state = replace(state, files=files, unchanged=unchanged)
+        if not index and self._start != "none":
+            manifest = replace(manifest, start=self._finish_start(snapshot.model, manifest, state))
         self._store.enter(replace(manifest, states=(*manifest.states, state)))
         return state
+
+    def _finish_start(self, model: nn.Module, manifest: Manifest, state: StateRecord) -> StateRecord | None:
+        """Store the start without what state 0 and the Hub hold; `None` if the training replaced tensors."""
+        folder = self._path / "start"
+        first = CheckpointReader(
+            [self._path / file.path for file in state.files if file.path.endswith(".safetensors")]
+        )
+        try:
+            check_same_tensors(self._path, "start", CheckpointReader(sorted(folder.glob("*.safetensors"))), first)
+        except TrajectoryError as error:
+            logger.warning(f"The start is not recorded: {error}")
+            shutil.rmtree(folder)
+            return None
+        base = None
+        if self._start == "reference" and manifest.base_model and manifest.base_revision:
+            prefix = getattr(model, "base_model_prefix", "")
+            base = (manifest.base_model, manifest.base_revision, prefix)
+        return store_start(folder, first, state, base)
 
 
 def check_savable(path: Path, model: nn.Module, processing_class: Any) -> None:

@@ -29,7 +29,7 @@ from ..roles import TensorRole, role_by_shape, tensor_roles
 from .adapters import base_fingerprint, check_recordable
 from .manifest import TrajectoryError
 
-_WORTH_SHARING = 0.01  # share of a state's bytes; if less is unchanged, the state stores everything itself
+WORTH_SHARING = 0.01  # share of a state's bytes; if less is unchanged, the state stores everything itself
 
 
 @dataclass
@@ -166,7 +166,7 @@ class Snapshot:
         else:
             save_torch_state_dict(stored, folder, metadata={"format": "pt"})
         if previous is not None and unchanged:
-            _write_index(folder, {name: Path(previous.file(name)) for name in unchanged})
+            write_index(folder, {name: Path(previous.file(name)) for name in unchanged})
         return unchanged
 
     def _tied_by_hand(self) -> set[str]:
@@ -188,13 +188,11 @@ class Snapshot:
         size = 0
         for name, tensor in self.state_dict.items():
             saved = self.on_disk.get(name, "")
-            if saved not in previous or (previous.shape(saved), previous.dtype(saved)) != (tensor.shape, tensor.dtype):
-                continue
-            if torch.equal(_bytes(previous.tensor(saved)), _bytes(tensor)):
+            if saved in previous and _equals(previous, saved, tensor):
                 equal.add(saved)
                 size += tensor.nbytes
         total = sum(tensor.nbytes for tensor in {id(t): t for t in self.state_dict.values()}.values())
-        return equal if size > _WORTH_SHARING * total else set()
+        return equal if size > WORTH_SHARING * total else set()
 
 
 def recorded_tensors(model: nn.Module) -> list[torch.Tensor]:
@@ -231,7 +229,7 @@ def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[in
         # tensors that saving splits or merges, such as experts, are stored each time
         is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         frozen += size if is_frozen and memory_key(tensor) in renamed else 0
-    is_shared = not is_adapter(model) and frozen > _WORTH_SHARING * total
+    is_shared = not is_adapter(model) and frozen > WORTH_SHARING * total
     return total, total - frozen if is_shared else total
 
 
@@ -276,7 +274,7 @@ def _copy(tensor: torch.Tensor, dtype: torch.dtype | None, memory: torch.Tensor 
     return memory.copy_(tensor.detach())
 
 
-def _write_index(folder: Path, elsewhere: Mapping[str, Path]) -> None:
+def write_index(folder: Path, elsewhere: Mapping[str, Path]) -> None:
     """Lead `from_pretrained` to the files of a state and of earlier states beside it."""
     index = folder / INDEX_NAME
     if index.exists():
@@ -284,8 +282,10 @@ def _write_index(folder: Path, elsewhere: Mapping[str, Path]) -> None:
     else:
         # from_pretrained ignores an index beside a model.safetensors
         shard = "model-00001-of-00001.safetensors"
-        (folder / WEIGHTS_NAME).rename(folder / shard)
-        files = dict.fromkeys(CheckpointReader([folder / shard]).names, shard)
+        files = {}
+        if (folder / WEIGHTS_NAME).exists():
+            (folder / WEIGHTS_NAME).rename(folder / shard)
+            files = dict.fromkeys(CheckpointReader([folder / shard]).names, shard)
     files |= {name: f"../{path.parent.name}/{path.name}" for name, path in elsewhere.items()}
     write_json(index, {"metadata": {}, "weight_map": dict(sorted(files.items()))})
 
@@ -298,6 +298,17 @@ def _save_adapter(model: Any, adapter: str, state_dict: dict[str, torch.Tensor],
         for path in named.iterdir():
             path.rename(folder / path.name)
         named.rmdir()
+
+
+def equal_bits(reader: CheckpointReader, name: str, other: CheckpointReader, other_name: str) -> bool:
+    """Whether the tensors of two checkpoints have the same shape, dtype and bits."""
+    return _equals(other, other_name, reader.tensor(name))
+
+
+def _equals(reader: CheckpointReader, name: str, tensor: torch.Tensor) -> bool:
+    if (reader.shape(name), reader.dtype(name)) != (tensor.shape, tensor.dtype):
+        return False
+    return torch.equal(_bytes(reader.tensor(name)), _bytes(tensor))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,20 @@
 """Files, manifest and tensors of a trajectory, in a local folder or in a repo on the Hub."""
 
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import save_torch_state_dict
 
 from ..checkpoint import ByteSource, CheckpointError, CheckpointReader, file_sha256
 from ..hub_client import RemoteRepo, RemoteSource, Token
-from .manifest import MANIFEST_NAME, MAX_BYTES, FileRecord, Manifest, TrajectoryError, leads_outside
+from .manifest import MANIFEST_NAME, MAX_BYTES, Manifest, TrajectoryError, leads_outside
+from .records import FileRecord, StateRecord
+from .start import hub_tensors
+
+StateName = int | str
 
 
 class Store:
@@ -29,6 +38,7 @@ class Store:
         self.path = path
         self.manifest = Manifest.read(path) if manifest is None else manifest
         self._readers: list[CheckpointReader] | None = None
+        self._other_readers: dict[str, CheckpointReader] = {}
         if manifest is None:
             self.check()
 
@@ -45,15 +55,64 @@ class Store:
             self._readers = self._open_readers()
         return self._readers
 
+    def record(self, state: StateName) -> StateRecord:
+        """Return the record of a snapshot.
+
+        Args:
+            state (`int` or `str`):
+                Index of a state, `"start"`, or `"tail-k"`, `"branch-k"` or `"state-k"`.
+
+        Raises:
+            `TrajectoryError`:
+                When it does not exist.
+        """
+        snapshots = {snapshot.name: snapshot for snapshot in self.manifest.snapshots}
+        record = snapshots.get(state if isinstance(state, str) else f"state-{state}")
+        if record is None:
+            raise TrajectoryError(_missing(self.path, state, self.manifest))
+        return record
+
+    def reader(self, state: StateName) -> CheckpointReader:
+        """Return the reader of a snapshot; arguments and errors as [`record`] and [`readers`]."""
+        record = self.record(state)
+        if record.kind == "state":
+            return self.readers[record.index]
+        if record.name not in self._other_readers:
+            self._other_readers[record.name] = self._open(record, self.readers)
+        return self._other_readers[record.name]
+
+    @contextmanager
+    def folder(self, state: StateName) -> Iterator[Path]:
+        """Give a folder from which `from_pretrained` loads a snapshot, downloaded where needed.
+
+        Tensors that the manifest refers to on the Hub are written to a temporary one.
+        """
+        record = self.record(state)
+        self.fetch_state(record)
+        if record.hub is None:
+            yield self.path / record.name
+            return
+        reader = self.reader(state)
+        with TemporaryDirectory(prefix="know_hf-") as temporary:
+            for file in record.files:
+                if not file.path.endswith((".safetensors", ".index.json")):
+                    shutil.copy2(self.path / file.path, temporary)
+            tensors = {name: reader.tensor(name) for name in reader.names}
+            save_torch_state_dict(tensors, temporary, metadata={"format": "pt"})
+            yield Path(temporary)
+
     def enter(self, manifest: Manifest) -> None:
         """Write a manifest with a new or changed state."""
         manifest.write(self.path)
-        self.manifest, self._readers = manifest, None
+        self.manifest, self._readers, self._other_readers = manifest, None, {}
 
     def verify(self, part: int, parts: int) -> None:
         """Compare hashes, and read the headers of all states again."""
         self.check(True, part, parts)
-        self._readers = self._open_readers()
+        self._readers, self._other_readers = self._open_readers(), {}
+        for snapshot in self.manifest.snapshots:
+            if snapshot.hub is None:  # its files are in another repo
+                self.reader(snapshot.name)
 
     def check(self, hashes: bool = False, part: int = 0, parts: int = 1) -> None:
         """Compare the sizes of the files with the manifest, and their hashes if asked to.
@@ -86,8 +145,8 @@ class Store:
     def fetch(self, records: Iterable[FileRecord]) -> None:
         """Download files that are not in `path` yet."""
 
-    def fetch_state(self, index: int) -> None:
-        """Download the files that loading a state reads."""
+    def fetch_state(self, record: StateRecord) -> None:
+        """Download the files that loading a snapshot reads."""
 
     def _open_readers(self) -> list[CheckpointReader]:
         path, manifest = self.path, self.manifest
@@ -95,16 +154,25 @@ class Store:
             raise TrajectoryError(f"{path} has no finished state; record one first")
         readers: list[CheckpointReader] = []
         for state in manifest.states:
-            files = [self.source(record) for record in state.files if record.path.endswith(".safetensors")]
-            try:
-                readers.append(CheckpointReader(files, {name: readers[k] for name, k in state.unchanged.items()}))
-            except (CheckpointError, KeyError) as error:
-                raise TrajectoryError(f"state {state.index} of {path}: {error}") from error
-            check_same_tensors(path, state.index, readers[-1], readers[0])
+            readers.append(self._open(state, readers))
         for name in readers[0].names:
             if name not in manifest.roles:
                 raise TrajectoryError(f"{path / MANIFEST_NAME} has no role for {name!r}; restore it from a copy")
         return readers
+
+    def _open(self, state: StateRecord, readers: list[CheckpointReader]) -> CheckpointReader:
+        """Open a snapshot whose tensors may be in files of the states before it."""
+        what = f"state {state.index}" if state.kind == "state" else state.name
+        files = [self.source(record) for record in state.files if record.path.endswith(".safetensors")]
+        try:
+            elsewhere = {name: readers[k].locate(name) for name, k in state.unchanged.items()}
+            if state.hub is not None:
+                elsewhere |= hub_tensors(state.hub, self.path)
+            reader = CheckpointReader(files, elsewhere)
+        except (CheckpointError, KeyError) as error:
+            raise TrajectoryError(f"{what} of {self.path}: {error}") from error
+        check_same_tensors(self.path, what, reader, readers[0] if readers else reader)
+        return reader
 
 
 class HubStore(Store):
@@ -162,10 +230,11 @@ class HubStore(Store):
                 self.check_download(record, self.repo.fetch(record.path, self._token))
                 self._fetched.add(record.path)
 
-    def fetch_state(self, index: int) -> None:
+    def fetch_state(self, record: StateRecord) -> None:
         states = self.manifest.states
-        needed = {index, *states[index].unchanged.values()}  # its index may lead to files of earlier states
-        self.fetch(record for number in sorted(needed) for record in states[number].files)
+        # its index may lead to files of earlier states
+        needed = [*record.files, *(file for k in sorted({*record.unchanged.values()}) for file in states[k].files)]
+        self.fetch(needed)
         self.manifest.check_what_is_loaded(self.path)
 
     def _refuse(self, record: FileRecord, difference: str | None) -> None:
@@ -176,15 +245,27 @@ class HubStore(Store):
             )
 
 
-def check_same_tensors(path: Path, state: int, reader: CheckpointReader, first: CheckpointReader) -> None:
-    """Raise a `TrajectoryError` that names the first tensor in which a state differs from state 0."""
+def check_same_tensors(path: Path, state: str, reader: CheckpointReader, first: CheckpointReader) -> None:
+    """Raise a `TrajectoryError` that names the first tensor in which a snapshot differs from state 0."""
     for name in sorted({*reader.names, *first.names}):
         kind, expected = _kind(reader, name), _kind(first, name)
         if kind != expected:
             raise TrajectoryError(
-                f"tensor {name!r} of {path} is {kind} in state {state} and {expected} in state 0; was the head"
+                f"tensor {name!r} of {path} is {kind} in {state} and {expected} in state 0; was the head"
                 " replaced between stages?"
             )
+
+
+def _missing(path: Path, state: StateName, manifest: Manifest) -> str:
+    if state == "start":
+        return (
+            f"{path} has no start, the weights before the training: know_hf 0.2 and older did not record it, nor does"
+            " start='current'; record the training again"
+        )
+    existing = f"the states are 0 to {len(manifest.states) - 1}" if manifest.states else "no state is recorded yet"
+    if others := [snapshot.name for snapshot in manifest.snapshots if snapshot.kind != "state"]:
+        existing += f", and {', '.join(others[:3])}{', …' if len(others) > 3 else ''}"
+    return f"{f'state {state}' if isinstance(state, int) else repr(state)} of {path} does not exist; {existing}"
 
 
 def _kind(reader: CheckpointReader, name: str) -> str:

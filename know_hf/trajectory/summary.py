@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .manifest import StateRecord
+from .records import StateRecord
 from .weight_trajectory import WeightTrajectory
 
 _PIECE_SIZE = 2**20  # elements

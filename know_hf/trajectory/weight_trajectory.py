@@ -4,12 +4,13 @@ trajectory/
   trajectory.json            the manifest; written last, so that a state counts only once it is listed
   config.json, tokenizer …   once, as `save_pretrained` writes them
   state-0/ … state-4/        config and safetensors of each state, as `save_pretrained` writes them
+  start/, tail-0/, branch-0/ of the weights before the training and of other snapshots
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,24 +18,28 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import CheckpointReader, check_output
+from ..checkpoint import check_output
 from ..hub_client import RemoteRepo, Token
 from ..model_tensors import unwrapped
 from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
 from .loading import load_into, load_pretrained
-from .manifest import MANIFEST_NAME, Manifest, StateRecord, TrajectoryError
+from .manifest import MANIFEST_NAME, Manifest
 from .recorder import Recorder, Stage
-from .store import HubStore, Store
+from .records import StateRecord
+from .snapshot_tensors import SnapshotTensors
+from .start import StartWeights
+from .store import HubStore, StateName, Store
 
 _READ_EARLY = ("config.json", "adapter_config.json")  # read through `path`, without a question for `model_files`
 
 
-class WeightTrajectory:
+class WeightTrajectory(SnapshotTensors):
     """A recorded trajectory.
 
     State 0 is the full-data state Θ0, state k the one after training on the k-th smaller subset. Only [`history`] and
-    [`read_history`] reverse this order.
+    [`read_history`] reverse this order. Where a method takes a `state`, it is the index of a state, or the name of
+    another snapshot: `"start"`, `"tail-0"` or `"branch-0"`.
 
     Args:
         path (`str` or `Path`):
@@ -49,6 +54,10 @@ class WeightTrajectory:
             The repo and commit of a trajectory on the Hub, which cannot be recorded to.
         states (`tuple[StateRecord]`):
             The finished states, full data first.
+        start ([`StateRecord`], *optional*):
+            The weights before the training.
+        tail, branches (`tuple[StateRecord]`):
+            Weights late in the training of state 0, first to last; weights of other trainings.
         schedule ([`ForgettingSchedule`], *optional*):
             The schedule of the subsets.
         roles (`dict[str, TensorRole]`):
@@ -67,8 +76,8 @@ class WeightTrajectory:
     """
 
     def __init__(self, path: str | Path, store: Store | None = None) -> None:
-        self._store = Store(Path(path)) if store is None else store
-        self._recorder = Recorder(self._store)
+        store = Store(Path(path)) if store is None else store
+        super().__init__(store, Recorder(store))
 
     @classmethod
     def create(cls, path: str | Path, schedule: ForgettingSchedule | None = None) -> WeightTrajectory:
@@ -146,6 +155,19 @@ class WeightTrajectory:
         return self._store.manifest.states
 
     @property
+    def start(self) -> StateRecord | None:
+        self._recorder.check()
+        return self._store.manifest.start
+
+    @property
+    def tail(self) -> tuple[StateRecord, ...]:
+        return self._store.manifest.tail
+
+    @property
+    def branches(self) -> tuple[StateRecord, ...]:
+        return self._store.manifest.branches
+
+    @property
     def num_states(self) -> int:
         return len(self.states)
 
@@ -181,68 +203,6 @@ class WeightTrajectory:
         """Whether the states are adapters (peft) instead of models."""
         return any(record.path == "adapter_config.json" for record in self._store.manifest.files)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors on disk, sorted."""
-        return self._readers[0].names
-
-    def shape(self, name: str) -> torch.Size:
-        """Return the shape of a tensor, the same in all states."""
-        return self._reader(name).shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype that a tensor is stored in, the same in all states."""
-        return self._reader(name).dtype(name)
-
-    def tensor(self, name: str, state: int = 0) -> torch.Tensor:
-        """Read one tensor of one state, `(*shape)`, in the dtype it is stored in.
-
-        Raises:
-            `TrajectoryError`:
-                When there is no such tensor or state.
-        """
-        return self._reader(name, state).tensor(name)
-
-    def read(self, name: str, start: int, stop: int, state: int = 0) -> torch.Tensor:
-        """Read elements `start` to `stop - 1` of one tensor of one state, in the dtype it is stored in."""
-        return self._reader(name, state).read(name, start, stop)
-
-    def is_unchanged(self, name: str) -> bool:
-        """Whether the manifest lists a tensor as equal in all states. The tensor is not read."""
-        return all(name in state.unchanged for state in self.states[1:])
-
-    def history(self, name: str) -> torch.Tensor:
-        """Read all states of one tensor in the order that KNOWN expects.
-
-        Args:
-            name (`str`):
-                Name of the tensor on disk.
-
-        Returns:
-            `torch.Tensor` of shape `(S, *shape)`, float32: most forgotten state first, full data LAST.
-        """
-        return self.read_history(name).reshape(self.num_states, *self.shape(name))
-
-    def read_history(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Read a piece of a tensor's [`history`] and nothing else.
-
-        Args:
-            name (`str`):
-                Name of the tensor on disk.
-            start (`int`, *optional*, defaults to `0`):
-                First element, in row-major order.
-            stop (`int`, *optional*):
-                One after the last element; by default the end of the tensor.
-
-        Returns:
-            `torch.Tensor` of shape `(S, stop - start)`, float32: most forgotten state first, full data LAST.
-        """
-        stop = self.shape(name).numel() if stop is None else stop
-        history = torch.empty(self.num_states, stop - start, dtype=torch.float32)
-        for row, reader in zip(history, reversed(self._readers), strict=True):
-            row.copy_(reader.read(name, start, stop))
-        return history
-
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Read every file once and compare it with the manifest; on the Hub, compare sizes and hashes only.
 
@@ -260,15 +220,15 @@ class WeightTrajectory:
 
     def load_model(
         self,
-        state: int = 0,
+        state: StateName = 0,
         model_class: type[PreTrainedModel] | None = None,
         base_model: PreTrainedModel | None = None,
     ) -> nn.Module:
         """Load the model with the weights of one state.
 
         Args:
-            state (`int`, *optional*, defaults to `0`):
-                Index of the state.
+            state (`int` or `str`, *optional*, defaults to `0`):
+                Index of the state, or name of another snapshot.
             model_class (`type`, *optional*):
                 Class of the model; by default the architecture in `config.json`. The class may lack weights of the
                 state, such as the head, but may not have others.
@@ -280,25 +240,30 @@ class WeightTrajectory:
                 When the state does not exist, or when a model built from the config differs from the state in tensors
                 or shapes, for example in its head. Build the model as for the training, and use [`load_into`].
         """
-        return load_pretrained(self._state_folder(state), model_class, base_model)
+        self._recorder.check()
+        with self._store.folder(state) as folder:
+            return load_pretrained(folder, model_class, base_model)
 
-    def load_into(self, model: nn.Module, state: int = 0) -> None:
+    def load_into(self, model: nn.Module, state: StateName = 0) -> None:
         """Copy the weights of one state into a model of the recorded architecture, on any device and in any dtype.
 
         Args:
             model (`nn.Module`):
                 The model, also compiled or wrapped.
-            state (`int`, *optional*, defaults to `0`):
-                Index of the state.
+            state (`int` or `str`, *optional*, defaults to `0`):
+                Index of the state, or name of another snapshot.
 
         Raises:
             `TrajectoryError`:
                 When the state does not exist, its tensors and shapes differ, or ZeRO-3 partitions the model.
         """
-        is_transformers = isinstance(unwrapped(model), PreTrainedModel)  # other models need no files but the weights
-        self._check_state(state)
-        folder = self._state_folder(state) if is_transformers else self.path / f"state-{state}"
-        load_into(model, folder, dict.fromkeys(self.names, self._readers[state].tensor))
+        self._recorder.check()
+        reader = self._store.reader(state)
+        # other models need no files but the weights
+        needs_files = isinstance(unwrapped(model), PreTrainedModel)
+        folder = self._store.folder(state) if needs_files else nullcontext(self.path / self._store.record(state).name)
+        with folder as path:
+            load_into(model, path, dict.fromkeys(reader.names, reader.tensor))
 
     def record(
         self,
@@ -348,6 +313,30 @@ class WeightTrajectory:
         state = StateRecord(index=self.num_states, files=(), **values)
         self._recorder.record(model, state, processing_class, state_dict, dtype, background, on_written)
 
+    def record_start(
+        self,
+        model: nn.Module,
+        *,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        weights: StartWeights = "reference",
+    ) -> None:
+        """Write the weights of a model before its training. They count once state 0 is recorded with this object.
+
+        Tensors that equal those of state 0 are stored once. Those that equal the safetensors of the base model in the
+        Hub cache are stored as a reference to its id and commit.
+
+        Args:
+            model, state_dict, dtype:
+                See [`record`].
+            weights (`"reference"`, `"full"` or `"none"`, *optional*, defaults to `"reference"`):
+                Whether tensors of the Hub are stored by reference, or as a copy; `"none"` records no start.
+
+        Raises:
+            As [`record`], and a `TrajectoryError` when a state is recorded already.
+        """
+        self._recorder.record_start(model, state_dict, dtype, weights)
+
     def update_metrics(self, state: int, metrics: Mapping[str, float]) -> None:
         """Add evaluation results to a finished state."""
         self._recorder.update_metrics(state, metrics)
@@ -373,25 +362,3 @@ class WeightTrajectory:
                 Whether to wait for a running one.
         """
         self._recorder.check(wait)
-
-    @property
-    def _readers(self) -> list[CheckpointReader]:
-        self._recorder.check()
-        return self._store.readers
-
-    def _reader(self, name: str, state: int = 0) -> CheckpointReader:
-        self._check_state(state)
-        reader = self._readers[state]
-        if name not in reader:
-            raise TrajectoryError(f"{self.path} has no tensor {name!r}; names lists its tensors")
-        return reader
-
-    def _check_state(self, state: int) -> None:
-        if not 0 <= state < self.num_states:
-            existing = f"the states are 0 to {self.num_states - 1}" if self.num_states else "no state is recorded yet"
-            raise TrajectoryError(f"state {state} of {self.path} does not exist; {existing}")
-
-    def _state_folder(self, state: int) -> Path:
-        self._check_state(state)
-        self._store.fetch_state(state)
-        return self.path / f"state-{state}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from conftest import edit_manifest
 
-from know_hf.trajectory.manifest import FileRecord
+from know_hf.trajectory.records import FileRecord
 
 
 def record_path(folder: Path, path: str) -> None:

@@ -1,0 +1,97 @@
+"""[`SnapshotTensors`]: the tensors of all snapshots of a trajectory, read whole or in pieces."""
+
+import torch
+
+from ..checkpoint import CheckpointReader
+from .manifest import TrajectoryError
+from .recorder import Recorder
+from .store import StateName, Store
+
+
+class SnapshotTensors:
+    """The reading half of [`WeightTrajectory`].
+
+    Args:
+        store ([`Store`]):
+            Files, manifest and readers.
+        recorder ([`Recorder`]):
+            Its background errors are raised before a reading.
+    """
+
+    def __init__(self, store: Store, recorder: Recorder) -> None:
+        self._store = store
+        self._recorder = recorder
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors on disk, sorted."""
+        return self._readers[0].names
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape of a tensor, the same in all states."""
+        return self._reader(name).shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a tensor is stored in, the same in all states."""
+        return self._reader(name).dtype(name)
+
+    def tensor(self, name: str, state: StateName = 0) -> torch.Tensor:
+        """Read one tensor of one state, `(*shape)`, in the dtype it is stored in.
+
+        Raises:
+            `TrajectoryError`:
+                When there is no such tensor or state.
+        """
+        return self._reader(name, state).tensor(name)
+
+    def read(self, name: str, start: int, stop: int, state: StateName = 0) -> torch.Tensor:
+        """Read elements `start` to `stop - 1` of one tensor of one state, in the dtype it is stored in."""
+        return self._reader(name, state).read(name, start, stop)
+
+    def is_unchanged(self, name: str) -> bool:
+        """Whether the manifest lists a tensor as equal in all states. The tensor is not read."""
+        return all(name in state.unchanged for state in self._store.manifest.states[1:])
+
+    def history(self, name: str) -> torch.Tensor:
+        """Read all states of one tensor in the order that KNOWN expects.
+
+        Args:
+            name (`str`):
+                Name of the tensor on disk.
+
+        Returns:
+            `torch.Tensor` of shape `(S, *shape)`, float32: most forgotten state first, full data LAST.
+        """
+        return self.read_history(name).reshape(len(self._readers), *self.shape(name))
+
+    def read_history(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Read a piece of a tensor's [`history`] and nothing else.
+
+        Args:
+            name (`str`):
+                Name of the tensor on disk.
+            start (`int`, *optional*, defaults to `0`):
+                First element, in row-major order.
+            stop (`int`, *optional*):
+                One after the last element; by default the end of the tensor.
+
+        Returns:
+            `torch.Tensor` of shape `(S, stop - start)`, float32: most forgotten state first, full data LAST.
+        """
+        stop = self.shape(name).numel() if stop is None else stop
+        history = torch.empty(len(self._readers), stop - start, dtype=torch.float32)
+        for row, reader in zip(history, reversed(self._readers), strict=True):
+            row.copy_(reader.read(name, start, stop))
+        return history
+
+    @property
+    def _readers(self) -> list[CheckpointReader]:
+        self._recorder.check()
+        return self._store.readers
+
+    def _reader(self, name: str, state: StateName = 0) -> CheckpointReader:
+        self._recorder.check()
+        reader = self._store.reader(state)
+        if name not in reader:
+            raise TrajectoryError(f"{self._store.path} has no tensor {name!r}; names lists its tensors")
+        return reader
