@@ -25,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments after the program name; defaults to those of the process. `--output_dir` is `--output-dir`.
 
     Returns:
-        `int`: 0, or 1 after an error, which is printed to standard error with its notes.
+        `int`: 0; 1 after an error, which is printed to standard error with its notes; 130 after Ctrl-C.
     """
     args = make_parser().parse_args([_dashed(arg) for arg in (sys.argv[1:] if argv is None else argv)])
-    if run_program(f"know-hf {args.command}", lambda: args.run(args)):
-        return 1
+    if code := run_program(f"know-hf {args.command}", lambda: args.run(args)):
+        return code
     _destroy_process_group()
     return 0
 
@@ -162,11 +162,9 @@ def _predict(args: argparse.Namespace) -> None:
     for name, value in push_options.items():
         if value and not args.push_to_hub:
             raise ValueError(f"--{name.replace('_', '-')} needs --push-to-hub")
-    if args.report and not Path(args.report).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--report {args.report}: the folder of the file does not exist; create it")
-
     if not args.dry_run:
         _check_output_dir(args)
+        _check_report(args)
 
     import torch
     from accelerate import Accelerator
@@ -264,6 +262,20 @@ def _check_output_dir(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     if not args.overwrite and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; choose another folder or pass --overwrite")
+
+
+def _check_report(args: argparse.Namespace) -> None:
+    """Check the file of `--report` before the prediction, which may take hours."""
+    from .checkpoint import check_output
+
+    if not args.report:
+        return
+    report = Path(args.report)
+    if not report.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--report {report}: the folder of the file does not exist; create it")
+    if report.is_dir() or (report.exists() and not args.overwrite):
+        raise FileExistsError(f"--report {report} exists; choose another file or pass --overwrite")
+    check_output(report, [args.trajectory, *filter(None, [args.known])])
 
 
 def _pair(text: str) -> tuple[str, str]:

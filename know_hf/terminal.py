@@ -1,5 +1,6 @@
 """Programs in a terminal: output on terminals of any encoding, and errors in one line. Imports nothing heavy."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ def run_program(name: str, function: Callable[[], object]) -> int:
     """Run a program and report the errors that its input causes: `ValueError`, `OSError` and `ImportError`.
 
     All other exceptions are defects of the program and keep their traceback. Characters that the terminal cannot show
-    are printed as escapes.
+    are printed as escapes; a closed stream discards its output.
 
     Args:
         name (`str`):
@@ -21,8 +22,9 @@ def run_program(name: str, function: Callable[[], object]) -> int:
 
     Returns:
         `int`: Exit code: the result of the function if it is a number, else 0; 1 after an error, which is printed to
-        standard error with its notes.
+        standard error with its notes; 130 after Ctrl-C.
     """
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -33,6 +35,9 @@ def run_program(name: str, function: Callable[[], object]) -> int:
         message = "\n".join([str(error).strip(), *getattr(error, "__notes__", ())])
         sys.stderr.write(f"{name}: {shorten_words(message)}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{name}: interrupted\n")
+        return 130
 
 
 def shorten_words(text: str) -> str:

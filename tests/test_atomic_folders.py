@@ -212,3 +212,19 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
     with pytest.raises(OSError, match="mount point"), atomic_folder(tmp_path):
         raise AssertionError("the block must not run")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_working_directory_is_entered_again(tmp_path, monkeypatch, replacing, overwrite):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with atomic_folder(Path("."), overwrite) as work:
+        (work / "a").write_text("1")
+    assert Path("a").read_text() == "1" and Path.cwd() == tmp_path / "out"
+
+
+def test_a_file_is_no_folder_to_replace(tmp_path):
+    (tmp_path / "thesis.txt").write_text("1")
+    with pytest.raises(FileExistsError, match=r"thesis\.txt"), atomic_folder(tmp_path / "thesis.txt", overwrite=True):
+        raise AssertionError("the block must not run")
+    assert (tmp_path / "thesis.txt").read_text() == "1"

@@ -1,5 +1,7 @@
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -7,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_resnet
+from doubles.small_trainers import hashes
 from safetensors.torch import load_file
 
 import know_hf
 from know_hf import RecordArguments, WeightTrajectory
 from know_hf.cli import main, make_parser
+from know_hf.prediction import SHIPPED_KNOWN
 from know_hf.tasks.recording_plan import RecordingPlan
 from know_hf.trajectory.summary import inspect_trajectory
 
@@ -296,3 +300,34 @@ def test_numbers_of_steps_are_bounded(recorded, tmp_path, capsys, steps):
     assert main(["predict", str(recorded), "--steps", steps, "--output-dir", str(tmp_path / "out")]) == 1
     error = one_line(capsys, "predict")
     assert "steps must be an integer from 1 to 1000, got" in error and len(error) < 200
+
+
+def test_the_report_replaces_no_input(trajectory_copy, tmp_path, capsys):
+    known, other = tmp_path / "known", tmp_path / "other.json"
+    shutil.copytree(SHIPPED_KNOWN, known)
+    other.write_text("{}")
+    before = hashes(trajectory_copy)
+    command = ["predict", str(trajectory_copy), "--known", str(known), "--output-dir", str(tmp_path / "out")]
+    for report in (trajectory_copy / "trajectory.json", trajectory_copy / "new.json", known / "config.json"):
+        assert main([*command, "--overwrite", "--report", str(report)]) == 1
+        assert "inside the" in one_line(capsys, "predict")
+    assert main([*command, "--report", str(other)]) == 1
+    assert "--overwrite" in one_line(capsys, "predict")
+    assert hashes(trajectory_copy) == before and hashes(known) == hashes(SHIPPED_KNOWN)
+    assert not (tmp_path / "out").exists() and other.read_text() == "{}"
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("know_hf.evaluation.run_suite", interrupt)
+    assert main(["compare", "digits", "--output-dir", "out"]) == 130
+    assert capsys.readouterr().err == "\nknow-hf compare: interrupted\n"
+
+
+def test_a_closed_output_is_no_error():
+    program = "import sys; from know_hf.terminal import run_program; run_program('x', lambda: sys.stdout.write('Σ'))"
+    command = f'{shlex.quote(sys.executable)} -c "{program}" >&-'
+    done = subprocess.run(command, shell=True, capture_output=True, env=dict(os.environ), check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

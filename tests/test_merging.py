@@ -373,3 +373,25 @@ def test_the_folder_appears_when_it_is_complete(tmp_path, record, monkeypatch):
     monkeypatch.setattr("know_hf.checkpoint.files.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
     with pytest.raises(OSError, match=r"0.00 GB free"):
         merge_adapters(trajectory, llama(), output_dir=tmp_path / "full")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"peft_type": "EVIL"}', {"r": 10**9}, {"r": "2"}])
+def test_a_damaged_adapter_config_is_named(tmp_path, record, content):
+    trajectory = record(llama(), lora("q_proj"))
+    config = trajectory.path / "state-0/adapter_config.json"
+    config.write_text(content if isinstance(content, str) else json.dumps(json.loads(config.read_text()) | content))
+    with pytest.raises(TrajectoryError, match=str(trajectory.path)):
+        trajectory.load_model(base_model=llama())
+    shutil.copy(config, trajectory.path)
+    if isinstance(content, str):
+        with pytest.raises(ValueError, match=str(trajectory.path)):
+            merge_adapters(trajectory, llama(), output_dir=tmp_path / "merged")
+
+
+def test_only_merged_trajectories_are_replaced(tmp_path, record):
+    trajectory, out = record(llama(), lora("q_proj")), tmp_path / "outputs"
+    for _ in range(2):
+        merge_adapters(trajectory, llama(), output_dir=out / "merged", overwrite=True)
+    with pytest.raises(ValueError, match="holds the trajectory"):
+        merge_adapters(trajectory, llama(), output_dir=out, overwrite=True)
+    assert WeightTrajectory(out / "merged").num_states == trajectory.num_states

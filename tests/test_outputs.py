@@ -9,6 +9,7 @@ from quadrants import source, target
 from know_hf import KNOWNConfig, TransitionDataset, WeightTransitionCallback, meta_train
 from know_hf.checkpoint import locked_folder
 from know_hf.evaluation import ComparisonTask, ZeroShot, compare_arms, make_arm
+from know_hf.evaluation.suites import run_suite
 from know_hf.meta_learning import MetaTrainingArguments
 from know_hf.prediction import SHIPPED_KNOWN
 from know_hf.tasks import RecordArguments
@@ -62,3 +63,13 @@ def test_meta_trainings(tmp_path):
     ):
         train(tmp_path / "checkpoints")
     assert train(tmp_path / "checkpoints").steps_done == 2
+
+
+def test_outputs_in_the_folder_of_a_dataset(tmp_path):
+    (tmp_path / "data").mkdir()
+    arguments = {"task": "image-classification", "model": "me/vit", "dataset": str(tmp_path / "data")}
+    with pytest.raises(ValueError, match="inside the input"):
+        record_task(RecordArguments(**arguments, output_dir=str(tmp_path / "data/out")))
+    with pytest.raises(ValueError, match="inside the input"):
+        run_suite("mnist-halves", tmp_path / "data/out", data={"ylecun/mnist": str(tmp_path / "data")})
+    assert not any((tmp_path / "data").iterdir())

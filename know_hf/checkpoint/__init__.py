@@ -4,7 +4,7 @@ The safetensors library maps complete files into memory and writes complete shar
 bytes in the header lets reader and writer move any piece. The files are byte for byte those of the library.
 """
 
-from .atomic_folders import atomic_folder, check_empty, check_output, locked_folder
+from .atomic_folders import atomic_folder, check_empty, check_holds_no_trajectory, check_output, locked_folder
 from .byte_sources import ByteSource, LocalFile
 from .files import (
     apply_umask,
@@ -35,6 +35,7 @@ __all__ = [
     "atomic_folder",
     "check_empty",
     "check_free_disk",
+    "check_holds_no_trajectory",
     "check_output",
     "file_sha256",
     "fsync",

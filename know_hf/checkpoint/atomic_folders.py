@@ -28,7 +28,7 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a new folder that is renamed to `target` when the block ends without an error.
 
-    Its files and folders get the permissions of the umask.
+    Its files and folders get the permissions of the umask. A target that is the working directory is entered again.
 
     Args:
         target (`Path`):
@@ -42,7 +42,8 @@ def atomic_folder(
 
     Raises:
         `FileExistsError`:
-            If `target` is not empty and `overwrite` is off, or another program changed it during the block.
+            If `target` is a file, or is not empty and `overwrite` is off, or another program changed it during the
+            block.
         `ValueError`:
             If `target` is an input, contains one, or is inside one or a trajectory. Only checked with `sources`.
         `OSError`:
@@ -57,8 +58,9 @@ def atomic_folder(
     if os.path.ismount(target):
         raise OSError(errno.EBUSY, f"{target} is a mount point and cannot be replaced; choose a folder inside it")
     hint = "choose another folder" if resume else "choose another folder or pass overwrite=True"
-    if not overwrite:
+    if not overwrite or not target.is_dir():
         check_empty(target, hint)
+    is_working_folder = target.is_dir() and target.samefile(".")
     with ExitStack() as stack:
         stack.enter_context(_work_folder(work, target, resume))
         try:
@@ -73,6 +75,8 @@ def atomic_folder(
             if overwrite and _contents(target) != before:
                 raise FileExistsError(f"another program changed {target} in the meantime; choose another folder")
             _publish(work, target, overwrite)
+            if is_working_folder:
+                os.chdir(target)  # from the folder that was there
         except BaseException:
             if not resume or (work.exists() and not any(work.iterdir())):
                 _remove(work)
@@ -83,7 +87,7 @@ def atomic_folder(
 def check_empty(target: Path, hint: str = "choose another folder") -> None:
     """Raise a `FileExistsError` if a path exists and is not an empty folder."""
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty; {hint}")
+        raise FileExistsError(f"{target} exists and is not an empty folder; {hint}")
 
 
 def check_output(target: str | Path, inputs: Iterable[str | Path] = (), *, replaces: bool = True) -> None:
@@ -111,6 +115,15 @@ def check_output(target: str | Path, inputs: Iterable[str | Path] = (), *, repla
     for parent in target.parents:
         if (parent / _TRAJECTORY).exists():
             raise ValueError(f"{target} is inside the trajectory {parent}; choose a folder outside of it")
+
+
+def check_holds_no_trajectory(target: Path, *, below: bool = False) -> None:
+    """Refuse to replace a folder with trajectories, or with those in its subfolders only (`below`)."""
+    for manifest in target.rglob(_TRAJECTORY):
+        if manifest.parent != target or not below:
+            raise ValueError(
+                f"{target} holds the trajectory {manifest.parent}; choose another folder, or delete it first"
+            )
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from ..checkpoint import (
     CheckpointWriter,
     TensorSpec,
     atomic_folder,
+    check_holds_no_trajectory,
     check_output,
     replace_tensors,
     write_json,
@@ -31,7 +32,6 @@ from ..distributed import on_every_process, on_main_process
 from ..local_paths import hide_paths, loaded_from, resolved_name
 from ..model_tensors import names_on_disk
 from ..trajectory import WeightTrajectory, load_pretrained
-from ..trajectory.manifest import MANIFEST_NAME
 from .pieces import Piece, grouped, split_pieces
 from .residuals import ResidualReport
 from .tensor_sources import FunctionTensors, TensorFunction, TensorSource, cast
@@ -139,17 +139,11 @@ def checkpoint_folder(
         def enter() -> Path:
             check_output(target, inputs)
             if options.overwrite:
-                _check_holds_no_trajectory(target)
+                check_holds_no_trajectory(target)
             return stack.enter_context(atomic_folder(target, options.overwrite))
 
         yield on_main_process(options.accelerator, enter)
         on_main_process(options.accelerator, stack.close)
-
-
-def _check_holds_no_trajectory(target: Path) -> None:
-    """Refuse to replace trajectories, which cannot be predicted again."""
-    for manifest in target.rglob(MANIFEST_NAME):
-        raise ValueError(f"{target} holds the trajectory {manifest.parent}; choose another folder, or delete it first")
 
 
 def fill_checkpoint(

@@ -66,7 +66,7 @@ def _check_or_write_arguments(args: RecordArguments, output_dir: Path, write: bo
                     " to resume, or another output_dir"
                 )
     elif write:
-        check_output(output_dir, [args.model], replaces=False)
+        check_output(output_dir, [args.model, args.dataset], replaces=False)
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(path, new)
 

@@ -2,12 +2,14 @@
 
 import hashlib
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..checkpoint import CheckpointReader
 from ..model_tensors import (
     computed_names,
     is_adapter,
@@ -23,6 +25,7 @@ logger = logging.get_logger(__name__)
 # loads the adapter. Others draw at random, or need data or gradients.
 _KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CHANGE_BASE = ("pissa", "olora")
+_USUAL_RANK = 1024  # LoKr stores smaller layers without factors of this rank
 _VALUES = 64  # of each weight of a base in its fingerprint, at least
 
 
@@ -51,6 +54,29 @@ def check_initialisation(config: Any) -> None:
             " loads the adapter; save the changed base model and adapt it with init_lora_weights=True, or use"
             " init_lora_weights='pissa'"
         )
+
+
+def read_adapter_config(folder: Path) -> Any:
+    """Read the `adapter_config.json` of a folder as a `PeftConfig`.
+
+    A `ValueError` names a damaged file. If the folder holds the adapter, a rank that none of its tensors has is one,
+    because peft would allocate the memory for it.
+    """
+    from peft import PeftConfig
+
+    path = folder / "adapter_config.json"
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the config of an adapter ({error!r:.200}); restore it from a copy") from error
+    weights = folder / "adapter_model.safetensors"
+    if weights.exists():
+        reader = CheckpointReader([weights])
+        largest = max((size for name in reader.names for size in reader.shape(name)), default=0)
+        for rank in (getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()):
+            if isinstance(rank, int) and rank > max(largest, _USUAL_RANK):
+                raise ValueError(f"{path} has the rank {rank!r:.60}, which no tensor of {weights.name} has")
+    return config
 
 
 def base_fingerprint(model: nn.Module) -> str | None:

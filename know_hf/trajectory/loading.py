@@ -17,7 +17,7 @@ from ..model_tensors import (
     recorded_adapter,
     unwrapped,
 )
-from .adapters import check_initialisation
+from .adapters import check_initialisation, read_adapter_config
 from .manifest import TrajectoryError
 
 _REBUILD = "build the model as for the training, and copy the weights with load_into(model)"
@@ -114,16 +114,16 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
 def _load_adapter(folder: Path, base_model: PreTrainedModel | None) -> Any:
     if base_model is None:
         raise TrajectoryError(f"{folder} has an adapter; pass base_model=, the model it was trained on")
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     check_weight_files(folder)
     try:
-        check_initialisation(PeftConfig.from_pretrained(str(folder)))
+        check_initialisation(read_adapter_config(folder))
     except ValueError as error:
         raise TrajectoryError(f"the adapter in {folder} cannot be loaded as it was recorded: {error}") from error
     try:
         return PeftModel.from_pretrained(unwrapped(base_model), folder)
-    except RuntimeError as error:  # peft names the tensors and their shapes
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # peft names tensors and shapes
         raise TrajectoryError(
             f"the adapter in {folder} does not fit this {type(base_model).__name__}; pass base_model=, the model it"
             f" was trained on. {' '.join(str(error).split())}"

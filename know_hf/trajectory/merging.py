@@ -23,10 +23,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint import atomic_folder, check_free_disk
+from ..checkpoint import atomic_folder, check_free_disk, check_holds_no_trajectory
 from ..checkpoint.safe_loading import from_safetensors
 from ..local_paths import is_unknown, loaded_from, resolved_name
 from ..model_tensors import unwrapped
+from .adapters import read_adapter_config
 from .snapshot import state_nbytes
 from .store import StateName
 from .weight_trajectory import WeightTrajectory
@@ -95,7 +96,7 @@ def merge_adapters(
         `ValueError`:
             When the trajectory is not one of adapters, or peft cannot merge them (`layer_replication`, prompts); when
             the base model is unknown, quantised, incomplete, or not the one that the adapters were trained on; when
-            `output_dir` contains the trajectory or the base model, or is inside one of them.
+            `output_dir` contains the trajectory, another one or the base model, or is inside one of them.
         `TrajectoryError`:
             When a file of the trajectory is not the recorded one.
         `FileExistsError`:
@@ -116,6 +117,8 @@ def merge_adapters(
             " between states; the default is torch.float32."
         )
     trajectory.verify()
+    if overwrite:
+        check_holds_no_trajectory(Path(output_dir), below=True)
     source = loaded_from(base.source) if isinstance(base.source, nn.Module) else base.source
     with atomic_folder(Path(output_dir), overwrite, [trajectory.path, source]) as work:
         merged = WeightTrajectory.create(work, trajectory.schedule)
@@ -177,9 +180,7 @@ class _Base:
 
     @classmethod
     def of(cls, trajectory: WeightTrajectory, source: nn.Module | str | Path | None, dtype: torch.dtype) -> "_Base":
-        from peft import PeftConfig
-
-        adapter = PeftConfig.from_pretrained(str(trajectory.path))
+        adapter = read_adapter_config(trajectory.path)
         if adapter.is_prompt_learning or adapter.is_adaption_prompt:
             raise ValueError(
                 f"the {adapter.peft_type.value} adapters of {trajectory.path} do not change weights; {_UNMERGED}"

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint import check_output
 from ..arms import Arm, known_step_arms, make_arm
 from ..compare import compare_arms
 from ..report.comparison_report import ComparisonReport
@@ -50,7 +51,8 @@ def run_suite(
         [`ComparisonReport`]: the report, printable.
 
     Raises:
-        `ValueError`: if `data` or `models` names something that the suite does not read, and as [`load_suite`] and
+        `ValueError`: if `data` or `models` names something that the suite does not read, if `output_dir` is inside
+            one of their folders, and as [`load_suite`] and
             [`compare_arms`].
         `FileExistsError`, `RuntimeError`: as [`compare_arms`].
     """
@@ -58,6 +60,7 @@ def run_suite(
         suite = load_suite(suite)
     dataset_paths = _expanded("data", data, {suite.source.dataset, suite.target.dataset}, suite.name)
     model_paths = _expanded("models", models, {suite.model.pretrained} - {None}, suite.name)
+    check_output(output_dir, [*dataset_paths.values(), *model_paths.values()], replaces=False)
     compared = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in (suite.arms if arms is None else arms)]
     names = {arm.name for arm in compared}
     for name, weights in (known or {}).items():
