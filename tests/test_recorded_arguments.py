@@ -9,29 +9,29 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from know_hf.data.subsets import Subset
-from know_hf.recording.recorded_arguments import argument_text, recorded_arguments
+from know_hf.recording.recorded_arguments import argument_text, recorded_arguments, trainer_arguments
 from know_hf.recording.resuming import check_same_recording
 from know_hf.trajectory import StateRecord
 
 SGD = (torch.optim.SGD, {"lr": 0.5})
 
 
-def make(optimizer: Any = None, **changes: Any) -> tuple[TrainingArguments, Any]:
-    """Arguments of a stage, changed without the checks of their constructor, and the optimizer."""
+def make(optimizer: Any = None, of_trainer: Any = None, **changes: Any) -> tuple[TrainingArguments, dict[str, Any]]:
+    """Arguments of a stage, changed without the checks of their constructor, and those of the trainer."""
     args = TrainingArguments("out", use_cpu=True)
     for name, value in changes.items():
         setattr(args, name, value)
-    return args, optimizer
+    return args, {"optimizer_cls_and_kwargs": optimizer, **(of_trainer or {})}
 
 
-def resume(training: dict[str, str], args: TrainingArguments, optimizer: Any, **state: Any) -> None:
+def resume(training: dict[str, str], args: TrainingArguments, of_trainer: Any, **state: Any) -> None:
     record = StateRecord(0, 8, 1, (), seed=42, subset_fingerprint="a", training=training, **state)
     trajectory: Any = SimpleNamespace(states=[record], path="states")
-    check_same_recording(trajectory, [Subset(None, 8, 1.0, "a")], [args], optimizer)
+    check_same_recording(trajectory, [Subset(None, 8, 1.0, "a")], [args], of_trainer)
 
 
 def test_the_usual_arguments_and_what_differs_from_its_default_are_recorded(tmp_path):
@@ -42,7 +42,7 @@ def test_the_usual_arguments_and_what_differs_from_its_default_are_recorded(tmp_
     usual |= {"optim": argument_text(args.optim), "weight_decay": "0.0", "max_grad_norm": "1.0", "max_steps": "-1"}
     usual |= {"adam_beta1": "0.9", "adam_beta2": "0.999", "adam_epsilon": "1e-08"}
     usual |= {"label_smoothing_factor": "0.0", "neftune_noise_alpha": "None", "examples_per_step": "8"}
-    assert recorded_arguments(args, SGD) == {
+    assert recorded_arguments(args, {"optimizer_cls_and_kwargs": SGD}) == {
         "class": "TrainingArguments",
         **usual,
         "data_seed": "3",
@@ -90,6 +90,40 @@ def function():
 )  # fmt: skip
 def test_texts_are_the_same_on_every_machine(value, text):
     assert argument_text(value) == text
+
+
+def test_what_the_trainer_has_besides_its_arguments_is_compared(tmp_path):
+    class Own(Trainer):
+        lr = 0.1
+
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.SGD([{"params": list(self.model.parameters()), "lr": self.lr}])
+            return self.optimizer
+
+    def build(kind: type[Trainer] = Trainer, **options: Any) -> tuple[TrainingArguments, dict[str, Any]]:
+        args = TrainingArguments(str(tmp_path), use_cpu=True)
+        return args, trainer_arguments(kind(torch.nn.Linear(2, 2), args, **options))
+
+    args, plain = build()
+    recorded = recorded_arguments(args, plain)
+    assert recorded["data_collator"].endswith("default_data_collator")
+    assert (recorded["trained_tensors"], "create_optimizer" in recorded) == ("2", False)
+    resume(recorded, *build())
+    resume(recorded_arguments(args), *build())  # of a callback that does not know the trainer
+    for options, name in [
+        ({"data_collator": function}, "data_collator"),
+        ({"compute_loss_func": function}, "compute_loss_func"),
+        ({"kind": Own}, "create_optimizer"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name}=.*has "):
+            resume(recorded, *build(**options))
+    with pytest.raises(ValueError, match="trained_tensors=2.*has 1"):
+        resume(recorded, args, {**plain, "trained_tensors": 1})
+    recorded = recorded_arguments(*build(Own))
+    resume(recorded, *build(Own))
+    Own.lr = 0.2
+    with pytest.raises(ValueError, match=r"create_optimizer=.*0\.1.*0\.2"):
+        resume(recorded, *build(Own))
 
 
 BEST = {"load_best_model_at_end": True, "save_steps": 5}

@@ -162,7 +162,9 @@ class WeightTransitionCallback(TrainerCallback):
                 num_examples=num_examples(kwargs["train_dataloader"]),
                 steps=state.global_step,
                 seed=args.seed,
-                training=recorded_arguments(args, getattr(self.trainer, "optimizer_cls_and_kwargs", None)),
+                training=recorded_arguments(
+                    args, {"optimizer_cls_and_kwargs": getattr(self.trainer, "optimizer_cls_and_kwargs", None)}
+                ),
                 processing_class=kwargs.get("processing_class"),
             )
 

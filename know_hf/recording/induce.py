@@ -21,10 +21,10 @@ from ..trajectory import StateRecord, WeightTrajectory, state_nbytes
 from ..trajectory.recorder import check_savable
 from ..trajectory.start import StartWeights
 from .callback import WeightTransitionCallback
-from .loaders import check_loader
+from .loaders import check_loader, restart_collator
 from .optimizers import use_evaluated_weights
 from .progress import Progress, weights_checksum
-from .recorded_arguments import examples_per_step, recorded_arguments
+from .recorded_arguments import examples_per_step, recorded_arguments, trainer_arguments
 from .resuming import check_same_recording
 from .validation import check_reloadable, check_trainer, warn_about_warmup
 
@@ -47,8 +47,8 @@ def induce_forgetting(
     Size, displacement and metrics of every state go to the trainer's loggers under `forgetting/`.
 
     A second call with the same folder and arguments resumes at the first missing state. It ends in the same weights as
-    an uninterrupted run, unless `dtype` rounds the stored weights. All training arguments that can change the weights
-    must be the same; batch size, accumulation and processes may change if their product does not. A recording under
+    an uninterrupted run, unless `dtype` rounds the stored weights. All training arguments that can change the weights, the
+    data collator, the loss function and what is frozen must be the same; batch size, accumulation and processes may change if their product does not. A recording under
     ZeRO-3 cannot be resumed.
 
     In distributed training, call it on every process; the main process writes, and its errors are raised on all.
@@ -106,6 +106,7 @@ def induce_forgetting(
     subsets = divide(trainer.train_dataset, schedule, examples_per_step(trainer.args))
     check_loader(trainer, subsets)
     arguments = [_stage_arguments(trainer.args, index, schedule) for index in range(schedule.num_states)]
+    of_trainer = trainer_arguments(trainer)
     start_weights = start_weights if start == "train" else "none"
     callback = _StageCallback(output_dir, schedule, trainer=trainer, dtype=dtype, start_weights=start_weights)
     trajectory = callback.trajectory
@@ -115,7 +116,7 @@ def induce_forgetting(
             if not trajectory.num_states:
                 check_output(trajectory.path, [loaded_from(trainer.model)], replaces=False)
             stack.enter_context(trajectory.recording())
-            check_same_recording(trajectory, subsets, arguments, trainer.optimizer_cls_and_kwargs)
+            check_same_recording(trajectory, subsets, arguments, of_trainer)
             trajectory.check_base(trainer.model)
             _check_missing_states(trajectory, trainer, schedule, dtype, start_weights)
             return trajectory.num_states
@@ -136,6 +137,7 @@ def induce_forgetting(
                 callback.record_current(trainer)
             else:
                 callback.record_first(trainer, index)
+                callback.training = recorded_arguments(arguments[index], of_trainer)
                 _train_stage(trainer, arguments[index], subsets[index], callback)
             on_main_process(trainer.accelerator, callback.raise_failure)
             progress.evaluate(index, callback.weights)
@@ -236,7 +238,6 @@ def _stage_arguments(args: TrainingArguments, index: int, schedule: ForgettingSc
 
 
 def _train_stage(trainer: Trainer, args: TrainingArguments, subset: Subset, callback: _StageCallback) -> None:
-    callback.training = recorded_arguments(args, trainer.optimizer_cls_and_kwargs)
     before = trainer.args
     trainer.args, trainer.train_dataset = args, subset.dataset
     reshard(trainer.model)
@@ -247,6 +248,7 @@ def _train_stage(trainer: Trainer, args: TrainingArguments, subset: Subset, call
         )
     trainer.add_callback(callback)
     set_seed(args.seed)
+    restart_collator(trainer)
     try:
         trainer.train()
     finally:

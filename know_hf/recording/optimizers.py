@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+_OF_PARAMETERS = ("params", "param_names", "initial_lr")  # in a group, beside the options
 _TAKEN_OUT = ("params", "model", "optimizer_dict")  # the Trainer pops these from the options
 
 
@@ -29,8 +30,8 @@ def check_created_again(trainer: Trainer) -> None:
         )
     _check_scheduler(trainer)
     held = _unwrapped(trainer.optimizer)
-    is_own = getattr(trainer.create_optimizer, "__func__", None) is not Trainer.create_optimizer
-    if isinstance(trainer.optimizer, DeepSpeedOptimizerWrapper) or (held is None and not is_own):
+    is_deepspeed = isinstance(trainer.optimizer, DeepSpeedOptimizerWrapper)
+    if is_deepspeed or (held is None and not _overrides_create_optimizer(trainer)):
         return  # DeepSpeed's is created for every training
     first = _create(trainer) if held is None else held
     created = _create(trainer)
@@ -48,6 +49,15 @@ def check_created_again(trainer: Trainer) -> None:
             " optimizer_cls_and_kwargs=(class, options) to the Trainer instead of optimizers=, or override"
             " create_optimizer; set trainer.optimizer = None if it is left over from an earlier training"
         )
+
+
+def own_optimizer(trainer: Trainer) -> list[Any] | None:
+    """Return the class and the options per group of the optimizer that a subclass of `Trainer` creates."""
+    if not _overrides_create_optimizer(trainer):
+        return None
+    optimizer = _create(trainer)
+    groups = [{k: v for k, v in group.items() if k not in _OF_PARAMETERS} for group in optimizer.param_groups]
+    return [type(optimizer), groups]
 
 
 def check_trains(optimizer: Any, model: nn.Module, warn: bool) -> None:
@@ -93,6 +103,10 @@ def _check_scheduler(trainer: Trainer) -> None:
     )
 
 
+def _overrides_create_optimizer(trainer: Trainer) -> bool:
+    return getattr(trainer.create_optimizer, "__func__", None) is not Trainer.create_optimizer
+
+
 def _create(trainer: Trainer) -> Any:
     given, trainer.optimizer = trainer.optimizer, None
     try:
@@ -116,7 +130,7 @@ def _options(optimizer: Any, trained: bool) -> dict[int, dict[str, Any]]:
     options: dict[int, dict[str, Any]] = {}
     for group in optimizer.param_groups:
         names = [name for name in group if name in settable or not trained]
-        shared = {name: group[name] for name in names if name not in ("params", "param_names", "initial_lr")}
+        shared = {name: group[name] for name in names if name not in _OF_PARAMETERS}
         shared["lr"] = group.get("initial_lr", group.get("lr"))
         options |= {id(parameter): shared for parameter in group["params"]}
     return options

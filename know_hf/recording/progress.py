@@ -13,6 +13,7 @@ from ..data.subsets import Subset
 from ..distributed import is_sharded, on_main_process
 from ..trajectory import StateRecord, WeightTrajectory
 from ..trajectory.summary import displacement
+from .loaders import restart_collator
 
 logger = logging.get_logger(__name__)
 
@@ -74,6 +75,7 @@ class Progress:
         evaluated = _EvaluatedWeights(self._trainer)
         weights = weights_checksum(self._trainer) if weights is None else weights
         self._trainer.add_callback(evaluated)
+        restart_collator(self._trainer)
         try:
             results: Mapping[str, Any] = self._trainer.evaluate()
         finally:
@@ -86,7 +88,7 @@ class Progress:
             results = {}  # no return: all processes meet below
         metrics = {}
         for name, value in results.items():
-            if not name.startswith("eval_") or name.endswith(_TIMINGS):
+            if name == "epoch" or name.endswith(_TIMINGS) or "_mem_" in name:
                 continue
             if (number := _finite_number(value)) is None:
                 logger.warning(f"{name} of state {index} is not a finite number ({value!r}) and is not recorded")

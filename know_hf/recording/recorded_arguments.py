@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+
+from .optimizers import own_optimizer
 
 ARGUMENTS_CLASS = "class"  # a keyword of Python, so no argument has this name
 
@@ -44,37 +46,53 @@ _WITHOUT_EFFECT = frozenset(
     " fp16_full_eval eval_packing predict_with_generate generation_max_length generation_num_beams"
     " generation_config".split()
 )
+# Of the trainer, recorded at any value and compared if recorded: [`WeightTransitionCallback`] may not know the trainer.
+_WITHOUT_DEFAULT = frozenset(("data_collator", "trained_tensors"))
 _OPTIMIZERS_WITHOUT_ADAM_ARGUMENTS = ("sgd", "rmsprop", "adagrad", "adafactor")
 _OF_DEEPSPEED = ("optimizer", "scheduler")
 _SECRETS = ("_token", "_key", "_secret", "password")
 _MAX_LENGTH = 200
 
 
-def recorded_arguments(args: TrainingArguments, optimizer: tuple[Any, Any] | None = None) -> dict[str, str]:
+def trainer_arguments(trainer: Trainer) -> dict[str, Any]:
+    """Return what a `Trainer` has besides its training arguments that may change the trained weights.
+
+    `trained_tensors` is the number of tensors that train.
+    """
+    return {
+        "optimizer_cls_and_kwargs": trainer.optimizer_cls_and_kwargs,
+        "create_optimizer": own_optimizer(trainer),
+        "compute_loss_func": trainer.compute_loss_func,
+        "data_collator": trainer.data_collator,
+        "trained_tensors": sum(parameter.requires_grad for parameter in trainer.model.parameters()),
+    }
+
+
+def recorded_arguments(args: TrainingArguments, of_trainer: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Return the training arguments to record: those that differ from their defaults, and the usual ones.
 
     Args:
         args (`TrainingArguments`):
             The arguments of a stage.
-        optimizer (`tuple`, *optional*):
-            The trainer's `optimizer_cls_and_kwargs`.
+        of_trainer (`Mapping[str, Any]`, *optional*):
+            The [`trainer_arguments`].
     """
-    texts = compared_arguments(args, optimizer)
-    recorded = {name: text for name, (text, default) in texts.items() if name in _ALWAYS or text != default}
+    texts, always = compared_arguments(args, of_trainer), _ALWAYS | _WITHOUT_DEFAULT
+    recorded = {name: text for name, (text, default) in texts.items() if name in always or text != default}
     return {ARGUMENTS_CLASS: type(args).__name__, **recorded}
 
 
 def compared_arguments(
-    args: TrainingArguments, optimizer: tuple[Any, Any] | None = None
+    args: TrainingArguments, of_trainer: Mapping[str, Any] | None = None
 ) -> dict[str, tuple[str, str]]:
-    """Return every training argument that may change the trained weights, as text, with the text of its default."""
+    """Return every argument that may change the trained weights, as text, with the text of its default."""
     values: dict[str, tuple[Any, Any]] = {"examples_per_step": (examples_per_step(args), None)}
     for field in fields(args):
         if field.name not in _without_effect(args) and not field.name.endswith(_SECRETS):
             values[field.name] = getattr(args, field.name), _default(field)
     values["mixed_precision"] = args.mixed_precision, "no"
     values["deepspeed"] = _deepspeed_parts(args.deepspeed), None
-    values["optimizer_cls_and_kwargs"] = optimizer, None
+    values |= {name: (v, v if name in _WITHOUT_DEFAULT else None) for name, v in (of_trainer or {}).items()}
     return {name: (argument_text(value), argument_text(default)) for name, (value, default) in values.items()}
 
 

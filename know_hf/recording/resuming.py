@@ -1,6 +1,6 @@
 """Comparison of a recording with the states that it continues."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainingArguments
@@ -14,7 +14,7 @@ def check_same_recording(
     trajectory: WeightTrajectory,
     subsets: Sequence[Subset],
     stage_arguments: Sequence[TrainingArguments],
-    optimizer: tuple[Any, Any] | None,
+    of_trainer: Mapping[str, Any],
 ) -> None:
     """Raise a `ValueError` for the first recorded state with other data or training arguments than its stage has."""
     for state, subset, args in zip(trajectory.states, subsets, stage_arguments, strict=False):
@@ -24,7 +24,7 @@ def check_same_recording(
                 f" {state.subset_fingerprint}, now {subset.size}; use the same dataset to resume, or another folder"
             )
         # without arguments: state 0 with start="current"
-        if state.training and (difference := _difference(state, args, optimizer)):
+        if state.training and (difference := _difference(state, args, of_trainer)):
             name, recorded, given = difference
             hint = " (per device × accumulation × processes)" if name == "examples_per_step" else ""
             raise ValueError(
@@ -34,7 +34,7 @@ def check_same_recording(
 
 
 def _difference(
-    state: StateRecord, args: TrainingArguments, optimizer: tuple[Any, Any] | None
+    state: StateRecord, args: TrainingArguments, of_trainer: Mapping[str, Any]
 ) -> tuple[str, str, str] | None:
     """Return the first argument that differs: its name, the recorded text and the given one.
 
@@ -42,7 +42,7 @@ def _difference(
     record, what is missing had its default.
     """
     recorded, is_complete = state.training, ARGUMENTS_CLASS in state.training
-    compared = compared_arguments(args, optimizer)
+    compared = compared_arguments(args, of_trainer)
     if state.seed != args.seed:
         return "seed", str(state.seed), str(args.seed)
     for name, (text, default) in compared.items():
