@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from .model_tensors import tied_names, unsharded_shape, unwrapped
+from .model_tensors import is_adapter, tied_names, unsharded_shape, unwrapped
 
 PREDICTED_ROLES = ("conv", "fc", "bias")
 ROLES = (*PREDICTED_ROLES, "norm", "kept", "copied")
@@ -89,8 +89,10 @@ def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         path, _, attribute = name.rpartition(".")
         owner = owners.get(path)
-        if isinstance(owner, nn.ParameterDict | nn.ParameterList):  # keys are names of adapters, or indices
-            attribute = path.rpartition(".")[2]
+        if isinstance(owner, nn.ParameterDict | nn.ParameterList):
+            # keys are indices, names of adapters, or else what they say
+            is_telling = _WORDS.search(attribute) and not is_adapter(model)
+            attribute = attribute if is_telling else path.rpartition(".")[2]
         first = tied.get(name)
         if first is None:
             role = _role(owner, name, attribute, tensor)
@@ -137,10 +139,7 @@ def _role(owner: nn.Module | None, name: str, attribute: str, tensor: torch.Tens
         return role
     if is_matrix_layer and "weight" in attribute and len(shape) > 1:
         return _weight_role(owner, kind, attribute, shape)
-    if sum(size > 1 for size in shape) < 2:
-        vector = f"a vector of shape {'×'.join(map(str, shape))}" if shape else "a scalar"
-        return TensorRole("kept", f"{attribute} of {kind}, {vector} that may scale instead of shift")
-    return TensorRole("fc", f"{attribute} of {kind}, {len(shape)} axes")
+    return _role_by_axes(attribute, kind, shape)
 
 
 def _weight_role(owner: nn.Module | None, kind: str, attribute: str, shape: torch.Size) -> TensorRole:
@@ -165,6 +164,16 @@ def _role_by_name(attribute: str, kind: str) -> TensorRole | None:
         case "scale":
             return TensorRole("kept", f"{attribute} of {kind}, a scale by name")
     return None
+
+
+def _role_by_axes(attribute: str, kind: str, shape: torch.Size) -> TensorRole:
+    """Role of a parameter of which neither name nor owner tell the kind."""
+    if sum(size > 1 for size in shape) < 2:
+        vector = f"a vector of shape {'×'.join(map(str, shape))}" if shape else "a scalar"
+        return TensorRole("kept", f"{attribute} of {kind}, {vector} that may scale instead of shift")
+    if "conv" in kind.lower() and any(size > 1 for size in shape[2:]):  # a convolution that is not one of torch's
+        return TensorRole("conv", f"{attribute} of {kind}, {len(shape)} axes")
+    return TensorRole("fc", f"{attribute} of {kind}, {len(shape)} axes")
 
 
 def _is_factor(owner: nn.Module | None, attribute: str) -> bool:

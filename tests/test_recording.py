@@ -7,10 +7,16 @@ import torch
 from accelerate.data_loader import IterableDatasetShard
 from conftest import NUM_EXAMPLES, SCHEDULE, make_images, make_resnet, make_trainer
 from datasets import Dataset
-from doubles.small_trainers import BALANCED, assert_same_states
+from doubles.small_trainers import BALANCED, StopAfter, assert_same_states
 from torch import nn
 from torch.utils.data import TensorDataset
-from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, ViTImageProcessorPil
+from transformers import (
+    AutoModelForImageClassification,
+    Trainer,
+    TrainerCallback,
+    ViTImageProcessorPil,
+    default_data_collator,
+)
 
 from know_hf import ForgettingSchedule, WeightTransitionCallback, induce_forgetting
 from know_hf.data.subsets import divide
@@ -88,6 +94,31 @@ def test_a_finished_trajectory_is_not_trained_again(tmp_path, trajectory_copy, c
     assert torch.equal(trainer.model.classifier[1].weight, trajectory.tensor(WEIGHT, 0))
 
 
+def test_a_collator_with_its_own_seed_draws_the_same_numbers_after_resuming(tmp_path):
+    class Masked:
+        seed, generator = 0, None
+
+        def __call__(self, rows):
+            self.generator = self.generator or torch.Generator().manual_seed(self.seed)
+            batch = default_data_collator(rows)
+            noise = torch.rand(batch["pixel_values"].shape, generator=self.generator)
+            return {**batch, "pixel_values": batch["pixel_values"] * noise}
+
+    def trainer(**options):
+        trainer = make_trainer(tmp_path, num_train_epochs=1, **options)
+        trainer.data_collator = Masked()
+        return trainer
+
+    interrupted = trainer()
+    interrupted.add_callback(StopAfter(1))
+    with pytest.raises(KeyboardInterrupt):
+        induce_forgetting(interrupted, BALANCED, tmp_path / "resumed")
+    resumed = induce_forgetting(trainer(), BALANCED, tmp_path / "resumed")
+    complete = induce_forgetting(trainer(), BALANCED, tmp_path / "complete")
+    assert_same_states(resumed, complete)
+    assert [state.metrics for state in resumed.states] == [state.metrics for state in complete.states]
+
+
 def test_start_current_uses_the_weights_of_the_model(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.train()  # leaves an optimizer behind
@@ -157,12 +188,13 @@ def test_processor_finite_metrics_and_classes_of_strings(tmp_path, monkeypatch, 
     columns = {**make_images().with_format(None)[:], "kind": ["even", "odd"] * 32}
     trainer.train_dataset = Dataset.from_dict(columns).with_format("torch")
     results = {"eval_loss": float("nan"), "eval_f1": [0.1], "eval_best": None, "eval_note": "1", "eval_accuracy": 0.5}
+    results |= {"val_f1": 0.25, "epoch": 1.0, "val_runtime": 0.1, "init_mem_cpu_alloc_delta": 8}
     monkeypatch.setattr(trainer, "evaluate", lambda: results)
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     trainer.processing_class = trainer.callback_handler.processing_class = processor
     schedule = ForgettingSchedule(num_states=2, stratify_by="kind")
     trajectory = induce_forgetting(trainer, schedule, tmp_path / "trajectory")
-    assert [state.metrics for state in trajectory.states] == [{"eval_accuracy": 0.5}] * 2
+    assert [state.metrics for state in trajectory.states] == [{"eval_accuracy": 0.5, "val_f1": 0.25}] * 2
     assert "eval_loss of state 0" in caplog.text
     assert {path.name for path in trajectory.model_files} == {"config.json", "preprocessor_config.json"}
     assert not list(trajectory.path.glob("state-*/preprocessor_config.json"))

@@ -284,3 +284,20 @@ def test_weights_that_change_between_stages_give_a_warning(tmp_path, caplog):
 
     induce_forgetting(make(tmp_path, Halved), SCHEDULE, tmp_path / "states")
     assert caplog.text.count("weights changed") == 2
+
+
+def test_a_reference_that_follows_the_training_gives_one_warning(tmp_path, caplog):
+    class Following(Trainer):
+        follows = True
+
+        def training_step(self, *args, **kwargs):
+            if self.follows:
+                self.reference.load_state_dict(self.model.state_dict())
+            return super().training_step(*args, **kwargs)
+
+    for follows in (True, False):
+        trainer = make(tmp_path, Following)
+        trainer.reference, trainer.follows = Net(), follows
+        induce_forgetting(trainer, SCHEDULE, tmp_path / str(follows))
+        assert caplog.text.count("'reference.") == follows
+        caplog.clear()

@@ -47,6 +47,8 @@ SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_
         (lambda t: setattr(t.args, "bf16_full_eval", True), ValueError, "bf16_full_eval"),
         (lambda t: setattr(t.args, "fp16_full_eval", True), ValueError, "fp16_full_eval"),
         (lambda t: setattr(t.model, "_hf_peft_config_loaded", True), ValueError, "get_peft_model"),
+        (lambda t: t.model.requires_grad_(False) and None, ValueError, "requires_grad"),
+        (lambda t: t.model.register_buffer("wide", torch.ones(1).expand(4)), ValueError, r"'wide'.*clone"),
         (
             lambda t: setattr(t, "optimizer", torch.optim.SGD(t.model.parameters(), lr=0.1)),
             ValueError,

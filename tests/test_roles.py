@@ -68,6 +68,21 @@ def test_roles_of_torch_modules(module, expected):
     assert {role.is_batch_norm for role in roles.values()} == {isinstance(module, nn.BatchNorm2d)}
 
 
+def test_roles_of_own_convolutions_and_of_dictionaries():
+    class OwnConv(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 3, 5, 5))
+            self.pointwise = nn.Parameter(torch.zeros(4, 3, 1, 1))
+            self.values = nn.ParameterDict(
+                {"bias": torch.zeros(2, 4), "scale": torch.zeros(4), "w": torch.zeros(4, 3)}
+            )
+
+    roles = {name: role.role for name, role in tensor_roles(OwnConv()).items()}
+    assert (roles["weight"], roles["pointwise"]) == ("conv", "fc")
+    assert [roles[f"values.{name}"] for name in ("bias", "scale", "w")] == ["bias", "kept", "fc"]
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "role"),
     [

@@ -23,7 +23,7 @@ from ..trajectory.start import StartWeights
 from .callback import WeightTransitionCallback
 from .loaders import check_loader, restart_collator
 from .optimizers import use_evaluated_weights
-from .progress import Progress, weights_checksum
+from .progress import Progress, other_checksums, warn_about_others, weights_checksum
 from .recorded_arguments import examples_per_step, recorded_arguments, trainer_arguments
 from .resuming import check_same_recording
 from .validation import check_reloadable, check_trainer, warn_about_warmup
@@ -47,9 +47,9 @@ def induce_forgetting(
     Size, displacement and metrics of every state go to the trainer's loggers under `forgetting/`.
 
     A second call with the same folder and arguments resumes at the first missing state. It ends in the same weights as
-    an uninterrupted run, unless `dtype` rounds the stored weights. All training arguments that can change the weights, the
-    data collator, the loss function and what is frozen must be the same; batch size, accumulation and processes may change if their product does not. A recording under
-    ZeRO-3 cannot be resumed.
+    an uninterrupted run, unless `dtype` rounds the stored weights. All training arguments that can change the weights
+    must be the same, and so must the data collator, the loss function and what is frozen. Batch size, accumulation and
+    processes may change if their product does not. A recording under ZeRO-3 cannot be resumed.
 
     In distributed training, call it on every process; the main process writes, and its errors are raised on all.
 
@@ -59,7 +59,8 @@ def induce_forgetting(
     Warns when a warmup is longer than a stage, when a stage ends early, when the config does not describe the model or
     its tied weights (states then load with `load_into`, not with `from_pretrained`), and when the training changes
     what no state holds, so that a resumed run ends in other weights: BatchNorm statistics below an adapter, or
-    parameters of the optimizer that are not in the model, such as weights of a loss.
+    parameters of the optimizer that are not in the model, such as weights of a loss, or another model of the trainer,
+    such as a reference that follows the training.
 
     Args:
         trainer (`Trainer`):
@@ -155,6 +156,7 @@ class _StageCallback(WeightTransitionCallback):
     training: dict[str, str]
     on_written: Callable[[StateRecord], object]
     weights: list[int] | None = None
+    has_warned_about_others = False
     _failure: Exception | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
@@ -249,8 +251,10 @@ def _train_stage(trainer: Trainer, args: TrainingArguments, subset: Subset, call
     trainer.add_callback(callback)
     set_seed(args.seed)
     restart_collator(trainer)
+    others = {} if callback.has_warned_about_others else other_checksums(trainer)
     try:
         trainer.train()
+        callback.has_warned_about_others |= warn_about_others(trainer, others)
     finally:
         trainer.remove_callback(callback)
         trainer.args = before

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..data.subsets import Subset
 from ..distributed import is_sharded, on_main_process
+from ..model_tensors import memory_key
 from ..trajectory import StateRecord, WeightTrajectory
 from ..trajectory.summary import displacement
 from .loaders import restart_collator
@@ -135,8 +137,48 @@ def weights_checksum(trainer: Trainer) -> list[int] | None:
     """Return the sum of the bits of every trainable parameter; `None` if the parameters are sharded."""
     if is_sharded(trainer):
         return None
-    parameters = [parameter.detach().flatten() for parameter in trainer.model.parameters() if parameter.requires_grad]
-    return [int(values.view(_BITS[values.itemsize]).sum(dtype=torch.int64)) for values in parameters]
+    return [_sum_of_bits(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+
+def other_checksums(trainer: Trainer) -> dict[str, int]:
+    """Return the sum of the bits of every tensor in modules of the trainer that is not one of its model.
+
+    Such a module is the reference of TRL's trainers. Empty if the parameters are sharded.
+    """
+    if is_sharded(trainer):
+        return {}
+    modules = {key: value for key, value in vars(trainer).items() if isinstance(value, nn.Module)}
+    state = {f"{key}.{name}": tensor for key, m in modules.items() for name, tensor in m.state_dict().items()}
+    own = {memory_key(tensor) for tensor in trainer.model.state_dict().values() if isinstance(tensor, torch.Tensor)}
+    return {
+        name: _sum_of_bits(tensor)
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and not tensor.is_meta and memory_key(tensor) not in own
+    }
+
+
+def warn_about_others(trainer: Trainer, before: Mapping[str, int]) -> bool:
+    """Warn when a training changed modules beside the model, of which no state holds the tensors.
+
+    Args:
+        trainer (`Trainer`):
+            The trainer after the training.
+        before (`Mapping[str, int]`):
+            Its [`other_checksums`] before the training.
+    """
+    after = other_checksums(trainer) if before else {}
+    changed = [name for name, checksum in before.items() if after.get(name) != checksum]
+    if changed:
+        logger.warning(
+            f"the training changes {changed[0]!r} of the trainer, which no state holds: a resumed run ends in other"
+            " weights. Make it part of the model, or do not interrupt the recording"
+        )
+    return bool(changed)
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    values = tensor.detach().flatten()
+    return int(values.view(_BITS[values.itemsize]).sum(dtype=torch.int64))
 
 
 def _finite_number(value: Any) -> float | None:

@@ -46,7 +46,7 @@ _WITHOUT_EFFECT = frozenset(
     " fp16_full_eval eval_packing predict_with_generate generation_max_length generation_num_beams"
     " generation_config".split()
 )
-# Of the trainer, recorded at any value and compared if recorded: [`WeightTransitionCallback`] may not know the trainer.
+# Of the trainer, compared only if recorded: [`WeightTransitionCallback`] may not know its trainer.
 _WITHOUT_DEFAULT = frozenset(("data_collator", "trained_tensors"))
 _OPTIMIZERS_WITHOUT_ADAM_ARGUMENTS = ("sgd", "rmsprop", "adagrad", "adafactor")
 _OF_DEEPSPEED = ("optimizer", "scheduler")

@@ -30,6 +30,11 @@ def check_trainer(trainer: Trainer) -> None:
     check_gathering(trainer)
     check_arguments(trainer.args)
     check_recordable(trainer.model)
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise ValueError(
+            f"no parameter of this {type(trainer.model).__name__} trains; set requires_grad, or load an adapter with"
+            " PeftModel.from_pretrained(…, is_trainable=True)"
+        )
     if getattr(trainer.model, "_hf_peft_config_loaded", False):
         raise ValueError("the model has an adapter from add_adapter; wrap the model with peft.get_peft_model instead")
     check_created_again(trainer)

@@ -151,8 +151,13 @@ def _check_adapter(model: nn.Module) -> None:
 
 
 def _check_memory(model: nn.Module) -> None:
-    """Raise a `ValueError` for a parameter that trains and shares a part of its memory with another tensor."""
+    """Raise a `ValueError` for tensors that share a part of their memory, or whose own elements share it."""
     state = [(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items() if tensor.data_ptr()]
+    for name, tensor in state:
+        if any(size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"elements of {name!r} share memory, so a state could not be loaded; clone() it after expand()"
+            )
     state.sort(key=lambda item: (str(item[1].device), item[1].data_ptr()))
     for (name, tensor), (other, view) in pairwise(state):
         overlap = tensor.device == view.device and view.data_ptr() < tensor.data_ptr() + _extent(tensor)
