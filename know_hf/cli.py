@@ -40,7 +40,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="know-hf", description=description)
     parser.add_argument("--version", action="version", version=f"know_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_quickstart, _add_record, _add_inspect, _add_merge, _add_predict, _add_compare, _add_push_pull):
+    for add in (
+        _add_quickstart,
+        _add_record,
+        _add_import,
+        _add_inspect,
+        _add_merge,
+        _add_predict,
+        _add_compare,
+        _add_push_pull,
+    ):
         add(commands)
     return parser
 
@@ -108,6 +117,35 @@ def _inspect(args: argparse.Namespace) -> None:
         _print("")
         for name, role in trajectory.roles.items():
             _print(f"{role.role:7} {'×'.join(map(str, trajectory.shape(name))):>16}  {name}: {role.reason}")
+
+
+def _add_import(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        _import,
+        "make a trajectory of existing checkpoints",
+        "Weights are hard links where the file system can, and are never unpickled.",
+    )
+    add = parser.add_argument
+    sources = "folders with safetensors weights, Hub ids such as me/model@revision, or the output folder of a Trainer"
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help=sources)
+    add("--output-dir", required=True, metavar="DIR", help="folder for the new trajectory")
+    kinds = "tail: of one training, the last is Θ0; branches: other seeds or folds; ordered: states, full data first"
+    add("--kind", choices=("tail", "branches", "ordered"), default="tail", help=f"{kinds} (default: tail)")
+    sizes = "for --kind ordered, the size of the training set of each checkpoint"
+    add("--num-examples", type=int, nargs="+", metavar="N", help=sizes)
+    add("--copy", action="store_true", help="copy the weights instead of linking them")
+    add("--overwrite", action="store_true", help="replace DIR if it exists")
+
+
+def _import(args: argparse.Namespace) -> None:
+    _check_output_dir(args)
+    from .trajectory import WeightTrajectory
+
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("kind", "num_examples", "copy", "overwrite")}
+    trajectory = WeightTrajectory.from_checkpoints(args.checkpoints, args.output_dir, **options)
+    records = [*trajectory.states, *trajectory.tail, *trajectory.branches]
+    _print(f"{', '.join(record.name for record in records)} written to {trajectory.path}")
 
 
 def _add_merge(commands: Any) -> None:

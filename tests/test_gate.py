@@ -48,14 +48,14 @@ def test_the_best_number_of_steps_is_written(trajectory, tmp_path):
     gate = Gate(distance_to(goal), metric="distance")
     result, decided = through(gate, trajectory, tmp_path, Constant(1.0), steps=3)
     assert decided.chosen == "Constant, 2 steps"
-    names = ["Θ0", "Θ1", "Θ2", "Θ3", "Θ4", *(f"Constant, {n} step{'s' * (n > 1)}" for n in (1, 2, 3))]
+    names = ["Θ0", "Θ1", "Θ2", "Θ3", "Θ4", "start", *(f"Constant, {n} step{'s' * (n > 1)}" for n in (1, 2, 3))]
     assert [candidate.name for candidate in decided.candidates] == [*names, "average of the states"]
     assert torch.equal(weights(tmp_path / "out")[BIAS], trajectory.tensor(BIAS) + 2)
     assert result.path == tmp_path / "out"
     assert result.report["bias"].mean_residual == pytest.approx(2)
     assert torch.equal(result.load_model().classifier[1].bias, trajectory.tensor(BIAS) + 2)
     assert decided.recipe == {**PREDICTION, "steps": 2}
-    assert decided.sentence.startswith("The gate chose Constant, 2 steps over Θ0 and 7 other candidates: distance of")
+    assert decided.sentence.startswith("The gate chose Constant, 2 steps over Θ0 and 8 other candidates: distance of")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in result.path.iterdir()) == ["config.json", "model.safetensors"]
 
@@ -69,7 +69,7 @@ def test_theta_0_is_kept_bit_for_bit_when_nothing_is_better(trajectory, tmp_path
     before = trajectory.path / "state-0/model.safetensors"
     assert (result.path / "model.safetensors").read_bytes() == before.read_bytes()
     assert decided.candidates[1].name == "Θ0, BatchNorm recalibrated"
-    assert "kept Θ0: none of 8 other candidates" in decided.sentence
+    assert "kept Θ0: none of 9 other candidates" in decided.sentence
 
 
 def test_a_state_can_be_chosen_and_is_copied_bit_for_bit(trajectory, tmp_path):
@@ -205,8 +205,8 @@ def test_the_checkpoint_is_finished_before_it_appears(trajectory, tmp_path):
     gate = Gate(compute_loss, margin=0.0)
     result, decided = through(gate, trajectory, tmp_path, Average(), steps=1, finish=finish)
     assert (result.path / "README.md").read_text() == decided.sentence
-    assert [candidate.name for candidate in decided.candidates[5:]] == ["Average, 1 step"]  # evaluated once
-    assert numbers == [1] * 6  # one candidate on disk at a time
+    assert [candidate.name for candidate in decided.candidates[5:]] == ["start", "Average, 1 step"]  # once
+    assert numbers == [1] * 7  # one candidate on disk at a time
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own

@@ -209,7 +209,7 @@ def test_a_state_is_written_bit_for_bit_and_finished_before_it_appears(trajector
     recorded = (trajectory.path / f"state-{state}/model.safetensors").read_bytes()
     assert (tmp_path / "out/model.safetensors").read_bytes() == recorded
     assert (tmp_path / "out/note.txt").exists()
-    with pytest.raises(ValueError, match="state=5"):
+    with pytest.raises(ValueError, match="state 5"):
         StateTensors(trajectory, 5)
 
 

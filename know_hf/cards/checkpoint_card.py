@@ -139,9 +139,17 @@ class CheckpointCard(RecordedCard):
         self.comparisons.append(recorded_comparison(comparison, arm))
 
     @property
-    def chosen_state(self) -> int | None:
-        """The recorded state that the gate chose, or `None` for a prediction."""
+    def chosen_state(self) -> int | str | list[int | str] | None:
+        """The recorded state or snapshot that the gate chose, or those it averaged, or `None` for a prediction."""
         return ((self.gate or {}).get("recipe") or {}).get("state")
+
+    @property
+    def chosen_label(self) -> str:
+        """Name of [`chosen_state`] in a sentence."""
+        chosen = self.chosen_state if isinstance(self.chosen_state, list) else [self.chosen_state]
+        names = ", ".join(f"Θ{name}" if isinstance(name, int) else f"`{name}`" for name in chosen)
+        is_average = isinstance(self.chosen_state, list)
+        return f"the average of the recorded {names}" if is_average else f"{names}, a recorded state"
 
     @property
     def is_average(self) -> bool:
@@ -359,7 +367,10 @@ def _state_code(card: CheckpointCard) -> str:
     """Return the code that saves the chosen state as a checkpoint."""
     lines = _opening(card) or [f"trajectory = WeightTrajectory({python(_trajectory_path(card))})"]
     base = "" if card.adapter_type is None else ", base_model=base_model"
-    lines.append(f"model = trajectory.load_model({card.chosen_state}{base})")
+    if isinstance(card.chosen_state, list):
+        lines.append(f'write_checkpoint(trajectory, snapshot_average(trajectory, {card.chosen_state}), "enhanced/")')
+        return _with_imports(lines, ["from know_hf.prediction import snapshot_average, write_checkpoint"])
+    lines.append(f"model = trajectory.load_model({python(card.chosen_state)}{base})")
     lines += [_BATCHES_COMMENT, "recalibrate_batch_norm(model, batches)"] if card.recalibrated else []
     lines += [] if card.dtype is None else [f"model.to(torch.{card.dtype})"]
     return _with_imports([*lines, 'model.save_pretrained("enhanced/")'])

@@ -192,7 +192,8 @@ def _finish(work: Path) -> None:
         if path.is_symlink():
             continue
         expected = mode if path.is_dir() else mode & 0o666
-        if path.stat().st_mode & 0o777 != expected:
+        is_shared = path.is_file() and path.stat().st_nlink > 1  # a hard link to an input, which keeps its permissions
+        if not is_shared and path.stat().st_mode & 0o777 != expected:
             path.chmod(expected)
         fsync(path)
 

@@ -24,7 +24,7 @@ from .engine import PredictedTensors, prediction_result
 from .plan import PredictionPlan
 from .result import PredictionResult
 from .selection import MINIMUM_VALUES, REFERENCE, GateCandidate, GateResult, check_reference, check_rule, choose
-from .tensor_sources import StateTensors, TensorSource
+from .tensor_sources import FunctionTensors, StateTensors, TensorSource, snapshot_average
 from .write_checkpoint import WriteOptions, checkpoint_folder, fill_checkpoint
 
 __all__ = ["REFERENCE", "Gate", "GateCandidate", "GateResult", "choose", "write_best_candidate"]
@@ -37,8 +37,9 @@ class Gate:
     """Validation data and the rule by which `predict_overflowed_weights(..., gate=Gate(...))` chooses what to write.
 
     The candidates are Θ0, the other states, every number of steps up to the requested one, and the average of the
-    states. With `recalibrate_with`, all of them get recalibrated BatchNorm statistics, and Θ0 is evaluated with its
-    recorded ones too. Pass either `compute_loss` or `dataset`.
+    states; and where the trajectory has them, the start, the tail states, the branches, and the averages of Θ0 and the
+    tail and of the branches. With `recalibrate_with`, all of them get recalibrated BatchNorm statistics, and Θ0 is
+    evaluated with its recorded ones too. Pass either `compute_loss` or `dataset`.
 
     <Tip>
 
@@ -211,7 +212,7 @@ def _candidates(plan: PredictionPlan, recalibrates: bool) -> list[_Candidate]:
     """List all candidates, Θ0 first."""
     trajectory, average = plan.trajectory, replace(plan, predictor=Average(), steps=1, rescaling=None)
 
-    def state(index: int, suffix: str = "", recalibrated: bool = recalibrates) -> _Candidate:
+    def state(index: int | str, suffix: str = "", recalibrated: bool = recalibrates) -> _Candidate:
         recipe = {
             "predictor": None,
             "predictor_options": None,
@@ -219,7 +220,12 @@ def _candidates(plan: PredictionPlan, recalibrates: bool) -> list[_Candidate]:
             "recalibrated": recalibrated,
             "state": index,
         }
-        return _Candidate(f"Θ{index}{suffix}", StateTensors(trajectory, index), average, recipe)
+        name = index if isinstance(index, str) else f"Θ{index}"
+        return _Candidate(f"{name}{suffix}", StateTensors(trajectory, index), average, recipe)
+
+    def mean(name: str, snapshots: list[int | str]) -> _Candidate:
+        tensors = FunctionTensors(trajectory, snapshot_average(trajectory, snapshots))
+        return replace(state(0), name=name, tensors=tensors, recipe={**state(0).recipe, "state": snapshots})
 
     def prediction(name: str, plan: PredictionPlan, predictor: str | None = None) -> _Candidate:
         options: dict[str, Any] | None = None if predictor is None else {}
@@ -231,12 +237,19 @@ def _candidates(plan: PredictionPlan, recalibrates: bool) -> list[_Candidate]:
     if recalibrates and any(role.is_batch_norm for role in trajectory.roles.values()):
         candidates.append(state(0, ", BatchNorm recalibrated"))
     candidates += [state(index) for index in range(1, trajectory.num_states)]
+    tail, branches = ([record.name for record in records] for records in (trajectory.tail, trajectory.branches))
+    candidates += [state(name) for name in [*(["start"] if trajectory.start else []), *tail, *branches]]
+    if tail:
+        candidates.append(mean("average of Θ0 and the tail", [0, *tail]))
+    if branches and not trajectory.is_adapter:  # factors of other trainings do not belong together
+        candidates.append(mean("average of the branches", [*branches]))
+    has_history = trajectory.num_states > 1
     kind = "KNOWN" if isinstance(plan.predictor, KNOWNPredictor) else type(plan.predictor).__name__
     kind += "".join(f" + {type(member).__name__}" for member in plan.members[1:])
-    for steps in range(1, plan.steps + 1):
+    for steps in range(1, plan.steps + 1) if has_history or plan.rescaling is not None else ():
         name = f"{kind}, {steps} step{'s' if steps > 1 else ''}"
         candidates.append(prediction(name, replace(plan, steps=steps)))
-    if not isinstance(plan.predictor, Average):
+    if has_history and not isinstance(plan.predictor, Average):
         candidates.append(prediction("average of the states", average, "average"))
     return candidates
 

@@ -176,7 +176,7 @@ def plan_prediction(
         trajectory = WeightTrajectory(trajectory)
     members = _members(known, predictor, predictor_options, kernel, device)
     resolved, rescalers = members[0], Composition(members).rescalers
-    needed = resolved.num_states or 2
+    needed = resolved.num_states or (1 if trajectory.tail or trajectory.branches else 2)
     if trajectory.num_states < needed:
         raise ValueError(
             f"{trajectory.path} has {trajectory.num_states} states, {type(resolved).__name__} needs {needed}; record"

@@ -1,7 +1,7 @@
 """Where the values of a checkpoint come from: a recorded state, a function, or a prediction (see `engine`)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -41,22 +41,27 @@ class StateTensors(TensorSource):
     Args:
         trajectory ([`WeightTrajectory`]):
             The recorded states.
-        state (`int`):
-            Index of the state.
+        state (`int` or `str`):
+            Index of the state, or name of another snapshot, such as `"start"` or `"tail-0"`.
+
+    Raises:
+        `TrajectoryError`: if it does not exist.
     """
 
-    def __init__(self, trajectory: WeightTrajectory, state: int) -> None:
-        if not 0 <= state < trajectory.num_states:
-            raise ValueError(f"state={state}, but {trajectory.path} has states 0 to {trajectory.num_states - 1}")
+    def __init__(self, trajectory: WeightTrajectory, state: int | str) -> None:
+        trajectory.snapshot(state)
         self.trajectory = trajectory
         self.state = state
 
     def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor | None]:
         trajectory = self.trajectory
         values = trajectory.read(piece.name, piece.start, piece.stop, self.state)
-        if not values.is_floating_point() or not values.numel() or trajectory.is_unchanged(piece.name):
+        is_equal = isinstance(self.state, int) and trajectory.is_unchanged(piece.name)
+        if not values.is_floating_point() or not values.numel() or is_equal:
             return values, None
-        return values, trajectory.read_history(piece.name, piece.start, piece.stop)
+        history = trajectory.read_history(piece.name, piece.start, piece.stop)
+        # the report on a piece needs two states
+        return values, history if len(history) > 1 else torch.cat([values.float()[None], history])
 
     def values(
         self, piece: Piece, data: tuple[torch.Tensor, torch.Tensor | None]
@@ -64,7 +69,7 @@ class StateTensors(TensorSource):
         values, history = data
         if self.trajectory.roles[piece.name].role != "copied":
             check_finite(values, piece.name, self.trajectory, self.state)
-        report = count_piece(self.trajectory, piece, unchanged=self.trajectory.is_unchanged(piece.name))
+        report = count_piece(self.trajectory, piece, unchanged=history is None and values.is_floating_point())
         if history is not None:
             report += ResidualReport.of(history, values.float() - history[-1])
         return values, report
@@ -111,6 +116,28 @@ def full_tensors(function: Callable[[str], torch.Tensor | None]) -> TensorFuncti
     return piece
 
 
+def snapshot_average(trajectory: WeightTrajectory, snapshots: Sequence[int | str]) -> TensorFunction:
+    """Return the mean of snapshots as a function for [`write_checkpoint`], computed in float32.
+
+    Args:
+        trajectory ([`WeightTrajectory`]):
+            The recorded states.
+        snapshots (sequence of `int` or `str`):
+            Indices of states and names of other snapshots, such as `[0, "tail-0", "tail-1"]`. Buffers and integers
+            are those of Θ0.
+    """
+
+    def mean(name: str, start: int, stop: int) -> torch.Tensor | None:
+        if trajectory.roles[name].role == "copied" or not trajectory.dtype(name).is_floating_point:
+            return None
+        total = torch.zeros(stop - start)
+        for snapshot in snapshots:
+            total += trajectory.read(name, start, stop, snapshot).float()
+        return total / len(snapshots)
+
+    return mean
+
+
 def count_piece(trajectory: WeightTrajectory, piece: Piece, unchanged: bool = False) -> ResidualReport:
     """Count a tensor in the report of its first piece."""
     if not piece.is_first:
@@ -118,7 +145,7 @@ def count_piece(trajectory: WeightTrajectory, piece: Piece, unchanged: bool = Fa
     return ResidualReport(tensors=1, parameters=trajectory.shape(piece.name).numel(), unchanged=int(unchanged))
 
 
-def check_finite(values: torch.Tensor, name: str, trajectory: WeightTrajectory, state: int) -> None:
+def check_finite(values: torch.Tensor, name: str, trajectory: WeightTrajectory, state: int | str) -> None:
     """Raise a `TrajectoryError` if a value of a recorded tensor is NaN or infinite."""
     if not is_finite(values):
         count = int((~torch.isfinite(values)).sum())

@@ -44,7 +44,7 @@ def load_pretrained(
     if (folder / "adapter_config.json").exists():
         return _load_adapter(folder, base_model)
     may_lack = model_class is not None
-    model_class = model_class or _architecture(folder)
+    model_class = model_class or architecture(folder)
     model, loading = _from_pretrained(model_class, folder)
     name = model_class.__name__
     # transformers would only warn, and initialise the weights at random
@@ -130,7 +130,8 @@ def _load_adapter(folder: Path, base_model: PreTrainedModel | None) -> Any:
         ) from error
 
 
-def _architecture(folder: Path) -> type[PreTrainedModel]:
+def architecture(folder: Path) -> type[PreTrainedModel]:
+    """Return the class that a `config.json` names; a `TrajectoryError` if there is none."""
     import transformers
 
     config = folder / "config.json"

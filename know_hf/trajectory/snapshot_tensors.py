@@ -5,6 +5,7 @@ import torch
 from ..checkpoint import CheckpointReader
 from .manifest import TrajectoryError
 from .recorder import Recorder
+from .records import StateRecord
 from .store import StateName, Store
 
 
@@ -21,6 +22,37 @@ class SnapshotTensors:
     def __init__(self, store: Store, recorder: Recorder) -> None:
         self._store = store
         self._recorder = recorder
+
+    @property
+    def states(self) -> tuple[StateRecord, ...]:
+        self._recorder.check()
+        return self._store.manifest.states
+
+    @property
+    def start(self) -> StateRecord | None:
+        self._recorder.check()
+        return self._store.manifest.start
+
+    @property
+    def tail(self) -> tuple[StateRecord, ...]:
+        return self._store.manifest.tail
+
+    @property
+    def branches(self) -> tuple[StateRecord, ...]:
+        return self._store.manifest.branches
+
+    @property
+    def num_states(self) -> int:
+        return len(self.states)
+
+    def snapshot(self, state: StateName) -> StateRecord:
+        """Return the record of a state by its index, or of another snapshot by its name, such as `"tail-0"`.
+
+        Raises:
+            `TrajectoryError`:
+                When it does not exist.
+        """
+        return self._store.record(state)
 
     @property
     def names(self) -> list[str]:
@@ -62,7 +94,7 @@ class SnapshotTensors:
         Returns:
             `torch.Tensor` of shape `(S, *shape)`, float32: most forgotten state first, full data LAST.
         """
-        return self.read_history(name).reshape(len(self._readers), *self.shape(name))
+        return self.read_history(name).reshape(self.num_states, *self.shape(name))
 
     def read_history(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read a piece of a tensor's [`history`] and nothing else.
@@ -79,7 +111,7 @@ class SnapshotTensors:
             `torch.Tensor` of shape `(S, stop - start)`, float32: most forgotten state first, full data LAST.
         """
         stop = self.shape(name).numel() if stop is None else stop
-        history = torch.empty(len(self._readers), stop - start, dtype=torch.float32)
+        history = torch.empty(self.num_states, stop - start, dtype=torch.float32)
         for row, reader in zip(history, reversed(self._readers), strict=True):
             row.copy_(reader.read(name, start, stop))
         return history

@@ -9,7 +9,7 @@ trajectory/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Unpack
@@ -23,6 +23,7 @@ from ..hub_client import RemoteRepo, Token
 from ..model_tensors import unwrapped
 from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
+from .importing import Checkpoints, ImportKind, import_checkpoints
 from .loading import load_into, load_pretrained
 from .manifest import MANIFEST_NAME, Manifest
 from .recorder import Recorder, Stage
@@ -130,6 +131,52 @@ class WeightTrajectory(SnapshotTensors):
         store.fetch(record for record in store.manifest.files if record.path in _READ_EARLY)
         return cls(store.path, store)
 
+    @classmethod
+    def from_checkpoints(
+        cls,
+        checkpoints: Checkpoints,
+        output_dir: str | Path,
+        kind: ImportKind = "tail",
+        *,
+        num_examples: Sequence[int] | None = None,
+        copy: bool = False,
+        overwrite: bool = False,
+    ) -> WeightTrajectory:
+        """Make a trajectory of existing checkpoints: models, or adapters of one configuration.
+
+        Configs and tokenizer files are those of state 0. Steps and metrics come from `trainer_state.json`.
+
+        Args:
+            checkpoints (sequence of `str` or `Path`):
+                Folders with safetensors weights, or Hub ids such as `"me/model@revision"`; or the output folder of a
+                `Trainer`, for its `checkpoint-*` folders.
+            output_dir (`str` or `Path`):
+                Folder of the new trajectory, which appears only when it is complete.
+            kind (`"tail"`, `"branches"` or `"ordered"`, *optional*, defaults to `"tail"`):
+                `"tail"`: checkpoints of one training; the last is Θ0, those before it are tail states. `"branches"`:
+                trainings with other seeds or folds; the first is Θ0, and all are branches. `"ordered"`: states, full
+                data first.
+            num_examples (sequence of `int`, *optional*):
+                For `"ordered"`, the size of the training set of each checkpoint.
+            copy (`bool`, *optional*, defaults to `False`):
+                Whether to copy the weights. By default they are hard links where the file system can: do not change
+                the originals.
+            overwrite (`bool`, *optional*, defaults to `False`):
+                Whether an existing `output_dir` may be replaced.
+
+        Raises:
+            `TrajectoryError`:
+                When tensors, shapes, dtypes, adapter configs or vocabularies differ; names what and both checkpoints.
+            `ValueError`:
+                When there are fewer than two checkpoints, sizes are missing, or weights are pickles.
+            `FileNotFoundError`:
+                When a checkpoint does not exist or has no weights.
+            `FileExistsError`:
+                When `output_dir` is not empty and `overwrite` is off.
+        """
+        import_checkpoints(checkpoints, output_dir, kind, num_examples=num_examples, copy=copy, overwrite=overwrite)
+        return cls(output_dir)
+
     @staticmethod
     def exists(path: str | Path) -> bool:
         """Whether `path` has a trajectory with at least one finished state."""
@@ -148,28 +195,6 @@ class WeightTrajectory(SnapshotTensors):
     @property
     def repo(self) -> RemoteRepo | None:
         return self._store.repo
-
-    @property
-    def states(self) -> tuple[StateRecord, ...]:
-        self._recorder.check()
-        return self._store.manifest.states
-
-    @property
-    def start(self) -> StateRecord | None:
-        self._recorder.check()
-        return self._store.manifest.start
-
-    @property
-    def tail(self) -> tuple[StateRecord, ...]:
-        return self._store.manifest.tail
-
-    @property
-    def branches(self) -> tuple[StateRecord, ...]:
-        return self._store.manifest.branches
-
-    @property
-    def num_states(self) -> int:
-        return len(self.states)
 
     @property
     def schedule(self) -> ForgettingSchedule | None:
