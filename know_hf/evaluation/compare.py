@@ -49,6 +49,7 @@ def compare_arms(
     draws: int = 1,
     trials_per_rate: int = 4,
     landscape: Landscape | None = None,
+    stacked: bool | None = None,
     num_processes: int = 1,
     name: str = "comparison",
     description: str = "",
@@ -89,6 +90,10 @@ def compare_arms(
             [`know_hf.evaluation.protocols`].
         landscape ([`Landscape`], *optional*):
             Options of a loss landscape around the states of the first seed; none by default.
+        stacked (`bool`, *optional*):
+            Whether the trials of an arm are trained together, as stacks of models; this changes results by rounding
+            only. By default on an accelerator, and on a CPU for heads and tiny models. `True` is an error for a model
+            that `torch.func.vmap` cannot run.
         num_processes (`int`, *optional*, defaults to `1`):
             Number of processes. It changes no result; with more than one, task, arms and protocols must be picklable.
         name, description, command (`str`, *optional*):
@@ -109,7 +114,8 @@ def compare_arms(
     if seeds is None:
         seeds = range(10 if task.recorded is None else len(task.recorded))
     compared = tuple(arm if isinstance(arm, Arm) else make_arm(arm) for arm in arms or default_arms(task))
-    design = Design(task, tuple(protocols), compared, tuple(int(seed) for seed in seeds), draws, trials_per_rate)
+    numbers = tuple(int(seed) for seed in seeds)
+    design = Design(task, tuple(protocols), compared, numbers, draws, trials_per_rate, stacked)
     run = _Run(design, Path(output_dir), num_processes, name)
     run.check()
     if landscape is not None:

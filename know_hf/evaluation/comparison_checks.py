@@ -28,6 +28,7 @@ class Design:
     seeds: tuple[int, ...]
     draws: int
     trials_per_rate: int
+    stacked: bool | None = None
 
 
 @dataclass
@@ -143,7 +144,7 @@ def check_protocols(design: Design) -> None:
         if not isinstance(protocol, FineTuning | LinearProbe):
             continue
         for arm in design.arms:
-            refined(protocol.learning_rates, design.trials_per_rate // len(arm.settings))
+            refined(protocol.grid, design.trials_per_rate // len(arm.settings))
         if isinstance(protocol, LinearProbe) and other:
             raise ValueError(f"protocol {protocol.name!r} measures accuracy and loss, not {other[0]!r}; leave it out")
         if protocol.labels_per_class is not None:

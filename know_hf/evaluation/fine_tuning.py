@@ -21,6 +21,7 @@ def fine_tune(
     seed: int,
     batch_size: int | None = None,
     parameters: list[torch.nn.Parameter] | None = None,
+    head_learning_rate: float | None = None,
 ) -> None:
     """Train weights in place by Adam with cosine decay to 0; the model is in evaluation mode afterwards.
 
@@ -39,10 +40,19 @@ def fine_tune(
             Examples per step; all by default.
         parameters (`list[torch.nn.Parameter]`, *optional*):
             Train only these. By default all are trained, and BatchNorm statistics are then recomputed on the examples.
+        head_learning_rate (`float`, *optional*):
+            Learning rate of the parameters outside of the base model; the same by default.
     """
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     trained = list(trainable) if parameters is None else parameters
-    optimizer = torch.optim.Adam(trained, lr=learning_rate, fused=True)
+    groups = [{"params": trained, "lr": learning_rate}]
+    if head_learning_rate is not None:
+        head = {parameter for _, parameter in head_parameters(model)}
+        groups = [
+            {"params": [parameter for parameter in trained if parameter not in head], "lr": learning_rate},
+            {"params": [parameter for parameter in trained if parameter in head], "lr": head_learning_rate},
+        ]
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=steps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -63,6 +73,19 @@ def fine_tune(
     model.eval()
     if parameters is None:
         recalibrate_batch_norm(model, batches(inputs_of(examples), batch_size or len(examples["labels"])))
+
+
+def head_parameters(model: PreTrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
+    """Return the parameters outside of the base model with their names.
+
+    Raises:
+        `ValueError`: If there is none.
+    """
+    body = set(model.base_model.parameters())
+    head = [(name, parameter) for name, parameter in model.named_parameters() if parameter not in body]
+    if not head:
+        raise ValueError(f"{type(model).__name__} has no head parameters outside its body; use head_steps=0")
+    return head
 
 
 def with_new_head(model: PreTrainedModel, num_labels: int, seed: int) -> PreTrainedModel:
@@ -139,7 +162,7 @@ def accuracy(model: PreTrainedModel, examples: Examples, batch_size: int | None 
         examples (mapping of tensors):
             Keyword arguments of the model with `"labels"` `(N,)`.
         batch_size (`int`, *optional*):
-            Examples per forward pass; 64 texts in order of length or 512 other examples by default.
+            Examples per forward pass; 64 texts in order of length or 256 other examples by default.
     """
     return evaluate_classifier(model, examples, batch_size)["accuracy"]
 
@@ -149,17 +172,22 @@ def evaluate_classifier(model: PreTrainedModel, examples: Examples, batch_size: 
     """Compute `"accuracy"`, as [`accuracy`], and `"loss"`, the mean loss per example."""
     training = model.training
     model.eval()
-    mask = examples.get("attention_mask")
-    order = None if mask is None else mask.sum(dim=1).argsort(stable=True)  # by length: little padding
+    order = order_by_length(examples)
     correct, loss, count = 0, 0.0, len(examples["labels"])
     try:
-        for batch in batches(examples, batch_size or (512 if order is None else 64), order, model.device):
+        for batch in batches(examples, batch_size or (256 if order is None else 64), order, model.device):
             output = model(**batch)
             correct += int((output.logits.argmax(dim=-1) == batch["labels"]).sum())
             loss += float(output.loss) * len(batch["labels"])
     finally:
         model.train(training)
     return {"accuracy": correct / count, "loss": loss / count}
+
+
+def order_by_length(examples: Examples) -> Tensor | None:
+    """Return the order of padded texts by length, so that batches need little padding; `None` for other examples."""
+    mask = examples.get("attention_mask")
+    return None if mask is None else mask.sum(dim=1).argsort(stable=True)
 
 
 def _epochs(

@@ -3,8 +3,9 @@
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from .arms import Arm
 from .comparison_checks import Design
 from .comparison_task import ComparisonTask, trajectory_folder
 from .fine_tuning import Examples, batches, inputs_of
-from .protocols import FineTuning, choose, or_none
+from .linear_probe import LinearProbe
+from .protocols import FineTuning, MeasuringProtocol, Trial, choose, or_none
 from .splits import Split, check_labels
+from .trials import STACK_BYTES
 
 _RECALIBRATION_BATCH, _RECALIBRATION_EXAMPLES = 64, 1024
 
@@ -70,18 +73,21 @@ def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> d
         protocol.name: [{"draw": draw, "trials": []} for draw in range(1 if protocol.on_source else design.draws)]
         for protocol in design.protocols
     }
-    for setting in arm.settings:
-        model = arm.initial_model(sources, setting)
+    for group in _groups(arm, sources, design.draws):
         for protocol in design.protocols:
-            for result in measured[protocol.name]:
+            runs = []
+            for (setting, model), result in product(group, measured[protocol.name]):
                 split = source if protocol.on_source else targets[result["draw"]]
                 assert split is not None
                 if isinstance(protocol, FineTuning):
                     check_head(task, model, split, f"target({seed}, {result['draw']})")
-                head_seed = 1000 * seed + result["draw"]
-                for trial in protocol.trials(model, split, head_seed, task.evaluate, task.measures, refinement):
+                runs.append((setting, result, (model, split, 1000 * seed + result["draw"])))
+            lists = _trials(protocol, [run for *_, run in runs], design, refinement)
+            for (setting, result, _), trials in zip(runs, lists, strict=True):
+                for trial in trials:
                     scores = {"validation": or_none(trial.validation), "test": or_none(trial.test)}
-                    result["trials"].append({"options": dict(setting), "learning_rate": trial.learning_rate, **scores})
+                    options = {**setting, **trial.options}
+                    result["trials"].append({"options": options, "learning_rate": trial.learning_rate, **scores})
     for name, results in measured.items():
         for result in results:
             result["chosen"] = choose(result["trials"], task.measures)
@@ -90,6 +96,26 @@ def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> d
                 _finite(result["trials"][result["chosen"]][part], what)
     shutil.rmtree(work, ignore_errors=True)
     return {"seed": seed, "arm": arm.name, "seconds": _since(started), "measured": measured}
+
+
+def _groups(arm: Arm, sources: ArmSources, draws: int) -> Iterator[list[tuple[Mapping[str, Any], PreTrainedModel]]]:
+    """Make the models of an arm; yield its settings with as many models as fit into memory."""
+    group: list[tuple[Mapping[str, Any], PreTrainedModel]] = []
+    for setting in arm.settings:
+        group.append((setting, arm.initial_model(sources, setting)))
+        if (len(group) + 1) * draws * group[0][1].get_memory_footprint() > STACK_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _trials(protocol: MeasuringProtocol, runs: list[Any], design: Design, refinement: int) -> list[list[Trial]]:
+    task = design.task
+    if isinstance(protocol, FineTuning | LinearProbe):
+        return protocol.trials_of(runs, task.evaluate, task.measures, refinement, design.stacked)
+    options = task.evaluate, task.measures, refinement
+    return [list(protocol.trials(model, split, seed, *options)) for model, split, seed in runs]
 
 
 def arm_sources(

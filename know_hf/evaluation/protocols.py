@@ -12,15 +12,16 @@ with K/2 settings is between the two ([`refined`]).
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from .comparison import ACCURACY, LOSS, Measure
-from .fine_tuning import Examples, Scores, fine_tune, with_new_head
+from .fine_tuning import Examples, Scores, head_parameters, with_new_head
 from .splits import Split
+from .trials import Start, Training, measure_trained, with_trained_heads
 
 Evaluate = Callable[[PreTrainedModel, Examples], Scores]
 
@@ -34,11 +35,14 @@ class Trial:
             Learning rate; `None` without training.
         validation, test (`dict[str, float]`):
             From the name of each measure to its value.
+        options (`dict[str, float]`):
+            Other settings of the protocol, such as the penalty of a ridge regression.
     """
 
     learning_rate: float | None
     validation: Scores
     test: Scores
+    options: Mapping[str, float] = field(default_factory=dict)
 
 
 class MeasuringProtocol(Protocol):
@@ -147,6 +151,11 @@ class FineTuning:
         check_rates(self._head_rates)
 
     @property
+    def grid(self) -> tuple[float, ...]:
+        """The grid that [`refined`] refines."""
+        return self.learning_rates
+
+    @property
     def what(self) -> str:
         return f"{self.name} fine-tuning with {labels_in_words(self.labels_per_class)}"
 
@@ -159,18 +168,31 @@ class FineTuning:
         measures: Sequence[Measure] = (ACCURACY, LOSS),
         refinement: int = 1,
     ) -> Iterator[Trial]:
-        train = first_of_each_class(split.train, self.labels_per_class)
-        start = copy.deepcopy(model) if split.num_labels is None else with_new_head(model, split.num_labels, seed)
+        (trials,) = self.trials_of([(model, split, seed)], evaluate, measures, refinement)
+        yield from trials
+
+    def trials_of(
+        self,
+        runs: Sequence[tuple[PreTrainedModel, Split, int]],
+        evaluate: Evaluate,
+        measures: Sequence[Measure] = (ACCURACY, LOSS),
+        refinement: int = 1,
+        stacked: bool | None = None,
+    ) -> list[list[Trial]]:
+        """Run all trials of several models, splits and seeds; `stacked` as in [`compare_arms`]."""
+        starts = [self._start(*run) for run in runs]
         if self.head_steps:
-            heads = [self._with_trained_head(start, train, rate, seed) for rate in self._head_rates]
-            start = heads[0]
-            if len(heads) > 1:
-                scores = [{"validation": or_none(evaluate(head, split.validation))} for head in heads]
-                start = heads[choose(scores, measures)]
-        for learning_rate in refined(self.learning_rates, refinement):
-            tuned = copy.deepcopy(start)
-            fine_tune(tuned, train, learning_rate, self.steps, seed, self.batch_size)
-            yield Trial(learning_rate, evaluate(tuned, split.validation), evaluate(tuned, split.test))
+
+            def best(scores: Sequence[Scores]) -> int:
+                return choose([{"validation": or_none(of_head)} for of_head in scores], measures)
+
+            heads = self._head_rates, self.head_steps, self.batch_size
+            starts = with_trained_heads(starts, *heads, evaluate, best, stacked)
+        rates = refined(self.learning_rates, refinement)
+        trainings = [Training(start, rate) for start in starts for rate in rates]
+        scores = measure_trained(trainings, self.steps, self.batch_size, evaluate, stacked)
+        trials = [Trial(training.learning_rate, *pair) for training, pair in zip(trainings, scores, strict=True)]
+        return [trials[start : start + len(rates)] for start in range(0, len(trials), len(rates))]
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "fine_tuning", **asdict(self)}
@@ -180,14 +202,12 @@ class FineTuning:
         rates = self.head_learning_rate
         return (rates,) if isinstance(rates, float | int) else rates
 
-    def _with_trained_head(self, model: PreTrainedModel, train: Examples, rate: float, seed: int) -> PreTrainedModel:
-        model = copy.deepcopy(model)
-        body = set(model.base_model.parameters())
-        head = [parameter for parameter in model.parameters() if parameter not in body]
-        if not head:
-            raise ValueError(f"{type(model).__name__} has no head parameters outside its body; use head_steps=0")
-        fine_tune(model, train, rate, self.head_steps, seed, self.batch_size, head)
-        return model
+    def _start(self, model: PreTrainedModel, split: Split, seed: int) -> Start:
+        train = first_of_each_class(split.train, self.labels_per_class)
+        start = copy.deepcopy(model) if split.num_labels is None else with_new_head(model, split.num_labels, seed)
+        if self.head_steps:
+            head_parameters(start)
+        return Start(start, train, split.validation, split.test, seed)
 
 
 def labels_in_words(labels_per_class: int | None) -> str:

@@ -32,7 +32,7 @@ class SmallCNNConfig(PreTrainedConfig):
 
 
 class SmallCNN(PreTrainedModel):
-    """3×3 convolutions, each with ReLU and 2×2 max pooling, then global average pooling and a linear classifier."""
+    """3×3 convolutions, each with 2×2 max pooling and ReLU, then global average pooling and a linear classifier."""
 
     config_class = SmallCNNConfig
     base_model_prefix = "features"
@@ -46,7 +46,7 @@ class SmallCNN(PreTrainedModel):
             width = config.width * 2**index
             layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=not config.batch_norm))
             layers += [nn.BatchNorm2d(width)] if config.batch_norm else []
-            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [nn.MaxPool2d(2), nn.ReLU()]  # ReLU after pooling: the same values, a quarter of the work
             channels = width
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Linear(channels, config.num_labels)
@@ -63,8 +63,8 @@ class SmallCNN(PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutputWithNoAttention:
         """Map images `(B, C, H, W)` to logits `(B, num_labels)`; with labels `(B,)` also return the cross-entropy."""
-        # Pooling is twice as fast in this memory format. Tensor.to() does not convert images with a single channel.
-        images = torch.empty_like(pixel_values, memory_format=torch.channels_last).copy_(pixel_values)
+        # Pooling is twice as fast with channels last. Tensor.to() does not convert images with a single channel.
+        images = pixel_values.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
         logits = self.classifier(self.features(images))
         loss = None if labels is None else cross_entropy(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
