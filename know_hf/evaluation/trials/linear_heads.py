@@ -84,7 +84,7 @@ def _logistic(features: Tensor, classes: Tensor, num_labels: int, penalty: float
         weight, bias = head[:, :-1], head[:, -1]
         total = cross_entropy(features @ weight.T + bias, classes) + penalty / 2 * weight.square().sum()
         (gradient,) = torch.autograd.grad(total, [head])
-        return float(total), gradient.flatten().cpu().numpy()
+        return total.item(), gradient.flatten().cpu().numpy()
 
     start, options = np.zeros(num_labels * (features.shape[1] + 1)), {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-8}
     optimum = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
