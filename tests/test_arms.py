@@ -14,6 +14,7 @@ from know_hf.predictors import protocol, register_predictor
 
 NAMES = (
     *("naive", "random", "pretrained", "oracle", "shuffled", "shrink", "average", "ema", "task-vector", "linear"),
+    "trial-matched-naive",
     *("log", "lines", "task-singular-vectors", "compute-matched", "state-1", "state-4", "known-step-2"),
     "matched-shrink-step-2",
 )
@@ -60,8 +61,8 @@ def test_roles_of_arms():
         *("naive", "random", "pretrained", "oracle", "shuffled")
     }
     assert [name for name, role in roles.items() if role == "method"] == ["known-step-2"]
-    arms = (NAIVE, RANDOM, ORACLE, make_arm("state-1"), shrink_arm(0.8), known_arm(1, 0.5))
-    assert [arm.is_candidate for arm in arms] == [False, False, False, True, True, True]
+    arms = (NAIVE, RANDOM, ORACLE, make_arm("trial-matched-naive"), make_arm("state-1"), shrink_arm(0.8))
+    assert [arm.is_candidate for arm in (*arms, known_arm(1, 0.5))] == [False, False, False, True, True, True, True]
     assert [known_arm(steps, 0.5).name for steps in (1, 2, 3)] == ["known-x2", "known-x4", "known-x8"]
     assert known_arm(1, 1 / 3).name == "known-x3"
 

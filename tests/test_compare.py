@@ -101,6 +101,44 @@ def test_curves_have_the_accuracy_at_every_rate(finished):
     assert naive["measures"]["accuracy"]["test"][3] == pytest.approx(mean)
 
 
+def test_rates_of_the_head_and_trial_matched_naive(task, tmp_path):
+    protocol = FineTuning((1e-3, 1e-2), steps=1, head_steps=1, labels_per_class=2, head_rates=(1e-3, 1e-1))
+    arms = ["naive", "trial-matched-naive", "shrink"]
+    data = compare_arms(task, tmp_path, protocols=[protocol], arms=arms).to_dict()
+    assert data["arms"]["trial-matched-naive"]["role"] == "control"
+    assert data["protocols"]["few-shot"]["head_rates"] == (1e-3, 1e-1)
+    trials = {cell["arm"]: cell["measured"]["few-shot"][0]["trials"] for cell in data["cells"][:3]}
+    assert {len(of_arm) for of_arm in trials.values()} == {16}  # 2 · 2 pairs of rates, 4 trials each
+    matched = trials["trial-matched-naive"]
+    assert [trial["options"] for trial in matched] == [{"seed": 0}] * 8 + [{"seed": 1}] * 8
+    assert {trial["learning_rate"] for trial in matched} == set(refined((1e-3, 1e-2), 2))
+    assert all(a["test"] != b["test"] for a, b in zip(matched[:8], matched[8:], strict=True))
+    assert {trial["head_learning_rate"] for trial in matched} == {1e-3, 1e-1}
+    assert all("head_learning_rate" in chosen for chosen in data["chosen"]["few-shot"]["naive"])
+    curve = next(curve for curve in data["curves"] if curve["arm"] == "naive")
+    assert curve["learning_rates"] == refined((1e-3, 1e-2), 4) and curve["chosen"] == 1
+    draws = [draw for cell in data["cells"] if cell["arm"] == "naive" for draw in cell["measured"]["few-shot"]]
+    pairs = zip(*(draw["trials"] for draw in draws), strict=True)
+    means = [np.mean([trial["validation"]["accuracy"] for trial in pair]) for pair in pairs]
+    assert curve["measures"]["accuracy"]["validation"] == [max(means[k : k + 2]) for k in range(0, 16, 2)]
+
+
+def test_trials_in_stacks_give_the_same_results(task, tmp_path):
+    options = {"protocols": PROTOCOLS, "arms": ["naive", "shrink"], "draws": 2}
+    reports = [compare_arms(task, tmp_path / str(it), stacked=it, **options).to_dict() for it in (True, False)]
+    losses = [
+        [
+            trial["test"]["loss"]
+            for cell in report["cells"]
+            for draws in cell["measured"].values()
+            for draw in draws
+            for trial in draw["trials"]
+        ]
+        for report in reports
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
 def test_states_have_a_forgetting_curve_and_a_landscape(finished):
     _, report, data = finished
     assert data["states"]["num_examples"] == [64, 32, 16, 8, 4]
@@ -399,7 +437,7 @@ def test_a_diverged_training_is_the_worst_trial(recorded, tmp_path):
 
 def test_default_arms_and_the_forgetting_curve_are_those_the_task_has_models_and_states_for(task, recorded, tmp_path):
     names, with_models = default_arms(task), {"oracle", "pretrained", "compute-matched"}
-    assert [make_arm(name).name for name in names] == names and len(names) == len(set(names)) == 21
+    assert [make_arm(name).name for name in names] == names and len(names) == len(set(names)) == 22
     assert {"naive", "random", "known-step-3", "matched-shrink-step-1", "state-4", "shuffled"} <= set(names)
     everything = replace(task, oracle_model=fresh, pretrained_model=fresh, train_further=fresh)
     assert set(default_arms(everything)) - set(names) == with_models

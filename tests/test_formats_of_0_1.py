@@ -101,7 +101,7 @@ def test_known_weights(folder, tmp_path):
         check_tensors(result.path, expected["two_steps_from_trajectory"])
 
 
-def test_a_comparison_folder_is_resumed_without_running_a_cell(folder):
+def test_a_finished_comparison_folder_is_read_without_running_a_cell(folder):
     from comparison_task import OPTIONS, make_task, refuse_to_evaluate
 
     output_dir = folder / "comparison"
@@ -119,10 +119,8 @@ def test_a_comparison_folder_is_resumed_without_running_a_cell(folder):
         for arm, values in expected["arms"].items():
             assert result["arms"][arm]["mean"] == pytest.approx(values["mean"])
             assert result["arms"][arm]["per_seed"] == pytest.approx(values["per_seed"])
-    more = compare_arms(
-        make_task(folder), output_dir, pages=False, **{**OPTIONS, "arms": (*OPTIONS["arms"], "average", "random")}
-    )
-    assert len(more.cells) == len(old["cells"]) + 4
+    with pytest.raises(ValueError, match=r"different versions: .*0\.1\.0"):  # later results are not mixed with them
+        compare_arms(make_task(folder), output_dir, pages=False, **{**OPTIONS, "arms": (*OPTIONS["arms"], "random")})
 
 
 def set_versions(output_dir, **versions):

@@ -243,3 +243,21 @@ def test_probes_with_penalties_do_not_depend_on_the_size_of_the_features(solver)
 def test_a_probe_takes_the_grid_of_its_solver(options, message):
     with pytest.raises(ValueError, match=message):
         LinearProbe(**options)
+
+
+def test_head_and_body_have_rates_of_their_own():
+    protocol = FineTuning((1e-3, 1e-2), steps=3, head_steps=2, head_rates=(1e-4, 1e-1))
+    runs = [(make_resnet(), images(0), 0)]
+    alone, stacked = (protocol.trials_of(runs, evaluate_classifier, stacked=stacked) for stacked in (False, True))
+    np.testing.assert_allclose(losses(stacked), losses(alone), rtol=1e-4)
+    pairs = [(trial.learning_rate, trial.head_learning_rate) for trial in alone[0]]
+    assert pairs == [(1e-3, 1e-4), (1e-3, 1e-1), (1e-2, 1e-4), (1e-2, 1e-1)]
+    assert "head_rates" in protocol.to_dict() and "head_rates" not in replace(protocol, head_rates=()).to_dict()
+    model, still = make_resnet(), make_resnet()
+    fine_tune(model, images(0).train, 1e-2, steps=2, seed=0, head_learning_rate=0.0)
+    head = {name for name, _ in head_parameters(model)}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, still.get_parameter(name)) == (name in head)
+    shared = replace(protocol, head_rates=()).trials_of(runs, evaluate_classifier)
+    same = replace(protocol, learning_rates=(1e-2,), head_rates=(1e-2,)).trials_of(runs, evaluate_classifier)
+    np.testing.assert_allclose(losses(same)[0][0], losses(shared)[0][1], rtol=1e-5)

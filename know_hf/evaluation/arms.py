@@ -3,6 +3,7 @@
 | name | weights | tuned options |
 | --- | --- | --- |
 | `naive` | Θ0, trained on all source data | |
+| `trial-matched-naive` | Θ0 | seed of the new head and of the order of examples |
 | `random` | newly initialised | |
 | `pretrained` | weights that the training started from | |
 | `known-step-N` | KNOWN at N steps | |
@@ -92,7 +93,7 @@ class Arm:
     def role(self) -> Literal["method", "control", "reference"]:
         """`"method"` if it claims to know something, `"control"` if it learns nothing but could be used instead of
         naive, and `"reference"` otherwise."""
-        if self.kind in _REFERENCES or (self.kind == "state" and self.state == 0):
+        if self.kind in _REFERENCES or (self.kind == "state" and self.state == 0 and not self.tuned):
             return "reference"
         is_learned = self.kind == "predicted" and not set(self.predictor.split("+")) <= _CONTROLS
         return "method" if is_learned else "control"
@@ -238,8 +239,10 @@ def _baseline(name: str, predictor: str, description: str, tuned: tuple[Mapping[
 _FACTORS = _tuned("factor", 0.95, 0.8, 0.65, 0.5)
 _SCALES = _tuned("scale", -1.0, -0.5, 0.5, 1.0)
 _LINES = tuple({"alpha": alpha, "beta": 1 - alpha} for alpha in (0.0, 0.25, 0.5, 0.75))
+_SEEDS = _tuned("seed", 0, 1)  # the first is that of naive
 NAMED_ARMS = (
     NAIVE,
+    replace(NAIVE, name="trial-matched-naive", description="Θ0 with a choice of seeds and finer rates", tuned=_SEEDS),
     RANDOM,
     Arm("pretrained", "pretrained", "weights that the training started from"),
     Arm("shrink", "predicted", "every weight times a constant", "shrink", tuned=_FACTORS),

@@ -33,7 +33,7 @@ from .protocols import MeasuringProtocol
 from .report.comparison_report import REPORT_NAME, ComparisonReport
 from .statistics import scipy_stats
 
-RESULTS_VERSION = "0.1.0"  # version of know_hf since which results have not changed; raise it when a number changes
+RESULTS_VERSION = "0.3.0"  # version of know_hf since which results have not changed; raise it when a number changes
 _USUAL_STATES = 5  # of a schedule by default; the shipped KNOWN needs as many
 
 logger = logging.get_logger(__name__)
@@ -121,7 +121,7 @@ def compare_arms(
     if landscape is not None:
         check_landscape(task)
     data = run.hash_data()
-    store = CellStore(output_dir, run.identity())
+    store = run.open_store()
     with store.locked():
         cells = run.finished_cells(store)
         trajectories = run.record(store, cells, data)
@@ -199,6 +199,16 @@ class _Run:
             "trials_per_rate": self.design.trials_per_rate,
             "versions": {"know_hf": RESULTS_VERSION, **{name: version(name) for name in ("torch", "transformers")}},
         }
+
+    def open_store(self) -> CellStore:
+        """Open the folder. Results of an older version can be read, but not added to."""
+        identity, path = self.identity(), self.output_dir / CellStore.IDENTITY_NAME
+        of_seed = ("trajectory", *(arm.name for arm in self.design.arms))
+        names = [f"seed-{seed}.{name}.json" for seed in self.design.seeds for name in of_seed]
+        if path.exists() and all((self.output_dir / "cells" / name).exists() for name in names):
+            stored = loads(path.read_text(encoding="utf-8")).get("versions", {})
+            identity["versions"]["know_hf"] = stored.get("know_hf", RESULTS_VERSION)
+        return CellStore(self.output_dir, identity)
 
     def finished_cells(self, store: CellStore) -> dict[tuple[int, str], dict[str, Any]]:
         """Return the stored results of each seed and arm."""

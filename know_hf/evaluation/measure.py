@@ -24,6 +24,7 @@ from .splits import Split, check_labels
 from .trials import STACK_BYTES
 
 _RECALIBRATION_BATCH, _RECALIBRATION_EXAMPLES = 64, 1024
+_SEED_OFFSET = 1_000_000_007  # of the seeds of trial-matched-naive
 
 
 def measure_trajectory(seed: int, *, task: ComparisonTask, output_dir: Path) -> dict[str, Any]:
@@ -81,13 +82,11 @@ def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> d
                 assert split is not None
                 if isinstance(protocol, FineTuning):
                     check_head(task, model, split, f"target({seed}, {result['draw']})")
-                runs.append((setting, result, (model, split, 1000 * seed + result["draw"])))
+                run_seed = 1000 * seed + result["draw"] + _SEED_OFFSET * setting.get("seed", 0)
+                runs.append((setting, result, (model, split, run_seed)))
             lists = _trials(protocol, [run for *_, run in runs], design, refinement)
             for (setting, result, _), trials in zip(runs, lists, strict=True):
-                for trial in trials:
-                    scores = {"validation": or_none(trial.validation), "test": or_none(trial.test)}
-                    options = {**setting, **trial.options}
-                    result["trials"].append({"options": options, "learning_rate": trial.learning_rate, **scores})
+                result["trials"] += [_trial_entry(setting, trial) for trial in trials]
     for name, results in measured.items():
         for result in results:
             result["chosen"] = choose(result["trials"], task.measures)
@@ -116,6 +115,15 @@ def _trials(protocol: MeasuringProtocol, runs: list[Any], design: Design, refine
         return protocol.trials_of(runs, task.evaluate, task.measures, refinement, design.stacked)
     options = task.evaluate, task.measures, refinement
     return [list(protocol.trials(model, split, seed, *options)) for model, split, seed in runs]
+
+
+def _trial_entry(setting: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
+    """Return an entry of `trials` in `report.json`."""
+    rates = {"learning_rate": trial.learning_rate}
+    if trial.head_learning_rate is not None:
+        rates["head_learning_rate"] = trial.head_learning_rate
+    scores = {"validation": or_none(trial.validation), "test": or_none(trial.test)}
+    return {"options": {**setting, **trial.options}, **rates, **scores}
 
 
 def arm_sources(

@@ -3,7 +3,8 @@
 Examples are a mapping of tensors whose first axis counts the examples, keyword arguments of the model with "labels"
 among them; the loss is the model's own.
 
-A protocol has a grid of R learning rates, and every arm has K trials at each of them. An arm with own options (the
+A protocol has a grid of R learning rates, or of R pairs of rates of body and head, and every arm has K trials at each
+of them. An arm with own options (the
 factor of a shrink) spends its K trials on K settings of them. An arm without options spends them on K learning rates
 around each one of the grid: it evaluates R · K rates, where the other evaluates K settings at R rates each. An arm
 with K/2 settings is between the two ([`refined`]).
@@ -13,6 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -37,12 +39,15 @@ class Trial:
             From the name of each measure to its value.
         options (`dict[str, float]`):
             Other settings of the protocol, such as the penalty of a ridge regression.
+        head_learning_rate (`float`, *optional*):
+            Learning rate of the head, if it is not that of the body.
     """
 
     learning_rate: float | None
     validation: Scores
     test: Scores
     options: Mapping[str, float] = field(default_factory=dict)
+    head_learning_rate: float | None = None
 
 
 class MeasuringProtocol(Protocol):
@@ -118,7 +123,7 @@ class FineTuning:
 
     Args:
         learning_rates (`tuple[float, ...]`):
-            Grid for all weights; Adam with cosine decay to 0.
+            Grid for all weights, or for the body if the head has a grid of its own; Adam with cosine decay to 0.
         steps (`int`, *optional*, defaults to `40`):
             Optimizer steps for all weights.
         head_steps (`int`, *optional*, defaults to `100`):
@@ -132,6 +137,10 @@ class FineTuning:
             Use only that many training examples of each class, the first; all by default.
         name (`str`, *optional*, defaults to `"few-shot"`):
             Name in tables and reports.
+        head_rates (`tuple[float, ...]`, *optional*):
+            Grid for the head while all weights are trained: each of its rates is combined with each of
+            `learning_rates`. By default head and body have one rate. Arms differ in the size of their features, and
+            one rate favours those whose features suit it.
 
     Raises:
         `ValueError`: If a grid is empty or repeats a rate.
@@ -144,11 +153,14 @@ class FineTuning:
     batch_size: int | None = None
     labels_per_class: int | None = None
     name: str = "few-shot"
+    head_rates: tuple[float, ...] = ()
     on_source = False
 
     def __post_init__(self) -> None:
         check_rates(self.learning_rates)
-        check_rates(self._head_rates)
+        check_rates(self._first_rates)
+        if self.head_rates:
+            check_rates(self.head_rates)
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -186,19 +198,23 @@ class FineTuning:
             def best(scores: Sequence[Scores]) -> int:
                 return choose([{"validation": or_none(of_head)} for of_head in scores], measures)
 
-            heads = self._head_rates, self.head_steps, self.batch_size
+            heads = self._first_rates, self.head_steps, self.batch_size
             starts = with_trained_heads(starts, *heads, evaluate, best, stacked)
-        rates = refined(self.learning_rates, refinement)
-        trainings = [Training(start, rate) for start in starts for rate in rates]
+        rates = list(product(refined(self.learning_rates, refinement), self.head_rates or (None,)))
+        trainings = [Training(start, *pair) for start in starts for pair in rates]
         scores = measure_trained(trainings, self.steps, self.batch_size, evaluate, stacked)
-        trials = [Trial(training.learning_rate, *pair) for training, pair in zip(trainings, scores, strict=True)]
+        trials = [
+            Trial(training.learning_rate, *pair, head_learning_rate=training.head_learning_rate)
+            for training, pair in zip(trainings, scores, strict=True)
+        ]
         return [trials[start : start + len(rates)] for start in range(0, len(trials), len(rates))]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "fine_tuning", **asdict(self)}
+        settings = {"kind": "fine_tuning", **asdict(self)}
+        return settings if self.head_rates else {key: settings[key] for key in settings if key != "head_rates"}
 
     @property
-    def _head_rates(self) -> Sequence[float]:
+    def _first_rates(self) -> Sequence[float]:
         rates = self.head_learning_rate
         return (rates,) if isinstance(rates, float | int) else rates
 

@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/comparison.py mnist-halves --data ylecun/mnist=FOLDER
 
-Records one trajectory, then measures each arm in both ways in turns, on one thread. Prints seconds per arm and seed, CPU
-seconds without an accelerator, for each protocol and for all of them; each includes reading the data and making the
+Records one trajectory, then measures each arm in both ways in turns, on one thread. Prints seconds per arm and seed
+(CPU time without an accelerator) for each protocol and for all of them; each includes reading the data and making the
 weights. *One by one*: the head is trained in the whole model, whose body runs again in each step, and every probe and
 model has an optimizer of its own.
 """
@@ -13,10 +13,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 PATHS = ("one by one", "together")
 Seconds = dict[str, dict[str, dict[str, list[float]]]]  # by arm, protocol and path
@@ -24,6 +21,7 @@ Seconds = dict[str, dict[str, dict[str, list[float]]]]  # by arm, protocol and p
 
 def main(args: argparse.Namespace) -> None:
     import torch
+    from one_by_one import one_by_one
 
     from know_hf.evaluation import load_suite
     from know_hf.evaluation.comparison_checks import Design
@@ -53,74 +51,6 @@ def main(args: argparse.Namespace) -> None:
     print(table(seconds))
     if args.json is not None:
         args.json.write_text(json.dumps({"suite": suite.name, "device": kind, "seconds": seconds}), encoding="utf-8")
-
-
-def one_by_one(protocol: Any) -> Any:
-    """Return a protocol that trains one model or probe at a time, without cached features."""
-    import copy
-
-    import torch
-    from torch.nn.functional import cross_entropy
-    from transformers import get_cosine_schedule_with_warmup
-
-    from know_hf.evaluation import FineTuning, LinearProbe, evaluate_classifier, fine_tune, with_new_head
-    from know_hf.evaluation.fine_tuning import head_parameters
-    from know_hf.evaluation.linear_probe import features
-    from know_hf.evaluation.protocols import Trial, choose, first_of_each_class, refined
-
-    class FineTuningOneByOne(FineTuning):
-        def trials_of(self, runs, evaluate, measures, refinement, stacked):
-            return [list(self.trials_one_by_one(*run, evaluate, measures, refinement)) for run in runs]
-
-        def trials_one_by_one(self, model, split, seed, evaluate, measures, refinement):
-            train = first_of_each_class(split.train, self.labels_per_class)
-            start, rates = with_new_head(model, split.num_labels, seed), self.head_learning_rate
-            heads = []
-            for rate in rates if isinstance(rates, Sequence) else (rates,):
-                heads.append(copy.deepcopy(start))
-                head = [parameter for _, parameter in head_parameters(heads[-1])]
-                fine_tune(heads[-1], train, rate, self.head_steps, seed, self.batch_size, head)
-            scores = [{"validation": evaluate(head, split.validation)} for head in heads] if len(heads) > 1 else []
-            start = heads[choose(scores, measures) if scores else 0]
-            for rate in refined(self.learning_rates, refinement):
-                tuned = copy.deepcopy(start)
-                fine_tune(tuned, train, rate, self.steps, seed, self.batch_size)
-                yield Trial(rate, evaluate(tuned, split.validation), evaluate(tuned, split.test))
-
-    class LinearProbeOneByOne(LinearProbe):
-        def trials_of(self, runs, evaluate, measures, refinement, stacked):
-            return [list(self.trials_one_by_one(model, split, refinement)) for model, split, _ in runs]
-
-        def trials_one_by_one(self, model, split, refinement):
-            train = first_of_each_class(split.train, self.labels_per_class)
-            inputs, *unseen = [features(model, part) for part in (train, split.validation, split.test)]
-            for rate in refined(self.learning_rates, refinement):
-                probe = torch.nn.Linear(inputs.shape[1], split.num_labels, device=inputs.device)
-                optimizer = torch.optim.Adam(probe.parameters(), lr=rate)
-                schedule = get_cosine_schedule_with_warmup(optimizer, 0, self.steps)
-                for _ in range(self.steps):
-                    optimizer.zero_grad()
-                    cross_entropy(probe(inputs), train["labels"].to(inputs.device)).backward()
-                    optimizer.step()
-                    schedule.step()
-                yield Trial(
-                    rate,
-                    *(
-                        self.scores(probe, part, of)
-                        for part, of in zip(unseen, (split.validation, split.test), strict=True)
-                    ),
-                )
-
-        def scores(self, probe, inputs, examples):
-            with torch.no_grad():
-                outputs, labels = probe(inputs), examples["labels"].to(inputs.device)
-            accuracy = float((outputs.argmax(dim=1) == labels).float().mean())
-            return {"accuracy": accuracy, "loss": float(cross_entropy(outputs, labels))}
-
-    classes = {FineTuning: FineTuningOneByOne, LinearProbe: LinearProbeOneByOne}
-    if type(protocol) not in classes:
-        return protocol
-    return classes[type(protocol)](**{field.name: getattr(protocol, field.name) for field in fields(protocol)})
 
 
 def pairs(texts: list[str]) -> dict[str, str]:

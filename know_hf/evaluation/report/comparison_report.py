@@ -48,7 +48,8 @@ order of `seeds`. Unknown values are null; no value is NaN or infinite. Readers 
                           controls here}]
     curves            [one per tuned protocol, arm and setting, averaged over seeds and draws: {
         protocol, arm, options: {…}, chosen: share of the draws that selected a trial of this setting,
-        learning_rates: [float], measures: {name: {validation: [float], test: [float], test_ci95: [[low, high]]}}}]
+        learning_rates: [float], measures: {name: {validation: [float], test: [float], test_ci95: [[low, high]]}}}];
+                      if the head has a grid, at its rate that is best on validation data on average
     budgets           [one per tuned protocol, from its first measure: {
         protocol, measure: str, sentence: str
         trials        [int], numbers of tuning trials b: 1, 2, 4, … and all
@@ -65,8 +66,9 @@ order of `seeds`. Unknown values are null; no value is NaN or infinite. Readers 
                       the states; coordinates are distances in weights, `off_plane` is the distance of a point from
                       the plane, its `loss` is that of the weights, not of their projection
     cells             [{seed, arm, seconds, measured: {protocol: [{draw, chosen: index, trials: [{options,
-                      learning_rate: float or null, validation: {measure: float}, test: {measure: float}}]}]}}], all
-                      measurements. Values of a trial that diverged are null, and so are the means over it in `curves`
+                      learning_rate: float or null, head_learning_rate: float, if it has a grid, validation: {measure:
+                      float}, test: {measure: float}}]}]}}], all measurements. Values of a trial that diverged are
+                      null, and so are the means over it in `curves`
     trajectories      [{seed, num_examples, steps, seconds, states: [{measure: float}]}]
     seconds           sum over all cells, each on one process
 """
@@ -223,7 +225,7 @@ class ComparisonReport:
                     "seed": seed,
                     "draw": draw["draw"],
                     "options": trial["options"],
-                    "learning_rate": trial["learning_rate"],
+                    **{key: trial[key] for key in ("learning_rate", "head_learning_rate") if key in trial},
                 }
                 for seed, draws in zip(self.seeds, self._draws(protocol, arm), strict=True)
                 for draw in draws
@@ -255,7 +257,8 @@ class ComparisonReport:
         self, protocol: str, arm: str, options: Mapping[str, Any], draws: Sequence[Sequence[Mapping[str, Any]]]
     ) -> dict[str, Any]:
         trials = draws[0][0]["trials"]
-        indices = [index for index, trial in enumerate(trials) if trial["options"] == options]
+        of_setting = [index for index, trial in enumerate(trials) if trial["options"] == options]
+        indices = self._best_heads(draws, of_setting)
         measures = {}
         for measure in self.measures:
             validation, test = (_values(draws, indices, part, measure) for part in ("validation", "test"))
@@ -268,10 +271,22 @@ class ComparisonReport:
             "protocol": protocol,
             "arm": arm,
             "options": dict(options),
-            "chosen": float(np.mean([draw["chosen"] in indices for of_seed in draws for draw in of_seed])),
+            "chosen": float(np.mean([draw["chosen"] in of_setting for of_seed in draws for draw in of_seed])),
             "learning_rates": [trials[index]["learning_rate"] for index in indices],
             "measures": measures,
         }
+
+    def _best_heads(self, draws: Sequence[Sequence[Mapping[str, Any]]], indices: list[int]) -> list[int]:
+        """Return for each learning rate the trial whose rate of the head is best on validation data, on average."""
+        trials, measure = draws[0][0]["trials"], self.measures[0]
+        means = _mean(_values(draws, indices, "validation", measure))
+        gains = [-np.inf if mean is None else measure.gain(mean) for mean in means]
+        best: dict[float, int] = {}
+        for position, index in enumerate(indices):
+            rate = trials[index]["learning_rate"]
+            if rate not in best or gains[position] > gains[best[rate]]:
+                best[rate] = position
+        return [indices[position] for position in best.values()]
 
     def _states(self) -> dict[str, Any] | None:
         if not self.trajectories or not all(trajectory["states"] for trajectory in self.trajectories):
