@@ -17,7 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from know_hf import KNOWNConfig, KNOWNModel, TransitionDataset
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "benchmarks"
-MODULES = ("prediction", "contestants", "trajectories", "memory", "meta_training", "many_tensors")
+MODULES = (
+    "prediction",
+    "contestants",
+    "trajectories",
+    "memory",
+    "meta_training",
+    "comparison",
+    "one_by_one",
+    "many_tensors",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +52,7 @@ def meta_training(scripts):
 
 
 def test_help_needs_no_torch():
-    for name in ("prediction", "meta_training", "recording", "many_tensors"):
+    for name in ("prediction", "meta_training", "recording", "comparison", "many_tensors"):
         program = (
             "import runpy, sys\n"
             f"sys.path.insert(0, {str(FOLDER)!r})\n"
@@ -185,3 +194,42 @@ def test_full_states_hold_the_same_transitions(meta_training, tmp_path):
         rows = {tuple(row.tolist()) for parts in blocks for row in torch.column_stack(parts)}
         drawn = torch.column_stack([batch[role]["history"], batch[role]["labels"]])
         assert {tuple(row.tolist()) for row in drawn} <= rows
+
+
+SUITE = """
+name: tiny
+description: Digits.
+seeds: 2
+inputs: {image_size: 8}
+source: {dataset: sklearn/digits, classes: [0, 2, 4], train: 16, validation: 20, test: 20}
+target: {dataset: sklearn/digits, classes: [1, 3, 5], train: 12, validation: 20, test: 20}
+model: {class_name: SmallCNN, config: {width: 4, num_layers: 1}}
+schedule: {ratio: 0.5, num_states: 2}
+training: {num_train_epochs: 1, use_cpu: true}
+trials_per_rate: 1
+protocols:
+  - {kind: fine_tuning, learning_rates: [0.01], head_rates: [0.01, 0.1], head_learning_rate: [0.01, 0.1], steps: 2}
+  - {kind: linear_probe, learning_rates: [0.1], steps: 5}
+  - {kind: zero_shot}
+arms: [naive, random]
+"""
+
+
+def test_comparison_measures_the_same_trials_in_both_ways(scripts, tmp_path, capsys, monkeypatch):
+    comparison, entries = import_module("comparison"), []
+    measure = import_module("know_hf.evaluation.measure")
+    monkeypatch.setattr(
+        measure, "measure_arm", lambda *args, original=measure.measure_arm, **kw: entries.append(original(*args, **kw))
+    )
+    (tmp_path / "tiny.yaml").write_text(SUITE)
+    flags = [str(tmp_path / "tiny.yaml"), "--arms", "naive", "--repetitions", "1", "--output-dir", str(tmp_path)]
+    comparison.main(comparison.make_parser().parse_args([*flags, "--json", str(tmp_path / "numbers.json")]))
+    one_by_one, together = (entry["measured"] for entry in entries[-2:])
+    for name, (draw,) in together.items():
+        assert len(draw["trials"]) == (2 if name == "few-shot" else 1)
+        for trial, alone in zip(draw["trials"], one_by_one[name][0]["trials"], strict=True):
+            assert trial["test"] == pytest.approx(alone["test"], rel=1e-4)
+            assert trial.get("head_learning_rate") == alone.get("head_learning_rate")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    old, new = (numbers["seconds"]["naive"]["all"][path][0] for path in comparison.PATHS)
+    assert f"| naive | all | {old:.2f} | {new:.2f} | {old / new:.1f} |" in capsys.readouterr().out

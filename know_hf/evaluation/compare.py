@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..checkpoint import check_output, file_sha256
+from ..checkpoint import check_output, file_sha256, read_json_object
 from ..local_paths import public_command, public_name, public_values
 from ..prediction import SHIPPED_KNOWN
 from ..trajectory import WeightTrajectory
@@ -206,7 +206,7 @@ class _Run:
         of_seed = ("trajectory", *(arm.name for arm in self.design.arms))
         names = [f"seed-{seed}.{name}.json" for seed in self.design.seeds for name in of_seed]
         if path.exists() and all((self.output_dir / "cells" / name).exists() for name in names):
-            stored = loads(path.read_text(encoding="utf-8")).get("versions", {})
+            stored = read_json_object(path, "use a new output folder").get("versions", {})
             identity["versions"]["know_hf"] = stored.get("know_hf", RESULTS_VERSION)
         return CellStore(self.output_dir, identity)
 

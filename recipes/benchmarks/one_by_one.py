@@ -65,6 +65,8 @@ class LinearProbeOneByOne(LinearProbe):
         unseen = [(features(model, part), part) for part in (split.validation, split.test)]
         for rate in refined(self.learning_rates, refinement):
             probe = nn.Linear(inputs.shape[1], split.num_labels or 1, device=inputs.device)
+            nn.init.zeros_(probe.weight)
+            nn.init.zeros_(probe.bias)
             optimizer = torch.optim.Adam(probe.parameters(), lr=rate)
             schedule = get_cosine_schedule_with_warmup(optimizer, 0, self.steps)
             for _ in range(self.steps):
