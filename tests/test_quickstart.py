@@ -53,7 +53,7 @@ def test_text_and_report(finished):
         assert str(path) in text and path.exists()
     report = json.loads((finished.path / "report.json").read_text())
     assert list(report["arms"]) == list(quickstart.ARMS) and report["seeds"] == [3, 4]
-    assert report["command"] == f"know-hf quickstart --output-dir {finished.path} --seed 3"
+    assert report["command"] == "know-hf quickstart --output-dir .../out --seed 3"
 
 
 def test_checkpoint_and_trajectory_have_the_accuracy_of_their_arms(finished, small):

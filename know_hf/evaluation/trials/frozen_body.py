@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..fine_tuning import Examples, inputs_of
 
 _PREFIX = "body."  # of the outputs of the body among the examples
-_LARGEST = 2**30  # bytes of cached outputs
+_LARGEST = 2**28  # bytes of cached outputs of one model and split
 _BATCH_SIZE = 64
 
 
@@ -63,7 +63,7 @@ def with_features(model: PreTrainedModel, examples: Examples) -> tuple[HeadOnFea
 
     Returns:
         The head, and the examples with the outputs of the body; `None` if the head does not compute the same from
-        them, or they need more than 1 GiB.
+        them, or they need more than 256 MiB.
     """
     outputs: list[Any] = []
     inputs, training = inputs_of(examples), model.training
