@@ -370,6 +370,8 @@ def test_incomplete_evidence_raises():
         recorded_comparison({"arms": {}}, None)
     with pytest.raises(ValueError, match="lacks sentence"):
         recorded_gate({key: value for key, value in GATE.items() if key != "sentence"})
+    with pytest.raises(ValueError, match="sentence=True"):
+        recorded_gate({**GATE, "sentence": True})
     with pytest.raises(ValueError, match="'x'"):
         recorded_gate({**GATE, "chosen": "x"})
 

@@ -260,6 +260,7 @@ def test_names_from_others_remain_text(tmp_path):
         ({"arms": {"random": {}}}, "naive.*random"),
         (None, "report.json .*not a JSON object"),
         ({"landscape": "x"}, "report.json .*another kind"),
+        ({"seeds": ["\ud800"]}, "report.json .*another kind"),
     ],
 )
 def test_unreadable_reports_raise(report, tmp_path, changes, message):

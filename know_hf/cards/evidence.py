@@ -55,6 +55,9 @@ def recorded_gate(gate: Mapping[str, Any]) -> dict[str, Any]:
     """
     if missing := {"metric", "scores", "chosen", "sentence"} - gate.keys():
         raise ValueError(f"the result of the gate lacks {', '.join(sorted(missing))}")
+    for name in ("metric", "chosen", "sentence", "rule"):
+        if not isinstance(gate.get(name, ""), str):
+            raise ValueError(f"the result of the gate has {name}={gate[name]!r:.60}, expected text")
     try:
         if gate["chosen"] not in gate["scores"]:
             raise ValueError(

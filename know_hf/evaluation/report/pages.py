@@ -86,7 +86,7 @@ def write_report(report: Report | str | Path, output_dir: str | Path, *, command
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(text)
         os.replace(partial, path)
     *svg_files, markdown_file, html_file = (folder / name for name in texts)
     return ReportFiles(html_file, markdown_file, tuple(svg_files))
@@ -115,8 +115,8 @@ def read_report(report: Report | str | Path) -> Report:
     return report
 
 
-def _texts(report: Report, command: str | None) -> dict[str, str]:
-    """Return the texts of all files by path, the figures first."""
+def _texts(report: Report, command: str | None) -> dict[str, bytes]:
+    """Return the texts of all files by path, in UTF-8, the figures first."""
     figures: dict[str, ReportFigure] = {}
     header = _header(report)
     sections = _sections(report, command or report.get("command"), figures)
@@ -126,7 +126,7 @@ def _texts(report: Report, command: str | None) -> dict[str, str]:
         for number, section in enumerate([header, *sections])
     )
     texts[HTML_NAME] = html_page(header, sections, figures)
-    return texts
+    return {path: text.encode() for path, text in texts.items()}
 
 
 def _header(report: Report) -> ReportSection:
