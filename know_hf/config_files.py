@@ -34,9 +34,11 @@ def check_types(content: Mapping[str, Any], cls: type, prefix: str = "") -> None
     for name, value in content.items():
         kind = hints[name]
         try:
-            TypeAdapter(kind, config=None if is_dataclass(kind) else config).validate_python(value)
+            valid = TypeAdapter(kind, config=None if is_dataclass(kind) else config).validate_python(value)
         except ValidationError as error:
             raise ValueError(f"{prefix}{name}={value!r:.60}: {error.errors()[0]['msg']}") from None
+        if isinstance(value, str) and isinstance(valid, int | float) and not isinstance(valid, str):
+            raise ValueError(f"{prefix}{name}={value!r:.60}: expected a number or a boolean, not text")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

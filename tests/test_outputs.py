@@ -73,3 +73,12 @@ def test_outputs_in_the_folder_of_a_dataset(tmp_path):
     with pytest.raises(ValueError, match="inside the input"):
         run_suite("mnist-halves", tmp_path / "data/out", data={"ylecun/mnist": str(tmp_path / "data")})
     assert not any((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize("name", ["record.json", "forgetting.png"])
+def test_recordings_keep_files_of_others(tmp_path, name):
+    (tmp_path / name).write_text('{"my": "notes"}')
+    arguments = {"task": "image-classification", "model": "me/vit", "dataset": "me/data"}
+    with pytest.raises(FileExistsError, match=name):
+        record_task(RecordArguments(**arguments, output_dir=str(tmp_path)))
+    assert (tmp_path / name).read_text() == '{"my": "notes"}'

@@ -96,3 +96,21 @@ def test_damaged_files_are_named(folder, name, content):
     (next(folder.glob("*.safetensors")) if name == "shard" else folder / name).write_text(content)
     with pytest.raises((ValueError, OSError), match=str(folder)):
         from_safetensors(AutoModelForImageClassification, folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"embedding_size": 10**7},
+        {"hidden_sizes": [10**6, 10**6]},
+        {"hidden_sizes": [-1, 4]},
+        {"num_labels": 10**9},
+        {"num_hidden_layers": 10**6},
+    ],
+)
+def test_sizes_are_compared_with_the_files_before_memory_is_allocated(folder, values, monkeypatch):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("allocated"))
+    with pytest.raises(ValueError, match=str(folder)):
+        from_safetensors(AutoModelForImageClassification, folder, ignore_mismatched_sizes=True)

@@ -450,6 +450,7 @@ REQUIRED = {"task": "causal-lm", "model": "m", "dataset": "d", "output_dir": "o"
         ({"max_exampels": 3}, ["'max_exampels'", "did you mean 'max_examples'"]),
         ({"lora": {"rank": 8}}, ["'rank'", "r, alpha"]),
         ({"lora": {"r": 0}}, ["lora", "r=0"]),
+        ({"lora": {"r": 10**8}}, ["lora", "r=100000000", "65,536"]),
         ({"lora": {"dropout": 1}}, ["lora", "dropout=1"]),
         ({"lora": 8}, ["lora=8"]),
         ({"task": "causal_lm"}, ["unknown task 'causal_lm'", "choose one of", "causal-lm"]),
@@ -495,3 +496,15 @@ def test_overrides_replace_the_yaml_key_by_key(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"a\.yaml"):
             RecordArguments.from_yaml(path)
+
+
+@pytest.mark.parametrize("value", ["nan", "0.1", ".inf"])
+def test_numbers_of_the_training_are_no_text(text_arguments, value):
+    with pytest.raises(ValueError, match=f"training.learning_rate='{value}'"):
+        prepare_task(replace(text_arguments, training={"learning_rate": value}))
+
+
+def test_a_damaged_dataset_is_named(text_arguments, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 0}\n{"text": [1], "label')
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        prepare_task(replace(text_arguments, dataset=str(tmp_path), eval_split=None))

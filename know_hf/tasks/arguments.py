@@ -33,6 +33,7 @@ _LORA_HELP = (
     "train a LoRA adapter; omit to train all weights; without values: the defaults; keys: r, alpha, dropout,"
     " target_modules, use_dora, use_rslora; none: train all weights, whatever the YAML says"
 )
+_MAX_RANK = 65_536
 _CHOICES = {"start": ("train", "current"), "dtype": ("float32", "bfloat16", "auto", None)}
 
 
@@ -66,8 +67,8 @@ class LoraArguments:
     __pydantic_config__: ClassVar[dict[str, bool]] = {"coerce_numbers_to_str": True}
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"lora r={self.r}: the rank must be at least 1")
+        if not 1 <= self.r <= _MAX_RANK:
+            raise ValueError(f"lora r={self.r}: the rank must be at least 1 and at most {_MAX_RANK:,}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora dropout={self.dropout}: must be in [0, 1)")
 

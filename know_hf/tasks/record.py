@@ -41,6 +41,8 @@ def record_task(args: RecordArguments) -> WeightTrajectory:
             See [`induce_forgetting`]; also when the columns of the dataset do not fit the task, for a key of
             `args.training` that `TrainingArguments` does not have, and when the folder holds a trajectory that was
             recorded with other arguments.
+        `FileExistsError`:
+            When the folder has a `record.json` or `forgetting.png` of another program.
     """
     output_dir = Path(args.output_dir)
     training = training_arguments(args)
@@ -67,6 +69,10 @@ def _check_or_write_arguments(args: RecordArguments, output_dir: Path, write: bo
                 )
     elif write:
         check_output(output_dir, [args.model, args.dataset], replaces=False)
+        is_own = path.exists() and read_json_object(path).keys() >= {"task", "model", "dataset"}
+        for file in (path, output_dir / _PICTURE_NAME) if not is_own else ():
+            if file.exists():
+                raise FileExistsError(f"{file} is not of a recording and would be replaced; use another output_dir")
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(path, new)
 

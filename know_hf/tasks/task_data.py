@@ -38,7 +38,11 @@ def load_splits(args: RecordArguments) -> tuple[datasets.Dataset, datasets.Datas
         `ValueError`:
             When a column cannot be detected, is missing, has the wrong type, holds no classes, or has an empty row.
     """
-    splits = [_load(args, split) for split in (args.train_split, _eval_split(args)) if split is not None]
+    try:
+        splits = [_load(args, split) for split in (args.train_split, _eval_split(args)) if split is not None]
+    except (datasets.exceptions.DatasetBuildError, ValueError) as error:
+        reason = " ".join(f"{error.__cause__ or error}"[:500].split())
+        raise ValueError(f"dataset={args.dataset!r} cannot be read ({reason})") from error
     columns = _detect_columns(splits[0], args)
     splits = [_select(split, columns, args) for split in splits]
     class_names = None
