@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._moved import install
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 _PUBLIC = {
     "ForgettingSchedule": "schedule",

@@ -85,9 +85,10 @@ class CellStore:
         stored = public_values(stored)  # of 0.2 it has paths
         for name in sorted(stored.keys() | expected.keys()):
             if stored.get(name) != expected.get(name):
+                old, new = (json.dumps(values.get(name)) for values in (stored, expected))
                 raise ValueError(
-                    f"{self.path} has results with different {name}: {json.dumps(stored.get(name))} instead of"
-                    f" {json.dumps(expected.get(name))}; use another output folder, or delete this one"
+                    f"{self.path} has results with different {name}: {old:.1000} instead of {new:.1000}; use another"
+                    " output folder, or delete this one"
                 )
 
     def _is_new(self) -> bool:
