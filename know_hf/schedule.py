@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,6 +46,12 @@ class ForgettingSchedule:
         key_column (`str`, *optional*):
             Column that identifies an example of a streaming dataset. Its value decides whether the example is in a
             subset; by default the content of the example does. See [`~know_hf.data.subsets.divide`].
+        tail_states (`int`, *optional*, defaults to `0`):
+            Number of tail states: snapshots in the second half of the training of state 0, equally spaced. The first
+            is in the middle; the end of the training is Θ0.
+        kind (`"nested"` or `"complementary"`, *optional*, defaults to `"nested"`):
+            `"nested"` trains one state after the other on smaller subsets. `"complementary"` trains two branches from
+            Θ0, each on one half of the data with as many optimizer steps; `num_states` is then 1 and `ratio` 0.5.
 
     Raises:
         `ValueError`:
@@ -61,6 +67,8 @@ class ForgettingSchedule:
     group_by: str | None = None
     steps_per_stage: int | None = None
     key_column: str | None = None
+    tail_states: int = 0
+    kind: Literal["nested", "complementary"] = "nested"
 
     def __post_init__(self) -> None:
         _check_number("ratio", self.ratio, "between 0 and 1")
@@ -83,14 +91,38 @@ class ForgettingSchedule:
             numbers["epochs_per_stage"] = float(self.epochs_per_stage)
         if self.steps_per_stage is not None:
             numbers["steps_per_stage"] = _integer("steps_per_stage", self.steps_per_stage, 1)
-        numbers["num_states"] = _integer("num_states", self.num_states, 2, _MOST_STATES)
+        numbers["num_states"] = self._checked_num_states()
+        numbers["tail_states"] = _integer("tail_states", self.tail_states, 0, _MOST_STATES)
         numbers["seed"] = _integer("seed", self.seed, 0)
         for name, number in numbers.items():
             object.__setattr__(self, name, number)
 
+    def _checked_num_states(self) -> int:
+        if self.kind == "nested":
+            return _integer("num_states", self.num_states, 2, _MOST_STATES)
+        if self.kind != "complementary":
+            raise ValueError(f"kind must be 'nested' or 'complementary', got {self.kind!r}")
+        default = type(self)
+        for name, allowed in (
+            ("num_states", (default.num_states, 1)),
+            ("ratio", (default.ratio,)),
+            ("group_by", (None,)),
+            ("key_column", (None,)),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"kind='complementary' divides the data into two halves; remove {name}={value!r}")
+        return 1
+
+    @property
+    def num_stages(self) -> int:
+        """Number of trainings: of the states, or of Θ0 and two branches."""
+        return self.num_states if self.kind == "nested" else 3
+
     @property
     def relative_cost(self) -> float:
-        """Cost of one epoch on every subset, D0 included, in epochs on D0: Σ r^k."""
+        """Cost of one epoch on every subset, D0 included, in epochs on D0: Σ r^k; 2 with complementary halves."""
+        if self.kind == "complementary":
+            return 2.0
         return sum(self.ratio**k for k in range(self.num_states))
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,6 +190,34 @@ class ForgettingSchedule:
             return self._grouped(sizes, groups, batch_size)
         order = self._order(num_examples, labels)
         return [np.sort(order[:size]) for size in sizes]
+
+    def halves(self, num_examples: int, labels: Values | None = None, batch_size: int = 1) -> list[np.ndarray]:
+        """Indices of the two halves of complementary branches, of equal size; one example is left over if it is odd.
+
+        Arguments and errors as [`indices`].
+        """
+        size = num_examples // 2
+        if size < max(batch_size, 1):
+            raise ValueError(
+                f"half of {num_examples} examples is smaller than one batch of {batch_size}; use more data"
+            )
+        order = self._order(num_examples, labels)
+        return [np.sort(order[:size]), np.sort(order[size : 2 * size])]
+
+    def tail_steps(self, max_steps: int) -> list[int]:
+        """Optimizer steps of the training of state 0 after which the tail states are recorded.
+
+        Raises:
+            `ValueError`:
+                If the second half of the training has fewer steps than tail states.
+        """
+        count = self.tail_states
+        if max_steps < 2 * count:
+            raise ValueError(
+                f"tail_states={count} needs at least {2 * count} optimizer steps in the training of state 0, which has"
+                f" {max_steps}; train longer or record fewer"
+            )
+        return [max_steps - round((count - k) * max_steps / (2 * count)) for k in range(count)]
 
     def _grouped(self, sizes: list[int], groups: Values, batch_size: int) -> list[np.ndarray]:
         # groups are numbered by first appearance: "7" and 7 give the same subsets

@@ -81,6 +81,8 @@ def divide(dataset: Any, schedule: ForgettingSchedule, batch_size: int = 1) -> l
     if dataset is None:
         raise ValueError("the trainer has no train_dataset; pass one to divide")
     if isinstance(dataset, datasets.IterableDataset | IterableDataset):
+        if schedule.kind == "complementary":
+            raise ValueError("kind='complementary' divides a dataset with a length, not a stream; use kind='nested'")
         parts = divide_stream(dataset, schedule, batch_size)
         return [Subset(part, None, schedule.ratio**k, fingerprint) for k, (part, fingerprint) in enumerate(parts)]
     if isinstance(dataset, Mapping):
@@ -100,8 +102,11 @@ def _divide_sized(dataset: Any, schedule: ForgettingSchedule, batch_size: int) -
     labels = None if schedule.stratify_by is None else np.asarray(labels_of(dataset, schedule.stratify_by))
     groups = None if schedule.group_by is None else groups_of(dataset, schedule.group_by)
     members = schedule.indices(len(dataset), labels, batch_size, groups)
+    if schedule.kind == "complementary":
+        members += schedule.halves(len(dataset), labels, batch_size)
     content = str(len(dataset)).encode() + _content(dataset)
     subsets = []
+    is_halved = schedule.kind == "complementary"
     for state, indices in enumerate(members):
         # fixed order and bytes: recorded trajectories could not resume with others
         digest = hashlib.sha256(indices.astype("<i8").tobytes() + content)
@@ -109,7 +114,14 @@ def _divide_sized(dataset: Any, schedule: ForgettingSchedule, batch_size: int) -
         if state:
             is_hub = isinstance(dataset, datasets.Dataset)
             part = dataset.select(indices) if is_hub else TorchSubset(dataset, indices.tolist())
-        subsets.append(Subset(part, len(indices), schedule.ratio**state, digest.hexdigest()[:16]))
+        subsets.append(
+            Subset(
+                part,
+                len(indices),
+                schedule.ratio ** min(state, 1) if is_halved else schedule.ratio**state,
+                digest.hexdigest()[:16],
+            )
+        )
     return subsets
 
 

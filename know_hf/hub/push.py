@@ -131,16 +131,14 @@ def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **o
         for state in manifest.snapshots:
             if not _has_state(repo, files, state):
                 of_state = {record.path: files[record.path] for record in state.files}
-                what = state.name.replace("-", " ")
-                target.commit(of_state, f"{message}: {what}", lambda name: name == MANIFEST_NAME)
+                target.commit(of_state, f"{message}: {state.label}", lambda name: name == MANIFEST_NAME)
         state_files = {record.path for state in manifest.snapshots for record in state.files}
         last = {name: path for name, path in files.items() if name not in state_files} | cards
 
         def check(repo: RemoteRepo) -> None:
             for state in manifest.snapshots:
                 if not _has_state(repo, files, state):
-                    what = state.name.replace("-", " ")
-                    changed = f"{what} of {repo.repo_id} was changed by another commit during the push"
+                    changed = f"{state.label} of {repo.repo_id} was changed by another commit during the push"
                     raise HubError(f"{changed}; push again, or to another repo")
 
         target.commit(last, message, lambda name: name not in state_files and is_of_snapshot(name), check)

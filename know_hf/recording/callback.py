@@ -10,14 +10,14 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.utils import logging
 
 from ..checkpoint import check_output
-from ..distributed import gather_state_dict, reshard
+from ..distributed import gather_state_dict, on_main_process, reshard
 from ..local_paths import loaded_from
 from ..schedule import ForgettingSchedule
 from ..trajectory import WeightTrajectory, check_recordable
 from ..trajectory.recorder import check_savable
 from ..trajectory.start import StartWeights
 from .loaders import num_examples
-from .optimizers import check_trains, use_evaluated_weights
+from .optimizers import check_trains, evaluated_weights, use_evaluated_weights
 from .recorded_arguments import recorded_arguments
 from .validation import check_arguments, check_reloadable, warn_about_statistics, warn_about_warmup
 
@@ -100,7 +100,9 @@ class WeightTransitionCallback(TrainerCallback):
         self.dtype = dtype
         self.start_weights = start_weights
         self._trainings = 0
-        self._sizes = [state.num_examples for state in self.trajectory.states]
+        trained = (*self.trajectory.states, *self.trajectory.branches)
+        self._sizes = [state.num_examples for state in trained]
+        self._stage = len(trained)  # known on every process, unlike _sizes
         self._stepped = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -113,7 +115,10 @@ class WeightTransitionCallback(TrainerCallback):
                 "the training data is a stream of unknown size; pass the schedule that divides it:"
                 " WeightTransitionCallback(output_dir, schedule)"
             )
+        if (schedule := self.trajectory.schedule) is not None and schedule.kind == "complementary":
+            raise ValueError("the branches of kind='complementary' begin from Θ0; record them with induce_forgetting")
         # a collective call: whether it is the first training is known on every process
+        self.check_tail(state)
         begins = state.global_step == 0 and not self._trainings and self.start_weights != "none"
         state_dict = gather_state_dict(kwargs["model"], self.trainer) if begins else None
         self._trainings += 1
@@ -146,6 +151,30 @@ class WeightTransitionCallback(TrainerCallback):
         if state.is_world_process_zero and not self._stepped:
             warn_about_statistics(kwargs["model"])  # not earlier: each step sets the mode of every layer
         self._stepped = True
+        schedule = self.trajectory.schedule
+        if self._stage or schedule is None or not schedule.tail_states:
+            return
+        steps = schedule.tail_steps(state.max_steps)
+        if state.global_step in steps:
+            self.record_tail(steps.index(state.global_step), args, state, **kwargs)
+
+    def record_tail(self, index: int, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        """Write the weights in the training of state 0 as a tail state; every process must call it."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        with evaluated_weights(optimizer):
+            options: dict[str, Any] = {"state_dict": gather_state_dict(model, self.trainer), "dtype": self.dtype}
+
+            def write() -> None:
+                if state.is_world_process_zero:
+                    self.trajectory.record_tail(model, index, state.global_step, **options)
+
+            on_main_process(None if self.trainer is None else self.trainer.accelerator, write)
+        reshard(model)
+
+    def check_tail(self, state: TrainerState) -> None:
+        """Raise a `ValueError` when the training of state 0 has too few steps for the tail states of the schedule."""
+        if not self._stage and (schedule := self.trajectory.schedule) is not None:
+            schedule.tail_steps(state.max_steps)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         use_evaluated_weights(kwargs["optimizer"], args, state)
@@ -167,6 +196,7 @@ class WeightTransitionCallback(TrainerCallback):
                 ),
                 processing_class=kwargs.get("processing_class"),
             )
+        self._stage += 1
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         reshard(kwargs["model"])  # the next training creates its optimizer before any of its events
@@ -182,8 +212,10 @@ class WeightTransitionCallback(TrainerCallback):
         ends.
         """
         schedule = self.trajectory.schedule
+        if schedule is not None and schedule.kind == "complementary" and self._sizes:
+            details["kind"] = "branch"
         if schedule is not None and details["num_examples"] is None:
             details.setdefault("fraction", schedule.ratio ** len(self._sizes))
-        is_last = schedule is None or len(self._sizes) + 1 >= schedule.num_states
+        is_last = schedule is None or len(self._sizes) + 1 >= schedule.num_stages
         self.trajectory.record(model, dtype=self.dtype, background=not is_last, **details)
         self._sizes.append(details["num_examples"])

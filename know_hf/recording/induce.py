@@ -105,8 +105,8 @@ def induce_forgetting(
     if not isinstance(schedule, ForgettingSchedule):
         raise TypeError(f"schedule must be a ForgettingSchedule, got {schedule!r}")
     subsets = divide(trainer.train_dataset, schedule, examples_per_step(trainer.args))
-    check_loader(trainer, subsets)
-    arguments = [_stage_arguments(trainer.args, index, schedule) for index in range(schedule.num_states)]
+    check_loader(trainer, subsets[: schedule.num_states + 1])  # halves are of equal size
+    arguments = [_stage_arguments(trainer.args, index, schedule) for index in range(schedule.num_stages)]
     of_trainer = trainer_arguments(trainer)
     start_weights = start_weights if start == "train" else "none"
     callback = _StageCallback(output_dir, schedule, trainer=trainer, dtype=dtype, start_weights=start_weights)
@@ -120,19 +120,20 @@ def induce_forgetting(
             check_same_recording(trajectory, subsets, arguments, of_trainer)
             trajectory.check_base(trainer.model)
             _check_missing_states(trajectory, trainer, schedule, dtype, start_weights)
-            return trajectory.num_states
+            return len(trajectory.states) + len(trajectory.branches)
 
         num_recorded = on_main_process(trainer.accelerator, begin)
         use_evaluated_weights(trainer.optimizer, trainer.args, trainer.state)
+        last = [*trajectory.states, *trajectory.branches][-1:]
         if num_recorded:
-            trajectory.load_into(trainer.model, num_recorded - 1)
+            trajectory.load_into(trainer.model, last[0].name)
         stack.enter_context(_restored(trainer))
-        progress = stack.enter_context(closing(Progress(trainer, trajectory, schedule.num_states)))
+        progress = stack.enter_context(closing(Progress(trainer, trajectory, schedule.num_stages)))
         callback.on_written = progress.on_written
-        if num_recorded and on_main_process(trainer.accelerator, lambda: not trajectory.states[-1].metrics):
+        if num_recorded and on_main_process(trainer.accelerator, lambda: not last[0].metrics):
             progress.evaluate(num_recorded - 1)
-        for index in range(num_recorded, schedule.num_states):
-            callback.subset = subsets[index]
+        for index in range(num_recorded, schedule.num_stages):
+            callback.begin(index, subsets[index])
             progress.begin(index, subsets[index])
             if index == 0 and start == "current":
                 callback.record_current(trainer)
@@ -160,8 +161,9 @@ class _StageCallback(WeightTransitionCallback):
     _failure: Exception | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
-        """Check the optimizer of the stage; everything else was checked before the first stage."""
+        """Check the optimizer and the length of the stage; everything else was checked before the first stage."""
         self.check_optimizer(state, **kwargs)
+        self.check_tail(state)
         if state.is_world_process_zero:
             warn_about_warmup(args, state)
 
@@ -175,6 +177,20 @@ class _StageCallback(WeightTransitionCallback):
             super().record(model, **details)
         except Exception as error:
             self._failure = error
+
+    def begin(self, stage: int, subset: Subset) -> None:
+        """Take the subset of a stage, and Θ0 into the model if it is a branch."""
+        self._stage, self.subset = stage, subset
+        schedule = self.trajectory.schedule
+        if stage and self.trainer is not None and schedule is not None and schedule.kind == "complementary":
+            if is_sharded(self.trainer):
+                raise ValueError(
+                    "kind='complementary' needs Θ0 again for every branch, which sharded weights do not"
+                    " load; train without sharding"
+                )
+            on_main_process(self.trainer.accelerator, lambda: self.trajectory.check(wait=True))
+            WeightTrajectory(self.trajectory.path).load_into(self.trainer.model, 0)
+            self.weights = weights_checksum(self.trainer)
 
     def record_first(self, trainer: Trainer, index: int) -> None:
         """Record the weights of the trainer's model as the start, before the training of state 0."""
@@ -203,14 +219,14 @@ def _check_missing_states(
     dtype: torch.dtype | None,
     start_weights: StartWeights,
 ) -> None:
-    missing = schedule.num_states - trajectory.num_states
+    missing = schedule.num_stages - trajectory.num_states - len(trajectory.branches)
     if not missing:
         logger.warning(f"{trajectory.path} has all {trajectory.num_states} states, nothing is trained")
     if not trajectory.num_states:
         check_reloadable(trainer.model)
         check_savable(trajectory.path, trainer.model, trainer.processing_class)
     first, further = state_nbytes(trainer.model, dtype)
-    once = 0 if trajectory.num_states else first - further + (first if start_weights != "none" else 0)
+    once = 0 if trajectory.num_states else first - further + first * ((start_weights != "none") + schedule.tail_states)
     check_free_disk(trajectory.path, missing * further + once)
 
 

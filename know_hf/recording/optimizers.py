@@ -4,6 +4,8 @@ A `Trainer` creates its optimizer once and keeps it, so every stage makes it cre
 create again the same way is refused before the first training.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -89,6 +91,19 @@ def use_evaluated_weights(optimizer: Any, args: TrainingArguments, state: Traine
     has_best_weights = args.load_best_model_at_end and state.best_model_checkpoint is not None
     if not has_best_weights and callable(evaluate := getattr(optimizer, "eval", None)):
         evaluate()
+
+
+@contextmanager
+def evaluated_weights(optimizer: Any) -> Iterator[None]:
+    """Put the weights into the model that an evaluation uses during the block, within a training."""
+    has_modes = callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+    if has_modes:
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        if has_modes:
+            optimizer.train()
 
 
 def _check_scheduler(trainer: Trainer) -> None:

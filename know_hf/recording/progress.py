@@ -37,13 +37,13 @@ class Progress:
 
     def __init__(self, trainer: Trainer, trajectory: WeightTrajectory, num_states: int) -> None:
         self._trainer, self._trajectory = trainer, trajectory
-        self._steps = {state.index: state.steps for state in trajectory.states}
+        self._steps = [state.steps for state in (*trajectory.states, *trajectory.branches)]
         self._metrics: dict[int, dict[str, float]] = {}
         self._written: dict[int, dict[str, float]] = {}
         self._last_move = ""
         self._bar = tqdm(
             total=num_states,
-            initial=trajectory.num_states,
+            initial=len(self._steps),
             desc="forgetting",
             unit="state",
             disable=trainer.args.disable_tqdm or not trainer.accelerator.is_main_process,
@@ -52,15 +52,16 @@ class Progress:
     def begin(self, index: int, subset: Subset) -> None:
         """Show the stage that begins."""
         self._log()
-        self._bar.set_postfix_str(f"state {index}: {subset.size}{self._last_move}")
+        self._bar.set_postfix_str(f"{self._name(index).replace('-', ' ')}: {subset.size}{self._last_move}")
 
     def on_written(self, record: StateRecord) -> None:
         """Note the displacement of a state; called by the thread that wrote it."""
-        moved = displacement(self._trajectory, record.index)
-        values = {"state": record.index, "displacement": moved, "num_examples": record.num_examples}
-        self._steps[record.index] = record.steps
-        self._last_move = f", state {record.index} moved by {moved:.1%}" if record.index else ""
-        self._written[record.index] = {key: value for key, value in values.items() if value is not None}
+        moved = displacement(self._trajectory, record.name)
+        stage = len(self._steps)
+        values = {"state": stage, "displacement": moved, "num_examples": record.num_examples}
+        self._steps.append(record.steps)
+        self._last_move = f", {record.label} moved by {moved:.1%}" if stage else ""
+        self._written[stage] = {key: value for key, value in values.items() if value is not None}
         self._bar.update()
 
     def evaluate(self, index: int, weights: list[int] | None = None) -> None:
@@ -97,7 +98,7 @@ class Progress:
             else:
                 metrics[name] = number
         self._metrics[index] = metrics
-        on_main_process(self._trainer.accelerator, lambda: self._trajectory.update_metrics(index, metrics))
+        on_main_process(self._trainer.accelerator, lambda: self._trajectory.update_metrics(self._name(index), metrics))
         self._log()
 
     def finish(self) -> None:
@@ -108,6 +109,11 @@ class Progress:
     def close(self) -> None:
         """Close the progress bar."""
         self._bar.close()
+
+    def _name(self, stage: int) -> str:
+        schedule = self._trajectory.schedule
+        is_branch = stage > 0 and schedule is not None and schedule.kind == "complementary"
+        return f"branch-{stage - 1}" if is_branch else f"state-{stage}"
 
     def _log(self) -> None:
         state = self._trainer.state

@@ -17,10 +17,10 @@ def check_same_recording(
     of_trainer: Mapping[str, Any],
 ) -> None:
     """Raise a `ValueError` for the first recorded state with other data or training arguments than its stage has."""
-    for state, subset, args in zip(trajectory.states, subsets, stage_arguments, strict=False):
+    for state, subset, args in zip((*trajectory.states, *trajectory.branches), subsets, stage_arguments, strict=False):
         if state.subset_fingerprint != subset.fingerprint:
             raise ValueError(
-                f"state {state.index} of {trajectory.path} was trained on other data: {state.size} with fingerprint"
+                f"{state.label} of {trajectory.path} was trained on other data: {state.size} with fingerprint"
                 f" {state.subset_fingerprint}, now {subset.size}; use the same dataset to resume, or another folder"
             )
         # without arguments: state 0 with start="current"
@@ -28,7 +28,7 @@ def check_same_recording(
             name, recorded, given = difference
             hint = " (per device × accumulation × processes)" if name == "examples_per_step" else ""
             raise ValueError(
-                f"state {state.index} of {trajectory.path} was trained with {name}={recorded}, but the trainer has"
+                f"{state.label} of {trajectory.path} was trained with {name}={recorded}, but the trainer has"
                 f" {given}{hint}; use the same arguments to resume, or another folder"
             )
 

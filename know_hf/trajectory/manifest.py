@@ -8,7 +8,7 @@ are ignored, so that a newer minor version can add some.
 import os
 import posixpath
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from reprlib import Repr
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..checkpoint import read_json, write_json
 from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
-from .records import FILE_KINDS, SHA256, FileRecord, Integer, Limited, Number, StateRecord, Text, Texts
+from .records import FILE_KINDS, SHA256, Count, FileRecord, Integer, Limited, Number, StateRecord, Text, Texts
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +60,8 @@ class _ScheduleContent(BaseModel):
     group_by: Text | None = None
     steps_per_stage: Integer | None = None
     key_column: Text | None = None
+    tail_states: Count = 0
+    kind: Text = "nested"
 
     def build(self) -> ForgettingSchedule:
         return ForgettingSchedule(**self.model_dump(exclude_unset=True))
@@ -104,6 +106,17 @@ class Manifest:
     def snapshots(self) -> list[StateRecord]:
         """The states, the start, the tail states and the branches."""
         return [*self.states, *(() if self.start is None else (self.start,)), *self.tail, *self.branches]
+
+    def with_snapshot(self, snapshot: StateRecord) -> "Manifest":
+        """Return the manifest with one more state or branch."""
+        name = "states" if snapshot.kind == "state" else "branches"
+        fields: dict[str, Any] = {name: (*getattr(self, name), snapshot)}
+        return replace(self, **fields)
+
+    @property
+    def num_trained(self) -> int:
+        """Number of finished trainings: states and branches."""
+        return len(self.states) + len(self.branches)
 
     @property
     def all_files(self) -> list[FileRecord]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NotRequired, TypedDict, get_args
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 import torch
 from filelock import FileLock, Timeout
@@ -31,8 +31,8 @@ from .adapters import base_fingerprint
 from .manifest import MANIFEST_NAME, Manifest, TrajectoryError, recordable
 from .records import FileRecord, StateRecord
 from .snapshot import Snapshot, roles_on_disk
-from .start import StartWeights, store_start
-from .store import Store, check_same_tensors
+from .start import StartWeights, store_early
+from .store import StateName, Store, check_same_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +53,7 @@ class Stage(TypedDict):
     seed: NotRequired[int | None]
     metrics: NotRequired[Mapping[str, float] | None]
     training: NotRequired[Mapping[str, str] | None]
+    kind: NotRequired[Literal["state", "branch"]]
 
 
 class Recorder:
@@ -70,6 +71,7 @@ class Recorder:
         self._writer = _BackgroundWriter()
         self._copies: dict[str, torch.Tensor] = {}
         self._start: StartWeights = "none"
+        self._early: list[StateRecord] = []  # written, but counted with state 0 only
 
     def check(self, wait: bool = True) -> None:
         """Raise the error of a failed background job, once, after waiting for a running job if asked to."""
@@ -88,7 +90,7 @@ class Recorder:
         """Write the weights of a model as the next state, given without its files; see [`WeightTrajectory.record`]."""
         self.check()
         manifest = self._store.manifest
-        replace(manifest, states=(*manifest.states, state)).check(self._path / MANIFEST_NAME)
+        manifest.with_snapshot(state).check(self._path / MANIFEST_NAME)
         self.check_base(model)
         snapshot = Snapshot.of(model, state_dict, dtype, self._copies)
         self._copies = snapshot.state_dict if background else {}
@@ -101,7 +103,7 @@ class Recorder:
                 raise
             except (OSError, SafetensorError) as error:
                 raise OSError(
-                    f"state {state.index} could not be written to {self._path} ({error}). Free disk space and record"
+                    f"{state.label} could not be written to {self._path} ({error}). Free disk space and record"
                     " again: recording resumes after the last finished state."
                 ) from error
             if on_written is not None:
@@ -126,12 +128,27 @@ class Recorder:
         if self._store.manifest.states:
             raise TrajectoryError(f"{self._path} has states already; the start is recorded before the first one")
         self._start = weights
-        if weights == "none":
-            return
+        if weights != "none":
+            self.record_early(model, StateRecord(0, None, 0, (), kind="start"), state_dict, dtype)
+
+    def record_early(
+        self,
+        model: nn.Module,
+        record: StateRecord,
+        state_dict: Mapping[str, torch.Tensor] | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Write the start or a tail state, which is listed together with state 0."""
         snapshot = Snapshot.of(model, state_dict, dtype)
-        with self.recording(), atomic_folder(self._path / "start", overwrite=True) as work:
+        with self.recording(), atomic_folder(self._path / record.name, overwrite=True) as work:
             snapshot.save(work)
             hide_paths(work)
+        # a training that starts again, with a smaller batch, replaces the tail states of the first attempt
+        names = {record.name} if record.kind == "start" or record.index else {"tail-0", *self._names_of_tail()}
+        self._early = [early for early in self._early if early.name not in names] + [record]
+
+    def _names_of_tail(self) -> list[str]:
+        return [record.name for record in self._early if record.kind == "tail"]
 
     def check_base(self, model: nn.Module) -> None:
         """Raise a `TrajectoryError` when an adapter is on another base model than in the recorded states."""
@@ -142,13 +159,17 @@ class Recorder:
                 " model of the recording, or record to another folder"
             )
 
-    def update_metrics(self, index: int, metrics: Mapping[str, float]) -> None:
-        """Add evaluation results to a finished state."""
+    def update_metrics(self, state: StateName, metrics: Mapping[str, float]) -> None:
+        """Add evaluation results to a finished state or branch."""
         self.check()
-        states = list(self._store.manifest.states)
-        states[index] = replace(states[index], metrics={**states[index].metrics, **metrics})
+        manifest, old = self._store.manifest, self._store.record(state)
+        new = replace(old, metrics={**old.metrics, **metrics})
+        states, branches = (
+            tuple(new if record is old else record for record in records)
+            for records in (manifest.states, manifest.branches)
+        )
         with self.recording():
-            self._store.enter(replace(self._store.manifest, states=tuple(states)))
+            self._store.enter(replace(manifest, states=states, branches=branches))
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -165,8 +186,8 @@ class Recorder:
         self._path.mkdir(parents=True, exist_ok=True)
         try:
             with self._lock:
-                expected = len(self._store.manifest.states)
-                on_disk = len(Manifest.read(self._path).states) if (self._path / MANIFEST_NAME).exists() else 0
+                expected = self._store.manifest.num_trained
+                on_disk = Manifest.read(self._path).num_trained if (self._path / MANIFEST_NAME).exists() else 0
                 if expected != on_disk:
                     raise TrajectoryBusyError(
                         f"{self._path} has {on_disk} states, expected {expected}: another process recorded to it. Open"
@@ -182,25 +203,26 @@ class Recorder:
             ) from error
 
     def _write(self, snapshot: Snapshot, state: StateRecord, processing_class: Any) -> StateRecord:
-        manifest, index = self._store.manifest, state.index
-        readers = self._store.readers if index else []
-        folder = self._path / f"state-{index}"
-        snapshot.check_finite(self._path, index)
+        manifest, is_first = self._store.manifest, state.name == "state-0"
+        readers = [] if is_first else self._store.readers
+        previous = None if is_first else len(readers) - 1 if state.kind == "state" else 0
+        folder = self._path / state.name
+        snapshot.check_finite(self._path, state.label)
         with atomic_folder(folder, overwrite=True) as work:
-            left_out = snapshot.save(work, readers[-1] if index else None)
+            left_out = snapshot.save(work, None if previous is None else readers[previous])
             hide_paths(work)
             for record in manifest.files:  # saving adds fields to a config the second time; keep that of state 0
                 if (work / record.path).exists():
                     shutil.copy2(self._path / record.path, work / record.path)
             names = recordable(work)
             files = tuple(FileRecord.of(work / name, f"{folder.name}/{name}") for name in names)
-            origin = manifest.states[-1].unchanged if index else {}
-            unchanged = {name: origin.get(name, index - 1) for name in sorted(left_out)}
+            origin = {} if previous is None else manifest.states[previous].unchanged
+            unchanged = {name: origin.get(name, previous or 0) for name in sorted(left_out)}
             elsewhere = {name: readers[k].locate(name) for name, k in unchanged.items()}
             reader = CheckpointReader([work / name for name in names if name.endswith(".safetensors")], elsewhere)
-            if index:
-                check_same_tensors(self._path, f"state {index}", reader, readers[0])
-        if not index:
+            if not is_first:
+                check_same_tensors(self._path, state.label, reader, readers[0])
+        if is_first:
             roles, tied_weights = roles_on_disk(snapshot, reader)
             base_model, base_revision = _base_of(snapshot.model, self._path)
             model_files = _write_model_files(self._path, folder, processing_class)
@@ -216,28 +238,35 @@ class Recorder:
                 library_versions=library_versions(),
             )
         state = replace(state, files=files, unchanged=unchanged)
-        if not index and self._start != "none":
-            manifest = replace(manifest, start=self._finish_start(snapshot.model, manifest, state))
-        self._store.enter(replace(manifest, states=(*manifest.states, state)))
+        if is_first:
+            early = [self._finish(record, snapshot.model, manifest, state) for record in self._early]
+            finished = [record for record in early if record is not None]
+            start = next((record for record in finished if record.kind == "start"), None)
+            tail = tuple(record for record in finished if record.kind == "tail")
+            manifest = replace(manifest, start=start, tail=tail)
+        self._store.enter(manifest.with_snapshot(state))
         return state
 
-    def _finish_start(self, model: nn.Module, manifest: Manifest, state: StateRecord) -> StateRecord | None:
-        """Store the start without what state 0 and the Hub hold; `None` if the training replaced tensors."""
-        folder = self._path / "start"
+    def _finish(
+        self, record: StateRecord, model: nn.Module, manifest: Manifest, state: StateRecord
+    ) -> StateRecord | None:
+        """Store the start or a tail state without what state 0 and the Hub hold; `None` if tensors were replaced."""
+        folder = self._path / record.name
         first = CheckpointReader(
             [self._path / file.path for file in state.files if file.path.endswith(".safetensors")]
         )
         try:
-            check_same_tensors(self._path, "start", CheckpointReader(sorted(folder.glob("*.safetensors"))), first)
+            check_same_tensors(self._path, record.name, CheckpointReader(sorted(folder.glob("*.safetensors"))), first)
         except TrajectoryError as error:
-            logger.warning(f"The start is not recorded: {error}")
+            logger.warning(f"{record.name} is not recorded: {error}")
             shutil.rmtree(folder)
             return None
         base = None
-        if self._start == "reference" and manifest.base_model and manifest.base_revision:
+        is_start = record.kind == "start"
+        if is_start and self._start == "reference" and manifest.base_model and manifest.base_revision:
             prefix = getattr(model, "base_model_prefix", "")
             base = (manifest.base_model, manifest.base_revision, prefix)
-        return store_start(folder, first, state, base)
+        return store_early(folder, first, state, record, base)
 
 
 def check_savable(path: Path, model: nn.Module, processing_class: Any) -> None:

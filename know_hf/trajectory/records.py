@@ -153,6 +153,11 @@ class StateRecord:
         return self.kind if self.kind == "start" else f"{self.kind}-{self.index}"
 
     @property
+    def label(self) -> str:
+        """Name in messages: `state 1`, `start`, `tail 0` or `branch 0`."""
+        return self.name.replace("-", " ")
+
+    @property
     def size(self) -> str:
         """Size of the subset in words."""
         return size_in_words(self.num_examples, self.fraction)

@@ -119,7 +119,7 @@ class Snapshot:
         generation_config = copy.deepcopy(getattr(model, "generation_config", None))
         return cls(model, copied, on_disk, roles, generation_config, adapter, base_fingerprint(model))
 
-    def check_finite(self, path: Path, index: int) -> None:
+    def check_finite(self, path: Path, state: str) -> None:
         """Raise a `TrajectoryError` that names the first tensor with a NaN or infinite value.
 
         Buffers may be infinite, as attention masks are.
@@ -131,7 +131,7 @@ class Snapshot:
             is_buffer = name in self.roles and self.roles[name].role == "copied"
             if values.isnan().any() if is_buffer else not values.isfinite().all():
                 raise TrajectoryError(
-                    f"tensor {name!r} contains NaN or infinite values in state {index}: the training diverged; lower"
+                    f"tensor {name!r} contains NaN or infinite values in {state}: the training diverged; lower"
                     " the learning rate."
                     f" Earlier states are kept in {path}."
                 )

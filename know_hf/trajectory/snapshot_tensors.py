@@ -1,8 +1,10 @@
-"""[`SnapshotTensors`]: the tensors of all snapshots of a trajectory, read whole or in pieces."""
+"""[`SnapshotTensors`]: the records and tensors of all snapshots of a trajectory, read whole or in pieces."""
 
 import torch
 
 from ..checkpoint import CheckpointReader
+from ..roles import TensorRole
+from ..schedule import ForgettingSchedule
 from .manifest import TrajectoryError
 from .recorder import Recorder
 from .records import StateRecord
@@ -44,6 +46,26 @@ class SnapshotTensors:
     @property
     def num_states(self) -> int:
         return len(self.states)
+
+    @property
+    def schedule(self) -> ForgettingSchedule | None:
+        return self._store.manifest.schedule
+
+    @property
+    def roles(self) -> dict[str, TensorRole]:
+        return self._store.manifest.roles
+
+    @property
+    def tied_weights(self) -> dict[str, str]:
+        return self._store.manifest.tied_weights
+
+    @property
+    def base_model(self) -> str | None:
+        return self._store.manifest.base_model
+
+    @property
+    def base_revision(self) -> str | None:
+        return self._store.manifest.base_revision
 
     def snapshot(self, state: StateName) -> StateRecord:
         """Return the record of a state by its index, or of another snapshot by its name, such as `"tail-0"`.

@@ -7,6 +7,7 @@ the other tensors only. It counts once it is listed in `trajectory.json`, togeth
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,10 +28,10 @@ StartWeights = Literal["reference", "full", "none"]
 _PART = "part{suffix}.safetensors"
 
 
-def store_start(
-    folder: Path, first: CheckpointReader, state: StateRecord, base: tuple[str, str, str] | None
+def store_early(
+    folder: Path, first: CheckpointReader, state: StateRecord, early: StateRecord, base: tuple[str, str, str] | None
 ) -> StateRecord:
-    """Replace the folder of a start by one without the tensors that are elsewhere, and return its record.
+    """Replace the folder of a start or tail state by one without the tensors that are elsewhere; return its record.
 
     Args:
         folder (`Path`):
@@ -39,6 +40,8 @@ def store_start(
             State 0, which has the same tensors, in the folder beside it.
         state ([`StateRecord`]):
             The record of state 0; a config of the start gets its bytes.
+        early ([`StateRecord`]):
+            The record of the start or tail state, without its files.
         base (`tuple[str, str, str]`, *optional*):
             Id and commit of the base model on the Hub, and the prefix of its tensors in models with a head.
     """
@@ -64,7 +67,7 @@ def store_start(
             if hub is None:
                 write_index(work, {name: Path(first.file(name)) for name in unchanged})
         files = tuple(FileRecord.of(work / name, f"{folder.name}/{name}") for name in recordable(work))
-    return StateRecord(0, None, 0, files, unchanged=dict.fromkeys(sorted(unchanged), 0), kind="start", hub=hub)
+    return replace(early, files=files, unchanged=dict.fromkeys(sorted(unchanged), 0), hub=hub)
 
 
 def hub_tensors(hub: HubTensors, path: Path) -> dict[str, tuple[ByteSource, TensorEntry]]:

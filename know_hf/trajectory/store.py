@@ -162,7 +162,6 @@ class Store:
 
     def _open(self, state: StateRecord, readers: list[CheckpointReader]) -> CheckpointReader:
         """Open a snapshot whose tensors may be in files of the states before it."""
-        what = f"state {state.index}" if state.kind == "state" else state.name
         files = [self.source(record) for record in state.files if record.path.endswith(".safetensors")]
         try:
             elsewhere = {name: readers[k].locate(name) for name, k in state.unchanged.items()}
@@ -170,8 +169,8 @@ class Store:
                 elsewhere |= hub_tensors(state.hub, self.path)
             reader = CheckpointReader(files, elsewhere)
         except (CheckpointError, KeyError) as error:
-            raise TrajectoryError(f"{what} of {self.path}: {error}") from error
-        check_same_tensors(self.path, what, reader, readers[0] if readers else reader)
+            raise TrajectoryError(f"{state.label} of {self.path}: {error}") from error
+        check_same_tensors(self.path, state.label, reader, readers[0] if readers else reader)
         return reader
 
 

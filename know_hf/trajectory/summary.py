@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .records import StateRecord
+from .store import StateName
 from .weight_trajectory import WeightTrajectory
 
 _PIECE_SIZE = 2**20  # elements
@@ -85,18 +86,18 @@ def inspect_trajectory(trajectory: WeightTrajectory) -> TrajectorySummary:
     return summary
 
 
-def displacement(trajectory: WeightTrajectory, state: int) -> float:
+def displacement(trajectory: WeightTrajectory, state: StateName) -> float:
     """Return `‖Θk − Θ0‖₂ / ‖Θ0‖₂` over all parameters; 0 for state 0.
 
     Args:
         trajectory ([`WeightTrajectory`]):
             The recorded states.
-        state (`int`):
-            The index k.
+        state (`int` or `str`):
+            The index k, or the name of another snapshot.
     """
     moved = length = 0.0
     for name, role in trajectory.roles.items():
-        if state and role.role != "copied":
+        if state not in (0, "state-0") and role.role != "copied":
             for squared, distance in _squares(trajectory, name, [state]):
                 length, moved = length + squared, moved + distance
     return (moved / max(length, 1e-60)) ** 0.5
@@ -107,7 +108,7 @@ def loss_names(metrics: Iterable[str]) -> list[str]:
     return sorted(name for name in metrics if re.search(r"(?<![a-z])loss(?![a-z])", name, re.IGNORECASE))
 
 
-def _squares(trajectory: WeightTrajectory, name: str, states: Sequence[int]) -> Iterator[list[float]]:
+def _squares(trajectory: WeightTrajectory, name: str, states: Sequence[StateName]) -> Iterator[list[float]]:
     """Yield ‖Θ0‖² and each ‖Θk − Θ0‖² of the pieces of a tensor."""
     size = trajectory.shape(name).numel()
     for start in range(0, size, _PIECE_SIZE):

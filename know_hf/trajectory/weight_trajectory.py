@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from ..checkpoint import check_output
 from ..hub_client import RemoteRepo, Token
 from ..model_tensors import unwrapped
-from ..roles import TensorRole
 from ..schedule import ForgettingSchedule
 from .importing import Checkpoints, ImportKind, import_checkpoints
 from .loading import load_into, load_pretrained
@@ -197,26 +196,6 @@ class WeightTrajectory(SnapshotTensors):
         return self._store.repo
 
     @property
-    def schedule(self) -> ForgettingSchedule | None:
-        return self._store.manifest.schedule
-
-    @property
-    def roles(self) -> dict[str, TensorRole]:
-        return self._store.manifest.roles
-
-    @property
-    def tied_weights(self) -> dict[str, str]:
-        return self._store.manifest.tied_weights
-
-    @property
-    def base_model(self) -> str | None:
-        return self._store.manifest.base_model
-
-    @property
-    def base_revision(self) -> str | None:
-        return self._store.manifest.base_revision
-
-    @property
     def model_files(self) -> list[Path]:
         """Config, tokenizer and processor files, which all states share."""
         records = self._store.manifest.files
@@ -321,7 +300,8 @@ class WeightTrajectory(SnapshotTensors):
                 Called after the state is entered in `trajectory.json`.
             stage (*optional*):
                 Fields of [`StateRecord`]: `num_examples`, which must shrink (`None` for a stream of unknown length),
-                `steps`, and *optional* `fraction`, `subset_fingerprint`, `seed`, `metrics` and `training`.
+                `steps`, and *optional* `fraction`, `subset_fingerprint`, `seed`, `metrics`, `training`, and `kind`:
+                `"branch"` for weights of another training than those of the states.
 
         Raises:
             `ValueError`:
@@ -335,7 +315,8 @@ class WeightTrajectory(SnapshotTensors):
         """
         values: dict[str, Any] = dict(stage)
         values |= {name: dict(values.get(name) or {}) for name in ("metrics", "training")}
-        state = StateRecord(index=self.num_states, files=(), **values)
+        index = len(self.branches) if values.get("kind") == "branch" else self.num_states
+        state = StateRecord(index=index, files=(), **values)
         self._recorder.record(model, state, processing_class, state_dict, dtype, background, on_written)
 
     def record_start(
@@ -362,8 +343,20 @@ class WeightTrajectory(SnapshotTensors):
         """
         self._recorder.record_start(model, state_dict, dtype, weights)
 
-    def update_metrics(self, state: int, metrics: Mapping[str, float]) -> None:
-        """Add evaluation results to a finished state."""
+    def record_tail(
+        self,
+        model: nn.Module,
+        index: int,
+        steps: int,
+        *,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write tail state `index`, the weights after `steps` optimizer steps of state 0; see [`record_start`]."""
+        self._recorder.record_early(model, StateRecord(index, None, steps, (), kind="tail"), state_dict, dtype)
+
+    def update_metrics(self, state: StateName, metrics: Mapping[str, float]) -> None:
+        """Add evaluation results to a finished state or branch."""
         self._recorder.update_metrics(state, metrics)
 
     def recording(self) -> AbstractContextManager[None]:
