@@ -58,8 +58,8 @@ def predict_overflowed_weights(
             Predictor instead of KNOWN, by name or as an object. With several, or names joined by `+`, the others
             rescale what the first predicts: `"average+rescale"`, `["known", Rescale(factor=0.25)]`.
         gate ([`Gate`], *optional*):
-            Validation data. The best of Θ0, the other states, all numbers of steps up to `steps` and the average of
-            the states is written; Θ0 if none is better by more than noise.
+            Validation data. The best of Θ0, the other states, all numbers of steps up to `steps` and a family of
+            averages and moves between the states is written; Θ0 if none is better by more than noise.
         card (`bool`, *optional*, defaults to `True`):
             Whether to write a model card, `README.md`, with a plot of the forgetting.
         push_to_hub (`str`, *optional*):
@@ -156,7 +156,8 @@ def _write_card(
     if result.gate is not None and (recipe := result.gate.recipe) is not None:
         steps, recalibrated = recipe["steps"], recipe["recalibrated"]
         if recipe["predictor"] is not None:
-            predictor, options = recipe["predictor"], recipe["predictor_options"]
+            options = recipe["predictor_options"]
+            predictor = result.predictor if options is None and result.predictor else recipe["predictor"]
     picture = forgetting_picture(plan.trajectory)
     if picture is not None:
         save_figure(picture, folder / _PICTURE)

@@ -8,13 +8,15 @@ from datasets import Dataset
 from doubles.constant_predictor import Constant, weights
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, DefaultDataCollator
+from torch.utils.data import IterableDataset
+from transformers import BertConfig, BertForSequenceClassification, DefaultDataCollator, default_data_collator
 
 from know_hf.batch_norm import recalibrate_batch_norm
 from know_hf.predict import predict_overflowed_weights
 from know_hf.prediction import Gate, WriteOptions, choose, plan_prediction
+from know_hf.prediction.candidates import FAMILY, Candidate, plan_candidates
 from know_hf.prediction.gate import write_best_candidate
-from know_hf.predictors import Average
+from know_hf.predictors import Average, Rescale, Shrink
 from know_hf.trajectory import TrajectoryError
 
 BIAS = "classifier.1.bias"
@@ -45,23 +47,24 @@ def through(gate, trajectory, folder, predictor=None, steps=2, finish=None, **op
 
 def test_the_best_number_of_steps_is_written(trajectory, tmp_path):
     goal = float(trajectory.tensor(BIAS)[0]) + 2.0
-    gate = Gate(distance_to(goal), metric="distance")
+    gate = Gate(distance_to(goal), metric="distance", candidates=[1, 4, "average", Shrink(0.9)])
     result, decided = through(gate, trajectory, tmp_path, Constant(1.0), steps=3)
     assert decided.chosen == "Constant, 2 steps"
-    names = ["Θ0", "Θ1", "Θ2", "Θ3", "Θ4", "start", *(f"Constant, {n} step{'s' * (n > 1)}" for n in (1, 2, 3))]
-    assert [candidate.name for candidate in decided.candidates] == [*names, "average of the states"]
+    names = ["Θ0", *(f"Constant, {n} step{'s' * (n > 1)}" for n in (1, 2, 3))]
+    names += ["Θ1", "Θ4", "average", "Shrink, factor 0.9"]
+    assert [candidate.name for candidate in decided.candidates] == names
     assert torch.equal(weights(tmp_path / "out")[BIAS], trajectory.tensor(BIAS) + 2)
     assert result.path == tmp_path / "out"
     assert result.report["bias"].mean_residual == pytest.approx(2)
     assert torch.equal(result.load_model().classifier[1].bias, trajectory.tensor(BIAS) + 2)
     assert decided.recipe == {**PREDICTION, "steps": 2}
-    assert decided.sentence.startswith("The gate chose Constant, 2 steps over Θ0 and 8 other candidates: distance of")
+    assert decided.sentence.startswith("The gate chose Constant, 2 steps over Θ0 and 6 other candidates: distance of")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in result.path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_theta_0_is_kept_bit_for_bit_when_nothing_is_better(trajectory, tmp_path):
-    gate = Gate(distance_to(float(trajectory.tensor(BIAS)[0])))
+    gate = Gate(distance_to(float(trajectory.tensor(BIAS)[0])), candidates=[1])
     batches = ({"pixel_values": make_images(8)[:]["pixel_values"]} for _ in range(1))
     result, decided = through(gate, trajectory, tmp_path, recalibrate_with=batches)
     assert decided.is_reference
@@ -69,11 +72,11 @@ def test_theta_0_is_kept_bit_for_bit_when_nothing_is_better(trajectory, tmp_path
     before = trajectory.path / "state-0/model.safetensors"
     assert (result.path / "model.safetensors").read_bytes() == before.read_bytes()
     assert decided.candidates[1].name == "Θ0, BatchNorm recalibrated"
-    assert "kept Θ0: none of 9 other candidates" in decided.sentence
+    assert "kept Θ0: none of 4 other candidates" in decided.sentence
 
 
 def test_a_state_can_be_chosen_and_is_copied_bit_for_bit(trajectory, tmp_path):
-    gate = Gate(distance_to(float(trajectory.tensor(BIAS, 2)[0])))
+    gate = Gate(distance_to(float(trajectory.tensor(BIAS, 2)[0])), candidates=[1, 2, 3])
     result, decided = through(gate, trajectory, tmp_path)
     assert decided.chosen == "Θ2"
     assert decided.recipe == {**PREDICTION, "state": 2}
@@ -88,7 +91,7 @@ def test_a_state_can_be_chosen_and_is_copied_bit_for_bit(trajectory, tmp_path):
 
 def test_the_statistics_of_a_state_are_recalibrated(trajectory, tmp_path):
     batches = [{"pixel_values": make_images(16)[:]["pixel_values"]}]
-    gate = Gate(distance_to(float(trajectory.tensor(BIAS, 1)[0])))
+    gate = Gate(distance_to(float(trajectory.tensor(BIAS, 1)[0])), candidates=[1])
     result, decided = through(gate, trajectory, tmp_path, recalibrate_with=batches)
     assert decided.chosen == "Θ1"
     assert decided.recipe["recalibrated"] is True
@@ -100,7 +103,7 @@ def test_the_statistics_of_a_state_are_recalibrated(trajectory, tmp_path):
 
 def test_a_dataset_is_evaluated_batch_by_batch(trajectory, tmp_path):
     dataset = make_images(40, seed=3)
-    gate = Gate(dataset=dataset, batch_size=4)
+    gate = Gate(dataset=dataset, batch_size=4, candidates=[])
     model = trajectory.load_model().eval()
     with torch.no_grad():
         expected = [float(model(**dataset[start : start + 4]).loss) for start in range(0, 40, 4)]
@@ -108,6 +111,126 @@ def test_a_dataset_is_evaluated_batch_by_batch(trajectory, tmp_path):
     _, decided = through(gate, trajectory, tmp_path, Constant(0.5), steps=1)
     assert decided.num_values == 10
     assert decided.scores["Θ0"] == pytest.approx(np.mean(expected))
+
+
+def test_the_family_fits_the_trajectory(trajectory, record_states):
+    starts = ["start", "0.75 Θ0 + 0.25 start", "0.5 Θ0 + 0.5 start"]
+    for recorded, count in ((trajectory, len(FAMILY)), (record_states(make_resnet(), num_states=2), 10)):
+        plan = plan_prediction(recorded, predictor=Constant(0.01), estimate_time=False)
+        planned = plan_candidates(plan, None, recalibrates=False)
+        expected = [f"Θ{index}" for index in range(recorded.num_states)] + (starts if recorded.start else [])
+        expected.append("Constant, 1 step")
+        family = planned[len(expected) :]
+        assert [candidate.name for candidate in planned[: len(expected)]] == expected and len(family) == count
+        predictors = [candidate.plan.predictor for candidate in family]
+        predictors = [p.at_depth(0.25) if hasattr(p, "at_depth") else p for p in predictors]
+        histories = torch.randn(50, recorded.num_states)
+        values = torch.stack([predictor.residual(histories, "fc") for predictor in predictors])
+        distances = torch.cdist(values, values) + 10 * torch.eye(len(values))
+        assert distances.min() > 0.1  # no two are the same
+    recipe = next(candidate.recipe for candidate in family if candidate.name == "task_vector, scale 0.5")
+    assert recipe == {**PREDICTION, "predictor": "task_vector", "predictor_options": {"scale": 0.5}, "steps": 1}
+
+
+def test_moves_towards_the_start(trajectory):
+    plan = plan_prediction(trajectory, predictor=Constant(0.01), estimate_time=False)
+    planned = {candidate.name: candidate for candidate in plan_candidates(plan, None, recalibrates=False)}
+    theta_0, start = trajectory.tensor(BIAS), trajectory.tensor(BIAS, "start")
+    mixed = planned["0.75 Θ0 + 0.25 start"].tensors.function(BIAS, 0, len(theta_0))
+    assert mixed == pytest.approx(0.75 * theta_0 + 0.25 * start)
+    assert planned["0.75 Θ0 + 0.25 start"].recipe["state"] == [0, 0, 0, "start"]
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_screening_evaluates_a_part_of_the_batches_and_confirms_on_the_others(trajectory, tmp_path):
+    rows = [{**row, "labels": int(row["labels"])} for row in make_images(80, seed=3)]
+    seen = []
+
+    def collate(batch):
+        seen.append(float(batch[0]["pixel_values"].sum()))
+        return default_data_collator(batch)
+
+    names = [Candidate("shrink", {"factor": factor}) for factor in (0.5, 0.8, 1.2)]
+    options = {"batch_size": 1, "data_collator": collate, "candidates": names, "num_confirmed": 2}
+    _, decided = through(Gate(dataset=rows, **options), trajectory, tmp_path, Constant(30.0), steps=1)
+    assert (decided.num_values, decided.num_screening_values) == (64, 16)
+    assert len(decided.candidates) == 3 and len(decided.screened) == 2
+    assert len(seen) == 80 + 4 * 16 + 2 * 64
+    assert set(seen[-64:]).isdisjoint(seen[80:96]) and set(seen[:80]) == {*seen[-64:], *seen[80:96]}
+    assert max(decided.screened, key=lambda one: one.loss).name == "Constant, 1 step"
+    assert "none of 4 other" in decided.sentence or "and 3 other" in decided.sentence
+    assert "2 others were screened out on 16 batches" in str(decided)
+    assert len(decided.to_dict()["screened"]) == 2
+    streamed = through(Gate(dataset=Stream(rows), **options), trajectory, tmp_path / "s", Constant(30.0), steps=1)
+    assert streamed[1] == decided
+
+
+def test_a_batch_gets_the_same_random_numbers_whichever_others_are_read():
+    images, model = make_images(12), make_resnet()
+
+    def collate(batch):
+        return {**default_data_collator(batch), "pixel_values": torch.randn(1, *batch[0]["pixel_values"].shape)}
+
+    gate = Gate(dataset=[*images], batch_size=1, data_collator=collate)
+    assert gate.losses(model, [2, 5]) == [gate.losses(model)[number] for number in (2, 5)]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "call"),
+    [
+        (Candidate("shrink", {"factor": 0.5}), 'predictor="shrink", predictor_options={"factor": 0.5}, steps=1'),
+        (Shrink(0.5), "predictor=Shrink(factor=0.5), steps=1"),
+    ],
+)
+def test_the_card_has_the_code_of_a_chosen_candidate(trajectory, tmp_path, candidate, call):
+    gate = Gate(distance_to(float(trajectory.tensor(BIAS)[0]) / 2), candidates=[candidate])
+    result = predict_overflowed_weights(trajectory, predictor=Constant(9.0), output_dir=tmp_path / "out", gate=gate)
+    assert result.gate.chosen.lower() == "shrink, factor 0.5"
+    assert result.predictor == Shrink(0.5)
+    assert call in (result.path / "README.md").read_text()
+
+
+def test_a_move_towards_the_start_is_written_and_described(trajectory, tmp_path):
+    goal = 0.75 * float(trajectory.tensor(BIAS)[0]) + 0.25 * float(trajectory.tensor(BIAS, "start")[0])
+    result = predict_overflowed_weights(
+        trajectory, predictor=Constant(9.0), output_dir=tmp_path / "out", gate=Gate(distance_to(goal))
+    )
+    assert result.gate.chosen == "0.75 Θ0 + 0.25 start" and result.predictor is None
+    assert float(weights(result.path)[BIAS][0]) == pytest.approx(goal)
+    card = (result.path / "README.md").read_text()
+    assert "Θ0 (weight 3), " in card
+    assert 'snapshot_average(trajectory, [0, 0, 0, "start"])' in card.replace("'", '"')
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        (["averge"], "unknown predictor 'averge'"),
+        ([Candidate], "a candidate is a predictor"),
+        (["known"], "'known'.*model"),
+        (["average+rescale"], "rescales.*keeps the function"),
+        ([Rescale()], "rescales"),
+    ],
+)
+def test_invalid_candidates(candidates, message):
+    with pytest.raises(ValueError, match=message):
+        Gate(len, candidates=candidates)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [([0], "the name 'Θ0'"), (["bema", "bema"], "'bema'"), ([9], "state 9"), ([Constant(1.0, 7)], "7")],
+)
+def test_candidates_that_do_not_fit_the_trajectory(trajectory, tmp_path, candidates, message):
+    with pytest.raises(ValueError, match=message):
+        through(Gate(distance_to(0.0), candidates=candidates), trajectory, tmp_path)
 
 
 def test_columns_that_the_model_does_not_accept_are_dropped():
@@ -175,7 +298,11 @@ def test_every_model_sees_the_same_random_numbers_and_no_gradient(trajectory):
 def test_the_card_names_the_chosen_candidate(trajectory, tmp_path):
     goal = float(trajectory.tensor(BIAS, 1)[0])
     result = predict_overflowed_weights(
-        trajectory, predictor=Constant(0.01), steps=2, output_dir=tmp_path / "out", gate=Gate(distance_to(goal))
+        trajectory,
+        predictor=Constant(0.01),
+        steps=2,
+        output_dir=tmp_path / "out",
+        gate=Gate(distance_to(goal), candidates=[1]),
     )
     assert result.gate.chosen == result.to_dict()["gate"]["chosen"] == "Θ1"
     assert result.gate.sentence in str(result)
@@ -202,11 +329,11 @@ def test_the_checkpoint_is_finished_before_it_appears(trajectory, tmp_path):
         return 1.0
 
     numbers = []
-    gate = Gate(compute_loss, margin=0.0)
+    gate = Gate(compute_loss, margin=0.0, candidates=[1, "average"])
     result, decided = through(gate, trajectory, tmp_path, Average(), steps=1, finish=finish)
     assert (result.path / "README.md").read_text() == decided.sentence
-    assert [candidate.name for candidate in decided.candidates[5:]] == ["start", "Average, 1 step"]  # once
-    assert numbers == [1] * 7  # one candidate on disk at a time
+    assert [candidate.name for candidate in decided.candidates[1:]] == ["Average, 1 step", "Θ1"]  # evaluated once
+    assert numbers == [1] * 3  # one candidate on disk at a time
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
@@ -230,7 +357,8 @@ def test_adapters_are_evaluated_on_their_base_model_which_stays_unchanged(record
     model = base().train()
     next(model.parameters()).requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
-    result, decided = through(Gate(compute_loss, base_model=model), trajectory, tmp_path, steps=1)
+    gate = Gate(compute_loss, base_model=model, candidates=[1, 2, "average"])
+    result, decided = through(gate, trajectory, tmp_path, steps=1)
     assert ([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]) == before
     assert decided.chosen == "Θ1"
     assert len(set(seen)) == 5
@@ -269,6 +397,8 @@ def test_errors_come_early_and_leave_nothing_behind(trajectory, tmp_path):
         ({"compute_loss": len, "dataset": [1]}, "exactly one"),
         ({"dataset": [1], "batch_size": 0}, "batch_size.*0"),
         ({"dataset": [1], "level": 0.0}, "level.*0.0"),
+        ({"dataset": [1], "screening": 1.0}, "screening.*1.0"),
+        ({"dataset": [1], "num_confirmed": 0}, "num_confirmed.*0"),
         ({"dataset": [1], "margin": float("nan")}, "margin.*nan"),
         ({"dataset": range(30)}, "4 batches of 8 .*batch_size="),
         ({"dataset": [1]}, "1 batches"),

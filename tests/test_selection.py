@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 
 from know_hf.prediction import choose
+from know_hf.prediction.screening import screen_and_choose
 
 
 def noise(random, kind, size):
     if kind == "normal":
         return random.normal(size=size)
+    if kind == "skewed":
+        return random.exponential(size=size) - 1
     if kind == "heavy right tail":
         return np.exp(1.5 * random.normal(size=size)) - np.exp(1.5**2 / 2)
     return 5.0 * (random.random(size) < 0.02) - 0.1  # rare disasters: mean 0, most values below it
@@ -29,6 +32,48 @@ def test_noise_is_rarely_chosen(kind, count):
         chosen += not result.is_reference
     # level 0.05; of 60 runs 9 or more are seen with probability 0.003 then
     assert chosen <= 8
+
+
+def chosen_of_30(random, kind, count, gain, run, **options):
+    """Choose among 30 candidates, of which the first is better by `gain` and the others are noise."""
+    reference = random.exponential(size=count)
+    losses = {"Θ0": reference} | {str(k): reference + 0.3 * noise(random, kind, count) for k in range(30)}
+    losses["0"] = losses["0"] - gain
+
+    def evaluate(name, numbers):
+        return losses[name] if numbers is None else losses[name][numbers]
+
+    return screen_and_choose(list(losses), evaluate, seed=run, num_resamples=199, **options)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("normal", 40), ("normal", 100), ("skewed", 100)])
+def test_theta_0_is_kept_in_95_percent_of_1000_runs_with_30_planted_nulls(kind, count):
+    random = np.random.default_rng(0)
+    kept = sum(chosen_of_30(random, kind, count, 0.0, run).is_reference for run in range(1000))
+    assert kept >= 950
+
+
+@pytest.mark.parametrize(("count", "screens"), [(40, False), (100, True)])
+def test_a_planted_gain_among_30_candidates_is_found(count, screens):
+    random = np.random.default_rng(0)
+    results = [chosen_of_30(random, "normal", count, 0.3, run) for run in range(50)]
+    assert sum(result.chosen == "0" for result in results) >= 48
+    assert {bool(result.screened) for result in results} == {screens}
+    if screens:
+        assert {(len(r.candidates), len(r.screened), r.num_values, r.num_screening_values) for r in results} == {
+            (6, 25, 80, 20)
+        }
+
+
+def test_screening_can_be_turned_off_and_skips_what_is_not_finite():
+    random = np.random.default_rng(0)
+    result = chosen_of_30(random, "normal", 100, 0.3, 0, screening=0.0)
+    assert (result.num_values, result.num_screening_values, len(result.candidates)) == (100, 0, 31)
+    losses = {"Θ0": np.linspace(1, 2, 100)} | {str(k): np.full(100, np.nan) for k in range(9)}
+    result = screen_and_choose(list(losses), lambda name, numbers: losses[name][numbers or slice(None)])
+    assert result.is_reference and len(result.screened) == 9
+    assert "no other candidate has a finite" in result.sentence
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_the_largest_gain_is_chosen():

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -147,7 +148,8 @@ class CheckpointCard(RecordedCard):
     def chosen_label(self) -> str:
         """Name of [`chosen_state`] in a sentence."""
         chosen = self.chosen_state if isinstance(self.chosen_state, list) else [self.chosen_state]
-        names = ", ".join(f"Θ{name}" if isinstance(name, int) else f"`{name}`" for name in chosen)
+        counts = Counter(f"Θ{name}" if isinstance(name, int) else f"`{name}`" for name in chosen)
+        names = ", ".join(f"{name} (weight {count})" if count > 1 else name for name, count in counts.items())
         is_average = isinstance(self.chosen_state, list)
         return f"the average of the recorded {names}" if is_average else f"{names}, a recorded state"
 

@@ -4,6 +4,7 @@
 """
 
 from .._moved import forward
+from .candidates import FAMILY, Candidate
 from .gate import Gate
 from .plan import SHIPPED_KNOWN, PredictionPlan, plan_prediction
 from .residuals import ResidualReport
@@ -13,8 +14,10 @@ from .tensor_sources import StateTensors, TensorSource, snapshot_average
 from .write_checkpoint import WriteOptions, write_checkpoint
 
 __all__ = [
+    "FAMILY",
     "REFERENCE",
     "SHIPPED_KNOWN",
+    "Candidate",
     "Gate",
     "GateCandidate",
     "GateResult",

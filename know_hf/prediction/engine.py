@@ -71,7 +71,11 @@ def prediction_result(
     may_equal = is_prediction or not any(tensor.network for tensor in plan.tensors.values())
     if may_equal and plan.rescaling is None:
         warnings += unchanged_warnings(reports, Counter(roles.values()))
-    return PredictionResult(Path(output_dir), reports, roles, warnings, options.model_class, rescaling=plan.rescaling)
+    result = PredictionResult(
+        Path(output_dir), reports, roles, warnings, options.model_class, rescaling=plan.rescaling
+    )
+    result.predictor = plan.predictor if is_prediction else None
+    return result
 
 
 class PredictedTensors(TensorSource):

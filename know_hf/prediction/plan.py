@@ -176,12 +176,7 @@ def plan_prediction(
         trajectory = WeightTrajectory(trajectory)
     members = _members(known, predictor, predictor_options, kernel, device)
     resolved, rescalers = members[0], Composition(members).rescalers
-    needed = resolved.num_states or (1 if trajectory.tail or trajectory.branches else 2)
-    if trajectory.num_states < needed:
-        raise ValueError(
-            f"{trajectory.path} has {trajectory.num_states} states, {type(resolved).__name__} needs {needed}; record"
-            f" with ForgettingSchedule(num_states={needed})"
-        )
+    check_num_states(trajectory, resolved)
     _refuse_quantised(trajectory)
     tensors = {}
     for name, spec in checkpoint_specs(trajectory, dtype).items():
@@ -198,6 +193,16 @@ def plan_prediction(
     if estimate_time:
         plan.seconds = _seconds(plan)
     return plan
+
+
+def check_num_states(trajectory: WeightTrajectory, predictor: Predictor) -> None:
+    """Raise a `ValueError` if the trajectory has fewer states than the predictor needs."""
+    needed = predictor.num_states or (1 if trajectory.tail or trajectory.branches else 2)
+    if trajectory.num_states < needed:
+        raise ValueError(
+            f"{trajectory.path} has {trajectory.num_states} states, {type(predictor).__name__} needs {needed}; record"
+            f" with ForgettingSchedule(num_states={needed})"
+        )
 
 
 def model_json(path: Path) -> Any:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader
-from ..predictors import Rescaling
+from ..predictors import Predictor, Rescaling
 from ..trajectory import load_into, load_pretrained
 from .residuals import ResidualReport, table
 from .selection import GateResult
@@ -38,6 +38,8 @@ class PredictionResult:
             The candidates that the gate evaluated and its choice.
         rescaling ([`Rescaling`], *optional*):
             Factors that the predicted tensors were multiplied by. The reports are on the prediction before it.
+        predictor ([`Predictor`], *optional*):
+            The predictor, which a gate may have chosen; `None` for a recorded state.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class PredictionResult:
     url: str | None = None
     gate: GateResult | None = None
     rescaling: Rescaling | None = None
+    predictor: Predictor | None = None
 
     @property
     def report(self) -> dict[str, ResidualReport]:

@@ -47,13 +47,13 @@ class GateCandidate:
 
 @dataclass(frozen=True)
 class GateResult:
-    """The candidates of a gate and its choice; `str(result)` is the verdict and the rule.
+    """The candidates of a gate and its choice; `str(result)` is the verdict, a table and the rule.
 
     Attributes:
         chosen (`str`):
             Name of the chosen candidate.
         candidates (`tuple[GateCandidate, ...]`):
-            All candidates, Θ0 first.
+            The candidates that were tested, Θ0 first.
         metric (`str`):
             Name of the losses.
         num_values (`int`):
@@ -63,7 +63,12 @@ class GateResult:
         recipe (`dict`, *optional*):
             How to make the chosen candidate again: its `state` (0 for Θ0, a name for another snapshot, a list for the
             average of snapshots, `None` for a prediction); for a prediction `predictor` (`None` for the requested
-            one), `predictor_options` and `steps`; and whether BatchNorm statistics were `recalibrated`.
+            one), `predictor_options` (`None` for the requested one and for an object) and `steps`; and whether
+            BatchNorm statistics were `recalibrated`.
+        screened (`tuple[GateCandidate, ...]`):
+            The candidates that were screened out, best first; loss and difference are those of the screening.
+        num_screening_values (`int`):
+            Number of paired losses of the screening, none of which is among `num_values`; 0 without screening.
     """
 
     chosen: str
@@ -73,10 +78,12 @@ class GateResult:
     level: float
     margin: float
     recipe: Mapping[str, Any] | None = None
+    screened: tuple[GateCandidate, ...] = ()
+    num_screening_values: int = 0
 
     @property
     def scores(self) -> dict[str, float]:
-        """Mean loss of every candidate with a finite loss, by name."""
+        """Mean loss of every tested candidate with a finite loss, by name."""
         return {candidate.name: candidate.loss for candidate in self.candidates if candidate.loss is not None}
 
     @property
@@ -98,23 +105,24 @@ class GateResult:
             untested = f" A candidate that differs by the same amount on every value cannot be tested: it {decided}."
         return (
             f"A candidate is better than {REFERENCE} if the interval of its paired difference is below"
-            f" {-self.margin if self.margin else 0:g} ({1 - self.level:.0%}, simultaneous over all candidates,"
-            f" studentised bootstrap of the largest |t|, Romano and Wolf 2005). Of the better candidates, the one with"
-            f" the lowest mean is chosen; without any, {REFERENCE} is kept.{untested}"
+            f" {-self.margin if self.margin else 0:g} ({1 - self.level:.0%}, simultaneous over all candidates that"
+            f" were tested, studentised bootstrap of the largest |t|, Romano and Wolf 2005). Of the better candidates,"
+            f" the one with the lowest mean is chosen; without any, {REFERENCE} is kept.{untested}{self._screening}"
         )
 
     @property
     def sentence(self) -> str:
         """The verdict: what was chosen and by how much."""
         reference, *others = self.candidates
-        number = f"{len(others) - (not self.is_reference)} other candidate"
+        evaluated = len(others) + len(self.screened)
+        number = f"{evaluated - (not self.is_reference)} other candidate"
         number += "" if number.startswith("1 ") else "s"
         finite = [candidate for candidate in others if candidate.loss is not None]
         if not finite:
             return f"The gate kept {REFERENCE}: no other candidate has a finite {self.metric}."
         if not self.is_reference:
             chosen = self._compared(next(candidate for candidate in others if candidate.name == self.chosen))
-            over = f"{REFERENCE} and {number}" if len(others) > 1 else REFERENCE
+            over = f"{REFERENCE} and {number}" if evaluated > 1 else REFERENCE
             return f"The gate chose {self.chosen} over {over}: {chosen}; {REFERENCE} has {reference.loss:.4g}."
         lowest = min(finite, key=_loss)
         reason = "the margin" if self.num_values == 1 else "noise"
@@ -122,6 +130,17 @@ class GateResult:
             f"The gate kept {REFERENCE}: none of {number} is better by more than {reason}. {REFERENCE} has a"
             f" {self.metric} of {reference.loss:.4g}; the best other candidate is {lowest.name} with a"
             f" {self._compared(lowest)}."
+        )
+
+    @property
+    def _screening(self) -> str:
+        if not self.num_screening_values:
+            return ""
+        count = len(self.screened)
+        return (
+            f" {count} other{'s were' if count > 1 else ' was'} screened out on {self.num_screening_values} batches"
+            f" drawn at random; the test used the remaining {self.num_values} alone, so its level holds for all"
+            " candidates."
         )
 
     def _is_untested(self, candidate: GateCandidate) -> bool:
@@ -140,11 +159,27 @@ class GateResult:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, as a card takes them."""
         first = {name: getattr(self, name) for name in ("metric", "scores", "chosen", "sentence", "rule")}
-        last = {name: getattr(self, name) for name in ("num_values", "level", "margin", "recipe")}
-        return {**first, "candidates": [asdict(candidate) for candidate in self.candidates], **last}
+        last = {
+            name: getattr(self, name) for name in ("num_values", "level", "margin", "recipe", "num_screening_values")
+        }
+        lists = {name: [asdict(candidate) for candidate in getattr(self, name)] for name in ("candidates", "screened")}
+        return {**first, **lists, **last}
 
     def __str__(self) -> str:
-        return f"{self.sentence}\n{self.rule}"
+        return f"{self.sentence}\n\n{self._table}\n\n{self.rule}"
+
+    @property
+    def _table(self) -> str:
+        rows = [["candidate", "loss", f"minus {REFERENCE}", f"{1 - self.level:.0%} interval", "p (corrected)"]]
+        for candidate in self.candidates:
+            loss = "not finite" if candidate.loss is None else f"{candidate.loss:.4g}"
+            difference = "" if candidate.difference is None else f"{candidate.difference:+.4g}"
+            interval = "" if candidate.low is None else f"[{candidate.low:+.4g}, {candidate.high:+.4g}]"
+            p_value = "" if candidate.p_value is None else f"{candidate.p_value:.2g}"
+            rows.append([candidate.name, loss, difference, interval, p_value])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+        return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def choose(

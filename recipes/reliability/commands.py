@@ -123,7 +123,10 @@ class Commands:
         return {
             "record": Command(lambda trial: record(trial / "out", trainer_dir=trial / "trainer"), is_whole=False),
             "predict": Command(lambda trial: self.predict(trial), old=old_folder),
-            "gate": Command(lambda trial: self.predict(trial, gate=Gate(dataset=dataset(80, 2))), old=old_folder),
+            "gate": Command(
+                lambda trial: self.predict(trial, gate=Gate(dataset=dataset(80, 2), candidates=[1, "average"])),
+                old=old_folder,
+            ),
             "merge": Command(self.merge, old=old_folder),
             "compare": Command(self.compare, is_whole=False),
             "meta-train": Command(self.meta_train, is_whole=False),

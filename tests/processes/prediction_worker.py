@@ -40,7 +40,7 @@ def main(root: Path) -> None:
         root / "trajectory",
         predictor="shrink",
         output_dir=root / "gated-together",
-        gate=Gate(size_of_the_first_bias),
+        gate=Gate(size_of_the_first_bias, candidates=[1, "average"]),
         accelerator=accelerator,
     )
     parameters = {role: report.parameters for role, report in result.report.items()}

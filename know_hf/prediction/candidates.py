@@ -1,0 +1,215 @@
+"""The candidates of a gate: recorded states and predictions, by default the [`FAMILY`]."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+from ..predictors import Average, Composition, KNOWNPredictor, Predictor, Rescaler, get_predictor
+from ..trajectory import WeightTrajectory
+from .engine import PredictedTensors
+from .plan import PredictionPlan, check_num_states
+from .selection import REFERENCE
+from .tensor_sources import FunctionTensors, StateTensors, TensorSource, snapshot_average
+from .write_checkpoint import WriteOptions
+
+
+def _at_least(num_states: int) -> Callable[[WeightTrajectory], bool]:
+    return lambda trajectory: trajectory.num_states >= num_states
+
+
+_has_history = _at_least(2)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A prediction that a gate evaluates.
+
+    Args:
+        predictor (`str` or [`Predictor`]):
+            The predictor, by name or as an object.
+        options (`Mapping[str, Any]`, *optional*):
+            Fields of a predictor given by its name.
+        name (`str`, *optional*):
+            Name in result and card; made of the predictor and its fields by default.
+        needs (`Callable[[WeightTrajectory], bool]`, *optional*):
+            Whether a trajectory has what the predictor needs. A gate leaves the candidate out if not. Any trajectory
+            of two states has it by default.
+
+    Raises:
+        `ValueError`: for an unknown predictor, wrong fields, KNOWN (which is the requested prediction), or a predictor
+            that rescales: it keeps the function of the model, so no loss can choose it.
+    """
+
+    predictor: str | Predictor
+    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    needs: Callable[[WeightTrajectory], bool] = _has_history
+
+    def __post_init__(self) -> None:
+        predictor = self.make()
+        if not isinstance(predictor, Predictor):
+            raise ValueError(f"a candidate is a predictor or its name, got {predictor!r:.100}")
+        if self.options and not isinstance(self.predictor, str):
+            raise ValueError(
+                f"options={dict(self.options)} apply to a predictor given by name, got {predictor!r:.100}"
+            )
+        members = predictor.members if isinstance(predictor, Composition) else [predictor]
+        if any(isinstance(member, Rescaler) for member in members):
+            raise ValueError(
+                f"{self.predictor!r:.100} rescales, which keeps the function, so no loss can choose it; rescale what"
+                " the gate writes"
+            )
+        if not self.name:
+            object.__setattr__(self, "name", self._default_name())
+
+    def make(self) -> Predictor:
+        """Return the predictor."""
+        if not isinstance(self.predictor, str):
+            return self.predictor
+        try:
+            return get_predictor(self.predictor, **self.options)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+    def _default_name(self) -> str:
+        kind, options = self.predictor, self.options
+        if not isinstance(kind, str):
+            kind, made = type(kind).__name__, kind
+            options = {f.name: getattr(made, f.name) for f in fields(made) if f.init} if is_dataclass(made) else {}
+        return ", ".join([kind, *(f"{name} {value}" for name, value in options.items())])
+
+
+FAMILY = (
+    Candidate("average", name="average of the states"),
+    *(Candidate("ema", {"decay": decay}, needs=_at_least(3)) for decay in (0.3, 0.7)),
+    *(Candidate("tail_average", {"last": last}, needs=_at_least(last + 1)) for last in (2, 3)),
+    *(Candidate("tail_average", {"shape": shape}, needs=_at_least(3)) for shape in ("cosine", "sqrt")),
+    Candidate("bema", needs=_at_least(3)),
+    # towards the most forgotten state and away from it; of two states, half of the way is the average
+    Candidate("task_vector", {"scale": -0.5}, needs=_at_least(3)),
+    *(Candidate("task_vector", {"scale": scale}) for scale in (-0.25, 0.25, 0.5, 1.0)),
+    # half of the way to Θ1 is the average of the last two
+    *(Candidate("task_vector", {"scale": scale, "since": 1}, needs=_at_least(3)) for scale in (-0.25, 0.25, 0.5, 1.0)),
+    *(Candidate("lines", {"alpha": alpha, "beta": 0.5}) for alpha in (-0.5, 0.0)),
+    *(Candidate("shrink", {"factor": factor}) for factor in (0.9, 0.95, 1.05)),
+)
+"""What a gate evaluates besides Θ0, the other states and the requested prediction, where the trajectory allows it.
+
+`rescale` is not among them: it keeps the function of the model, so the validation loss is the same for every factor.
+"""
+
+
+@dataclass(frozen=True)
+class PlannedCandidate:
+    """A candidate of one trajectory and how to write it.
+
+    Attributes:
+        name (`str`):
+            Its name.
+        tensors ([`TensorSource`]):
+            Its values.
+        plan ([`PredictionPlan`]):
+            The prediction; of a state, any plan of the trajectory.
+        recipe (`dict`):
+            See [`GateResult`].
+    """
+
+    name: str
+    tensors: TensorSource
+    plan: PredictionPlan
+    recipe: dict[str, Any]
+
+    def adapt(self, options: WriteOptions) -> WriteOptions:
+        """Return the options with which to write the candidate."""
+        return options if self.recipe["recalibrated"] else replace(options, recalibrate_with=None)
+
+
+def as_candidate(item: int | str | Predictor | Candidate) -> int | Candidate:
+    """Return a candidate of a user's list: the index of a state, or a [`Candidate`]."""
+    return item if isinstance(item, int | Candidate) else Candidate(item)
+
+
+def plan_candidates(
+    plan: PredictionPlan, given: Sequence[int | str | Predictor | Candidate] | None, recalibrates: bool
+) -> list[PlannedCandidate]:
+    """List all candidates of a trajectory, Θ0 first.
+
+    Args:
+        plan ([`PredictionPlan`]):
+            The requested prediction, a candidate at 1, 2, … `steps` steps.
+        given (sequence, *optional*):
+            See `candidates` of [`Gate`]; the other states and [`FAMILY`] by default.
+        recalibrates (`bool`):
+            Whether BatchNorm statistics are recalibrated.
+
+    Raises:
+        `ValueError`: if two candidates have one name, or one does not fit the trajectory.
+    """
+    trajectory = plan.trajectory
+    planned = [_state(plan, 0, REFERENCE, recalibrated=False)]
+    if recalibrates and any(role.is_batch_norm for role in trajectory.roles.values()):
+        planned.append(_state(plan, 0, f"{REFERENCE}, BatchNorm recalibrated", recalibrated=True))
+    if given is None:
+        planned += [_state(plan, index, f"Θ{index}", recalibrates) for index in range(1, trajectory.num_states)]
+        planned += [_state(plan, *named, recalibrates) for named in _snapshots(trajectory)]
+    kind = "KNOWN" if isinstance(plan.predictor, KNOWNPredictor) else type(plan.predictor).__name__
+    kind += "".join(f" + {type(member).__name__}" for member in plan.members[1:])
+    for steps in range(1, plan.steps + 1) if _has_history(trajectory) or plan.rescaling is not None else ():
+        name = f"{kind}, {steps} step{'s' if steps > 1 else ''}"
+        planned.append(_prediction(name, replace(plan, steps=steps), recalibrates))
+    for item in map(as_candidate, FAMILY if given is None else given):
+        if isinstance(item, int):
+            planned.append(_state(plan, item, f"Θ{item}", recalibrates))
+            continue
+        predictor = item.make()
+        if not item.needs(trajectory) or (plan.rescaling is None and predictor == plan.predictor):
+            continue  # the requested prediction is a candidate already
+        check_num_states(trajectory, predictor)
+        own = replace(plan, predictor=predictor, members=[predictor], steps=1, rescaling=None)
+        name, options = (item.predictor, dict(item.options)) if isinstance(item.predictor, str) else (item.name, None)
+        planned.append(_prediction(item.name, own, recalibrates, name, options))
+    names = [candidate.name for candidate in planned]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two candidates of the gate have the name {min(twice)!r}; {REFERENCE} is always one")
+    return planned
+
+
+def _snapshots(trajectory: WeightTrajectory) -> list[tuple[str | list[int | str], str]]:
+    """List snapshots that are not states, and averages with them: names, or a list of snapshots, and the candidate."""
+    tail, branches = ([record.name for record in records] for records in (trajectory.tail, trajectory.branches))
+    start = ["start"] if trajectory.start else []
+    found: list[tuple[str | list[int | str], str]] = [(name, name) for name in [*start, *tail, *branches]]
+    if start:
+        found += [([0, 0, 0, "start"], "0.75 Θ0 + 0.25 start"), ([0, "start"], "0.5 Θ0 + 0.5 start")]
+    if tail:
+        found.append(([0, *tail], "average of Θ0 and the tail"))
+    if branches and not trajectory.is_adapter:  # factors of other trainings do not belong together
+        found.append(([*branches], "average of the branches"))
+    return found
+
+
+def _state(
+    plan: PredictionPlan, state: int | str | list[int | str], name: str, recalibrated: bool
+) -> PlannedCandidate:
+    """Return a snapshot, or the average of a list of them."""
+    trajectory = plan.trajectory
+    recipe = {"predictor": None, "predictor_options": None, "steps": 0, "recalibrated": recalibrated, "state": state}
+    tensors: TensorSource
+    if isinstance(state, list):
+        tensors = FunctionTensors(trajectory, snapshot_average(trajectory, state))
+    else:
+        tensors = StateTensors(trajectory, state)
+    unscaled = replace(plan, predictor=Average(), members=[], steps=1, rescaling=None)
+    return PlannedCandidate(name, tensors, unscaled, recipe)
+
+
+def _prediction(
+    name: str,
+    plan: PredictionPlan,
+    recalibrated: bool,
+    predictor: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> PlannedCandidate:
+    recipe = {"predictor": predictor, "predictor_options": options, "steps": plan.steps}
+    recipe |= {"recalibrated": recalibrated, "state": None}
+    return PlannedCandidate(name, PredictedTensors(plan), plan, recipe)

@@ -1,0 +1,76 @@
+"""[`screen_and_choose`]: drop most candidates on a part of the validation data, test the rest on the other part."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .selection import MINIMUM_VALUES, REFERENCE, GateCandidate, GateResult, check_reference, choose
+
+MINIMUM_TO_SCREEN = 80  # the test has most of them, and with fewer values it is less exact
+
+Evaluate = Callable[[str, Sequence[int] | None], float | Sequence[float]]
+
+
+def screen_and_choose(
+    names: Sequence[str],
+    evaluate: Evaluate,
+    *,
+    screening: float = 0.2,
+    num_confirmed: int = 5,
+    margin: float | None = None,
+    seed: int = 0,
+    **rule: Any,
+) -> GateResult:
+    """Choose among many candidates with few evaluations.
+
+    A random part of the values screens the candidates: those with the lowest means are compared with Θ0 by [`choose`]
+    on the other values. The error rate counts every candidate, also those that were screened out. Which ones are
+    tested depends on the first part alone, so given this part they are a fixed set, and on the independent second part
+    the probability that `choose` prefers any member of a fixed set that is not better than Θ0 is at most `level`. An
+    average over the first part keeps this bound. A candidate that was screened out cannot be chosen.
+
+    Every candidate is tested on all values, corrected for all of them, if there are fewer than 80 values or no more
+    candidates than `num_confirmed`.
+
+    Args:
+        names (`Sequence[str]`):
+            Names of the candidates, Θ0 first.
+        evaluate (`Callable[[str, Sequence[int] | None], float | Sequence[float]]`):
+            From a name and the numbers of values, `None` for all, to the losses.
+        screening (`float`, *optional*, defaults to `0.2`):
+            Part of the values that screens; 0 tests every candidate on all values.
+        num_confirmed (`int`, *optional*, defaults to `5`):
+            Number of candidates that are tested after the screening.
+        margin, seed:
+            See [`Gate`]. The seed also draws the first part.
+        rule:
+            Other keyword arguments of [`choose`].
+
+    Raises:
+        `ValueError`: as [`choose`] does.
+    """
+    rule |= {"margin": margin, "seed": seed}
+    losses: dict[str, Any] = {REFERENCE: evaluate(REFERENCE, None)}
+    reference = check_reference(losses[REFERENCE], margin)
+    count, others = len(reference), [name for name in names if name != REFERENCE]
+    if not screening or len(others) <= num_confirmed or count < MINIMUM_TO_SCREEN:
+        return choose(losses | {name: evaluate(name, None) for name in others}, **rule)
+    order = np.random.RandomState(seed % 2**32).permutation(count)
+    size = min(max(MINIMUM_VALUES, round(screening * count)), count - MINIMUM_VALUES)
+    first, second = np.sort(order[:size]), np.sort(order[size:])
+    screened = {}
+    for name in others:
+        mean = float(np.mean(evaluate(name, first.tolist())))
+        screened[name] = GateCandidate(name, None)
+        if math.isfinite(mean):
+            screened[name] = GateCandidate(name, mean, mean - float(reference[first].mean()))
+    ranked = sorted(screened.values(), key=lambda candidate: math.inf if candidate.loss is None else candidate.loss)
+    confirmed = {candidate.name for candidate in ranked[:num_confirmed] if candidate.loss is not None}
+    losses = {REFERENCE: reference[second].tolist()}
+    losses |= {name: evaluate(name, second.tolist()) for name in others if name in confirmed}
+    result = choose(losses, **rule)
+    left = tuple(candidate for candidate in ranked if candidate.name not in confirmed)
+    return replace(result, screened=left, num_screening_values=size)
