@@ -139,6 +139,7 @@ def test_wrong_inputs(known, inputs, message):
         ({"initializer_scale": math.inf}, "initializer_scale.*inf"),
         ({"trained_on": {"roles": {"fc": {"largest_weight": None}}}}, "fc.*largest_weight=None"),
         ({"trained_on": {"roles": ["fc"]}}, r"roles=\['fc'\]"),
+        ({"trained_on": {"trajectories": [48]}}, r"trajectories=\[48\]"),
     ],
 )
 def test_wrong_config(fields, message):
@@ -149,6 +150,13 @@ def test_wrong_config(fields, message):
 def write_config(folder, **fields):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_config_that_transformers_cannot_write_is_refused(known, tmp_path):
+    known.save_pretrained(tmp_path)
+    write_config(tmp_path, dtype="x")
+    with pytest.raises(ValueError, match="config.json.*not a config of KNOWN"):
+        KNOWNModel.from_pretrained(tmp_path)
 
 
 def test_only_safetensors_are_read(known, tmp_path, monkeypatch):

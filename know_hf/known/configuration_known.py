@@ -68,7 +68,7 @@ class KNOWNConfig(PreTrainedConfig):
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except (AttributeError, KeyError, RecursionError, StrictDataclassError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RecursionError, StrictDataclassError, TypeError, ValueError) as error:
             cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
             reason = " ".join(f"{type(cause).__name__}: {cause}"[:500].split())
             source = f"config.json of {pretrained_model_name_or_path}"
@@ -87,8 +87,11 @@ class KNOWNConfig(PreTrainedConfig):
             raise ValueError(f"initializer_scale must be positive, got {scale}; the published value is 0.1")
 
     def validate_trained_on(self) -> None:
-        """Require `trained_on["roles"]`, if any, to map roles to finite numbers by name."""
-        roles = (self.trained_on or {}).get("roles", {})
+        """Require a number of `"trajectories"` and `"roles"` that map to finite numbers by name, if they are given."""
+        trained_on = self.trained_on or {}
+        if type(count := trained_on.get("trajectories", 0)) is not int:
+            raise ValueError(f"trained_on has trajectories={count!r:.60}, expected an integer")
+        roles = trained_on.get("roles", {})
         for role, numbers in roles.items() if isinstance(roles, dict) else [("roles", roles)]:
             for name, value in numbers.items() if isinstance(numbers, dict) else [(role, numbers)]:
                 if type(value) not in (int, float) or not math.isfinite(value):
