@@ -155,7 +155,7 @@ def write_config(folder, **fields):
 def test_a_config_that_transformers_cannot_write_is_refused(known, tmp_path):
     known.save_pretrained(tmp_path)
     write_config(tmp_path, dtype="x")
-    with pytest.raises(ValueError, match="config.json.*not a config of KNOWN"):
+    with pytest.raises(ValueError, match=r"config\.json.*not a config of KNOWN"):
         KNOWNModel.from_pretrained(tmp_path)
 
 
