@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,9 @@ def record_in_a_loop(root: Path) -> None:
 def record_sharded(root: Path) -> dict[str, Any]:
     with sharding():
         trainer = make_sharded_trainer(root)
-        trajectory = induce_forgetting(trainer, SCHEDULE, root / "sharded")
-        record_interrupted(make_sharded_trainer, SCHEDULE, root, "sharded_interrupted")
+        schedule = replace(SCHEDULE, tail_states=1)
+        trajectory = induce_forgetting(trainer, schedule, root / "sharded")
+        record_interrupted(make_sharded_trainer, schedule, root, "sharded_interrupted")
         record_in_a_loop(root)
         return {
             "distributed_type": trainer.accelerator.distributed_type,

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,14 @@ def test_sharded_weights_are_recorded_completely(launched, tmp_path):
     expected = {"distributed_type": "FSDP", "model": "FSDPLlamaForCausalLM", "num_states": 3}
     assert [notes["sharded"] for notes in launched.notes] == [expected] * 2
     trajectory = WeightTrajectory(launched.root / "sharded")
-    alone = induce_forgetting(make_case("llama", tmp_path), SCHEDULE, tmp_path / "trajectory")
+    alone = induce_forgetting(make_case("llama", tmp_path), replace(SCHEDULE, tail_states=1), tmp_path / "trajectory")
     assert_same_form(trajectory, alone)
+    trajectory.verify()
+    assert [state.steps for state in trajectory.tail] == [state.steps for state in alone.tail] == [2]
+    for snapshot in ("start", "tail-0"):
+        for name in alone.names:
+            close = {"rtol": 0, "atol": 2e-3}
+            torch.testing.assert_close(trajectory.tensor(name, snapshot), alone.tensor(name, snapshot), **close)
     assert trajectory.tied_weights == {"lm_head.weight": "model.embed_tokens.weight"}
     for name in alone.names:
         # The same batches, each split in two: only rounding and Adam's epsilon differ.
