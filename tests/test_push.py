@@ -132,7 +132,7 @@ def test_command_line(hub: LoopbackHub, enhanced: Path, tmp_path: Path, capfd: p
     assert main(["pull", "me/x", "--output-dir", str(tmp_path / "pulled")]) == 0
     assert contents(tmp_path / "pulled") == contents(enhanced)
     assert main(["pull", "me/x", "--output-dir", str(tmp_path / "pulled")]) == 1
-    assert "not empty" in capfd.readouterr().err
+    assert "not an empty folder" in capfd.readouterr().err
 
 
 # Trajectories
