@@ -4,10 +4,9 @@ Examples are a mapping of tensors whose first axis counts the examples, keyword 
 among them; the loss is the model's own.
 
 A protocol has a grid of R learning rates, or of R pairs of rates of body and head, and every arm has K trials at each
-of them. An arm with own options (the
-factor of a shrink) spends its K trials on K settings of them. An arm without options spends them on K learning rates
-around each one of the grid: it evaluates R · K rates, where the other evaluates K settings at R rates each. An arm
-with K/2 settings is between the two ([`refined`]).
+of them. An arm with options of its own (the factor of a shrink) spends its K trials on K settings of them. An arm
+without options spends them on K learning rates around each one of the grid: it evaluates R · K rates, where the other
+evaluates K settings at R rates each. An arm with K/2 settings is between the two ([`refined`]).
 """
 
 import copy

@@ -83,7 +83,10 @@ class StateSample:
             return self.source
         size, expected = self.source.stat().st_size, 4 * sum(tensor.rows for tensor in self.tensors) * self.num_states
         if size != expected:
-            raise ValueError(f"{self.source} has {size} bytes, expected {expected}; delete the file")
+            description = self.source.with_suffix(".json").name
+            raise ValueError(
+                f"{self.source} has {size} bytes, expected {expected}; delete it and its {description} to draw again"
+            )
         return np.memmap(self.source, np.float32, mode="r").view(np.ndarray).reshape(-1, self.num_states)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -107,10 +107,8 @@ class PredictedTensors(TensorSource):
 
         The last item is the number of elements that moved but have a dtype that cannot be predicted.
         """
-        read, tensor = (
-            partial(self.trajectory.read, piece.name, piece.start, piece.stop),
-            self.plan.tensors[piece.name],
-        )
+        read = partial(self.trajectory.read, piece.name, piece.start, piece.stop)
+        tensor = self.plan.tensors[piece.name]
         if not tensor.network:
             return read(), None, count_differences(self.trajectory, piece) if tensor.is_kept_by_dtype else 0
         history = self.trajectory.read_history(piece.name, piece.start, piece.stop)

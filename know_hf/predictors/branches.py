@@ -116,8 +116,8 @@ def combine_adapters(
     """Combine the products of LoRA matrices, and factorise the result.
 
     Only the product B A acts on the model: `R A` and `B R⁻¹` are the same adapter for any invertible R, but not the
-    same factors, so the mean of the factors of two runs means nothing. Between branches that continue one run, factors
-    can be combined as they are.
+    same factors, so the mean of the factors of two runs means nothing. The factors of branches that continue one run
+    can be averaged directly.
 
     Args:
         combine (`Callable`):
