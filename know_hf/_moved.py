@@ -21,7 +21,7 @@ MOVED_MODULES = {
     "know_hf.evaluation.small_cnn": "know_hf.evaluation.suites.small_cnn",
     "know_hf.evaluation.store": "know_hf.evaluation.cells",
     "know_hf.evaluation.training": "know_hf.evaluation.fine_tuning",
-    "know_hf.gate": "know_hf.prediction.gate",
+    "know_hf.gate": "know_hf.prediction.choosing.gate",
     "know_hf.inspection": "know_hf.trajectory.summary",
     "know_hf.kernels": "know_hf.known.kernels",
     "know_hf.kernels.cpu": "know_hf.known.kernels.llvm_kernel",

@@ -14,8 +14,8 @@ from .hub import PushOptions, architecture_of, check_push, push_checkpoint
 from .known import KNOWNModel
 from .plotting import forgetting_picture, save_figure
 from .prediction import Gate, PredictionPlan, PredictionResult, WriteOptions, plan_prediction
+from .prediction.choosing.gate import write_best_candidate
 from .prediction.engine import write_prediction
-from .prediction.gate import write_best_candidate
 from .predictors import Composition, Predictor
 from .trajectory import WeightTrajectory
 

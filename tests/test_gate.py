@@ -14,8 +14,8 @@ from transformers import BertConfig, BertForSequenceClassification, DefaultDataC
 from know_hf.batch_norm import recalibrate_batch_norm
 from know_hf.predict import predict_overflowed_weights
 from know_hf.prediction import Gate, WriteOptions, choose, plan_prediction
-from know_hf.prediction.candidates import FAMILY, Candidate, plan_candidates
-from know_hf.prediction.gate import write_best_candidate
+from know_hf.prediction.choosing.candidates import FAMILY, Candidate, plan_candidates
+from know_hf.prediction.choosing.gate import write_best_candidate
 from know_hf.predictors import Average, Rescale, Shrink
 from know_hf.trajectory import TrajectoryError
 

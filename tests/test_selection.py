@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from know_hf.prediction import choose
-from know_hf.prediction.screening import screen_and_choose
+from know_hf.prediction.choosing.screening import screen_and_choose
 
 
 def noise(random, kind, size):

@@ -1,11 +1,10 @@
 """From a trajectory and a predictor to the enhanced checkpoint, in pieces of bounded size.
 
-`plan` decides from the files' headers, `engine` predicts, `write_checkpoint` writes, `gate` chooses.
+`plan` decides from the files' headers, `engine` predicts, `write_checkpoint` writes, `choosing` chooses.
 """
 
 from .._moved import forward
-from .candidates import FAMILY, Candidate
-from .gate import Gate
+from .choosing import FAMILY, Candidate, Gate
 from .plan import SHIPPED_KNOWN, PredictionPlan, plan_prediction
 from .residuals import ResidualReport
 from .result import PredictionResult

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from ..predictors import Average, Composition, KNOWNPredictor, Predictor, Rescaler, get_predictor
-from ..trajectory import WeightTrajectory
-from .engine import PredictedTensors
-from .plan import PredictionPlan, check_num_states
-from .selection import REFERENCE
-from .tensor_sources import FunctionTensors, StateTensors, TensorSource, snapshot_average
-from .write_checkpoint import WriteOptions
+from ...predictors import Average, Composition, KNOWNPredictor, Predictor, Rescaler, get_predictor
+from ...trajectory import WeightTrajectory
+from ..engine import PredictedTensors
+from ..plan import PredictionPlan, check_num_states
+from ..selection import REFERENCE
+from ..tensor_sources import FunctionTensors, StateTensors, TensorSource, snapshot_average
+from ..write_checkpoint import WriteOptions
 
 
 def _at_least(num_states: int) -> Callable[[WeightTrajectory], bool]:

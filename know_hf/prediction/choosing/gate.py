@@ -17,17 +17,17 @@ from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import logging
 
-from ..distributed import on_main_process
-from ..model_tensors import is_adapter
-from ..predictors import Predictor
-from ..trajectory import load_pretrained
+from ...distributed import on_main_process
+from ...model_tensors import is_adapter
+from ...predictors import Predictor
+from ...trajectory import load_pretrained
+from ..engine import prediction_result
+from ..plan import PredictionPlan
+from ..result import PredictionResult
+from ..selection import MINIMUM_VALUES, REFERENCE, GateCandidate, GateResult, check_rule, choose
+from ..write_checkpoint import WriteOptions, checkpoint_folder, fill_checkpoint
 from .candidates import Candidate, as_candidate, plan_candidates
-from .engine import prediction_result
-from .plan import PredictionPlan
-from .result import PredictionResult
 from .screening import screen_and_choose
-from .selection import MINIMUM_VALUES, REFERENCE, GateCandidate, GateResult, check_rule, choose
-from .write_checkpoint import WriteOptions, checkpoint_folder, fill_checkpoint
 
 __all__ = ["REFERENCE", "Gate", "GateCandidate", "GateResult", "choose", "write_best_candidate"]
 

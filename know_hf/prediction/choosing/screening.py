@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .selection import MINIMUM_VALUES, REFERENCE, GateCandidate, GateResult, check_reference, choose
+from ..selection import MINIMUM_VALUES, REFERENCE, GateCandidate, GateResult, check_reference, choose
 
 MINIMUM_TO_SCREEN = 80  # the test has most of them, and with fewer values it is less exact
 

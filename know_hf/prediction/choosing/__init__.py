@@ -1,0 +1,6 @@
+"""Choosing what to write: candidates, their screening, and the gate that compares them on validation data."""
+
+from .candidates import FAMILY, Candidate
+from .gate import Gate
+
+__all__ = ["FAMILY", "Candidate", "Gate"]
