@@ -6,8 +6,6 @@ The public names are imported on first use, so that `import know_hf` needs neith
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._moved import install
-
 __version__ = "0.3.0.dev0"
 
 _PUBLIC = {
@@ -35,8 +33,6 @@ _PUBLIC = {
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
-
-install()  # old module names of 0.1
 
 if TYPE_CHECKING:
     from .batch_norm import recalibrate_batch_norm as recalibrate_batch_norm

@@ -1,10 +1,7 @@
 """Trajectories, checkpoints, KNOWN weights and comparison folders written by know_hf 0.1.0 still load."""
 
-import importlib
 import json
 import shutil
-import sys
-import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +12,6 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification, BertConfig, BertForSequenceClassification
 
 from know_hf import KNOWNModel, WeightTrajectory, compare_arms, predict_overflowed_weights
-from know_hf._moved import MOVED_MODULES
 
 FIXTURES = Path(__file__).parent / "fixtures" / "v0_1"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text(encoding="utf-8"))
@@ -150,42 +146,3 @@ def test_pages_of_an_old_report(folder):
 
     files = write_report(folder / "comparison", folder / "pages")
     assert "known-step-1" in files.markdown.read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def without_old_modules(monkeypatch):
-    for name in MOVED_MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
-
-@pytest.mark.parametrize("name", sorted(MOVED_MODULES))
-def test_old_module_names_warn(without_old_modules, name):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        module = importlib.import_module(name)
-    assert module is importlib.import_module(MOVED_MODULES[name])
-    assert module.__spec__.name == MOVED_MODULES[name]
-    messages = [str(warning.message) for warning in caught if warning.category is FutureWarning]
-    assert sum(f"{name} moved to {MOVED_MODULES[name]};" in message for message in messages) == 1
-
-
-def test_modules_of_an_old_package_are_found(without_old_modules):
-    with pytest.warns(FutureWarning):
-        from know_hf.kernels import dispatch as old
-    from know_hf.known.kernels import dispatch
-
-    assert old is dispatch
-
-
-def test_old_paths_give_the_same_objects(without_old_modules):
-    with pytest.warns(FutureWarning):
-        from know_hf.gate import Gate, choose
-    with pytest.warns(FutureWarning):
-        from know_hf.merging import merge_adapters
-    with pytest.warns(FutureWarning):
-        from know_hf.prediction import predict_overflowed_weights as old
-    import know_hf
-    from know_hf import prediction
-
-    assert (Gate, choose) == (know_hf.Gate, prediction.choose)
-    assert (merge_adapters, old) == (know_hf.merge_adapters, know_hf.predict_overflowed_weights)

@@ -33,7 +33,6 @@ from transformers import (
     set_seed,
 )
 
-import know_hf.tasks
 from know_hf import RecordArguments, record_task
 from know_hf.config_files import check_keys
 from know_hf.tasks import LoraArguments
@@ -414,12 +413,6 @@ def test_the_recipes_parse(path):
     assert (args.lora is not None) == path.stem.endswith("_lora")
     sizes = args.schedule.sizes(args.max_examples or 10_000, args.training["per_device_train_batch_size"])
     assert all(small < large for large, small in pairwise(sizes))
-
-
-@pytest.mark.parametrize("name", ["record_task", "plan_task", "prepare_task", "RecordingPlan"])
-def test_names_of_0_1_give_a_warning(name):
-    with pytest.warns(FutureWarning, match=name):
-        assert callable(getattr(know_hf.tasks, name))
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # on CPUs

@@ -1,6 +1,5 @@
 """Model cards: dataclasses rendered by Jinja templates, without network access or file writes."""
 
-from .._moved import forward
 from .checkpoint_card import CheckpointCard, checkpoint_card
 from .known_card import KNOWNCard, known_card
 from .trajectory_card import TrajectoryCard, trajectory_card
@@ -13,5 +12,3 @@ __all__ = [
     "known_card",
     "trajectory_card",
 ]
-
-__getattr__ = forward(__name__, forgetting_picture="know_hf.plotting")

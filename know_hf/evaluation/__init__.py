@@ -9,7 +9,7 @@ from .comparison_task import ComparisonTask
 from .fine_tuning import Examples, accuracy, batches, evaluate_classifier, fine_tune, with_new_head
 from .landscape import Landscape
 from .linear_probe import LinearProbe
-from .protocols import AsTheyAre, FineTuning, ZeroShot
+from .protocols import FineTuning, ZeroShot
 from .report.comparison_report import ComparisonReport
 from .splits import Split
 from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
@@ -23,7 +23,6 @@ __all__ = [
     "Arm",
     "ArmResult",
     "ArmSources",
-    "AsTheyAre",
     "CellStore",
     "Comparison",
     "ComparisonReport",

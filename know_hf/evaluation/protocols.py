@@ -110,9 +110,6 @@ class ZeroShot:
         return {"kind": "as_they_are", **asdict(self)}  # the name of 0.1, which comparison folders store
 
 
-AsTheyAre = ZeroShot  # name of 0.1
-
-
 @dataclass(frozen=True)
 class FineTuning:
     """Fine-tuning: the new head alone, then all weights at each learning rate of a grid.

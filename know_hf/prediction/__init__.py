@@ -3,7 +3,6 @@
 `plan` decides from the files' headers, `engine` predicts, `write_checkpoint` writes, `choosing` chooses.
 """
 
-from .._moved import forward
 from .choosing import FAMILY, Candidate, Gate
 from .plan import SHIPPED_KNOWN, PredictionPlan, plan_prediction
 from .residuals import ResidualReport
@@ -31,5 +30,3 @@ __all__ = [
     "snapshot_average",
     "write_checkpoint",
 ]
-
-__getattr__ = forward(__name__, predict_overflowed_weights="know_hf.predict")
