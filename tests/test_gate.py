@@ -113,6 +113,23 @@ def test_a_dataset_is_evaluated_batch_by_batch(trajectory, tmp_path):
     assert decided.scores["Θ0"] == pytest.approx(np.mean(expected))
 
 
+def test_the_metric_accuracy_compares_error_rates(trajectory, tmp_path):
+    dataset = make_images(40, seed=3)
+    gate = Gate(dataset=dataset, batch_size=4, candidates=["average"], metric="accuracy")
+    model = trajectory.load_model(4).eval()
+    with torch.no_grad():
+        is_wrong = model(dataset["pixel_values"][:]).logits.argmax(-1) != dataset["labels"][:]
+    assert gate.losses(model) == is_wrong.reshape(10, 4).double().mean(1).tolist()
+    _, decided = through(gate, trajectory, tmp_path)
+    assert decided.metric == "error rate (1 - accuracy)"
+    with torch.no_grad():
+        predicted = trajectory.load_model().eval()(dataset["pixel_values"][:]).logits.argmax(-1)
+    assert decided.scores["Θ0"] == pytest.approx(float((predicted != dataset["labels"][:]).double().mean()))
+    pairs = Dataset.from_dict({"input_ids": [[1, 2]] * 10, "labels": [[0.0, 1.0]] * 10})
+    with pytest.raises(ValueError, match=r"metric='accuracy'.*one class"):
+        Gate(dataset=pairs, batch_size=1, metric="accuracy").losses(bert())
+
+
 def test_the_family_fits_the_trajectory(trajectory, record_states):
     starts = ["start", "0.75 Θ0 + 0.25 start", "0.5 Θ0 + 0.5 start"]
     for recorded, count in ((trajectory, len(FAMILY)), (record_states(make_resnet(), num_states=2), 10)):

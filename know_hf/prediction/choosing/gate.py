@@ -33,6 +33,8 @@ __all__ = ["REFERENCE", "Gate", "GateCandidate", "GateResult", "choose", "write_
 
 logger = logging.get_logger(__name__)
 
+_ACCURACY = "accuracy"
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -60,14 +62,15 @@ class Gate:
             Maps a model in evaluation mode to its loss; lower is better. Returns one value per example or batch, at
             least 10 and always in the same order, or a single number, which needs `margin`.
         dataset (`torch.utils.data.Dataset`, *optional*):
-            Labelled validation examples. Each batch contributes one value: the model's loss.
+            Labelled validation examples. Each batch contributes one value: the model's loss, or its error rate.
         data_collator (`Callable`, *optional*):
             Collates a list of examples into a batch, as in `Trainer`. Examples of different lengths need a collator
             that pads, such as `DataCollatorWithPadding(tokenizer)`.
         batch_size (`int`, *optional*, defaults to `8`):
             Number of examples per batch of `dataset`, which must give at least 10 batches.
         metric (`str`, *optional*, defaults to `"validation loss"`):
-            Name of the values in result and card.
+            Name of the values in result and card. With a `dataset` of a classification model, `"accuracy"` compares
+            the error rate, 1 - accuracy, instead of the loss.
         level (`float`, *optional*, defaults to `0.05`):
             Bound on the probability of choosing any candidate that is not better than Θ0, whatever their number,
             those that were screened out included. It is approximate: with fewer than about 50 values and a few large
@@ -160,10 +163,11 @@ class Gate:
         losses = []
         for batch in self._loader(collate, batches):
             inputs = {name: _to_model(value, name, model) for name, value in batch.items()}
-            if (loss := model(**inputs).loss) is None:
+            outputs = model(**inputs)
+            if outputs.loss is None:
                 batch_of = f"{type(model).__name__} returns no loss for batches of {', '.join(inputs)}"
                 raise ValueError(f"{batch_of}; add labels to the examples or pass compute_loss")
-            losses.append(float(loss))
+            losses.append(_error_rate(outputs, inputs) if self.metric == _ACCURACY else float(outputs.loss))
         return losses
 
     def _loader(self, collate: Any, batches: Sequence[int] | None) -> Iterator[Any]:
@@ -237,7 +241,9 @@ def write_best_candidate(
             on_main_process(accelerator, partial(shutil.rmtree, scratch))
             return losses
 
-        rule = {name: getattr(gate, name) for name in ("num_confirmed", "metric", "level", "margin", "seed")}
+        rule = {name: getattr(gate, name) for name in ("num_confirmed", "level", "margin", "seed")}
+        counts_errors = gate.compute_loss is None and gate.metric == _ACCURACY
+        rule["metric"] = "error rate (1 - accuracy)" if counts_errors else gate.metric
         screening = 0.0 if gate.dataset is None else gate.screening
         decision = screen_and_choose(list(candidates), evaluate, screening=screening, **rule)
         winner = candidates[decision.chosen]
@@ -293,6 +299,17 @@ def _unchanged(model: PreTrainedModel | None) -> Iterator[PreTrainedModel | None
             parameter.requires_grad_(requires_grad)
         for module, is_training in modes:
             module.training = is_training
+
+
+def _error_rate(outputs: Any, inputs: Mapping[str, Any]) -> float:
+    """Return the share of wrong predictions of a batch."""
+    logits, labels = outputs.get("logits"), inputs["labels"]
+    if logits is None or labels.is_floating_point() or labels.ndim != 1 or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"metric={_ACCURACY!r} needs one class per example, not the labels of {type(outputs).__name__}; use the"
+            " loss or pass compute_loss"
+        )
+    return float((logits.argmax(-1) != labels).double().mean())
 
 
 def _default_collate(examples: list[Any]) -> Mapping[str, Any]:
