@@ -21,7 +21,9 @@ _PUBLIC = {
     "KNOWNModel": "known",
     "TransitionDataset": "meta_learning",
     "meta_train": "meta_learning",
+    "Predictor": "predictors",
     "get_predictor": "predictors",
+    "register_predictor": "predictors",
     "compare_arms": "evaluation",
     "merge_adapters": "trajectory.merging",
     "plan_prediction": "prediction",
@@ -47,7 +49,9 @@ if TYPE_CHECKING:
     from .predict import predict_overflowed_weights as predict_overflowed_weights
     from .prediction import Gate as Gate
     from .prediction import plan_prediction as plan_prediction
+    from .predictors import Predictor as Predictor
     from .predictors import get_predictor as get_predictor
+    from .predictors import register_predictor as register_predictor
     from .recording import WeightTransitionCallback as WeightTransitionCallback
     from .recording import induce_forgetting as induce_forgetting
     from .roles import tensor_roles as tensor_roles

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _LONGEST_WORD = 300  # characters
 
@@ -44,3 +44,10 @@ def shorten_words(text: str) -> str:
     """Cut the middle of very long words, such as names that were meant to be files."""
     half = _LONGEST_WORD // 2
     return re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda match: f"{match[0][:half]}…{match[0][-half:]}", text)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return the lines of a table of text: the first column aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from doubles.toy_trajectories import record_walk
+from torch.utils.data import DataLoader
 
 from know_hf.meta_learning import BalancedBatchSampler, TransitionDataset
 from know_hf.trajectory import WeightTrajectory
@@ -44,7 +45,7 @@ def test_windows_and_targets(tmp_path):
 def test_items_and_batches_agree(folder):
     dataset = TransitionDataset([folder], num_states=3, progress=False)
     order = [len(dataset) - 1, 0, 3 * 40, 1]
-    batch = dataset.__getitems__(order)
+    batch = dataset.by_role(order)
     assert list(batch) == ["conv", "fc", "bias"]
     for index, (role, position) in zip(order, [("bias", 0), ("conv", 0), ("fc", 0), ("conv", 1)], strict=True):
         item = dataset[index]
@@ -54,6 +55,15 @@ def test_items_and_batches_agree(folder):
     assert torch.equal(dataset[-1]["history"], dataset[len(dataset) - 1]["history"])
     with pytest.raises(IndexError, match=str(len(dataset))):
         dataset[len(dataset)]
+
+
+def test_a_plain_loader(dataset):
+    batches = list(DataLoader(dataset, batch_size=8, shuffle=True))
+    assert sum(len(batch["role"]) for batch in batches) == len(dataset)
+    assert batches[0]["history"].shape == (8, 5) and batches[0]["labels"].shape == (8,)
+    (batch,) = DataLoader(dataset, batch_size=len(dataset))
+    assert batch["role"] == [dataset[i]["role"] for i in range(len(dataset))]
+    assert torch.equal(batch["labels"], torch.cat([dataset.block(block)[1] for block in dataset.blocks]))
 
 
 def test_frozen_tensors_and_other_roles_are_left_out(tmp_path):
@@ -78,7 +88,7 @@ def test_batches_are_balanced_and_seeded(folder, tmp_path):
     for block in dataset.blocks:
         share = ((block.start <= batches[0]) & (batches[0] < block.stop)).sum() / 3000
         assert share == pytest.approx(0.25 if block.role == "bias" else 0.5, abs=0.05)
-    assert all(len(part["labels"]) == 3000 for part in dataset.__getitems__(batches[0]).values())
+    assert all(len(part["labels"]) == 3000 for part in dataset.by_role(batches[0]).values())
 
 
 def test_processes_share_every_batch_from_any_start(dataset):

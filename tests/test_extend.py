@@ -5,7 +5,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
+import know_hf
 from know_hf.predictors import protocol
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "extend"
@@ -32,3 +34,5 @@ def test_the_code_of_the_readme_runs():
     for block in re.findall(r"```python\n(.*?)```", (RECIPE / "README.md").read_text(encoding="utf-8"), re.DOTALL):
         exec(block, namespace)
     assert namespace["halfway"].predictor == "median"
+    history = torch.tensor([[1.0, 2.0, 5.0]])
+    assert know_hf.get_predictor("median").residual(history, "fc").tolist() == [-3.0]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import know_hf
 from know_hf.known.configuration_known import KNOWNConfig
 from know_hf.known.modeling_known import KNOWNModel
 from know_hf.predictors import (
@@ -175,3 +176,35 @@ def test_register_predictor(monkeypatch):
     assert get_predictor("nothing") == Nothing()
     with pytest.raises(ValueError, match=r"'shrink'.*Shrink"):
         register_predictor("shrink")(Nothing)
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"num_states": None}, "no method residual.*history, role"),
+        ({"num_states": None, "residual": 1}, "no method residual"),
+        ({"num_states": None, "residual": lambda self, history: history}, r"\(self, history\).*history, role"),
+        ({"residual": lambda self, history, role: history}, "no num_states.*None"),
+    ],
+)
+def test_register_predictor_names_what_is_missing(monkeypatch, members, words):
+    monkeypatch.setattr(protocol, "_PREDICTORS", dict(protocol._PREDICTORS))
+    with pytest.raises(TypeError, match=rf"'mine' \(Mine\).*{words}"):
+        register_predictor("mine")(type("Mine", (), members))
+    assert "mine" not in protocol._PREDICTORS
+    with pytest.raises(TypeError, match=r"'mine'.*class"):
+        register_predictor("mine")(lambda: Shrink(0.5))
+
+
+def test_register_predictor_accepts_fields_and_properties(monkeypatch):
+    monkeypatch.setattr(protocol, "_PREDICTORS", dict(protocol._PREDICTORS))
+
+    class Base:
+        num_states: int | None
+
+        def residual(self, history, role, *, strength=1.0):
+            return torch.zeros(len(history))
+
+    register_predictor("of-base")(type("Derived", (Base,), {}))
+    register_predictor("of-property")(type("Property", (), {**vars(Base), "num_states": property(lambda self: 5)}))
+    assert know_hf.register_predictor is register_predictor and know_hf.Predictor is Predictor

@@ -34,12 +34,13 @@ def test_cache_holds_the_same_values_and_is_drawn_once(tmp_path, monkeypatch):
     assert cached.describe() == in_memory.describe() == again.describe()
     sampler = BalancedBatchSampler(in_memory, batch_size=40, num_batches=2)
     for items in sampler:
-        for role, expected in in_memory.__getitems__(items).items():
-            for name, values in cached.__getitems__(items)[role].items():
+        for role, expected in in_memory.by_role(items).items():
+            for name, values in cached.by_role(items)[role].items():
                 assert torch.equal(values, expected[name])
-    workers = DataLoader(pickle.loads(pickle.dumps(cached)), batch_sampler=sampler, collate_fn=identity, num_workers=1)
+    workers = DataLoader(pickle.loads(pickle.dumps(cached)), batch_sampler=sampler, num_workers=1)
     for batch, items in zip(workers, sampler, strict=True):
-        assert torch.equal(batch["fc"]["history"], in_memory.__getitems__(items)["fc"]["history"])
+        by_role = in_memory.by_role(items).values()
+        assert torch.equal(batch["history"], torch.cat([part["history"] for part in by_role]))
     assert len(pickle.dumps(cached)) < len(pickle.dumps(in_memory))
 
 

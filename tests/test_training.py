@@ -36,6 +36,11 @@ def test_beats_no_change_on_held_out_trajectories_and_is_reproducible(train, hel
     assert not result.model.training
     assert result.model.config.trained_on == {"trajectories": 2, "roles": train.describe()}
     json.dumps(result.model.config.trained_on)
+    table = [line.split() for line in str(result).splitlines()]
+    assert [line[0] for line in table] == ["role", "conv", "fc", "bias", "60"]
+    skills = [result.train_skill["conv"].skill, result.held_out_skill["held_out"]["conv"].skill]
+    assert table[1][3:] == [f"{skill:+.3f}" for skill in skills]
+    assert "KNOWNModel(" not in repr(result)
 
     torch.manual_seed(99)
     again = meta_train(KNOWNConfig(), train, args=args, progress=False)
@@ -78,7 +83,7 @@ def test_relative_loss_divides_by_the_error_of_each_tensor(tmp_path):
     for weighting in ("none", "relative"):
         objective = MetaObjective(model, dataset, MetaTrainingArguments(loss_weighting=weighting))
         for block in (far, near):
-            batch = dataset.__getitems__(range(block.start, block.stop))
+            batch = dataset.by_role(range(block.start, block.stop))
             losses[weighting, block.trajectory[-3:]] = objective(batch)["fc"].item()
     assert losses["none", "far"] == pytest.approx(far.no_change) == pytest.approx(1e3 * near.no_change, rel=1e-3)
     mean = (far.no_change + near.no_change) / 2

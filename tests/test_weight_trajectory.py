@@ -1,5 +1,8 @@
 """Read a trajectory, and report damage."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import NUM_EXAMPLES, SCHEDULE, edit_manifest, make_resnet, rewrite_state
@@ -37,6 +40,23 @@ def test_history_has_the_full_data_state_last(trajectory):
         assert torch.equal(trajectory.read(NAME, 3, 20, state), weights.flatten()[3:20])
         assert torch.equal(trajectory.read_history(NAME, 3, 20)[position], weights.flatten()[3:20])
     assert not torch.equal(history[0], history[-1])
+
+
+def test_state_dict(trajectory):
+    weights = trajectory.state_dict(1)
+    assert list(weights) == trajectory.names and torch.equal(weights[NAME], trajectory.tensor(NAME, 1))
+
+
+def test_the_loop_of_the_recipe_runs(tmp_path, monkeypatch):
+    recipe = Path(__file__).parents[1] / "recipes" / "record" / "README.md"
+    (block,) = re.findall(r"```python\n(.*?)```", recipe.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(block, namespace)
+    trajectory = namespace["trajectory"]
+    assert [state.num_examples for state in trajectory.states] == [64, 32, 16]
+    assert trajectory.history("0.weight").shape == (3, 16, 8)
+    assert torch.equal(namespace["model"].state_dict()["0.weight"], trajectory.tensor("0.weight"))
 
 
 def test_unchanged_tensors_are_read_from_the_state_that_stores_them(tmp_path):

@@ -4,12 +4,12 @@ from .arm_weights import ArmSources
 from .arms import AVERAGE, NAIVE, ORACLE, RANDOM, Arm, known_arm, known_step_arms, make_arm, shrink_arm
 from .cells import CellStore, run_cells
 from .compare import compare_arms
-from .comparison import ArmResult, Comparison, compare_with_naive
+from .comparison import ArmResult, Comparison, Measure, compare_with_naive
 from .comparison_task import ComparisonTask
 from .fine_tuning import Examples, accuracy, batches, evaluate_classifier, fine_tune, with_new_head
 from .landscape import Landscape
 from .linear_probe import LinearProbe
-from .protocols import FineTuning, ZeroShot
+from .protocols import FineTuning, MeasuringProtocol, Trial, ZeroShot
 from .report.comparison_report import ComparisonReport
 from .splits import Split
 from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
@@ -32,9 +32,12 @@ __all__ = [
     "FineTuning",
     "Landscape",
     "LinearProbe",
+    "Measure",
+    "MeasuringProtocol",
     "PairedDifference",
     "Split",
     "Suite",
+    "Trial",
     "ZeroShot",
     "accuracy",
     "batches",

@@ -59,6 +59,8 @@ def compare_arms(
     """Compare ways to initialise a downstream task, with controls, giving every arm the same tuning budget.
 
     ```python
+    from know_hf.evaluation import Arm, ComparisonTask, FineTuning, LinearProbe, Split, ZeroShot, compare_arms
+
     def target(seed, draw):  # other examples for each draw
         return Split(train=…, validation=…, test=…, num_labels=5)
 

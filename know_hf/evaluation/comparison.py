@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..terminal import aligned
 from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
 
 ALPHA = 0.05
@@ -256,10 +257,8 @@ class Comparison:
                 p = "reference" if result.corrected_p is None else f"{result.corrected_p:.3f}"
                 row[3:] = measure.format(result.difference.mean, "+"), measure.interval(result.difference, "+"), p
             rows.append(row + [column.get(name, "") for column in extra.values()])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        lines = [row[0].ljust(widths[0]) + line[widths[0] :] for row, line in zip(rows, lines, strict=True)]
-        return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
+        lines = aligned(rows).splitlines()
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return `{arm: {"mean", "ci95": [low, high], "per_seed", "per_draw", "minus_naive"}}`; naive lacks the

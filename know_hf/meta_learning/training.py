@@ -6,17 +6,18 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, tqdm
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
@@ -24,6 +25,7 @@ from ..checkpoint import check_output, locked_folder
 from ..distributed import on_main_process
 from ..known.configuration_known import KNOWNConfig
 from ..known.modeling_known import KNOWNModel
+from ..terminal import aligned
 from .dataset import BalancedBatchSampler, TransitionDataset
 from .objective import MetaObjective
 from .processes import make_accelerator
@@ -41,7 +43,7 @@ _FREE_ARGUMENTS |= {"checkpoint_dir", "save_every", "keep_checkpoints"}
 @dataclass
 class MetaTrainingResult:
     """
-    Result of [`meta_train`].
+    Result of [`meta_train`]; `str(result)` is a table of losses and skills by role.
 
     Attributes:
         model ([`KNOWNModel`]):
@@ -68,7 +70,7 @@ class MetaTrainingResult:
             Step of the returned weights, if `args.patience` selected them; otherwise they are those of the last step.
     """
 
-    model: KNOWNModel
+    model: KNOWNModel = field(repr=False)
     losses: list[dict[str, float]]
     validation: list[dict[str, float | None]]
     train_skill: dict[str, RoleSkill]
@@ -78,6 +80,17 @@ class MetaTrainingResult:
     mixed_precision: str
     steps_done: int
     best_step: int | None
+
+    def __str__(self) -> str:
+        first, last = self.losses[0], self.losses[-1]
+        skills = {"train": self.train_skill, **self.held_out_skill}
+        rows = [["role", f"loss at step {first['step']}", f"at {last['step']}", *(f"{name} skill" for name in skills)]]
+        for role in self.train_skill:
+            of_role = [f"{skill[role].skill:+.3f}" if role in skill else "–" for skill in skills.values()]
+            rows.append([role, f"{first[role]:.2e}", f"{last[role]:.2e}", *of_role])
+        returned = "" if self.best_step is None else f", weights of step {self.best_step}"
+        summary = f"{self.steps_done} steps in {self.seconds:.1f} s{returned}; skill: 1 is perfect, 0 is no change"
+        return f"{aligned(rows)}\n{summary}"
 
 
 def meta_train(
@@ -164,6 +177,16 @@ def meta_train(
     return result
 
 
+@dataclass(frozen=True)
+class _Batches(Dataset):
+    """Dataset of the batches by role; an index is an array of items."""
+
+    transitions: TransitionDataset
+
+    def __getitem__(self, items: np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
+        return self.transitions.by_role(items)
+
+
 class _Training:
     """Training loop: prepares the objective, resumes from the last checkpoint, and trains the model in place."""
 
@@ -198,9 +221,9 @@ class _Training:
         )
         # Not prepared: accelerate distributes complete batches, here the processes share each of them.
         self.loader = DataLoader(
-            train,
-            batch_sampler=cast("Sampler[list[int]]", sampler),
-            collate_fn=_identity_collate,
+            _Batches(train),
+            batch_size=None,  # an item is a batch
+            sampler=sampler,
             num_workers=args.num_workers,
         )
         self.loss_sums: dict[str, torch.Tensor] = {}
@@ -356,7 +379,3 @@ def _check_datasets(
             f"No training transitions for role {', '.join(missing)}: its network stays unchanged. "
             "Predict only models without such tensors, or train on trajectories that have them."
         )
-
-
-def _identity_collate(batch: Any) -> Any:
-    return batch

@@ -103,18 +103,21 @@ _PredictorClass = TypeVar("_PredictorClass", bound=Callable[..., Predictor])
 
 
 def register_predictor(name: str) -> Callable[[_PredictorClass], _PredictorClass]:
-    """Register a predictor class for [`get_predictor`]; used as a class decorator.
+    """Register a class with the members of [`Predictor`] for [`get_predictor`]; used as a class decorator.
 
     Args:
         name (`str`):
             Name of the predictor.
 
     Raises:
+        `TypeError`:
+            If it is not a class, or `residual(self, history, role)` or `num_states` is missing.
         `ValueError`:
             If another class has this name.
     """
 
     def register(predictor_class: _PredictorClass) -> _PredictorClass:
+        _check_class(name, predictor_class)
         registered = _PREDICTORS.setdefault(name, predictor_class)
         if registered is not predictor_class:
             raise ValueError(f"the name {name!r} is already registered for {registered!r}; choose another name")
@@ -159,6 +162,26 @@ def get_predictor(name: str, **kwargs: Any) -> Predictor:
                 raise TypeError(f"unknown option {option!r}; {name!r} takes {_options(signature)}") from error
         raise TypeError(f"predictor {name!r} takes {signature}: {error}") from error
     return _PREDICTORS[name](**kwargs)
+
+
+def _check_class(name: str, predictor_class: Any) -> None:
+    """Raise a `TypeError` that says which member of a [`Predictor`] a class lacks."""
+    if not isinstance(predictor_class, type):
+        raise TypeError(f"predictor {name!r} must be a class, got {predictor_class!r}; decorate the class itself")
+    what, residual = f"predictor {name!r} ({predictor_class.__name__})", getattr(predictor_class, "residual", None)
+    expected = "def residual(self, history, role), which returns what is added to Θ0, (N,), from histories (N, S)"
+    if not callable(residual):
+        raise TypeError(f"{what} has no method residual; add {expected}")
+    try:
+        inspect.signature(residual).bind("self", "history", "role")
+    except TypeError:
+        raise TypeError(f"{what} has residual{inspect.signature(residual)}; change it to {expected}") from None
+    declared = [vars(ancestor).get("__annotations__", {}) for ancestor in predictor_class.__mro__]
+    if not hasattr(predictor_class, "num_states") and not any("num_states" in names for names in declared):
+        raise TypeError(
+            f"{what} has no num_states; add num_states = None to the class for histories of any length, the length"
+            " S that it needs, or a property"
+        )
 
 
 def _options(signature: inspect.Signature) -> str:

@@ -98,6 +98,10 @@ class SnapshotTensors:
         """
         return self._reader(name, state).tensor(name)
 
+    def state_dict(self, state: StateName = 0) -> dict[str, torch.Tensor]:
+        """Read all tensors of one state by their names on disk. To load them into a model, see [`load_into`]."""
+        return {name: self.tensor(name, state) for name in self.names}
+
     def read(self, name: str, start: int, stop: int, state: StateName = 0) -> torch.Tensor:
         """Read elements `start` to `stop - 1` of one tensor of one state, in the dtype it is stored in."""
         return self._reader(name, state).read(name, start, stop)

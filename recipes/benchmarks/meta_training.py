@@ -71,7 +71,7 @@ def measure(folder: Path, size: str, args: argparse.Namespace) -> dict[str, Any]
     model = KNOWNModel(KNOWNConfig())
     objective = MetaObjective(model, mapped, MetaTrainingArguments())
     optimizer = torch.optim.Adam(model.parameters())
-    batch = mapped.__getitems__(next(batches))
+    batch = mapped.by_role(next(batches))
 
     def step(precision: torch.dtype | None = None) -> None:
         with torch.autocast("cpu", precision, enabled=precision is not None):
@@ -84,8 +84,8 @@ def measure(folder: Path, size: str, args: argparse.Namespace) -> dict[str, Any]
 
     states = full_states(paths, mapped, args.batch_size)
     readers = (
-        lambda: mapped.__getitems__(next(batches)),
-        lambda: in_memory.__getitems__(next(again)),
+        lambda: mapped.by_role(next(batches)),
+        lambda: in_memory.by_role(next(again)),
         lambda: next(states),
     )
     contestants: dict[str, Callable[[], object]] = {
@@ -190,9 +190,9 @@ def train(args: argparse.Namespace) -> None:
 
         times: ClassVar[list[float]] = []
 
-        def __getitems__(self, indices: Any) -> dict[str, dict[str, Any]]:
+        def by_role(self, indices: Any) -> dict[str, dict[str, Any]]:
             self.times.append(time.process_time())
-            return super().__getitems__(indices)
+            return super().by_role(indices)
 
     processes = start_processes()
     paths = sorted(path.parent for path in args.train.glob("*/trajectory.json"))

@@ -21,10 +21,8 @@ from transformers import (
     set_seed,
 )
 
-from know_hf import ForgettingSchedule, WeightTrajectory, compare_arms, induce_forgetting
-from know_hf.evaluation import Arm, ComparisonReport, ComparisonTask, Split, ZeroShot
-from know_hf.evaluation.protocols import Trial
-from know_hf.predictors import register_predictor
+from know_hf import ForgettingSchedule, WeightTrajectory, compare_arms, induce_forgetting, register_predictor
+from know_hf.evaluation import Arm, ComparisonReport, ComparisonTask, Split, Trial, ZeroShot
 from know_hf.terminal import run_program
 
 

@@ -36,12 +36,12 @@ class NotedDataset(TransitionDataset):
 
     kill_at: int | None = None
 
-    def __getitems__(self, indices):
+    def by_role(self, indices):
         noted = vars(self).setdefault("noted", [])
         if len(noted) + 1 == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         noted.append([int(index) for index in indices])
-        return super().__getitems__(indices)
+        return super().by_role(indices)
 
 
 @dataclass
