@@ -437,13 +437,13 @@ def test_a_diverged_training_is_the_worst_trial(recorded, tmp_path):
 
 def test_default_arms_and_the_forgetting_curve_are_those_the_task_has_models_and_states_for(task, recorded, tmp_path):
     names, with_models = default_arms(task), {"oracle", "pretrained", "compute-matched"}
-    assert [make_arm(name).name for name in names] == names and len(names) == len(set(names)) == 22
-    assert {"naive", "random", "known-step-3", "matched-shrink-step-1", "state-4", "shuffled"} <= set(names)
+    assert [make_arm(name).name for name in names] == names and len(names) == len(set(names)) == 26
+    assert {"naive", "random", "known-step-3", "matched-shrink-step-1", "state-4", "gate-few"} <= set(names)
     everything = replace(task, oracle_model=fresh, pretrained_model=fresh, train_further=fresh)
     assert set(default_arms(everything)) - set(names) == with_models
     short = replace(task, trajectory=[recorded, recorded_by_seed(2, tmp_path / "short", count=2)])
     names = default_arms(short)
-    assert "state-1" in names and not {"state-2", "known-step-1"} & set(names)
+    assert "state-1" in names and not {"state-2", "known-step-1", "gate"} & set(names)
     report = compare_arms(short, tmp_path / "out", protocols=[ZeroShot()], arms=["naive", "random"]).to_dict()
     assert report["states"]["num_examples"] == [64, 32]  # the states of all trajectories
     assert [len(run) for run in report["states"]["measures"]["accuracy"]["per_seed"]] == [2, 2]

@@ -13,14 +13,19 @@ from ..batch_norm import recalibrate_batch_norm
 from ..known import KNOWNModel
 from ..model_tensors import is_adapter
 from ..prediction import PredictionPlan, TensorSource, WriteOptions, write_checkpoint
+from ..prediction.choosing import Gate
+from ..prediction.choosing.gate import write_best_candidate
 from ..prediction.engine import PredictedTensors
+from ..prediction.selection import MINIMUM_VALUES
 from ..prediction.tensor_sources import full_tensors
 from ..prediction.write_checkpoint import measure
 from ..roles import PREDICTED_DTYPES
 from ..trajectory import WeightTrajectory, load_pretrained
 from ..trajectory.merging import merge_adapter
+from .fine_tuning import Examples, batches
 
 LARGEST_SIDE = 4096  # of matrices to decompose; larger ones would take hours
+_GATE_BATCH = 8  # as a gate's own
 _SHUFFLING_SEED = 20250805
 
 
@@ -49,6 +54,10 @@ class ArmSources:
             Class of the model, if transformers does not have it.
         device (`torch.device`, *optional*):
             Device of the models; the CPU by default.
+        source (mapping of tensors, *optional*):
+            Validation examples of the source task, for a gate. Never those that arms are tested on.
+        target (mapping of tensors, *optional*):
+            Training examples of the target task: `gate-few` uses as many of `source`.
     """
 
     trajectory: WeightTrajectory
@@ -62,6 +71,8 @@ class ArmSources:
     base_model: Callable[[], PreTrainedModel] | None = None
     model_class: type[PreTrainedModel] | None = None
     device: torch.device | None = None
+    source: Examples | None = None
+    target: Examples | None = None
 
     def recalibrate(self, model: PreTrainedModel) -> None:
         """Compute BatchNorm statistics on the source data, in place.
@@ -108,6 +119,46 @@ def shuffled(sources: ArmSources) -> PreTrainedModel:
 def predicted(sources: ArmSources, folder: Path, plan: PredictionPlan) -> PreTrainedModel:
     """Predict the weights."""
     return _written(sources, folder, PredictedTensors(plan))
+
+
+def chosen_by_gate(
+    sources: ArmSources, folder: Path, plan: PredictionPlan, few: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Choose from the family of a [`Gate`] by the loss on batches of 8 source validation examples, or of fewer for at
+    least 10 batches. The BatchNorm statistics of every candidate are recalibrated.
+
+    Args:
+        sources ([`ArmSources`]):
+            With the validation examples.
+        folder (`Path`):
+            The checkpoint that is written.
+        plan ([`PredictionPlan`]):
+            The requested prediction, a candidate.
+        few (`bool`):
+            Whether to use only as many examples as the target task has training labels.
+
+    Returns:
+        The weights, and `{"chosen": name of the candidate, "kept": whether it is Θ0, "num_candidates",
+        "forward_passes": examples times candidates}`.
+    """
+    assert sources.source is not None
+    examples = sources.source
+    if few:
+        assert sources.target is not None
+        examples = {name: tensor[: len(sources.target["labels"])] for name, tensor in examples.items()}
+    count = len(examples["labels"])
+    batch_size = max(1, min(_GATE_BATCH, count // MINIMUM_VALUES))
+
+    def losses(model: Any) -> list[float]:
+        sources.recalibrate(model)
+        return [float(model(**batch).loss) for batch in batches(examples, batch_size, device=model.device)]
+
+    gate = Gate(losses, base_model=sources.base(), device=sources.device)
+    result = write_best_candidate(gate, plan, folder, _options(sources)).gate
+    assert result is not None
+    num_candidates = len(result.candidates) + len(result.screened)
+    choice = {"chosen": result.chosen, "kept": result.is_reference, "num_candidates": num_candidates}
+    return _loaded(sources, folder), {**choice, "forward_passes": num_candidates * count}
 
 
 def matched_shrink(sources: ArmSources, folder: Path, plan: PredictionPlan) -> PreTrainedModel:
@@ -181,6 +232,13 @@ def _written(
     sources: ArmSources, folder: Path, tensors: TensorSource | Callable[[str, int, int], Tensor | None]
 ) -> PreTrainedModel:
     """Write tensors as a float32 checkpoint and load it."""
-    options = WriteOptions(dtype=torch.float32, overwrite=True, model_class=sources.model_class)
-    write_checkpoint(sources.trajectory, tensors, folder, options)
+    write_checkpoint(sources.trajectory, tensors, folder, _options(sources))
+    return _loaded(sources, folder)
+
+
+def _options(sources: ArmSources) -> WriteOptions:
+    return WriteOptions(dtype=torch.float32, overwrite=True, model_class=sources.model_class)
+
+
+def _loaded(sources: ArmSources, folder: Path) -> PreTrainedModel:
     return sources.merged(load_pretrained(folder, sources.model_class, sources.base()))

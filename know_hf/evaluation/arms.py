@@ -18,10 +18,17 @@
 | `compute-matched` | Θ0 trained further on all data, for the steps of the later states | |
 | `oracle` | trained on 1/r times the source data | |
 | `shuffled` | Θ0 with the values of each tensor in random order | |
+| `rescale` | the same function with other norms of the weights | the factor |
+| `rescale-F` | the same with a fixed factor, such as `rescale-0.5` | |
+| `family` | Θ0, an average, a task vector or a shrink | which of them |
+| `gate` | what a [`Gate`] chooses from its family by the loss on source validation examples | |
+| `gate-few` | the same with as many of these examples as the target task has training labels | |
 
-The name of any registered predictor is an arm too.
+The name of any registered predictor is an arm too. A tuned option is chosen on validation data of the *target* task,
+by training; a gate chooses on the *source* task, by forward passes.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -30,13 +37,24 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config_files import build
-from ..prediction import plan_prediction
+from ..prediction import PredictionPlan, plan_prediction
 from ..predictors import get_predictor
-from .arm_weights import ArmSources, matched_shrink, moved_by_singular_vectors, predicted, shuffled, trained_on
+from ..trajectory import WeightTrajectory
+from .arm_weights import (
+    ArmSources,
+    chosen_by_gate,
+    matched_shrink,
+    moved_by_singular_vectors,
+    predicted,
+    shuffled,
+    trained_on,
+)
 
 _MODELS = {"fresh": "fresh_model", "pretrained": "pretrained_model", "oracle": "oracle_model"}
 _REFERENCES = (*_MODELS, "shuffled")
-_KINDS = (*_REFERENCES, "state", "trained_on", "predicted", "matched_shrink", "task_singular_vectors")
+_PLANNED = ("predicted", "matched_shrink", "gate")
+_KINDS = (*_REFERENCES, *_PLANNED, "state", "trained_on", "task_singular_vectors")
+_OF_THETA_0 = frozenset({"shrink", "rescale"})  # predictors that use no other state
 # predictors that learn nothing
 _CONTROLS = frozenset("shrink task_vector average tail_average ema bema linear log lines rescale".split())
 
@@ -51,20 +69,23 @@ class Arm:
         kind (`str`):
             `"state"` (a state of the trajectory), `"fresh"` (newly initialised), `"pretrained"` (the start of the
             training), `"oracle"` (trained on more data), `"shuffled"`, `"trained_on"` (Θ0 trained further),
-            `"predicted"`, `"matched_shrink"` (Θ0 with each tensor scaled as a prediction scales it) or
-            `"task_singular_vectors"`.
+            `"predicted"`, `"matched_shrink"` (Θ0 with each tensor scaled as a prediction scales it),
+            `"task_singular_vectors"` or `"gate"` (the best candidate on source validation data).
         description (`str`):
             For reports.
         predictor (`str`, *optional*, defaults to `"known"`):
-            Name of the predictor of a `"predicted"` or `"matched_shrink"` arm.
+            Name of the predictor of a `"predicted"` or `"matched_shrink"` arm, and of the requested prediction of a
+            `"gate"`, which is one of its candidates.
         options (`Mapping[str, Any]`, *optional*):
-            Fields of the predictor, or `scale` of `"task_singular_vectors"`.
+            Fields of the predictor; `scale` of `"task_singular_vectors"`; `examples` of a `"gate"`: `"all"`, or
+            `"few"` for as many as the target task has training labels.
         steps (`int`, *optional*, defaults to `1`):
             Recursive predictions.
         state (`int`, *optional*, defaults to `0`):
             Index of the state of a `"state"` arm.
         tuned (sequence of mappings, *optional*):
-            Settings of options to choose from on validation data; each overrides `options`.
+            Settings of options to choose from on validation data; each overrides `options`, and with `predictor` or
+            `state` also that field: a choice among different predictions.
         known (`str`, *optional*):
             KNOWN weights, folder or Hub id; those of the comparison by default.
         norm (`"keep"` or `"predict"`, *optional*, defaults to `"keep"`):
@@ -91,10 +112,12 @@ class Arm:
 
     @property
     def role(self) -> Literal["method", "control", "reference"]:
-        """`"method"` if it claims to know something, `"control"` if it learns nothing but could be used instead of
-        naive, and `"reference"` otherwise."""
+        """`"method"` if it claims to know something or to choose well, `"control"` if it learns nothing but could be
+        used instead of naive, and `"reference"` otherwise."""
         if self.kind in _REFERENCES or (self.kind == "state" and self.state == 0 and not self.tuned):
             return "reference"
+        if self.kind == "gate" or any("predictor" in setting for setting in self.tuned):
+            return "method"
         is_learned = self.kind == "predicted" and not set(self.predictor.split("+")) <= _CONTROLS
         return "method" if is_learned else "control"
 
@@ -109,12 +132,42 @@ class Arm:
         return self.tuned or ({},)
 
     @property
-    def needs(self) -> str | None:
-        """Name of the callable of the sources, and of the task, that makes its weights."""
-        return "train_further" if self.kind == "trained_on" else _MODELS.get(self.kind)
+    def needs(self) -> tuple[str, ...]:
+        """Names of what the weights are made with, of the sources and of the task."""
+        if self.kind == "gate":
+            return ("source", "target") if self.options.get("examples") == "few" else ("source",)
+        return {"trained_on": ("train_further",)}.get(self.kind, tuple(filter(None, [_MODELS.get(self.kind)])))
+
+    @property
+    def uses_known(self) -> bool:
+        """Whether the weights depend on those of KNOWN."""
+        return self.kind in _PLANNED and self.predictor == "known"
+
+    def training_cost(self, trajectory: WeightTrajectory) -> float | None:
+        """Return the optimizer steps behind the weights relative to those of Θ0; `None` if they are unknown.
+
+        A prediction from several states needs the whole recording.
+        """
+        first, *later = (state.steps for state in trajectory.states)
+        if self.kind in ("fresh", "pretrained"):
+            return 0.0
+        if self.kind == "oracle":
+            return None if trajectory.schedule is None else 1 / trajectory.schedule.ratio
+        if self.kind == "shuffled" or (self.kind == "predicted" and set(self.predictor.split("+")) <= _OF_THETA_0):
+            later = []
+        elif self.kind == "state":
+            later = later[: self.state]
+        return 1 + sum(later) / first if first else None
 
     def initial_model(self, sources: ArmSources, setting: Mapping[str, Any] | None = None) -> PreTrainedModel:
-        """Return the initial weights in float32, with BatchNorm statistics computed on the source data.
+        """Return the model of [`initial_weights`]."""
+        return self.initial_weights(sources, setting)[0]
+
+    def initial_weights(
+        self, sources: ArmSources, setting: Mapping[str, Any] | None = None
+    ) -> tuple[PreTrainedModel, dict[str, Any] | None]:
+        """Return the initial weights in float32, with BatchNorm statistics computed on the source data, and what a
+        gate chose (see [`chosen_by_gate`]).
 
         They are float32 for any dtype of the recording, as small learning rates hardly change bfloat16 weights.
 
@@ -127,11 +180,22 @@ class Arm:
         Raises:
             `ValueError`: If the sources lack what the arm needs, such as an oracle.
         """
-        if self.needs is not None and getattr(sources, self.needs) is None:
-            raise ValueError(f"arm {self.name!r} needs {self.needs} of the sources; pass it, or leave out the arm")
-        model = self._weights(sources, {**self.options, **(setting or {})})
+        for needed in self.needs:
+            if getattr(sources, needed) is None:
+                raise ValueError(f"arm {self.name!r} needs {needed} of the sources; pass it, or leave out the arm")
+        options, choice = {**self.options, **(setting or {})}, None
+        if "state" in options:
+            return replace(self, kind="state", state=options.pop("state"), options={}).initial_weights(sources)
+        if "predictor" in options:
+            return replace(self, predictor=options.pop("predictor"), options=options).initial_weights(sources)
+        if self.kind == "gate":
+            few = options.pop("examples", "all") == "few"
+            folder = sources.output_dir / self.name
+            model, choice = chosen_by_gate(sources, folder, self._plan(sources, options), few)
+        else:
+            model = self._weights(sources, options)
         sources.recalibrate(model)
-        return model
+        return model, choice
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, as [`make_arm`] takes them."""
@@ -150,8 +214,12 @@ class Arm:
             return moved_by_singular_vectors(sources, folder, options.get("scale", 1.0))
         if self.kind in ("shuffled", "trained_on"):
             return (shuffled if self.kind == "shuffled" else trained_on)(sources)
+        make = matched_shrink if self.kind == "matched_shrink" else predicted
+        return make(sources, folder, self._plan(sources, options))
+
+    def _plan(self, sources: ArmSources, options: Mapping[str, Any]) -> PredictionPlan:
         is_known = self.predictor == "known" and not options
-        plan = plan_prediction(
+        return plan_prediction(
             sources.trajectory,
             (self.known or sources.known) if is_known else None,
             self.steps,
@@ -160,7 +228,6 @@ class Arm:
             dtype=torch.float32,
             estimate_time=False,
         )
-        return (matched_shrink if self.kind == "matched_shrink" else predicted)(sources, folder, plan)
 
 
 def make_arm(spec: str | Mapping[str, Any]) -> Arm:
@@ -239,7 +306,15 @@ def _baseline(name: str, predictor: str, description: str, tuned: tuple[Mapping[
 _FACTORS = _tuned("factor", 0.95, 0.8, 0.65, 0.5)
 _SCALES = _tuned("scale", -1.0, -0.5, 0.5, 1.0)
 _LINES = tuple({"alpha": alpha, "beta": 1 - alpha} for alpha in (0.0, 0.25, 0.5, 0.75))
+_RESCALINGS = _tuned("factor", 0.25, 0.5, 0.75, 1.5)
 _SEEDS = _tuned("seed", 0, 1)  # the first is that of naive
+_MEMBERS: tuple[Mapping[str, Any], ...] = (
+    {"state": 0},
+    {"predictor": "average"},
+    {"predictor": "task_vector", "scale": 0.5},
+    {"predictor": "shrink", "factor": 0.65},
+)
+GATE = Arm("gate", "gate", "chosen by a gate on source validation data", steps=2)
 NAMED_ARMS = (
     NAIVE,
     replace(NAIVE, name="trial-matched-naive", description="Θ0 with a choice of seeds and finer rates", tuned=_SEEDS),
@@ -256,6 +331,15 @@ NAMED_ARMS = (
     Arm("compute-matched", "trained_on", "Θ0 trained further on all data, for the steps of the later states"),
     ORACLE,
     Arm("shuffled", "shuffled", "Θ0 with the values of each tensor in random order"),
+    Arm("rescale", "predicted", "the same function with other norms of the weights", "rescale", tuned=_RESCALINGS),
+    Arm("family", "predicted", "choice among Θ0 and predictions, by training", "average", tuned=_MEMBERS),
+    GATE,
+    replace(
+        GATE,
+        name="gate-few",
+        description="chosen by a gate on as many source examples as the target has labels",
+        options={"examples": "few"},
+    ),
 )
 
 
@@ -267,10 +351,13 @@ def _by_name(name: str) -> Arm:
         named |= {arm.name: arm for arm in (state, *known_step_arms([int(number)]))}
     if name in named:
         return named[name]
+    if (factor := name.removeprefix("rescale-")) != name and re.fullmatch(r"\d+(\.\d+)?", factor):
+        return Arm(name, "predicted", f"the same function, rescaled by {factor}", "rescale", {"factor": float(factor)})
     try:
         get_predictor(name)
     except ValueError as error:
-        known = ", ".join([arm.name for arm in NAMED_ARMS] + ["known-step-N", "matched-shrink-step-N", "state-K"])
+        numbered = ("known-step-N", "matched-shrink-step-N", "state-K", "rescale-F")
+        known = ", ".join([*(arm.name for arm in NAMED_ARMS), *numbered])
         raise ValueError(f"unknown arm {name!r}; use {known} or the name of a predictor") from error
     except TypeError:  # it exists, and needs options
         pass

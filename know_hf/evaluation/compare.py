@@ -155,8 +155,8 @@ def default_arms(task: ComparisonTask) -> list[str]:
     """Return the names of all arms for which the task has what they need."""
     trajectories = [task.open_trajectory(seed, Path()) for seed in range(len(task.recorded or []))]
     num_states = min((trajectory.num_states for trajectory in trajectories), default=_USUAL_STATES)
-    names = [arm.name for arm in NAMED_ARMS if arm.needs is None or getattr(task, arm.needs) is not None]
-    names += [arm.name for arm in known_step_arms() if num_states >= _USUAL_STATES]
+    arms = [arm for arm in NAMED_ARMS if all(getattr(task, needed) is not None for needed in arm.needs)]
+    names = [arm.name for arm in (*arms, *known_step_arms()) if num_states >= _USUAL_STATES or not arm.uses_known]
     return names + [f"state-{index}" for index in range(1, num_states)]
 
 
@@ -303,7 +303,7 @@ def _label(cell: Any) -> str:
 def _arm_identity(arm: Arm, task: ComparisonTask) -> dict[str, Any]:
     """Return what the weights of an arm depend on besides the trajectory."""
     known = None
-    if arm.kind in ("predicted", "matched_shrink") and arm.predictor == "known":
+    if arm.uses_known:
         known = str(arm.known or task.known or SHIPPED_KNOWN)
         weights = Path(known) / "model.safetensors"
         known = file_sha256(weights) if weights.exists() else public_name(known)

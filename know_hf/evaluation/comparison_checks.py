@@ -30,6 +30,12 @@ class Design:
     trials_per_rate: int
     stacked: bool | None = None
 
+    def trials(self, protocol: MeasuringProtocol, arm: Arm) -> tuple[tuple[Mapping[str, Any], ...], int]:
+        """Return the settings of an arm that a protocol evaluates, and the trials of each at a rate of the grid."""
+        if isinstance(protocol, FineTuning) and protocol.one_trial:
+            return arm.settings[:1], 1
+        return arm.settings, self.trials_per_rate // len(arm.settings)
+
 
 @dataclass
 class _Trial:
@@ -52,6 +58,8 @@ class _MeasuredArm:
     arm: str
     seconds: float
     measured: dict[str, list[_Draw]]
+    training_cost: float | None = None
+    choice: dict[str, Any] | None = None
 
 
 @dataclass
@@ -131,8 +139,8 @@ def check_design(design: Design) -> None:
                 f"trials_per_rate={design.trials_per_rate} is not a multiple of the {len(arm.settings)} settings of"
                 f" arm {arm.name!r}; every arm needs the same number of trials, so change one of the two"
             )
-        if arm.needs is not None:
-            _check_given(design.task, arm.needs, f"arm {arm.name!r}")
+        for needed in arm.needs:
+            _check_given(design.task, needed, f"arm {arm.name!r}")
     for protocol in design.protocols:
         _check_given(design.task, "source" if protocol.on_source else "target", f"protocol {protocol.name!r}")
 
@@ -144,7 +152,7 @@ def check_protocols(design: Design) -> None:
         if not isinstance(protocol, FineTuning | LinearProbe):
             continue
         for arm in design.arms:
-            refined(protocol.grid, design.trials_per_rate // len(arm.settings))
+            refined(protocol.grid, design.trials(protocol, arm)[1])
         if isinstance(protocol, LinearProbe) and other:
             raise ValueError(f"protocol {protocol.name!r} measures accuracy and loss, not {other[0]!r}; leave it out")
         if protocol.labels_per_class is not None:
@@ -176,8 +184,8 @@ def check_picklable(design: Design) -> None:
 
 def _check_names(what: str, names: Sequence[str]) -> None:
     for name in names:
-        if names.count(name) > 1 or not re.fullmatch(r"[\w+-]+", name):
-            raise ValueError(f"{what} {name!r} needs a unique name of letters, digits, _, + and -")
+        if names.count(name) > 1 or not re.fullmatch(r"\w[\w.+-]*", name):
+            raise ValueError(f"{what} {name!r} needs a unique name of letters, digits, _, ., + and -")
 
 
 def _check_given(task: ComparisonTask, needed: str, what: str) -> None:

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -68,16 +68,18 @@ def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> d
     (seed, arm), task = cell, design.task
     work = output_dir / "work" / f"seed-{seed}.{arm.name}"
     source, targets = task.splits(seed, design.draws)
-    sources = arm_sources(task, seed, task.open_trajectory(seed, output_dir), source, work)
-    refinement = design.trials_per_rate // len(arm.settings)
+    trajectory = task.open_trajectory(seed, output_dir)
+    sources = arm_sources(task, seed, trajectory, source, work, targets)
+    choices: list[dict[str, Any]] = []
     measured: dict[str, list[dict[str, Any]]] = {
         protocol.name: [{"draw": draw, "trials": []} for draw in range(1 if protocol.on_source else design.draws)]
         for protocol in design.protocols
     }
-    for group in _groups(arm, sources, design.draws):
+    for group in _groups(arm, sources, design.draws, choices):
         for protocol in design.protocols:
-            runs = []
-            for (setting, model), result in product(group, measured[protocol.name]):
+            runs, (settings, refinement) = [], design.trials(protocol, arm)
+            evaluated = [pair for pair in group if pair[0] in settings]
+            for (setting, model), result in product(evaluated, measured[protocol.name]):
                 split = source if protocol.on_source else targets[result["draw"]]
                 assert split is not None
                 if isinstance(protocol, FineTuning):
@@ -94,14 +96,26 @@ def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> d
                 what = f"the best trial of arm {arm.name!r}, seed {seed}, draw {result['draw']} of {name}"
                 _finite(result["trials"][result["chosen"]][part], what)
     shutil.rmtree(work, ignore_errors=True)
-    return {"seed": seed, "arm": arm.name, "seconds": _since(started), "measured": measured}
+    return {
+        "seed": seed,
+        "arm": arm.name,
+        "seconds": _since(started),
+        "training_cost": arm.training_cost(trajectory),
+        "choice": choices[0] if choices else None,
+        "measured": measured,
+    }
 
 
-def _groups(arm: Arm, sources: ArmSources, draws: int) -> Iterator[list[tuple[Mapping[str, Any], PreTrainedModel]]]:
-    """Make the models of an arm; yield its settings with as many models as fit into memory."""
+def _groups(
+    arm: Arm, sources: ArmSources, draws: int, choices: list[dict[str, Any]]
+) -> Iterator[list[tuple[Mapping[str, Any], PreTrainedModel]]]:
+    """Make the models of an arm; yield its settings with as many models as fit into memory. What a gate chose is added
+    to `choices`."""
     group: list[tuple[Mapping[str, Any], PreTrainedModel]] = []
     for setting in arm.settings:
-        group.append((setting, arm.initial_model(sources, setting)))
+        model, choice = arm.initial_weights(sources, setting)
+        choices += [] if choice is None else [choice]
+        group.append((setting, model))
         if (len(group) + 1) * draws * group[0][1].get_memory_footprint() > STACK_BYTES:
             yield group
             group = []
@@ -111,6 +125,8 @@ def _groups(arm: Arm, sources: ArmSources, draws: int) -> Iterator[list[tuple[Ma
 
 def _trials(protocol: MeasuringProtocol, runs: list[Any], design: Design, refinement: int) -> list[list[Trial]]:
     task = design.task
+    if not runs:
+        return []
     if isinstance(protocol, FineTuning | LinearProbe):
         return protocol.trials_of(runs, task.evaluate, task.measures, refinement, design.stacked)
     options = task.evaluate, task.measures, refinement
@@ -127,7 +143,12 @@ def _trial_entry(setting: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
 
 
 def arm_sources(
-    task: ComparisonTask, seed: int, trajectory: WeightTrajectory, source: Split | None, work: Path
+    task: ComparisonTask,
+    seed: int,
+    trajectory: WeightTrajectory,
+    source: Split | None,
+    work: Path,
+    targets: Sequence[Split] = (),
 ) -> ArmSources:
     """Collect what the arms of a seed need; `work` is a folder for temporary files."""
     further = task.train_further
@@ -143,6 +164,8 @@ def arm_sources(
         base_model=task.base_model and partial(task.base_model, seed),
         model_class=task.model_class,
         device=device(),
+        source=None if source is None else source.validation,
+        target=targets[0].train if targets else None,
     )
 
 

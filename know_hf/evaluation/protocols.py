@@ -137,9 +137,12 @@ class FineTuning:
             Grid for the head while all weights are trained: each of its rates is combined with each of
             `learning_rates`. By default head and body have one rate. Arms differ in the size of their features, and
             one rate favours those whose features suit it.
+        one_trial (`bool`, *optional*, defaults to `False`):
+            Give every arm a single trial, at the given rates and with the first of its settings: a fixed recipe.
+            Every grid then has one rate.
 
     Raises:
-        `ValueError`: If a grid is empty or repeats a rate.
+        `ValueError`: If a grid is empty, repeats a rate, or has several rates for one trial.
     """
 
     learning_rates: tuple[float, ...]
@@ -150,6 +153,7 @@ class FineTuning:
     labels_per_class: int | None = None
     name: str = "few-shot"
     head_rates: tuple[float, ...] = ()
+    one_trial: bool = False
     on_source = False
 
     def __post_init__(self) -> None:
@@ -157,6 +161,10 @@ class FineTuning:
         check_rates(self._first_rates)
         if self.head_rates:
             check_rates(self.head_rates)
+        if self.one_trial:
+            for name in ("learning_rates", "head_rates", "head_learning_rate"):
+                if isinstance(rates := getattr(self, name), Sequence) and len(rates) > 1:
+                    raise ValueError(f"one_trial has one rate, got {name}={rates}; remove rates or one_trial")
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -165,7 +173,8 @@ class FineTuning:
 
     @property
     def what(self) -> str:
-        return f"{self.name} fine-tuning with {labels_in_words(self.labels_per_class)}"
+        labels = labels_in_words(self.labels_per_class)
+        return f"{self.name} fine-tuning with {labels}{' in one trial' if self.one_trial else ''}"
 
     def trials(
         self,
@@ -206,8 +215,8 @@ class FineTuning:
         return [trials[start : start + len(rates)] for start in range(0, len(trials), len(rates))]
 
     def to_dict(self) -> dict[str, Any]:
-        settings = {"kind": "fine_tuning", **asdict(self)}
-        return settings if self.head_rates else {key: settings[key] for key in settings if key != "head_rates"}
+        unused = {name for name in ("head_rates", "one_trial") if not getattr(self, name)}  # 0.2 lacks them
+        return {"kind": "fine_tuning", **{key: value for key, value in asdict(self).items() if key not in unused}}
 
     @property
     def _first_rates(self) -> Sequence[float]:

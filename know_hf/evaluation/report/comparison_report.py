@@ -18,8 +18,8 @@ order of `seeds`. Unknown values are null; no value is NaN or infinite. Readers 
         role          "method", "control" (trivial, but a candidate) or "reference" (naive, random, pretrained, oracle,
                       shuffled: not a candidate)
         description   str
-        kind          "state", "fresh", "pretrained", "oracle", "shuffled", "trained_on", "predicted", "matched_shrink"
-                      or "task_singular_vectors"
+        kind          "state", "fresh", "pretrained", "oracle", "shuffled", "trained_on", "predicted",
+                      "matched_shrink", "task_singular_vectors" or "gate"
         settings      [{option: value}], the settings evaluated, [{}] without options
         spec          {…}, the arm as `make_arm` takes it}}
     protocols         {protocol: {kind, measures: [str], … its own settings}}
@@ -65,7 +65,10 @@ order of `seeds`. Unknown values are null; no value is NaN or infinite. Readers 
                       "arm", x, y, loss, off_plane}]}: the plane through Θ0 along the first two principal components of
                       the states; coordinates are distances in weights, `off_plane` is the distance of a point from
                       the plane, its `loss` is that of the weights, not of their projection
-    cells             [{seed, arm, seconds, measured: {protocol: [{draw, chosen: index, trials: [{options,
+    cells             [{seed, arm, seconds,
+                      training_cost: optimizer steps behind the weights relative to those of Θ0, or null,
+                      choice: null or {chosen: str, kept: bool, num_candidates: int, forward_passes: int} of a gate,
+                      measured: {protocol: [{draw, chosen: index, trials: [{options,
                       learning_rate: float or null, head_learning_rate: float, if it has a grid, validation: {measure:
                       float}, test: {measure: float}}]}]}}], all measurements. Values of a trial that diverged are
                       null, and so are the means over it in `curves`
@@ -241,6 +244,7 @@ class ComparisonReport:
             for arm, spec in self.arms.items()
             if (draws := self._draws(protocol, arm))[0][0]["trials"][0]["learning_rate"] is not None
             for options in spec["settings"]
+            if any(trial["options"] == options for trial in draws[0][0]["trials"])  # one trial has one setting
         ]
 
     def _budgets(self) -> list[dict[str, Any]]:

@@ -27,8 +27,10 @@ from .tables import (
     ReportTable,
     arms_table,
     budget_table,
+    choices_table,
     chosen_table,
     controls_table,
+    costs_table,
     environment_table,
     landscape_table,
     limits,
@@ -186,7 +188,7 @@ def _sections(report: Report, command: str | None, figures: dict[str, ReportFigu
         )
     bodies["Forgetting"] = show(forgetting_figure(report))
     bodies["Loss landscape"] = _joined(show(landscape_figure(report)), _text(landscape_table(report)))
-    bodies["Arms"] = _text(arms_table(report))
+    bodies["Arms"] = _joined(*(_text(make(report)) for make in (arms_table, choices_table, costs_table)))
     bodies["Limits"] = "\n".join(f"- {markdown(sentence)}" for sentence in limits(report))
     bodies["How to reproduce"] = _joined(
         fenced(command, "bash") if command else "The command was not recorded.",

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from markupsafe import Markup
@@ -200,6 +200,38 @@ def arms_table(report: Report) -> ReportTable:
         rows.append([name, arm["role"], arm["description"], settings or "–"])
     head = ["arm", "role", "description", "settings evaluated"]
     return ReportTable("Arms: the initial weights that were compared.", head, rows)
+
+
+def costs_table(report: Report) -> ReportTable | None:
+    """Return what the weights of every arm cost; `None` for a report of an older version."""
+    rows = []
+    for name in report["arms"]:
+        cells = [cell for cell in report.get("cells", []) if cell["arm"] == name]
+        costs = [cell["training_cost"] for cell in cells if cell.get("training_cost") is not None]
+        passes = [cell["choice"]["forward_passes"] for cell in cells if cell.get("choice")]
+        if costs:
+            rows.append([name, f"{fmean(costs):.3g}", f"{fmean(passes):,.0f}" if passes else "–"])
+    if not rows:
+        return None
+    return ReportTable(
+        "Cost of the weights of every arm: optimizer steps of the source trainings behind them, relative to those of"
+        " Θ0, and forward passes over validation examples that a gate chose by. Tuning on the target task comes on"
+        " top, equally for every arm.",
+        ["arm", "training, Θ0 = 1", "forward passes"],
+        rows,
+    )
+
+
+def choices_table(report: Report) -> ReportTable | None:
+    """Return what the gates chose, or `None` without a gate."""
+    chosen: dict[str, Counter[str]] = {}
+    for cell in report.get("cells", []):
+        if choice := cell.get("choice"):
+            chosen.setdefault(cell["arm"], Counter())[choice["chosen"]] += 1
+    if not chosen:
+        return None
+    rows = [[arm, ", ".join(f"{name} ({n})" for name, n in names.most_common())] for arm, names in chosen.items()]
+    return ReportTable("What the gates chose, with the number of trajectories.", ["arm", "chosen"], rows)
 
 
 def environment_table(report: Report) -> ReportTable:
