@@ -4,7 +4,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ def _record(args: argparse.Namespace) -> None:
 
     from accelerate import PartialState
 
-    from .tasks.record import record_task
+    from .prediction.selection import MINIMUM_VALUES
+    from .tasks.record import record_and_count
     from .tasks.recording_plan import plan_task
     from .trajectory.summary import inspect_trajectory
 
@@ -94,11 +95,12 @@ def _record(args: argparse.Namespace) -> None:
         if PartialState().is_main_process:
             _print(str(plan))
         return
-    trajectory = record_task(arguments)
+    trajectory, num_validation = record_and_count(arguments)
     if PartialState().is_main_process:
         enhanced = trajectory.path.with_name("enhanced")
         _print(f"{inspect_trajectory(trajectory)}\n\nrecorded in {trajectory.path}; next:")
-        _print(shlex.join(["know-hf", "predict", str(trajectory.path), "--output-dir", str(enhanced)]))
+        gate = ["--validation", "recorded"] if num_validation >= MINIMUM_VALUES else []
+        _print(shlex.join(["know-hf", "predict", str(trajectory.path), *gate, "--output-dir", str(enhanced)]))
 
 
 def _add_inspect(commands: Any) -> None:
@@ -185,6 +187,12 @@ def _add_predict(commands: Any) -> None:
     add("--predictor", metavar="NAME", help="use a predictor other than KNOWN, for example average")
     options = "options of the predictor, for example '{\"factor\": 0.9}'"
     add("--predictor-options", type=_json_object, metavar="JSON", help=options)
+    data = "choose the best of many candidates, or the recorded weights, on this dataset: a Hub id or folder, or"
+    add("--validation", metavar="DATASET", help=f"{data} 'recorded', the validation split of know-hf record")
+    split = "split of DATASET (default: its validation split, or its only one)"
+    add("--validation-split", metavar="NAME", help=split)
+    add("--max-validation", type=int, metavar="N", help="evaluate on this many rows, drawn at random")
+    add("--metric", choices=("loss", "accuracy"), help="what --validation compares (default: loss)")
     add("--norm", choices=("keep", "predict"), default="keep", help="norm layers (default: keep those of state 0)")
     add("--dtype", choices=_DTYPES, help="dtype of the written weights (default: the recorded dtype)")
     add("--kernel", default="auto", metavar="NAME", help="implementation of KNOWN (default: auto, the fastest)")
@@ -197,9 +205,8 @@ def _add_predict(commands: Any) -> None:
 
 def _predict(args: argparse.Namespace) -> None:
     push_options = _push_options(args)
-    for name, value in push_options.items():
-        if value and not args.push_to_hub:
-            raise ValueError(f"--{name.replace('_', '-')} needs --push-to-hub")
+    _check_needs(args, "push_to_hub", push_options)
+    _check_needs(args, "validation", ("validation_split", "max_validation", "metric"))
     if not args.dry_run:
         _check_output_dir(args)
         _check_report(args)
@@ -210,21 +217,33 @@ def _predict(args: argparse.Namespace) -> None:
     from .checkpoint import write_json
     from .predict import predict_overflowed_weights
     from .prediction import plan_prediction
+    from .prediction.plan import without_known
 
     options = {name: getattr(args, name) for name in ("known", "steps", "predictor", "predictor_options", "norm")}
     options |= {"kernel": args.kernel, "dtype": getattr(torch, args.dtype) if args.dtype else None}
     accelerator = Accelerator()
+    gate = None if args.validation is None else _make_gate(args)
     if args.dry_run:
+        if gate is not None:
+            options["predictor"] = without_known(args.trajectory, args.known, args.predictor)
         plan = plan_prediction(args.trajectory, **options, device=accelerator.device)
         if accelerator.is_main_process:
             _print(str(plan))
         return
     written = push_options | {name: getattr(args, name) for name in ("output_dir", "overwrite", "push_to_hub")}
-    result = predict_overflowed_weights(args.trajectory, **options, **written, accelerator=accelerator)
+    result = predict_overflowed_weights(args.trajectory, **options, **written, gate=gate, accelerator=accelerator)
     if accelerator.is_main_process:
         if args.report:
             write_json(Path(args.report), result.to_dict())
         _print(f"{result}\n\nwritten to {result.path}" + (f", pushed to {result.url}" if result.url else ""))
+
+
+def _make_gate(args: argparse.Namespace) -> Any:
+    from .tasks.validation_data import load_validation_data
+
+    options = {"split": args.validation_split, "max_examples": args.max_validation}
+    data = load_validation_data(args.trajectory, args.validation, **options)
+    return data.make_gate(**{"metric": "accuracy"} if args.metric == "accuracy" else {})
 
 
 def _add_compare(commands: Any) -> None:
@@ -300,6 +319,13 @@ def _check_output_dir(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     if not args.overwrite and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; choose another folder or pass --overwrite")
+
+
+def _check_needs(args: argparse.Namespace, needed: str, names: Iterable[str]) -> None:
+    """Raise a `ValueError` for a flag that has no effect without another one."""
+    for name in names:
+        if getattr(args, name) not in (None, False) and not getattr(args, needed):
+            raise ValueError(f"--{name.replace('_', '-')} needs --{needed.replace('_', '-')}")
 
 
 def _check_report(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from .plotting import forgetting_picture, save_figure
 from .prediction import Gate, PredictionPlan, PredictionResult, WriteOptions, plan_prediction
 from .prediction.choosing.gate import write_best_candidate
 from .prediction.engine import write_prediction
+from .prediction.plan import without_known
 from .predictors import Composition, Predictor
 from .trajectory import WeightTrajectory
 
@@ -59,7 +60,8 @@ def predict_overflowed_weights(
             rescale what the first predicts: `"average+rescale"`, `["known", Rescale(factor=0.25)]`.
         gate ([`Gate`], *optional*):
             Validation data. The best of Θ0, the other states, all numbers of steps up to `steps` and a family of
-            averages and moves between the states is written; Θ0 if none is better by more than noise.
+            averages and moves between the states is written; Θ0 if none is better by more than noise. KNOWN is left
+            out if there are too few states for it and it is not asked for.
         card (`bool`, *optional*, defaults to `True`):
             Whether to write a model card, `README.md`, with a plot of the forgetting.
         push_to_hub (`str`, *optional*):
@@ -102,17 +104,14 @@ def predict_overflowed_weights(
     settings["device"] = None if accelerator is None else accelerator.device
     if options:
         raise TypeError(f"predict_overflowed_weights() got an unexpected keyword argument {min(options)!r}")
+    if gate is not None:
+        predictor = without_known(trajectory, known, predictor)
     plan = plan_prediction(trajectory, known, steps, predictor=predictor, estimate_time=False, **settings)
     _check_recalibration(plan.trajectory, write)
     repo_id = None
     if push_to_hub is not None:
         repo_id = on_main_process(accelerator, lambda: _check_push(plan.trajectory, push_to_hub, push))
-    if isinstance(predictor, list | tuple) and all(isinstance(item, str) for item in predictor):
-        predictor = "+".join(predictor)
-    named: Predictor | str = plan.predictor if len(plan.members) == 1 else Composition(plan.members)
-    if isinstance(predictor, str) and "known" not in predictor.split("+"):
-        named = predictor
-    finish = partial(_write_card, plan, named, write, described, repo_id) if card else None
+    finish = partial(_write_card, plan, _named(plan, predictor), write, described, repo_id) if card else None
     if gate is not None:
         result = write_best_candidate(gate, plan, output_dir, write, finish)
     else:
@@ -129,6 +128,15 @@ def _with_keywords(defaults: Any, options: Any) -> Any:
     """Replace the fields of an options dataclass that are given as keywords, and take these out of the keywords."""
     names = {field.name for field in fields(defaults)} & options.keys()
     return replace(defaults, **{name: options.pop(name) for name in sorted(names)})
+
+
+def _named(plan: PredictionPlan, predictor: Predictor | str | Sequence[Predictor | str] | None) -> Predictor | str:
+    """Return the predictor as a card shows it: by its name if it was given so, except for KNOWN."""
+    if isinstance(predictor, list | tuple) and all(isinstance(item, str) for item in predictor):
+        predictor = "+".join(predictor)
+    if isinstance(predictor, str) and "known" not in predictor.split("+"):
+        return predictor
+    return plan.predictor if len(plan.members) == 1 else Composition(plan.members)
 
 
 def _check_recalibration(trajectory: WeightTrajectory, write: WriteOptions) -> None:

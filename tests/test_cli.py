@@ -131,6 +131,8 @@ def test_malformed_flags_are_refused(command, words, capsys):
         (["--revision", "x"], "--revision needs --push-to-hub"),
         (["--create-pr"], "--create-pr needs --push-to-hub"),
         (["--report", "missing/report.json"], "missing/report.json"),
+        (["--metric", "accuracy"], "--metric needs --validation"),
+        (["--max-validation", "9"], "--max-validation needs --validation"),
     ],
 )
 def test_predict_checks_flags_before_the_work(recorded, tmp_path, capsys, flags, message):
@@ -234,7 +236,7 @@ def test_wrong_arguments_of_record_are_one_line(tmp_path, config, capsys, flags,
 
 
 def test_record_prints_the_summary_and_the_next_command(config, recorded, monkeypatch, capsys):
-    monkeypatch.setattr("know_hf.tasks.record.record_task", lambda args: WeightTrajectory(recorded))
+    monkeypatch.setattr("know_hf.tasks.record.record_and_count", lambda args: (WeightTrajectory(recorded), 9))
     assert main(["record", "--config", config]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["state", "examples", "steps"]
@@ -245,7 +247,7 @@ def test_record_prints_the_summary_and_the_next_command(config, recorded, monkey
 def test_record_reports_a_busy_folder(config, tmp_path, monkeypatch, capsys):
     busy, free = (WeightTrajectory.create(tmp_path / "trajectory") for _ in range(2))
     monkeypatch.setattr(
-        "know_hf.tasks.record.record_task", lambda args: free.record(make_resnet(), num_examples=1, steps=1)
+        "know_hf.tasks.record.record_and_count", lambda args: free.record(make_resnet(), num_examples=1, steps=1)
     )
     with busy.recording():
         assert main(["record", "--config", config]) == 1
@@ -256,7 +258,7 @@ def test_record_reports_a_busy_folder(config, tmp_path, monkeypatch, capsys):
 def test_record_can_only_plan(config, monkeypatch, capsys):
     plan = RecordingPlan([100, 50], [20, 5], [2, 1], 250, 1.5, 3_000_000, 12_000_000, 10**9)
     monkeypatch.setattr("know_hf.tasks.recording_plan.plan_task", lambda args: plan)
-    monkeypatch.setattr("know_hf.tasks.record.record_task", None)
+    monkeypatch.setattr("know_hf.tasks.record.record_and_count", None)
     assert main(["record", "--config", config, "--plan"]) == 0
     out = capsys.readouterr().out
     assert [line.split() for line in out.splitlines()[1:3]] == [["0", "100", "2", "20"], ["1", "50", "1", "5"]]

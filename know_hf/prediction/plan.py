@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers.utils import logging
 
 from ..checkpoint import TensorSpec, parse_json
-from ..known import KNOWNModel
+from ..known import KNOWNConfig, KNOWNModel
 from ..known.kernels import KERNELS
 from ..markdown import size
 from ..predictors import Composition, DepthPredictor, Predictor, Rescaling, get_predictor
@@ -19,6 +20,8 @@ from ..trajectory import TrajectoryError, WeightTrajectory
 from . import pieces
 from .full_data_model import rescaling_of
 from .write_checkpoint import READ_AHEAD, WRITE_BEHIND, checkpoint_specs
+
+logger = logging.get_logger(__name__)
 
 SHIPPED_KNOWN = Path(__file__).parents[1] / "known" / "weights" / "known-base"
 MAX_STEPS = 1000
@@ -193,6 +196,24 @@ def plan_prediction(
     if estimate_time:
         plan.seconds = _seconds(plan)
     return plan
+
+
+def without_known(
+    trajectory: WeightTrajectory | str | Path,
+    known: KNOWNModel | str | Path | None,
+    predictor: Predictor | str | Sequence[Predictor | str] | None,
+) -> Predictor | str | Sequence[Predictor | str] | None:
+    """Return the predictor to request of a gate: `"average"` by default if the states are too few for KNOWN."""
+    if known is not None or predictor is not None:
+        return predictor
+    trajectory = trajectory if isinstance(trajectory, WeightTrajectory) else WeightTrajectory(trajectory)
+    needed = KNOWNConfig.from_pretrained(SHIPPED_KNOWN).num_states
+    if trajectory.num_states >= needed:
+        return None
+    logger.warning(
+        f"{trajectory.path} has fewer than {needed} states, so KNOWN is not among the candidates of the gate"
+    )
+    return "average"
 
 
 def check_num_states(trajectory: WeightTrajectory, predictor: Predictor) -> None:

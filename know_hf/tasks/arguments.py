@@ -34,7 +34,18 @@ _LORA_HELP = (
     " target_modules, use_dora, use_rslora; none: train all weights, whatever the YAML says"
 )
 _MAX_RANK = 65_536
-_CHOICES = {"start": ("train", "current"), "dtype": ("float32", "bfloat16", "auto", None)}
+_EVAL_SPLIT_HELP = (
+    "split to evaluate on; auto: validation, valid, val or dev, else held-out; held-out: a tenth of the training rows,"
+    " which are not trained on; none: no evaluation"
+)
+_KIND_HELP = "nested: train states on smaller and smaller subsets; complementary: two branches, each on one half"
+_START_WEIGHTS_HELP = "weights before the training: reference to the Hub cache where they equal it, full copy, or none"
+_CHOICES = {
+    "start": ("train", "current"),
+    "dtype": ("float32", "bfloat16", "auto", None),
+    "kind": ("nested", "complementary"),
+    "start_weights": ("reference", "full", "none"),
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ class RecordArguments:
     dataset_config: str | None = _option(None, "configuration of the dataset, if it has several")
     dataset_revision: str | None = _option(None, "branch, tag or commit of the dataset")
     train_split: str = _option("train", "split to train on; slices such as train[:90%] work")
-    eval_split: str | None = _option("auto", "split to evaluate on; auto: validation, else test; none: no evaluation")
+    eval_split: str | None = _option("auto", _EVAL_SPLIT_HELP)
     text_column: str | None = _option(None, "column of the text (default: detected by its name)")
     text_pair_column: str | None = _option(None, "column of the second text of a pair")
     image_column: str | None = _option(None, "column of the image (default: detected by its name)")
@@ -113,6 +124,9 @@ class RecordArguments:
     ratio: float = _option(0.5, "share of the examples that each stage keeps")
     num_states: int = _option(5, "number of states to record, including the state trained on all data")
     start: str = _option("train", "train: train state 0 on all data; current: use the pretrained weights as state 0")
+    kind: str = _option("nested", _KIND_HELP)
+    tail_states: int = _option(0, "states to record too in the second half of the training of state 0")
+    start_weights: str = _option("reference", _START_WEIGHTS_HELP)
     stratify: bool | None = _option(None, "keep the class balance in every subset (default: yes in classification)")
     lora: LoraArguments | None = field(default=None, metadata={"help": _LORA_HELP})
     seed: int = _option(0, "seed of the new head, the order of the examples and the subsets")
@@ -131,6 +145,8 @@ class RecordArguments:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect on {self.task}; remove it")
         if self.lora is not None and self.start == "current":
             raise ValueError("start='current' needs trained weights, but a LoRA adapter is new; use start='train'")
+        if self.tail_states and self.start == "current":
+            raise ValueError(f"tail_states={self.tail_states} has no effect with start='current'; remove it")
         for name in self.training:
             if name in _RESERVED:
                 raise ValueError(f"training must not contain {name!r}: {_RESERVED[name]}")
@@ -152,7 +168,7 @@ class RecordArguments:
         from ..schedule import ForgettingSchedule
 
         stratify = self.task != LM if self.stratify is None else self.stratify
-        names = ("ratio", "num_states", "epochs_per_stage", "steps_per_stage", "seed")
+        names = ("ratio", "num_states", "epochs_per_stage", "steps_per_stage", "seed", "tail_states", "kind")
         options = {name: getattr(self, name) for name in names}
         return ForgettingSchedule(**options, stratify_by=LABELS if stratify else None)
 

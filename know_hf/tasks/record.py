@@ -8,6 +8,7 @@ output_dir/
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..plotting import forgetting_picture, save_figure
 from ..recording import induce_forgetting
 from ..trajectory import WeightTrajectory
 from .arguments import RecordArguments
+from .task_data import VALIDATION_SPLITS, find_split, splits_in
 from .trainer_parts import prepare_task, training_arguments
 
 _TRAJECTORY_NAME = "trajectory"
@@ -44,28 +46,59 @@ def record_task(args: RecordArguments) -> WeightTrajectory:
         `FileExistsError`:
             When the folder has a `record.json` or `forgetting.png` of another program.
     """
+    return record_and_count(args)[0]
+
+
+def record_and_count(args: RecordArguments) -> tuple[WeightTrajectory, int]:
+    """Record as [`record_task`]; also return the number of validation examples, which is 0 if there are none."""
     output_dir = Path(args.output_dir)
     training = training_arguments(args)
     with training.main_process_first(desc="arguments"):
-        _check_or_write_arguments(args, output_dir, write=training.process_index == 0)
+        args = _check_or_write_arguments(args, output_dir, write=training.process_index == 0)
     trainer = prepare_task(args).make_trainer()
-    trajectory = induce_forgetting(trainer, args.schedule, output_dir / _TRAJECTORY_NAME, start=args.start)  # type: ignore[arg-type]
+    trajectory = induce_forgetting(
+        trainer,
+        args.schedule,
+        output_dir / _TRAJECTORY_NAME,
+        start=args.start,  # type: ignore[arg-type]
+        start_weights=args.start_weights,  # type: ignore[arg-type]
+    )
     if trainer.is_world_process_zero() and (picture := forgetting_picture(trajectory)) is not None:
         save_figure(picture, output_dir / _PICTURE_NAME)
-    return trajectory
+    validation: Any = None if "test" in splits_in(args.eval_split) else trainer.eval_dataset
+    return trajectory, 0 if validation is None else len(validation)
 
 
-def _check_or_write_arguments(args: RecordArguments, output_dir: Path, write: bool) -> None:
-    """Compare the arguments with those of a trajectory in the folder, on every process; the main one writes them."""
+def read_arguments(path: Path) -> RecordArguments:
+    """Read `record.json`.
+
+    The `eval_split="auto"` of know_hf 0.2 and older, which took the test split of a dataset without validation split,
+    becomes the name of the split that it took.
+    """
+    content = read_json_object(path)
+    args = RecordArguments.from_dict(content, str(path))
+    if args.eval_split == "auto" and "kind" not in content:
+        args = replace(args, eval_split=find_split(args, (*VALIDATION_SPLITS, "test")))
+    return args
+
+
+def _check_or_write_arguments(args: RecordArguments, output_dir: Path, write: bool) -> RecordArguments:
+    """Compare the arguments with those of a trajectory in the folder, on every process; the main one writes them.
+
+    Returns them; `eval_split="auto"` as the recording began.
+    """
     path = output_dir / _ARGUMENTS_NAME
-    new = json.loads(json.dumps(_with_explicit_paths(args.to_dict())))
     if path.exists() and WeightTrajectory.exists(output_dir / _TRAJECTORY_NAME):
-        old = _with_explicit_paths(read_json_object(path))
-        for key in sorted((new.keys() | old.keys()) - {"output_dir"}):
-            if old.get(key) != new.get(key):
+        recorded = read_arguments(path)
+        if args.eval_split == "auto":
+            args = replace(args, eval_split=recorded.eval_split)
+        old = _with_explicit_paths(recorded.to_dict())
+        new = json.loads(json.dumps(_with_explicit_paths(args.to_dict())))
+        for key in sorted(new.keys() - {"output_dir"}):
+            if old[key] != new[key]:
                 raise ValueError(
-                    f"{output_dir} was recorded with {key}={old.get(key)!r}, not {new.get(key)!r}; use the same value"
-                    " to resume, or another output_dir"
+                    f"{output_dir} was recorded with {key}={old[key]!r}, not {new[key]!r}; use the same value to"
+                    " resume, or another output_dir"
                 )
     elif write:
         check_output(output_dir, [args.model, args.dataset], replaces=False)
@@ -74,7 +107,8 @@ def _check_or_write_arguments(args: RecordArguments, output_dir: Path, write: bo
             if file.exists():
                 raise FileExistsError(f"{file} is not of a recording and would be replaced; use another output_dir")
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(path, new)
+        write_json(path, _with_explicit_paths(args.to_dict()))
+    return args
 
 
 def _with_explicit_paths(content: dict[str, Any]) -> dict[str, Any]:

@@ -21,21 +21,27 @@ class RecordingPlan:
 
     Attributes:
         num_examples (`list[int]`):
-            Examples of every state, full data first.
+            Examples of every state, full data first, and of every branch.
         steps (`list[int]`):
-            Optimizer steps of every state; 0 for a state 0 that is not trained.
+            Optimizer steps of each; 0 for a state 0 that is not trained.
         epochs (`list[float]`):
-            Epochs of every state.
+            Epochs of each.
         examples_seen (`int`):
             Examples of all trainings, each counted as often as it is seen.
         relative_cost (`float`):
-            Σ r^k: one epoch on every subset, in epochs on all data.
+            One epoch on every subset, in epochs on all data.
         parameters (`int`):
             Parameters of one state; those of the adapter if there is one.
         bytes_per_state (`int`):
             Bytes of one state.
         free_bytes (`int`):
             Free bytes on the disk of the output folder.
+        num_branches (`int`):
+            How many of the trainings are branches, the last ones.
+        tail_states (`int`):
+            Number of tail states.
+        has_start (`bool`):
+            Whether the weights before the training are recorded too.
     """
 
     num_examples: list[int]
@@ -46,31 +52,32 @@ class RecordingPlan:
     parameters: int
     bytes_per_state: int
     free_bytes: int
+    num_branches: int = 0
+    tail_states: int = 0
+    has_start: bool = True
 
     @property
     def bytes_needed(self) -> int:
-        """Upper bound of the bytes of all states and the start; tensors that do not change are stored once."""
-        return self.bytes_per_state * (len(self.num_examples) + self.has_start)
-
-    @property
-    def has_start(self) -> bool:
-        """Whether the weights before the training are recorded too: state 0 is trained."""
-        return self.epochs[0] > 0
+        """Upper bound of the bytes of everything recorded; tensors that do not change are stored once."""
+        return self.bytes_per_state * (len(self.num_examples) + self.tail_states + self.has_start)
 
     def __str__(self) -> str:
-        rows = [f"{'state':>5}  {'examples':>10}  {'epochs':>6}  {'steps':>9}"]
-        for state, row in enumerate(zip(self.num_examples, self.epochs, self.steps, strict=True)):
-            rows.append("{:>5}  {:>10,}  {:>6.3g}  {:>9,}".format(state, *row))
+        num_states = len(self.num_examples) - self.num_branches
+        names = [*map(str, range(num_states)), *(f"branch-{index}" for index in range(self.num_branches))]
+        rows = [f"{'state':>8}  {'examples':>10}  {'epochs':>6}  {'steps':>9}"]
+        for row in zip(names, self.num_examples, self.epochs, self.steps, strict=True):
+            rows.append("{:>8}  {:>10,}  {:>6.3g}  {:>9,}".format(*row))
         epochs = self.examples_seen / self.num_examples[0]
         cost = f"cost: {sum(self.steps):,} steps, {self.examples_seen:,} examples = {epochs:.2f} epochs on all data"
         if self.epochs[0]:
             cost += f", {epochs / self.epochs[0]:.2f} times the training of state 0"
-        states = f"{len(self.num_examples)} states{' and the start' if self.has_start else ''}"
+        counts = {"states": num_states, "tail states": self.tail_states, "branches": self.num_branches}
+        recorded = [f"{count} {what}" for what, count in counts.items() if count] + ["the start"] * self.has_start
         disk = (
-            f"disk: {states} of {format_bytes(self.bytes_per_state)} ({self.parameters:,}"
+            f"disk: {', '.join(recorded)}, each {format_bytes(self.bytes_per_state)} ({self.parameters:,}"
             f" parameters) = {format_bytes(self.bytes_needed)}, {format_bytes(self.free_bytes)} free"
         )
-        return "\n".join([*rows, "", f"{cost} (Σ r^k = {self.relative_cost:.2f})", disk])
+        return "\n".join([*rows, "", f"{cost} (one epoch on every subset: {self.relative_cost:.2f})", disk])
 
 
 def plan_task(args: RecordArguments) -> RecordingPlan:
@@ -86,14 +93,18 @@ def plan_task(args: RecordArguments) -> RecordingPlan:
     parts = prepare_task(args)
     training, schedule = parts.args, args.schedule
     batch = training.train_batch_size * training.world_size
-    sizes = schedule.sizes(len(parts.train_dataset), batch * training.gradient_accumulation_steps)
+    num_examples, step = len(parts.train_dataset), batch * training.gradient_accumulation_steps
+    sizes = schedule.sizes(num_examples, step)
+    if schedule.kind == "complementary":
+        sizes += [len(half) for half in schedule.halves(num_examples, batch_size=step)]
     lengths = [(args.epochs, training.max_steps) if args.start == "train" else (0.0, -1)]
-    lengths += [(args.epochs_per_stage, args.steps_per_stage or -1)] * (args.num_states - 1)
+    lengths += [(args.epochs_per_stage, args.steps_per_stage or -1)] * (schedule.num_stages - 1)
     steps, epochs = [], []
     for size, (num_epochs, max_steps) in zip(sizes, lengths, strict=True):
         steps_per_epoch = _steps_per_epoch(size, batch, training)
         steps.append(max_steps if max_steps > 0 else math.ceil(num_epochs * steps_per_epoch))
         epochs.append(max_steps / steps_per_epoch if max_steps > 0 else num_epochs)
+    schedule.tail_steps(steps[0])  # checks them
     return RecordingPlan(
         num_examples=sizes,
         steps=steps,
@@ -103,6 +114,9 @@ def plan_task(args: RecordArguments) -> RecordingPlan:
         parameters=sum(unsharded_shape(tensor).numel() for tensor in recorded_tensors(parts.model)),
         bytes_per_state=state_nbytes(parts.model)[0],
         free_bytes=_free_bytes(Path(args.output_dir).absolute()),
+        num_branches=len(sizes) - schedule.num_states,
+        tail_states=schedule.tail_states,
+        has_start=args.start == "train" and args.start_weights != "none",
     )
 
 

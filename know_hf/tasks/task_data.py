@@ -1,7 +1,8 @@
 """Datasets of a recording: splits, columns, classes and preprocessing."""
 
 import logging as python_logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from transformers import BaseImageProcessor, DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..schedule import ForgettingSchedule
 from .arguments import IMAGE, LABELS, LM, RecordArguments
 
 logger: python_logging.Logger = logging.get_logger(__name__)
@@ -20,15 +22,22 @@ _COLUMNS = {
     "image": ("image", "img"),
     "label": ("label", "labels", "class", "target"),
 }
-_EVAL_SPLITS = ("validation", "valid", "val", "dev", "test")
+VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
+HELD_OUT = "held-out"
+_FEWEST_HELD_OUT = 10  # a gate needs as many
 
 
-def load_splits(args: RecordArguments) -> tuple[datasets.Dataset, datasets.Dataset | None, list[str] | None]:
+def load_splits(
+    args: RecordArguments, validation: RecordArguments | None = None
+) -> tuple[datasets.Dataset, datasets.Dataset | None, list[str] | None]:
     """Load the splits to train and evaluate on, with the columns that the task needs.
 
     Args:
         args ([`RecordArguments`]):
             Names the dataset, its splits, its columns and how many rows to draw from each split.
+        validation ([`RecordArguments`], *optional*):
+            Names the dataset and split to evaluate on, by default those of `args`. Columns and classes are those of
+            the training split.
 
     Returns:
         The training split, the evaluation split or `None`, and the names of the classes or `None`. The columns are
@@ -38,21 +47,42 @@ def load_splits(args: RecordArguments) -> tuple[datasets.Dataset, datasets.Datas
         `ValueError`:
             When a column cannot be detected, is missing, has the wrong type, holds no classes, or has an empty row.
     """
-    try:
-        splits = [_load(args, split) for split in (args.train_split, _eval_split(args)) if split is not None]
-    except (datasets.exceptions.DatasetBuildError, ValueError) as error:
-        reason = " ".join(f"{error.__cause__ or error}"[:500].split())
-        raise ValueError(f"dataset={args.dataset!r} cannot be read ({reason})") from error
+    validation = validation or args
+    evaluated, class_names = _eval_split(validation), None
+    sources = [(args, args.train_split)]
+    if evaluated is not None and evaluated != HELD_OUT:
+        sources.append((validation, evaluated))
+    names = [f"split {split} of {source.dataset}" for source, split in sources]
+    splits = [_load(source, split) for source, split in sources]
     columns = _detect_columns(splits[0], args)
-    splits = [_select(split, columns, args) for split in splits]
-    class_names = None
+    splits = [_select(split, columns, name) for split, name in zip(splits, names, strict=True)]
     if args.task != LM:
-        splits, class_names = _encode_classes(splits, args)
-    limits = (args.max_examples, args.max_eval_examples)
+        splits, class_names = _encode_classes(splits, names)
+    if evaluated == HELD_OUT:
+        splits, names = _hold_out(splits[0], args), 2 * names
+    limits = (args.max_examples, validation.max_eval_examples)
     drawn = [_draw(split, limit, args.seed) for split, limit in zip(splits, limits, strict=False)]
-    for split in drawn:
-        _check_no_empty_rows(split, columns, args)
+    for split, name in zip(drawn, names, strict=False):
+        _check_no_empty_rows(split, columns, name)
     return drawn[0], drawn[1] if len(drawn) > 1 else None, class_names
+
+
+def find_split(args: RecordArguments, names: Sequence[str]) -> str | None:
+    """Return the first of the names that is a split of the dataset and not trained on."""
+    trained = splits_in(args.train_split)
+    others = [] if "all" in trained else [name for name in split_names(args) if name not in trained]
+    return next((name for name in names if name in others), None)
+
+
+def split_names(args: RecordArguments) -> list[str]:
+    """Return the names of the splits of the dataset."""
+    with _readable(args):
+        return datasets.get_dataset_split_names(args.dataset, args.dataset_config, revision=args.dataset_revision)
+
+
+def splits_in(expression: str | None) -> set[str]:
+    """Return the names of the splits in an expression such as `train[:90%]+validation`."""
+    return {part.partition("[")[0].strip() for part in (expression or "").split("+")}
 
 
 def tokenize(
@@ -130,23 +160,38 @@ def _image_inputs(processor: BaseImageProcessor, mode: str, batch: Mapping[str, 
     return {"pixel_values": pixels, LABELS: batch[LABELS]}
 
 
+@contextmanager
+def _readable(args: RecordArguments) -> Iterator[None]:
+    try:
+        yield
+    except (datasets.exceptions.DatasetBuildError, ValueError) as error:
+        reason = " ".join(f"{error.__cause__ or error}"[:500].split())
+        raise ValueError(f"dataset={args.dataset!r} cannot be read ({reason})") from error
+
+
 def _load(args: RecordArguments, split: str) -> datasets.Dataset:
-    return datasets.load_dataset(args.dataset, args.dataset_config, split=split, revision=args.dataset_revision)
+    with _readable(args):
+        return datasets.load_dataset(args.dataset, args.dataset_config, split=split, revision=args.dataset_revision)
 
 
 def _eval_split(args: RecordArguments) -> str | None:
     if args.eval_split != "auto":
         return args.eval_split
-    names = datasets.get_dataset_split_names(args.dataset, args.dataset_config, revision=args.dataset_revision)
-    trained = {part.partition("[")[0] for part in args.train_split.split("+")}
-    for name in _EVAL_SPLITS:
-        if name in names and not trained & {name, "all"}:
-            return name
-    logger.warning(
-        f"{args.dataset} has no split to evaluate on, only {', '.join(names)}: states get no metrics. Set eval_split;"
-        " train_split=train[:90%] and eval_split=train[90%:] divide one split"
-    )
-    return None
+    return find_split(args, VALIDATION_SPLITS) or HELD_OUT
+
+
+def _hold_out(split: datasets.Dataset, args: RecordArguments) -> list[datasets.Dataset]:
+    """Return the rows to train on, and a tenth to evaluate on with the same class balance."""
+    if len(split) < 10 * _FEWEST_HELD_OUT:
+        logger.warning(
+            f"{args.dataset} has no validation split, and a tenth of its {len(split)} training rows is too little:"
+            f" states get no metrics. Set eval_split, or use {10 * _FEWEST_HELD_OUT} rows or more"
+        )
+        return [split]
+    labels = split.with_format(None)[LABELS][:] if LABELS in split.column_names else None
+    by = None if labels is None else LABELS
+    kept = ForgettingSchedule(ratio=0.9, num_states=2, seed=args.seed, stratify_by=by).indices(len(split), labels)[1]
+    return [split.select(kept), split.select(np.setdiff1d(np.arange(len(split)), kept))]
 
 
 def _detect_columns(split: datasets.Dataset, args: RecordArguments) -> dict[str, str]:
@@ -170,9 +215,9 @@ def _column(split: datasets.Dataset, kind: str, given: str | None) -> str:
     return candidates[0]
 
 
-def _select(split: datasets.Dataset, columns: Mapping[str, str], args: RecordArguments) -> datasets.Dataset:
+def _select(split: datasets.Dataset, columns: Mapping[str, str], source: str) -> datasets.Dataset:
     if missing := [column for column in columns if column not in split.column_names]:
-        raise ValueError(f"{_name(split, args)} has no column {missing[0]!r}, only {', '.join(split.column_names)}")
+        raise ValueError(f"{source} has no column {missing[0]!r}, only {', '.join(split.column_names)}")
     for column, name in columns.items():
         feature = split.features[column]
         kind = getattr(feature, "dtype", type(feature).__name__)
@@ -183,8 +228,8 @@ def _select(split: datasets.Dataset, columns: Mapping[str, str], args: RecordArg
     return split.select_columns(list(columns)).rename_columns({k: v for k, v in columns.items() if k != v})
 
 
-def _encode_classes(splits: list[datasets.Dataset], args: RecordArguments) -> tuple[list[datasets.Dataset], list[str]]:
-    """Return the splits with `labels` counted from 0, and the names of the classes."""
+def _encode_classes(splits: list[datasets.Dataset], sources: list[str]) -> tuple[list[datasets.Dataset], list[str]]:
+    """Return the splits with `labels` counted from 0, and the names of the classes, which are those of the first."""
     feature = splits[0].features[LABELS]
     labels = [split.with_format(None)[LABELS][:] for split in splits]
     if isinstance(feature, datasets.ClassLabel):
@@ -192,24 +237,28 @@ def _encode_classes(splits: list[datasets.Dataset], args: RecordArguments) -> tu
     else:
         if not isinstance(labels[0][0], str | int):
             raise ValueError(
-                f"{_name(splits[0], args)}: the label {labels[0][0]!r} is not a class; set label_column to a column of"
-                " integers or strings"
+                f"{sources[0]}: the label {labels[0][0]!r} is not a class; set label_column to a column of integers or"
+                " strings"
             )
         classes = sorted({label for label in labels[0] if label is not None})
         names, index_of = [str(label) for label in classes], {label: index for index, label in enumerate(classes)}
-    for split, values in zip(splits, labels, strict=True):
+    index_of |= {name: index for index, name in enumerate(names)}
+    encoded = []
+    for split, values, source in zip(splits, labels, sources, strict=True):
+        own = split.features[LABELS]
+        if isinstance(own, datasets.ClassLabel) and own != feature:  # numbered in another order, perhaps
+            values = [own.names[value] if value in range(own.num_classes) else value for value in values]
         if unknown := [value for value in values if value not in index_of]:
             raise ValueError(
-                f"{_name(split, args)}: {len(unknown)} rows have the class {unknown[0]!r}, which is not among"
-                f" {_shorten(names)}; choose another split, because test splits often have no classes"
+                f"{source}: {len(unknown)} rows have the class {unknown[0]!r}, which is not among {_shorten(names)};"
+                " choose another split, because test splits often have no classes"
             )
-    is_bool = getattr(feature, "dtype", None) == "bool"  # False == 0, but no model takes False as a class
-    if is_bool or any(label != index for label, index in index_of.items()):
-        splits = [
-            split.remove_columns(LABELS).add_column(LABELS, [index_of[value] for value in values])
-            for split, values in zip(splits, labels, strict=True)
-        ]
-    return splits, names
+        indices = [index_of[value] for value in values]
+        # False == 0, but no model takes False as a class
+        if indices != values or getattr(own, "dtype", None) == "bool":
+            split = split.remove_columns(LABELS).add_column(LABELS, indices)
+        encoded.append(split)
+    return encoded, names
 
 
 def _draw(split: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
@@ -220,20 +269,16 @@ def _draw(split: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dat
     return split.select(np.sort(order[:limit]))
 
 
-def _check_no_empty_rows(split: datasets.Dataset, columns: Mapping[str, str], args: RecordArguments) -> None:
+def _check_no_empty_rows(split: datasets.Dataset, columns: Mapping[str, str], source: str) -> None:
     for column, name in columns.items():
         if not split.data.column(name).null_count:  # counts all rows, drawn or not, without reading one
             continue
         cells = split.select_columns(name).with_format("arrow")[:].column(name)
         if cells.null_count:
             raise ValueError(
-                f"{_name(split, args)}, column {column!r}: {cells.null_count} of the rows in use are empty, first row"
+                f"{source}, column {column!r}: {cells.null_count} of the rows in use are empty, first row"
                 f" {cells.is_null().index(True)}; fill or remove them"
             )
-
-
-def _name(split: datasets.Dataset, args: RecordArguments) -> str:
-    return f"split {split.split} of {args.dataset}"
 
 
 def _shorten(names: Sequence[str], most: int = 10) -> str:

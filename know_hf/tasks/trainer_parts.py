@@ -2,45 +2,37 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BaseImageProcessor,
-    DataCollatorWithPadding,
     EvalPrediction,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
-from ..checkpoint.safe_loading import from_safetensors, load_config
+from ..checkpoint.safe_loading import from_safetensors
 from ..config_files import check_keys, check_types
 from .arguments import IMAGE, LABELS, LM, TEXT, LoraArguments, RecordArguments
-from .task_data import CausalCollator, load_splits, process_images, tokenize
+from .preprocessing import Processor, load_preprocessing
+from .task_data import load_splits
 
-_DEFAULT_MAX_LENGTH = 512
 _AUTO_MODELS = {
     TEXT: AutoModelForSequenceClassification,
     IMAGE: AutoModelForImageClassification,
     LM: AutoModelForCausalLM,
 }
 _LORA_TASKS = {TEXT: "SEQ_CLS", IMAGE: None, LM: "CAUSAL_LM"}
-Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor
 
 
 @dataclass
@@ -73,32 +65,17 @@ def prepare_task(args: RecordArguments) -> TrainerParts:
     training = training_arguments(args)
     with training.main_process_first(desc="data"):
         train, evaluation, classes = load_splits(args)
-        revision = args.model_revision or "main"
-        config = load_config(args.model, revision)
-        processor: Processor
-        collator: Callable[[list[Any]], Any]
-        if args.task == IMAGE:
-            # The PIL backend gives the same pixels whether torchvision is installed or not.
-            processor = AutoImageProcessor.from_pretrained(args.model, backend="pil", revision=revision)
-            prepare = partial(process_images, processor=processor, channels=getattr(config, "num_channels", 3))
-            collator = default_data_collator
-        else:
-            processor = _load_tokenizer(args)
-            length = _max_length(args, processor, config)
-            prepare = partial(tokenize, tokenizer=processor, max_length=length, causal=args.task == LM, pack=args.pack)
-            collator = (CausalCollator if args.task == LM else DataCollatorWithPadding)(processor)
+        preprocessing = load_preprocessing(args)
+        prepare = preprocessing.prepare
         train, evaluation = prepare(train), None if evaluation is None else prepare(evaluation)
-    model, new_tensors = _load_model(args, classes)
-    text_config = model.config.get_text_config()
-    if isinstance(processor, PreTrainedTokenizerBase) and getattr(text_config, "pad_token_id", None) is None:
-        text_config.pad_token_id = processor.pad_token_id
+    model, new_tensors = load_model(args, classes, preprocessing.processor)
     return TrainerParts(
         model=model if args.lora is None else _add_adapter(model, args.lora, args.task, new_tensors),
         args=training,
         train_dataset=train,
         eval_dataset=evaluation,
-        processing_class=processor,
-        data_collator=collator,
+        processing_class=preprocessing.processor,
+        data_collator=preprocessing.collator,
         compute_metrics=None if args.task == LM else _accuracy,
         preprocess_logits_for_metrics=None if args.task == LM else _arg_max,
     )
@@ -126,27 +103,10 @@ def training_arguments(args: RecordArguments) -> TrainingArguments:
     return TrainingArguments(str(Path(args.output_dir) / "trainer"), **options)
 
 
-def _load_tokenizer(args: RecordArguments) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.model_revision or "main")
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"the tokenizer of {args.model} has neither pad_token nor eos_token; save it with one")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _max_length(args: RecordArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-    if args.max_length is None:
-        return min(limit, _DEFAULT_MAX_LENGTH)
-    if args.max_length > limit:
-        raise ValueError(f"max_length={args.max_length}: {args.model} takes at most {limit} tokens")
-    return args.max_length
-
-
-def _load_model(args: RecordArguments, classes: list[str] | None) -> tuple[PreTrainedModel, list[str]]:
-    """Return the model, and the names of the tensors that its checkpoint does not have."""
+def load_model(
+    args: RecordArguments, classes: list[str] | None, processor: Processor
+) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model before the training, without adapter, and the names of tensors that its checkpoint lacks."""
     options: dict[str, Any] = {}
     if classes is not None:
         label2id = {name: index for index, name in enumerate(classes)}
@@ -166,6 +126,9 @@ def _load_model(args: RecordArguments, classes: list[str] | None) -> tuple[PreTr
             f"start='current' needs a model trained on the task, but {args.model} has no {new_tensors[0]!r} for"
             f" {args.task}; use start='train'"
         )
+    text_config = model.config.get_text_config()
+    if isinstance(processor, PreTrainedTokenizerBase) and getattr(text_config, "pad_token_id", None) is None:
+        text_config.pad_token_id = processor.pad_token_id
     return model, new_tensors
 
 

@@ -1,0 +1,82 @@
+"""From rows to the inputs of a model: processor, preprocessing and collator of a task."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import datasets
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+
+from ..checkpoint.safe_loading import load_config
+from .arguments import IMAGE, LM, RecordArguments
+from .task_data import CausalCollator, process_images, tokenize
+
+_DEFAULT_MAX_LENGTH = 512
+Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How the rows of [`load_splits`] become inputs of the model.
+
+    Attributes:
+        processor (`PreTrainedTokenizerBase` or `BaseImageProcessor`):
+            Tokenizer or image processor of the model.
+        prepare (`Callable[[datasets.Dataset], datasets.Dataset]`):
+            Maps the rows to examples.
+        collator (`Callable`):
+            Collates a list of examples into a batch.
+    """
+
+    processor: Processor
+    prepare: Callable[[datasets.Dataset], datasets.Dataset]
+    collator: Callable[[list[Any]], Any]
+
+
+def load_preprocessing(args: RecordArguments) -> Preprocessing:
+    """Load the preprocessing of a task.
+
+    Raises:
+        `ValueError`:
+            When the tokenizer has no token to pad with, or the model takes fewer tokens than `max_length`.
+    """
+    revision = args.model_revision or "main"
+    config = load_config(args.model, revision)
+    if args.task == IMAGE:
+        # The PIL backend gives the same pixels whether torchvision is installed or not.
+        images = AutoImageProcessor.from_pretrained(args.model, backend="pil", revision=revision)
+        channels = getattr(config, "num_channels", 3)
+        prepare = partial(process_images, processor=images, channels=channels)
+        return Preprocessing(images, prepare, default_data_collator)
+    tokenizer, causal = _load_tokenizer(args), args.task == LM
+    length = _max_length(args, tokenizer, config)
+    prepare = partial(tokenize, tokenizer=tokenizer, max_length=length, causal=causal, pack=args.pack)
+    return Preprocessing(tokenizer, prepare, (CausalCollator if causal else DataCollatorWithPadding)(tokenizer))
+
+
+def _load_tokenizer(args: RecordArguments) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.model_revision or "main")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {args.model} has neither pad_token nor eos_token; save it with one")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _max_length(args: RecordArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if args.max_length is None:
+        return min(limit, _DEFAULT_MAX_LENGTH)
+    if args.max_length > limit:
+        raise ValueError(f"max_length={args.max_length}: {args.model} takes at most {limit} tokens")
+    return args.max_length

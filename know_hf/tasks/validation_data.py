@@ -1,0 +1,131 @@
+"""[`load_validation_data`]: the data of a gate for a trajectory of `know-hf record`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from ..local_paths import explicit_path
+from ..prediction import Gate
+from ..prediction.selection import MINIMUM_VALUES
+from ..trajectory import WeightTrajectory
+from .arguments import RecordArguments
+from .preprocessing import load_preprocessing
+from .record import read_arguments
+from .task_data import VALIDATION_SPLITS, find_split, load_splits, split_names, splits_in
+from .trainer_parts import load_model
+
+RECORDED = "recorded"
+
+
+@dataclass(frozen=True)
+class ValidationData:
+    """Examples to evaluate the candidates of a gate on, preprocessed as in the recording.
+
+    Attributes:
+        dataset (`datasets.Dataset`):
+            Labelled examples.
+        data_collator (`Callable`):
+            Collates a list of examples into a batch.
+        base_model (`PreTrainedModel`, *optional*):
+            Base model of a trajectory of adapters.
+    """
+
+    dataset: datasets.Dataset
+    data_collator: Callable[[list[Any]], Any]
+    base_model: PreTrainedModel | None = None
+
+    def make_gate(self, **options: Any) -> Gate:
+        """Return a [`Gate`] on the data.
+
+        Args:
+            options:
+                Other arguments of the gate. By default, batches have 8 examples, or fewer if the gate would otherwise
+                get too few batches.
+        """
+        batch_size = max(1, min(Gate.batch_size, len(self.dataset) // MINIMUM_VALUES))
+        return Gate(**{"batch_size": batch_size, **vars(self), **options})
+
+
+def load_validation_data(
+    trajectory: WeightTrajectory | str | Path,
+    dataset: str = RECORDED,
+    *,
+    split: str | None = None,
+    max_examples: int | None = None,
+) -> ValidationData:
+    """Load validation data for a trajectory of `know-hf record`, with its task, columns, classes and preprocessing.
+
+    Args:
+        trajectory ([`WeightTrajectory`], `str` or `Path`):
+            The trajectory, beside the `record.json` of its recording.
+        dataset (`str`, *optional*, defaults to `"recorded"`):
+            Hub id or folder of a dataset with the columns of the recording, or `"recorded"`: the split that the
+            recording evaluated its states on, such as the held-out tenth.
+        split (`str`, *optional*):
+            Split of `dataset`; slices work. By default its validation split, or its only one.
+        max_examples (`int`, *optional*):
+            Number of rows, drawn with the seed of the recording. By default all, or as many as the recording drew.
+
+    Returns:
+        [`ValidationData`]: `make_gate()` returns the [`Gate`].
+
+    Raises:
+        `FileNotFoundError`: if there is no `record.json` beside the trajectory.
+        `ValueError`: if the recording has no validation split, or its evaluation split is the test split, the split of
+            `dataset` is unknown or was trained on, or columns or classes differ from those of the recording.
+    """
+    trajectory = trajectory if isinstance(trajectory, WeightTrajectory) else WeightTrajectory(trajectory)
+    path = trajectory.path.absolute().with_name("record.json")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist, so the task of {trajectory.path} is unknown; call"
+            " predict_overflowed_weights(..., gate=Gate(dataset=validation_set)) in Python"
+        )
+    args = read_arguments(path)
+    with PartialState().main_process_first():
+        validation = _recorded(args, split) if dataset == RECORDED else _other(args, dataset, split)
+        if max_examples is not None:
+            validation = replace(validation, max_eval_examples=max_examples)
+        _, rows, classes = load_splits(args, validation)
+        if rows is None:
+            raise ValueError(f"{path.parent} has no validation split; name a dataset instead of {RECORDED!r}")
+        preprocessing = load_preprocessing(args)
+        examples = preprocessing.prepare(rows)
+    base = load_model(args, classes, preprocessing.processor)[0] if trajectory.is_adapter else None
+    return ValidationData(examples, preprocessing.collator, base)
+
+
+def _recorded(args: RecordArguments, split: str | None) -> RecordArguments:
+    if split is not None:
+        raise ValueError(f"{RECORDED!r} has the split of the recording; remove split {split!r} or name a dataset")
+    if "test" in splits_in(args.eval_split):
+        raise ValueError(
+            "the recording was evaluated on its test split, which should stay unseen for reporting; name other data"
+            f" instead of {RECORDED!r}, or {args.dataset!r} with the split 'test' to choose on it anyway"
+        )
+    return args
+
+
+def _other(args: RecordArguments, dataset: str, split: str | None) -> RecordArguments:
+    """Return arguments that name another dataset or split to evaluate on."""
+    is_same = explicit_path(dataset) == explicit_path(args.dataset)
+    other = replace(args, dataset=dataset, max_eval_examples=None)
+    if not is_same:
+        other = replace(other, dataset_config=None, dataset_revision=None, train_split="")
+    if split is None:
+        names = split_names(other)
+        split = find_split(other, VALIDATION_SPLITS) or (names[0] if len(names) == 1 else None)
+        if split is None:
+            raise ValueError(f"{dataset} has no validation split, only {', '.join(names)}; name one of them")
+    overlaps = splits_in(args.train_split) & {*splits_in(split), "all"}
+    if is_same and overlaps and not ("[" in split and "[" in args.train_split):
+        raise ValueError(
+            f"split {split} of {dataset} was trained on, so a choice on it would favour Θ0; use {RECORDED!r} or other"
+            " data"
+        )
+    return replace(other, eval_split=split)

@@ -1,0 +1,148 @@
+"""From a recording to a gated prediction: the validation data of a gate, by command and in Python."""
+
+import shlex
+from dataclasses import replace
+
+import datasets
+import pytest
+from doubles.task_fixtures import (
+    PEFT_WARNING,
+    QUICK,
+    bert,
+    image_arguments,
+    llama,
+    lm_arguments,
+    make_texts,
+    own_cache,
+    pictures,
+    text_arguments,
+    texts,
+    vit,
+)
+from transformers import AutoModelForSequenceClassification
+
+from know_hf import RecordArguments, WeightTrajectory, record_task
+from know_hf.cli import main
+from know_hf.tasks import LoraArguments
+from know_hf.tasks.validation_data import load_validation_data
+
+__all__ = [
+    "bert",
+    "image_arguments",
+    "llama",
+    "lm_arguments",
+    "own_cache",
+    "pictures",
+    "text_arguments",
+    "texts",
+    "vit",
+]
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    """A dataset without validation split."""
+    folder = tmp_path_factory.mktemp("reviews")
+    make_texts(120).to_parquet(folder / "train.parquet")
+    make_texts(16, seed=7).to_parquet(folder / "test.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def recording(bert, reviews, tmp_path_factory):
+    """A recording of two states that holds out 12 of 120 rows."""
+    paths = {"model": bert, "dataset": reviews, "output_dir": str(tmp_path_factory.mktemp("recording") / "out")}
+    args = RecordArguments(task="text-classification", **paths, num_states=2, epochs=1, training=QUICK)
+    return record_task(args).path
+
+
+def test_the_last_line_of_record_is_a_gated_prediction(bert, reviews, tmp_path, capsys):
+    out = tmp_path / "my out"
+    flags = f"--task text-classification --model {bert} --dataset {reviews} --num-states 2 --epochs 1 --tail-states 2"
+    flags += " --training " + " ".join(f"{key}={value}" for key, value in QUICK.items())
+    assert main(["record", *flags.split(), "--output-dir", str(out)]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:5] == ["know-hf", "predict", str(out / "trajectory"), "--validation", "recorded"]
+    assert main(command[1:]) == 0
+    printed = capsys.readouterr().out
+    trajectory = WeightTrajectory(out / "trajectory")
+    assert "candidate" in printed and "on 12" not in printed
+    for name in ("Θ0", "Θ1", "start", "tail-0", "tail-1", "average"):
+        assert any(line.startswith(f"{name} ") for line in printed.splitlines()), name
+    assert [state.num_examples for state in trajectory.states] == [108, 54]
+    written = AutoModelForSequenceClassification.from_pretrained(out / "enhanced")
+    assert written.config.id2label == {0: "bad", 1: "good"}
+    assert "validation loss" in (out / "enhanced/README.md").read_text()
+
+
+def test_the_held_out_rows_are_evaluated_as_in_the_recording(recording):
+    data = load_validation_data(recording)
+    gate = data.make_gate()
+    assert (len(data.dataset), gate.batch_size, data.base_model) == (12, 1, None)
+    trajectory = WeightTrajectory(recording)
+    losses = gate.losses(trajectory.load_model())
+    assert sum(losses) / 12 == pytest.approx(trajectory.states[0].metrics["eval_loss"], rel=1e-4)
+    errors = data.make_gate(metric="accuracy").losses(trajectory.load_model())
+    assert 1 - sum(errors) / 12 == pytest.approx(trajectory.states[0].metrics["eval_accuracy"])
+    assert len(load_validation_data(recording, max_examples=10).dataset) == 10
+
+
+def test_another_dataset_has_the_columns_and_classes_of_the_recording(recording, reviews, tmp_path):
+    assert len(load_validation_data(recording, reviews, split="test").dataset) == 16
+    for split, size in (("train", 30), ("dev", 20)):  # the only split, then the validation split
+        make_texts(size).to_parquet(tmp_path / f"others/{split}.parquet")
+        gate = load_validation_data(recording, str(tmp_path / "others")).make_gate()
+        assert (len(gate.dataset), gate.batch_size) == (size, size // 10)
+        assert gate.dataset["labels"][:] == [row % 2 for row in range(size)]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split", "words"),
+    [
+        ("{reviews}", None, "train, test"),
+        ("{reviews}", "train", "trained on"),
+        ("{reviews}", "train[90%:]", "trained on"),
+        ("recorded", "test", "'recorded'"),
+        ("{tmp}", None, "no column 'text'"),
+    ],
+)
+def test_data_that_cannot_choose_is_refused(recording, reviews, tmp_path, dataset, split, words):
+    datasets.Dataset.from_dict({"other": ["a"], "label": [0]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=words):
+        load_validation_data(recording, dataset.format(reviews=reviews, tmp=tmp_path), split=split)
+
+
+def test_recordings_without_a_validation_split_name_a_way_out(text_arguments, recorded, capsys):
+    args = replace(text_arguments, num_states=2, epochs=1, start="train")
+    trajectory = record_task(args)  # evaluated on the test split
+    with pytest.raises(ValueError, match="test split"):
+        load_validation_data(trajectory)
+    record = trajectory.path.with_name("record.json")
+    record.write_text(record.read_text().replace('"eval_split": "test"', '"eval_split": null'))
+    with pytest.raises(ValueError, match="no validation split"):
+        load_validation_data(trajectory)
+    assert main(["predict", str(recorded), "--validation", "recorded", "--output-dir", "out"]) == 1
+    error = capsys.readouterr().err
+    assert "record.json" in error and "gate=Gate(dataset=" in error
+
+
+@PEFT_WARNING
+def test_adapters_are_evaluated_on_their_base_model(text_arguments, reviews, tmp_path, capsys):
+    args = replace(text_arguments, dataset=reviews, eval_split="auto", num_states=2, lora=LoraArguments(r=2))
+    trajectory = record_task(args)
+    gate = load_validation_data(trajectory).make_gate(candidates=[1])
+    model = trajectory.load_model(base_model=gate.base_model)
+    assert sum(gate.losses(model)) / 12 == pytest.approx(trajectory.states[0].metrics["eval_loss"], rel=1e-4)
+    flags = ["--validation", "recorded", "--metric", "accuracy", "--output-dir", str(tmp_path / "enhanced")]
+    assert main(["predict", str(trajectory.path), *flags]) == 0
+    assert "error rate (1 - accuracy)" in capsys.readouterr().out
+    assert (tmp_path / "enhanced/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("task", ["image", "lm"])
+def test_images_and_language_modelling(request, task):
+    args = request.getfixturevalue(f"{task}_arguments")
+    trajectory = record_task(replace(args, num_states=2, epochs=1))
+    gate = load_validation_data(trajectory, args.dataset, split="test").make_gate(batch_size=8, margin=0)
+    losses = gate.losses(trajectory.load_model())  # of one batch, as in the recording
+    assert losses == pytest.approx([trajectory.states[0].metrics["eval_loss"]], rel=1e-4)
