@@ -18,6 +18,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from know_hf import WeightTrajectory
 from know_hf.cli import main
 from know_hf.evaluation import batches, load_suite, run_suite
+from know_hf.evaluation.fine_tuning import evaluate_next_token
 from know_hf.evaluation.suites import SUITES_DIR, Suite
 from know_hf.evaluation.suites.small_cnn import SmallCNN, SmallCNNConfig
 from know_hf.evaluation.suites.suite_data import Inputs, Side, class_turns, digits_in_frames, prepare
@@ -208,10 +209,9 @@ def test_all_shards_identify_pretrained_weights(texts, tmp_path):
     assert ModelSpec(class_name="SmallCNN").weights_hash(None) is None
 
 
-def test_the_task_of_a_suite_is_picklable_and_workers_read_no_dataset(monkeypatch):
+def test_the_task_of_a_suite_is_picklable():
     task = make_task().comparison_task()
     copy = pickle.loads(pickle.dumps(task))
-    monkeypatch.setattr("know_hf.evaluation.suites.suite_task.prepare", lambda *_, **__: pytest.fail("read again"))
     assert torch.equal(copy.target(1, 2).train["pixel_values"], task.target(1, 2).train["pixel_values"])
     assert torch.equal(copy.fresh_model(1).classifier.weight, task.fresh_model(1).classifier.weight)
 
@@ -295,6 +295,7 @@ def test_layers_of_the_small_network():
         ({"draws": 1.5}, "draws: .*integer.*1.5"),
         ({"inputs": {"image_size": 8, "max_length": 5}}, "inputs: .*either image_size or max_length"),
         ({"inputs": {"image_size": 8, "channels": 2}}, "channels must be 1 or 3, got 2"),
+        ({"inputs": {"image_size": 8, "next_byte": True}}, "inputs: .*next_byte needs texts"),
         ({"source": {"dataset": "x", "train": 5}}, "'source.validation' is missing.*dataset, train"),
         ({"source": {"dataset": "x", "train": 5, "validation": 5, "clases": [1]}}, "'source.clases'.*'classes'"),
         ({"source": digits(40, classes=["one"])}, "source.classes.0: .*'one'"),
@@ -443,6 +444,56 @@ def test_texts_and_adapters(texts, tmp_path, lora):
     BertModel(BertConfig.from_pretrained(other)).save_pretrained(other)  # another initialisation
     with pytest.raises(ValueError, match="task"):
         run_suite(suite, tmp_path / "out", arms=arms, **{**paths, "models": {"someone/bert": str(other)}})
+
+
+LANGUAGE = """
+name: language
+description: Tiny.
+seeds: 2
+inputs: {max_length: 16, next_byte: true}
+source: {dataset: someone/texts, train: 32, validation: 20, test: 40}
+target: {dataset: someone/texts, pool: test, train: 8, validation: 20, test: 40}
+model:
+  class_name: GPT2LMHeadModel
+  config: {vocab_size: 256, n_positions: 16, n_embd: 16, n_layer: 1, n_head: 2, bos_token_id: null, eos_token_id: null}
+schedule: {ratio: 0.5, num_states: 2, stratify_by: null}
+training: {num_train_epochs: 4, per_device_train_batch_size: 4, learning_rate: 0.01, use_cpu: true}
+trials_per_rate: 1
+protocols:
+  - {kind: fine_tuning, learning_rates: [0.001, 0.01], steps: 2, head_steps: 0}
+  - {kind: zero_shot}
+arms: [naive, random, oracle]
+"""
+
+
+def test_a_language_model_is_compared_by_its_loss_per_byte(texts, tmp_path):
+    data = {"someone/texts": str(texts / "data")}
+    report = run_suite(write_suite(tmp_path, LANGUAGE), tmp_path / "out", data=data, pages=False)
+    assert next(iter(report.comparisons)) == ("few-shot", "loss"), "trials are chosen by the loss"
+    scores = report.comparisons["source", "loss"].results
+    assert scores["naive"].estimate.mean < scores["random"].estimate.mean
+    task = SuiteTask(Suite.from_dict(yaml.safe_load(LANGUAGE), "a test"), data)
+    split, model = task.target_split(0, 0), task.start(0)
+    assert split.num_labels is None and split.test["labels"].shape == (40, 16)
+    logits = model.eval()(split.test["input_ids"]).logits[:, :-1]
+    labels = split.test["labels"][:, 1:]
+    expected = {
+        "accuracy": (logits.argmax(-1) == labels).float().mean().item(),
+        "loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item(),
+    }
+    assert evaluate_next_token(model, split.test, batch_size=30) == pytest.approx(expected, rel=1e-5)
+
+
+def test_texts_of_a_language_model_are_joined_and_cut(texts):
+    inputs, side = Inputs(max_length=8, next_byte=True), Side("someone/texts", 4, 2)
+    prepared = prepare(side, "train", inputs, {side.dataset: str(texts / "data")}, None)
+    lines = (texts / "data" / "train.csv").read_text().split("\n")[1:]
+    text = "\n".join(line.split(",")[0] for line in lines).encode()
+    rows = prepared.rows([0])
+    assert sorted(rows.tolist()) == list(range(len(text) // 8)) and rows.tolist() != sorted(rows.tolist())
+    examples = prepared.take(np.sort(rows))
+    assert bytes(examples["input_ids"].flatten().tolist()) == text[: len(text) // 8 * 8]
+    assert torch.equal(examples["labels"], examples["input_ids"])
 
 
 def test_batches_are_trimmed_to_their_longest_text(texts):

@@ -184,6 +184,31 @@ def evaluate_classifier(model: PreTrainedModel, examples: Examples, batch_size: 
     return {"accuracy": correct / count, "loss": loss / count}
 
 
+@torch.inference_mode()
+def evaluate_next_token(model: PreTrainedModel, examples: Examples, batch_size: int = 64) -> Scores:
+    """Compute the mean `"loss"` per token of a causal language model, and the `"accuracy"` of its best next token.
+
+    Args:
+        model (`PreTrainedModel`):
+            A causal language model.
+        examples (mapping of tensors):
+            Keyword arguments of the model with `"labels"` `(N, T)`, without padding.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Examples per forward pass.
+    """
+    training = model.training
+    model.eval()
+    correct, loss, count = 0.0, 0.0, len(examples["labels"])
+    try:
+        for batch in batches(examples, batch_size, device=model.device):
+            output, labels = model(**batch), batch["labels"][:, 1:]
+            correct += float((output.logits[:, :-1].argmax(dim=-1) == labels).float().mean()) * len(labels)
+            loss += float(output.loss) * len(labels)
+    finally:
+        model.train(training)
+    return {"accuracy": correct / count, "loss": loss / count}
+
+
 def order_by_length(examples: Examples) -> Tensor | None:
     """Return the order of padded texts by length, so that batches need little padding; `None` for other examples."""
     mask = examples.get("attention_mask")

@@ -38,6 +38,9 @@ class Inputs:
             Divisor of the pixels after that.
         max_length (`int`, *optional*):
             Number of tokens of a text.
+        next_byte (`bool`, *optional*, defaults to `False`):
+            Whether a language model predicts each byte of the texts from those before. Labels are then not read: the
+            rows are joined by line breaks and cut into examples of `max_length` bytes.
     """
 
     image_size: int | None = None
@@ -45,11 +48,14 @@ class Inputs:
     mean: float = 0.5
     std: float = 0.5
     max_length: int | None = None
+    next_byte: bool = False
 
     def __post_init__(self) -> None:
         if (self.image_size is None) == (self.max_length is None):
             sizes = f"image_size={self.image_size} and max_length={self.max_length}"
             raise ValueError(f"give either image_size or max_length, got {sizes}")
+        if self.next_byte and self.max_length is None:
+            raise ValueError("next_byte needs texts; give max_length instead of image_size")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
 
@@ -108,7 +114,7 @@ class PreparedSplit:
         path (`Path`):
             Safetensors file with `labels` `(N,)` and 8-bit images or tokens.
         classes (`tuple[int, ...]`):
-            Labels that are used; they are numbered from 0 in ascending order.
+            Labels that are used; they are numbered from 0 in ascending order. Empty if each byte is a label.
         inputs ([`Inputs`]):
             Conversion of the images.
     """
@@ -119,12 +125,16 @@ class PreparedSplit:
 
     def rows(self, seed: Sequence[int]) -> np.ndarray:
         """Return the indices of all examples of the classes, shuffled by the seed, with the classes taking turns."""
-        return class_turns(_load(self.path)["labels"].numpy(), self.classes, seed)
+        labels = _load(self.path)["labels"].numpy()
+        if not self.classes:
+            return np.random.RandomState(list(seed)).permutation(len(labels))
+        return class_turns(labels, self.classes, seed)
 
     def stored(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Return examples as stored, with classes numbered from 0."""
         examples = {name: tensor[rows] for name, tensor in _load(self.path).items()}
-        examples["labels"] = torch.from_numpy(np.searchsorted(np.sort(self.classes), examples["labels"].numpy()))
+        if self.classes:
+            examples["labels"] = torch.from_numpy(np.searchsorted(np.sort(self.classes), examples["labels"].numpy()))
         return examples
 
     def take(self, rows: np.ndarray) -> Examples:
@@ -232,7 +242,7 @@ def prepare(
         rows = datasets.load_dataset(dataset_paths.get(side.dataset, side.dataset), side.config, split=split)
         column = side.column or ("image" if inputs.image_size else "text")
         key = [rows._fingerprint, column, side.label, tokenizer]  # noqa: SLF001  datasets has no public name for it
-    key += [inputs.image_size, inputs.channels, inputs.max_length]
+    key += [inputs.image_size, inputs.channels, inputs.max_length, *(["next_byte"] if inputs.next_byte else [])]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "know_hf_suites"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.safetensors"
@@ -241,6 +251,9 @@ def prepare(
             if side.dataset == DIGITS:
                 pixels, labels = digits_in_frames(inputs.image_size or 8)
                 tensors = {"pixel_values": torch.from_numpy(pixels).mul(255).round().to(torch.uint8)}
+            elif inputs.next_byte:
+                tensors = {"input_ids": _windows(rows[column], inputs.max_length or 1)}
+                labels = tensors["input_ids"].numpy().copy()
             else:
                 labels = np.array(rows[side.label][:])
                 convert = _images if inputs.image_size else _texts
@@ -250,6 +263,8 @@ def prepare(
             save_file(tensors, partial)
             apply_umask(partial)
             partial.replace(path)
+    if inputs.next_byte:
+        return PreparedSplit(path, (), inputs)
     present, name = sorted(set(_load(path)["labels"].tolist())), f"split {split!r} of {side.dataset}"
     classes = tuple(present) if side.classes is None else side.classes
     if side.classes is None and present[0] < 0:
@@ -271,6 +286,12 @@ def _images(images: Any, inputs: Inputs, tokenizer: str | None) -> dict[str, Ten
         array = np.array(image.convert(mode).resize((size, size)))  # PIL copies an image that has this size
         pixels[index] = torch.from_numpy(array.reshape(size, size, -1)).permute(2, 0, 1)
     return {"pixel_values": pixels}
+
+
+def _windows(texts: Any, length: int) -> Tensor:
+    """Return the bytes of the joined texts in rows `(N, length)`; a shorter rest is left out."""
+    text = np.frombuffer("\n".join(texts).encode(), np.uint8)
+    return torch.from_numpy(text[: len(text) - len(text) % length].astype(np.int64)).view(-1, length)
 
 
 def _texts(texts: Any, inputs: Inputs, tokenizer: str | None) -> dict[str, Tensor]:

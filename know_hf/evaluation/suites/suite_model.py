@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -77,7 +78,7 @@ class ModelSpec:
             seed (`int`):
                 Seed of the weights that are initialised.
             num_labels (`int`):
-                Classes of the head.
+                Classes of the head; 0 for a language model.
             path (`str`, *optional*):
                 See [`ModelSpec.path`].
             is_image (`bool`):
@@ -85,14 +86,16 @@ class ModelSpec:
             new (`bool`):
                 Whether to initialise all weights.
         """
-        options = {**self.config, "num_labels": num_labels}
+        options = {**self.config, **({"num_labels": num_labels} if num_labels else {})}
         model_class = self.model_class
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if path is None:
                 assert model_class is not None and model_class.config_class is not None
                 return model_class(model_class.config_class(**options))
-            auto = AutoModelForImageClassification if is_image else AutoModelForSequenceClassification
+            auto: Any = AutoModelForImageClassification if is_image else AutoModelForSequenceClassification
+            if num_labels == 0:
+                auto = AutoModelForCausalLM
             if new:
                 config = load_config(path, **options)
                 return auto.from_config(config) if model_class is None else model_class(config)

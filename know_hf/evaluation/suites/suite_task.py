@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from ...checkpoint import file_sha256
 from ...recording import induce_forgetting
 from ...schedule import ForgettingSchedule
 from ...trajectory import WeightTrajectory
+from ..comparison import ACCURACY, LOSS
 from ..comparison_task import ComparisonTask
+from ..fine_tuning import evaluate_classifier, evaluate_next_token
 from ..splits import Split
 from .suite import Suite
 from .suite_data import PreparedSplit, Side, StoredExamples, prepare
@@ -61,6 +63,8 @@ class SuiteTask:
             train_further=self.train_further,
             base_model=self.start if model.lora is not None else None,
             model_class=model.model_class,
+            evaluate=evaluate_next_token if self.suite.inputs.next_byte else evaluate_classifier,
+            measures=(LOSS, ACCURACY) if self.suite.inputs.next_byte else (ACCURACY, LOSS),
             facts={
                 **self.suite.identity,
                 "data": [file_sha256(split.path)[:20] for split in splits],
@@ -87,7 +91,8 @@ class SuiteTask:
         _check_size("target", side.train, side, rows)
         rest = rows[side.train :] if unseen == pool else unseen.rows([seed, _TARGET, draw, 1])
         validation, test = _divide(side, rest)
-        return Split(pool.take(rows[: side.train]), unseen.take(validation), unseen.take(test), len(pool.classes))
+        num_labels = len(pool.classes) or None
+        return Split(pool.take(rows[: side.train]), unseen.take(validation), unseen.take(test), num_labels)
 
     def record(self, seed: int, folder: Path) -> WeightTrajectory:
         """Record the trajectory of a seed, or resume it."""
@@ -124,14 +129,6 @@ class SuiteTask:
         return round(self.suite.source.train / ForgettingSchedule(**self.suite.schedule).ratio)
 
     def _splits(self, side: Side) -> tuple[PreparedSplit, PreparedSplit]:
-        return self._prepared[side]
-
-    @cached_property
-    def _prepared(self) -> dict[Side, tuple[PreparedSplit, PreparedSplit]]:
-        """Prepared pool and unseen examples; a pickled task keeps them, so that worker processes read no dataset."""
-        return {side: self._prepare(side) for side in (self.suite.source, self.suite.target)}
-
-    def _prepare(self, side: Side) -> tuple[PreparedSplit, PreparedSplit]:
         tokenizer = self.suite.model.path(self.model_paths)
         read = partial(prepare, side, inputs=self.suite.inputs, dataset_paths=self.dataset_paths, tokenizer=tokenizer)
         pool = read(side.pool)

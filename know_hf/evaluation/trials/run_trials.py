@@ -183,7 +183,8 @@ def _measure_stack(
     of_copy = [starts.index(training.start) for training in trainings]
     template = copy.deepcopy(starts[0].model)
     stack = Stack(template, [training.start.model for training in trainings])
-    heads = {name for name, _ in head_parameters(template)}
+    own_rate = trainings[0].head_learning_rate is not None  # of the head; a model without a head has one rate
+    heads = {name for name, _ in head_parameters(template)} if own_rate else set()
     rates = {
         name: [(t.head_learning_rate if name in heads else None) or t.learning_rate for t in trainings]
         for name in stack.parameters
