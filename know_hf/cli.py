@@ -255,6 +255,8 @@ def _add_compare(commands: Any) -> None:
     add("--arms", nargs="+", metavar="ARM", help="arms to compare instead of the suite's, for example naive random")
     add("--seeds", type=int, nargs="+", metavar="N", help="trajectory seeds instead of the suite's")
     add("--processes", type=int, default=1, metavar="N", help="number of worker processes (default: 1)")
+    limit = "start no cell that would end later, and report the complete seeds; another run continues"
+    add("--max-minutes", type=float, metavar="M", help=limit)
     add("--data", type=_pair, action="append", metavar="ID=PATH", help="read this dataset from a local folder")
     model = "read this model from a local folder"
     add("--model", dest="models", type=_pair, action="append", metavar="ID=PATH", help=model)
@@ -267,7 +269,7 @@ def _compare(args: argparse.Namespace) -> None:
     options: dict[str, Any] = {name: dict(getattr(args, name) or ()) for name in ("data", "models", "known")}
     options |= {"arms": args.arms, "seeds": args.seeds, "num_processes": args.processes}
     command = shlex.join(["know-hf", *sys.argv[1:]])
-    _print(str(run_suite(args.suite, args.output_dir, **options, command=command)))
+    _print(str(run_suite(args.suite, args.output_dir, **options, max_minutes=args.max_minutes, command=command)))
 
 
 def _add_push_pull(commands: Any) -> None:

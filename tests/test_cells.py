@@ -1,10 +1,12 @@
 import json
 import os
+import time
 
 import pytest
 import torch
 
 from know_hf.evaluation import CellStore, run_cells
+from know_hf.evaluation.cells import CellTimes, Order
 
 
 def settings(cell):
@@ -64,3 +66,23 @@ def test_one_comparison_at_a_time(tmp_path):
         pass
     with store.locked():
         pass
+
+
+def test_cells_wait_for_others_and_none_starts_that_would_end_after_the_deadline():
+    done, times = [], CellTimes()
+
+    def run(cell):
+        done.append(cell)
+        return 100.0 if cell == "slow" else 1.0
+
+    order = Order(lambda cell: cell != "late" or "first" in done, times.expected, time.monotonic() + 50)
+    for index, seconds in run_cells(run, cells := ["late", "first", "slow", "slow", "last"], order=order):
+        times.add(cells[index], seconds)
+    assert done == ["first", "late", "slow"]  # the mean of three cells is below the limit, that of "slow" is not
+    assert times.expected("trajectory") is None and times.expected("other") == pytest.approx(34)
+
+
+def test_the_bar_shows_the_time_left(capfd):
+    list(run_cells(time.sleep, [0.11, 0.12, 0.13], order=Order(expected=lambda cell: 60.0)))
+    shown = capfd.readouterr().err
+    assert "0.11, about 2 min left" in shown and "0.12, about 60 s left" in shown

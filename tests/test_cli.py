@@ -147,10 +147,11 @@ def test_predict_checks_flags_before_the_work(recorded, tmp_path, capsys, flags,
         ("know_hf.evaluation.suites.run_quickstart", "quickstart --output-dir out --seed 3", ("out",), {"seed": 3}),
         (
             "know_hf.evaluation.run_suite",
-            "compare digits --output_dir out --arms naive x --seeds 1 2 --data a/b=c --known mine=d --processes 2",
+            "compare digits --output_dir out --arms naive x --seeds 1 2 --data a/b=c --known mine=d --processes 2"
+            " --max-minutes 9",
             ("digits", "out"),
             {"arms": ["naive", "x"], "seeds": [1, 2], "data": {"a/b": "c"}, "models": {}, "known": {"mine": "d"},
-             "num_processes": 2},
+             "num_processes": 2, "max_minutes": 9},
         ),
         ("know_hf.hub.pull", "pull me/repo --output-dir out --revision v1", ("me/repo", "out"), {"revision": "v1"}),
         (

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from know_hf import WeightTrajectory
 from know_hf.checkpoint import locked_folder
 from know_hf.evaluation import ComparisonTask, FineTuning, Landscape, LinearProbe, Split, ZeroShot, make_arm
 from know_hf.evaluation import compare_arms as compare_arms_with_pages
-from know_hf.evaluation.compare import RESULTS_VERSION, _arm_entry, default_arms
+from know_hf.evaluation.compare import RESULTS_VERSION, _arm_entry
 from know_hf.evaluation.comparison import ACCURACY, Measure
-from know_hf.evaluation.measure import check_head
+from know_hf.evaluation.comparison_checks import default_arms
+from know_hf.evaluation.measure import check_head, measure_arm, measure_trajectory
 from know_hf.evaluation.protocols import refined
 
 compare_arms = partial(compare_arms_with_pages, pages=False)  # figures take longer than everything else
@@ -210,6 +212,36 @@ def test_a_deleted_trajectory_is_recorded_again(tmp_path):
     other = replace(task, trajectory=partial(recorded_by_seed, shift=1))
     with pytest.raises(ValueError, match="other weights than the trajectory of seed 0"):
         compare_arms(other, out, arms=["naive", "average", "ema"], **options)
+
+
+def test_a_time_limit_ends_with_the_seeds_that_are_complete(task, tmp_path, monkeypatch):
+    task = replace(task, trajectory=[*task.trajectory, task.trajectory[1]])
+    options = {"protocols": PROTOCOLS[1:2], "arms": ["naive", "shrink", "random"], "draws": 2}
+    clock, order = [0.0], []
+
+    def a_minute(measure):
+        def measured(cell, **arguments):
+            clock[0] += 60
+            order.append((cell[0], cell[1].name) if isinstance(cell, tuple) else (cell, "trajectory"))
+            return {**measure(cell, **arguments), "seconds": 60.0}
+
+        return measured
+
+    for module in ("cells", "compare"):
+        monkeypatch.setattr(f"know_hf.evaluation.{module}.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for name, function in (("measure_trajectory", measure_trajectory), ("measure_arm", measure_arm)):
+        monkeypatch.setattr(f"know_hf.evaluation.compare.{name}", a_minute(function))
+    with pytest.raises(TimeoutError, match="1 of 3 seeds complete"):
+        compare_arms(task, tmp_path, max_minutes=5.5, **options)
+    of_seed = [(0, name) for name in ("trajectory", "naive", "random", "shrink")]
+    assert order == [*of_seed, (1, "trajectory")] and not (tmp_path / "report.json").exists()
+    report = compare_arms(task, tmp_path, max_minutes=5.5, **options)
+    assert order[5:] == [(1, "naive"), (1, "random"), (1, "shrink"), (2, "trajectory"), (2, "naive")]
+    assert (report.seeds, report.planned_seeds) == ((0, 1), (0, 1, 2)) and "2 of 3 planned" in report.warnings[0]
+    complete = compare_arms(task, tmp_path, max_minutes=0.5, seeds=[0, 1], **options)
+    assert complete.cells == report.cells and "limit" not in str(complete)
+    with pytest.raises(ValueError, match="max_minutes"):
+        compare_arms(task, tmp_path, max_minutes=-1, **options)
 
 
 def change_images(examples):

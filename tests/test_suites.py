@@ -209,9 +209,10 @@ def test_all_shards_identify_pretrained_weights(texts, tmp_path):
     assert ModelSpec(class_name="SmallCNN").weights_hash(None) is None
 
 
-def test_the_task_of_a_suite_is_picklable():
+def test_the_task_of_a_suite_is_picklable_and_workers_read_no_dataset(monkeypatch):
     task = make_task().comparison_task()
     copy = pickle.loads(pickle.dumps(task))
+    monkeypatch.setattr("know_hf.evaluation.suites.suite_task.prepare", lambda *_, **__: pytest.fail("read again"))
     assert torch.equal(copy.target(1, 2).train["pixel_values"], task.target(1, 2).train["pixel_values"])
     assert torch.equal(copy.fresh_model(1).classifier.weight, task.fresh_model(1).classifier.weight)
 

@@ -1,14 +1,17 @@
 """Cells of a comparison: independent pieces of work, run in parallel processes and stored one by one."""
 
 import json
+import math
 import multiprocessing
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +24,8 @@ from ..local_paths import public_values
 
 Cell = TypeVar("Cell")
 Result = TypeVar("Result")
+
+TRAJECTORY = "trajectory"  # the cell of each seed that is no arm
 
 # One thread per process: sums have the same order for any number of processes.
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -102,6 +107,49 @@ class CellStore:
         return self.path / "cells" / f"{cell}.json"
 
 
+class CellTimes:
+    """Seconds that cells take, by what they measure: an arm, or a trajectory."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, list[float]] = {}
+
+    def add(self, name: str, seconds: float) -> None:
+        """Note the seconds of a finished cell."""
+        self._seconds.setdefault(name, []).append(seconds)
+
+    def expected(self, name: str) -> float | None:
+        """Return the mean of an arm, or of all arms if it has none; `None` if nothing is known."""
+        arms = [seconds for arm, of_arm in self._seconds.items() if arm != TRAJECTORY for seconds in of_arm]
+        known = self._seconds.get(name, [] if name == TRAJECTORY else arms)
+        return sum(known) / len(known) if known else None
+
+    def count(self, name: str | None = None) -> int:
+        """Return the number of finished cells of an arm or of [`TRAJECTORY`]; by default of all arms."""
+        return sum(len(of) for key, of in self._seconds.items() if (key == name if name else key != TRAJECTORY))
+
+
+@dataclass(frozen=True)
+class Order:
+    """When the cells of [`run_cells`] start.
+
+    Args:
+        is_ready (`Callable`, *optional*):
+            Whether a cell can start, asked again whenever another has finished; cells behind it start first.
+        expected (`Callable`, *optional*):
+            From a cell to the seconds that it takes, `None` if unknown, for the time left and the deadline.
+        deadline (`float`, *optional*):
+            Value of `time.monotonic()`; no cell starts that is expected to end later.
+    """
+
+    is_ready: Callable[[Any], bool] = lambda cell: True
+    expected: Callable[[Any], float | None] = lambda cell: None
+    deadline: float = math.inf
+
+
+_ANY_ORDER = Order()
+_BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # its own time left counts all cells as equal
+
+
 def run_cells(
     function: Callable[[Cell], Result],
     cells: Sequence[Cell],
@@ -109,8 +157,9 @@ def run_cells(
     num_processes: int = 1,
     description: str = "cells",
     label: Callable[[Cell], str] = str,
+    order: Order = _ANY_ORDER,
 ) -> Iterator[tuple[int, Result]]:
-    """Run cells, each on one thread, under a progress bar.
+    """Run cells in the given order, each on one thread, under a progress bar that shows the time left.
 
     Args:
         function (`Callable`):
@@ -124,6 +173,8 @@ def run_cells(
             Text of the progress bar.
         label (`Callable`, *optional*, defaults to `str`):
             From a finished cell to its text behind the bar.
+        order ([`Order`], *optional*):
+            Which cells wait for others, and the time limit.
 
     Yields:
         `tuple[int, Result]`: Index and result of each cell, as soon as it is finished.
@@ -133,42 +184,79 @@ def run_cells(
         `RuntimeError`: If the function raises in a worker, with the worker's traceback as cause; a `ValueError` stays
             a `ValueError`. With one process exceptions are not changed.
     """
-    in_this_process = num_processes <= 1 or len(cells) <= 1
-    results = _run_here(function, cells) if in_this_process else _run_in_pool(function, cells, num_processes)
-    with closing(results), tqdm(total=len(cells), desc=description, unit="cell") as bar:
+    num_processes = max(1, min(num_processes, len(cells)))
+    unfinished = dict(enumerate(cells))
+    queue = _Queue(cells, order)
+    if num_processes == 1:
+        results = _run_here(function, queue)
+    else:
+        results = _run_in_pool(function, queue, num_processes)
+    bar_format = None if order is _ANY_ORDER else _BAR_FORMAT
+    with closing(results), tqdm(total=len(cells), desc=description, unit="cell", bar_format=bar_format) as bar:
         for index, result in results:
-            bar.set_postfix_str(label(cells[index]), refresh=False)
-            bar.update()
             yield index, result
+            del unfinished[index]
+            left = sum(order.expected(cell) or 0 for cell in unfinished.values()) / num_processes
+            bar.set_postfix_str(label(cells[index]) + (f", {_in_words(left)} left" if left else ""), refresh=False)
+            bar.update()
 
 
-def _run_here(function: Callable[[Cell], Result], cells: Sequence[Cell]) -> Generator[tuple[int, Result], None, None]:
-    for index, cell in enumerate(cells):
+class _Queue:
+    """Cells that have not started."""
+
+    def __init__(self, cells: Sequence[Any], order: Order) -> None:
+        self._cells, self._order = dict(enumerate(cells)), order
+
+    def pop(self) -> tuple[int, Any] | None:
+        """Return the index and the cell to start now; `None` if none is ready, or none ends in time."""
+        ready = (index for index, cell in self._cells.items() if self._order.is_ready(cell))
+        if (index := next(ready, None)) is None:
+            return None
+        if time.monotonic() + (self._order.expected(self._cells[index]) or 0) > self._order.deadline:
+            self._cells.clear()
+            return None
+        return index, self._cells.pop(index)
+
+
+def _run_here(function: Callable[[Cell], Result], queue: _Queue) -> Generator[tuple[int, Result], None, None]:
+    while (entry := queue.pop()) is not None:
+        index, cell = entry
         with _one_thread_without_bars():
             result = function(cell)
         yield index, result
 
 
 def _run_in_pool(
-    function: Callable[[Cell], Result], cells: Sequence[Cell], num_processes: int
+    function: Callable[[Cell], Result], queue: _Queue, num_processes: int
 ) -> Generator[tuple[int, Result], None, None]:
     context = multiprocessing.get_context("spawn")  # a forked child would inherit the state of torch's threads
-    executor = ProcessPoolExecutor(min(num_processes, len(cells)), context, initializer=_start_worker)
+    executor = ProcessPoolExecutor(num_processes, context, initializer=_start_worker)
     before = multiprocessing.active_children()
-    with _environment(_WORKER_ENVIRONMENT):  # the first submits start the workers
-        futures = {executor.submit(_run_in_worker, function, index, cell): index for index, cell in enumerate(cells)}
-    workers = [process for process in multiprocessing.active_children() if process not in before]
+    running: dict[Future[Any], int] = {}
     try:
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        while True:
+            while len(running) < num_processes and (entry := queue.pop()) is not None:
+                index, cell = entry
+                with _environment(_WORKER_ENVIRONMENT):  # submitting starts a worker while there are too few
+                    running[executor.submit(_run_in_worker, function, index, cell)] = index
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running[future], future.result()
+                del running[future]
     except BrokenProcessPool as error:
         hint = "check its memory, and that the script has `if __name__ == '__main__':`"
         raise ChildProcessError(f"a worker process died without a result; {hint}") from error
     finally:
-        if not all(future.done() for future in futures):  # an error, or the caller stopped: do not wait for the rest
-            for process in workers:
-                process.terminate()
+        if running:  # an error, or the caller stopped: do not wait for the rest
+            for process in multiprocessing.active_children():
+                if process not in before:
+                    process.terminate()
         executor.shutdown(cancel_futures=True)
+
+
+def _in_words(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"
 
 
 def _start_worker() -> None:

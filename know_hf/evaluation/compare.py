@@ -1,6 +1,8 @@
 """[`compare_arms`]: a resumable comparison of arms on a task, cell by cell, in parallel processes."""
 
+import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,8 +17,8 @@ from ..checkpoint import check_output, file_sha256, read_json_object
 from ..local_paths import public_command, public_name, public_values
 from ..prediction import SHIPPED_KNOWN
 from ..trajectory import WeightTrajectory
-from .arms import NAMED_ARMS, Arm, known_step_arms, make_arm
-from .cells import Cell, CellStore, Result, run_cells
+from .arms import Arm
+from .cells import TRAJECTORY, Cell, CellStore, CellTimes, Order, Result, run_cells
 from .comparison_checks import (
     Design,
     check_design,
@@ -25,6 +27,7 @@ from .comparison_checks import (
     check_protocols,
     check_stored_arm,
     check_stored_trajectory,
+    make_design,
 )
 from .comparison_task import ComparisonTask, trajectory_folder
 from .landscape import Landscape, measure_landscape
@@ -34,7 +37,8 @@ from .report.comparison_report import REPORT_NAME, ComparisonReport
 from .statistics import scipy_stats
 
 RESULTS_VERSION = "0.3.0"  # version of know_hf since which results have not changed; raise it when a number changes
-_USUAL_STATES = 5  # of a schedule by default; the shipped KNOWN needs as many
+_FIRST_ARMS = ("naive", "random", "oracle")  # of a seed; they tell whether the comparison can show a gain
+_LEAST_SEEDS = 2  # of a report
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +55,7 @@ def compare_arms(
     landscape: Landscape | None = None,
     stacked: bool | None = None,
     num_processes: int = 1,
+    max_minutes: float | None = None,
     name: str = "comparison",
     description: str = "",
     command: str | None = None,
@@ -98,6 +103,10 @@ def compare_arms(
             that `torch.func.vmap` cannot run.
         num_processes (`int`, *optional*, defaults to `1`):
             Number of processes. It changes no result; with more than one, task, arms and protocols must be picklable.
+        max_minutes (`float`, *optional*):
+            Time limit: no cell starts that is expected to end later, by the time of those that are finished. All arms
+            of a seed run before those of the next seed, naive, random and oracle first. The report has the seeds that
+            are complete and says how many were planned. Another run continues.
         name, description, command (`str`, *optional*):
             For the report; the command is the one that reproduces it.
         pages (`bool`, *optional*, defaults to `True`):
@@ -107,18 +116,18 @@ def compare_arms(
         `ValueError`: If naive is missing, the task lacks what an arm or protocol needs, its data cannot be used, an
             argument is invalid, the folder has results of another comparison, such as on other data, or it is inside a
             trajectory or the folder of KNOWN weights.
+        `TimeoutError`: If fewer than two seeds are complete at the time limit; finished cells are kept.
         `FileExistsError`: If the folder has other content.
         `BlockingIOError`: If another comparison writes to the folder.
         `RuntimeError`, `ChildProcessError`: If a cell fails in its process, or the process dies.
         `ImportError`: If scipy is missing; raised before the work.
     """
     scipy_stats()
-    if seeds is None:
-        seeds = range(10 if task.recorded is None else len(task.recorded))
-    compared = tuple(arm if isinstance(arm, Arm) else make_arm(arm) for arm in arms or default_arms(task))
-    numbers = tuple(int(seed) for seed in seeds)
-    design = Design(task, tuple(protocols), compared, numbers, draws, trials_per_rate, stacked)
-    run = _Run(design, Path(output_dir), num_processes, name)
+    if max_minutes is not None and not max_minutes > 0:
+        raise ValueError(f"max_minutes must be positive, got {max_minutes}")
+    deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+    design = make_design(task, protocols, arms, seeds, draws, trials_per_rate, stacked)
+    run = ComparisonRun(design, Path(output_dir), num_processes, name)
     run.check()
     if landscape is not None:
         check_landscape(task)
@@ -126,22 +135,26 @@ def compare_arms(
     store = run.open_store()
     with store.locked():
         cells = run.finished_cells(store)
-        trajectories = run.record(store, cells, data)
-        picture = None if landscape is None else run.measure_landscape(store, landscape)
-        run.measure_missing(store, cells)
+        trajectories = run.stored_trajectories(store, data)
+        run.measure_missing(store, cells, trajectories, data, deadline)
+        complete = run.complete_seeds(cells)
+        picture = None
+        if landscape is not None and complete == design.seeds:
+            picture = run.measure_landscape(store, landscape)
         shutil.rmtree(run.output_dir / "work", ignore_errors=True)
         report = ComparisonReport(
             name=name,
             description=description,
             task=public_values(task.facts),
-            seeds=design.seeds,
+            seeds=complete,
+            planned_seeds=design.seeds,
             draws=draws,
             trials_per_rate=trials_per_rate,
-            arms={arm.name: _arm_entry(arm) for arm in compared},
+            arms={arm.name: _arm_entry(arm) for arm in design.arms},
             protocols={protocol.name: _protocol_entry(protocol, task) for protocol in protocols},
             measures=task.measures,
-            cells=tuple(cells[seed, arm.name] for seed, arm in run.cells),
-            trajectories=tuple(trajectories[seed] for seed in design.seeds),
+            cells=tuple(cells[seed, arm.name] for seed in complete for arm in design.arms),
+            trajectories=tuple(_without_identity(trajectories[seed]) for seed in complete),
             landscape=picture,
             command=None if command is None else public_command(command),
         )
@@ -151,23 +164,14 @@ def compare_arms(
     return report
 
 
-def default_arms(task: ComparisonTask) -> list[str]:
-    """Return the names of all arms for which the task has what they need."""
-    trajectories = [task.open_trajectory(seed, Path()) for seed in range(len(task.recorded or []))]
-    num_states = min((trajectory.num_states for trajectory in trajectories), default=_USUAL_STATES)
-    arms = [arm for arm in NAMED_ARMS if all(getattr(task, needed) is not None for needed in arm.needs)]
-    names = [arm.name for arm in (*arms, *known_step_arms()) if num_states >= _USUAL_STATES or not arm.uses_known]
-    return names + [f"state-{index}" for index in range(1, num_states)]
-
-
 @dataclass(frozen=True)
-class _Run:
+class ComparisonRun:
     """The steps of [`compare_arms`], with its arguments."""
 
     design: Design
     output_dir: Path
-    num_processes: int
-    name: str
+    num_processes: int = 1
+    name: str = "comparison"
 
     @property
     def task(self) -> ComparisonTask:
@@ -175,7 +179,9 @@ class _Run:
 
     @property
     def cells(self) -> list[tuple[int, Arm]]:
-        return [(seed, arm) for seed in self.design.seeds for arm in self.design.arms]
+        """Seeds and arms, the most informative first."""
+        first = sorted(self.design.arms, key=lambda arm: (*_FIRST_ARMS, arm.name).index(arm.name))
+        return [(seed, arm) for seed in self.design.seeds for arm in first]
 
     def check(self) -> None:
         check_design(self.design)
@@ -205,7 +211,7 @@ class _Run:
     def open_store(self) -> CellStore:
         """Open the folder. Results of an older version can be read, but not added to."""
         identity, path = self.identity(), self.output_dir / CellStore.IDENTITY_NAME
-        of_seed = ("trajectory", *(arm.name for arm in self.design.arms))
+        of_seed = (TRAJECTORY, *(arm.name for arm in self.design.arms))
         names = [f"seed-{seed}.{name}.json" for seed in self.design.seeds for name in of_seed]
         if path.exists() and all((self.output_dir / "cells" / name).exists() for name in names):
             stored = read_json_object(path, "use a new output folder").get("versions", {})
@@ -223,38 +229,21 @@ class _Run:
                 finished[seed, arm.name] = result
         return finished
 
-    def record(
-        self, store: CellStore, finished: Mapping[tuple[int, str], Any], data: Mapping[int, Mapping[str, str]]
+    def stored_trajectories(
+        self, store: CellStore, data: Mapping[int, Mapping[str, str]]
     ) -> dict[int, dict[str, Any]]:
-        """Record missing trajectories and return the entry of each seed in `report.json`.
+        """Return the stored entry of each seed in `report.json`.
 
         Raises:
-            `ValueError`: If data or weights of a seed are not those of its stored results.
+            `ValueError`: If the data of a seed are not those of its stored results.
         """
-        seeds = self.design.seeds
-        entries: dict[int, dict[str, Any]] = {}
-        for seed in seeds:
-            if (entry := store.read(f"seed-{seed}.trajectory")) is not None:
-                check_stored_trajectory(entry, str(store.file(f"seed-{seed}.trajectory")), self.design, seed)
+        entries = {}
+        for seed in self.design.seeds:
+            if (entry := store.read(f"seed-{seed}.{TRAJECTORY}")) is not None:
+                check_stored_trajectory(entry, str(store.file(f"seed-{seed}.{TRAJECTORY}")), self.design, seed)
                 store.check_same(entry["identity"]["data"], data[seed])
                 entries[seed] = entry
-        unfinished = list(dict.fromkeys(seed for seed, arm in self.cells if (seed, arm.name) not in finished))
-        missing = [
-            seed
-            for seed in seeds
-            if seed not in entries or (seed in unfinished and not self._is_recorded(seed, len(entries[seed]["steps"])))
-        ]
-        recording = partial(measure_trajectory, task=self.task, output_dir=self.output_dir)
-        for seed, result in self._run_cells(recording, missing, "record"):
-            if seed not in entries:
-                entries[seed] = {**result, "identity": {"weights": self._weights(seed), "data": data[seed]}}
-                store.write(f"seed-{seed}.trajectory", entries[seed])
-        for seed in unfinished if self.task.recorded is None else seeds:
-            if entries[seed]["identity"]["weights"] != self._weights(seed):
-                path = self.task.open_trajectory(seed, self.output_dir).path
-                hint = f"seed {seed} measured in {self.output_dir}; restore it, or use another output folder"
-                raise ValueError(f"{path} has other weights than the trajectory of {hint}")
-        return {seed: {key: value for key, value in entries[seed].items() if key != "identity"} for seed in seeds}
+        return entries
 
     def measure_landscape(self, store: CellStore, landscape: Landscape) -> dict[str, Any]:
         seed = self.design.seeds[0]
@@ -267,20 +256,75 @@ class _Run:
         store.write("landscape", {**picture, "identity": identity})
         return picture
 
-    def measure_missing(self, store: CellStore, finished: dict[tuple[int, str], dict[str, Any]]) -> None:
-        """Run the cells that are not finished, store them and add them to `finished`."""
-        missing = [(seed, arm) for seed, arm in self.cells if (seed, arm.name) not in finished]
-        measuring = partial(measure_arm, design=self.design, output_dir=self.output_dir)
-        for (seed, arm), result in self._run_cells(measuring, missing, "compare"):
-            finished[seed, arm.name] = result
-            store.write(f"seed-{seed}.{arm.name}", {**result, "identity": _arm_identity(arm, self.task)})
+    def measure_missing(
+        self,
+        store: CellStore,
+        finished: dict[tuple[int, str], dict[str, Any]],
+        entries: dict[int, dict[str, Any]],
+        data: Mapping[int, Mapping[str, str]],
+        deadline: float,
+    ) -> None:
+        """Record missing trajectories and run missing cells until the deadline; store them and add them to the others.
+
+        Raises:
+            `ValueError`: If the weights of a seed are not those of its stored results.
+        """
+        unfinished = {seed for seed, arm in self.cells if (seed, arm.name) not in finished}
+        missing = {
+            seed
+            for seed in self.design.seeds
+            if seed not in entries or (seed in unfinished and not self._is_recorded(seed, len(entries[seed]["steps"])))
+        }
+        for seed in self.design.seeds:
+            if seed not in missing and (seed in unfinished or self.task.recorded is not None):
+                self._check_weights(seed, entries[seed])
+        cells: list[tuple[int, Arm | None]] = []
+        for seed in self.design.seeds:
+            cells += [(seed, None)] * (seed in missing)
+            cells += [cell for cell in self.cells if cell[0] == seed and (seed, cell[1].name) not in finished]
+        times = cell_times(finished, entries)
+        order = Order(
+            is_ready=lambda cell: cell[1] is None or cell[0] not in missing,
+            expected=lambda cell: times.expected(_name(cell)),
+            deadline=deadline,
+        )
+        measuring = partial(_measure, design=self.design, output_dir=self.output_dir)
+        for cell, result in self._run_cells(measuring, cells, "compare", order=order):
+            seed, measured = cell
+            times.add(_name(cell), result["seconds"])
+            if measured is not None:
+                finished[seed, measured.name] = result
+                identity = _arm_identity(measured, self.task)
+                store.write(f"seed-{seed}.{measured.name}", {**result, "identity": identity})
+                continue
+            if seed not in entries:
+                entries[seed] = {**result, "identity": {"weights": self._weights(seed), "data": data[seed]}}
+                store.write(f"seed-{seed}.{TRAJECTORY}", entries[seed])
+            self._check_weights(seed, entries[seed])
+            missing.remove(seed)
+
+    def complete_seeds(self, finished: Mapping[tuple[int, str], Any]) -> tuple[int, ...]:
+        """Return the seeds of which all arms are finished.
+
+        Raises:
+            `TimeoutError`: If they are too few for a report.
+        """
+        seeds, arms = self.design.seeds, self.design.arms
+        complete = tuple(seed for seed in seeds if all((seed, arm.name) in finished for arm in arms))
+        if len(complete) < min(_LEAST_SEEDS, len(seeds)):
+            raise TimeoutError(
+                f"the time limit ended the comparison with {len(complete)} of {len(seeds)} seeds complete; a report"
+                f" needs {_LEAST_SEEDS}. {len(finished)} of {len(self.cells)} cells are in {self.output_dir}; run the"
+                " same command again to continue"
+            )
+        return complete
 
     def _run_cells(
-        self, function: Callable[[Cell], Result], cells: Sequence[Cell], step: str, num_processes: int | None = None
+        self, function: Callable[[Cell], Result], cells: Sequence[Cell], step: str, **options: Any
     ) -> Iterator[tuple[Cell, Result]]:
         if cells:
-            workers, bar = num_processes or self.num_processes, f"{self.name}: {step}"
-            results = run_cells(function, cells, num_processes=workers, description=bar, label=_label)
+            bar = {"description": f"{self.name}: {step}", "label": _label}
+            results = run_cells(function, cells, **{"num_processes": self.num_processes, **bar, **options})
             yield from ((cells[index], result) for index, result in results)
 
     def _is_recorded(self, seed: int, num_states: int) -> bool:
@@ -289,6 +333,12 @@ class _Run:
         is_complete = WeightTrajectory.exists(folder) and WeightTrajectory(folder).num_states >= num_states
         return self.task.recorded is not None or is_complete
 
+    def _check_weights(self, seed: int, entry: Mapping[str, Any]) -> None:
+        if entry["identity"]["weights"] != self._weights(seed):
+            path = self.task.open_trajectory(seed, self.output_dir).path
+            hint = f"seed {seed} measured in {self.output_dir}; restore it, or use another output folder"
+            raise ValueError(f"{path} has other weights than the trajectory of {hint}")
+
     def _weights(self, seed: int) -> list[str]:
         """Hashes of the recorded weights of a seed."""
         trajectory = self.task.open_trajectory(seed, self.output_dir)
@@ -296,8 +346,33 @@ class _Run:
         return [file.sha256 for file in files if file.path.endswith(".safetensors")]
 
 
+def cell_times(finished: Mapping[tuple[int, str], Mapping[str, Any]], entries: Mapping[int, Any]) -> CellTimes:
+    """Return the seconds of stored cells and trajectories."""
+    times = CellTimes()
+    for (_, name), cell in finished.items():
+        times.add(name, cell["seconds"])
+    for entry in entries.values():
+        times.add(TRAJECTORY, entry["seconds"])
+    return times
+
+
+def _measure(cell: tuple[int, Arm | None], *, design: Design, output_dir: Path) -> dict[str, Any]:
+    seed, arm = cell
+    if arm is None:
+        return measure_trajectory(seed, task=design.task, output_dir=output_dir)
+    return measure_arm((seed, arm), design=design, output_dir=output_dir)
+
+
+def _name(cell: tuple[int, Arm | None]) -> str:
+    return TRAJECTORY if cell[1] is None else cell[1].name
+
+
 def _label(cell: Any) -> str:
-    return f"seed {cell[0]}: {cell[1].name}" if isinstance(cell, tuple) else f"seed {cell}"
+    return f"seed {cell[0]}: {_name(cell)}" if isinstance(cell, tuple) else f"seed {cell}"
+
+
+def _without_identity(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "identity"}
 
 
 def _arm_identity(arm: Arm, task: ComparisonTask) -> dict[str, Any]:

@@ -5,17 +5,19 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
-from .arms import Arm
+from .arms import NAMED_ARMS, Arm, known_step_arms, make_arm
 from .comparison import ACCURACY, LOSS
 from .comparison_task import ComparisonTask
 from .linear_probe import LinearProbe
 from .protocols import FineTuning, MeasuringProtocol, first_of_each_class, refined
 
 _RUN_AGAIN = "delete it to run the cell again"
+_USUAL_STATES = 5  # of a schedule by default; the shipped KNOWN needs as many
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,32 @@ class Design:
         if isinstance(protocol, FineTuning) and protocol.one_trial:
             return arm.settings[:1], 1
         return arm.settings, self.trials_per_rate // len(arm.settings)
+
+
+def make_design(
+    task: ComparisonTask,
+    protocols: Sequence[MeasuringProtocol],
+    arms: Sequence[Arm | str | Mapping[str, Any]] | None = None,
+    seeds: Sequence[int] | None = None,
+    draws: int = 1,
+    trials_per_rate: int = 4,
+    stacked: bool | None = None,
+) -> Design:
+    """Return the arguments of [`compare_arms`] with their defaults."""
+    if seeds is None:
+        seeds = range(10 if task.recorded is None else len(task.recorded))
+    compared = tuple(arm if isinstance(arm, Arm) else make_arm(arm) for arm in arms or default_arms(task))
+    numbers = tuple(int(seed) for seed in seeds)
+    return Design(task, tuple(protocols), compared, numbers, draws, trials_per_rate, stacked)
+
+
+def default_arms(task: ComparisonTask) -> list[str]:
+    """Return the names of all arms for which the task has what they need."""
+    trajectories = [task.open_trajectory(seed, Path()) for seed in range(len(task.recorded or []))]
+    num_states = min((trajectory.num_states for trajectory in trajectories), default=_USUAL_STATES)
+    arms = [arm for arm in NAMED_ARMS if all(getattr(task, needed) is not None for needed in arm.needs)]
+    names = [arm.name for arm in (*arms, *known_step_arms()) if num_states >= _USUAL_STATES or not arm.uses_known]
+    return names + [f"state-{index}" for index in range(1, num_states)]
 
 
 @dataclass

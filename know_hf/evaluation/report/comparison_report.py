@@ -9,6 +9,7 @@ order of `seeds`. Unknown values are null; no value is NaN or infinite. Readers 
     command           str or null, the command that reproduces the comparison
     task              {}: the suite as in its YAML, or the description that the user's task gives
     seeds             [int], the trajectory seeds
+    planned_seeds     [int], more than `seeds` if a time limit ended the comparison
     draws             int, downstream draws per trajectory
     counted           "trajectory seeds", or "draws of one trajectory" if there is only one. Then a draw takes the
                       place of a seed: `per_seed` has one value per draw, and nothing covers other trajectories
@@ -104,8 +105,9 @@ class ComparisonReport:
             Entries of `report.json`, the most important protocol first.
         measures (`tuple[Measure, ...]`):
             What is measured. The first selects the trials.
-        name, description, task, seeds, draws, trials_per_rate, arms, cells, trajectories, landscape, command:
-            As in `report.json`.
+        name, description, task, seeds, draws, trials_per_rate, arms, cells, trajectories, landscape, command,
+        planned_seeds:
+            As in `report.json`; by default as many seeds were planned as there are.
     """
 
     name: str
@@ -121,6 +123,7 @@ class ComparisonReport:
     trajectories: tuple[Mapping[str, Any], ...] = ()
     landscape: Mapping[str, Any] | None = None
     command: str | None = None
+    planned_seeds: tuple[int, ...] = ()
 
     @property
     def counted(self) -> str:
@@ -150,6 +153,11 @@ class ComparisonReport:
     def warnings(self) -> list[str]:
         """Sentences to show before any number."""
         sentences = []
+        if (planned := len(self.planned_seeds or self.seeds)) > len(self.seeds):
+            sentences.append(
+                f"A time limit ended the comparison with {len(self.seeds)} of {planned} planned seeds; the same"
+                " command continues it."
+            )
         if len(self.seeds) == 1:
             sentences.append(
                 "There is only one trajectory. Intervals and tests are over its downstream draws and do not cover"
@@ -178,6 +186,7 @@ class ComparisonReport:
             "command": self.command,
             "task": dict(self.task),
             "seeds": list(self.seeds),
+            "planned_seeds": list(self.planned_seeds or self.seeds),
             "draws": self.draws,
             "counted": self.counted,
             "trials_per_rate": self.trials_per_rate,

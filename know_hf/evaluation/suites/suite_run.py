@@ -45,7 +45,7 @@ def run_suite(
         seeds (sequence of `int`, *optional*):
             Trajectory seeds instead of those of the suite.
         options (*optional*):
-            `num_processes`, `command` and `pages` of [`compare_arms`].
+            `num_processes`, `max_minutes`, `command` and `pages` of [`compare_arms`].
 
     Returns:
         [`ComparisonReport`]: the report, printable.
@@ -54,7 +54,7 @@ def run_suite(
         `ValueError`: if `data` or `models` names something that the suite does not read, if `output_dir` is inside
             one of their folders, and as [`load_suite`] and
             [`compare_arms`].
-        `FileExistsError`, `RuntimeError`: as [`compare_arms`].
+        `FileExistsError`, `RuntimeError`, `TimeoutError`: as [`compare_arms`].
     """
     if not isinstance(suite, Suite):
         suite = load_suite(suite)

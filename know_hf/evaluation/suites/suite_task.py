@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,14 @@ class SuiteTask:
         return round(self.suite.source.train / ForgettingSchedule(**self.suite.schedule).ratio)
 
     def _splits(self, side: Side) -> tuple[PreparedSplit, PreparedSplit]:
+        return self._prepared[side]
+
+    @cached_property
+    def _prepared(self) -> dict[Side, tuple[PreparedSplit, PreparedSplit]]:
+        """Prepared pool and unseen examples; a pickled task keeps them, so that worker processes read no dataset."""
+        return {side: self._prepare(side) for side in (self.suite.source, self.suite.target)}
+
+    def _prepare(self, side: Side) -> tuple[PreparedSplit, PreparedSplit]:
         tokenizer = self.suite.model.path(self.model_paths)
         read = partial(prepare, side, inputs=self.suite.inputs, dataset_paths=self.dataset_paths, tokenizer=tokenizer)
         pool = read(side.pool)
