@@ -235,7 +235,7 @@ def _predict(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         if args.report:
             write_json(Path(args.report), result.to_dict())
-        _print(f"{result}\n\nwritten to {result.path}" + (f", pushed to {result.url}" if result.url else ""))
+        _print(str(result))
 
 
 def _make_gate(args: argparse.Namespace) -> Any:

@@ -97,6 +97,13 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
+def percent(share: float) -> str:
+    """Format a share with two or three digits, and never a small one as `0.00%`."""
+    if 0 < share < 1e-4:
+        return "less than 0.01%"
+    return f"{share:.{0 if share >= 0.1 or not share else 1 if share >= 0.01 else 2}%}"
+
+
 def _printable(text: str, replacement: str) -> str:
     return "".join(character if character.isprintable() else replacement for character in text)
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers.utils import logging
 
 from .cards import checkpoint_card
+from .cards.model_loading import loading_line
 from .distributed import on_main_process
 from .hub import PushOptions, architecture_of, check_push, push_checkpoint
 from .known import KNOWNModel
@@ -33,7 +34,7 @@ def predict_overflowed_weights(
     output_dir: str | Path,
     predictor: Predictor | str | Sequence[Predictor | str] | None = None,
     gate: Gate | None = None,
-    card: bool = True,
+    card: bool | Mapping[str, Any] = True,
     push_to_hub: str | None = None,
     write: WriteOptions | None = None,
     push: PushOptions | None = None,
@@ -62,8 +63,9 @@ def predict_overflowed_weights(
             Validation data. The best of Θ0, the other states, all numbers of steps up to `steps` and a family of
             averages and moves between the states is written; Θ0 if none is better by more than noise. KNOWN is left
             out if there are too few states for it and it is not asked for.
-        card (`bool`, *optional*, defaults to `True`):
-            Whether to write a model card, `README.md`, with a plot of the forgetting.
+        card (`bool` or `Mapping`, *optional*, defaults to `True`):
+            Whether to write a model card, `README.md`, with a plot of the forgetting. A mapping has further keyword
+            arguments of [`~know_hf.cards.checkpoint_card`], such as `comparisons` and `arm`.
         push_to_hub (`str`, *optional*):
             Hub id to push the checkpoint to. The token and write access to an existing repo are checked first.
         write ([`WriteOptions`], *optional*):
@@ -111,7 +113,8 @@ def predict_overflowed_weights(
     repo_id = None
     if push_to_hub is not None:
         repo_id = on_main_process(accelerator, lambda: _check_push(plan.trajectory, push_to_hub, push))
-    finish = partial(_write_card, plan, _named(plan, predictor), write, described, repo_id) if card else None
+    more = {"repo_id": repo_id, **(card if isinstance(card, Mapping) else {})}
+    finish = partial(_write_card, plan, _named(plan, predictor), write, described, more) if card else None
     if gate is not None:
         result = write_best_candidate(gate, plan, output_dir, write, finish)
     else:
@@ -119,6 +122,7 @@ def predict_overflowed_weights(
     if accelerator is None or accelerator.is_main_process:
         for text in result.warnings:
             logger.warning(text)
+    result.next_step = loading_line(plan.trajectory.path, repo_id or f"{result.path}/")
     if repo_id is not None:
         result.url = on_main_process(accelerator, lambda: _push(result.path, repo_id, push))
     return result
@@ -155,7 +159,7 @@ def _write_card(
     predictor: Predictor | str,
     write: WriteOptions,
     described: Mapping[str, Any],
-    repo_id: str | None,
+    more: Mapping[str, Any],
     folder: Path,
     result: PredictionResult,
 ) -> None:
@@ -179,8 +183,8 @@ def _write_card(
         dtype=None if write.dtype is None else str(write.dtype).removeprefix("torch."),
         recalibrated=recalibrated,
         gate=None if result.gate is None else result.gate.to_dict(),
-        repo_id=repo_id,
         picture=None if picture is None else _PICTURE,
+        **more,
     ).save(folder / "README.md")
 
 

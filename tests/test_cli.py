@@ -71,9 +71,9 @@ def test_inspect_prints_states_roles_and_displacement(recorded, capsys):
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
     assert lines[0][:4] == ["state", "examples", "steps", "eval_loss"]
-    sizes = [["0", "64", "32"], ["1", "32", "8"], ["2", "16", "4"], ["3", "8", "2"], ["4", "4", "1"]]
-    assert [line[:3] for line in lines[1:6]] == sizes
-    assert lines[1][4:] == ["0.0000"] * 4
+    sizes = [["Θ0", "64", "32"], ["Θ1", "32", "8"], ["Θ2", "16", "4"], ["Θ3", "8", "2"], ["Θ4", "4", "1"]]
+    assert [line[:3] for line in lines[1:7]] == [["start", "–", "0"], *sizes]
+    assert lines[2][4:] == ["0.0000"] * 4 and lines[1][3:] == ["–"] * 5
     assert ["conv", "5", "5,000"] in lines
     assert ["fc", "4×16", "classifier.1.weight:"] in [line[:3] for line in lines]
     assert main(["inspect", str(recorded.parent)]) == 1
@@ -102,7 +102,8 @@ def test_predict_writes_checkpoint_and_report(recorded, tmp_path, capsys):
     out, report = tmp_path / "out", tmp_path / "report.json"
     options = ["--predictor", "shrink", '--predictor_options={"factor": 0.5}', "--report", str(report)]
     assert main(["predict", str(recorded), *options, "--output-dir", str(out)]) == 0
-    assert capsys.readouterr().out.endswith(f"written to {out}\n")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"Wrote Shrink, 1 step, to {out}/; ") and shown.endswith(f'.from_pretrained("{out}/")\n')
     before = load_file(recorded / "state-0/model.safetensors")["classifier.1.weight"]
     torch.testing.assert_close(load_file(out / "model.safetensors")["classifier.1.weight"], 0.5 * before)
     tensors = json.loads(report.read_text())["tensors"]

@@ -58,7 +58,8 @@ def test_the_best_number_of_steps_is_written(trajectory, tmp_path):
     assert result.report["bias"].mean_residual == pytest.approx(2)
     assert torch.equal(result.load_model().classifier[1].bias, trajectory.tensor(BIAS) + 2)
     assert decided.recipe == {**PREDICTION, "steps": 2}
-    assert decided.sentence.startswith("The gate chose Constant, 2 steps over Θ0 and 6 other candidates: distance of")
+    assert decided.sentence.startswith("Chose Constant, 2 steps: distance ")
+    assert "; 7 candidates. Constant, 3 steps, is" in decided.sentence and decided.requested == "Constant, 3 steps"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in result.path.iterdir()) == ["config.json", "model.safetensors"]
 
@@ -72,7 +73,7 @@ def test_theta_0_is_kept_bit_for_bit_when_nothing_is_better(trajectory, tmp_path
     before = trajectory.path / "state-0/model.safetensors"
     assert (result.path / "model.safetensors").read_bytes() == before.read_bytes()
     assert decided.candidates[1].name == "Θ0, BatchNorm recalibrated"
-    assert "kept Θ0: none of 4 other candidates" in decided.sentence
+    assert "Kept Θ0: none of 4 candidates is better by more than noise" in decided.sentence
 
 
 def test_a_state_can_be_chosen_and_is_copied_bit_for_bit(trajectory, tmp_path):
@@ -182,7 +183,7 @@ def test_screening_evaluates_a_part_of_the_batches_and_confirms_on_the_others(tr
     assert len(seen) == 80 + 4 * 16 + 2 * 64
     assert set(seen[-64:]).isdisjoint(seen[80:96]) and set(seen[:80]) == {*seen[-64:], *seen[80:96]}
     assert max(decided.screened, key=lambda one: one.loss).name == "Constant, 1 step"
-    assert "none of 4 other" in decided.sentence or "and 3 other" in decided.sentence
+    assert "4 candidates" in decided.sentence and "Constant, 1 step, was screened out." in decided.sentence
     assert "2 others were screened out on 16 batches" in str(decided)
     assert len(decided.to_dict()["screened"]) == 2
     streamed = through(Gate(dataset=Stream(rows), **options), trajectory, tmp_path / "s", Constant(30.0), steps=1)
@@ -322,11 +323,14 @@ def test_the_card_names_the_chosen_candidate(trajectory, tmp_path):
         gate=Gate(distance_to(goal), candidates=[1]),
     )
     assert result.gate.chosen == result.to_dict()["gate"]["chosen"] == "Θ1"
-    assert result.gate.sentence in str(result)
+    lines = str(result).splitlines()
+    assert lines[0].startswith(f"Wrote Θ1 to {result.path}/: a recorded state, not a prediction; validation loss ")
+    assert lines[2].split()[:2] == ["candidate", "loss"] and lines[-1].startswith("next: model = AutoModelFor")
     card = (result.path / "README.md").read_text()
     assert result.gate.sentence in card.replace("&#124;", "|")
     assert "| `Θ1` (these weights) |" in card
     assert "| candidate | `validation loss` | minus Θ0 | 95% interval | p (corrected) |" in card
+    assert "# Recorded state Θ1 of" in card and "- recorded-state\n" in card and "weight-prediction" not in card
     assert "| all tensors | Θ1, a recorded state, not a prediction |" in card
     assert "| normalisation layers |" not in card
     assert result.gate.rule.replace("|t|", "&#124;t&#124;") in card

@@ -110,9 +110,8 @@ def test_the_report_has_every_role(trajectory, predict):
     total = sum(float(trajectory.tensor(n).abs().sum()) for n, r in trajectory.roles.items() if r.role == "fc")
     assert report["fc"].mean_ratio == pytest.approx(192 / total)
     assert report["norm"].mean_residual == 0
-    lines = str(result).splitlines()
-    assert lines[0].split()[:8] == ["role", "tensors", "parameters", "unchanged", "mean", "|R|", "max", "|R|"]
-    assert lines[4].split()[:6] == ["fc", "2", "192", "0", "1", "1"]
+    assert str(result).startswith(f"Wrote Constant, 2 steps, to {result.path}/; nothing checks whether it is better")
+    assert str(result).endswith(f'next: model = AutoModelForImageClassification.from_pretrained("{result.path}/")')
 
 
 def test_frozen_tensors_are_copied_without_a_prediction(record_states, predict):
@@ -202,7 +201,7 @@ def test_residuals_below_the_rounding_are_reported(record_states, predict):
     trajectory = record_states(nn.Linear(8, 8).to(torch.bfloat16), num_states=2)
     result, _ = predict(trajectory, Constant(1e-7))
     assert sum(report.lost for report in result.report.values()) == 72
-    assert result.warnings[0].startswith("100% of the residuals")
+    assert result.warnings[0].startswith("100% of the predicted changes are lost")
     result, written = predict(trajectory, Constant(1e-4), dtype=torch.float32, overwrite=True)
     assert result.warnings == []
     assert torch.equal(written["weight"], trajectory.tensor("weight").float() + 1e-4)

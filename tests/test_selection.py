@@ -150,7 +150,7 @@ def test_losses_that_are_not_finite_or_have_no_spread_are_not_chosen():
     assert (shifted.difference, shifted.low, shifted.high, shifted.p_value) == (-0.5, None, None, None)
     assert result.scores == {"Θ0": 1.5, "shifted": 1.0}
 
-    assert "validation loss of 1 (-0.5 on every value" in result.sentence
+    assert "validation loss 1, 0.5 below Θ0 on every value" in result.sentence
     assert "only if a margin is set" in result.rule
 
 
@@ -164,7 +164,7 @@ def test_equal_differences_are_chosen_by_the_margin_alone():
     assert choose(losses, margin=0.4).is_reference
     result = choose(losses, margin=0.2)
     assert result.chosen == "more"
-    assert "chose more over Θ0" in result.sentence and "-0.3 on every value" in result.sentence
+    assert "Chose more:" in result.sentence and "0.3 below Θ0 on every value" in result.sentence
     assert "more than 0.2" in result.rule
     assert result.candidates[3].p_value is not None
     json.dumps(result.to_dict(), allow_nan=False)
@@ -183,7 +183,7 @@ def test_one_number_is_compared_with_the_margin():
     result = choose(losses, margin=0.06)
     assert result.chosen == "b"
     assert "no test" in result.rule
-    assert "b over Θ0 and 1 other candidate: validation loss of 0.92 (-0.08); Θ0 has 1." in result.sentence
+    assert result.sentence == "Chose b: validation loss 0.92, 0.08 below Θ0; 2 candidates."
 
 
 @pytest.mark.parametrize(

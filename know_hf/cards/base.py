@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..local_paths import public_name
 from ..markdown import code, fenced, link, markdown, python, size, table, url
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -63,6 +64,11 @@ def source(name: str, revision: str | None = None) -> Source:
     except HFValidationError:
         on_hub = False
     return {"name": name if on_hub else Path(name).name or name, "on_hub": on_hub, "revision": revision}
+
+
+def shown_folder(path: Path) -> str:
+    """Return a folder for code in a card: below the working directory, or only the last part of its path."""
+    return f"{public_name(str(path)).removeprefix('.../')}/"
 
 
 @cache

@@ -6,7 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Unpack
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -14,12 +14,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..checkpoint import file_sha256
 from ..config_files import check_keys
 from ..known import KNOWNConfig, KNOWNModel
-from ..markdown import Table, clean, python, python_call
+from ..markdown import Table, clean, percent, python, python_call
 from ..prediction import SHIPPED_KNOWN, PredictionResult
 from ..predictors import Composition, Predictor
 from ..trajectory import WeightTrajectory
 from ..trajectory.recorder import library_versions
-from .base import Source, source
+from .base import Source, shown_folder, source
 from .evidence import comparison_table, eval_results, gate_table, recorded_comparison, recorded_gate
 from .model_loading import adapter_loading_code, loading_code
 from .recorded_card import About, RecordedCard, recorded_fields
@@ -82,6 +82,8 @@ class CheckpointCard(RecordedCard):
             `worse`, `neither` or `unclear`, and `what` was measured.
         rescaled (`str`, *optional*):
             What was multiplied by a factor after the prediction, and how well the function was kept.
+        folder (`str`):
+            Folder of the checkpoint.
     """
 
     template: ClassVar[str] = "checkpoint.md"
@@ -100,6 +102,7 @@ class CheckpointCard(RecordedCard):
     gate: dict[str, Any] | None = None
     elsewhere: dict[str, Any] | None = None
     rescaled: str | None = None
+    folder: str = "enhanced/"
 
     @classmethod
     def of(
@@ -108,11 +111,16 @@ class CheckpointCard(RecordedCard):
         result: PredictionResult,
         predictor: Predictor | KNOWNModel | str,
         steps: int,
+        gate: Mapping[str, Any] | None = None,
         **about: Unpack[PredictionAbout],
     ) -> "CheckpointCard":
         """Collect the fields; see [`checkpoint_card`]."""
         check_keys(about, tuple(PredictionAbout.__annotations__), "the card")
-        recorded = recorded_fields(trajectory, about, "Enhanced checkpoint")
+        gate = None if gate is None else recorded_gate(gate)
+        state = _chosen_state(gate)
+        kind = "Enhanced checkpoint" if state is None else "Average of recorded states"
+        kind = kind if state is None or isinstance(state, list) else f"Recorded state {_state_name(state)}"
+        recorded = recorded_fields(trajectory, about, kind)
         described = _described(predictor, about.get("predictor_options"), about.get("known_revision"))
         name = about.get("trajectory_id") or getattr(trajectory.repo, "repo_id", None)
         revision = about.get("trajectory_revision") or getattr(trajectory.repo, "commit", None)
@@ -133,6 +141,8 @@ class CheckpointCard(RecordedCard):
             predicted_with=library_versions(),
             elsewhere=_elsewhere(described["known"], steps),
             rescaled=None if result.rescaling is None else str(result.rescaling),
+            gate=gate,
+            folder=shown_folder(result.path),
         )
 
     def compare(self, comparison: Any, arm: str | None) -> None:
@@ -142,13 +152,13 @@ class CheckpointCard(RecordedCard):
     @property
     def chosen_state(self) -> int | str | list[int | str] | None:
         """The recorded state or snapshot that the gate chose, or those it averaged, or `None` for a prediction."""
-        return ((self.gate or {}).get("recipe") or {}).get("state")
+        return _chosen_state(self.gate)
 
     @property
     def chosen_label(self) -> str:
         """Name of [`chosen_state`] in a sentence."""
         chosen = self.chosen_state if isinstance(self.chosen_state, list) else [self.chosen_state]
-        counts = Counter(f"Θ{name}" if isinstance(name, int) else f"`{name}`" for name in chosen)
+        counts = Counter(map(_state_name, chosen))
         names = ", ".join(f"{name} (weight {count})" if count > 1 else name for name, count in counts.items())
         is_average = isinstance(self.chosen_state, list)
         return f"the average of the recorded {names}" if is_average else f"{names}, a recorded state"
@@ -189,9 +199,9 @@ class CheckpointCard(RecordedCard):
                 cells = [
                     f"{row['mean_residual']:.3g}",
                     f"{row['largest_residual']:.3g}",
-                    "–" if math.isinf(row["mean_ratio"]) else f"{row['mean_ratio']:.2%}",
-                    f"{row['shrink_share']:.0%} (× {row['shrink_factor']:.4g})",
-                    f"{row['extrapolation_share']:.0%} ({row['extrapolation_factor']:+.2f})",
+                    "–" if math.isinf(row["mean_ratio"]) else percent(row["mean_ratio"]),
+                    f"{percent(row['shrink_share'])} (× {row['shrink_factor']:.4g})",
+                    f"{percent(row['extrapolation_share'])} ({row['extrapolation_factor']:+.2f})",
                 ]
             rows.append([row["role"], *(f"{row[name]:,}" for name in head[1:4]), *cells])
         return rows
@@ -211,10 +221,15 @@ class CheckpointCard(RecordedCard):
 
     @property
     def loading_code(self) -> str:
-        path = self.repo_id or "enhanced/"
+        path = self.repo_id or self.folder
         if self.adapter_type is not None:
             return adapter_loading_code(path, self.load_with, self.base_model)
         return loading_code(path, self.load_with, self.architecture, on_hub=self.repo_id is not None)
+
+    @property
+    def recording_folder(self) -> str:
+        """Output folder of `know-hf record`."""
+        return str(PurePosixPath(self.trajectory_folder).parent)
 
     @property
     def prediction_code(self) -> str:
@@ -229,7 +244,9 @@ class CheckpointCard(RecordedCard):
         index = {"model_name": self.repo_id or clean(self.title), "eval_results": results} if results else {}
         library = None if self.architecture is None else "transformers"
         library = library if self.adapter_type is None else "peft"
-        return self.front_matter(["weight-prediction"], library, pipeline_tag=self.pipeline_tag, **index)
+        tag = "weight-prediction" if self.chosen_state is None else "recorded-state"
+        tag = "weight-averaging" if self.is_average or isinstance(self.chosen_state, list) else tag
+        return self.front_matter([tag], library, pipeline_tag=self.pipeline_tag, **index)
 
 
 def checkpoint_card(
@@ -269,11 +286,18 @@ def checkpoint_card(
     Raises:
         `ValueError`: For an incomplete comparison or gate, an unknown key, or an invalid Hub id.
     """
-    card = CheckpointCard.of(trajectory, result, predictor, steps, **about)
+    card = CheckpointCard.of(trajectory, result, predictor, steps, gate, **about)
     for comparison in comparisons:
         card.compare(comparison, arm)
-    card.gate = None if gate is None else recorded_gate(gate)
     return card.render()
+
+
+def _chosen_state(gate: Mapping[str, Any] | None) -> int | str | list[int | str] | None:
+    return ((gate or {}).get("recipe") or {}).get("state")
+
+
+def _state_name(state: Any) -> str:
+    return f"Θ{state}" if isinstance(state, int) else f"`{state}`"
 
 
 def _described(
@@ -317,24 +341,20 @@ def _elsewhere(known: Mapping[str, Any] | None, steps: int) -> dict[str, Any] | 
     return {"what": protocol, **suites} if any(suites.values()) else None
 
 
-def _trajectory_path(card: CheckpointCard) -> str:
-    return "recording/trajectory" if card.record_arguments else "trajectory/"
-
-
 def _opening(card: CheckpointCard) -> list[str]:
     """Return the code that opens or records the trajectory; empty if its path is enough."""
     if card.trajectory is not None:
         revision = f", revision={python(card.trajectory['revision'])}" if card.trajectory["revision"] else ""
         return [f"trajectory = WeightTrajectory.from_hub({python(card.trajectory['name'])}{revision})"]
     if card.schedule_call is not None and not card.record_arguments:
-        call = 'induce_forgetting(trainer, schedule, "trajectory/")'
+        call = f"induce_forgetting(trainer, schedule, {python(card.trajectory_folder)})"
         return [f"schedule = {card.schedule_call}", f"trajectory = {call}  # trainer: the Trainer of the fine-tuning"]
     return []
 
 
 def _prediction_code(card: CheckpointCard) -> str:
     lines = _opening(card)
-    arguments = ["trajectory" if lines else python(_trajectory_path(card))]
+    arguments = ["trajectory" if lines else python(card.trajectory_folder)]
     predictor, known, imports = card.predictor, card.known, []
     options: dict[str, Any] = {}
     if "members" in predictor:
@@ -361,21 +381,22 @@ def _prediction_code(card: CheckpointCard) -> str:
     if card.recalibrated:
         lines.append(_BATCHES_COMMENT)
         arguments.append("recalibrate_with=batches")
-    arguments.append('output_dir="enhanced/"')
+    arguments.append(f"output_dir={python(card.folder)}")
     return _with_imports([*lines, f"predict_overflowed_weights({', '.join(arguments)})"], imports)
 
 
 def _state_code(card: CheckpointCard) -> str:
     """Return the code that saves the chosen state as a checkpoint."""
-    lines = _opening(card) or [f"trajectory = WeightTrajectory({python(_trajectory_path(card))})"]
+    lines = _opening(card) or [f"trajectory = WeightTrajectory({python(card.trajectory_folder)})"]
     base = "" if card.adapter_type is None else ", base_model=base_model"
     if isinstance(card.chosen_state, list):
-        lines.append(f'write_checkpoint(trajectory, snapshot_average(trajectory, {card.chosen_state}), "enhanced/")')
+        average = f"snapshot_average(trajectory, {card.chosen_state})"
+        lines.append(f"write_checkpoint(trajectory, {average}, {python(card.folder)})")
         return _with_imports(lines, ["from know_hf.prediction import snapshot_average, write_checkpoint"])
     lines.append(f"model = trajectory.load_model({python(card.chosen_state)}{base})")
     lines += [_BATCHES_COMMENT, "recalibrate_batch_norm(model, batches)"] if card.recalibrated else []
     lines += [] if card.dtype is None else [f"model.to(torch.{card.dtype})"]
-    return _with_imports([*lines, 'model.save_pretrained("enhanced/")'])
+    return _with_imports([*lines, f"model.save_pretrained({python(card.folder)})"])
 
 
 def _with_imports(lines: Sequence[str], imports: Sequence[str] = ()) -> str:
@@ -391,7 +412,7 @@ def _prediction_command(card: CheckpointCard) -> str | None:
     is_local = card.trajectory is None and predictor["module"] is None and "members" not in predictor
     if card.chosen_state is not None or card.recalibrated or not is_local:
         return None
-    words = ["know-hf", "predict", _trajectory_path(card), "--steps", str(card.steps)]
+    words = ["know-hf", "predict", card.trajectory_folder, "--steps", str(card.steps)]
     if known is None:
         words += ["--predictor", predictor["name"]]
         words += ["--predictor-options", json.dumps(predictor["options"])] if predictor["options"] else []
@@ -401,7 +422,7 @@ def _prediction_command(card: CheckpointCard) -> str | None:
         words += ["--known", known["name"]]
     for flag, value in (("--norm", _norm(card)), ("--dtype", card.dtype)):
         words += [flag, value] if value else []
-    return shlex.join([*words, "--output-dir", "enhanced/"])
+    return shlex.join([*words, "--output-dir", card.folder])
 
 
 def _norm(card: CheckpointCard) -> str | None:

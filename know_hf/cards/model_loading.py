@@ -1,8 +1,10 @@
 """Loading a model of a recorded architecture: class of transformers, task on the Hub, and Python code."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import read_json_object
 from ..markdown import python
 
 if TYPE_CHECKING:
@@ -86,3 +88,17 @@ def adapter_loading_code(path: str, load_with: str | None, base: "Source | None"
         lines[1:] = [f"from transformers import {load_with}", ""]
         lines.append(f"base_model = {load_with}.from_pretrained({python(base['name'])}{revision}){classes}")
     return "\n".join([*lines, f"model = PeftModel.from_pretrained(base_model, {python(path)})"])
+
+
+def loading_line(folder: Path, path: str) -> str:
+    """Return the line that loads the checkpoint at `path`, from the JSON files in a folder of the same model."""
+    config, adapter = (read_json(folder / name) for name in ("config.json", "adapter_config.json"))
+    if adapter:
+        return f"model = PeftModel.from_pretrained(base_model, {python(path)})"
+    model_class = architecture(config, adapter)
+    return loading_code(path, auto_class(model_class)[0], model_class).splitlines()[-1]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, or `{}` if there is no file."""
+    return read_json_object(path) if path.is_file() else {}

@@ -3,7 +3,7 @@
 import logging as python_logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,16 +12,15 @@ from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from ..checkpoint import read_json_object
 from ..local_paths import resolved_name
 from ..markdown import Table, clean, code, python_call
 from ..schedule import ForgettingSchedule
 from ..tasks.arguments import RecordArguments
-from ..trajectory import WeightTrajectory
+from ..trajectory import StateRecord, WeightTrajectory
 from ..trajectory.manifest import Manifest
-from ..trajectory.summary import loss_names
-from .base import Card, Source, source
-from .model_loading import architecture, auto_class
+from ..trajectory.summary import loss_names, other_snapshots
+from .base import Card, Source, shown_folder, source
+from .model_loading import architecture, auto_class, read_json
 
 logger: python_logging.Logger = logging.get_logger(__name__)
 
@@ -74,7 +73,7 @@ class RecordedCard(Card):
         schedule (`dict`, *optional*):
             Fields of the [`ForgettingSchedule`].
         states (`list[dict]`):
-            Full data first: `index`, `num_examples`, `size` in words, `steps`, `metrics`, `bytes`.
+            Full data first: `name`, `num_examples`, `size` in words, `steps`, `metrics`, `bytes`.
         architecture (`str`, *optional*):
             Class of the model.
         load_with (`str`, *optional*):
@@ -85,8 +84,12 @@ class RecordedCard(Card):
             Such as `LORA`, if the weights are an adapter's.
         recorded_with (`dict[str, str]`):
             Library versions.
+        others (`list[dict]`):
+            The start, tail states and branches, like `states`.
         record_arguments (`dict`, *optional*):
             Arguments of `know-hf record` that differ from the defaults.
+        trajectory_folder (`str`):
+            Folder of the trajectory.
     """
 
     base_model: Source | None
@@ -98,8 +101,10 @@ class RecordedCard(Card):
     pipeline_tag: str | None
     adapter_type: str | None
     recorded_with: dict[str, str]
+    others: list[dict[str, Any]] = field(default_factory=list)
     record_arguments: dict[str, Any] | None = None
     picture: str | None = None
+    trajectory_folder: str = "trajectory/"
 
     @property
     def versions(self) -> dict[str, Mapping[str, str]]:
@@ -115,12 +120,13 @@ class RecordedCard(Card):
 
     @property
     def states_table(self) -> Table:
-        names = sorted({name for state in self.states for name in state["metrics"]})
+        states = sorted((*self.states, *self.others), key=lambda state: state["name"] != "start")
+        names = sorted({name for state in states for name in state["metrics"]})
         rows = [["state", "examples", "steps", *map(code, names)]]
-        for state in self.states:
+        for state in states:
             examples = state["size"] if state["num_examples"] is None else f"{state['num_examples']:,}"
             metrics = [f"{state['metrics'][name]:.4g}" if name in state["metrics"] else "–" for name in names]
-            rows.append([f"Θ{state['index']}", examples, f"{state['steps']:,}", *metrics])
+            rows.append([state["name"], examples, f"{state['steps']:,}", *metrics])
         return rows
 
     @property
@@ -170,14 +176,15 @@ def recorded_fields(trajectory: WeightTrajectory, about: About, kind: str) -> di
     """
     for repo_id in (about.get("repo_id"), about.get("trajectory_id")):
         validate_repo_id(repo_id)
-    adapter = _read_json(trajectory.path / "adapter_config.json")
+    adapter = read_json(trajectory.path / "adapter_config.json")
     arguments = _record_arguments(trajectory.path.resolve())
     recorded = trajectory.base_model or adapter.get("base_model_name_or_path")
     base_model = about.get("base_model") or (resolved_name(trajectory.path, str(recorded)) if recorded else None)
     revision = about.get("base_revision") or trajectory.base_revision or adapter.get("revision")
     datasets = about.get("datasets")
-    shown = None
+    shown, folder = None, shown_folder(trajectory.path)
     if arguments is not None:
+        folder = f"{shown_folder(trajectory.path.parent)}{trajectory.path.name}/"
         if base_model == arguments.model:
             revision = revision or arguments.model_revision
         if datasets is None:
@@ -186,7 +193,7 @@ def recorded_fields(trajectory: WeightTrajectory, about: About, kind: str) -> di
         names = {key: source(getattr(arguments, key))["name"] for key in ("model", "dataset")}
         shown = {key: value for key, value in _without_defaults(arguments).items() if key != "output_dir"} | names
     base = None if not base_model else source(str(base_model), revision)
-    model_class = architecture(_read_json(trajectory.path / "config.json"), adapter)
+    model_class = architecture(read_json(trajectory.path / "config.json"), adapter)
     load_with, pipeline_tag = auto_class(model_class, adapter.get("task_type"))
     subject = base["name"].rpartition("/")[2] if base else model_class
     license = about.get("license")
@@ -197,17 +204,9 @@ def recorded_fields(trajectory: WeightTrajectory, about: About, kind: str) -> di
         "base_model": base,
         "datasets": [source(name, revision) for name, revision in (datasets or {}).items()],
         "schedule": trajectory.schedule.to_dict() if trajectory.schedule else None,
-        "states": [
-            {
-                "index": state.index,
-                "num_examples": state.num_examples,
-                "size": state.size,
-                "steps": state.steps,
-                "metrics": dict(state.metrics),
-                "bytes": sum(file.size for file in state.files),
-            }
-            for state in trajectory.states
-        ],
+        "states": [_state(record) for record in trajectory.states],
+        "others": [_state(record) for record in other_snapshots(trajectory)],
+        "trajectory_folder": folder,
         "architecture": model_class,
         "load_with": load_with,
         "pipeline_tag": pipeline_tag,
@@ -215,6 +214,17 @@ def recorded_fields(trajectory: WeightTrajectory, about: About, kind: str) -> di
         "recorded_with": Manifest.read(trajectory.path).library_versions,
         "record_arguments": shown,
         "picture": about.get("picture"),
+    }
+
+
+def _state(record: StateRecord) -> dict[str, Any]:
+    return {
+        "name": record.symbol,
+        "num_examples": record.num_examples,
+        "size": record.examples,
+        "steps": record.steps,
+        "metrics": dict(record.metrics),
+        "bytes": sum(file.size for file in record.files),
     }
 
 
@@ -229,17 +239,12 @@ def _without_defaults(instance: Any) -> dict[str, Any]:
 def _record_arguments(trajectory: Path) -> RecordArguments | None:
     """Read `record.json` beside a trajectory in the output folder of `know-hf record`."""
     path = trajectory.with_name("record.json")
-    content = _read_json(path) if trajectory.name == "trajectory" else {}
+    content = read_json(path) if trajectory.name == "trajectory" else {}
     try:
         return RecordArguments.from_dict(content, str(path)) if content else None
     except ValueError as error:
         logger.warning(f"could not read record.json, so the card omits the recording arguments: {error}")
         return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or `{}` if there is no file."""
-    return read_json_object(path) if path.is_file() else {}
 
 
 def _inherited_license(base: Source | None, base_model: str | None, base_card: ModelCardData | None) -> dict[str, Any]:

@@ -18,8 +18,8 @@ class TrajectoryCard(RecordedCard):
 
     Args:
         roles (`list[dict]`):
-            `role`, `tensors`, `parameters` and, if measured, `moved`: the distance of every state from Θ0, relative
-            to the norm of Θ0.
+            `role`, `tensors`, `parameters` and, if measured, `moved`: the distances of the states, tail states and
+            branches from Θ0, relative to the norm of Θ0.
         stored_once (`int`):
             Tensors of the last state that are stored with an earlier one.
         bytes (`int`):
@@ -51,7 +51,7 @@ class TrajectoryCard(RecordedCard):
             **recorded,
             roles=[roles[role] for role in sorted(roles)],
             stored_once=len(trajectory.states[-1].unchanged),
-            bytes=model_files + sum(state["bytes"] for state in recorded["states"]),
+            bytes=model_files + sum(state["bytes"] for state in (*recorded["states"], *recorded["others"])),
         )
 
     @property
@@ -60,7 +60,8 @@ class TrajectoryCard(RecordedCard):
 
     @property
     def roles_table(self) -> Table:
-        moved = [f"moved, Θ{state['index']}" for state in self.states[1:]] if self.has_displacement else []
+        names = [state["name"] for state in (*self.states, *self.others) if state["name"] != "start"]
+        moved = [f"moved, {name}" for name in names[1:]] if self.has_displacement else []
         rows = [["role", "tensors", "parameters", *moved]]
         for row in self.roles:
             distances = [f"{distance:.4f}" for distance in row["moved"][1:]] if row["moved"] else ["–"] * len(moved)
@@ -70,7 +71,7 @@ class TrajectoryCard(RecordedCard):
     @property
     def opening_code(self) -> str:
         """Python code that opens and uses the trajectory."""
-        trajectory = 'WeightTrajectory("trajectory/")'
+        trajectory = f"WeightTrajectory({python(self.trajectory_folder)})"
         if self.repo_id is not None:
             trajectory = f"WeightTrajectory.from_hub({python(self.repo_id)})"
         base = "" if self.adapter_type is None else ", base_model=base_model"

@@ -74,7 +74,7 @@ def prediction_result(
     result = PredictionResult(
         Path(output_dir), reports, roles, warnings, options.model_class, rescaling=plan.rescaling
     )
-    result.predictor = plan.predictor if is_prediction else None
+    result.predictor, result.name = plan.predictor if is_prediction else None, plan.name
     return result
 
 

@@ -14,7 +14,7 @@ from ..checkpoint import TensorSpec, parse_json
 from ..known import KNOWNConfig, KNOWNModel
 from ..known.kernels import KERNELS
 from ..markdown import size
-from ..predictors import Composition, DepthPredictor, Predictor, Rescaling, get_predictor
+from ..predictors import Composition, DepthPredictor, KNOWNPredictor, Predictor, Rescaling, get_predictor
 from ..roles import PREDICTED_DTYPES, PREDICTED_ROLES
 from ..trajectory import TrajectoryError, WeightTrajectory
 from . import pieces
@@ -85,6 +85,13 @@ class PredictionPlan:
     def num_states(self) -> int:
         """Number of states in a history."""
         return self.predictor.num_states or self.trajectory.num_states
+
+    @property
+    def name(self) -> str:
+        """What is predicted, such as `KNOWN, 2 steps`."""
+        first, *others = (type(member).__name__ for member in (self.predictor, *self.members[1:]))
+        names = ["KNOWN" if isinstance(self.predictor, KNOWNPredictor) else first, *others]
+        return f"{' + '.join(names)}, {self.steps} step{'s' if self.steps > 1 else ''}"
 
     @property
     def specs(self) -> dict[str, TensorSpec]:

@@ -134,28 +134,6 @@ class ResidualReport:
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def table(reports: Mapping[str, ResidualReport], heading: str) -> str:
-    """Format reports as a text table.
-
-    Args:
-        reports (`Mapping[str, ResidualReport]`):
-            One row per report, by name.
-        heading (`str`):
-            Heading of the names.
-    """
-    width = max(len(name) for name in (heading, *reports))
-    columns = ("tensors", "parameters", "unchanged", "mean |R|", "max |R|", "ΣR/ΣΘ0", "along Θ0", "along Θ0−Θ1")
-    lines = [f"{heading:{width}}" + "".join(f"{column:>13}" for column in columns)]
-    for name, r in reports.items():
-        cells = [f"{r.tensors:,}", f"{r.parameters:,}", f"{r.unchanged:,}"]
-        ratio = "-" if math.isinf(r.mean_ratio) else f"{r.mean_ratio:.2%}"
-        residual = [f"{r.mean_residual:.3g}", f"{r.largest_residual:.3g}", ratio]
-        residual += [f"{r.shrink_share:.0%}", f"{r.extrapolation_share:.0%}"]
-        cells += residual if r.predicted else ["-"] * len(residual)
-        lines.append(f"{name:{width}}" + "".join(f"{cell:>13}" for cell in cells))
-    return "\n".join(lines)
-
-
 def is_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite. Several times faster than `torch.isfinite`, which allocates a tensor."""
     return math.isfinite(_largest(values))

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from ..checkpoint import CheckpointReader
 from ..predictors import Predictor, Rescaling
 from ..trajectory import load_into, load_pretrained
-from .residuals import ResidualReport, table
-from .selection import GateResult
+from .residuals import ResidualReport
+from .selection import GateResult, with_article
 
 
 @dataclass
 class PredictionResult:
-    """An enhanced checkpoint.
+    """An enhanced checkpoint; `str(result)` is the verdict, the candidates of the gate and how to load it.
 
     Attributes:
         path (`Path`):
@@ -40,6 +40,10 @@ class PredictionResult:
             Factors that the predicted tensors were multiplied by. The reports are on the prediction before it.
         predictor ([`Predictor`], *optional*):
             The predictor, which a gate may have chosen; `None` for a recorded state.
+        name (`str`):
+            What was written, such as `KNOWN, 2 steps`.
+        next_step (`str`):
+            Code that loads the checkpoint.
     """
 
     path: Path
@@ -51,6 +55,19 @@ class PredictionResult:
     gate: GateResult | None = None
     rescaling: Rescaling | None = None
     predictor: Predictor | None = None
+    name: str = "the prediction"
+    next_step: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The verdict: what was written, and whether it is better than Θ0."""
+        if self.gate is not None and self.gate.is_reference:
+            return f"Kept Θ0, written to {self.path}/: {self.gate.reason}"
+        name = with_article(self.name if self.gate is None else self.gate.chosen)
+        start = f"Wrote {name}{',' if ',' in name else ''} to {self.path}/"
+        if self.gate is not None:
+            return f"{start}: {self.gate.reason}"
+        return f"{start}; nothing checks whether it is better than Θ0: pass gate=Gate(validation_set)."
 
     @property
     def report(self) -> dict[str, ResidualReport]:
@@ -97,7 +114,15 @@ class PredictionResult:
         }
 
     def __str__(self) -> str:
-        lines = [table(self.report, "role"), *(f"warning: {text}" for text in self.warnings)]
+        parts = [self.sentence]
+        if self.gate is not None:
+            screened = len(self.gate.screened)
+            others = f"\n{screened} more candidate{'s' if screened > 1 else ''} screened out" if screened else ""
+            parts.append(f"{self.gate.table}{others}")
         if self.rescaling is not None:
-            lines.insert(1, f"rescaled: {self.rescaling}")
-        return "\n".join(lines if self.gate is None else [str(self.gate), "", *lines])
+            parts.append(f"rescaled: {self.rescaling}")
+        if self.url is not None:
+            parts.append(f"pushed to {self.url}")
+        if self.next_step:
+            parts.append(f"next: {self.next_step}")
+        return "\n\n".join(parts)

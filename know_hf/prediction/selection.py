@@ -69,6 +69,8 @@ class GateResult:
             The candidates that were screened out, best first; loss and difference are those of the screening.
         num_screening_values (`int`):
             Number of paired losses of the screening, none of which is among `num_values`; 0 without screening.
+        requested (`str`, *optional*):
+            Name of the candidate that is the requested prediction.
     """
 
     chosen: str
@@ -80,6 +82,7 @@ class GateResult:
     recipe: Mapping[str, Any] | None = None
     screened: tuple[GateCandidate, ...] = ()
     num_screening_values: int = 0
+    requested: str | None = None
 
     @property
     def scores(self) -> dict[str, float]:
@@ -112,25 +115,46 @@ class GateResult:
 
     @property
     def sentence(self) -> str:
-        """The verdict: what was chosen and by how much."""
-        reference, *others = self.candidates
-        evaluated = len(others) + len(self.screened)
-        number = f"{evaluated - (not self.is_reference)} other candidate"
-        number += "" if number.startswith("1 ") else "s"
+        """The verdict: what was chosen and why."""
+        return f"{'Kept' if self.is_reference else 'Chose'} {with_article(self.chosen)}: {self.reason}"
+
+    @property
+    def reason(self) -> str:
+        """Why it was chosen, in a sentence or two, and how the requested prediction compares with Θ0."""
+        others = self.candidates[1:]
+        count = len(others) + len(self.screened)
+        number = f"{count} candidate{'s' if count > 1 else ''}"
         finite = [candidate for candidate in others if candidate.loss is not None]
         if not finite:
-            return f"The gate kept {REFERENCE}: no other candidate has a finite {self.metric}."
-        if not self.is_reference:
-            chosen = self._compared(next(candidate for candidate in others if candidate.name == self.chosen))
-            over = f"{REFERENCE} and {number}" if evaluated > 1 else REFERENCE
-            return f"The gate chose {self.chosen} over {over}: {chosen}; {REFERENCE} has {reference.loss:.4g}."
-        lowest = min(finite, key=_loss)
-        reason = "the margin" if self.num_values == 1 else "noise"
-        return (
-            f"The gate kept {REFERENCE}: none of {number} is better by more than {reason}. {REFERENCE} has a"
-            f" {self.metric} of {reference.loss:.4g}; the best other candidate is {lowest.name} with a"
-            f" {self._compared(lowest)}."
-        )
+            return f"no other candidate has a finite {self.metric}."
+        best = min(finite, key=_loss)
+        if self.is_reference:
+            noise = "the margin" if self.num_values == 1 else "noise"
+            text = f"none of {number} is better by more than {noise}."
+            text += f" The best is {with_article(best.name)}: {self._compared(best)}."
+        else:
+            best = next(candidate for candidate in others if candidate.name == self.chosen)
+            is_state = (self.recipe or {}).get("state") is not None
+            text = "a recorded state, not a prediction; " if is_state else ""
+            text += f"{self._compared(best)}; {number}."
+        return text if self.requested in (None, best.name) else f"{text} {self._on_requested}"
+
+    @property
+    def _on_requested(self) -> str:
+        """What the test says about the requested prediction."""
+        name = f"{self.requested}," if "," in (self.requested or "") else self.requested
+        one = next((candidate for candidate in self.candidates if candidate.name == self.requested), None)
+        if one is None:
+            return f"{name} was screened out."
+        if one.difference is None:
+            return f"{name} has no finite {self.metric}."
+        verdict = "is neither better nor worse than"
+        if _is_better(one, self.num_values, self.level, self.margin):
+            verdict = "is better than"
+        elif one.difference > 0 and (one.low is None or one.low > 0):
+            verdict = "is worse than"
+        p_value = "" if one.p_value is None else f", p = {one.p_value:.2g}"
+        return f"{name} {verdict} {REFERENCE} ({one.difference:+.3g}{p_value})."
 
     @property
     def _screening(self) -> str:
@@ -148,28 +172,32 @@ class GateResult:
         return self.num_values > 1 and candidate.difference is not None and candidate.p_value is None
 
     def _compared(self, candidate: GateCandidate) -> str:
-        text = f"{self.metric} of {candidate.loss:.4g} ({candidate.difference:+.4g}"
+        difference = candidate.difference or 0.0
+        size = f"{abs(difference):.3g} {'below' if difference < 0 else 'above'} {REFERENCE}"
+        text = f"{self.metric} {candidate.loss:.4g}, {size if difference else f'equal to {REFERENCE}'}"
         if self._is_untested(candidate):
-            return f"{text} on every value, so its noise is unknown)"
+            return f"{text} on every value, so its noise is unknown"
         if candidate.p_value is None:
-            return f"{text})"
-        interval = "unbounded" if candidate.low is None else f"[{candidate.low:+.4g}, {candidate.high:+.4g}]"
-        return f"{text}, interval {interval}, p = {candidate.p_value:.2g})"
+            return text
+        interval = "unbounded" if candidate.low is None else f"[{candidate.low:+.3g}, {candidate.high:+.3g}]"
+        return f"{text} ({1 - self.level:.0%} interval {interval}, p = {candidate.p_value:.2g})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, as a card takes them."""
         first = {name: getattr(self, name) for name in ("metric", "scores", "chosen", "sentence", "rule")}
         last = {
-            name: getattr(self, name) for name in ("num_values", "level", "margin", "recipe", "num_screening_values")
+            name: getattr(self, name)
+            for name in ("num_values", "level", "margin", "recipe", "num_screening_values", "requested")
         }
         lists = {name: [asdict(candidate) for candidate in getattr(self, name)] for name in ("candidates", "screened")}
         return {**first, **lists, **last}
 
     def __str__(self) -> str:
-        return f"{self.sentence}\n\n{self._table}\n\n{self.rule}"
+        return f"{self.sentence}\n\n{self.table}\n\n{self.rule}"
 
     @property
-    def _table(self) -> str:
+    def table(self) -> str:
+        """The tested candidates with their losses and differences from Θ0."""
         rows = [["candidate", "loss", f"minus {REFERENCE}", f"{1 - self.level:.0%} interval", "p (corrected)"]]
         for candidate in self.candidates:
             loss = "not finite" if candidate.loss is None else f"{candidate.loss:.4g}"
@@ -316,6 +344,11 @@ def check_reference(losses: float | Sequence[float] | np.ndarray, margin: float 
     if count < MINIMUM_VALUES and count != 1:
         raise ValueError(f"got {count} losses of {REFERENCE}, too few for a test; give at least {MINIMUM_VALUES}")
     return reference
+
+
+def with_article(name: str) -> str:
+    """Return the name of a candidate for a sentence: `the average of the states`, `Θ1`."""
+    return f"the {name}" if name.startswith(("average", "start")) else name
 
 
 def _loss(candidate: GateCandidate) -> float:

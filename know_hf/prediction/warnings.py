@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..markdown import percent
 from ..roles import PREDICTED_ROLES
 from .residuals import ResidualReport
 
@@ -27,16 +28,18 @@ def range_warnings(role: str, tensors: Mapping[str, ResidualReport], trained_on:
     if total.outside:
         worst = max(tensors, key=lambda name: tensors[name].outside)
         warnings.append(
-            f"{role}: {total.outside / total.predicted:.2%} of the weights are outside of the range that the network"
-            f" was trained on (weights up to {trained_on['largest_weight']:.3g}, moves up to"
-            f" {trained_on['largest_displacement']:.3g}), most of them in {worst!r} (weights up to"
-            f" {tensors[worst].largest_weight:.3g}, moves up to {tensors[worst].largest_move:.3g})"
+            f"{role}: {percent(total.outside / total.predicted)} of the weights are outside of the range that the"
+            f" predictor was trained on (values up to {trained_on['largest_weight']:.3g}, moves up to"
+            f" {trained_on['largest_displacement']:.3g}), most of them in {worst!r} (values up to"
+            f" {tensors[worst].largest_weight:.3g}, moves up to {tensors[worst].largest_move:.3g}). Check the"
+            " prediction with gate=Gate(validation_set)"
         )
     mean = trained_on["mean_displacement"]
     if total.predicted and total.mean_move < FAR_SMALLER * mean:
         warnings.append(
-            f"{role}: the weights moved by {total.mean_move:.2g} on average between the last two states, the network"
-            f" was trained on moves of {mean:.2g}. Its residual depends on the weights more than on their moves"
+            f"{role}: the weights moved by only {total.mean_move:.2g} on average between the last two states; the"
+            f" predictor was trained on moves of {mean:.2g}. It then mostly sees the size of the weights: train each"
+            " stage for longer, or check the prediction with gate=Gate(validation_set)"
         )
     return warnings
 
@@ -53,12 +56,12 @@ def forgetting_warnings(losses: Sequence[float | None], name: str = "eval_loss")
     full_data, *later = losses
     if full_data is None:
         return []
-    states = [f"Θ{k} ({loss:.4g})" for k, loss in enumerate(later, 1) if loss is not None and loss <= full_data]
-    if not states:
+    lower = {f"Θ{k} ({loss:.3g})": loss for k, loss in enumerate(later, 1) if loss is not None and loss <= full_data}
+    if not lower:
         return []
-    verb = "is" if len(states) == 1 else "are"
+    relation = "below" if max(lower.values()) < full_data else "not above"
     return [
-        f"the model did not forget: by {name}, {', '.join(states)} {verb} no worse than Θ0 ({full_data:.4g})."
+        f"The model did not forget: {name} of {', '.join(lower)} is {relation} that of Θ0 ({full_data:.3g})."
         " Predicting backwards may undo training; train Θ0 longer"
     ]
 
@@ -69,8 +72,8 @@ def rounding_warnings(tensors: Mapping[str, ResidualReport]) -> list[str]:
     if total.lost <= total.predicted / 2:
         return []
     return [
-        f"{total.lost / total.predicted:.0%} of the residuals are smaller than the rounding of the written dtype and"
-        " changed nothing. Write float32 with dtype=torch.float32, or record in float32"
+        f"{percent(total.lost / total.predicted)} of the predicted changes are lost to rounding in the written dtype."
+        " Write float32 with dtype=torch.float32, or record in float32"
     ]
 
 
@@ -87,11 +90,11 @@ def unchanged_warnings(tensors: Mapping[str, ResidualReport], roles: Mapping[str
     if total.changed:
         return []
     if total.predicted:
-        return ["the enhanced weights equal Θ0: the residual of every weight is zero or lost to rounding"]
+        return ["The enhanced weights equal Θ0: every predicted change is zero or lost to rounding"]
     counts = ", ".join(f"{role}: {count:,}" for role, count in sorted(roles.items()))
     hint = '. norm="predict" predicts the weights of normalisation layers' if roles.get("norm") else ""
     return [
-        f"the enhanced weights equal Θ0: nothing was predicted, because no tensor with the role {_PREDICTED} moved"
+        f"The enhanced weights equal Θ0: nothing was predicted, because no tensor with the role {_PREDICTED} moved"
         f" (tensors by role: {counts}){hint}"
     ]
 
@@ -110,8 +113,8 @@ def dtype_warnings(tensors: Mapping[str, ResidualReport], dtype_of: Callable[[st
         return []
     more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
     return [
-        f"weights of Θ0 are kept although they moved, because their dtype cannot be predicted: {', '.join(kept[:3])}"
-        f"{more}. Record with dtype=torch.float32 to predict float8"
+        f"{', '.join(kept[:3])}{more} moved, but weights of this dtype cannot be predicted, so those of Θ0 are kept."
+        " Record with dtype=torch.float32 to predict float8"
     ]
 
 
@@ -137,6 +140,6 @@ def code_warnings(configs: Sequence[Any], base_model: str | None) -> list[str]:
         is_folder = base_model.startswith((".", "/")) or "\\" in base_model or Path(base_model).exists()
         origin = Path(base_model).name if is_folder else base_model  # cards show no paths
     return [
-        f"the checkpoint lacks the custom code of the model ({files}). Copy these files and those they import from"
-        f" {origin}; then load with trust_remote_code=True. Or pass the class to load_model(model_class=)"
+        f"The checkpoint lacks the custom code of the model ({files}). Copy these files and those they import from"
+        f" {origin} and load with trust_remote_code=True, or pass the class: load_model(model_class=...)"
     ]

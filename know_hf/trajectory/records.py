@@ -158,6 +158,18 @@ class StateRecord:
         return self.name.replace("-", " ")
 
     @property
+    def symbol(self) -> str:
+        """Name in tables: `Θ1`, `start`, `tail 0` or `branch 0`."""
+        return f"Θ{self.index}" if self.kind == "state" else self.label
+
+    @property
+    def examples(self) -> str:
+        """Size of the subset in tables; a dash for the start and tail states, which have none of their own."""
+        if self.num_examples is None and self.kind in ("start", "tail"):
+            return "–"
+        return self.size if self.num_examples is None else f"{self.num_examples:,}"
+
+    @property
     def size(self) -> str:
         """Size of the subset in words."""
         return size_in_words(self.num_examples, self.fraction)

@@ -21,41 +21,47 @@ class TrajectorySummary:
     Attributes:
         states (`tuple[StateRecord]`):
             The states, full data first.
+        others (`tuple[StateRecord]`):
+            The other snapshots: start, tail states and branches.
         tensors, parameters (`dict[str, int]`):
             Number of tensors and of their elements, by role.
         displacement (`dict[str, list[float]]`):
-            By role, `‖Θk − Θ0‖₂ / ‖Θ0‖₂` of every state k over all tensors of the role; 0 where Θ0 is all zeros and
-            nothing moved.
+            By role, `‖Θk − Θ0‖₂ / ‖Θ0‖₂` of every state k over all tensors of the role, then of every tail state and
+            branch; 0 where Θ0 is all zeros and nothing moved.
         forgetting (`dict[str, float]`):
             By metric that every state has, its fall per halving of the examples, see [`ForgettingRate`].
     """
 
     states: tuple[StateRecord, ...]
+    others: tuple[StateRecord, ...] = ()
     tensors: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     displacement: dict[str, list[float]] = field(default_factory=dict)
     forgetting: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        metrics = sorted({name for state in self.states for name in state.metrics})
-        roles = list(self.displacement)
+        records = sorted((*self.states, *self.others), key=lambda record: record.kind != "start")
+        metrics, roles = sorted({name for record in records for name in record.metrics}), list(self.displacement)
         rows = [["state", "examples", "steps", *metrics, *(f"moved {role}" for role in roles)]]
-        for state in self.states:
-            values = [f"{state.metrics[name]:.4f}" if name in state.metrics else "-" for name in metrics]
-            moved = [f"{self.displacement[role][state.index]:.4f}" for role in roles]
-            examples = state.size if state.num_examples is None else f"{state.num_examples:,}"
-            rows.append([str(state.index), examples, f"{state.steps:,}", *values, *moved])
-        counts = [["role", "tensors", "parameters"]]
-        counts += [[role, f"{self.tensors[role]:,}", f"{self.parameters[role]:,}"] for role in self.tensors]
-        notes = ["moved: distance from state 0, relative to its norm"]
+        moved = iter(zip(*self.displacement.values(), strict=True))
+        for record in records:
+            values = [f"{record.metrics[name]:.4f}" if name in record.metrics else "–" for name in metrics]
+            distances = ["–"] * len(roles) if record.kind == "start" else [f"{d:.4f}" for d in next(moved, ())]
+            rows.append([record.symbol, record.examples, f"{record.steps:,}", *values, *distances])
+        parts = [_table(rows)]
+        if roles:
+            parts[0] += "\nmoved: distance from Θ0, relative to its norm"
         if self.forgetting:
             changes = ", ".join(f"{name} {-rate:+.4f}" for name, rate in self.forgetting.items())
-            notes.append(f"per halving of the examples: {changes}")
-        return "\n".join([_table(rows), *notes, "", _table(counts)])
+            parts[0] += f"\nper halving of the examples: {changes}"
+        if self.tensors:
+            counts = [[role, f"{self.tensors[role]:,}", f"{self.parameters[role]:,}"] for role in self.tensors]
+            parts.append(_table([["role", "tensors", "parameters"], *counts]))
+        return "\n\n".join(parts)
 
 
 def inspect_trajectory(trajectory: WeightTrajectory) -> TrajectorySummary:
-    """Read all tensors of a trajectory once and measure how far those of each role moved.
+    """Read all tensors of a trajectory once and measure how far those of each role moved; not those of the start.
 
     Tensors are read in pieces, so memory does not grow with them. Sums are float64: the distances of tensors of any
     size agree with those of a single sum to about 1e-12, relative.
@@ -64,26 +70,37 @@ def inspect_trajectory(trajectory: WeightTrajectory) -> TrajectorySummary:
         trajectory ([`WeightTrajectory`]):
             The recorded states.
     """
-    summary = TrajectorySummary(trajectory.states)
+    summary = metrics_summary(trajectory)
+    names = [record.name for record in (*trajectory.states, *trajectory.tail, *trajectory.branches)]
     length: defaultdict[str, float] = defaultdict(float)
-    distance: dict[str, list[float]] = {}
+    distance: dict[str, dict[str, float]] = {}
     for name in trajectory.names:
         role = trajectory.roles[name].role
         summary.tensors[role] = summary.tensors.get(role, 0) + 1
         summary.parameters[role] = summary.parameters.get(role, 0) + trajectory.shape(name).numel()
         if role == "copied":
             continue
-        of_role = distance.setdefault(role, [0.0] * trajectory.num_states)
-        later = range(1, 1 if trajectory.is_unchanged(name) else trajectory.num_states)
+        of_role = distance.setdefault(role, dict.fromkeys(names, 0.0))
+        later = names[trajectory.num_states if trajectory.is_unchanged(name) else 1 :]
         for squared, *moved in _squares(trajectory, name, later):
             length[role] += squared
             for state, value in zip(later, moved, strict=True):
                 of_role[state] += value
     for role, of_role in distance.items():
         norm = max(length[role] ** 0.5, 1e-30)
-        summary.displacement[role] = [squared**0.5 / norm for squared in of_role]
-    summary.forgetting = _forgetting(trajectory)
+        summary.displacement[role] = [squared**0.5 / norm for squared in of_role.values()]
     return summary
+
+
+def metrics_summary(trajectory: WeightTrajectory) -> TrajectorySummary:
+    """Return the metrics of every state, without reading tensors."""
+    return TrajectorySummary(trajectory.states, other_snapshots(trajectory), forgetting=_forgetting(trajectory))
+
+
+def other_snapshots(trajectory: WeightTrajectory) -> tuple[StateRecord, ...]:
+    """Return the records of the snapshots that are not states: start, tail states and branches."""
+    start = () if trajectory.start is None else (trajectory.start,)
+    return (*start, *trajectory.tail, *trajectory.branches)
 
 
 def displacement(trajectory: WeightTrajectory, state: StateName) -> float:

@@ -101,6 +101,7 @@ def run_quickstart(output_dir: str | Path, seed: int = 0, *, num_processes: int 
         recalibrate_with=recalibration_batches(SuiteTask(suite).source_split(seed).train),
         model_class=suite.model.model_class,
         overwrite=True,
+        card={"comparisons": list(comparison.comparisons.values()), "arm": f"known-step-{STEPS}"},
     )
     return QuickstartReport(output_dir, trajectory.path, enhanced.path, comparison)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from ...predictors import Average, Composition, KNOWNPredictor, Predictor, Rescaler, get_predictor
+from ...predictors import Average, Composition, Predictor, Rescaler, get_predictor
 from ...trajectory import WeightTrajectory
 from ..engine import PredictedTensors
 from ..plan import PredictionPlan, check_num_states
@@ -152,11 +152,9 @@ def plan_candidates(
     if given is None:
         planned += [_state(plan, index, f"Θ{index}", recalibrates) for index in range(1, trajectory.num_states)]
         planned += [_state(plan, *named, recalibrates) for named in _snapshots(trajectory)]
-    kind = "KNOWN" if isinstance(plan.predictor, KNOWNPredictor) else type(plan.predictor).__name__
-    kind += "".join(f" + {type(member).__name__}" for member in plan.members[1:])
     for steps in range(1, plan.steps + 1) if _has_history(trajectory) or plan.rescaling is not None else ():
-        name = f"{kind}, {steps} step{'s' if steps > 1 else ''}"
-        planned.append(_prediction(name, replace(plan, steps=steps), recalibrates))
+        fewer = replace(plan, steps=steps)
+        planned.append(_prediction(fewer.name, fewer, recalibrates))
     for item in map(as_candidate, FAMILY if given is None else given):
         if isinstance(item, int):
             planned.append(_state(plan, item, f"Θ{item}", recalibrates))

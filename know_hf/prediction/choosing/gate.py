@@ -15,7 +15,6 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
-from transformers.utils import logging
 
 from ...distributed import on_main_process
 from ...model_tensors import is_adapter
@@ -30,8 +29,6 @@ from .candidates import Candidate, as_candidate, plan_candidates
 from .screening import screen_and_choose
 
 __all__ = ["REFERENCE", "Gate", "GateCandidate", "GateResult", "choose", "write_best_candidate"]
-
-logger = logging.get_logger(__name__)
 
 _ACCURACY = "accuracy"
 
@@ -250,11 +247,10 @@ def write_best_candidate(
         reports = fill_checkpoint(trajectory, winner.tensors, folder, winner.adapt(options), verify=False)
         is_prediction = winner.recipe["state"] is None
         result = prediction_result(winner.plan, reports, output_dir, options, is_prediction)
-        result.gate = replace(decision, recipe=winner.recipe)
+        requested = plan.name if plan.name in candidates else None
+        result.gate = replace(decision, recipe=winner.recipe, requested=requested)
         if finish is not None:
             on_main_process(accelerator, lambda: finish(folder, result))
-    if accelerator is None or accelerator.is_main_process:
-        logger.info(decision.sentence)
     return result
 
 
