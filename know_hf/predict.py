@@ -18,7 +18,7 @@ from .prediction import Gate, PredictionPlan, PredictionResult, WriteOptions, pl
 from .prediction.choosing.gate import write_best_candidate
 from .prediction.engine import write_prediction
 from .prediction.plan import without_known
-from .predictors import Composition, Predictor
+from .predictors import Composition, Predictor, SnapshotPredictor
 from .trajectory import WeightTrajectory
 
 logger = logging.get_logger(__name__)
@@ -179,7 +179,7 @@ def _write_card(
         predictor,
         steps,
         predictor_options=options,
-        norm=described["norm"],
+        norm="predict" if isinstance(result.predictor, SnapshotPredictor) else described["norm"],
         dtype=None if write.dtype is None else str(write.dtype).removeprefix("torch."),
         recalibrated=recalibrated,
         gate=None if result.gate is None else result.gate.to_dict(),

@@ -5,7 +5,6 @@ import torch
 
 from know_hf.predictors.branches import (
     branch_average,
-    combine_adapters,
     factorise,
     jackknife,
     james_stein,
@@ -148,17 +147,6 @@ def test_products_are_factorised_at_a_rank():
     torch.testing.assert_close(other @ one, torch.diag(torch.tensor([3.0, 0.0, 0.0])))
     with pytest.raises(ValueError, match="rank"):
         factorise(torch.eye(3), 4)
-
-
-def test_adapters_are_combined_by_their_products():
-    a, b, turn = torch.randn(2, 12), torch.randn(9, 2), torch.tensor([[0.0, -2.0], [1.0, 0.0]])
-    same = [(a, b), (turn @ a, b @ turn.inverse())]  # one adapter in two factorisations
-    first, second = combine_adapters(branch_average, same)
-    torch.testing.assert_close(second @ first, b @ a, rtol=1e-4, atol=1e-4)
-    of_factors = sum(pair[1] for pair in same) / 2 @ sum(pair[0] for pair in same) / 2
-    assert error(of_factors, b @ a) > 0.1 * error(torch.zeros(9, 12), b @ a)
-    stock = combine_adapters(lambda products: model_stock(torch.zeros(9, 12), products), same, rank=1)
-    assert stock[0].shape == (1, 12) and stock[1].shape == (9, 1)
 
 
 def test_movement_from_the_start():

@@ -14,9 +14,10 @@ from transformers import BertConfig, BertForSequenceClassification, DefaultDataC
 from know_hf.batch_norm import recalibrate_batch_norm
 from know_hf.predict import predict_overflowed_weights
 from know_hf.prediction import Gate, WriteOptions, choose, plan_prediction
-from know_hf.prediction.choosing.candidates import FAMILY, Candidate, plan_candidates
+from know_hf.prediction.choosing.candidates import Candidate, plan_candidates
 from know_hf.prediction.choosing.gate import write_best_candidate
-from know_hf.predictors import Average, Rescale, Shrink
+from know_hf.prediction.pieces import Piece
+from know_hf.predictors import Average, Rescale, Shrink, StartInterpolation
 from know_hf.trajectory import TrajectoryError
 
 BIAS = "classifier.1.bias"
@@ -132,31 +133,22 @@ def test_the_metric_accuracy_compares_error_rates(trajectory, tmp_path):
 
 
 def test_the_family_fits_the_trajectory(trajectory, record_states):
-    starts = ["start", "0.75 Θ0 + 0.25 start", "0.5 Θ0 + 0.5 start"]
-    for recorded, count in ((trajectory, len(FAMILY)), (record_states(make_resnet(), num_states=2), 10)):
+    for recorded, others, count in ((trajectory, ["start"], 25), (record_states(make_resnet(), num_states=2), [], 9)):
         plan = plan_prediction(recorded, predictor=Constant(0.01), estimate_time=False)
         planned = plan_candidates(plan, None, recalibrates=False)
-        expected = [f"Θ{index}" for index in range(recorded.num_states)] + (starts if recorded.start else [])
+        expected = [f"Θ{index}" for index in range(recorded.num_states)] + others
         expected.append("Constant, 1 step")
         family = planned[len(expected) :]
         assert [candidate.name for candidate in planned[: len(expected)]] == expected and len(family) == count
-        predictors = [candidate.plan.predictor for candidate in family]
-        predictors = [p.at_depth(0.25) if hasattr(p, "at_depth") else p for p in predictors]
-        histories = torch.randn(50, recorded.num_states)
-        values = torch.stack([predictor.residual(histories, "fc") for predictor in predictors])
-        distances = torch.cdist(values, values) + 10 * torch.eye(len(values))
-        assert distances.min() > 0.1  # no two are the same
+        name = "resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"
+        piece = Piece(name, 0, 50)
+        values = torch.stack(
+            [candidate.tensors.values(piece, candidate.tensors.read(piece))[0] for candidate in family]
+        )
+        distances = torch.cdist(values, values) + torch.eye(len(values))
+        assert distances.min() > 1e-4  # no two are the same
     recipe = next(candidate.recipe for candidate in family if candidate.name == "task_vector, scale 0.5")
     assert recipe == {**PREDICTION, "predictor": "task_vector", "predictor_options": {"scale": 0.5}, "steps": 1}
-
-
-def test_moves_towards_the_start(trajectory):
-    plan = plan_prediction(trajectory, predictor=Constant(0.01), estimate_time=False)
-    planned = {candidate.name: candidate for candidate in plan_candidates(plan, None, recalibrates=False)}
-    theta_0, start = trajectory.tensor(BIAS), trajectory.tensor(BIAS, "start")
-    mixed = planned["0.75 Θ0 + 0.25 start"].tensors.function(BIAS, 0, len(theta_0))
-    assert mixed == pytest.approx(0.75 * theta_0 + 0.25 * start)
-    assert planned["0.75 Θ0 + 0.25 start"].recipe["state"] == [0, 0, 0, "start"]
 
 
 class Stream(IterableDataset):
@@ -220,11 +212,10 @@ def test_a_move_towards_the_start_is_written_and_described(trajectory, tmp_path)
     result = predict_overflowed_weights(
         trajectory, predictor=Constant(9.0), output_dir=tmp_path / "out", gate=Gate(distance_to(goal))
     )
-    assert result.gate.chosen == "0.75 Θ0 + 0.25 start" and result.predictor is None
+    assert result.gate.chosen == "start_interpolation, scale 0.75" and result.predictor == StartInterpolation(0.75)
     assert float(weights(result.path)[BIAS][0]) == pytest.approx(goal)
     card = (result.path / "README.md").read_text()
-    assert "Θ0 (weight 3), " in card
-    assert 'snapshot_average(trajectory, [0, 0, 0, "start"])' in card.replace("'", '"')
+    assert 'predictor="start_interpolation", predictor_options={"scale": 0.75}, steps=1' in card
 
 
 @pytest.mark.parametrize(

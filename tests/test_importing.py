@@ -19,7 +19,6 @@ from transformers import (
 
 from know_hf import Gate, WeightTrajectory, predict_overflowed_weights
 from know_hf.cli import main
-from know_hf.prediction import snapshot_average, write_checkpoint
 from know_hf.trajectory import TrajectoryError
 
 NAME = "classifier.1.weight"
@@ -70,7 +69,7 @@ def test_checkpoints_are_averaged_gated_and_loaded(trained, tmp_path):
     paths = [trained / "checkpoint-24", trained / "checkpoint-8"]
     trajectory = WeightTrajectory.from_checkpoints(paths, tmp_path / "trajectory", copy=True)  # sorted by step
     mean = (trajectory.tensor(NAME) + trajectory.tensor(NAME, "tail-0")) / 2
-    write_checkpoint(trajectory, snapshot_average(trajectory, [0, "tail-0"]), tmp_path / "average")
+    predict_overflowed_weights(trajectory, predictor="tail_average", output_dir=tmp_path / "average")
     torch.testing.assert_close(weights(tmp_path / "average")[NAME], mean)
     assert not (trajectory.path / "tail-0/model.safetensors").samefile(paths[1] / "model.safetensors")
 
@@ -78,7 +77,7 @@ def test_checkpoints_are_averaged_gated_and_loaded(trained, tmp_path):
         return Gate(lambda model: float((model.classifier[1].weight - target).norm()), margin=0.0)
 
     for target, chosen, state in (
-        (mean, "average of Θ0 and the tail", [0, "tail-0"]),
+        (mean, "tail_average", None),
         (trajectory.tensor(NAME, "tail-0"), "tail-0", "tail-0"),
         (trajectory.tensor(NAME), "Θ0", 0),
     ):
@@ -87,14 +86,10 @@ def test_checkpoints_are_averaged_gated_and_loaded(trained, tmp_path):
             trajectory, predictor="average", output_dir=output, gate=distance_from(target)
         )
         assert (result.gate.chosen, result.gate.recipe["state"]) == (chosen, state)
-        assert [candidate.name for candidate in result.gate.candidates] == [
-            "Θ0",
-            "tail-0",
-            "average of Θ0 and the tail",
-        ]
+        assert [candidate.name for candidate in result.gate.candidates] == ["Θ0", "tail-0", "tail_average"]
         torch.testing.assert_close(result.load_model().classifier[1].weight, nn.Parameter(target))
         card = (output / "README.md").read_text()
-        assert "nested subsets" not in card and ("snapshot_average" in card) == isinstance(state, list)
+        assert "nested subsets" not in card and ('predictor="tail_average"' in card) == (state is None)
     with pytest.raises(ValueError, match="1 states"):
         predict_overflowed_weights(trajectory, output_dir=tmp_path / "known")
 

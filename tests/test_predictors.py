@@ -136,7 +136,7 @@ def test_layer_scaling(known):
         ("lines", {"depth": 1.5}, r"depth.*1\.5"),
         ("lines", {"base": "tsak_vector"}, "unknown predictor 'tsak_vector'"),
         ("lines", {"base": 3}, "base.*3"),
-        ("shrnk", {}, "'shrnk'.* average, bema, ema, known, linear, lines"),
+        ("shrnk", {}, "'shrnk'.* average, bema, branch_average, ema"),
     ],
 )
 def test_invalid_values(name, options, message):

@@ -118,7 +118,7 @@ def test_branches_begin_at_the_full_data_state_on_halves(tmp_path):
     target = (first + second) / 2
     gate = Gate(lambda model: float((model.classifier[1].weight - target).norm()), margin=0.0)
     result = predict(trajectory, predictor="average", output_dir=tmp_path / "enhanced", gate=gate)
-    assert result.gate.chosen == "average of the branches"
+    assert result.gate.chosen == "branch_average"
     assert [candidate.name for candidate in result.gate.candidates][:4] == ["Θ0", "start", "branch-0", "branch-1"]
     for card in ((result.path / "README.md").read_text(), str(trajectory_card(trajectory))):
         assert "two branches from Θ0" in card and "nested subsets" not in card

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from ..distributed import on_main_process
-from ..predictors import DepthPredictor, KNOWNPredictor, Predictor, relative_depths
+from ..predictors import DepthPredictor, KNOWNPredictor, Predictor, SnapshotPredictor, relative_depths
 from ..trajectory.summary import loss_names
 from .pieces import Piece, pieces_of
 from .plan import COPIED_COST, PredictionPlan, model_json
 from .residuals import ResidualReport, is_finite
 from .result import PredictionResult
+from .snapshot_predictions import CompleteTensors
 from .tensor_sources import TensorSource, cast, check_finite, check_history, count_differences, count_piece
 from .warnings import (
     code_warnings,
@@ -96,6 +97,9 @@ class PredictedTensors(TensorSource):
         if isinstance(plan.predictor, DepthPredictor):
             depths = relative_depths(list(plan.tensors))
             self._predictors = {name: plan.predictor.at_depth(depth) for name, depth in depths.items()}
+        self._complete: CompleteTensors | None = None
+        if isinstance(plan.predictor, SnapshotPredictor):
+            self._complete = CompleteTensors(plan.trajectory, plan.snapshots, self._predictors)
         self._factors = {} if plan.rescaling is None else plan.rescaling.factors
         self._changes: dict[str, bool] = {}
 
@@ -110,8 +114,12 @@ class PredictedTensors(TensorSource):
         read = partial(self.trajectory.read, piece.name, piece.start, piece.stop)
         tensor = self.plan.tensors[piece.name]
         if not tensor.network:
-            return read(), None, count_differences(self.trajectory, piece) if tensor.is_kept_by_dtype else 0
-        history = self.trajectory.read_history(piece.name, piece.start, piece.stop)
+            return (
+                read(),
+                None,
+                count_differences(self.trajectory, piece, self.plan.snapshots) if tensor.is_kept_by_dtype else 0,
+            )
+        history = self._history(piece)
         if not self._tensor_changes(piece, history):
             return read(), None, 0
         return history[-1] if self.trajectory.dtype(piece.name) == torch.float32 else read(), history, 0
@@ -121,15 +129,15 @@ class PredictedTensors(TensorSource):
     ) -> tuple[torch.Tensor, ResidualReport]:
         original, history, kept = data
         tensor, trajectory = self.plan.tensors[piece.name], self.trajectory
-        unchanged = trajectory.is_unchanged(piece.name) or self._changes.get(piece.name) is False
+        unchanged = tensor.is_unchanged or self._changes.get(piece.name) is False
         report = count_piece(trajectory, piece, unchanged=history is None and unchanged)
         if history is None:
             report.kept = kept
             if tensor.role != "copied":
                 check_finite(original, piece.name, trajectory, state=0)
             return self._rescaled(original, piece), report
-        check_history(history, piece, trajectory)
-        residual = self._residual(history, piece.name, tensor.network or "")
+        check_history(history, piece, trajectory, self.plan.snapshots)
+        residual = self._residual(history, piece, tensor.network or "")
         if not is_finite(residual):
             raise ValueError(
                 f"the prediction of tensor {piece.name!r} of {trajectory.path} is not finite after {self.plan.steps}"
@@ -156,8 +164,16 @@ class PredictedTensors(TensorSource):
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         return factor.scale_piece(wide, self.plan.tensors[piece.name].spec.shape, piece.start)
 
-    def _residual(self, history: torch.Tensor, name: str, network: str) -> torch.Tensor:
+    def _history(self, piece: Piece) -> torch.Tensor:
+        """Read a piece of all snapshots of the plan, `(S, N)` float32, Θ0 last."""
+        rows = [self.trajectory.read(piece.name, piece.start, piece.stop, name) for name in self.plan.snapshots]
+        return torch.stack([row.float() for row in rows])
+
+    def _residual(self, history: torch.Tensor, piece: Piece, network: str) -> torch.Tensor:
         """Sum the residuals of all steps, `(N,)` float32 on the CPU, from a history `(S, N)`."""
+        name = piece.name
+        if self._complete is not None:
+            return self._complete.residual(name)[piece.start : piece.stop]
         predictor, steps, states = self._predictors[name], self.plan.steps, self.plan.num_states
         # rows are states: one buffer holds the history and every step, and each window is a view of it
         buffer = torch.empty(states + steps, history.shape[1], device=self._device)
@@ -173,15 +189,16 @@ class PredictedTensors(TensorSource):
         """Whether any element of the tensor differs between states. Reads other pieces only if this one is equal."""
         name = piece.name
         if name not in self._changes:
-            others = (other for other in pieces_of(name, self.plan.tensors[name].spec) if other != piece)
+            group = (name,) if self._complete is None else self._complete.group(name)
+            pieces = (other for one in group for other in pieces_of(one, self.plan.tensors[one].spec))
             self._changes[name] = self._differs(piece, history) or any(
-                self._differs(other, self.trajectory.read_history(name, other.start, other.stop)) for other in others
+                self._differs(other, self._history(other)) for other in pieces if other != piece
             )
         return self._changes[name]
 
     def _differs(self, piece: Piece, history: torch.Tensor) -> bool:
         if self.trajectory.dtype(piece.name) == torch.float64:  # float32 hides small moves and very large values
-            return count_differences(self.trajectory, piece) > 0
+            return count_differences(self.trajectory, piece, self.plan.snapshots) > 0
         return bool((history != history[-1]).any())
 
 

@@ -14,11 +14,20 @@ from ..checkpoint import TensorSpec, parse_json
 from ..known import KNOWNConfig, KNOWNModel
 from ..known.kernels import KERNELS
 from ..markdown import size
-from ..predictors import Composition, DepthPredictor, KNOWNPredictor, Predictor, Rescaling, get_predictor
+from ..predictors import (
+    Composition,
+    DepthPredictor,
+    KNOWNPredictor,
+    Predictor,
+    Rescaling,
+    SnapshotPredictor,
+    get_predictor,
+)
 from ..roles import PREDICTED_DTYPES, PREDICTED_ROLES
 from ..trajectory import TrajectoryError, WeightTrajectory
 from . import pieces
 from .full_data_model import rescaling_of
+from .snapshot_predictions import MissingSnapshotsError, lora_pairs, snapshots_read
 from .write_checkpoint import READ_AHEAD, WRITE_BEHIND, checkpoint_specs
 
 logger = logging.get_logger(__name__)
@@ -43,12 +52,15 @@ class PlannedTensor:
             Role whose network predicts it; `None` if it is copied.
         is_kept_by_dtype (`bool`):
             Whether it is a parameter that is copied because its dtype cannot be predicted (complex, float8).
+        is_unchanged (`bool`):
+            Whether the manifest lists it as equal in all snapshots that the predictor reads.
     """
 
     spec: TensorSpec
     role: str
     network: str | None
     is_kept_by_dtype: bool = False
+    is_unchanged: bool = False
 
 
 @dataclass
@@ -64,27 +76,34 @@ class PredictionPlan:
             Number of recursive predictions.
         tensors (`dict[str, PlannedTensor]`):
             Every tensor of the checkpoint, by name, sorted.
+        snapshots (`list[int | str]`):
+            What the predictor reads: indices of states and names of other snapshots, Θ0 last.
+        norm (`str`):
+            What happens to normalisation layers.
         members (`list[Predictor]`):
             The predictor and the rescalers that follow it.
         rescaling ([`Rescaling`], *optional*):
             What the predicted tensors are multiplied by.
         seconds (`float`, *optional*):
             Estimated time of the prediction on this process, from a trial on random rows. Reading and writing are not
-            included.
+            included. `None` for a [`SnapshotPredictor`].
     """
 
     trajectory: WeightTrajectory
     predictor: Predictor
     steps: int
     tensors: dict[str, PlannedTensor]
+    snapshots: list[int | str]
+    norm: Literal["keep", "predict"] = "keep"
     members: list[Predictor] = field(default_factory=list)
     rescaling: Rescaling | None = None
     seconds: float | None = None
 
     @property
     def num_states(self) -> int:
-        """Number of states in a history."""
-        return self.predictor.num_states or self.trajectory.num_states
+        """Number of snapshots in a history."""
+        given = None if isinstance(self.predictor, SnapshotPredictor) else self.predictor.num_states
+        return given or len(self.snapshots)
 
     @property
     def name(self) -> str:
@@ -109,12 +128,28 @@ class PredictionPlan:
 
     @property
     def memory(self) -> int:
-        """Largest size in bytes of all pieces in memory at the same time. It does not grow with the model."""
-        total = sum(t.spec.shape.numel() for t in self.tensors.values())
+        """Largest size in bytes of all pieces in memory at the same time. It does not grow with the model.
+
+        Of a [`SnapshotPredictor`], the largest tensor in all snapshots that it reads is added.
+        """
+        sizes = [tensor.spec.shape.numel() for tensor in self.tensors.values()]
         # histories read ahead; and in computing the window with every step, differences, products and the result
-        read = (READ_AHEAD + 1) * self.trajectory.num_states
+        read = (READ_AHEAD + 1) * len(self.snapshots)
         computed = 2 * (self.num_states + self.steps) + 12
-        return 4 * min(total, pieces.PIECE_SIZE) * (read + computed + WRITE_BEHIND + 1)
+        of_pieces = min(sum(sizes), pieces.PIECE_SIZE) * (read + computed + WRITE_BEHIND + 1)
+        is_complete = isinstance(self.predictor, SnapshotPredictor)
+        complete = 3 * len(self.snapshots) * max(sizes, default=0) if is_complete else 0
+        return 4 * (of_pieces + complete)
+
+    def with_predictor(self, predictor: Predictor) -> "PredictionPlan":
+        """Return the plan of one step of another predictor, without rescaling.
+
+        Raises:
+            `MissingSnapshotsError`: if the trajectory lacks what the predictor needs.
+        """
+        snapshots = check_snapshots(self.trajectory, predictor)
+        tensors = _planned_tensors(self.trajectory, predictor, self.specs, snapshots, self.norm)
+        return PredictionPlan(self.trajectory, predictor, 1, tensors, snapshots, self.norm, [predictor])
 
     def trained_on(self, network: str) -> Mapping[str, float] | None:
         """Return the range of inputs that the predictor was trained on for a role, if it states one."""
@@ -132,9 +167,11 @@ class PredictionPlan:
             parameters = sum(tensor.spec.shape.numel() for tensor in tensors)
             lines.append(f"{role:8}{len(tensors):9,}{parameters:15,}  {action}")
         states, used = self.trajectory.num_states, self.num_states
+        others = [name for name in self.snapshots if isinstance(name, str)]
+        read = f" (read: {', '.join(others)} and Θ0)" if others else f" (the last {used} form the history)"
         lines += [
             "",
-            f"states    {states}{'' if used == states else f' (the last {used} form the history)'}",
+            f"states    {states}{'' if used == states and not others else read}",
             f"steps     {self.steps}",
             f"memory    at most {size(self.memory)} for the pieces at work",
             f"disk      {size(self.disk)}",
@@ -186,20 +223,13 @@ def plan_prediction(
         trajectory = WeightTrajectory(trajectory)
     members = _members(known, predictor, predictor_options, kernel, device)
     resolved, rescalers = members[0], Composition(members).rescalers
-    check_num_states(trajectory, resolved)
+    snapshots = check_snapshots(trajectory, resolved)
+    if isinstance(resolved, SnapshotPredictor) and steps != 1:
+        raise ValueError(f"{type(resolved).__name__} predicts in one step, got steps={steps}")
     _refuse_quantised(trajectory)
-    tensors = {}
-    for name, spec in checkpoint_specs(trajectory, dtype).items():
-        role = trajectory.roles[name].role
-        network: str | None = "bias" if role == "norm" and norm == "predict" else role
-        kind = trajectory.dtype(name)
-        if network not in PREDICTED_ROLES or kind not in PREDICTED_DTYPES or trajectory.is_unchanged(name):
-            network = None
-        is_number = kind.is_floating_point or kind.is_complex
-        is_kept_by_dtype = is_number and kind not in PREDICTED_DTYPES and role != "copied"
-        tensors[name] = PlannedTensor(spec, role, network, is_kept_by_dtype)
+    tensors = _planned_tensors(trajectory, resolved, checkpoint_specs(trajectory, dtype), snapshots, norm)
     rescaling = rescaling_of(trajectory, rescalers) if rescalers else None
-    plan = PredictionPlan(trajectory, resolved, int(steps), tensors, members, rescaling)
+    plan = PredictionPlan(trajectory, resolved, int(steps), tensors, snapshots, norm, members, rescaling)
     if estimate_time:
         plan.seconds = _seconds(plan)
     return plan
@@ -223,14 +253,21 @@ def without_known(
     return "average"
 
 
-def check_num_states(trajectory: WeightTrajectory, predictor: Predictor) -> None:
-    """Raise a `ValueError` if the trajectory has fewer states than the predictor needs."""
+def check_snapshots(trajectory: WeightTrajectory, predictor: Predictor) -> list[int | str]:
+    """Return what a predictor reads, see [`snapshots_read`].
+
+    Raises:
+        `MissingSnapshotsError`:
+            If the trajectory has fewer states than the predictor needs, or lacks another snapshot.
+    """
+    snapshots = snapshots_read(trajectory, predictor)
     needed = predictor.num_states or (1 if trajectory.tail or trajectory.branches else 2)
-    if trajectory.num_states < needed:
-        raise ValueError(
-            f"{trajectory.path} has {trajectory.num_states} states, {type(predictor).__name__} needs {needed}; record"
+    if len(snapshots) < needed:
+        raise MissingSnapshotsError(
+            f"{trajectory.path} has {len(snapshots)} states, {type(predictor).__name__} needs {needed}; record"
             f" with ForgettingSchedule(num_states={needed})"
         )
+    return snapshots
 
 
 def model_json(path: Path) -> Any:
@@ -239,6 +276,29 @@ def model_json(path: Path) -> Any:
         return parse_json(path.read_bytes())
     except ValueError as error:
         raise TrajectoryError(f"{path} cannot be read ({error}); restore it from a copy") from error
+
+
+def _planned_tensors(
+    trajectory: WeightTrajectory,
+    predictor: Predictor,
+    specs: Mapping[str, TensorSpec],
+    snapshots: Sequence[int | str],
+    norm: str,
+) -> dict[str, PlannedTensor]:
+    is_complete = isinstance(predictor, SnapshotPredictor)
+    records = [trajectory.snapshot(name).unchanged for name in snapshots[:-1]]
+    in_pairs = lora_pairs(trajectory) if is_complete else {}
+    tensors = {}
+    for name, spec in specs.items():
+        role, kind = trajectory.roles[name].role, trajectory.dtype(name)
+        network: str | None = "bias" if role == "norm" and (norm == "predict" or is_complete) else role
+        is_unchanged = name not in in_pairs and all(name in unchanged for unchanged in records)
+        if network not in PREDICTED_ROLES or kind not in PREDICTED_DTYPES or is_unchanged:
+            network = None
+        is_number = kind.is_floating_point or kind.is_complex
+        is_kept_by_dtype = is_number and kind not in PREDICTED_DTYPES and role != "copied"
+        tensors[name] = PlannedTensor(spec, role, network, is_kept_by_dtype, is_unchanged)
+    return tensors
 
 
 def _members(
@@ -306,7 +366,9 @@ def _refuse_quantised(trajectory: WeightTrajectory) -> None:
         raise TrajectoryError(f"{config} has a quantization_config; record the dequantised model, model.dequantize()")
 
 
-def _seconds(plan: PredictionPlan) -> float:
+def _seconds(plan: PredictionPlan) -> float | None:
+    if isinstance(plan.predictor, SnapshotPredictor):
+        return None
     networks = {tensor.network for tensor in plan.tensors.values() if tensor.network}
     if not networks:
         return 0.0

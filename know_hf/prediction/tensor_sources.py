@@ -155,14 +155,16 @@ def check_finite(values: torch.Tensor, name: str, trajectory: WeightTrajectory, 
         )
 
 
-def check_history(history: torch.Tensor, piece: Piece, trajectory: WeightTrajectory) -> None:
-    """Check that a piece of all states, `(S, N)` float32, is finite.
+def check_history(
+    history: torch.Tensor, piece: Piece, trajectory: WeightTrajectory, snapshots: Sequence[int | str]
+) -> None:
+    """Check that a piece of snapshots, `(S, N)` float32, is finite.
 
     Raises:
         `TrajectoryError`: if a recorded value is NaN or infinite.
         `ValueError`: if a float64 value is too large for float32.
     """
-    for state, values in enumerate(history.flip(0)):
+    for state, values in reversed(list(zip(snapshots, history, strict=True))):
         if is_finite(values):
             continue
         stored = trajectory.read(piece.name, piece.start, piece.stop, state)
@@ -174,11 +176,9 @@ def check_history(history: torch.Tensor, piece: Piece, trajectory: WeightTraject
         )
 
 
-def count_differences(trajectory: WeightTrajectory, piece: Piece) -> int:
-    """Return how many elements of a piece, as stored, are not equal in all states."""
-    first, *others = (
-        trajectory.read(piece.name, piece.start, piece.stop, state) for state in range(trajectory.num_states)
-    )
+def count_differences(trajectory: WeightTrajectory, piece: Piece, snapshots: Sequence[int | str]) -> int:
+    """Return how many elements of a piece, as stored, are not equal in all snapshots."""
+    first, *others = (trajectory.read(piece.name, piece.start, piece.stop, snapshot) for snapshot in snapshots)
     if first.dtype != torch.float64:  # bits: torch does not compare all dtypes
         first, *others = (values.view(torch.uint8).view(piece.size, -1) for values in (first, *others))
     differ = torch.zeros(first.shape, dtype=torch.bool)

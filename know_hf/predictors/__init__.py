@@ -1,9 +1,13 @@
-"""Predictors: from the history of each scalar weight to what is added to its full-data state."""
+"""Predictors: from the history of each scalar weight, or from snapshots of each tensor, to predicted weights."""
 
 from .averages import Average, MovingAverage
 from .branches import (
+    BranchAverage,
+    Jackknife,
+    JamesStein,
+    ModelStock,
+    ShrunkenJackknife,
     branch_average,
-    combine_adapters,
     factorise,
     jackknife,
     james_stein_average,
@@ -17,21 +21,26 @@ from .interpolation import Shrink, TaskVector
 from .protocol import Composition, DepthPredictor, Predictor, get_predictor, register_predictor
 from .relative_depth import relative_depths
 from .rescaling import Rescale, ScaleSymmetry, scale_symmetries
-from .spectral_filter import spectral_filter
-from .start_interpolation import move_from_start
+from .snapshot_predictor import SnapshotPredictor, TensorSnapshots
+from .spectral_filter import SpectralFilter, spectral_filter
+from .start_interpolation import StartInterpolation, move_from_start
 from .tail_averages import BiasCorrectedAverage, TailAverage, decay_weights
 from .tensor_factor import Rescaler, Rescaling, TensorFactor
 
 __all__ = [
     "Average",
     "BiasCorrectedAverage",
+    "BranchAverage",
     "Combination",
     "Composition",
     "DepthPredictor",
+    "Jackknife",
+    "JamesStein",
     "KNOWNPredictor",
     "LayerScaling",
     "LinearFit",
     "LogarithmicFit",
+    "ModelStock",
     "MovingAverage",
     "Predictor",
     "Rescale",
@@ -39,11 +48,15 @@ __all__ = [
     "Rescaling",
     "ScaleSymmetry",
     "Shrink",
+    "ShrunkenJackknife",
+    "SnapshotPredictor",
+    "SpectralFilter",
+    "StartInterpolation",
     "TailAverage",
     "TaskVector",
     "TensorFactor",
+    "TensorSnapshots",
     "branch_average",
-    "combine_adapters",
     "decay_weights",
     "factorise",
     "get_predictor",

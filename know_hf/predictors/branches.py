@@ -1,12 +1,15 @@
 """Predictions from branches: trainings from one start on different parts of the data, or with different seeds.
 
-Trajectories have no branches and no start yet: these are functions of tensors, without a name in the registry. They
-act on one complete tensor. Of LoRA, see [`combine_adapters`].
+The functions act on one complete tensor; the classes apply them to the snapshots of a trajectory.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+
+from .protocol import register_predictor
+from .snapshot_predictor import SnapshotPredictor, TensorSnapshots
 
 
 def branch_average(branches: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -108,33 +111,6 @@ def shrunken_jackknife(theta0: torch.Tensor, branches: Sequence[torch.Tensor], f
     return theta0.float() + james_stein(correction, 2 * scale**2 * _noise(branches)) * correction
 
 
-def combine_adapters(
-    combine: Callable[[Sequence[torch.Tensor]], torch.Tensor],
-    adapters: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    rank: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Combine the products of LoRA matrices, and factorise the result.
-
-    Only the product B A acts on the model: `R A` and `B R⁻¹` are the same adapter for any invertible R, but not the
-    same factors, so the mean of the factors of two runs means nothing. The factors of branches that continue one run
-    can be averaged directly.
-
-    Args:
-        combine (`Callable`):
-            From the products `(out, in)` of all adapters to one matrix, for example [`branch_average`], or
-            `lambda products: model_stock(zeros, products)`: an adapter starts at a product of zero.
-        adapters (sequence of pairs):
-            A `(r, in)` and B `(out, r)` of each adapter, of equal scaling.
-        rank (`int`, *optional*):
-            Rank of the result; that of the first adapter by default.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: A and B, see [`factorise`].
-    """
-    product = combine([second.float() @ first.float() for first, second in adapters])
-    return factorise(product, len(adapters[0][0]) if rank is None else rank)
-
-
 def factorise(product: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the LoRA matrices A `(r, in)` and B `(out, r)` whose product B A is nearest to a matrix `(out, in)`.
 
@@ -150,6 +126,77 @@ def factorise(product: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Ten
     left, values, right = torch.linalg.svd(product.float(), full_matrices=False)
     roots = values[:rank].sqrt()
     return roots[:, None] * right[:rank], left[:, :rank] * roots
+
+
+@register_predictor("branch_average")
+@dataclass
+class BranchAverage(SnapshotPredictor):
+    """Mean of the branches, see [`branch_average`]."""
+
+    def reads(self) -> Mapping[str, int]:
+        return {"branches": 1}
+
+    def tensor(self, snapshots: TensorSnapshots) -> torch.Tensor:
+        return branch_average(snapshots.branches)
+
+
+class FromOrigin(SnapshotPredictor):
+    """Base class of predictors that combine the updates of two branches or more."""
+
+    def reads(self) -> Mapping[str, int]:
+        return {"branches": 2, "origin": 1}
+
+
+@register_predictor("model_stock")
+@dataclass
+class ModelStock(FromOrigin):
+    """Model Stock of the branches, see [`model_stock`]."""
+
+    def tensor(self, snapshots: TensorSnapshots) -> torch.Tensor:
+        return model_stock(snapshots.origin, snapshots.branches)
+
+
+@register_predictor("james_stein")
+@dataclass
+class JamesStein(FromOrigin):
+    """Mean update of the branches, shrunk by its noise, see [`james_stein_average`]."""
+
+    def tensor(self, snapshots: TensorSnapshots) -> torch.Tensor:
+        return james_stein_average(snapshots.origin, snapshots.branches)
+
+
+@register_predictor("jackknife")
+@dataclass
+class Jackknife(SnapshotPredictor):
+    """Θ0 without the bias of a finite sample, estimated from branches on parts of the data, see [`jackknife`].
+
+    It is exact for branches that begin at the start and are trained out like Θ0. Branches from Θ0 have left only a
+    part of the way to the optimum of their own data.
+
+    Args:
+        fraction (`float`, *optional*):
+            Share of the data of each branch, above 0 and below 1; the recorded one by default.
+    """
+
+    fraction: float | None = None
+
+    def reads(self) -> Mapping[str, int]:
+        return {"branches": 1} | ({"fraction": 1} if self.fraction is None else {})
+
+    def tensor(self, snapshots: TensorSnapshots) -> torch.Tensor:
+        return jackknife(snapshots.theta0, snapshots.branches, self.fraction or snapshots.fraction)
+
+
+@register_predictor("shrunken_jackknife")
+@dataclass
+class ShrunkenJackknife(Jackknife):
+    """As [`Jackknife`], with its correction shrunk by its noise, see [`shrunken_jackknife`]."""
+
+    def reads(self) -> Mapping[str, int]:
+        return {**super().reads(), "branches": 2}
+
+    def tensor(self, snapshots: TensorSnapshots) -> torch.Tensor:
+        return shrunken_jackknife(snapshots.theta0, snapshots.branches, self.fraction or snapshots.fraction)
 
 
 def _noise(branches: Sequence[torch.Tensor]) -> float:

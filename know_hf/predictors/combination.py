@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .protocol import DepthPredictor, Predictor, check_finite, get_predictor, register_predictor
+from .snapshot_predictor import SnapshotPredictor
 
 
 class Combination(ABC):
@@ -65,10 +66,19 @@ class LayerScaling:
         self._base = get_predictor(self.base) if isinstance(self.base, str) else self.base
         if not isinstance(self._base, Predictor):
             raise ValueError(f"base must be a predictor or its name, got {self.base!r}")
+        if isinstance(self._base, SnapshotPredictor):
+            raise ValueError(
+                f"base={self.base!r} computes complete tensors; give one that adds residuals, or 'start_interpolation'"
+                " with a slope instead of 'lines'"
+            )
 
     @property
     def num_states(self) -> int | None:
         return self._base.num_states
+
+    @property
+    def follows_training(self) -> bool:
+        return getattr(self._base, "follows_training", False)
 
     def at_depth(self, depth: float) -> "LayerScaling":
         base = self._base.at_depth(depth) if isinstance(self._base, DepthPredictor) else self._base

@@ -20,7 +20,9 @@ class Predictor(Protocol):
     """Predicts a residual from histories.
 
     Rows are independent: the residual of a row must not depend on the other rows, because tensors arrive in chunks. A
-    predictor that depends on the layer also implements [`DepthPredictor.at_depth`].
+    predictor that depends on the layer also implements [`DepthPredictor.at_depth`]. One of states along one training
+    has an attribute `follows_training = True`: its history is the tail states and Θ0, if the trajectory has a tail.
+    For complete tensors and other snapshots, see [`SnapshotPredictor`].
     """
 
     @property
@@ -134,8 +136,11 @@ def get_predictor(name: str, **kwargs: Any) -> Predictor:
             `"known"` ([`KNOWNPredictor`]), `"task_vector"` ([`TaskVector`]), `"linear"` ([`LinearFit`]), `"log"`
             ([`LogarithmicFit`]), `"average"` ([`Average`]), `"ema"` ([`MovingAverage`]), `"shrink"` ([`Shrink`]),
             `"lines"` ([`LayerScaling`]), `"tail_average"` ([`TailAverage`]), `"bema"` ([`BiasCorrectedAverage`]),
-            `"rescale"` ([`Rescale`]) or a name given to [`register_predictor`]. Names joined by `+`, such as
-            `"average+rescale"`, give a [`Composition`].
+            `"start_interpolation"` ([`StartInterpolation`]), `"branch_average"` ([`BranchAverage`]), `"model_stock"`
+            ([`ModelStock`]), `"james_stein"` ([`JamesStein`]), `"spectral_filter"` ([`SpectralFilter`]),
+            `"jackknife"` ([`Jackknife`]), `"shrunken_jackknife"` ([`ShrunkenJackknife`]), `"rescale"` ([`Rescale`])
+            or a name given to [`register_predictor`]. Names joined by `+`, such as `"average+rescale"`, give a
+            [`Composition`].
         kwargs:
             Fields of the predictor, for example `factor` of [`Shrink`]. For joined names, the fields of each by its
             name, for example `rescale={"factor": 0.25}`.

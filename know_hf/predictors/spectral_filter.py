@@ -1,11 +1,22 @@
-"""Keep the singular directions of an update that branches share.
-
-Trajectories have no branches and no start yet: this is a function of tensors, without a name in the registry.
-"""
+"""Keep the singular directions of an update that branches share."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+
+from .branches import FromOrigin
+from .protocol import register_predictor
+from .snapshot_predictor import TensorSnapshots
+
+
+@register_predictor("spectral_filter")
+@dataclass
+class SpectralFilter(FromOrigin):
+    """Mean update of the branches along the singular directions that they share, see [`spectral_filter`]."""
+
+    def tensor(self, snapshots: TensorSnapshots) -> torch.Tensor:
+        return spectral_filter(snapshots.origin, snapshots.branches)
 
 
 def spectral_filter(start: torch.Tensor, branches: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -23,8 +34,8 @@ def spectral_filter(start: torch.Tensor, branches: Sequence[torch.Tensor]) -> to
 
     Args:
         start (`torch.Tensor`):
-            One tensor before the branches parted; of LoRA, the product B A (see [`combine_adapters`]). Convolution
-            kernels are matrices `(out, in · taps)`. Vectors are averaged.
+            One tensor before the branches parted; of LoRA, the product B A. Convolution kernels
+            are matrices `(out, in · taps)`. Vectors are averaged.
         branches (sequence of `torch.Tensor` of that shape):
             The tensor in each of K ≥ 2 branches.
 

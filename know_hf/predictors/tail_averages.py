@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from .combination import Combination
 from .protocol import check_finite, register_predictor
@@ -48,8 +49,8 @@ def decay_weights(num_states: int, shape: str = "linear") -> list[float]:
 class TailAverage(Combination):
     """Average of the last states, with the weights of [`decay_weights`], minus Θ0.
 
-    It is meant for states along one training, oldest first, as the histories of such a trajectory are; on states of
-    smaller and smaller subsets it averages the least forgotten ones.
+    The states are the tail of the training of state 0 and Θ0. Without recorded tail states they are those of smaller
+    and smaller subsets, of which it averages the least forgotten ones.
 
     Args:
         last (`int`, *optional*):
@@ -58,6 +59,7 @@ class TailAverage(Combination):
             Shape of the decay: `"linear"` (equal weights), `"cosine"` or `"sqrt"`.
     """
 
+    follows_training: ClassVar[bool] = True
     last: int | None = None
     shape: str = "linear"
 
@@ -81,7 +83,7 @@ class BiasCorrectedAverage(Combination):
     Block and Zhang, *EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes*, arXiv 2508.00180. With states
     θ_0 … θ_T along one training, oldest first, `EMA_0 = θ_0`, `EMA_t = (1 - β_t) EMA_{t-1} + β_t θ_t` and
     `β_t = (ρ + γ t)^-κ`, the result is `EMA_T + α_T (θ_T - θ_0)` with `α_T = (ρ + γ T)^-η`. The paper counts steps of
-    the optimizer; here t is the index of a state.
+    the optimizer; here t is the index of a state: of the tail and Θ0, or of all states without recorded tail states.
 
     Args:
         ema_power (`float`, *optional*, defaults to `0.5`):
@@ -94,6 +96,7 @@ class BiasCorrectedAverage(Combination):
             γ, positive: the number of units of t between two states.
     """
 
+    follows_training: ClassVar[bool] = True
     ema_power: float = 0.5
     bias_power: float = 0.2
     lag: float = 1.0

@@ -7,17 +7,27 @@ from typing import Any
 from ...predictors import Average, Composition, Predictor, Rescaler, get_predictor
 from ...trajectory import WeightTrajectory
 from ..engine import PredictedTensors
-from ..plan import PredictionPlan, check_num_states
+from ..plan import PredictionPlan
 from ..selection import REFERENCE
-from ..tensor_sources import FunctionTensors, StateTensors, TensorSource, snapshot_average
+from ..snapshot_predictions import MissingSnapshotsError
+from ..tensor_sources import StateTensors, TensorSource
 from ..write_checkpoint import WriteOptions
 
 
-def _at_least(num_states: int) -> Callable[[WeightTrajectory], bool]:
-    return lambda trajectory: trajectory.num_states >= num_states
+def _states(least: int) -> Callable[[WeightTrajectory], bool]:
+    return lambda trajectory: trajectory.num_states >= least
 
 
-_has_history = _at_least(2)
+def _along_training(least: int) -> Callable[[WeightTrajectory], bool]:
+    return lambda trajectory: len(trajectory.tail) + 1 >= least or (not trajectory.tail and _states(least)(trajectory))
+
+
+def _has_tail(trajectory: WeightTrajectory) -> bool:
+    return bool(trajectory.tail)
+
+
+def _always(trajectory: WeightTrajectory) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,8 @@ class Candidate:
         name (`str`, *optional*):
             Name in result and card; made of the predictor and its fields by default.
         needs (`Callable[[WeightTrajectory], bool]`, *optional*):
-            Whether a trajectory has what the predictor needs. A gate leaves the candidate out if not. Any trajectory
-            of two states has it by default.
+            Whether the candidate differs from the others with a trajectory; always by default. A gate leaves it out if
+            not, and if the trajectory lacks snapshots that the predictor reads.
 
     Raises:
         `ValueError`: for an unknown predictor, wrong fields, KNOWN (which is the requested prediction), or a predictor
@@ -43,7 +53,7 @@ class Candidate:
     predictor: str | Predictor
     options: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
-    needs: Callable[[WeightTrajectory], bool] = _has_history
+    needs: Callable[[WeightTrajectory], bool] = _always
 
     def __post_init__(self) -> None:
         predictor = self.make()
@@ -81,17 +91,22 @@ class Candidate:
 
 FAMILY = (
     Candidate("average", name="average of the states"),
-    *(Candidate("ema", {"decay": decay}, needs=_at_least(3)) for decay in (0.3, 0.7)),
-    *(Candidate("tail_average", {"last": last}, needs=_at_least(last + 1)) for last in (2, 3)),
-    *(Candidate("tail_average", {"shape": shape}, needs=_at_least(3)) for shape in ("cosine", "sqrt")),
-    Candidate("bema", needs=_at_least(3)),
+    Candidate("ema", needs=_states(3)),
+    Candidate("tail_average", needs=_has_tail),
+    Candidate("tail_average", {"last": 2}, needs=_along_training(3)),
+    Candidate("tail_average", {"shape": "sqrt"}, needs=_along_training(3)),
+    Candidate("bema", needs=_along_training(3)),
     # towards the most forgotten state and away from it; of two states, half of the way is the average
-    Candidate("task_vector", {"scale": -0.5}, needs=_at_least(3)),
-    *(Candidate("task_vector", {"scale": scale}) for scale in (-0.25, 0.25, 0.5, 1.0)),
+    Candidate("task_vector", {"scale": -0.5}, needs=_states(3)),
+    *(Candidate("task_vector", {"scale": scale}) for scale in (-0.25, 0.25, 0.5)),
     # half of the way to Θ1 is the average of the last two
-    *(Candidate("task_vector", {"scale": scale, "since": 1}, needs=_at_least(3)) for scale in (-0.25, 0.25, 0.5, 1.0)),
+    *(Candidate("task_vector", {"scale": scale, "since": 1}, needs=_states(3)) for scale in (-0.25, 0.5, 1.0)),
     *(Candidate("lines", {"alpha": alpha, "beta": 0.5}) for alpha in (-0.5, 0.0)),
     *(Candidate("shrink", {"factor": factor}) for factor in (0.9, 0.95, 1.05)),
+    *(Candidate("start_interpolation", {"scale": scale}) for scale in (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)),
+    *(Candidate("start_interpolation", {"scale": scale, "slope": 1 - scale}) for scale in (0.5, 0.75)),
+    *(Candidate(name) for name in ("branch_average", "model_stock", "james_stein", "spectral_filter")),
+    *(Candidate(name) for name in ("jackknife", "shrunken_jackknife")),
 )
 """What a gate evaluates besides Θ0, the other states and the requested prediction, where the trajectory allows it.
 
@@ -151,54 +166,43 @@ def plan_candidates(
         planned.append(_state(plan, 0, f"{REFERENCE}, BatchNorm recalibrated", recalibrated=True))
     if given is None:
         planned += [_state(plan, index, f"Θ{index}", recalibrates) for index in range(1, trajectory.num_states)]
-        planned += [_state(plan, *named, recalibrates) for named in _snapshots(trajectory)]
-    for steps in range(1, plan.steps + 1) if _has_history(trajectory) or plan.rescaling is not None else ():
+        others = [record.name for record in (trajectory.start, *trajectory.tail, *trajectory.branches) if record]
+        planned += [_state(plan, name, name, recalibrates) for name in others]
+    for steps in range(1, plan.steps + 1) if len(plan.snapshots) > 1 or plan.rescaling is not None else ():
         fewer = replace(plan, steps=steps)
         planned.append(_prediction(fewer.name, fewer, recalibrates))
     for item in map(as_candidate, FAMILY if given is None else given):
         if isinstance(item, int):
             planned.append(_state(plan, item, f"Θ{item}", recalibrates))
-            continue
-        predictor = item.make()
-        if not item.needs(trajectory) or (plan.rescaling is None and predictor == plan.predictor):
-            continue  # the requested prediction is a candidate already
-        check_num_states(trajectory, predictor)
-        own = replace(plan, predictor=predictor, members=[predictor], steps=1, rescaling=None)
-        name, options = (item.predictor, dict(item.options)) if isinstance(item.predictor, str) else (item.name, None)
-        planned.append(_prediction(item.name, own, recalibrates, name, options))
+        elif candidate := _planned(plan, item, recalibrates, may_lack=given is None):
+            planned.append(candidate)
     names = [candidate.name for candidate in planned]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two candidates of the gate have the name {min(twice)!r}; {REFERENCE} is always one")
     return planned
 
 
-def _snapshots(trajectory: WeightTrajectory) -> list[tuple[str | list[int | str], str]]:
-    """List snapshots that are not states, and averages with them: names, or a list of snapshots, and the candidate."""
-    tail, branches = ([record.name for record in records] for records in (trajectory.tail, trajectory.branches))
-    start = ["start"] if trajectory.start else []
-    found: list[tuple[str | list[int | str], str]] = [(name, name) for name in [*start, *tail, *branches]]
-    if start:
-        found += [([0, 0, 0, "start"], "0.75 Θ0 + 0.25 start"), ([0, "start"], "0.5 Θ0 + 0.5 start")]
-    if tail:
-        found.append(([0, *tail], "average of Θ0 and the tail"))
-    if branches and not trajectory.is_adapter:  # factors of other trainings do not belong together
-        found.append(([*branches], "average of the branches"))
-    return found
+def _planned(plan: PredictionPlan, item: Candidate, recalibrates: bool, may_lack: bool) -> PlannedCandidate | None:
+    """Plan a candidate; `None` if it does not differ from the others, or may lack its snapshots and does."""
+    predictor = item.make()
+    if not item.needs(plan.trajectory) or (plan.rescaling is None and predictor == plan.predictor):
+        return None  # the requested prediction is a candidate already
+    try:
+        own = plan.with_predictor(predictor)
+    except MissingSnapshotsError:
+        if may_lack:
+            return None
+        raise
+    if len(own.snapshots) < 2:  # of Θ0 alone, nothing differs
+        return None
+    name, options = (item.predictor, dict(item.options)) if isinstance(item.predictor, str) else (item.name, None)
+    return _prediction(item.name, own, recalibrates, name, options)
 
 
-def _state(
-    plan: PredictionPlan, state: int | str | list[int | str], name: str, recalibrated: bool
-) -> PlannedCandidate:
-    """Return a snapshot, or the average of a list of them."""
-    trajectory = plan.trajectory
+def _state(plan: PredictionPlan, state: int | str, name: str, recalibrated: bool) -> PlannedCandidate:
     recipe = {"predictor": None, "predictor_options": None, "steps": 0, "recalibrated": recalibrated, "state": state}
-    tensors: TensorSource
-    if isinstance(state, list):
-        tensors = FunctionTensors(trajectory, snapshot_average(trajectory, state))
-    else:
-        tensors = StateTensors(trajectory, state)
     unscaled = replace(plan, predictor=Average(), members=[], steps=1, rescaling=None)
-    return PlannedCandidate(name, tensors, unscaled, recipe)
+    return PlannedCandidate(name, StateTensors(plan.trajectory, state), unscaled, recipe)
 
 
 def _prediction(
