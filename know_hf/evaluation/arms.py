@@ -56,7 +56,10 @@ _PLANNED = ("predicted", "matched_shrink", "gate")
 _KINDS = (*_REFERENCES, *_PLANNED, "state", "trained_on", "task_singular_vectors")
 _OF_THETA_0 = frozenset({"shrink", "rescale"})  # predictors that use no other state
 # predictors that learn nothing
-_CONTROLS = frozenset("shrink task_vector average tail_average ema bema linear log lines rescale".split())
+_CONTROLS = frozenset(
+    "shrink task_vector average tail_average ema bema linear log lines rescale start_interpolation branch_average"
+    " model_stock james_stein spectral_filter jackknife shrunken_jackknife".split()
+)
 
 
 @dataclass(frozen=True)
