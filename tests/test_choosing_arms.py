@@ -10,7 +10,6 @@ from quadrants import source, target
 from know_hf import ForgettingSchedule, WeightTrajectory
 from know_hf.evaluation import NAIVE, RANDOM, ArmSources, ComparisonTask, FineTuning, compare_arms, make_arm
 from know_hf.evaluation.report.tables import choices_table, costs_table
-from know_hf.prediction.choosing import FAMILY
 
 HEAD = "classifier.1.weight"
 SMALL_GATE = {"name": "gate", "predictor": "average", "steps": 1}
@@ -49,7 +48,9 @@ def labelled_by(sources, state):
 def test_a_gate_chooses_the_weights_with_the_lowest_loss_on_source_data(sources, name, count):
     model, choice = make_arm(name).initial_weights(labelled_by(sources, 2))
     assert choice["chosen"] == "Θ2" and not choice["kept"]
-    assert choice["num_candidates"] == 1 + 4 + 2 + len(FAMILY)  # Θ0, other states, KNOWN at two numbers of steps
+    assert (
+        choice["num_candidates"] == 1 + 4 + 2 + 17
+    )  # Θ0, other states, KNOWN at two numbers of steps, the family of states
     assert choice["forward_passes"] == count * choice["num_candidates"]
     assert torch.equal(model.state_dict()[HEAD], sources.trajectory.tensor(HEAD, state=2))
 
