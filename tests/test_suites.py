@@ -112,6 +112,14 @@ def test_compute_matched_trains_for_the_steps_of_the_later_states_on_all_data(fi
     assert [cell["arm"] for cell in report.cells] == arms * 2  # naive is read from its cell
 
 
+def test_rescale_runs_with_a_model_class_that_transformers_lacks(finished):
+    folder, _ = finished
+    arms = ["naive", "rescale-0.5"]
+    report = run_suite(folder / "suite.yaml", folder / "out", arms=arms, seeds=[0, 1], pages=False)
+    source = report.comparisons["source", "accuracy"].results
+    assert source["rescale-0.5"].per_seed == pytest.approx(source["naive"].per_seed, abs=0.005)
+
+
 def test_the_command_and_the_recipe_run_a_suite(finished, capsys, monkeypatch):
     suite, folder = finished[0] / "suite.yaml", finished[0] / "out"  # all cells exist
     arguments = [str(suite), "--output-dir", str(folder), *"--arms naive random --seeds 0 1".split()]

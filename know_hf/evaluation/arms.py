@@ -222,6 +222,9 @@ class Arm:
 
     def _plan(self, sources: ArmSources, options: Mapping[str, Any]) -> PredictionPlan:
         is_known = self.predictor == "known" and not options
+        if self.predictor == "rescale" and sources.model_class is not None:
+            # neither the architecture nor the shape of its inputs can be read from the config of another class
+            options = {**options, "model": sources.state(0), "batch": next(iter(sources.batches), None)}
         return plan_prediction(
             sources.trajectory,
             (self.known or sources.known) if is_known else None,
