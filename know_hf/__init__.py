@@ -25,6 +25,7 @@ _PUBLIC = {
     "get_predictor": "predictors",
     "register_predictor": "predictors",
     "compare_arms": "evaluation",
+    "compare_checkpoints": "evaluation.checkpoints",
     "merge_adapters": "trajectory.merging",
     "plan_prediction": "prediction",
     "predict_overflowed_weights": "predict",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .batch_norm import recalibrate_batch_norm as recalibrate_batch_norm
     from .evaluation import compare_arms as compare_arms
     from .evaluation import run_suite as run_suite
+    from .evaluation.checkpoints import compare_checkpoints as compare_checkpoints
     from .hub import pull as pull
     from .hub import push as push
     from .known.configuration_known import KNOWNConfig as KNOWNConfig

@@ -247,11 +247,21 @@ def _make_gate(args: argparse.Namespace) -> Any:
 
 
 def _add_compare(commands: Any) -> None:
-    summary = "compare predicted weights with the recorded weights and with controls on a suite"
-    resumes = "A second run with the same folder resumes the comparison."
-    add = _add_command(commands, _compare, summary, resumes).add_argument
-    add("suite", metavar="SUITE", help="name of a suite, for example digits, or a YAML file")
-    add("--output-dir", required=True, metavar="DIR", help="folder for results, report.json and report.html")
+    summary = "compare predicted weights with controls on a suite, or two checkpoints on a dataset"
+    forms = (
+        "know-hf compare SUITE --output-dir DIR compares arms over many trajectories; the same command resumes."
+        " know-hf compare A B --dataset DATASET says which of two checkpoints (folders, Hub ids, or a"
+        " trajectory for its state 0) is better on the dataset, as they are and after fine-tuning on a few examples."
+    )
+    add = _add_command(commands, _compare, summary, forms).add_argument
+    compared = "a suite (a name, for example digits, or a YAML file), or two checkpoints"
+    add("compared", nargs="*", metavar="SUITE | A B", help=compared)
+    add("--template", action="store_true", help="print a commented suite to edit, which runs as it is, and exit")
+    add("--output-dir", metavar="DIR", help="folder for the results of a suite; with two checkpoints, comparison.json")
+    add("--dataset", metavar="ID", help="with two checkpoints: Hub id or folder of a dataset")
+    add("--train-split", metavar="NAME", help="its split to fine-tune on; none: no fine-tuning (default: train)")
+    add("--test-split", metavar="NAME", help="its split to test on (default: test or else validation)")
+    add("--draws", type=int, metavar="N", help="number of fine-tunings of each checkpoint (default: 10)")
     add("--arms", nargs="+", metavar="ARM", help="arms to compare instead of the suite's, for example naive random")
     add("--seeds", type=int, nargs="+", metavar="N", help="trajectory seeds instead of the suite's")
     add("--processes", type=int, default=1, metavar="N", help="number of worker processes (default: 1)")
@@ -264,12 +274,43 @@ def _add_compare(commands: Any) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    if args.template:
+        from .evaluation.suites import suite_template
+
+        return _print(suite_template().rstrip())
+    if len(args.compared) == 2:
+        return _compare_two(args)
+    if len(args.compared) != 1 or args.output_dir is None:
+        raise ValueError("give SUITE and --output-dir, or A B and --dataset; see know-hf compare --help")
+    for name in ("dataset", "train_split", "test_split", "draws"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} needs two checkpoints; a suite has its own data and draws")
     from .evaluation import run_suite
 
     options: dict[str, Any] = {name: dict(getattr(args, name) or ()) for name in ("data", "models", "known")}
     options |= {"arms": args.arms, "seeds": args.seeds, "num_processes": args.processes}
     command = shlex.join(["know-hf", *sys.argv[1:]])
-    _print(str(run_suite(args.suite, args.output_dir, **options, max_minutes=args.max_minutes, command=command)))
+    _print(str(run_suite(args.compared[0], args.output_dir, **options, max_minutes=args.max_minutes, command=command)))
+
+
+def _compare_two(args: argparse.Namespace) -> None:
+    if args.dataset is None:
+        raise ValueError("two checkpoints need --dataset, a Hub id or a folder")
+    for name in ("arms", "seeds", "max_minutes", "data", "models", "known"):
+        if getattr(args, name) is not None:
+            flag = "model" if name == "models" else name.replace("_", "-")
+            raise ValueError(f"--{flag} needs a suite")
+    from .checkpoint import write_json
+    from .evaluation.checkpoints import compare_on_dataset
+
+    options: dict[str, Any] = {} if args.draws is None else {"draws": args.draws}
+    options |= {"train_split": None if args.train_split == "none" else args.train_split or "train"}
+    a, b = args.compared
+    result = compare_on_dataset(a, b, args.dataset, test_split=args.test_split, **options)
+    if args.output_dir is not None:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.output_dir) / "comparison.json", result.to_dict())
+    _print(str(result))
 
 
 def _add_push_pull(commands: Any) -> None:

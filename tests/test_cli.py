@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import know_hf
 from know_hf import RecordArguments, WeightTrajectory
 from know_hf.cli import main, make_parser
+from know_hf.evaluation.suites import load_suite
 from know_hf.prediction import SHIPPED_KNOWN
 from know_hf.tasks.recording_plan import RecordingPlan
 from know_hf.trajectory.summary import inspect_trajectory
@@ -171,6 +172,15 @@ def test_commands_call_their_function(monkeypatch, capsys, target, command, args
     assert "the result" in capsys.readouterr().out
     assert calls[0][0] == args
     assert {name: value for name, value in calls[0][1].items() if name != "command"} == options
+
+
+def test_the_template_is_a_suite(tmp_path, capsys):
+    assert main(["compare", "--template"]) == 0
+    path = tmp_path / "my.yaml"
+    path.write_text(capsys.readouterr().out, encoding="utf-8")
+    suite = load_suite(path)
+    assert suite.source.dataset == "sklearn/digits" and suite.arms[0].name == "naive"
+    assert all(suite.trials_per_rate % len(arm.settings) == 0 for arm in suite.arms)
 
 
 CONFIG = """

@@ -158,14 +158,20 @@ def check_design(design: Design) -> None:
             f" seeds={list(seeds)}, draws={draws} and trials_per_rate={design.trials_per_rate}"
         )
     if len(seeds) == 1 and draws == 1:
-        raise ValueError("one draw of one trajectory has no interval; use more seeds or draws")
+        raise ValueError(
+            "one draw of one trajectory has no interval. Record more trajectories with other seeds (10 are better than"
+            " 2) and pass them all, or set draws=10 if target(seed, draw) returns other examples for each draw. For"
+            " one trajectory, compare_checkpoints(a, b, test=…) compares Θ0 with the enhanced checkpoint"
+        )
     if (recorded := design.task.recorded) is not None and max(seeds) >= len(recorded):
         raise ValueError(f"seed {max(seeds)} has no trajectory; the task has {len(recorded)}")
     for arm in design.arms:
         if design.trials_per_rate % len(arm.settings):
+            count, fewer = len(arm.settings), [dict(setting) for setting in arm.settings[: design.trials_per_rate]]
             raise ValueError(
-                f"trials_per_rate={design.trials_per_rate} is not a multiple of the {len(arm.settings)} settings of"
-                f" arm {arm.name!r}; every arm needs the same number of trials, so change one of the two"
+                f"trials_per_rate={design.trials_per_rate} is not a multiple of the {count} settings of arm"
+                f" {arm.name!r}, and every arm gets the same number of trials. Set trials_per_rate={count}, or give"
+                f" the arm fewer settings: {{'name': {arm.name!r}, 'tuned': {fewer}}}"
             )
         for needed in arm.needs:
             _check_given(design.task, needed, f"arm {arm.name!r}")

@@ -85,7 +85,7 @@ class _Checkpoint:
 
     @classmethod
     def open(cls, name: str | Path) -> "_Checkpoint":
-        folder = _folder(name)
+        folder = local_folder(name)
         if (folder / _ADAPTER).exists():
             return cls(str(name), folder, (folder / _ADAPTER,), CheckpointReader([folder / _ADAPTER]))
         if not (folder / INDEX_NAME).exists() and not (folder / WEIGHTS_NAME).exists():
@@ -182,7 +182,8 @@ def _listed(checkpoints: Checkpoints, kind: ImportKind) -> list[str | Path]:
     return items
 
 
-def _folder(name: str | Path) -> Path:
+def local_folder(name: str | Path) -> Path:
+    """Return the folder of a checkpoint; one of the Hub, such as `"me/model@revision"`, is downloaded to its cache."""
     if Path(name).is_dir():
         return Path(name)
     match = _HUB_ID.fullmatch(str(name))

@@ -197,6 +197,11 @@ def load_suite(name: str | Path) -> Suite:
     return Suite.from_dict(content, str(path))
 
 
+def suite_template() -> str:
+    """Return a commented suite to edit, which runs as it is."""
+    return (SUITES_DIR / "template" / "my_suite.yaml").read_text(encoding="utf-8")
+
+
 def _explain(error: ValidationError) -> str:
     """Describe the first problem, unknown keys before others: a key may be missing because it is misspelled."""
     first = min(error.errors(), key=lambda entry: entry["type"] != "unexpected_keyword_argument")

@@ -1,0 +1,43 @@
+"""Models and examples for [`compare_checkpoints`], from folders, the Hub or memory."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, default_data_collator
+from transformers.trainer_utils import RemoveColumnsCollator
+
+from ...trajectory import WeightTrajectory, load_pretrained
+from ...trajectory.importing import local_folder
+from ..fine_tuning import Examples
+
+
+def load_checkpoint(checkpoint: str | Path | PreTrainedModel) -> PreTrainedModel:
+    """Load a folder, a Hub id or Θ0 of a trajectory; a model is returned as it is."""
+    if isinstance(checkpoint, PreTrainedModel):
+        return checkpoint
+    folder = local_folder(checkpoint)
+    model: Any = WeightTrajectory(folder).load_model() if WeightTrajectory.exists(folder) else load_pretrained(folder)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{checkpoint} is a {type(model).__name__}, not a transformers model; merge the adapter first"
+        )
+    return model.float()
+
+
+def as_examples(dataset: Any, model: PreTrainedModel, data_collator: Callable[[list[Any]], Any] | None) -> Examples:
+    """Return the inputs of a model and the labels of all examples as tensors of one length."""
+    if isinstance(dataset, Mapping):
+        return dataset
+    accepted = {*inspect.signature(model.forward).parameters, "label", "label_ids"}
+    collate = RemoveColumnsCollator(data_collator or default_data_collator, accepted)
+    try:
+        examples = collate([dataset[index] for index in range(len(dataset))])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"cannot collate {len(dataset)} examples of {type(dataset).__name__} ({error}); pass data_collator=, for"
+            " example DataCollatorWithPadding(tokenizer)"
+        ) from error
+    return {name: value for name, value in dict(examples).items() if isinstance(value, torch.Tensor)}

@@ -1,0 +1,263 @@
+"""[`compare_checkpoints`]: which of two checkpoints is better on a dataset, as they are and after fine-tuning."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median_low
+from typing import Any
+
+import torch
+from accelerate.utils import tqdm
+from transformers import PreTrainedModel
+
+from ...prediction.selection import MINIMUM_VALUES, REFERENCE, choose
+from ...terminal import aligned
+from ..comparison import ACCURACY, ALPHA, LOSS, Measure
+from ..fine_tuning import Examples, batches, evaluate_classifier, order_by_length
+from ..measure import device
+from ..protocols import FineTuning, Trial, first_of_each_class, or_none
+from ..protocols import choose as choose_trial
+from ..splits import Split, check_split
+from ..statistics import Estimate, paired_difference, scipy_stats
+from .checkpoint_data import as_examples, load_checkpoint
+
+_MOST_LABELS, _MOST_VALIDATION = 20, 200  # labels per class, examples
+_RATES = (1e-5, 1e-4, 1e-3, 1e-2)  # wide, for models of any size
+_LIMITS = (
+    "What this cannot show: each checkpoint comes from one training. Another seed gives other weights, and that noise"
+    " is in no interval above. A difference says which of these two to use on such data, not that the method which"
+    " made one of them helps in general; for that, compare 10 trajectories or more with compare_arms (know-hf compare"
+    " SUITE). Test data that a gate has chosen on favours the choice."
+)
+
+
+@dataclass(frozen=True)
+class PairedScore:
+    """One quantity of both checkpoints on the same examples or draws.
+
+    Attributes:
+        what (`str`):
+            What was measured.
+        measure ([`Measure`]):
+            The measured quantity.
+        a, b (`float`):
+            Mean of each checkpoint.
+        difference (`float`):
+            That of b minus that of a.
+        low, high (`float`, *optional*):
+            95% interval of the difference; `None` if the values do not bound it.
+        p_value (`float`, *optional*):
+            p against no difference.
+        test (`str`):
+            The test and what it counts.
+    """
+
+    what: str
+    measure: Measure
+    a: float
+    b: float
+    difference: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+    test: str
+
+    @property
+    def interval(self) -> str:
+        ends = [end for end in (self.low, self.high) if end is not None]
+        return "–" if len(ends) < 2 else self.measure.interval(Estimate(self.difference, *ends), "+")
+
+    @property
+    def sentence(self) -> str:
+        """Which checkpoint is better."""
+        p_value = 1.0 if self.p_value is None else self.p_value
+        better = "B" if self.measure.gain(self.difference) > 0 else "A"
+        verdict = f"{better} is significantly better" if p_value < ALPHA else "no significant difference"
+        difference = f"{self.measure.format(self.difference, '+')} {self.measure.difference_unit}".rstrip()
+        numbers = f"{self.measure.name} of B minus A {difference}, 95% interval {self.interval}"
+        return f"{self.what}: {verdict} ({numbers}; {self.test}, p = {p_value:.2g})."
+
+
+@dataclass(frozen=True)
+class CheckpointComparison:
+    """Result of [`compare_checkpoints`]; `str(result)` is a verdict, a table and what it cannot show.
+
+    Attributes:
+        a, b (`str`):
+            The checkpoints.
+        scores (`tuple[PairedScore, ...]`):
+            Everything that was measured.
+        notes (`tuple[str, ...]`):
+            How it was measured, and what it cannot show.
+    """
+
+    a: str
+    b: str
+    scores: tuple[PairedScore, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = [["", "A", "B", "B minus A", "95% interval", "p"]]
+        for score in self.scores:
+            values = [score.measure.format(value) for value in (score.a, score.b)]
+            p_value = "–" if score.p_value is None else f"{score.p_value:.2g}"
+            name = f"{score.what}, {score.measure.name} {score.measure.unit}".rstrip()
+            rows.append([name, *values, score.measure.format(score.difference, "+"), score.interval, p_value])
+        verdict = [score.sentence for score in self.scores]
+        return "\n".join([*verdict, "", f"A: {self.a}", f"B: {self.b}", aligned(rows), "", *self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return asdict(self)
+
+
+def compare_checkpoints(
+    a: str | Path | PreTrainedModel,
+    b: str | Path | PreTrainedModel,
+    *,
+    test: Any,
+    train: Any = None,
+    num_labels: int | None = None,
+    data_collator: Callable[[list[Any]], Any] | None = None,
+    draws: int = 10,
+    protocol: FineTuning | None = None,
+) -> CheckpointComparison:
+    """Compare two checkpoints of a classifier on the same data, for example Θ0 and an enhanced checkpoint.
+
+    Both are evaluated as they are on every example of `test`. With `train`, both are also fine-tuned on small random
+    subsets of it. Every draw has other examples in another order, and another new head if `num_labels` is given, the
+    same for both. Of a grid of learning rates, the best on other examples of `train` is used for each.
+
+    ```python
+    print(compare_checkpoints("trajectory/", "enhanced/", train=train_set, test=test_set))
+    ```
+
+    Args:
+        a, b (`str`, `Path` or `PreTrainedModel`):
+            A folder, a Hub id such as `"me/model@revision"`, the folder of a trajectory (its Θ0) or a model.
+        test, train (mapping of tensors or `torch.utils.data.Dataset`):
+            Examples with `labels`. `train` is *optional*.
+        num_labels (`int`, *optional*):
+            Fine-tune with new heads for so many classes, on another task than that of the checkpoints, which are then
+            not evaluated as they are. By default the heads are kept.
+        data_collator (`Callable`, *optional*):
+            Collates the examples of a dataset, as in `Trainer`; needed for texts of different lengths.
+        draws (`int`, *optional*, defaults to `10`):
+            Number of subsets to fine-tune on, at least 2.
+        protocol ([`FineTuning`], *optional*):
+            Learning rates, steps and number of labels per class; by default four rates from 1e-5 to 1e-2, 20 steps,
+            and 20 labels per class or half of the smallest class.
+
+    Raises:
+        `ValueError`: If the models are not classifiers with the classes of `test`, it has fewer than 10 examples,
+            `num_labels` comes without `train`, or a class of `train` has too few examples.
+        `FileNotFoundError`: If a checkpoint does not exist.
+        `ImportError`: If scipy is missing.
+    """
+    scipy_stats()
+    if num_labels is not None and train is None:
+        raise ValueError(f"num_labels={num_labels} needs new heads, which must be trained; pass train as well")
+    models = [load_checkpoint(checkpoint).to(device()) for checkpoint in (a, b)]
+    first, second = (type(x).__name__ if isinstance(x, PreTrainedModel) else str(x) for x in (a, b))
+    tested = as_examples(test, models[0], data_collator)
+    trained = tested if train is None else as_examples(train, models[0], data_collator)
+    for name, model in zip((first, second), models, strict=True):
+        _check(trained, tested, num_labels or model.config.num_labels, name)
+    scores: list[PairedScore] = []
+    notes: list[str] = []
+    if num_labels is None:
+        scores += _as_they_are(models, (first, second), tested)
+        notes.append(f"As they are: the intervals are over {len(tested['labels'])} test examples.")
+    if train is not None:
+        count = _labels_per_class(trained, protocol)
+        protocol = protocol or FineTuning(_RATES, 20, 0 if num_labels is None else 100, labels_per_class=count)
+        splits = [Split(*_draw(trained, count, draw), tested, num_labels) for draw in range(draws)]
+        score, note = _fine_tuned(models, splits, protocol)
+        scores.append(score)
+        notes.append(note)
+    return CheckpointComparison(first, second, tuple(scores), (*notes, _LIMITS))
+
+
+def _as_they_are(models: Sequence[PreTrainedModel], names: Sequence[str], test: Examples) -> list[PairedScore]:
+    what, examples = "As they are", f"{len(test['labels'])} examples"
+    (a_right, a_losses), (b_right, b_losses) = (_per_example(model, test) for model in models)
+    for name, losses in zip(names, (a_losses, b_losses), strict=True):
+        if not all(map(math.isfinite, losses)):
+            raise ValueError(f"{name} has a loss that is not finite on the test data; the weights are not usable")
+    d = paired_difference(b_right, a_right)
+    changes = [b - a for a, b in zip(a_right, b_right, strict=True) if a != b]
+    only_b, only_a = changes.count(1), changes.count(-1)
+    p_value = float(scipy_stats().binomtest(only_b, len(changes)).pvalue) if changes else 1.0
+    test_of = f"McNemar's test over {examples}, of which only B gets {only_b} right and only A {only_a}"
+    accuracy = PairedScore(what, ACCURACY, mean(a_right), mean(b_right), d.mean, d.low, d.high, p_value, test_of)
+    loss, gap = choose({REFERENCE: a_losses, "B": b_losses}).candidates[1], mean(b_losses) - mean(a_losses)
+    values = mean(a_losses), mean(b_losses), gap, loss.low, loss.high, loss.p_value
+    return [accuracy, PairedScore(what, LOSS, *values, f"studentised bootstrap of {examples}")]
+
+
+def _fine_tuned(
+    models: Sequence[PreTrainedModel], splits: Sequence[Split], protocol: FineTuning
+) -> tuple[PairedScore, str]:
+    chosen: list[list[Trial]] = [[], []]
+    for seed, split in enumerate(tqdm(splits, main_process_only=True, desc="fine-tuning")):
+        for of_model, model in zip(chosen, models, strict=True):
+            (trials,) = protocol.trials_of([(model, split, seed)], evaluate_classifier)
+            validation = [{"validation": or_none(trial.validation)} for trial in trials]
+            of_model.append(trials[choose_trial(validation, (ACCURACY, LOSS))])
+    a, b = ([trial.test[ACCURACY.name] for trial in of_model] for of_model in chosen)
+    d, test_of = paired_difference(b, a), f"paired t-test over {len(splits)} draws"
+    what = f"{protocol.what[:1].upper()}{protocol.what[1:]}"
+    score = PairedScore(what, ACCURACY, mean(a), mean(b), d.mean, d.low, d.high, d.p_value, test_of)
+    a_rate, b_rate = (f"{median_low(trial.learning_rate or 0.0 for trial in of_model):g}" for of_model in chosen)
+    head = "" if splits[0].num_labels is None else ", of the new head"
+    note = (
+        f"{what}: the interval is over {len(splits)} draws of the examples{head} and of their order, the same for"
+        f" both. Each has the best of {len(protocol.learning_rates)} learning rates, by validation examples (median"
+        f" {a_rate} for A, {b_rate} for B). The draws share the training data and the test examples."
+    )
+    return score, note
+
+
+@torch.inference_mode()
+def _per_example(model: PreTrainedModel, examples: Examples) -> tuple[list[float], list[float]]:
+    """Return for every example 1 if the model is right, and its loss; in the same order for every model."""
+    model.eval()
+    correct: list[float] = []
+    losses: list[float] = []
+    for batch in batches(examples, 64, order_by_length(examples), model.device):
+        labels = batch.pop("labels")
+        logits = model(**batch).logits.float()
+        correct += (logits.argmax(dim=-1) == labels).double().tolist()
+        losses += torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
+    return correct, losses
+
+
+def _draw(train: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
+    """Return `count` random examples of each class, and others for validation."""
+    order = torch.randperm(len(train["labels"]), generator=torch.Generator().manual_seed(seed))
+    few = first_of_each_class({"labels": train["labels"][order], "row": order}, count)["row"]
+    others = order[~torch.isin(order, few)][:_MOST_VALIDATION]
+    first, second = ({name: tensor[rows] for name, tensor in train.items()} for rows in (few, others))
+    return first, second
+
+
+def _labels_per_class(train: Examples, protocol: FineTuning | None) -> int:
+    labels, counts = train["labels"].unique(return_counts=True)
+    smallest = int(counts.min())
+    count = min(_MOST_LABELS, smallest // 2) if protocol is None else protocol.labels_per_class or smallest // 2
+    if not 1 <= count < smallest:
+        raise ValueError(
+            f"class {int(labels[counts.argmin()])} of train has {smallest} examples, too few for {max(count, 1)} per"
+            " draw and others for validation; pass more examples, or a protocol with fewer labels_per_class"
+        )
+    return count
+
+
+def _check(train: Examples, test: Examples, num_labels: int, name: str) -> None:
+    labels = test.get("labels")
+    if labels is None or labels.ndim != 1:
+        raise ValueError("test needs 'labels', one class per example; compare_checkpoints compares classifiers")
+    if len(labels) < MINIMUM_VALUES:
+        raise ValueError(f"test has {len(labels)} examples; an interval needs at least {MINIMUM_VALUES}")
+    check_split(Split(train, train, test, num_labels), f"the data for {name}", classifies=True)

@@ -1,0 +1,83 @@
+"""[`compare_on_dataset`]: [`compare_checkpoints`] on a dataset of the Hub or a folder."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...tasks import RecordArguments
+from ...trajectory.importing import local_folder
+from ..fine_tuning import Examples
+from .checkpoint_data import as_examples, load_checkpoint
+from .compare_checkpoints import CheckpointComparison, compare_checkpoints
+
+
+def compare_on_dataset(
+    a: str | Path,
+    b: str | Path,
+    dataset: str,
+    *,
+    train_split: str | None = "train",
+    test_split: str | None = None,
+    max_examples: int = 1000,
+    **options: Any,
+) -> CheckpointComparison:
+    """Compare two checkpoints on a dataset, prepared by their tokenizer or image processor.
+
+    The heads are new if they do not have the classes of the dataset.
+
+    Args:
+        a, b (`str` or `Path`):
+            See [`compare_checkpoints`].
+        dataset (`str`):
+            Hub id or folder, as `datasets.load_dataset` reads it. Columns are found as by `know-hf record`.
+        train_split (`str`, *optional*, defaults to `"train"`):
+            Split to fine-tune on, such as `"train[:80%]"`; `None` compares the checkpoints as they are only.
+        test_split (`str`, *optional*):
+            Split to test on; test or else validation by default.
+        max_examples (`int`, *optional*, defaults to `1000`):
+            Use so many rows of each split, drawn at random.
+        options (*optional*):
+            `draws` and `protocol` of [`compare_checkpoints`].
+
+    Raises:
+        `ValueError`: If the checkpoints prepare the examples differently, the dataset has no split to test on, a
+            column cannot be detected, and as [`compare_checkpoints`].
+        `FileNotFoundError`: If a checkpoint does not exist.
+    """
+    models = [load_checkpoint(checkpoint) for checkpoint in (a, b)]
+    args: dict[str, Any] = {"dataset": dataset, "train_split": train_split or "train", "output_dir": ""}
+    args |= {"eval_split": test_split, "max_examples": max_examples, "max_eval_examples": max_examples}
+    (train, test, classes), other = (
+        _examples(checkpoint, model, args) for checkpoint, model in zip((a, b), models, strict=True)
+    )
+    if not _equal(test, other[1]):
+        raise ValueError(
+            f"{a} and {b} prepare the examples of {dataset} differently, with another tokenizer or image processor;"
+            " compare checkpoints of one base model"
+        )
+    num_labels = None if {model.config.num_labels for model in models} == {classes} else classes
+    if num_labels is not None and train_split is None:
+        raise ValueError(f"{dataset} has {classes} classes, but not the heads; give a split to train new heads on")
+    trained = None if train_split is None else train
+    return compare_checkpoints(a, b, train=trained, test=test, num_labels=num_labels, **options)
+
+
+def _examples(checkpoint: str | Path, model: Any, options: dict[str, Any]) -> tuple[Examples, Examples, int]:
+    from ...tasks.preprocessing import load_preprocessing
+    from ...tasks.task_data import VALIDATION_SPLITS, find_split, load_splits
+
+    task = "image-classification" if model.main_input_name == "pixel_values" else "text-classification"
+    args = RecordArguments(task=task, model=str(local_folder(checkpoint)), **options)
+    split = args.eval_split or find_split(args, ("test", *VALIDATION_SPLITS))
+    train, test, classes = load_splits(replace(args, eval_split=split))
+    if test is None or classes is None:
+        raise ValueError(f"{args.dataset} has no split to test on; name both, such as train[:80%] and train[80%:]")
+    data = load_preprocessing(args)
+    trained, tested = (as_examples(data.prepare(rows), model, data.collator) for rows in (train, test))
+    return trained, tested, len(classes)
+
+
+def _equal(a: Examples, b: Examples) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,174 @@
+"""Two checkpoints on one dataset: as they are, after fine-tuning, and from the command line."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from conftest import make_images, make_resnet
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from know_hf import WeightTrajectory
+from know_hf.cli import main
+from know_hf.evaluation import FineTuning
+from know_hf.evaluation.checkpoints import compare_checkpoints
+
+QUICK = FineTuning((1e-3, 1e-2), steps=2, head_steps=2, labels_per_class=4)
+WORDS = ["good", "bad", "film", "a", "the"]
+
+
+@pytest.fixture(scope="module")
+def test():
+    return make_images(96, seed=5)[:]
+
+
+def test_a_trajectory_and_a_model(trajectory, test):
+    result = compare_checkpoints(trajectory.path, make_resnet(7), test=test)
+    accuracy, loss = result.scores
+    right = []
+    for model in (trajectory.load_model(0), make_resnet(7)):
+        with torch.no_grad():
+            right.append(model.eval()(test["pixel_values"]).logits.argmax(-1) == test["labels"])
+    means = [float(values.double().mean()) for values in right]
+    assert [accuracy.a, accuracy.b] == pytest.approx(means)
+    assert accuracy.difference == pytest.approx(means[1] - means[0])
+    only = [int((x & ~y).sum()) for x, y in (right, right[::-1])]
+    assert f"only B gets {only[1]} right and only A {only[0]}" in accuracy.test
+    assert accuracy.low < accuracy.difference < accuracy.high < 0 and accuracy.p_value < 0.01
+    assert "A is significantly better" in str(result)
+    assert loss.difference > 0 and loss.low > 0 and "A is significantly better" in loss.sentence
+    assert str(trajectory.path) in str(result) and "another seed" in str(result).lower()
+    assert json.loads(json.dumps(result.to_dict()))["scores"][0]["p_value"] == accuracy.p_value
+
+
+def test_equal_checkpoints(test):
+    result = compare_checkpoints(
+        make_resnet(), make_resnet(), test=test, train=make_images(64), protocol=QUICK, draws=2
+    )
+    assert [score.difference for score in result.scores] == [0, 0, 0]
+    assert str(result).count("no significant difference") == 3
+    assert len(result.scores) == 3 and "4 labels per class" in result.scores[2].what
+
+
+def test_few_shot_draws_are_the_same_for_both_and_new_heads_are_trained(trajectory, test, monkeypatch):
+    runs = []
+    original = FineTuning.trials_of
+    monkeypatch.setattr(
+        FineTuning, "trials_of", lambda self, r, *args: runs.append(r[0][1:]) or original(self, r, *args)
+    )
+    options = {"train": make_images(64, seed=3), "num_labels": 4, "draws": 2, "protocol": QUICK}
+    result = compare_checkpoints(trajectory.path, make_resnet(), test=test, **options)
+    (score,) = result.scores
+    assert score.what.startswith("Few-shot fine-tuning") and "2 draws" in score.test
+    assert [seed for _, seed in runs] == [0, 0, 1, 1]
+    splits = [split for split, _ in runs]
+    assert splits[0].content() == splits[1].content() != splits[2].content()
+    assert splits[0].train["labels"].unique(return_counts=True)[1].tolist() == [4] * 4
+    assert len(splits[0].validation["labels"]) == 64 - 16 and splits[0].num_labels == 4
+    both = torch.cat([splits[0].train["pixel_values"], splits[0].validation["pixel_values"]])
+    assert len(both.unique(dim=0)) == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"test": make_images(8)[:]}, "8 examples.*10"),
+        ({"num_labels": 4}, "num_labels=4.*train"),
+        ({"train": make_images(4)[:]}, "class 0 of train has 1 examples"),
+        ({"train": make_images(16)[:], "protocol": QUICK}, "class 0 of train has 4 examples.*4 per draw"),
+        ({"test": {"pixel_values": torch.zeros(12, 1, 8, 8), "labels": torch.arange(12)}}, "label 4.*4 classes"),
+        ({"test": {"pixel_values": torch.zeros(12, 1, 8, 8)}}, "'labels'"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(test, options, words):
+    with pytest.raises(ValueError, match=words):
+        compare_checkpoints(make_resnet(), make_resnet(), **{"test": test, **options})
+
+
+def test_a_checkpoint_that_does_not_exist(tmp_path, test):
+    with pytest.raises(FileNotFoundError, match="nosuch"):
+        compare_checkpoints(tmp_path / "nosuch", make_resnet(), test=test)
+
+
+def make_bert(folder, seed, words=WORDS, num_labels=2):
+    vocabulary = {word: index for index, word in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    set_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=9, max_position_embeddings=16, num_labels=num_labels, pad_token_id=1, **sizes)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    folder, cache = tmp_path_factory.mktemp("reviews"), tmp_path_factory.mktemp("cache")
+    for split, size in (("train", 24), ("test", 16)):
+        rows = {"text": ["a good film", "the bad bad film"] * (size // 2), "label": ["good", "bad"] * (size // 2)}
+        datasets.Dataset.from_dict(rows).to_csv(folder / f"{split}.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        yield str(folder)
+
+
+def test_the_command_compares_two_checkpoints(tmp_path, reviews, capsys):
+    b, out, a = make_bert(tmp_path / "b", 1), tmp_path / "out", str(tmp_path / "trajectory")
+    model, tokenizer = BertForSequenceClassification.from_pretrained(b), PreTrainedTokenizerFast.from_pretrained(b)
+    WeightTrajectory.create(a).record(model, processing_class=tokenizer, num_examples=24, steps=1)
+    assert main(["compare", a, b, "--dataset", reviews, "--draws", "2", "--output-dir", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"A: {a}" in printed and "As they are" in printed and "12 draws" not in printed
+    scores = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["scores"]
+    assert [score["what"].split()[0] for score in scores] == ["As", "As", "Few-shot"]
+    assert [score["difference"] for score in scores] == [0, 0, 0]  # the trajectory has the weights of b
+    assert main(["compare", a, b, "--dataset", reviews, "--train-split", "none"]) == 0
+    assert "fine-tuning" not in capsys.readouterr().out
+
+
+def test_other_classes_get_new_heads_and_other_tokenizers_are_refused(tmp_path, reviews, capsys):
+    a, b = make_bert(tmp_path / "a", 0), make_bert(tmp_path / "b", 1, num_labels=3)
+    assert main(["compare", a, b, "--dataset", reviews, "--draws", "2"]) == 0
+    assert "of the new head" in capsys.readouterr().out
+    assert main(["compare", a, b, "--dataset", reviews, "--train-split", "none"]) == 1
+    assert "2 classes" in capsys.readouterr().err
+    other = make_bert(tmp_path / "other", 1, words=WORDS[::-1])
+    assert main(["compare", a, other, "--dataset", reviews]) == 1
+    assert "tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("compare", "SUITE"),
+        ("compare digits", "--output-dir"),
+        ("compare a b c", "SUITE"),
+        ("compare a b", "--dataset"),
+        ("compare a b --dataset d --arms naive", "--arms needs a suite"),
+        ("compare a b --dataset d --model x=y", "--model needs a suite"),
+        ("compare digits --output-dir out --dataset d", "--dataset needs two checkpoints"),
+    ],
+)
+def test_flags_of_the_other_form_are_refused(command, words, capsys):
+    assert main(command.split()) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_texts_in_memory_need_a_collator(tmp_path):
+    folder = make_bert(tmp_path / "a", 0)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    texts = ["a good film", "bad"] * 8
+    rows = [{**tokenizer(text), "labels": index % 2} for index, text in enumerate(texts)]
+    with pytest.raises(ValueError, match="data_collator"):
+        compare_checkpoints(folder, folder, test=rows)
+    result = compare_checkpoints(folder, folder, test=rows, data_collator=DataCollatorWithPadding(tokenizer))
+    assert result.scores[0].difference == 0
