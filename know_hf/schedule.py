@@ -5,6 +5,7 @@ order, so each prefix holds the same share of each class, rounded to examples. A
 takes those that fit.
 """
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -50,8 +51,12 @@ class ForgettingSchedule:
             Number of tail states: snapshots in the second half of the training of state 0, equally spaced. The first
             is in the middle; the end of the training is Θ0.
         kind (`"nested"` or `"complementary"`, *optional*, defaults to `"nested"`):
-            `"nested"` trains one state after the other on smaller subsets. `"complementary"` trains two branches from
-            Θ0, each on one half of the data with as many optimizer steps; `num_states` is then 1 and `ratio` 0.5.
+            `"nested"` trains one state after the other on smaller subsets. `"complementary"` trains two branches, each
+            on one half of the data with as many optimizer steps; `num_states` is then 1 and `ratio` 0.5.
+        branch_from (`"state-0"` or `"start"`, *optional*, defaults to `"state-0"`):
+            Where branches begin. From `"start"`, the weights before the training, they train for as many epochs as
+            state 0, so that neither has seen the other half: [`CrossFit`] needs them. Both then cost as much as the
+            training of state 0.
 
     Raises:
         `ValueError`:
@@ -69,6 +74,7 @@ class ForgettingSchedule:
     key_column: str | None = None
     tail_states: int = 0
     kind: Literal["nested", "complementary"] = "nested"
+    branch_from: Literal["state-0", "start"] = "state-0"
 
     def __post_init__(self) -> None:
         _check_number("ratio", self.ratio, "between 0 and 1")
@@ -98,11 +104,18 @@ class ForgettingSchedule:
             object.__setattr__(self, name, number)
 
     def _checked_num_states(self) -> int:
+        if self.branch_from not in ("state-0", "start"):
+            raise ValueError(f"branch_from must be 'state-0' or 'start', got {self.branch_from!r}")
         if self.kind == "nested":
+            if self.branch_from != "state-0":
+                raise ValueError(f"branch_from={self.branch_from!r} is for kind='complementary'; remove it")
             return _integer("num_states", self.num_states, 2, _MOST_STATES)
         if self.kind != "complementary":
             raise ValueError(f"kind must be 'nested' or 'complementary', got {self.kind!r}")
         default = type(self)
+        for name in ("epochs_per_stage", "steps_per_stage") if self.branch_from == "start" else ():
+            if (value := getattr(self, name)) != getattr(default, name):
+                raise ValueError(f"branches from the start train as long as state 0; remove {name}={value!r}")
         for name, allowed in (
             ("num_states", (default.num_states, 1)),
             ("ratio", (default.ratio,)),
@@ -124,6 +137,19 @@ class ForgettingSchedule:
         if self.kind == "complementary":
             return 2.0
         return sum(self.ratio**k for k in range(self.num_states))
+
+    def stage_length(self, epochs: float, max_steps: int) -> tuple[float, int]:
+        """Return epochs and optimizer steps, -1 for those of the epochs, of each stage after state 0.
+
+        Args:
+            epochs (`float`):
+                Epochs of state 0.
+            max_steps (`int`):
+                Optimizer steps of state 0, or -1.
+        """
+        if self.branch_from == "start":
+            return epochs, math.ceil(max_steps / 2) if max_steps > 0 else -1
+        return self.epochs_per_stage, self.steps_per_stage or -1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,6 +15,7 @@ from know_hf.data.subsets import divide
 NAME = "classifier.1.weight"
 TAIL = ForgettingSchedule(num_states=2, stratify_by="labels", tail_states=4)
 HALVES = ForgettingSchedule(kind="complementary", stratify_by="labels")
+FROM_START = ForgettingSchedule(kind="complementary", stratify_by="labels", branch_from="start")
 
 
 class Spy(TrainerCallback):
@@ -124,15 +125,32 @@ def test_branches_begin_at_the_full_data_state_on_halves(tmp_path):
         assert "two branches from Θ0" in card and "nested subsets" not in card
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_interrupted_branches_resume_to_the_same_bytes(tmp_path, stage):
+def test_branches_from_the_start_train_as_long_as_state_0(tmp_path):
+    spy = Spy()
+    trajectory = record(tmp_path, FROM_START, "trajectory", spy)
+    trajectory.verify()
+    start, first, second = (trajectory.tensor(NAME, name) for name in ("start", "branch-0", "branch-1"))
+    assert all(torch.equal(weight, start) for weight in spy.starts) and len(spy.starts) == 3
+    assert not torch.equal(first, second)
+    assert [state.num_examples for state in (*trajectory.states, *trajectory.branches)] == [64, 32, 32]
+    assert [state.steps for state in (*trajectory.states, *trajectory.branches)] == [32, 16, 16]
+    assert WeightTrajectory(trajectory.path).schedule == FROM_START
+    assert "two branches from the start" in str(trajectory_card(trajectory))
+    for options in ({"start": "current"}, {"start_weights": "none"}):
+        with pytest.raises(ValueError, match="branch_from='start' needs the start"):
+            induce_forgetting(make_trainer(tmp_path), FROM_START, tmp_path / "refused", **options)
+    assert FROM_START.stage_length(2.0, 7) == (2.0, 4) and HALVES.stage_length(2.0, 7) == (1, -1)
+
+
+@pytest.mark.parametrize(("stage", "schedule"), [(1, HALVES), (2, HALVES), (2, FROM_START)])
+def test_interrupted_branches_resume_to_the_same_bytes(tmp_path, stage, schedule):
     trainer = make_trainer(tmp_path)
     trainer.add_callback(StopAfter(stage))
     with pytest.raises(KeyboardInterrupt):
-        induce_forgetting(trainer, HALVES, tmp_path / "trajectory")
+        induce_forgetting(trainer, schedule, tmp_path / "trajectory")
     before = WeightTrajectory(tmp_path / "trajectory")
     assert len(before.states) + len(before.branches) == stage
-    again, whole = record(tmp_path, HALVES), record(tmp_path, HALVES, "whole")
+    again, whole = record(tmp_path, schedule), record(tmp_path, schedule, "whole")
     assert again.branches == whole.branches
     assert_same_states(again, whole)
 
@@ -159,6 +177,9 @@ def test_what_cannot_be_recorded_is_refused(tmp_path):
         ({"kind": "halves"}, "kind must be 'nested' or 'complementary', got 'halves'"),
         ({"kind": "complementary", "num_states": 3}, "remove num_states=3"),
         ({"kind": "complementary", "group_by": "patient"}, "remove group_by='patient'"),
+        ({"kind": "complementary", "branch_from": "state-1"}, "branch_from must be 'state-0' or 'start'"),
+        ({"branch_from": "start"}, "branch_from='start' is for kind='complementary'"),
+        ({"kind": "complementary", "branch_from": "start", "steps_per_stage": 3}, "remove steps_per_stage=3"),
         ({"tail_states": -1}, "tail_states must be an integer from 0"),
     ):
         with pytest.raises(ValueError, match=match):

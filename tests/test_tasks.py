@@ -93,6 +93,8 @@ def test_branches_and_tail_states_are_planned_and_recorded(text_arguments):
     assert (plan.num_examples, plan.steps, plan.epochs) == ([32, 16, 16], [16, 4, 4], [2, 1, 1])
     assert (plan.relative_cost, plan.bytes_needed) == (2, 5 * plan.bytes_per_state)
     assert "1 states, 2 tail states, 2 branches, each" in str(plan) and "branch-1" in str(plan)
+    from_start = plan_task(replace(args, branch_from="start", tail_states=0, start_weights="full"))
+    assert (from_start.steps, from_start.epochs) == ([16, 8, 8], [2, 2, 2])
     trajectory = record_task(args)
     records = [*trajectory.states, *trajectory.branches]
     assert [(record.num_examples, record.steps) for record in records] == [(32, 16), (16, 4), (16, 4)]
@@ -106,7 +108,8 @@ def test_recordings_of_older_versions_resume_with_their_evaluation_split(text_ar
     trajectory = record_task(args)
     path, written = trajectory.path.with_name("record.json"), (trajectory.path / "trajectory.json").read_bytes()
     content = json.loads(path.read_text())
-    old = {key: value for key, value in content.items() if key not in ("kind", "tail_states", "start_weights")}
+    new = ("kind", "branch_from", "tail_states", "start_weights")
+    old = {key: value for key, value in content.items() if key not in new}
     path.write_text(json.dumps({**old, "eval_split": "auto"}))  # which was test, as there is no validation split
     assert read_arguments(path) == args
     for eval_split in ("auto", "test"):

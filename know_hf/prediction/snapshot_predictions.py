@@ -147,7 +147,7 @@ def _available(trajectory: WeightTrajectory) -> dict[str, list]:
     """Return the snapshots of each kind, and the common share of the data of the branches as `fraction`."""
     start = [] if trajectory.start is None else ["start"]
     schedule = trajectory.schedule
-    is_from_theta0 = schedule is not None and schedule.kind == "complementary"
+    is_from_theta0 = schedule is not None and schedule.kind == "complementary" and schedule.branch_from == "state-0"
     fractions = {record.fraction for record in trajectory.branches}
     return {
         "start": start,

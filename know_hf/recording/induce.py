@@ -99,8 +99,6 @@ def induce_forgetting(
         `TrajectoryBusyError`:
             When another process records to the folder.
     """
-    if start not in ("train", "current"):
-        raise ValueError(f"start must be 'train' or 'current', got {start!r}")
     check_trainer(trainer)
     if not isinstance(schedule, ForgettingSchedule):
         raise TypeError(f"schedule must be a ForgettingSchedule, got {schedule!r}")
@@ -108,7 +106,7 @@ def induce_forgetting(
     check_loader(trainer, subsets[: schedule.num_states + 1])  # halves are of equal size
     arguments = [_stage_arguments(trainer.args, index, schedule) for index in range(schedule.num_stages)]
     of_trainer = trainer_arguments(trainer)
-    start_weights = start_weights if start == "train" else "none"
+    start_weights = _start_weights(start, start_weights, schedule)
     callback = _StageCallback(output_dir, schedule, trainer=trainer, dtype=dtype, start_weights=start_weights)
     trajectory = callback.trajectory
     with ExitStack() as stack:
@@ -179,17 +177,17 @@ class _StageCallback(WeightTransitionCallback):
             self._failure = error
 
     def begin(self, stage: int, subset: Subset) -> None:
-        """Take the subset of a stage, and Θ0 into the model if it is a branch."""
+        """Take the subset of a stage, and the weights that it begins from into the model if it is a branch."""
         self._stage, self.subset = stage, subset
         schedule = self.trajectory.schedule
         if stage and self.trainer is not None and schedule is not None and schedule.kind == "complementary":
             if is_sharded(self.trainer):
                 raise ValueError(
-                    "kind='complementary' needs Θ0 again for every branch, which sharded weights do not"
+                    "kind='complementary' needs Θ0 or the start again for every branch, which sharded weights do not"
                     " load; train without sharding"
                 )
             on_main_process(self.trainer.accelerator, lambda: self.trajectory.check(wait=True))
-            WeightTrajectory(self.trajectory.path).load_into(self.trainer.model, 0)
+            WeightTrajectory(self.trajectory.path).load_into(self.trainer.model, schedule.branch_from)
             self.weights = weights_checksum(self.trainer)
 
     def record_first(self, trainer: Trainer, index: int) -> None:
@@ -210,6 +208,15 @@ class _StageCallback(WeightTransitionCallback):
         if self._failure is not None:
             raise self._failure
         self.trajectory.check()
+
+
+def _start_weights(start: str, weights: StartWeights, schedule: ForgettingSchedule) -> StartWeights:
+    if start not in ("train", "current"):
+        raise ValueError(f"start must be 'train' or 'current', got {start!r}")
+    weights = weights if start == "train" else "none"
+    if schedule.branch_from == "start" and weights == "none":
+        raise ValueError("branch_from='start' needs the start; record it: start='train' and start_weights='reference'")
+    return weights
 
 
 def _check_missing_states(
@@ -248,8 +255,7 @@ def _stage_arguments(args: TrainingArguments, index: int, schedule: ForgettingSc
     stage = copy.copy(args)
     stage.seed = args.seed + index
     if index:
-        stage.num_train_epochs = schedule.epochs_per_stage
-        stage.max_steps = schedule.steps_per_stage or -1
+        stage.num_train_epochs, stage.max_steps = schedule.stage_length(args.num_train_epochs, args.max_steps)
         stage.save_strategy = SaveStrategy.NO
         stage.load_best_model_at_end = False
     return stage

@@ -44,6 +44,7 @@ _CHOICES = {
     "start": ("train", "current"),
     "dtype": ("float32", "bfloat16", "auto", None),
     "kind": ("nested", "complementary"),
+    "branch_from": ("state-0", "start"),
     "start_weights": ("reference", "full", "none"),
 }
 
@@ -125,6 +126,7 @@ class RecordArguments:
     num_states: int = _option(5, "number of states to record, including the state trained on all data")
     start: str = _option("train", "train: train state 0 on all data; current: use the pretrained weights as state 0")
     kind: str = _option("nested", _KIND_HELP)
+    branch_from: str = _option("state-0", "complementary: begin branches from state-0, or from the start")
     tail_states: int = _option(0, "states to record too in the second half of the training of state 0")
     start_weights: str = _option("reference", _START_WEIGHTS_HELP)
     stratify: bool | None = _option(None, "keep the class balance in every subset (default: yes in classification)")
@@ -168,7 +170,7 @@ class RecordArguments:
         from ..schedule import ForgettingSchedule
 
         stratify = self.task != LM if self.stratify is None else self.stratify
-        names = ("ratio", "num_states", "epochs_per_stage", "steps_per_stage", "seed", "tail_states", "kind")
+        names = "ratio num_states epochs_per_stage steps_per_stage seed tail_states kind branch_from".split()
         options = {name: getattr(self, name) for name in names}
         return ForgettingSchedule(**options, stratify_by=LABELS if stratify else None)
 

@@ -98,7 +98,7 @@ def plan_task(args: RecordArguments) -> RecordingPlan:
     if schedule.kind == "complementary":
         sizes += [len(half) for half in schedule.halves(num_examples, batch_size=step)]
     lengths = [(args.epochs, training.max_steps) if args.start == "train" else (0.0, -1)]
-    lengths += [(args.epochs_per_stage, args.steps_per_stage or -1)] * (schedule.num_stages - 1)
+    lengths += [schedule.stage_length(args.epochs, training.max_steps)] * (schedule.num_stages - 1)
     steps, epochs = [], []
     for size, (num_epochs, max_steps) in zip(sizes, lengths, strict=True):
         steps_per_epoch = _steps_per_epoch(size, batch, training)

@@ -62,6 +62,7 @@ class _ScheduleContent(BaseModel):
     key_column: Text | None = None
     tail_states: Count = 0
     kind: Text = "nested"
+    branch_from: Text = "state-0"
 
     def build(self) -> ForgettingSchedule:
         return ForgettingSchedule(**self.model_dump(exclude_unset=True))
