@@ -88,7 +88,6 @@ def _record(args: argparse.Namespace) -> None:
     from .prediction.selection import MINIMUM_VALUES
     from .tasks.record import record_and_count
     from .tasks.recording_plan import plan_task
-    from .trajectory.summary import inspect_trajectory
 
     if args.plan:
         plan = plan_task(arguments)
@@ -98,9 +97,9 @@ def _record(args: argparse.Namespace) -> None:
     trajectory, num_validation = record_and_count(arguments)
     if PartialState().is_main_process:
         enhanced = trajectory.path.with_name("enhanced")
-        _print(f"{inspect_trajectory(trajectory)}\n\nrecorded in {trajectory.path}; next:")
         gate = ["--validation", "recorded"] if num_validation >= MINIMUM_VALUES else []
-        _print(shlex.join(["know-hf", "predict", str(trajectory.path), *gate, "--output-dir", str(enhanced)]))
+        command = shlex.join(["know-hf", "predict", str(trajectory.path), *gate, "--output-dir", str(enhanced)])
+        _print(f"Recorded {len(trajectory.states)} states in {trajectory.path}\n\nnext: {command}")
 
 
 def _add_inspect(commands: Any) -> None:

@@ -247,13 +247,13 @@ def test_wrong_arguments_of_record_are_one_line(tmp_path, config, capsys, flags,
     assert all(word.format(**names) in error for word in words)
 
 
-def test_record_prints_the_summary_and_the_next_command(config, recorded, monkeypatch, capsys):
+def test_record_prints_the_next_command(config, recorded, monkeypatch, capsys):
     monkeypatch.setattr("know_hf.tasks.record.record_and_count", lambda args: (WeightTrajectory(recorded), 9))
     assert main(["record", "--config", config]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:3] == ["state", "examples", "steps"]
-    assert lines[-1] == f"know-hf predict {recorded} --output-dir {recorded.with_name('enhanced')}"
-    make_parser().parse_args(lines[-1].split()[1:])
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"Recorded 5 states in {recorded}"
+    assert last == f"next: know-hf predict {recorded} --output-dir {recorded.with_name('enhanced')}"
+    make_parser().parse_args(last.split()[2:])
 
 
 def test_record_reports_a_busy_folder(config, tmp_path, monkeypatch, capsys):

@@ -83,16 +83,17 @@ def comparison_table(record: Mapping[str, Any]) -> Table:
 
 
 def gate_table(gate: Mapping[str, Any]) -> Table:
-    """Return the candidates of the gate, with their differences from Θ0 if they are recorded."""
+    """Return the candidates of the gate, with their differences from Θ0 if they are recorded, best first."""
     head = ["candidate", code(gate["metric"])]
     if not gate.get("candidates"):
         return [head] + [[_marked(name, gate["chosen"]), f"{value:.4g}"] for name, value in gate["scores"].items()]
     rows = [[*head, "minus Θ0", f"{1 - gate['level']:.0%} interval", "p (corrected)"]]
-    for candidate in gate["candidates"]:
+    first, *others = gate["candidates"]
+    for candidate in (first, *sorted(others, key=lambda one: math.inf if one["loss"] is None else one["loss"])):
         loss, difference, low, high, p = (candidate[k] for k in ("loss", "difference", "low", "high", "p_value"))
         row = [_marked(candidate["name"], gate["chosen"]), "not finite" if loss is None else f"{loss:.4g}"]
-        row += ["" if difference is None else f"{difference:+.4g}"]
-        row += ["" if low is None or high is None else f"[{low:+.4g}, {high:+.4g}]"]
+        row += ["" if difference is None else f"{difference:+.3g}"]
+        row += ["" if low is None or high is None else f"[{low:+.3g}, {high:+.3g}]"]
         rows.append([*row, "" if p is None else f"{p:.2g}"])
     return rows
 

@@ -127,7 +127,7 @@ class GateResult:
         finite = [candidate for candidate in others if candidate.loss is not None]
         if not finite:
             return f"no other candidate has a finite {self.metric}."
-        best = min(finite, key=_loss)
+        best = min(finite, key=_rank)
         if self.is_reference:
             noise = "the margin" if self.num_values == 1 else "noise"
             text = f"none of {number} is better by more than {noise}."
@@ -197,12 +197,12 @@ class GateResult:
 
     @property
     def table(self) -> str:
-        """The tested candidates with their losses and differences from Θ0."""
+        """The tested candidates with their losses and differences from Θ0, best first."""
         rows = [["candidate", "loss", f"minus {REFERENCE}", f"{1 - self.level:.0%} interval", "p (corrected)"]]
-        for candidate in self.candidates:
+        for candidate in (self.candidates[0], *sorted(self.candidates[1:], key=_rank)):
             loss = "not finite" if candidate.loss is None else f"{candidate.loss:.4g}"
-            difference = "" if candidate.difference is None else f"{candidate.difference:+.4g}"
-            interval = "" if candidate.low is None else f"[{candidate.low:+.4g}, {candidate.high:+.4g}]"
+            difference = "" if candidate.difference is None else f"{candidate.difference:+.3g}"
+            interval = "" if candidate.low is None else f"[{candidate.low:+.3g}, {candidate.high:+.3g}]"
             p_value = "" if candidate.p_value is None else f"{candidate.p_value:.2g}"
             rows.append([candidate.name, loss, difference, interval, p_value])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -269,7 +269,7 @@ def choose(
             candidates[name] = replace(candidates[name], low=low, high=high, p_value=p_value)
     first = GateCandidate(REFERENCE, float(reference.mean()))
     better = [candidate for candidate in candidates.values() if _is_better(candidate, count, level, least)]
-    best = min(better, key=_loss, default=first)
+    best = min(better, key=_rank, default=first)
     return GateResult(best.name, (first, *candidates.values()), metric, count, level, least)
 
 
@@ -351,5 +351,5 @@ def with_article(name: str) -> str:
     return f"the {name}" if name.startswith(("average", "start")) else name
 
 
-def _loss(candidate: GateCandidate) -> float:
-    return candidate.loss or 0.0
+def _rank(candidate: GateCandidate) -> float:
+    return math.inf if candidate.loss is None else candidate.loss

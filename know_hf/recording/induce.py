@@ -44,7 +44,8 @@ def induce_forgetting(
 
     Each stage starts from the weights of the stage before, with a new optimizer and scheduler from the trainer's
     arguments and the seed `trainer.args.seed + state`. If the trainer has an `eval_dataset`, every state is evaluated.
-    Size, displacement and metrics of every state go to the trainer's loggers under `forgetting/`.
+    Size, displacement and metrics of every state go to the trainer's loggers under `forgetting/`, and a table of the
+    metrics is printed at the end, unless the trainer has `disable_tqdm=True` or `logging_strategy="no"`.
 
     A second call with the same folder and arguments resumes at the first missing state. It ends in the same weights as
     an uninterrupted run, unless `dtype` rounds the stored weights. All training arguments that can change the weights
@@ -56,11 +57,11 @@ def induce_forgetting(
     Afterwards the trainer has its own dataset, arguments and callbacks again, and its model holds Θ0, the weights
     trained on all data (under FSDP and ZeRO-3 those of the last state).
 
-    Warns when a warmup is longer than a stage, when a stage ends early, when the config does not describe the model or
-    its tied weights (states then load with `load_into`, not with `from_pretrained`), and when the training changes
-    what no state holds, so that a resumed run ends in other weights: BatchNorm statistics below an adapter, or
-    parameters of the optimizer that are not in the model, such as weights of a loss, or another model of the trainer,
-    such as a reference that follows the training.
+    Warns when Θ0 is a classifier at chance, when a warmup is longer than a stage, when a stage ends early, when the
+    config does not describe the model or its tied weights (states then load with `load_into`, not with
+    `from_pretrained`), and when the training changes what no state holds, so that a resumed run ends in other weights:
+    BatchNorm statistics below an adapter, or parameters of the optimizer that are not in the model, such as weights of
+    a loss, or another model of the trainer, such as a reference that follows the training.
 
     Args:
         trainer (`Trainer`):

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..data.subsets import Subset
 from ..distributed import is_sharded, on_main_process
 from ..model_tensors import memory_key
 from ..trajectory import StateRecord, WeightTrajectory
-from ..trajectory.summary import displacement
+from ..trajectory.summary import displacement, metrics_summary
+from .chance import chance_warning
 from .loaders import restart_collator
 
 logger = logging.get_logger(__name__)
@@ -41,12 +43,13 @@ class Progress:
         self._metrics: dict[int, dict[str, float]] = {}
         self._written: dict[int, dict[str, float]] = {}
         self._last_move = ""
+        self._is_main = trainer.accelerator.is_main_process
         self._bar = tqdm(
             total=num_states,
             initial=len(self._steps),
             desc="forgetting",
             unit="state",
-            disable=trainer.args.disable_tqdm or not trainer.accelerator.is_main_process,
+            disable=trainer.args.disable_tqdm or not self._is_main,
         )
 
     def begin(self, index: int, subset: Subset) -> None:
@@ -98,13 +101,17 @@ class Progress:
             else:
                 metrics[name] = number
         self._metrics[index] = metrics
+        if index == 0 and self._is_main and (text := chance_warning(self._trainer, metrics)) is not None:
+            logger.warning(text)
         on_main_process(self._trainer.accelerator, lambda: self._trajectory.update_metrics(self._name(index), metrics))
         self._log()
 
     def finish(self) -> None:
-        """Wait for the last state and raise its write error, if any."""
+        """Wait for the last state, raise its write error, if any, and print the metrics of all states."""
         self._trajectory.check(wait=True)
         self._log()
+        if not self._bar.disable and self._trainer.args.logging_strategy != IntervalStrategy.NO:
+            self._bar.write(f"\n{metrics_summary(self._trajectory)}\n")
 
     def close(self) -> None:
         """Close the progress bar."""
