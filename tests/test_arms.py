@@ -307,3 +307,9 @@ def test_adapters_are_merged_into_their_base_model(tmp_path):
     states = [sources.trajectory.load_model(k, base_model=base()).merge_and_unload() for k in (0, 1)]
     expected = sum(state.get_parameter(HEAD) for state in states) / 2
     torch.testing.assert_close(weight(make_arm("average"), sources), expected)
+    # factors of A and B would cancel in the merged weights
+    convolution = weight(NAIVE, sources, CONVOLUTION)
+    torch.testing.assert_close(weight(make_arm("rescale-0.5"), sources, CONVOLUTION), 0.5 * convolution)
+    averaged = make_arm({"name": "average+rescale", "options": {"rescale": {"factor": 2.0}}})
+    expected = 2 * weight(make_arm("average"), sources, CONVOLUTION)
+    torch.testing.assert_close(weight(averaged, sources, CONVOLUTION), expected)

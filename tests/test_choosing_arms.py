@@ -1,6 +1,8 @@
 """Arms that choose: a gate on source data, or settings that are different predictions; and what arms cost."""
 
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +10,19 @@ from conftest import make_resnet
 from quadrants import source, target
 
 from know_hf import ForgettingSchedule, WeightTrajectory
-from know_hf.evaluation import NAIVE, RANDOM, ArmSources, ComparisonTask, FineTuning, compare_arms, make_arm
+from know_hf.evaluation import (
+    NAIVE,
+    RANDOM,
+    ArmSources,
+    ComparisonTask,
+    FineTuning,
+    compare_arms,
+    load_suite,
+    make_arm,
+)
 from know_hf.evaluation.report.tables import choices_table, costs_table
 
+RECIPE = Path(__file__).parents[1] / "recipes" / "compare"
 HEAD = "classifier.1.weight"
 SMALL_GATE = {"name": "gate", "predictor": "average", "steps": 1}
 
@@ -48,9 +60,7 @@ def labelled_by(sources, state):
 def test_a_gate_chooses_the_weights_with_the_lowest_loss_on_source_data(sources, name, count):
     model, choice = make_arm(name).initial_weights(labelled_by(sources, 2))
     assert choice["chosen"] == "Θ2" and not choice["kept"]
-    assert (
-        choice["num_candidates"] == 1 + 4 + 2 + 17
-    )  # Θ0, other states, KNOWN at two numbers of steps, the family of states
+    assert choice["num_candidates"] == 1 + 4 + 2 + 17  # Θ0, other states, KNOWN in 1 and 2 steps, the family of states
     assert choice["forward_passes"] == count * choice["num_candidates"]
     assert torch.equal(model.state_dict()[HEAD], sources.trajectory.tensor(HEAD, state=2))
 
@@ -106,7 +116,7 @@ def test_training_costs_are_steps_relative_to_those_of_theta_0(sources):
     assert RANDOM.training_cost(sources.trajectory) == 0
 
 
-def test_protocols_of_one_target_stand_side_by_side(recorded, tmp_path):
+def test_protocols_of_one_target_stand_side_by_side(recorded, tmp_path, monkeypatch):
     """The tuned protocol with two rates, with one shared rate, and a fixed recipe with one trial."""
     shared = FineTuning((1e-3, 1e-2), steps=2, head_steps=2, name="few-shot-one-rate")
     protocols = (
@@ -138,6 +148,12 @@ def test_protocols_of_one_target_stand_side_by_side(recorded, tmp_path):
     assert costs["gate"][1] == f"{20 * choice['num_candidates']}" and costs["random"] == ["0", "–"]
     assert choices_table(content).rows == [["gate", f"{choice['chosen']} (1)"]]
     assert "What the gates chose" in (tmp_path / "out" / "report.md").read_text()
+    figure = ["--protocol", "few-shot-one-rate", "--arms", "shrink", "--figure", str(tmp_path / "rates.svg")]
+    monkeypatch.setattr("sys.argv", ["summary.py", str(tmp_path / "out"), *figure])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(RECIPE / "summary.py"), run_name="__main__")
+    drawn = (tmp_path / "rates.svg").read_text()
+    assert ended.value.code == 0 and "shrink" in drawn and "random" not in drawn
     old = {**content, "cells": [{"arm": "naive", "seed": 0}]}
     assert costs_table(old) is None and choices_table(old) is None
 
@@ -148,3 +164,10 @@ def test_a_fixed_recipe_has_one_rate():
     with pytest.raises(ValueError, match="head_learning_rate"):
         FineTuning((1e-3,), head_learning_rate=(1e-3, 1e-2), one_trial=True)
     assert FineTuning((1e-3,), one_trial=True).to_dict()["one_trial"] is True
+
+
+@pytest.mark.parametrize("variant", ["mnist", "digits"])
+def test_the_published_protocol_stands_beside_the_same_training_at_other_rates(variant):
+    tuned, fixed, _ = load_suite(f"{RECIPE / 'published.yaml'}:{variant}").protocols
+    assert fixed.one_trial and fixed.learning_rates == (4e-4,) and len(tuned.learning_rates) > 1
+    assert replace(fixed, name="tuned", one_trial=False, learning_rates=tuned.learning_rates) == tuned

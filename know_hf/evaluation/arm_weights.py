@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..batch_norm import recalibrate_batch_norm
 from ..known import KNOWNModel
-from ..model_tensors import is_adapter
+from ..model_tensors import is_adapter, names_in_memory
 from ..prediction import PredictionPlan, TensorSource, WriteOptions, write_checkpoint
 from ..prediction.choosing import Gate
 from ..prediction.choosing.gate import write_best_candidate
@@ -19,6 +19,7 @@ from ..prediction.engine import PredictedTensors
 from ..prediction.selection import MINIMUM_VALUES
 from ..prediction.tensor_sources import full_tensors
 from ..prediction.write_checkpoint import measure
+from ..predictors import Rescale
 from ..roles import PREDICTED_DTYPES
 from ..trajectory import WeightTrajectory, load_pretrained
 from ..trajectory.merging import merge_adapter
@@ -48,6 +49,8 @@ class ArmSources:
         train_further (`Callable`, *optional*):
             `train_further(model, steps)` trains a model on all source data as the stages of the trajectory were
             trained, with the optimizer steps of each stage, and returns it.
+        branch_trajectory (`Callable`, *optional*):
+            Returns the trajectory of branches, with the same Θ0.
         base_model (`Callable`, *optional*):
             Returns the base model of a trajectory of adapters; they are merged into it.
         model_class (`type`, *optional*):
@@ -68,6 +71,7 @@ class ArmSources:
     known: KNOWNModel | str | Path | None = None
     pretrained_model: Callable[[], PreTrainedModel] | None = None
     train_further: Callable[[PreTrainedModel, list[int]], PreTrainedModel] | None = None
+    branch_trajectory: Callable[[], WeightTrajectory] | None = None
     base_model: Callable[[], PreTrainedModel] | None = None
     model_class: type[PreTrainedModel] | None = None
     device: torch.device | None = None
@@ -119,6 +123,30 @@ def shuffled(sources: ArmSources) -> PreTrainedModel:
 def predicted(sources: ArmSources, folder: Path, plan: PredictionPlan) -> PreTrainedModel:
     """Predict the weights."""
     return _written(sources, folder, PredictedTensors(plan))
+
+
+@torch.no_grad()
+def rescaled(sources: ArmSources, model: PreTrainedModel, options: Mapping[str, Any]) -> PreTrainedModel:
+    """Rescale a model in place by the factors of Θ0. Of an adapter these are the merged weights: factors of A and B
+    cancel in their product. Outputs may differ by 5% of the largest, as the epsilon of BatchNorm layers has an effect
+    and their statistics are recalibrated.
+
+    Args:
+        sources ([`ArmSources`]):
+            The first of their batches compares the outputs of Θ0.
+        model (`PreTrainedModel`):
+            Θ0, or a prediction from it.
+        options (`Mapping[str, Any]`):
+            Fields of [`Rescale`].
+    """
+    batch = next(({name: value.to(model.device) for name, value in batch.items()} for batch in sources.batches), None)
+    rescaling = Rescale(**{"batch": batch, "tolerance": 0.05, **options}).rescaling(sources.state(0))
+    in_memory, tensors = names_in_memory(model), model.state_dict()
+    factors = {tensors[in_memory[name]].data_ptr(): (name, factor) for name, factor in rescaling.factors.items()}
+    for name, factor in factors.values():  # a tied tensor once
+        tensor = tensors[in_memory[name]]
+        tensor.copy_(factor.scale(tensor))
+    return model
 
 
 def chosen_by_gate(

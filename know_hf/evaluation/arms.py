@@ -46,6 +46,7 @@ from .arm_weights import (
     matched_shrink,
     moved_by_singular_vectors,
     predicted,
+    rescaled,
     shuffled,
     trained_on,
 )
@@ -217,14 +218,15 @@ class Arm:
             return moved_by_singular_vectors(sources, folder, options.get("scale", 1.0))
         if self.kind in ("shuffled", "trained_on"):
             return (shuffled if self.kind == "shuffled" else trained_on)(sources)
+        first, _, last = self.predictor.rpartition("+")
+        if self.kind == "predicted" and last == "rescale":
+            arm = replace(self, predictor=first, options=options.get(first, {})) if first else NAIVE
+            return rescaled(sources, arm.initial_model(sources), options.get(last, {}) if first else options)
         make = matched_shrink if self.kind == "matched_shrink" else predicted
         return make(sources, folder, self._plan(sources, options))
 
     def _plan(self, sources: ArmSources, options: Mapping[str, Any]) -> PredictionPlan:
         is_known = self.predictor == "known" and not options
-        if self.predictor == "rescale" and sources.model_class is not None:
-            # neither the architecture nor the shape of its inputs can be read from the config of another class
-            options = {**options, "model": sources.state(0), "batch": next(iter(sources.batches), None)}
         return plan_prediction(
             sources.trajectory,
             (self.known or sources.known) if is_known else None,

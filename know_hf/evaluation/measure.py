@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import PreTrainedModel
 
 from ..trajectory import WeightTrajectory
@@ -152,6 +153,7 @@ def arm_sources(
 ) -> ArmSources:
     """Collect what the arms of a seed need; `work` is a folder for temporary files."""
     further = task.train_further
+    branches = partial(_branches, task, trajectory, seed, work.parent / "branches")
     return ArmSources(
         trajectory=trajectory,
         output_dir=work / "arms",
@@ -161,12 +163,28 @@ def arm_sources(
         known=task.known,
         pretrained_model=task.pretrained_model and partial(task.pretrained_model, seed),
         train_further=None if further is None else lambda model, steps: further(seed, model, steps, work),
+        branch_trajectory=task.branch_trajectory and branches,
         base_model=task.base_model and partial(task.base_model, seed),
         model_class=task.model_class,
         device=device(),
         source=None if source is None else source.validation,
         target=targets[0].train if targets else None,
     )
+
+
+def _branches(task: ComparisonTask, trajectory: WeightTrajectory, seed: int, folder: Path) -> WeightTrajectory:
+    """Record the branches of a seed, or open them if another arm, perhaps in another process, has done so."""
+    assert task.branch_trajectory is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"seed-{seed}.lock"):
+        branches = task.branch_trajectory(seed, folder / f"seed-{seed}")
+    for name in trajectory.names:
+        if not torch.equal(branches.tensor(name), trajectory.tensor(name)):
+            raise ValueError(
+                f"branch_trajectory({seed}, …) has another Θ0 than the trajectory of seed {seed}: {name} differs;"
+                " train both from the same start with the same seed and data"
+            )
+    return branches
 
 
 def recalibration_batches(train: Examples) -> list[Examples]:

@@ -2,11 +2,13 @@
 
     python recipes/compare/summary.py outputs/mnist-halves outputs/fashion-resnet
     python recipes/compare/summary.py know_hf/known/weights/known-base/comparisons.json --arms random oracle
+    python recipes/compare/summary.py outputs/published --protocol tuned --arms known-step-2 --figure rates.svg
 
 Rows are arms, columns are suites. Cells show the difference from naive with its 95% interval. An arrow marks a
 significant difference after Holm's correction; random, pretrained, shuffled and oracle are not tested. Numbers of a
 suite whose positive control failed are in brackets. `--output FILE` writes the data of the tables, such as
-`comparisons.json` beside KNOWN weights, which their card reads.
+`comparisons.json` beside KNOWN weights, which their card reads. `--figure FILE` draws the scores of one comparison
+against the learning rate.
 """
 
 import argparse
@@ -26,6 +28,8 @@ def main() -> None:
     if arguments.output is not None:
         lines = [json.dumps(condensed(report), ensure_ascii=False) for report in reports]
         arguments.output.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    if arguments.figure is not None:
+        draw(reports, arguments)
     names = protocols(reports) if arguments.protocol is None else [arguments.protocol]
     tables = [side_by_side(reports, name, arguments.measure, arguments.arms) for name in names]
     print("\n\n".join(table(rows) for rows in tables if len(rows[0]) > 1))
@@ -47,6 +51,28 @@ def read(path: Path) -> list[Any]:
     return content if isinstance(content, list) else [content]
 
 
+def draw(reports: list[Any], arguments: argparse.Namespace) -> None:
+    """Draw the first measure against the learning rate, one panel per arm with naive behind it.
+
+    Raises:
+        `SystemExit`: if not one comparison is given, or it has no such protocol or arm.
+    """
+    from know_hf.evaluation.report.figures import rates_figure
+    from know_hf.plotting import save_figure
+
+    if len(reports) != 1 or "curves" not in reports[0]:
+        raise SystemExit("--figure needs the output folder of one comparison")
+    (report,) = reports
+    protocol, shown = arguments.protocol or next(iter(report["protocols"])), arguments.arms or list(report["arms"])
+    curves = [curve for curve in report["curves"] if curve["arm"] in ("naive", *shown)]
+    figure = rates_figure({**report, "curves": curves}, protocol) if protocol in report["protocols"] else None
+    if figure is None:
+        raise SystemExit(
+            f"{report['name']} has no learning rates of protocol {protocol!r} and arms {', '.join(shown)}"
+        )
+    save_figure(figure.figure, arguments.figure)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -60,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--protocol", help="only this protocol, such as few-shot, linear-probe or source")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these rows after naive")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the data of the tables as JSON")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw scores against the learning rate")
     return parser
 
 

@@ -61,6 +61,7 @@ class SuiteTask:
             pretrained_model=self.start if model.starts_pretrained else None,
             oracle_model=self.oracle_model,
             train_further=self.train_further,
+            branch_trajectory=self.branch_trajectory,
             base_model=self.start if model.lora is not None else None,
             model_class=model.model_class,
             evaluate=evaluate_next_token if self.suite.inputs.next_byte else evaluate_classifier,
@@ -96,9 +97,15 @@ class SuiteTask:
 
     def record(self, seed: int, folder: Path) -> WeightTrajectory:
         """Record the trajectory of a seed, or resume it."""
-        trainer = self._trainer(seed, self.suite.source.train, folder.parents[1] / "work" / folder.name)
-        schedule = ForgettingSchedule(**{"stratify_by": "labels", "seed": seed, **self.suite.schedule})
-        return induce_forgetting(trainer, schedule, folder)
+        return self._record(seed, folder, folder.parents[1] / "work" / folder.name, self.suite.schedule)
+
+    def branch_trajectory(self, seed: int, folder: Path) -> WeightTrajectory:
+        """Record Θ0 of a seed again, with the same bits, and two branches on complementary halves; or resume."""
+        if WeightTrajectory.exists(folder) and len((recorded := WeightTrajectory(folder)).branches) == 2:
+            return recorded
+        epochs = self.suite.training.get("num_train_epochs", TrainingArguments.num_train_epochs)
+        schedule = {"kind": "complementary", "epochs_per_stage": epochs}
+        return self._record(seed, folder, folder.parent / "work" / folder.name, schedule)
 
     def start(self, seed: int) -> PreTrainedModel:
         """Return the model that the training of a seed starts from, without its adapter."""
@@ -123,6 +130,11 @@ class SuiteTask:
             options = {"num_train_epochs": epochs, "max_steps": count}
             self._trainer(seed, self.suite.source.train, folder / "further", model, stage, **options).train()
         return model
+
+    def _record(self, seed: int, folder: Path, work: Path, schedule: Mapping[str, Any]) -> WeightTrajectory:
+        trainer = self._trainer(seed, self.suite.source.train, work)
+        options = {"stratify_by": "labels", "seed": seed, **schedule}
+        return induce_forgetting(trainer, ForgettingSchedule(**options), folder)
 
     @property
     def _oracle_size(self) -> int:
