@@ -92,7 +92,7 @@ def test_branches_and_tail_states_are_planned_and_recorded(text_arguments):
     plan = plan_task(args)
     assert (plan.num_examples, plan.steps, plan.epochs) == ([32, 16, 16], [16, 4, 4], [2, 1, 1])
     assert (plan.relative_cost, plan.bytes_needed) == (2, 5 * plan.bytes_per_state)
-    assert "1 states, 2 tail states, 2 branches, each" in str(plan) and "branch-1" in str(plan)
+    assert "1 state, 2 tail states, 2 branches, each" in str(plan) and "branch-1" in str(plan)
     from_start = plan_task(replace(args, branch_from="start", tail_states=0, start_weights="full"))
     assert (from_start.steps, from_start.epochs) == ([16, 8, 8], [2, 2, 2])
     trajectory = record_task(args)

@@ -1,6 +1,7 @@
 """From a recording to a gated prediction: the validation data of a gate, by command and in Python."""
 
 import shlex
+import shutil
 from dataclasses import replace
 
 import datasets
@@ -56,20 +57,25 @@ def recording(bert, reviews, tmp_path_factory):
     return record_task(args).path
 
 
-def test_the_last_line_of_record_is_a_gated_prediction(bert, reviews, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("schedule", "names", "sizes"),
+    [
+        ("--num-states 2 --tail-states 2", ["Θ1", "start", "tail-0", "tail-1", "Average, 1 step"], [108, 54]),
+        ("--kind complementary", ["start", "branch-0", "branch-1", "average of the branches"], [108]),
+    ],
+)
+def test_the_last_line_of_record_is_a_gated_prediction(bert, reviews, tmp_path, capsys, schedule, names, sizes):
     out = tmp_path / "my out"
-    flags = f"--task text-classification --model {bert} --dataset {reviews} --num-states 2 --epochs 1 --tail-states 2"
+    flags = f"--task text-classification --model {bert} --dataset {reviews} --epochs 1 {schedule}"
     flags += " --training " + " ".join(f"{key}={value}" for key, value in QUICK.items())
     assert main(["record", *flags.split(), "--output-dir", str(out)]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[:5] == ["know-hf", "predict", str(out / "trajectory"), "--validation", "recorded"]
     assert main(command[1:]) == 0
     printed = capsys.readouterr().out
-    trajectory = WeightTrajectory(out / "trajectory")
-    assert "candidate" in printed and "on 12" not in printed
-    for name in ("Θ0", "Θ1", "start", "tail-0", "tail-1", "average"):
+    for name in ("candidate", "Θ0", *names):
         assert any(line.startswith(f"{name} ") for line in printed.splitlines()), name
-    assert [state.num_examples for state in trajectory.states] == [108, 54]
+    assert [state.num_examples for state in WeightTrajectory(out / "trajectory").states] == sizes
     written = AutoModelForSequenceClassification.from_pretrained(out / "enhanced")
     assert written.config.id2label == {0: "bad", 1: "good"}
     assert "validation loss" in (out / "enhanced/README.md").read_text()
@@ -124,6 +130,14 @@ def test_recordings_without_a_validation_split_name_a_way_out(text_arguments, re
     assert main(["predict", str(recorded), "--validation", "recorded", "--output-dir", "out"]) == 1
     error = capsys.readouterr().err
     assert "record.json" in error and "gate=Gate(dataset=" in error
+
+
+def test_a_dataset_that_changed_is_refused(text_arguments, reviews, tmp_path):
+    dataset = shutil.copytree(reviews, tmp_path / "reviews")
+    trajectory = record_task(replace(text_arguments, dataset=str(dataset), eval_split="auto", num_states=2, epochs=1))
+    make_texts(140).to_parquet(dataset / "train.parquet")
+    with pytest.raises(ValueError, match=r"changed.*126 rows.*108"):
+        load_validation_data(trajectory)
 
 
 @PEFT_WARNING

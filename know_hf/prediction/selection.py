@@ -198,7 +198,7 @@ class GateResult:
     @property
     def table(self) -> str:
         """The tested candidates with their losses and differences from Θ0, best first."""
-        rows = [["candidate", "loss", f"minus {REFERENCE}", f"{1 - self.level:.0%} interval", "p (corrected)"]]
+        rows = [["candidate", self.metric, f"minus {REFERENCE}", f"{1 - self.level:.0%} interval", "p (corrected)"]]
         for candidate in (self.candidates[0], *sorted(self.candidates[1:], key=_rank)):
             loss = "not finite" if candidate.loss is None else f"{candidate.loss:.4g}"
             difference = "" if candidate.difference is None else f"{candidate.difference:+.3g}"

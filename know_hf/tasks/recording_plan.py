@@ -72,7 +72,8 @@ class RecordingPlan:
         if self.epochs[0]:
             cost += f", {epochs / self.epochs[0]:.2f} times the training of state 0"
         counts = {"states": num_states, "tail states": self.tail_states, "branches": self.num_branches}
-        recorded = [f"{count} {what}" for what, count in counts.items() if count] + ["the start"] * self.has_start
+        recorded = [f"{count} {what if count > 1 else what[:-1]}" for what, count in counts.items() if count]
+        recorded += ["the start"] * self.has_start
         disk = (
             f"disk: {', '.join(recorded)}, each {format_bytes(self.bytes_per_state)} ({self.parameters:,}"
             f" parameters) = {format_bytes(self.bytes_needed)}, {format_bytes(self.free_bytes)} free"

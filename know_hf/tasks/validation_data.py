@@ -13,7 +13,7 @@ from ..local_paths import explicit_path
 from ..prediction import Gate
 from ..prediction.selection import MINIMUM_VALUES
 from ..trajectory import WeightTrajectory
-from .arguments import RecordArguments
+from .arguments import LM, RecordArguments
 from .preprocessing import load_preprocessing
 from .record import read_arguments
 from .task_data import VALIDATION_SPLITS, find_split, load_splits, split_names, splits_in
@@ -77,7 +77,8 @@ def load_validation_data(
     Raises:
         `FileNotFoundError`: if there is no `record.json` beside the trajectory.
         `ValueError`: if the recording has no validation split, or its evaluation split is the test split, the split of
-            `dataset` is unknown or was trained on, or columns or classes differ from those of the recording.
+            `dataset` is unknown or was trained on, columns or classes differ from those of the recording, or its
+            dataset changed.
     """
     trajectory = trajectory if isinstance(trajectory, WeightTrajectory) else WeightTrajectory(trajectory)
     path = trajectory.path.absolute().with_name("record.json")
@@ -91,13 +92,25 @@ def load_validation_data(
         validation = _recorded(args, split) if dataset == RECORDED else _other(args, dataset, split)
         if max_examples is not None:
             validation = replace(validation, max_eval_examples=max_examples)
-        _, rows, classes = load_splits(args, validation)
+        trained, rows, classes = load_splits(args, validation)
         if rows is None:
             raise ValueError(f"{path.parent} has no validation split; name a dataset instead of {RECORDED!r}")
+        if dataset == RECORDED:
+            _check_unchanged(trajectory, args, len(trained))
         preprocessing = load_preprocessing(args)
         examples = preprocessing.prepare(rows)
     base = load_model(args, classes, preprocessing.processor)[0] if trajectory.is_adapter else None
     return ValidationData(examples, preprocessing.collator, base)
+
+
+def _check_unchanged(trajectory: WeightTrajectory, args: RecordArguments, num_rows: int) -> None:
+    """Raise a `ValueError` if other rows than those of the recording would be held out."""
+    recorded = trajectory.states[0].num_examples
+    if args.task != LM and num_rows != recorded:  # texts of language modelling are dropped or packed
+        raise ValueError(
+            f"{args.dataset} changed: it has {num_rows} rows to train on and had {recorded} in the recording, so"
+            f" {RECORDED!r} could hold rows that were trained on; name other data"
+        )
 
 
 def _recorded(args: RecordArguments, split: str | None) -> RecordArguments:
