@@ -99,7 +99,7 @@ def _record(args: argparse.Namespace) -> None:
         enhanced = trajectory.path.with_name("enhanced")
         gate = ["--validation", "recorded"] if num_validation >= MINIMUM_VALUES else []
         command = shlex.join(["know-hf", "predict", str(trajectory.path), *gate, "--output-dir", str(enhanced)])
-        _print(f"Recorded {len(trajectory.states)} states in {trajectory.path}\n\nnext: {command}")
+        _print(f"Recorded in {trajectory.path}; next:\n\n{command}")  # the command on a line of its own, to copy
 
 
 def _add_inspect(commands: Any) -> None:

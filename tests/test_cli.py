@@ -251,9 +251,9 @@ def test_record_prints_the_next_command(config, recorded, monkeypatch, capsys):
     monkeypatch.setattr("know_hf.tasks.record.record_and_count", lambda args: (WeightTrajectory(recorded), 9))
     assert main(["record", "--config", config]) == 0
     first, *_, last = capsys.readouterr().out.splitlines()
-    assert first == f"Recorded 5 states in {recorded}"
-    assert last == f"next: know-hf predict {recorded} --output-dir {recorded.with_name('enhanced')}"
-    make_parser().parse_args(last.split()[2:])
+    assert first == f"Recorded in {recorded}; next:"
+    assert last == f"know-hf predict {recorded} --output-dir {recorded.with_name('enhanced')}"
+    make_parser().parse_args(shlex.split(last)[1:])
 
 
 def test_record_reports_a_busy_folder(config, tmp_path, monkeypatch, capsys):
