@@ -61,7 +61,7 @@ def recording(bert, reviews, tmp_path_factory):
     ("schedule", "names", "sizes"),
     [
         ("--num-states 2 --tail-states 2", ["Θ1", "start", "tail-0", "tail-1", "Average, 1 step"], [108, 54]),
-        ("--kind complementary", ["start", "branch-0", "branch-1", "average of the branches"], [108]),
+        ("--kind complementary", ["start", "branch-0", "branch-1", "branch_average"], [108]),
     ],
 )
 def test_the_last_line_of_record_is_a_gated_prediction(bert, reviews, tmp_path, capsys, schedule, names, sizes):
