@@ -72,7 +72,7 @@ def test_a_method_must_be_better_than_every_control():
     without = {name: values for name, values in scores.items() if name != "equal"}
     alone = compare_with_naive(without, ["method", "shrink"], controls=["shrink"])
     assert alone.better_than_controls == ("method",)
-    assert "better than naive and every control: method" in alone.verdict_on_methods()
+    assert "method is better than naive and every control." in alone.verdict_on_methods()
     both = compare_with_naive(scores, ["method", "equal", "shrink"], controls=["equal", "shrink"])
     assert both.better_than_controls == () and both.against_controls["method"].hardest == "equal"
     assert "no method" in both.verdict_on_methods() and "method minus equal" in both.verdict_on_methods()
@@ -116,7 +116,7 @@ def test_a_better_arm_is_named_with_its_difference():
     assert (comparison.better, comparison.worse) == (("good",), ("bad",))
     assert comparison.verdict().startswith("Transfer: good (+5.2 points, 95% interval [+4.")
     assert "4 seeds, Holm-corrected for 3 arms" in comparison.verdict()
-    assert comparison.validity().endswith("positive control passed.")
+    assert "the positive control passed: naive beats" in comparison.validity()
     assert "power of 80%" in comparison.sensitivity()
     data = comparison.to_dict()
     assert data["good"]["mean"] == pytest.approx(0.55425) and data["good"]["per_seed"] == SCORES["good"]

@@ -64,7 +64,8 @@ def test_forgetting_in_two_panels():
     assert "guessing: 0.500" in texts(accuracy.get_legend().get_texts())
     low, high = loss.get_ylim()
     assert high - low == pytest.approx(0.1) and (high + low) / 2 == pytest.approx(0.32)
-    assert [text.get_va() for text in loss.texts] == ["top", "bottom", "bottom"]
+    assert [text.get_va() for text in loss.texts] == ["top", "bottom", "bottom"] and loss.get_legend() is None
+    assert [text.get_ha() for text in loss.texts] == ["center", "right", "center"]  # beside a rising line
     assert [text.get_va() for text in accuracy.texts] == ["bottom", "bottom", "top"]
 
 

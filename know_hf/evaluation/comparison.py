@@ -201,7 +201,10 @@ class Comparison:
         if not self.against_controls or self.valid is False:
             return ""
         if self.better_than_controls:
-            return self._sentence(f"better than naive and every control: {', '.join(self.better_than_controls)}.")
+            verb = "is" if len(self.better_than_controls) == 1 else "are"
+            return self._sentence(
+                f"{', '.join(self.better_than_controls)} {verb} better than naive and every control."
+            )
         nearest = []
         for name, against in self.against_controls.items():
             difference = self.measure.difference(against.differences[against.hardest])
@@ -217,17 +220,16 @@ class Comparison:
         for (upper, lower), gap in gaps.items():
             verb = "beats" if self._beats(gap) else "does not significantly beat"
             parts.append(f"{upper} {verb} {lower} ({self.measure.difference(gap)})")
-        conclusion = "The positive control passed."
+        conclusion = "the positive control passed"
         if self.valid is None:
-            conclusion = "What naive learned is unknown, because neither random nor pretrained weights were run."
+            conclusion = "what naive learned is unknown, because neither random nor pretrained weights were run"
         if self.headroom is False:
             conclusion = (
-                "The positive control is inconclusive: more data (oracle) does not clearly help either, so a missing"
-                " gain is no evidence."
+                "the positive control is inconclusive, because more data (oracle) does not clearly help either"
             )
         if self.valid is False:
-            conclusion = "The positive control failed: the comparison shows nothing."
-        return self._sentence(f"{' and '.join(parts)}. {conclusion}")
+            conclusion = "the positive control failed, so the comparison shows nothing"
+        return self._sentence(f"{conclusion}: {' and '.join(parts)}.")
 
     def sensitivity(self) -> str:
         """Say which difference from naive the design detects; empty if no difference has a spread."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import BLUE, INK, MUTED, PAPER, legend, new_figure, style_axes
+from .style import BLUE, INK, MUTED, legend, new_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ def plot_forgetting(
     num_examples: Sequence[int | None],
     scores: Sequence[float] | Sequence[Sequence[float]] | np.ndarray,
     score_name: str = "accuracy on unseen source data",
-    title: str = "Structured forgetting",
+    title: str = "Forgetting",
     chance: float | None = None,
     digits: int = 3,
 ) -> "Figure":
@@ -67,7 +67,7 @@ def plot_forgetting(
 
 
 def plot_forgetting_panels(
-    num_examples: Sequence[int | None], panels: Sequence[ForgettingPanel], title: str = "Structured forgetting"
+    num_examples: Sequence[int | None], panels: Sequence[ForgettingPanel], title: str = "Forgetting"
 ) -> "Figure":
     """Plot several scores of every state side by side.
 
@@ -96,7 +96,8 @@ def plot_forgetting_panels(
         axes.set_xticks(range(len(num_examples)), [_state_label(*item) for item in enumerate(num_examples)])
         axes.set_xlim(-0.4, len(num_examples) - 0.6)
         style_axes(axes, "" if number else title, "state (examples in its subset)", panel.name, "y")
-        legend(axes, loc="best")
+        if any(not line.get_label().startswith("_") for line in axes.lines):
+            legend(axes, loc="best")
     return figure
 
 
@@ -128,7 +129,7 @@ def forgetting_picture(trajectory: Any) -> "Figure | None":
 def _draw_panel(axes: "Axes", panel: ForgettingPanel) -> None:
     runs = np.atleast_2d(np.asarray(panel.scores, dtype=np.float64))
     states, mean = np.arange(runs.shape[1]), runs.mean(axis=0)
-    error, label = np.zeros_like(mean), "one run"
+    error, label = np.zeros_like(mean), "_one run"
     if len(runs) > 1:
         error = runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
         axes.plot(states, runs.T, color=BLUE, alpha=0.3, linewidth=1)[0].set_label("single runs")
@@ -136,18 +137,18 @@ def _draw_panel(axes: "Axes", panel: ForgettingPanel) -> None:
         label = f"mean of {len(runs)} runs, standard error"
     axes.plot(states, mean, color=BLUE, marker="o", linewidth=2.5, label=label)
     for state, score in enumerate(mean):
-        neighbours = mean[max(state - 1, 0) : state + 2]
-        side = -1 if neighbours.sum() - score > (len(neighbours) - 1) * score else 1  # where the line is not
+        left, right = score - mean[max(state - 1, 0)], mean[min(state + 1, len(mean) - 1)] - score
+        side = 1 if right <= left + 1e-9 else -1  # where the line is not
+        across = -np.sign(left + right) * side if left * right > 0 else 0
         axes.annotate(
             f"{score:.{panel.digits}f}",
             (state, score + side * error[state]),
             color=INK,
-            xytext=(0, 8 * side),
+            xytext=(4 * across, 8 * side),
             textcoords="offset points",
-            ha="center",
+            ha={-1: "right", 0: "center", 1: "left"}[across],
             va="bottom" if side > 0 else "top",
             fontweight="bold",
-            bbox={"boxstyle": "round,pad=0.15", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.8},
         )
     if panel.chance is not None:
         axes.axhline(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def plot_landscape(
     arms = [point for point in points if point.kind != "state"]
     path = [point.x for point in states], [point.y for point in states]
     axes.plot(*path, color=PAPER, linewidth=3.2, zorder=2)
-    axes.plot(*path, color=INK, marker="o", linewidth=1.2, zorder=3, label="states, in order")
+    axes.plot(*path, color=INK, marker="o", linewidth=1.2, zorder=3, label="states, in order", clip_on=False)
     diamonds: dict[str, Any] = {
         "marker": "D",
         "color": VERMILION,
@@ -122,7 +123,10 @@ def _label_points(axes: "Axes", points: Sequence[LandscapePoint]) -> None:
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     offsets = np.concatenate([reach * directions for reach in (9.0, 18.0, 30.0, 45.0)])
     anchors = axes.transData.transform([(point.x, point.y) for point in points])
+    states = [anchor for point, anchor in zip(points, anchors, strict=True) if point.kind == "state"]
+    path = [place for ends in pairwise(states) for place in np.linspace(*ends, 40)]
     taken = np.concatenate([anchors - 5 * pixels, anchors + 5 * pixels], axis=1)  # left, bottom, right, top
+    taken = np.concatenate([taken, *(np.concatenate([place - pixels, place + pixels])[None] for place in path)])
     frame = np.array(axes.get_window_extent().extents)
     for point, anchor in zip(points, anchors, strict=True):
         size = pixels * np.array([5.4 * len(plain(point.name)) + 4, 12.0])

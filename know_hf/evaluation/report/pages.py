@@ -133,7 +133,7 @@ def _texts(report: Report, command: str | None) -> dict[str, bytes]:
 
 def _header(report: Report) -> ReportSection:
     """Return the title, verdict, warnings and positive control."""
-    status, words, sentence = validity(report)
+    status, sentence = validity(report)
     trajectories, draws = len(report["seeds"]), report["draws"]
     size = (
         f"{len(report['arms'])} arms; {_plural(trajectories, 'trajectory', 'trajectories')},"
@@ -143,7 +143,7 @@ def _header(report: Report) -> ReportSection:
     body = _joined(
         f"**{markdown(verdict(report))}**",
         *(f"**Warning:** {markdown(text)}" for text in report["warnings"] if text != sentence),
-        f"> **{words}.** {markdown(sentence)}",
+        f"> {markdown(sentence)}",
         *(markdown(result["verdict_on_methods"]) for result in report["results"][:1]),
         markdown(report["description"]),
         size,
@@ -165,10 +165,12 @@ def _sections(report: Report, command: str | None, figures: dict[str, ReportFigu
     protocols: set[str] = set()
     for number, result in enumerate(report["results"]):
         failed, title = result["valid"] is False, result["what"][:1].upper() + result["what"][1:]
-        sentences = (result[key] for key in ("verdict", "validity", "verdict_on_methods", "sensitivity"))
+        # the header states the others of the first result
+        keys = ("verdict", "validity", "verdict_on_methods", "sensitivity")[0 if number else -1 :]
+        sentences = [result[key].removeprefix(f"{title}: ") for key in keys if result[key]]
         body = _joined(
             "> **The positive control failed: this section shows nothing.**" if failed else "",
-            "\n".join(f"- {markdown(sentence.removeprefix(f'{title}: '))}" for sentence in sentences if sentence),
+            "\n".join(f"- {markdown(sentence)}" for sentence in sentences),
             show(forest_figure(report, number)),
             _text(result_table(report, number)),
             _text(controls_table(report, number)),
