@@ -305,6 +305,11 @@ def test_seeds_are_added_with_their_data(task, tmp_path):
         compare_arms(task, tmp_path, **options)
 
 
+def few_source(seed):
+    split = source(seed)
+    return replace(split, validation={name: tensor[:4] for name, tensor in split.validation.items()})
+
+
 def unpicklable():
     return type("Local", (LinearProbe,), {})((1e-2, 1e-1))
 
@@ -409,6 +414,7 @@ def test_an_equal_difference_at_every_seed_is_a_warning(task, tmp_path):
         ({}, {"arms": ["naive", "naive"]}, "arm 'naive' needs a unique name"),
         ({}, {"arms": ["naive", {"name": "trajectory", "predictor": "average"}]}, "'trajectory'"),
         ({}, {"arms": ["naive", "oracle"]}, "arm 'oracle' needs oracle_model of the task"),
+        ({"source": few_source}, {"arms": ["naive", "gate"]}, "'gate' needs at least 10 .*, got 4"),
         (
             {},
             {"trials_per_rate": 3},
@@ -473,7 +479,7 @@ def test_a_diverged_training_is_the_worst_trial(recorded, tmp_path):
 
 def test_default_arms_and_the_forgetting_curve_are_those_the_task_has_models_and_states_for(task, recorded, tmp_path):
     names, with_models = default_arms(task), {"oracle", "pretrained", "compute-matched"}
-    assert [make_arm(name).name for name in names] == names and len(names) == len(set(names)) == 26
+    assert [make_arm(name).name for name in names] == names and len(names) == len(set(names)) == 25
     assert {"naive", "random", "known-step-3", "matched-shrink-step-1", "state-4", "gate-few"} <= set(names)
     everything = replace(task, oracle_model=fresh, pretrained_model=fresh, train_further=fresh)
     assert set(default_arms(everything)) - set(names) == with_models

@@ -163,7 +163,7 @@ def chosen_by_gate(
         plan ([`PredictionPlan`]):
             The requested prediction, a candidate.
         few (`bool`):
-            Whether to use only as many examples as the target task has training labels.
+            Whether to use only as many examples as the target task has training labels, but at least 10.
 
     Returns:
         The weights, and `{"chosen": name of the candidate, "kept": whether it is Θ0, "num_candidates",
@@ -173,7 +173,8 @@ def chosen_by_gate(
     examples = sources.source
     if few:
         assert sources.target is not None
-        examples = {name: tensor[: len(sources.target["labels"])] for name, tensor in examples.items()}
+        most = max(len(sources.target["labels"]), MINIMUM_VALUES)
+        examples = {name: tensor[:most] for name, tensor in examples.items()}
     count = len(examples["labels"])
     batch_size = max(1, min(_GATE_BATCH, count // MINIMUM_VALUES))
 

@@ -20,6 +20,8 @@
 | `shuffled` | Θ0 with the values of each tensor in random order | |
 | `rescale` | the same function with other norms of the weights | the factor |
 | `rescale-F` | the same with a fixed factor, such as `rescale-0.5` | |
+| `start-interpolation` | between the start and Θ0, or beyond Θ0 | how far |
+| `model_stock`, `jackknife`, … | predictions from branches, see [`know_hf.predictors.branches`] | |
 | `family` | Θ0, an average, a task vector or a shrink | which of them |
 | `gate` | what a [`Gate`] chooses from its family by the loss on source validation examples | |
 | `gate-few` | the same with as many of these examples as the target task has training labels | |
@@ -55,12 +57,11 @@ _MODELS = {"fresh": "fresh_model", "pretrained": "pretrained_model", "oracle": "
 _REFERENCES = (*_MODELS, "shuffled")
 _PLANNED = ("predicted", "matched_shrink", "gate")
 _KINDS = (*_REFERENCES, *_PLANNED, "state", "trained_on", "task_singular_vectors")
-_OF_THETA_0 = frozenset({"shrink", "rescale"})  # predictors that use no other state
-# predictors that learn nothing
-_CONTROLS = frozenset(
-    "shrink task_vector average tail_average ema bema linear log lines rescale start_interpolation branch_average"
-    " model_stock james_stein spectral_filter jackknife shrunken_jackknife".split()
-)
+_OF_ONE_TRAINING = frozenset({"shrink", "rescale", "start_interpolation"})
+_OF_THE_TAIL = frozenset({"tail_average", "bema"})  # of one training if its tail is recorded
+_OF_BRANCHES = frozenset("branch_average model_stock james_stein spectral_filter jackknife shrunken_jackknife".split())
+_OF_STATES = frozenset("task_vector average ema linear log lines".split())
+_CONTROLS = _OF_STATES | _OF_ONE_TRAINING | _OF_THE_TAIL | _OF_BRANCHES  # predictors that learn nothing
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,17 @@ class Arm:
         """Names of what the weights are made with, of the sources and of the task."""
         if self.kind == "gate":
             return ("source", "target") if self.options.get("examples") == "few" else ("source",)
-        return {"trained_on": ("train_further",)}.get(self.kind, tuple(filter(None, [_MODELS.get(self.kind)])))
+        if self.kind == "trained_on":
+            return ("train_further",)
+        if self.kind in _MODELS:
+            return (_MODELS[self.kind],)
+        settings = [replace(self, predictor=s["predictor"], tuned=()) for s in self.tuned if "predictor" in s]
+        return ("branch_trajectory",) if any(arm.uses_branches for arm in (self, *settings)) else ()
+
+    @property
+    def uses_branches(self) -> bool:
+        """Whether the weights are made of the trajectory of branches."""
+        return self.kind in _PLANNED and not _OF_BRANCHES.isdisjoint(self.predictor.split("+"))
 
     @property
     def uses_known(self) -> bool:
@@ -150,15 +161,22 @@ class Arm:
     def training_cost(self, trajectory: WeightTrajectory) -> float | None:
         """Return the optimizer steps behind the weights relative to those of Θ0; `None` if they are unknown.
 
-        A prediction from several states needs the whole recording.
+        A prediction from several states or from branches needs the whole recording.
+
+        Args:
+            trajectory ([`WeightTrajectory`]):
+                The states that the weights are made of, or the branches.
         """
-        first, *later = (state.steps for state in trajectory.states)
+        names, (first, *later) = set(self.predictor.split("+")), (state.steps for state in trajectory.states)
         if self.kind in ("fresh", "pretrained"):
             return 0.0
         if self.kind == "oracle":
             return None if trajectory.schedule is None else 1 / trajectory.schedule.ratio
-        if self.kind == "shuffled" or (self.kind == "predicted" and set(self.predictor.split("+")) <= _OF_THETA_0):
+        of_one = _OF_ONE_TRAINING | (_OF_THE_TAIL if trajectory.tail else frozenset())
+        if self.kind == "shuffled" or (self.kind == "predicted" and names <= of_one):
             later = []
+        elif self.uses_branches:
+            later = [branch.steps for branch in trajectory.branches]
         elif self.kind == "state":
             later = later[: self.state]
         return 1 + sum(later) / first if first else None
@@ -192,6 +210,8 @@ class Arm:
             return replace(self, kind="state", state=options.pop("state"), options={}).initial_weights(sources)
         if "predictor" in options:
             return replace(self, predictor=options.pop("predictor"), options=options).initial_weights(sources)
+        if self.uses_branches and sources.branch_trajectory is not None:
+            sources = replace(sources, trajectory=sources.branch_trajectory())
         if self.kind == "gate":
             few = options.pop("examples", "all") == "few"
             folder = sources.output_dir / self.name
@@ -314,6 +334,7 @@ def _baseline(name: str, predictor: str, description: str, tuned: tuple[Mapping[
 _FACTORS = _tuned("factor", 0.95, 0.8, 0.65, 0.5)
 _SCALES = _tuned("scale", -1.0, -0.5, 0.5, 1.0)
 _LINES = tuple({"alpha": alpha, "beta": 1 - alpha} for alpha in (0.0, 0.25, 0.5, 0.75))
+_PARTS = _tuned("scale", 0.5, 0.75, 1.25, 1.5)
 _RESCALINGS = _tuned("factor", 0.25, 0.5, 0.75, 1.5)
 _SEEDS = _tuned("seed", 0, 1)  # the first is that of naive
 _MEMBERS: tuple[Mapping[str, Any], ...] = (
@@ -339,7 +360,6 @@ NAMED_ARMS = (
     Arm("compute-matched", "trained_on", "Θ0 trained further on all data, for the steps of the later states"),
     ORACLE,
     Arm("shuffled", "shuffled", "Θ0 with the values of each tensor in random order"),
-    Arm("rescale", "predicted", "the same function with other norms of the weights", "rescale", tuned=_RESCALINGS),
     Arm("family", "predicted", "choice among Θ0 and predictions, by training", "average", tuned=_MEMBERS),
     GATE,
     replace(
@@ -350,9 +370,16 @@ NAMED_ARMS = (
     ),
 )
 
+_FURTHER_ARMS = (  # not by default: not every trajectory has a start, nor every model a symmetry
+    Arm(
+        "start-interpolation", "predicted", "between the start and Θ0, or beyond", "start_interpolation", tuned=_PARTS
+    ),
+    Arm("rescale", "predicted", "the same function with other norms of the weights", "rescale", tuned=_RESCALINGS),
+)
+
 
 def _by_name(name: str) -> Arm:
-    named = {arm.name: arm for arm in NAMED_ARMS}
+    named = {arm.name: arm for arm in (*NAMED_ARMS, *_FURTHER_ARMS)}
     number = name.rpartition("-")[2]
     if number.isdigit() and int(number) > 0:
         state = Arm(f"state-{number}", "state", f"Θ{number}", state=int(number))
@@ -365,7 +392,7 @@ def _by_name(name: str) -> Arm:
         get_predictor(name)
     except ValueError as error:
         numbered = ("known-step-N", "matched-shrink-step-N", "state-K", "rescale-F")
-        known = ", ".join([*(arm.name for arm in NAMED_ARMS), *numbered])
+        known = ", ".join([*(arm.name for arm in (*NAMED_ARMS, *_FURTHER_ARMS)), *numbered])
         raise ValueError(f"unknown arm {name!r}; use {known} or the name of a predictor") from error
     except TypeError:  # it exists, and needs options
         pass

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
+from ..prediction.selection import MINIMUM_VALUES
 from .arms import NAMED_ARMS, Arm, known_step_arms, make_arm
 from .comparison import ACCURACY, LOSS
 from .comparison_task import ComparisonTask
@@ -180,7 +181,15 @@ def check_design(design: Design) -> None:
 
 
 def check_protocols(design: Design) -> None:
-    """Check that grids can be refined, measures computed and classes filled; raises a `ValueError`."""
+    """Check that grids can be refined, measures computed, classes filled and gates used; raises a `ValueError`."""
+    if gates := [arm.name for arm in design.arms if arm.kind == "gate"]:
+        source, _ = design.task.splits(design.seeds[0], draws=0)
+        count = 0 if source is None else len(source.validation["labels"])
+        if count < MINIMUM_VALUES:
+            raise ValueError(
+                f"arm {gates[0]!r} needs at least {MINIMUM_VALUES} source validation examples, got {count}; add some,"
+                " or leave out the arm"
+            )
     other = [measure.name for measure in design.task.measures if measure.name not in (ACCURACY.name, LOSS.name)]
     for protocol in design.protocols:
         if not isinstance(protocol, FineTuning | LinearProbe):

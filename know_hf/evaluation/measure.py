@@ -71,7 +71,7 @@ def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> d
     source, targets = task.splits(seed, design.draws)
     trajectory = task.open_trajectory(seed, output_dir)
     sources = arm_sources(task, seed, trajectory, source, work, targets)
-    choices: list[dict[str, Any]] = []
+    branches, choices = sources.branch_trajectory, list[dict[str, Any]]()
     measured: dict[str, list[dict[str, Any]]] = {
         protocol.name: [{"draw": draw, "trials": []} for draw in range(1 if protocol.on_source else design.draws)]
         for protocol in design.protocols
@@ -101,7 +101,7 @@ def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> d
         "seed": seed,
         "arm": arm.name,
         "seconds": _since(started),
-        "training_cost": arm.training_cost(trajectory),
+        "training_cost": arm.training_cost(branches() if branches and arm.uses_branches else trajectory),
         "choice": choices[0] if choices else None,
         "measured": measured,
     }

@@ -100,11 +100,10 @@ class SuiteTask:
         return self._record(seed, folder, folder.parents[1] / "work" / folder.name, self.suite.schedule)
 
     def branch_trajectory(self, seed: int, folder: Path) -> WeightTrajectory:
-        """Record Θ0 of a seed again, with the same bits, and two branches on complementary halves; or resume."""
+        """Record Θ0 of a seed again, with the same bits, and two branches from the start on complementary halves."""
         if WeightTrajectory.exists(folder) and len((recorded := WeightTrajectory(folder)).branches) == 2:
             return recorded
-        epochs = self.suite.training.get("num_train_epochs", TrainingArguments.num_train_epochs)
-        schedule = {"kind": "complementary", "epochs_per_stage": epochs}
+        schedule = {"kind": "complementary", "branch_from": "start"}
         return self._record(seed, folder, folder.parent / "work" / folder.name, schedule)
 
     def start(self, seed: int) -> PreTrainedModel:
