@@ -264,6 +264,7 @@ def _add_compare(commands: Any) -> None:
     add("--arms", nargs="+", metavar="ARM", help="arms to compare instead of the suite's, for example naive random")
     add("--seeds", type=int, nargs="+", metavar="N", help="trajectory seeds instead of the suite's")
     add("--processes", type=int, default=1, metavar="N", help="number of worker processes (default: 1)")
+    add("--plan", action="store_true", default=None, help="print cells, minutes and memory without running them")
     limit = "start no cell that would end later, and report the complete seeds; another run continues"
     add("--max-minutes", type=float, metavar="M", help=limit)
     add("--data", type=_pair, action="append", metavar="ID=PATH", help="read this dataset from a local folder")
@@ -284,10 +285,13 @@ def _compare(args: argparse.Namespace) -> None:
     for name in ("dataset", "train_split", "test_split", "draws"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} needs two checkpoints; a suite has its own data and draws")
-    from .evaluation import run_suite
+    from .evaluation import plan_suite, run_suite
 
     options: dict[str, Any] = {name: dict(getattr(args, name) or ()) for name in ("data", "models", "known")}
     options |= {"arms": args.arms, "seeds": args.seeds, "num_processes": args.processes}
+    if args.plan:
+        _print(str(plan_suite(args.compared[0], args.output_dir, **options)))
+        return
     command = shlex.join(["know-hf", *sys.argv[1:]])
     _print(str(run_suite(args.compared[0], args.output_dir, **options, max_minutes=args.max_minutes, command=command)))
 
@@ -295,7 +299,7 @@ def _compare(args: argparse.Namespace) -> None:
 def _compare_two(args: argparse.Namespace) -> None:
     if args.dataset is None:
         raise ValueError("two checkpoints need --dataset, a Hub id or a folder")
-    for name in ("arms", "seeds", "max_minutes", "data", "models", "known"):
+    for name in ("arms", "seeds", "plan", "max_minutes", "data", "models", "known"):
         if getattr(args, name) is not None:
             flag = "model" if name == "models" else name.replace("_", "-")
             raise ValueError(f"--{flag} needs a suite")

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from know_hf import WeightTrajectory
 from know_hf.cli import main
-from know_hf.evaluation import batches, load_suite, run_suite
+from know_hf.evaluation import batches, load_suite, plan_suite, run_suite
 from know_hf.evaluation.fine_tuning import evaluate_next_token
 from know_hf.evaluation.suites import SUITES_DIR, Suite
 from know_hf.evaluation.suites.small_cnn import SmallCNN, SmallCNNConfig
@@ -51,6 +51,23 @@ def test_a_known_outcome_is_reported(finished):
     assert data["seeds"] == [0, 1, 2, 3] and data["name"] == "known-truth"
     assert data["trajectories"][0]["num_examples"] == [40, 10, 2]
     assert data["states"]["measures"]["accuracy"]["mean"][0] == means["naive"]
+
+
+def test_a_plan_is_a_trial_or_counts_the_finished_cells(finished, tmp_path, capsys):
+    folder, report = finished
+    tuned = {"kind": "fine_tuning", "learning_rates": [0.01], "steps": 2, "head_steps": 1}
+    suite = write_suite(tmp_path, protocols=[tuned, *yaml.safe_load(KNOWN_TRUTH)["protocols"]])
+    plan = plan_suite(suite, tmp_path / "out", num_processes=2)
+    assert not (tmp_path / "out").exists()
+    assert (plan.seeds, plan.trajectories, plan.cells, plan.based_on) == (4, 4, 16, "trial")
+    assert plan.minutes > 0 and plan.memory > 2**25 and "trial of a few optimizer steps" in str(plan)
+    arguments = ["compare", str(folder / "suite.yaml"), "--output-dir", str(folder / "out"), "--plan"]
+    assert main([*arguments, "--seeds", *"01234"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 5 trajectories" in shown and "4 of 20 arms" in shown and "finished cells" in shown
+    rest = plan_suite(folder / "suite.yaml", folder / "out", arms=["naive", "average"], seeds=[0, 1])
+    naive = [cell["seconds"] for cell in report.cells[:8] if cell["arm"] == "naive"]
+    assert (rest.trajectories, rest.cells) == (0, 2) and rest.minutes == pytest.approx(sum(naive) / 60)
 
 
 def test_compute_matched_trains_for_the_steps_of_the_later_states_on_all_data(finished, monkeypatch):

@@ -13,7 +13,7 @@ from .protocols import FineTuning, MeasuringProtocol, Trial, ZeroShot
 from .report.comparison_report import ComparisonReport
 from .splits import Split
 from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
-from .suites import Suite, load_suite, run_suite
+from .suites import ComparisonPlan, Suite, load_suite, plan_suite, run_suite
 
 __all__ = [
     "AVERAGE",
@@ -25,6 +25,7 @@ __all__ = [
     "ArmSources",
     "CellStore",
     "Comparison",
+    "ComparisonPlan",
     "ComparisonReport",
     "ComparisonTask",
     "Estimate",
@@ -52,6 +53,7 @@ __all__ = [
     "make_arm",
     "mean_and_interval",
     "paired_difference",
+    "plan_suite",
     "run_cells",
     "run_suite",
     "shrink_arm",

@@ -102,9 +102,9 @@ def plan_task(args: RecordArguments) -> RecordingPlan:
     lengths += [schedule.stage_length(args.epochs, training.max_steps)] * (schedule.num_stages - 1)
     steps, epochs = [], []
     for size, (num_epochs, max_steps) in zip(sizes, lengths, strict=True):
-        steps_per_epoch = _steps_per_epoch(size, batch, training)
-        steps.append(max_steps if max_steps > 0 else math.ceil(num_epochs * steps_per_epoch))
-        epochs.append(max_steps / steps_per_epoch if max_steps > 0 else num_epochs)
+        of_epoch = steps_per_epoch(size, batch, training)
+        steps.append(max_steps if max_steps > 0 else math.ceil(num_epochs * of_epoch))
+        epochs.append(max_steps / of_epoch if max_steps > 0 else num_epochs)
     schedule.tail_steps(steps[0])  # checks them
     return RecordingPlan(
         num_examples=sizes,
@@ -121,7 +121,8 @@ def plan_task(args: RecordArguments) -> RecordingPlan:
     )
 
 
-def _steps_per_epoch(size: int, batch: int, training: TrainingArguments) -> int:
+def steps_per_epoch(size: int, batch: int, training: TrainingArguments) -> int:
+    """Return the optimizer steps of an epoch on `size` examples in batches of `batch`, those of all processes."""
     batches = size // batch if training.dataloader_drop_last else math.ceil(size / batch)
     return max(math.ceil(batches / training.gradient_accumulation_steps), 1)
 

@@ -56,6 +56,20 @@ def run_suite(
             [`compare_arms`].
         `FileExistsError`, `RuntimeError`, `TimeoutError`: as [`compare_arms`].
     """
+    task, arguments = suite_arguments(suite, output_dir, arms, data, models, known, seeds)
+    return compare_arms(task.comparison_task(), output_dir, **arguments, **options)
+
+
+def suite_arguments(
+    suite: Suite | str | Path,
+    output_dir: str | Path,
+    arms: Sequence[Arm | str | Mapping[str, Any]] | None,
+    data: Mapping[str, str] | None,
+    models: Mapping[str, str] | None,
+    known: Mapping[str, str] | None,
+    seeds: Sequence[int] | None,
+) -> tuple[SuiteTask, dict[str, Any]]:
+    """Check arguments of [`run_suite`] and return the task and the other arguments of [`compare_arms`]."""
     if not isinstance(suite, Suite):
         suite = load_suite(suite)
     dataset_paths = _expanded("data", data, {suite.source.dataset, suite.target.dataset}, suite.name)
@@ -67,19 +81,16 @@ def run_suite(
         further = known_step_arms(name=name, known=os.path.expanduser(weights))
         matching = [arm for shipped, arm in zip(known_step_arms(), further, strict=True) if shipped.name in names]
         compared += matching or further
-    return compare_arms(
-        SuiteTask(suite, dataset_paths, model_paths).comparison_task(),
-        output_dir,
-        protocols=suite.protocols,
-        arms=compared,
-        seeds=range(suite.first_seed, suite.first_seed + suite.seeds) if seeds is None else seeds,
-        draws=suite.draws,
-        trials_per_rate=suite.trials_per_rate,
-        landscape=suite.landscape,
-        name=suite.name,
-        description=suite.description,
-        **options,
-    )
+    return SuiteTask(suite, dataset_paths, model_paths), {
+        "protocols": suite.protocols,
+        "arms": compared,
+        "seeds": range(suite.first_seed, suite.first_seed + suite.seeds) if seeds is None else seeds,
+        "draws": suite.draws,
+        "trials_per_rate": suite.trials_per_rate,
+        "landscape": suite.landscape,
+        "name": suite.name,
+        "description": suite.description,
+    }
 
 
 def _expanded(argument: str, paths: Mapping[str, str] | None, ids: set[Any], suite: str) -> dict[str, str]:

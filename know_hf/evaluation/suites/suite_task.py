@@ -78,7 +78,7 @@ class SuiteTask:
         side = self.suite.source
         pool, unseen = self._splits(side)
         rows = pool.rows([seed, _SOURCE])
-        used = self._oracle_size
+        used = self.oracle_size
         _check_size("the oracle", used, side, rows)
         rest = rows[used:] if unseen == pool else unseen.rows([seed, _SOURCE, 1])
         validation, test = _divide(side, rest)
@@ -116,7 +116,7 @@ class SuiteTask:
 
     def oracle_model(self, seed: int, folder: Path) -> PreTrainedModel:
         """Train as Θ0 was trained, on 1/r times the examples; they include those of Θ0."""
-        trainer = self._trainer(seed, self._oracle_size, folder / "oracle")
+        trainer = self._trainer(seed, self.oracle_size, folder / "oracle")
         trainer.train()
         return trainer.model
 
@@ -136,7 +136,8 @@ class SuiteTask:
         return induce_forgetting(trainer, ForgettingSchedule(**options), folder)
 
     @property
-    def _oracle_size(self) -> int:
+    def oracle_size(self) -> int:
+        """Number of training examples of the oracle."""
         return round(self.suite.source.train / ForgettingSchedule(**self.suite.schedule).ratio)
 
     def _splits(self, side: Side) -> tuple[PreparedSplit, PreparedSplit]:
