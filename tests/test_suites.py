@@ -14,17 +14,19 @@ from doubles.small_suites import digits, make_task, write_suite
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from know_hf import WeightTrajectory
 from know_hf.cli import main
 from know_hf.evaluation import batches, load_suite, plan_suite, run_suite
 from know_hf.evaluation.fine_tuning import evaluate_next_token
+from know_hf.evaluation.linear_probe import features
 from know_hf.evaluation.suites import SUITES_DIR, Suite
 from know_hf.evaluation.suites.small_cnn import SmallCNN, SmallCNNConfig
 from know_hf.evaluation.suites.suite_data import Inputs, Side, class_turns, digits_in_frames, prepare
 from know_hf.evaluation.suites.suite_model import ModelSpec
 from know_hf.evaluation.suites.suite_task import SuiteTask
+from know_hf.evaluation.trials import with_features
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "compare"
@@ -491,6 +493,18 @@ def test_batches_are_trimmed_to_their_longest_text(texts):
         longest = int(batch["attention_mask"].sum(dim=1).max())
         assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, longest)
         assert batch["labels"].shape == (4,)
+    model = AutoModelForSequenceClassification.from_pretrained(texts / "bert").eval()
+    lengths = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, arguments, options: lengths.append(arguments[0].shape[1]), with_kwargs=True
+    )
+    ordered = features(model, examples, batch_size=4)
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1] < 16
+    for index in range(20):
+        one = {name: tensor[index : index + 1] for name, tensor in examples.items()}
+        torch.testing.assert_close(ordered[index : index + 1], features(model, one), rtol=1e-4, atol=1e-5)
+    _, cached = with_features(model, examples)
+    assert cached["body.last_hidden_state"].shape[1] == cached["input_ids"].shape[1] == lengths[4]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from .fine_tuning import Examples, Scores, batches, inputs_of
+from .fine_tuning import Examples, Scores, batches, inputs_of, order_by_length
 from .protocols import Trial, check_rates, first_of_each_class, labels_in_words, refined
 from .splits import Split, check_labels
 from .trials import Heads, adam_heads, logistic_heads, logits, ridge_heads
 
+_TEXTS = 64  # most texts of a forward pass, so that they have similar lengths
 _OPTIMA = {"ridge": ridge_heads, "logistic": logistic_heads}
 
 
@@ -134,7 +135,7 @@ def features(model: PreTrainedModel, examples: Examples, batch_size: int = 256) 
         examples (mapping of tensors):
             Keyword arguments of the model.
         batch_size (`int`, *optional*, defaults to `256`):
-            Examples per forward pass.
+            Examples per forward pass; at most 64 texts, in order of length.
 
     Returns:
         `torch.Tensor` of shape `(N, features)`, float32, on the device of the model.
@@ -153,11 +154,13 @@ def features(model: PreTrainedModel, examples: Examples, batch_size: int = 256) 
         if len(inputs) == before:  # the first layer that runs
             inputs.append(arguments[0].detach().float())
 
+    if (order := order_by_length(examples)) is not None:
+        batch_size = min(batch_size, _TEXTS)
     training = model.training
     hooks = [layer.register_forward_pre_hook(store) for layer in layers]
     model.eval()
     try:
-        for batch in batches(inputs_of(examples), batch_size, device=model.device):
+        for batch in batches(inputs_of(examples), batch_size, order, model.device):
             before = len(inputs)
             model(**batch)
     finally:
@@ -167,7 +170,7 @@ def features(model: PreTrainedModel, examples: Examples, batch_size: int = 256) 
     shape = tuple(inputs[0].shape[1:])
     if len(shape) != 1:
         raise ValueError(f"the head of {type(model).__name__} takes {shape} values per example; leave out the probe")
-    return torch.cat(inputs)
+    return torch.cat(inputs) if order is None else torch.cat(inputs)[order.argsort()]
 
 
 def _stacked(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..fine_tuning import Examples, inputs_of
+from ..fine_tuning import Examples, inputs_of, trimmed
 
 _PREFIX = "body."  # of the outputs of the body among the examples
 _LARGEST = 2**28  # bytes of cached outputs of one model and split
@@ -66,12 +66,13 @@ def with_features(model: PreTrainedModel, examples: Examples) -> tuple[HeadOnFea
         them, or they need more than 256 MiB.
     """
     outputs: list[Any] = []
+    examples = trimmed(dict(examples))
     inputs, training = inputs_of(examples), model.training
     length, parts, size, logits = len(next(iter(inputs.values()))), [], 0, None
     hook = model.base_model.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
     model.eval()
     try:
-        for start in range(0, length, _BATCH_SIZE):  # not trimmed: all outputs have the same shape
+        for start in range(0, length, _BATCH_SIZE):  # all outputs have the same shape
             batch = {key: value[start : start + _BATCH_SIZE].to(model.device) for key, value in inputs.items()}
             outputs.clear()
             logits = getattr(model(**batch), "logits", None)
