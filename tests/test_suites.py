@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from doubles.small_suites import digits, make_task, write_suite
+from doubles.small_suites import KNOWN_TRUTH, digits, make_task, write_suite
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
