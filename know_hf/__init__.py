@@ -10,6 +10,7 @@ __version__ = "0.3.0.dev0"
 
 _PUBLIC = {
     "ForgettingSchedule": "schedule",
+    "CrossFit": "prediction",
     "Gate": "prediction",
     "WeightTransitionCallback": "recording",
     "induce_forgetting": "recording",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .meta_learning import TransitionDataset as TransitionDataset
     from .meta_learning import meta_train as meta_train
     from .predict import predict_overflowed_weights as predict_overflowed_weights
+    from .prediction import CrossFit as CrossFit
     from .prediction import Gate as Gate
     from .prediction import plan_prediction as plan_prediction
     from .predictors import Predictor as Predictor

@@ -14,7 +14,8 @@ from .distributed import on_main_process
 from .hub import PushOptions, architecture_of, check_push, push_checkpoint
 from .known import KNOWNModel
 from .plotting import forgetting_picture, save_figure
-from .prediction import Gate, PredictionPlan, PredictionResult, WriteOptions, plan_prediction
+from .prediction import CrossFit, Gate, PredictionPlan, PredictionResult, WriteOptions, plan_prediction
+from .prediction.choosing.cross_fit import write_cross_fitted
 from .prediction.choosing.gate import write_best_candidate
 from .prediction.engine import write_prediction
 from .prediction.plan import without_known
@@ -33,7 +34,7 @@ def predict_overflowed_weights(
     *,
     output_dir: str | Path,
     predictor: Predictor | str | Sequence[Predictor | str] | None = None,
-    gate: Gate | None = None,
+    gate: Gate | CrossFit | None = None,
     card: bool | Mapping[str, Any] = True,
     push_to_hub: str | None = None,
     write: WriteOptions | None = None,
@@ -59,10 +60,11 @@ def predict_overflowed_weights(
         predictor ([`Predictor`], `str` or sequence of them, *optional*):
             Predictor instead of KNOWN, by name or as an object. With several, or names joined by `+`, the others
             rescale what the first predicts: `"average+rescale"`, `["known", Rescale(factor=0.25)]`.
-        gate ([`Gate`], *optional*):
+        gate ([`Gate`] or [`CrossFit`], *optional*):
             Validation data. The best of Θ0, the other states, all numbers of steps up to `steps` and a family of
             averages and moves between the states is written; Θ0 if none is better by more than noise. KNOWN is left
-            out if there are too few states for it and it is not asked for.
+            out if there are too few states for it and it is not asked for. [`CrossFit`] chooses among moves between
+            start and Θ0 by the training data instead, and takes no `known`, `predictor` or `steps`.
         card (`bool` or `Mapping`, *optional*, defaults to `True`):
             Whether to write a model card, `README.md`, with a plot of the forgetting. A mapping has further keyword
             arguments of [`~know_hf.cards.checkpoint_card`], such as `comparisons` and `arm`.
@@ -99,15 +101,12 @@ def predict_overflowed_weights(
     write = _with_keywords(write or WriteOptions(), options)
     push = _with_keywords(push or PushOptions(), options)
     accelerator = write.accelerator
-    if gate is not None and not isinstance(gate, Gate):
-        raise TypeError(f"gate must be a Gate, got {type(gate).__name__}; pass Gate(dataset=...)")
     described = {"predictor_options": options.pop("predictor_options", None), "norm": options.pop("norm", "keep")}
     settings: dict[str, Any] = {"dtype": write.dtype, "kernel": options.pop("kernel", "auto"), **described}
     settings["device"] = None if accelerator is None else accelerator.device
     if options:
         raise TypeError(f"predict_overflowed_weights() got an unexpected keyword argument {min(options)!r}")
-    if gate is not None:
-        predictor = without_known(trajectory, known, predictor)
+    predictor = _requested(gate, trajectory, known, steps, predictor)
     plan = plan_prediction(trajectory, known, steps, predictor=predictor, estimate_time=False, **settings)
     _check_recalibration(plan.trajectory, write)
     repo_id = None
@@ -115,10 +114,7 @@ def predict_overflowed_weights(
         repo_id = on_main_process(accelerator, lambda: _check_push(plan.trajectory, push_to_hub, push))
     more = {"repo_id": repo_id, **(card if isinstance(card, Mapping) else {})}
     finish = partial(_write_card, plan, _named(plan, predictor), write, described, more) if card else None
-    if gate is not None:
-        result = write_best_candidate(gate, plan, output_dir, write, finish)
-    else:
-        result = write_prediction(plan, output_dir, write, finish)
+    result = _write(gate, plan, output_dir, write, finish)
     if accelerator is None or accelerator.is_main_process:
         for text in result.warnings:
             logger.warning(text)
@@ -126,6 +122,33 @@ def predict_overflowed_weights(
     if repo_id is not None:
         result.url = on_main_process(accelerator, lambda: _push(result.path, repo_id, push))
     return result
+
+
+def _requested(
+    gate: Gate | CrossFit | None,
+    trajectory: WeightTrajectory | str | Path,
+    known: KNOWNModel | str | Path | None,
+    steps: int,
+    predictor: Predictor | str | Sequence[Predictor | str] | None,
+) -> Predictor | str | Sequence[Predictor | str] | None:
+    """Return the predictor to plan with a gate."""
+    if gate is None:
+        return predictor
+    if isinstance(gate, Gate):
+        return without_known(trajectory, known, predictor)
+    if not isinstance(gate, CrossFit):
+        raise TypeError(f"gate must be a Gate or CrossFit, got {type(gate).__name__}; pass Gate(dataset=...)")
+    if known is not None or predictor is not None or steps != 1:
+        raise ValueError("CrossFit chooses among its own candidates; remove known, predictor and steps")
+    return "start_interpolation"
+
+
+def _write(gate: Gate | CrossFit | None, plan: PredictionPlan, *arguments: Any) -> PredictionResult:
+    if gate is None:
+        return write_prediction(plan, *arguments)
+    if isinstance(gate, CrossFit):
+        return write_cross_fitted(gate, plan, *arguments)
+    return write_best_candidate(gate, plan, *arguments)
 
 
 def _with_keywords(defaults: Any, options: Any) -> Any:

@@ -3,7 +3,7 @@
 `plan` decides from the files' headers, `engine` predicts, `write_checkpoint` writes, `choosing` chooses.
 """
 
-from .choosing import FAMILY, Candidate, Gate
+from .choosing import FAMILY, Candidate, CrossFit, Gate
 from .plan import SHIPPED_KNOWN, PredictionPlan, plan_prediction
 from .residuals import ResidualReport
 from .result import PredictionResult
@@ -16,6 +16,7 @@ __all__ = [
     "REFERENCE",
     "SHIPPED_KNOWN",
     "Candidate",
+    "CrossFit",
     "Gate",
     "GateCandidate",
     "GateResult",

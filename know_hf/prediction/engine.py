@@ -101,6 +101,7 @@ class PredictedTensors(TensorSource):
         if isinstance(plan.predictor, SnapshotPredictor):
             self._complete = CompleteTensors(plan.trajectory, plan.snapshots, self._predictors)
         self._factors = {} if plan.rescaling is None else plan.rescaling.factors
+        self._theta0 = plan.snapshots[-1]
         self._changes: dict[str, bool] = {}
 
     def cost(self, name: str) -> float:
@@ -111,7 +112,7 @@ class PredictedTensors(TensorSource):
 
         The last item is the number of elements that moved but have a dtype that cannot be predicted.
         """
-        read = partial(self.trajectory.read, piece.name, piece.start, piece.stop)
+        read = partial(self.trajectory.read, piece.name, piece.start, piece.stop, self._theta0)
         tensor = self.plan.tensors[piece.name]
         if not tensor.network:
             return (
@@ -134,7 +135,7 @@ class PredictedTensors(TensorSource):
         if history is None:
             report.kept = kept
             if tensor.role != "copied":
-                check_finite(original, piece.name, trajectory, state=0)
+                check_finite(original, piece.name, trajectory, self._theta0)
             return self._rescaled(original, piece), report
         check_history(history, piece, trajectory, self.plan.snapshots)
         residual = self._residual(history, piece, tensor.network or "")

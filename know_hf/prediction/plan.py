@@ -3,7 +3,7 @@
 import re
 import timeit
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,6 +157,12 @@ class PredictionPlan:
         of_role = stated.get("roles", {}).get(network, {})
         return of_role if of_role.keys() >= _RANGE else None
 
+    def in_place_of_theta0(self, snapshot: str) -> "PredictionPlan":
+        """Return the plan of the same prediction from a snapshot instead of Θ0, which no other one it reads may be."""
+        snapshots = [*self.snapshots[:-1], snapshot]
+        tensors = _planned_tensors(self.trajectory, self.predictor, self.specs, snapshots, self.norm)
+        return replace(self, tensors=tensors, snapshots=snapshots)
+
     def __str__(self) -> str:
         lines = [f"{'role':8}{'tensors':>9}{'parameters':>15}  action"]
         groups: dict[tuple[str, str], list[PlannedTensor]] = {}
@@ -286,7 +292,7 @@ def _planned_tensors(
     norm: str,
 ) -> dict[str, PlannedTensor]:
     is_complete = isinstance(predictor, SnapshotPredictor)
-    records = [trajectory.snapshot(name).unchanged for name in snapshots[:-1]]
+    records = [trajectory.snapshot(name).unchanged for name in snapshots if name != 0]
     in_pairs = lora_pairs(trajectory) if is_complete else {}
     tensors = {}
     for name, spec in specs.items():

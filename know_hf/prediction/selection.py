@@ -71,6 +71,8 @@ class GateResult:
             Number of paired losses of the screening, none of which is among `num_values`; 0 without screening.
         requested (`str`, *optional*):
             Name of the candidate that is the requested prediction.
+        is_cross_fitted (`bool`):
+            Whether the losses are those of branches, see [`CrossFit`]; then "Θ0" stands for the branches themselves.
     """
 
     chosen: str
@@ -83,6 +85,7 @@ class GateResult:
     screened: tuple[GateCandidate, ...] = ()
     num_screening_values: int = 0
     requested: str | None = None
+    is_cross_fitted: bool = False
 
     @property
     def scores(self) -> dict[str, float]:
@@ -111,6 +114,7 @@ class GateResult:
             f" {-self.margin if self.margin else 0:g} ({1 - self.level:.0%}, simultaneous over all candidates that"
             f" were tested, studentised bootstrap of the largest |t|, Romano and Wolf 2005). Of the better candidates,"
             f" the one with the lowest mean is chosen; without any, {REFERENCE} is kept.{untested}{self._screening}"
+            f"{self._branches}"
         )
 
     @property
@@ -137,6 +141,8 @@ class GateResult:
             is_state = (self.recipe or {}).get("state") is not None
             text = "a recorded state, not a prediction; " if is_state else ""
             text += f"{self._compared(best)}; {number}."
+        if self.is_cross_fitted:
+            text += " The losses are of two branches in the place of Θ0, each on the half that it has not seen."
         return text if self.requested in (None, best.name) else f"{text} {self._on_requested}"
 
     @property
@@ -165,6 +171,15 @@ class GateResult:
             f" {count} other{'s were' if count > 1 else ' was'} screened out on {self.num_screening_values} batches"
             f" drawn at random; the test used the remaining {self.num_values} alone, so its level holds for all"
             " candidates."
+        )
+
+    @property
+    def _branches(self) -> str:
+        if not self.is_cross_fitted:
+            return ""
+        return (
+            f" Each loss is that of a branch on half of the data, in the place of {REFERENCE} and moved twice as far,"
+            f" on a batch of the other half. {REFERENCE} itself has seen both halves and is not tested."
         )
 
     def _is_untested(self, candidate: GateCandidate) -> bool:

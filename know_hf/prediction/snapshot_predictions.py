@@ -43,6 +43,8 @@ def snapshots_read(trajectory: WeightTrajectory, predictor: Predictor) -> list[i
     if not isinstance(predictor, SnapshotPredictor):
         if getattr(predictor, "follows_training", False) and trajectory.tail:
             return [*(record.name for record in trajectory.tail), 0]
+        if trajectory.num_states == 1 and trajectory.start and getattr(predictor, "reads_theta0_alone", False):
+            return ["start", 0]  # with which frozen tensors are found
         return list(reversed(range(trajectory.num_states)))
     available = _available(trajectory)
     for kind, least in predictor.reads().items():
@@ -68,7 +70,7 @@ class CompleteTensors:
         trajectory ([`WeightTrajectory`]):
             The recorded snapshots.
         snapshots (sequence of `int` or `str`):
-            What the predictors read, Θ0 last; see [`snapshots_read`].
+            What the predictors read; the last is Θ0, or a branch in its place.
         predictors (`Mapping[str, Predictor]`):
             The predictor of each tensor.
     """
@@ -105,12 +107,11 @@ class CompleteTensors:
         def combine(tensors: Snapshots) -> torch.Tensor:
             origin = None if self._origin is None else tensors.get(self._origin)
             branches = [tensors[name] for name in self._branches]
-            return predictor.tensor(
-                TensorSnapshots(tensors[0], tensors.get("start"), origin, branches, self._fraction)
-            )
+            theta0 = tensors[self._snapshots[-1]]
+            return predictor.tensor(TensorSnapshots(theta0, tensors.get("start"), origin, branches, self._fraction))
 
         new = [combine({key: one for key, (one,) in read.items()})] if len(names) == 1 else _on_products(read, combine)
-        return {name: (a - b).flatten() for name, a, b in zip(names, new, read[0], strict=True)}
+        return {name: (a - b).flatten() for name, a, b in zip(names, new, read[self._snapshots[-1]], strict=True)}
 
 
 def lora_pairs(trajectory: WeightTrajectory) -> dict[str, tuple[str, str]]:
@@ -127,7 +128,8 @@ def _on_products(
     read: Mapping[int | str, Sequence[torch.Tensor]], combine: Callable[[Snapshots], torch.Tensor]
 ) -> list[torch.Tensor]:
     """Combine the products of A `(r, in, …)` and B `(out, r, …)`, and return both factors of the result at rank r."""
-    first, second = read[0]
+    theta0 = list(read)[-1]
+    first, second = read[theta0]
     rank = len(first)
     # all products are left @ core @ right.T, with small cores and orthogonal columns in left and right
     left, lefts = torch.linalg.qr(torch.cat([b.flatten(1) for _, b in read.values()], dim=1))
@@ -135,7 +137,7 @@ def _on_products(
     parts = zip(lefts.split(rank, dim=1), rights.split(rank, dim=1), strict=True)
     cores = {name: x @ y.T for name, (x, y) in zip(read, parts, strict=True)}
     core = combine(cores)
-    if torch.equal(core, cores[0]):
+    if torch.equal(core, cores[theta0]):
         return [first, second]
     kept = min(rank, *core.shape)
     a, b = factorise(core, kept)

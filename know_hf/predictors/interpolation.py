@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -50,6 +51,7 @@ class Shrink:
             Factor of each weight.
     """
 
+    reads_theta0_alone: ClassVar[bool] = True
     factor: float = 0.8
 
     def __post_init__(self) -> None:

@@ -11,7 +11,6 @@ from ..plan import PredictionPlan
 from ..selection import REFERENCE
 from ..snapshot_predictions import MissingSnapshotsError
 from ..tensor_sources import StateTensors, TensorSource
-from ..write_checkpoint import WriteOptions
 
 
 def _states(least: int) -> Callable[[WeightTrajectory], bool]:
@@ -134,10 +133,6 @@ class PlannedCandidate:
     plan: PredictionPlan
     recipe: dict[str, Any]
 
-    def adapt(self, options: WriteOptions) -> WriteOptions:
-        """Return the options with which to write the candidate."""
-        return options if self.recipe["recalibrated"] else replace(options, recalibrate_with=None)
-
 
 def as_candidate(item: int | str | Predictor | Candidate) -> int | Candidate:
     """Return a candidate of a user's list: the index of a state, or a [`Candidate`]."""
@@ -145,7 +140,10 @@ def as_candidate(item: int | str | Predictor | Candidate) -> int | Candidate:
 
 
 def plan_candidates(
-    plan: PredictionPlan, given: Sequence[int | str | Predictor | Candidate] | None, recalibrates: bool
+    plan: PredictionPlan,
+    given: Sequence[int | str | Predictor | Candidate] | None,
+    recalibrates: bool,
+    with_requested: bool = True,
 ) -> list[PlannedCandidate]:
     """List all candidates of a trajectory, Θ0 first.
 
@@ -156,25 +154,28 @@ def plan_candidates(
             See `candidates` of [`Gate`]; the other states and [`FAMILY`] by default.
         recalibrates (`bool`):
             Whether BatchNorm statistics are recalibrated.
+        with_requested (`bool`, *optional*, defaults to `True`):
+            Whether the requested prediction and Θ0 with recalibrated statistics are candidates.
 
     Raises:
         `ValueError`: if two candidates have one name, or one does not fit the trajectory.
     """
     trajectory = plan.trajectory
     planned = [_state(plan, 0, REFERENCE, recalibrated=False)]
-    if recalibrates and any(role.is_batch_norm for role in trajectory.roles.values()):
+    if recalibrates and with_requested and any(role.is_batch_norm for role in trajectory.roles.values()):
         planned.append(_state(plan, 0, f"{REFERENCE}, BatchNorm recalibrated", recalibrated=True))
     if given is None:
         planned += [_state(plan, index, f"Θ{index}", recalibrates) for index in range(1, trajectory.num_states)]
         others = [record.name for record in (trajectory.start, *trajectory.tail, *trajectory.branches) if record]
         planned += [_state(plan, name, name, recalibrates) for name in others]
-    for steps in range(1, plan.steps + 1) if len(plan.snapshots) > 1 or plan.rescaling is not None else ():
+    can_predict = with_requested and (len(plan.snapshots) > 1 or plan.rescaling is not None)
+    for steps in range(1, plan.steps + 1) if can_predict else ():
         fewer = replace(plan, steps=steps)
         planned.append(_prediction(fewer.name, fewer, recalibrates))
     for item in map(as_candidate, FAMILY if given is None else given):
         if isinstance(item, int):
             planned.append(_state(plan, item, f"Θ{item}", recalibrates))
-        elif candidate := _planned(plan, item, recalibrates, may_lack=given is None):
+        elif candidate := _planned(plan, item, recalibrates, given is None, with_requested):
             planned.append(candidate)
     names = [candidate.name for candidate in planned]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -182,10 +183,13 @@ def plan_candidates(
     return planned
 
 
-def _planned(plan: PredictionPlan, item: Candidate, recalibrates: bool, may_lack: bool) -> PlannedCandidate | None:
+def _planned(
+    plan: PredictionPlan, item: Candidate, recalibrates: bool, may_lack: bool, with_requested: bool
+) -> PlannedCandidate | None:
     """Plan a candidate; `None` if it does not differ from the others, or may lack its snapshots and does."""
     predictor = item.make()
-    if not item.needs(plan.trajectory) or (plan.rescaling is None and predictor == plan.predictor):
+    is_requested = with_requested and plan.rescaling is None and predictor == plan.predictor
+    if is_requested or not item.needs(plan.trajectory):
         return None  # the requested prediction is a candidate already
     try:
         own = plan.with_predictor(predictor)

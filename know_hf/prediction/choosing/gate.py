@@ -24,13 +24,17 @@ from ..engine import prediction_result
 from ..plan import PredictionPlan
 from ..result import PredictionResult
 from ..selection import MINIMUM_VALUES, REFERENCE, GateCandidate, GateResult, check_rule, choose
+from ..tensor_sources import TensorSource
 from ..write_checkpoint import WriteOptions, checkpoint_folder, fill_checkpoint
-from .candidates import Candidate, as_candidate, plan_candidates
+from .candidates import Candidate, PlannedCandidate, as_candidate, plan_candidates
 from .screening import screen_and_choose
 
 __all__ = ["REFERENCE", "Gate", "GateCandidate", "GateResult", "choose", "write_best_candidate"]
 
 _ACCURACY = "accuracy"
+
+# gate, tensors, whether to recalibrate, batches, whether to verify
+Evaluate = Callable[["Gate", TensorSource, bool, Sequence[int] | None, bool], float | list[float]]
 
 
 @dataclass(frozen=True)
@@ -220,35 +224,72 @@ def write_best_candidate(
             examples that cannot be collated, or losses that cannot be compared (see [`choose`]). Nothing is left on
             disk.
     """
+    recalibrates = options.recalibrate_with is not None
+    planned = plan_candidates(plan, gate.candidates, recalibrates)
+    candidates = {candidate.name: candidate for candidate in planned}
+    rule = {name: getattr(gate, name) for name in ("num_confirmed", "level", "margin", "seed")}
+    counts_errors = gate.compute_loss is None and gate.metric == _ACCURACY
+    rule["metric"] = "error rate (1 - accuracy)" if counts_errors else gate.metric
+    rule["screening"] = 0.0 if gate.dataset is None else gate.screening
+
+    def decide(evaluate: Evaluate) -> tuple[GateResult, PlannedCandidate]:
+        def losses(name: str, batches: Sequence[int] | None) -> float | list[float]:
+            candidate, verify = candidates[name], name == REFERENCE
+            return evaluate(gate, candidate.tensors, candidate.recipe["recalibrated"], batches, verify)
+
+        decision = screen_and_choose(list(candidates), losses, **rule)
+        requested = plan.name if plan.name in candidates else None
+        return replace(decision, requested=requested), candidates[decision.chosen]
+
+    return write_chosen(gate, plan, output_dir, options, decide, finish)
+
+
+def write_chosen(
+    gate: Gate,
+    plan: PredictionPlan,
+    output_dir: str | Path,
+    options: WriteOptions,
+    decide: Callable[[Evaluate], tuple[GateResult, PlannedCandidate]],
+    finish: Callable[[Path, PredictionResult], None] | None = None,
+) -> PredictionResult:
+    """Write and evaluate what a decision asks for, one checkpoint on disk at a time, and then what it chose.
+
+    Args:
+        gate ([`Gate`]):
+            Has the base model of adapters.
+        plan, output_dir, options, finish:
+            See [`write_best_candidate`].
+        decide (`Callable`):
+            From a function that evaluates tensors to the result and the chosen candidate. The function takes a gate,
+            the tensors, whether to recalibrate BatchNorm statistics, the numbers of batches (`None` for all) and
+            whether to compare the recorded files with their SHA-256.
+    """
     trajectory, accelerator = plan.trajectory, options.accelerator
     _check_can_load(gate, plan)
     if options.recalibrate_with is not None:
         options = replace(options, recalibrate_with=list(options.recalibrate_with))
-    planned = plan_candidates(plan, gate.candidates, recalibrates=options.recalibrate_with is not None)
-    candidates = {candidate.name: candidate for candidate in planned}
     models = [getattr(plan.predictor, "model", None), gate.base_model]
     with checkpoint_folder(trajectory, output_dir, options, models) as folder:
         scratch = folder / "candidate"
 
-        def evaluate(name: str, batches: Sequence[int] | None) -> float | list[float]:
+        def adapted(recalibrates: bool) -> WriteOptions:
+            return options if recalibrates else replace(options, recalibrate_with=None)
+
+        def evaluate(
+            gate: Gate, tensors: TensorSource, recalibrates: bool, batches: Sequence[int] | None, verify: bool
+        ) -> float | list[float]:
             on_main_process(accelerator, scratch.mkdir)
-            candidate, verify = candidates[name], name == REFERENCE
-            fill_checkpoint(trajectory, candidate.tensors, scratch, candidate.adapt(options), verify=verify)
+            fill_checkpoint(trajectory, tensors, scratch, adapted(recalibrates), verify=verify)
             losses = on_main_process(accelerator, partial(_evaluate, gate, scratch, options, batches))
             on_main_process(accelerator, partial(shutil.rmtree, scratch))
             return losses
 
-        rule = {name: getattr(gate, name) for name in ("num_confirmed", "level", "margin", "seed")}
-        counts_errors = gate.compute_loss is None and gate.metric == _ACCURACY
-        rule["metric"] = "error rate (1 - accuracy)" if counts_errors else gate.metric
-        screening = 0.0 if gate.dataset is None else gate.screening
-        decision = screen_and_choose(list(candidates), evaluate, screening=screening, **rule)
-        winner = candidates[decision.chosen]
-        reports = fill_checkpoint(trajectory, winner.tensors, folder, winner.adapt(options), verify=False)
+        decision, winner = decide(evaluate)
+        adapted_options = adapted(winner.recipe["recalibrated"])
+        reports = fill_checkpoint(trajectory, winner.tensors, folder, adapted_options, verify=False)
         is_prediction = winner.recipe["state"] is None
         result = prediction_result(winner.plan, reports, output_dir, options, is_prediction)
-        requested = plan.name if plan.name in candidates else None
-        result.gate = replace(decision, recipe=winner.recipe, requested=requested)
+        result.gate = replace(decision, recipe=winner.recipe)
         if finish is not None:
             on_main_process(accelerator, lambda: finish(folder, result))
     return result
