@@ -427,6 +427,6 @@ def test_a_dataset_of_one_batch_needs_a_margin():
 
 
 def test_a_dataset_instead_of_a_gate_is_refused(trajectory, tmp_path):
-    with pytest.raises(TypeError, match=r"Gate, got list; .*Gate\(dataset"):
+    with pytest.raises(TypeError, match=r"Gate or CrossFit, got list; .*Gate\(dataset"):
         predict_overflowed_weights(trajectory, output_dir=tmp_path / "out", gate=[1])
     assert list(tmp_path.iterdir()) == []
