@@ -9,7 +9,9 @@ from conftest import make_images, make_resnet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    BertModel,
     DataCollatorWithPadding,
     PreTrainedTokenizerFast,
     set_seed,
@@ -90,6 +92,15 @@ def test_few_shot_draws_are_the_same_for_both_and_new_heads_are_trained(trajecto
 def test_what_cannot_be_compared_is_named(test, options, words):
     with pytest.raises(ValueError, match=words):
         compare_checkpoints(make_resnet(), make_resnet(), **{"test": test, **options})
+
+
+@pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM])
+def test_models_that_do_not_classify_are_refused(kind):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = kind(BertConfig(vocab_size=9, **sizes))
+    test = {"input_ids": torch.ones(12, 3, dtype=torch.int64), "labels": torch.arange(12) % 2}
+    with pytest.raises(ValueError, match=f"{kind.__name__}.*classifier"):
+        compare_checkpoints(model, model, test=test)
 
 
 def test_a_checkpoint_that_does_not_exist(tmp_path, test):

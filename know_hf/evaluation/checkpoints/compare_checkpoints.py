@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ...prediction.selection import MINIMUM_VALUES, REFERENCE, choose
 from ...terminal import aligned
 from ..comparison import ACCURACY, ALPHA, LOSS, Measure
-from ..fine_tuning import Examples, batches, evaluate_classifier, order_by_length
+from ..fine_tuning import Examples, batches, evaluate_classifier, inputs_of, order_by_length
 from ..measure import device
 from ..protocols import FineTuning, Trial, first_of_each_class, or_none
 from ..protocols import choose as choose_trial
@@ -163,7 +163,7 @@ def compare_checkpoints(
     tested = as_examples(test, models[0], data_collator)
     trained = tested if train is None else as_examples(train, models[0], data_collator)
     for name, model in zip((first, second), models, strict=True):
-        _check(trained, tested, num_labels or model.config.num_labels, name)
+        _check(trained, tested, model, name, num_labels)
     scores: list[PairedScore] = []
     notes: list[str] = []
     if num_labels is None:
@@ -254,10 +254,15 @@ def _labels_per_class(train: Examples, protocol: FineTuning | None) -> int:
     return count
 
 
-def _check(train: Examples, test: Examples, num_labels: int, name: str) -> None:
+@torch.inference_mode()
+def _check(train: Examples, test: Examples, model: PreTrainedModel, name: str, num_labels: int | None) -> None:
     labels = test.get("labels")
     if labels is None or labels.ndim != 1:
         raise ValueError("test needs 'labels', one class per example; compare_checkpoints compares classifiers")
     if len(labels) < MINIMUM_VALUES:
         raise ValueError(f"test has {len(labels)} examples; an interval needs at least {MINIMUM_VALUES}")
-    check_split(Split(train, train, test, num_labels), f"the data for {name}", classifies=True)
+    output = model.eval()(**next(batches(inputs_of(test), 1, device=model.device)))
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.ndim != 2:
+        raise ValueError(f"{name} is a {type(model).__name__}, which gives no score per class; give a classifier")
+    check_split(Split(train, train, test, num_labels or logits.shape[-1]), f"the data for {name}", classifies=True)
