@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from know_hf.evaluation import holm, mean_and_interval, paired_difference
-from know_hf.evaluation.statistics import minimum_detectable_effect
+from know_hf.evaluation.comparison import compare_with_naive
+from know_hf.evaluation.statistics import minimum_detectable_effect, variance_components
 
 
 def test_interval_by_hand():
@@ -75,3 +76,18 @@ def test_the_minimum_detectable_effect_has_its_power():
     effect = minimum_detectable_effect(n, level)
     detected = [paired_difference(list(v), [0.0] * n).p_value < level for v in random.randn(1000, n) + effect]
     assert np.mean(detected) == pytest.approx(0.8, abs=0.04)
+
+
+def test_variance_components_by_hand():
+    components = variance_components([[1.0, 3.0], [5.0, 7.0], [9.0, 11.0]])
+    assert (components.within, components.draws) == (2, 2)
+    assert components.between == 16 - 1 and components.share_of_draws == 1 / 16
+    assert variance_components([[0.0, 2.0], [2.0, 0.0]]).between == 0
+    assert variance_components([[1.0], [2.0]]) is None and variance_components([[1.0, 2.0]]) is None
+
+
+def test_a_comparison_says_whether_draws_or_trajectories_vary_more():
+    far, near = [[0.1, 0.3], [0.5, 0.7], [0.9, 1.1]], [[0.0, 1.0], [0.2, 0.9], [0.1, 1.1]]
+    for arm, words in ((far, "6% is that of the draws: more seeds"), (near, "100% is that of the draws: more draws")):
+        comparison = compare_with_naive({"naive": [[0.5, 0.5]] * 3, "shrink": arm}, ["shrink"])
+        assert words in comparison.sensitivity()

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 
 from ..terminal import aligned
-from .statistics import Estimate, PairedDifference, holm, mean_and_interval, paired_difference
+from .statistics import (
+    Estimate,
+    PairedDifference,
+    VarianceComponents,
+    holm,
+    mean_and_interval,
+    paired_difference,
+    variance_components,
+)
 
 ALPHA = 0.05
 ENOUGH_SEEDS = 10
@@ -231,8 +239,23 @@ class Comparison:
             conclusion = "the positive control failed, so the comparison shows nothing"
         return self._sentence(f"{conclusion}: {' and '.join(parts)}.")
 
+    @property
+    def variance(self) -> VarianceComponents | None:
+        """Variances of a difference from naive, means over the candidates; `None` without several draws."""
+        naive = self.results["naive"].per_draw
+        components = []
+        for name in self.candidates:
+            pairs = zip(self.results[name].per_draw, naive, strict=True)
+            components.append(variance_components([np.subtract(*pair).tolist() for pair in pairs]))
+        known = [component for component in components if component is not None]
+        if not known:
+            return None
+        within, between = (float(np.mean([getattr(of, name) for of in known])) for name in ("within", "between"))
+        return VarianceComponents(between, within, known[0].draws)
+
     def sensitivity(self) -> str:
-        """Say which difference from naive the design detects; empty if no difference has a spread."""
+        """Say which difference from naive the design detects, and whether draws or trajectories limit it; empty if no
+        difference has a spread."""
         detectable = [d for name in self.candidates if (d := self._difference(name).minimum_detectable)]
         if not detectable:
             return ""
@@ -240,7 +263,17 @@ class Comparison:
         size = f"{' to '.join(ends)} {self.measure.difference_unit}".rstrip()
         return self._sentence(
             f"this design detects a true difference from naive of {size}, depending on the arm, with a power of 80%"
-            f" ({self.num_seeds} {self.counted}, level {ALPHA:g}/{len(self.candidates)})."
+            f" ({self.num_seeds} {self.counted}, level {ALPHA:g}/{len(self.candidates)}).{self._larger_variance()}"
+        )
+
+    def _larger_variance(self) -> str:
+        variance = self.variance
+        if variance is None or (share := variance.share_of_draws) is None:
+            return ""
+        advice = "more draws help" if share > 0.5 else "more seeds help more than more draws"
+        return (
+            f" Of the variance of a trajectory's mean difference over {variance.draws:.3g} draws, {share:.0%} is that"
+            f" of the draws: {advice}."
         )
 
     def table(self, extra: Mapping[str, Mapping[str, str]] | None = None) -> str:

@@ -140,6 +140,41 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: corrected[name] for name in p_values}
 
 
+@dataclass(frozen=True)
+class VarianceComponents:
+    """Variances of a value: between trajectories, and within one, between its draws; for `draws` draws of each."""
+
+    between: float
+    within: float
+    draws: float
+
+    @property
+    def share_of_draws(self) -> float | None:
+        """Share of the draws in the variance of the mean of one trajectory; `None` without variance."""
+        of_draws = self.within / self.draws
+        return of_draws / (self.between + of_draws) if self.between + of_draws else None
+
+
+def variance_components(values: Sequence[Sequence[float]]) -> VarianceComponents | None:
+    """Estimate both variances by the method of moments of a one-way random effects model.
+
+    Args:
+        values (`Sequence[Sequence[float]]`):
+            For each of at least two trajectories, one value per draw.
+
+    Returns:
+        [`VarianceComponents`], `None` without a trajectory of several draws or with a single trajectory. `between` is
+        0 where the estimate is negative.
+    """
+    several = [of_one for of_one in values if len(of_one) > 1]
+    if len(values) < 2 or not several:
+        return None
+    within = float(np.mean([np.var(of_one, ddof=1) for of_one in several]))
+    draws = 1 / float(np.mean([1 / len(of_one) for of_one in values]))
+    means = [float(np.mean(of_one)) for of_one in values]
+    return VarianceComponents(max(0.0, float(np.var(means, ddof=1)) - within / draws), within, draws)
+
+
 def _finite(values: Sequence[float]) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2:

@@ -34,6 +34,8 @@ order of `seeds`. Unknown values are null; no value is NaN or infinite. Readers 
         headroom      bool or null: whether the oracle beats naive
         validity, verdict, verdict_on_methods, sensitivity     sentences, possibly ""
         better, worse, better_than_controls                    [arm], significant ones
+        variance      null or {between, within, draws}: of a difference from naive, between trajectories and between
+                      draws of one trajectory, means over the candidates; null without several draws
         num_tests     int, number of arms in Holm's correction
         arms          {arm: {
             mean, ci95: [low, high], per_seed: [float], per_draw: [[float] per seed]
@@ -324,6 +326,7 @@ def _result(protocol: str, comparison: Comparison) -> dict[str, Any]:
         "better": list(comparison.better),
         "worse": list(comparison.worse),
         "better_than_controls": list(comparison.better_than_controls),
+        "variance": None if (variance := comparison.variance) is None else asdict(variance),
         "num_tests": len(comparison.candidates),
         "arms": comparison.to_dict(),
         "relative_gains": _relative_gains(comparison),
