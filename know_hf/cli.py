@@ -191,6 +191,10 @@ def _add_predict(commands: Any) -> None:
     split = "split of DATASET (default: its validation split, or its only one)"
     add("--validation-split", metavar="NAME", help=split)
     add("--max-validation", type=int, metavar="N", help="evaluate on this many rows, drawn at random")
+    cross_fit = (
+        "choose a move from the start without other data, for know-hf record --kind complementary --branch-from"
+    )
+    add("--cross-fit", action="store_true", help=f"{cross_fit} start")
     add("--metric", choices=("loss", "accuracy"), help="what --validation compares (default: loss)")
     add("--norm", choices=("keep", "predict"), default="keep", help="norm layers (default: keep those of state 0)")
     add("--dtype", choices=_DTYPES, help="dtype of the written weights (default: the recorded dtype)")
@@ -205,6 +209,8 @@ def _add_predict(commands: Any) -> None:
 def _predict(args: argparse.Namespace) -> None:
     push_options = _push_options(args)
     _check_needs(args, "push_to_hub", push_options)
+    if args.cross_fit and args.validation is not None:
+        raise ValueError("--cross-fit chooses without --validation; remove one of them")
     _check_needs(args, "validation", ("validation_split", "max_validation", "metric"))
     if not args.dry_run:
         _check_output_dir(args)
@@ -214,17 +220,15 @@ def _predict(args: argparse.Namespace) -> None:
     from accelerate import Accelerator
 
     from .checkpoint import write_json
-    from .predict import predict_overflowed_weights
+    from .predict import predict_overflowed_weights, requested_predictor
     from .prediction import plan_prediction
-    from .prediction.plan import without_known
 
     options = {name: getattr(args, name) for name in ("known", "steps", "predictor", "predictor_options", "norm")}
     options |= {"kernel": args.kernel, "dtype": getattr(torch, args.dtype) if args.dtype else None}
     accelerator = Accelerator()
-    gate = None if args.validation is None else _make_gate(args)
+    gate = _make_gate(args)
     if args.dry_run:
-        if gate is not None:
-            options["predictor"] = without_known(args.trajectory, args.known, args.predictor)
+        options["predictor"] = requested_predictor(gate, args.trajectory, args.known, args.steps, args.predictor)
         plan = plan_prediction(args.trajectory, **options, device=accelerator.device)
         if accelerator.is_main_process:
             _print(str(plan))
@@ -238,8 +242,13 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _make_gate(args: argparse.Namespace) -> Any:
-    from .tasks.validation_data import load_validation_data
+    """Return what chooses the weights to write, or `None`."""
+    if args.validation is None and not args.cross_fit:
+        return None
+    from .tasks.validation_data import load_cross_fit, load_validation_data
 
+    if args.cross_fit:
+        return load_cross_fit(args.trajectory)
     options = {"split": args.validation_split, "max_examples": args.max_validation}
     data = load_validation_data(args.trajectory, args.validation, **options)
     return data.make_gate(**{"metric": "accuracy"} if args.metric == "accuracy" else {})

@@ -106,7 +106,7 @@ def predict_overflowed_weights(
     settings["device"] = None if accelerator is None else accelerator.device
     if options:
         raise TypeError(f"predict_overflowed_weights() got an unexpected keyword argument {min(options)!r}")
-    predictor = _requested(gate, trajectory, known, steps, predictor)
+    predictor = requested_predictor(gate, trajectory, known, steps, predictor)
     plan = plan_prediction(trajectory, known, steps, predictor=predictor, estimate_time=False, **settings)
     _check_recalibration(plan.trajectory, write)
     repo_id = None
@@ -124,7 +124,7 @@ def predict_overflowed_weights(
     return result
 
 
-def _requested(
+def requested_predictor(
     gate: Gate | CrossFit | None,
     trajectory: WeightTrajectory | str | Path,
     known: KNOWNModel | str | Path | None,

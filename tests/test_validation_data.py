@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification
 from know_hf import RecordArguments, WeightTrajectory, record_task
 from know_hf.cli import main
 from know_hf.tasks import LoraArguments
-from know_hf.tasks.validation_data import load_validation_data
+from know_hf.tasks.validation_data import load_cross_fit, load_validation_data
 
 __all__ = [
     "bert",
@@ -151,6 +151,21 @@ def test_adapters_are_evaluated_on_their_base_model(text_arguments, reviews, tmp
     assert main(["predict", str(trajectory.path), *flags]) == 0
     assert "error rate (1 - accuracy)" in capsys.readouterr().out
     assert (tmp_path / "enhanced/adapter_model.safetensors").exists()
+
+
+def test_cross_fitting_takes_the_training_rows(text_arguments, reviews, recording, tmp_path, capsys):
+    schedule = {"kind": "complementary", "branch_from": "start", "num_states": 1, "epochs": 1}
+    trajectory = record_task(replace(text_arguments, dataset=reviews, eval_split="auto", **schedule))
+    cross_fit = load_cross_fit(trajectory)
+    assert (len(cross_fit.dataset), cross_fit.batch_size) == (108, 5)
+    assert {len(gate.dataset) for gate in cross_fit.gates(trajectory).values()} == {54}
+    flags = ["--cross-fit", "--output-dir", str(tmp_path / "enhanced")]
+    assert main(["predict", str(trajectory.path), *flags]) == 0
+    assert "cross-fitted loss" in capsys.readouterr().out
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "enhanced").config.num_labels == 2
+    for wrong, words in (([], "branches"), (["--validation", "recorded"], "--cross-fit")):
+        assert main(["predict", str(recording), "--cross-fit", *wrong, "--output-dir", str(tmp_path / "none")]) == 1
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["image", "lm"])

@@ -1,4 +1,4 @@
-"""[`load_validation_data`]: the data of a gate for a trajectory of `know-hf record`."""
+"""The data of a [`Gate`] or [`CrossFit`] for a trajectory of `know-hf record`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ..local_paths import explicit_path
-from ..prediction import Gate
+from ..prediction import CrossFit, Gate
 from ..prediction.selection import MINIMUM_VALUES
 from ..trajectory import WeightTrajectory
 from .arguments import LM, RecordArguments
@@ -47,8 +47,7 @@ class ValidationData:
                 Other arguments of the gate. By default, batches have 8 examples, or fewer if the gate would otherwise
                 get too few batches.
         """
-        batch_size = max(1, min(Gate.batch_size, len(self.dataset) // MINIMUM_VALUES))
-        return Gate(**{"batch_size": batch_size, **vars(self), **options})
+        return Gate(**{"batch_size": _batch_size(len(self.dataset)), **vars(self), **options})
 
 
 def load_validation_data(
@@ -80,6 +79,39 @@ def load_validation_data(
             `dataset` is unknown or was trained on, columns or classes differ from those of the recording, or its
             dataset changed.
     """
+    trajectory, args = _recording(trajectory)
+    with PartialState().main_process_first():
+        validation = _recorded(args, split) if dataset == RECORDED else _other(args, dataset, split)
+        if max_examples is not None:
+            validation = replace(validation, max_eval_examples=max_examples)
+        trained, rows, classes = load_splits(args, validation)
+        if rows is None:
+            raise ValueError(f"{trajectory.path} has no validation split; name a dataset instead of {RECORDED!r}")
+        if dataset == RECORDED:
+            _check_unchanged(trajectory, args, len(trained))
+        return _prepare(trajectory, args, rows, classes)
+
+
+def load_cross_fit(trajectory: WeightTrajectory | str | Path, **options: Any) -> CrossFit:
+    """Return a [`CrossFit`] on the training rows of a trajectory of `know-hf record`.
+
+    Args:
+        trajectory ([`WeightTrajectory`], `str` or `Path`):
+            The trajectory, beside the `record.json` of its recording.
+        options:
+            Other arguments of [`CrossFit`].
+
+    Raises:
+        `FileNotFoundError`: if there is no `record.json` beside the trajectory.
+    """
+    trajectory, args = _recording(trajectory)
+    with PartialState().main_process_first():
+        rows, _, classes = load_splits(args)
+        data = _prepare(trajectory, args, rows, classes)
+    return CrossFit(**{"batch_size": _batch_size(len(data.dataset) // 2), **vars(data), **options})
+
+
+def _recording(trajectory: WeightTrajectory | str | Path) -> tuple[WeightTrajectory, RecordArguments]:
     trajectory = trajectory if isinstance(trajectory, WeightTrajectory) else WeightTrajectory(trajectory)
     path = trajectory.path.absolute().with_name("record.json")
     if not path.is_file():
@@ -87,20 +119,19 @@ def load_validation_data(
             f"{path} does not exist, so the task of {trajectory.path} is unknown; call"
             " predict_overflowed_weights(..., gate=Gate(dataset=validation_set)) in Python"
         )
-    args = read_arguments(path)
-    with PartialState().main_process_first():
-        validation = _recorded(args, split) if dataset == RECORDED else _other(args, dataset, split)
-        if max_examples is not None:
-            validation = replace(validation, max_eval_examples=max_examples)
-        trained, rows, classes = load_splits(args, validation)
-        if rows is None:
-            raise ValueError(f"{path.parent} has no validation split; name a dataset instead of {RECORDED!r}")
-        if dataset == RECORDED:
-            _check_unchanged(trajectory, args, len(trained))
-        preprocessing = load_preprocessing(args)
-        examples = preprocessing.prepare(rows)
+    return trajectory, read_arguments(path)
+
+
+def _prepare(
+    trajectory: WeightTrajectory, args: RecordArguments, rows: datasets.Dataset, classes: list[str] | None
+) -> ValidationData:
+    preprocessing = load_preprocessing(args)
     base = load_model(args, classes, preprocessing.processor)[0] if trajectory.is_adapter else None
-    return ValidationData(examples, preprocessing.collator, base)
+    return ValidationData(preprocessing.prepare(rows), preprocessing.collator, base)
+
+
+def _batch_size(num_examples: int) -> int:
+    return max(1, min(Gate.batch_size, num_examples // MINIMUM_VALUES))
 
 
 def _check_unchanged(trajectory: WeightTrajectory, args: RecordArguments, num_rows: int) -> None:
