@@ -295,6 +295,8 @@ def test_summary_shows_reports_side_by_side(report, tmp_path, capsys, monkeypatc
     condensed = tmp_path / "comparisons.json"
     printed = summary(tmp_path / "simulated", tmp_path / "failed", "--output", condensed)
     assert summary(condensed) == printed
+    assert summary(tmp_path / "simulated", condensed, "--protocol", "source", "--pages")
+    assert (tmp_path / "simulated" / "report.html").exists() and not (tmp_path / "failed" / "report.html").exists()
     assert summary(condensed, "--arms", "oracle", "--protocol", "source").count("\n") == 5
     first, second = printed.split("\n\n")
     rows = {cells[1]: cells[2:4] for line in first.splitlines() if (cells := [c.strip() for c in line.split("|")])}

@@ -8,7 +8,7 @@ Rows are arms, columns are suites. Cells show the difference from naive with its
 significant difference after Holm's correction; random, pretrained, shuffled and oracle are not tested. Numbers of a
 suite whose positive control failed are in brackets. `--output FILE` writes the data of the tables, such as
 `comparisons.json` beside KNOWN weights, which their card reads. `--figure FILE` draws the scores of one comparison
-against the learning rate.
+against the learning rate. `--pages` also writes page and figures of each output folder again.
 """
 
 import argparse
@@ -28,6 +28,11 @@ def main() -> None:
     if arguments.output is not None:
         lines = [json.dumps(condensed(report), ensure_ascii=False) for report in reports]
         arguments.output.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    if arguments.pages:
+        from know_hf.evaluation.report.pages import write_report
+
+        for folder in filter(Path.is_dir, arguments.reports):
+            write_report(folder, folder)
     if arguments.figure is not None:
         draw(reports, arguments)
     names = protocols(reports) if arguments.protocol is None else [arguments.protocol]
@@ -85,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--measure", default="accuracy", choices=("accuracy", "loss"), help="default: accuracy")
     parser.add_argument("--protocol", help="only this protocol, such as few-shot, linear-probe or source")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these rows after naive")
+    parser.add_argument("--pages", action="store_true", help="write report.html, report.md and figures again")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the data of the tables as JSON")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw scores against the learning rate")
     return parser
