@@ -21,6 +21,7 @@ from know_hf.cli import main
 from know_hf.evaluation import batches, load_suite, plan_suite, run_suite
 from know_hf.evaluation.fine_tuning import evaluate_next_token
 from know_hf.evaluation.linear_probe import features
+from know_hf.evaluation.protocols import FineTuning
 from know_hf.evaluation.suites import SUITES_DIR, Suite
 from know_hf.evaluation.suites.small_cnn import SmallCNN, SmallCNNConfig
 from know_hf.evaluation.suites.suite_data import Inputs, Side, class_turns, digits_in_frames, prepare
@@ -363,7 +364,10 @@ def test_suites_of_the_package(name, variant):
     assert suite.seeds >= 10 and suite.first_seed == 0  # sizes were chosen on seeds from 1000 on
     assert {"naive", "random", "known-step-1", "shrink", "oracle"} <= {arm.name for arm in suite.arms}
     assert all(suite.trials_per_rate % len(arm.settings) == 0 for arm in suite.arms)
-    assert any(protocol.on_source for protocol in suite.protocols) and not suite.protocols[0].on_source
+    assert any(protocol.on_source for protocol in suite.protocols)
+    assert suite.protocols[0].on_source == (name == "digits")  # the quickstart, which has little time
+    tuned = [p for p in suite.protocols if isinstance(p, FineTuning) and not p.one_trial]
+    assert tuned[0].head_rates or not suite.inputs.image_size
     assert suite.model.class_name is None or suite.model.model_class
 
 
@@ -519,3 +523,10 @@ def test_further_known_weights_get_the_arms_of_the_shipped_weights(own, further,
     arms = run_suite("digits", tmp_path, arms=own, known={"x": "folder"})
     assert [arm.name for arm in arms] == own + further
     assert {arm.known for arm in arms[len(own) :]} == {"folder"}
+
+
+def test_arms_of_a_suite_keep_its_settings(monkeypatch, tmp_path):
+    monkeypatch.setattr("know_hf.evaluation.suites.suite_run.compare_arms", lambda *_, arms, **__: arms)
+    naive, shrink, ema = run_suite("digits", tmp_path, arms=["naive", "shrink", {"name": "ema", "tuned": []}])
+    assert shrink in load_suite("digits").arms and shrink.settings == ({"factor": 0.8}, {"factor": 0.5})
+    assert (naive.name, ema.settings) == ("naive", ({},))

@@ -5,7 +5,6 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +147,6 @@ def _validated(kind: type, content: Mapping[str, Any], what: str) -> Any:
 def check_design(design: Design) -> None:
     """Check the arguments of [`compare_arms`] against each other; raises a `ValueError`."""
     names, seeds, draws = [arm.name for arm in design.arms], design.seeds, design.draws
-    trials = design.trials_per_rate
     _check_names("arm", names)
     _check_names("protocol", [protocol.name for protocol in design.protocols])
     if "trajectory" in names:
@@ -169,14 +167,12 @@ def check_design(design: Design) -> None:
     if (recorded := design.task.recorded) is not None and max(seeds) >= len(recorded):
         raise ValueError(f"seed {max(seeds)} has no trajectory; the task has {len(recorded)}")
     for arm in design.arms:
-        if trials % (count := len(arm.settings)):
-            common = lcm(*(len(other.settings) for other in design.arms))
-            fewer = max(number for number in range(1, count) if trials % number == 0)
-            tuned = [dict(setting) for setting in arm.settings[:fewer]]
+        if design.trials_per_rate % len(arm.settings):
+            count, fewer = len(arm.settings), [dict(setting) for setting in arm.settings[: design.trials_per_rate]]
             raise ValueError(
-                f"trials_per_rate={trials} is not a multiple of the {count} settings of arm {arm.name!r}, and every"
-                f" arm gets the same number of trials. Set trials_per_rate={common}, or give the arm fewer settings:"
-                f" {{'name': {arm.name!r}, 'tuned': {tuned}}}"
+                f"trials_per_rate={design.trials_per_rate} is not a multiple of the {count} settings of arm"
+                f" {arm.name!r}, and every arm gets the same number of trials. Set trials_per_rate={count}, or give"
+                f" the arm fewer settings: {{'name': {arm.name!r}, 'tuned': {fewer}}}"
             )
         for needed in arm.needs:
             _check_given(design.task, needed, f"arm {arm.name!r}")

@@ -1,7 +1,7 @@
 r"""Compare the arms of a suite; the same as `know-hf compare`.
 
     python recipes/compare/compare.py mnist-halves --output-dir outputs/mnist-halves --processes 2
-    python recipes/compare/compare.py fashion-halves:resnet --output-dir outputs/fashion-resnet --processes 2 \
+    python recipes/compare/compare.py fashion-halves:vit --output-dir outputs/fashion-vit --processes 2 \
         --data zalando-datasets/fashion_mnist=/path/to/fashion_mnist
 """
 

@@ -1,6 +1,6 @@
 """Print the results of several comparisons side by side, one Markdown table per protocol.
 
-    python recipes/compare/summary.py outputs/mnist-halves outputs/fashion-resnet
+    python recipes/compare/summary.py outputs/mnist-halves outputs/letters
     python recipes/compare/summary.py know_hf/known/weights/known-base/comparisons.json --arms random oracle
     python recipes/compare/summary.py outputs/published --protocol tuned --arms known-step-2 --figure rates.svg
 

@@ -34,7 +34,7 @@ def run_suite(
         output_dir (`str` or `Path`):
             See [`compare_arms`].
         arms (sequence, *optional*):
-            Arms instead of those of the suite, see [`make_arm`].
+            Arms instead of all of the suite: names of its arms, which keep its settings, or others, see [`make_arm`].
         data (`Mapping[str, str]`, *optional*):
             Folders to read the datasets of the suite from, by their Hub ids.
         models (`Mapping[str, str]`, *optional*):
@@ -75,7 +75,7 @@ def suite_arguments(
     dataset_paths = _expanded("data", data, {suite.source.dataset, suite.target.dataset}, suite.name)
     model_paths = _expanded("models", models, {suite.model.pretrained} - {None}, suite.name)
     check_output(output_dir, [*dataset_paths.values(), *model_paths.values()], replaces=False)
-    compared = [arm if isinstance(arm, Arm) else make_arm(arm) for arm in (suite.arms if arms is None else arms)]
+    compared = list(suite.arms) if arms is None else [_arm(arm, suite) for arm in arms]
     names = {arm.name for arm in compared}
     for name, weights in (known or {}).items():
         further = known_step_arms(name=name, known=os.path.expanduser(weights))
@@ -91,6 +91,12 @@ def suite_arguments(
         "name": suite.name,
         "description": suite.description,
     }
+
+
+def _arm(arm: Arm | str | Mapping[str, Any], suite: Suite) -> Arm:
+    if isinstance(arm, Arm):
+        return arm
+    return next((own for own in suite.arms if own.name == arm), None) or make_arm(arm)
 
 
 def _expanded(argument: str, paths: Mapping[str, str] | None, ids: set[Any], suite: str) -> dict[str, str]:
