@@ -11,13 +11,17 @@ from know_hf.evaluation import compare_arms, make_arm
 from know_hf.evaluation.measure import arm_sources
 from know_hf.evaluation.protocols import ZeroShot
 from know_hf.evaluation.suites.suite_task import SuiteTask
+from know_hf.prediction.choosing.cross_fit import CROSS_FIT_FAMILY
 
 HEAD = "classifier.weight"
 
 
 @pytest.fixture(scope="module")
 def suite():
-    return make_task(schedule={"ratio": 0.5, "num_states": 2}, training={"use_cpu": True, "num_train_epochs": 2})
+    return make_task(
+        schedule={"ratio": 0.5, "num_states": 2},
+        training={"use_cpu": True, "num_train_epochs": 2, "learning_rate": 0.01},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +80,21 @@ def test_another_theta_0_is_an_error(suite, sources, tmp_path):
     trajectory = WeightTrajectory(sources.trajectory.path)
     with pytest.raises(ValueError, match=r"branch_trajectory\(3, .*another Θ0.*classifier"):
         arm_sources(task, 3, trajectory, None, tmp_path / "x").branch_trajectory()
+
+
+def test_cross_fitting_writes_what_it_chose_and_records_its_cost(sources):
+    arm, branches = make_arm("cross-fit"), sources.branch_trajectory()
+    model, choice = arm.initial_weights(sources)
+    assert choice["num_candidates"] == 1 + len(CROSS_FIT_FAMILY)
+    assert choice["forward_passes"] == 40 * choice["num_candidates"]
+    members = {candidate.name: candidate for candidate in CROSS_FIT_FAMILY}
+    expected = branches.tensor(HEAD)
+    assert choice["kept"] is (choice["chosen"] not in members)
+    if not choice["kept"]:
+        chosen = members[choice["chosen"]]
+        spec = {"name": "x", "predictor": chosen.predictor, "options": chosen.options}
+        expected = make_arm(spec).initial_model(sources).state_dict()[HEAD]
+    torch.testing.assert_close(model.state_dict()[HEAD], expected)
+    assert arm.role == "method" and arm.training_cost(branches) == 2.2
+    with pytest.raises(ValueError, match=r"not the one that .* was recorded from"):
+        arm.initial_model(replace(sources, train=sources.source))

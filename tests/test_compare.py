@@ -414,7 +414,7 @@ def test_an_equal_difference_at_every_seed_is_a_warning(task, tmp_path):
         ({}, {"arms": ["naive", "naive"]}, "arm 'naive' needs a unique name"),
         ({}, {"arms": ["naive", {"name": "trajectory", "predictor": "average"}]}, "'trajectory'"),
         ({}, {"arms": ["naive", "oracle"]}, "arm 'oracle' needs oracle_model of the task"),
-        ({"source": few_source}, {"arms": ["naive", "gate"]}, "'gate' needs at least 10 .*, got 4"),
+        ({"source": few_source}, {"arms": ["naive", "gate"]}, "'gate' needs at least 10 .*validation.* got 4"),
         (
             {},
             {"trials_per_rate": 3},

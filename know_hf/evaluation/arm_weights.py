@@ -1,19 +1,21 @@
 """Initial weights of arms: made from the recorded states, from other models, or by prediction."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, default_data_collator
 
 from ..batch_norm import recalibrate_batch_norm
 from ..known import KNOWNModel
 from ..model_tensors import is_adapter, names_in_memory
-from ..prediction import PredictionPlan, TensorSource, WriteOptions, write_checkpoint
-from ..prediction.choosing import Gate
+from ..prediction import PredictionPlan, PredictionResult, TensorSource, WriteOptions, write_checkpoint
+from ..prediction.choosing import CrossFit, Gate
+from ..prediction.choosing.cross_fit import write_cross_fitted
 from ..prediction.choosing.gate import write_best_candidate
 from ..prediction.engine import PredictedTensors
 from ..prediction.selection import MINIMUM_VALUES
@@ -23,7 +25,7 @@ from ..predictors import Rescale
 from ..roles import PREDICTED_DTYPES
 from ..trajectory import WeightTrajectory, load_pretrained
 from ..trajectory.merging import merge_adapter
-from .fine_tuning import Examples, batches
+from .fine_tuning import Examples, batches, trimmed
 
 LARGEST_SIDE = 4096  # of matrices to decompose; larger ones would take hours
 _GATE_BATCH = 8  # as a gate's own
@@ -59,6 +61,8 @@ class ArmSources:
             Device of the models; the CPU by default.
         source (mapping of tensors, *optional*):
             Validation examples of the source task, for a gate. Never those that arms are tested on.
+        train (mapping of tensors, *optional*):
+            Training examples of the source task, in the order in which the trainings get them, for cross-fitting.
         target (mapping of tensors, *optional*):
             Training examples of the target task: `gate-few` uses as many of `source`.
     """
@@ -76,6 +80,7 @@ class ArmSources:
     model_class: type[PreTrainedModel] | None = None
     device: torch.device | None = None
     source: Examples | None = None
+    train: Examples | None = None
     target: Examples | None = None
 
     def recalibrate(self, model: PreTrainedModel) -> None:
@@ -176,18 +181,40 @@ def chosen_by_gate(
         most = max(len(sources.target["labels"]), MINIMUM_VALUES)
         examples = {name: tensor[:most] for name, tensor in examples.items()}
     count = len(examples["labels"])
-    batch_size = max(1, min(_GATE_BATCH, count // MINIMUM_VALUES))
 
     def losses(model: Any) -> list[float]:
         sources.recalibrate(model)
-        return [float(model(**batch).loss) for batch in batches(examples, batch_size, device=model.device)]
+        return [float(model(**b).loss) for b in batches(examples, _gate_batch(count), device=model.device)]
 
     gate = Gate(losses, base_model=sources.base(), device=sources.device)
-    result = write_best_candidate(gate, plan, folder, _options(sources)).gate
-    assert result is not None
-    num_candidates = len(result.candidates) + len(result.screened)
-    choice = {"chosen": result.chosen, "kept": result.is_reference, "num_candidates": num_candidates}
-    return _loaded(sources, folder), {**choice, "forward_passes": num_candidates * count}
+    result = write_best_candidate(gate, plan, folder, _options(sources))
+    return _loaded(sources, folder), _choice(result, count)
+
+
+def chosen_by_cross_fit(
+    sources: ArmSources, folder: Path, plan: PredictionPlan
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Choose by [`CrossFit`], on the halves of the training examples that the branches have not seen.
+
+    Args:
+        sources ([`ArmSources`]):
+            With the training examples; the trajectory is that of the branches.
+        folder, plan:
+            As in [`chosen_by_gate`], with the same result.
+    """
+    assert sources.train is not None
+    count = len(sources.train["labels"]) // 2
+    cross_fit = CrossFit(
+        _Rows(sources.train),
+        lambda rows: trimmed(default_data_collator(rows)),
+        _gate_batch(count),
+        base_model=sources.base(),
+        device=sources.device,
+    )
+    has_batch_norm = any(role.is_batch_norm for role in sources.trajectory.roles.values())
+    options = replace(_options(sources), recalibrate_with=sources.batches if has_batch_norm else None)
+    result = write_cross_fitted(cross_fit, plan, folder, options)
+    return _loaded(sources, folder), _choice(result, 2 * min(count, cross_fit.max_examples))
 
 
 def matched_shrink(sources: ArmSources, folder: Path, plan: PredictionPlan) -> PreTrainedModel:
@@ -263,6 +290,29 @@ def _written(
     """Write tensors as a float32 checkpoint and load it."""
     write_checkpoint(sources.trajectory, tensors, folder, _options(sources))
     return _loaded(sources, folder)
+
+
+class _Rows(Dataset[dict[str, Tensor]]):
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples["labels"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index] for name, tensor in self.examples.items()}
+
+
+def _gate_batch(count: int) -> int:
+    return max(1, min(_GATE_BATCH, count // MINIMUM_VALUES))
+
+
+def _choice(result: PredictionResult, count: int) -> dict[str, Any]:
+    gate = result.gate
+    assert gate is not None
+    number = len(gate.candidates) + len(gate.screened)
+    choice = {"chosen": gate.chosen, "kept": gate.is_reference, "num_candidates": number}
+    return {**choice, "forward_passes": number * count}
 
 
 def _options(sources: ArmSources) -> WriteOptions:

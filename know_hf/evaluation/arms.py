@@ -25,6 +25,7 @@
 | `family` | Θ0, an average, a task vector or a shrink | which of them |
 | `gate` | what a [`Gate`] chooses from its family by the loss on source validation examples | |
 | `gate-few` | the same with as many of these examples as the target task has training labels | |
+| `cross-fit` | what [`CrossFit`] chooses, on the halves of the training data that two branches have not seen | |
 
 The name of any registered predictor is an arm too. A tuned option is chosen on validation data of the *target* task,
 by training; a gate chooses on the *source* task, by forward passes.
@@ -44,6 +45,7 @@ from ..predictors import get_predictor
 from ..trajectory import WeightTrajectory
 from .arm_weights import (
     ArmSources,
+    chosen_by_cross_fit,
     chosen_by_gate,
     matched_shrink,
     moved_by_singular_vectors,
@@ -55,7 +57,7 @@ from .arm_weights import (
 
 _MODELS = {"fresh": "fresh_model", "pretrained": "pretrained_model", "oracle": "oracle_model"}
 _REFERENCES = (*_MODELS, "shuffled")
-_PLANNED = ("predicted", "matched_shrink", "gate")
+_PLANNED = ("predicted", "matched_shrink", "gate", "cross_fit")
 _KINDS = (*_REFERENCES, *_PLANNED, "state", "trained_on", "task_singular_vectors")
 _OF_ONE_TRAINING = frozenset({"shrink", "rescale", "start_interpolation"})
 _OF_THE_TAIL = frozenset({"tail_average", "bema"})  # of one training if its tail is recorded
@@ -75,7 +77,8 @@ class Arm:
             `"state"` (a state of the trajectory), `"fresh"` (newly initialised), `"pretrained"` (the start of the
             training), `"oracle"` (trained on more data), `"shuffled"`, `"trained_on"` (Θ0 trained further),
             `"predicted"`, `"matched_shrink"` (Θ0 with each tensor scaled as a prediction scales it),
-            `"task_singular_vectors"` or `"gate"` (the best candidate on source validation data).
+            `"task_singular_vectors"`, `"gate"` (the best candidate on source validation data) or `"cross_fit"` (the
+            best on halves of the training data).
         description (`str`):
             For reports.
         predictor (`str`, *optional*, defaults to `"known"`):
@@ -121,7 +124,7 @@ class Arm:
         used instead of naive, and `"reference"` otherwise."""
         if self.kind in _REFERENCES or (self.kind == "state" and self.state == 0 and not self.tuned):
             return "reference"
-        if self.kind == "gate" or any("predictor" in setting for setting in self.tuned):
+        if self.kind in ("gate", "cross_fit") or any("predictor" in setting for setting in self.tuned):
             return "method"
         is_learned = self.kind == "predicted" and not set(self.predictor.split("+")) <= _CONTROLS
         return "method" if is_learned else "control"
@@ -141,6 +144,8 @@ class Arm:
         """Names of what the weights are made with, of the sources and of the task."""
         if self.kind == "gate":
             return ("source", "target") if self.options.get("examples") == "few" else ("source",)
+        if self.kind == "cross_fit":
+            return ("source", "branch_trajectory")
         if self.kind == "trained_on":
             return ("train_further",)
         if self.kind in _MODELS:
@@ -151,7 +156,9 @@ class Arm:
     @property
     def uses_branches(self) -> bool:
         """Whether the weights are made of the trajectory of branches."""
-        return self.kind in _PLANNED and not _OF_BRANCHES.isdisjoint(self.predictor.split("+"))
+        return self.kind == "cross_fit" or (
+            self.kind in _PLANNED and not _OF_BRANCHES.isdisjoint(self.predictor.split("+"))
+        )
 
     @property
     def uses_known(self) -> bool:
@@ -212,9 +219,11 @@ class Arm:
             return replace(self, predictor=options.pop("predictor"), options=options).initial_weights(sources)
         if self.uses_branches and sources.branch_trajectory is not None:
             sources = replace(sources, trajectory=sources.branch_trajectory())
-        if self.kind == "gate":
+        folder = sources.output_dir / self.name
+        if self.kind == "cross_fit":
+            model, choice = chosen_by_cross_fit(sources, folder, self._plan(sources, options))
+        elif self.kind == "gate":
             few = options.pop("examples", "all") == "few"
-            folder = sources.output_dir / self.name
             model, choice = chosen_by_gate(sources, folder, self._plan(sources, options), few)
         else:
             model = self._weights(sources, options)
@@ -368,6 +377,7 @@ NAMED_ARMS = (
         description="chosen by a gate on as many source examples as the target has labels",
         options={"examples": "few"},
     ),
+    Arm("cross-fit", "cross_fit", "chosen on halves of the training data that branches have not seen", "average"),
 )
 
 _FURTHER_ARMS = (  # not by default: not every trajectory has a start, nor every model a symmetry

@@ -182,13 +182,15 @@ def check_design(design: Design) -> None:
 
 def check_protocols(design: Design) -> None:
     """Check that grids can be refined, measures computed, classes filled and gates used; raises a `ValueError`."""
-    if gates := [arm.name for arm in design.arms if arm.kind == "gate"]:
+    if gates := [arm for arm in design.arms if arm.kind in ("gate", "cross_fit")]:
         source, _ = design.task.splits(design.seeds[0], draws=0)
-        count = 0 if source is None else len(source.validation["labels"])
-        if count < MINIMUM_VALUES:
+        assert source is not None
+    for arm in gates:
+        part, least = ("train", 2 * MINIMUM_VALUES) if arm.kind == "cross_fit" else ("validation", MINIMUM_VALUES)
+        if (count := len(getattr(source, part)["labels"])) < least:
             raise ValueError(
-                f"arm {gates[0]!r} needs at least {MINIMUM_VALUES} source validation examples, got {count}; add some,"
-                " or leave out the arm"
+                f"arm {arm.name!r} needs at least {least} examples in {part} of the source, got {count}; add some, or"
+                " leave out the arm"
             )
     other = [measure.name for measure in design.task.measures if measure.name not in (ACCURACY.name, LOSS.name)]
     for protocol in design.protocols:

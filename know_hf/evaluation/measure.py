@@ -168,6 +168,7 @@ def arm_sources(
         model_class=task.model_class,
         device=device(),
         source=None if source is None else source.validation,
+        train=None if source is None else source.train,
         target=targets[0].train if targets else None,
     )
 

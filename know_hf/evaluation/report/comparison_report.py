@@ -20,7 +20,7 @@ order of `seeds`. Unknown values are null; no value is NaN or infinite. Readers 
                       shuffled: not a candidate)
         description   str
         kind          "state", "fresh", "pretrained", "oracle", "shuffled", "trained_on", "predicted",
-                      "matched_shrink", "task_singular_vectors" or "gate"
+                      "matched_shrink", "task_singular_vectors", "gate" or "cross_fit"
         settings      [{option: value}], the settings evaluated, [{}] without options
         spec          {…}, the arm as `make_arm` takes it}}
     protocols         {protocol: {kind, measures: [str], … its own settings}}
