@@ -62,6 +62,7 @@ def test_checkpoint_and_trajectory_have_the_accuracy_of_their_arms(finished, sma
     test = SuiteTask(load_suite(small)).source_split(3).test
     assert accuracy(model, test) == pytest.approx(source["known-step-2"].per_seed[0])
     card = (finished.enhanced / "README.md").read_text()
+    assert "(these weights)" in card and "No comparison was run" not in card
     assert "accuracy" in card and (finished.enhanced / "forgetting.png").exists()
     recorded = [state.metrics["unseen_accuracy"] for state in WeightTrajectory(finished.trajectory).states]
     assert len(recorded) == 5 and recorded[0] == source["naive"].per_seed[0]

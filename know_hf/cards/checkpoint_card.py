@@ -5,25 +5,24 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, ClassVar, Unpack
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..checkpoint import file_sha256
 from ..config_files import check_keys
-from ..known import KNOWNConfig, KNOWNModel
+from ..known import KNOWNModel
 from ..markdown import Table, clean, percent, python, python_call
-from ..prediction import SHIPPED_KNOWN, PredictionResult
-from ..predictors import Composition, Predictor
+from ..prediction import PredictionResult
+from ..predictors import Predictor
 from ..trajectory import WeightTrajectory
 from ..trajectory.recorder import library_versions
-from .base import Source, shown_folder, source
+from .base import Source, shown_folder
+from .described_predictor import compared_elsewhere, described_predictor
 from .evidence import comparison_table, eval_results, gate_table, recorded_comparison, recorded_gate
 from .model_loading import adapter_loading_code, loading_code
 from .recorded_card import About, RecordedCard, recorded_fields
-from .suite_tables import COMPARISONS_NAME, protocols, tally
 
 _IMPORTABLE = (  # from know_hf, by the code in the card
     *("ForgettingSchedule", "KNOWNModel", "WeightTrajectory"),
@@ -121,7 +120,7 @@ class CheckpointCard(RecordedCard):
         kind = "Enhanced checkpoint" if state is None else "Average of recorded states"
         kind = kind if state is None or isinstance(state, list) else f"Recorded state {_state_name(state)}"
         recorded = recorded_fields(trajectory, about, kind)
-        described = _described(predictor, about.get("predictor_options"), about.get("known_revision"))
+        described = described_predictor(predictor, about.get("predictor_options"), about.get("known_revision"))
         name = about.get("trajectory_id") or getattr(trajectory.repo, "repo_id", None)
         revision = about.get("trajectory_revision") or getattr(trajectory.repo, "commit", None)
         return cls(
@@ -139,7 +138,7 @@ class CheckpointCard(RecordedCard):
             ],
             warnings=list(result.warnings),
             predicted_with=library_versions(),
-            elsewhere=_elsewhere(described["known"], steps),
+            elsewhere=compared_elsewhere(described["known"], steps),
             rescaled=None if result.rescaling is None else str(result.rescaling),
             gate=gate,
             folder=shown_folder(result.path),
@@ -298,47 +297,6 @@ def _chosen_state(gate: Mapping[str, Any] | None) -> int | str | list[int | str]
 
 def _state_name(state: Any) -> str:
     return f"Θ{state}" if isinstance(state, int) else f"`{state}`"
-
-
-def _described(
-    predictor: Predictor | KNOWNModel | str, options: Mapping[str, Any] | None, known_revision: str | None
-) -> dict[str, Any]:
-    if isinstance(predictor, str):
-        options = {name: value for name, value in (options or {}).items() if value is not None}
-        return {"name": predictor, "module": None, "options": options, "known": None}
-    if isinstance(predictor, Composition):
-        members = [_described(member, None, known_revision) for member in predictor.members]
-        name = "+".join(member["name"] for member in members)
-        return {"name": name, "module": None, "options": {}, "known": members[0]["known"], "members": members}
-    config = getattr(getattr(predictor, "model", predictor), "config", None)
-    if isinstance(config, KNOWNConfig):
-        return {"name": "known", "module": None, "options": {}, "known": _known(config, known_revision)}
-    kind = type(predictor)
-    # without the copies of models that asdict would make
-    options = {f.name: getattr(predictor, f.name) for f in fields(predictor)} if is_dataclass(predictor) else {}
-    options = {name: value for name, value in options.items() if isinstance(value, str | int | float)}
-    return {"name": kind.__name__, "module": kind.__module__, "options": options, "known": None}
-
-
-def _known(config: KNOWNConfig, revision: str | None) -> dict[str, Any]:
-    path = config.name_or_path or ""
-    weights = Path(path) / "model.safetensors"
-    return {
-        **(source(path, revision) if path else Source(name="in memory", on_hub=False, revision=None)),
-        "shipped": Path(path).resolve().parent == SHIPPED_KNOWN.parent,
-        "sha256": file_sha256(weights) if path and weights.is_file() else None,
-        "trajectories": (config.trained_on or {}).get("trajectories"),
-    }
-
-
-def _elsewhere(known: Mapping[str, Any] | None, steps: int) -> dict[str, Any] | None:
-    if known is None or not known["shipped"]:
-        return None
-    path = SHIPPED_KNOWN.with_name(Path(known["name"]).name) / COMPARISONS_NAME
-    reports = json.loads(path.read_text(encoding="utf-8"))
-    protocol = protocols(reports)[0]
-    suites = tally(reports, protocol, f"known-step-{steps}")
-    return {"what": protocol, **suites} if any(suites.values()) else None
 
 
 def _opening(card: CheckpointCard) -> list[str]:
