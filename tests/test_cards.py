@@ -229,7 +229,7 @@ def test_unknown_keys_and_invalid_ids_raise(opened):
 
 
 def test_states(card):
-    card.warnings = []
+    card.warnings, card.predictor = [], card.predictor | {"name": "average", "known": None}
     card.states[0] |= {"num_examples": None, "size": "the entire stream", "steps": 0}
     for loss, forgot_nothing in ((0.5, False), (2.0, True)):
         card.states[0]["metrics"]["eval_loss"], card.states[-1]["metrics"]["eval_loss"] = loss, 1.0

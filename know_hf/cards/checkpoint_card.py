@@ -173,6 +173,10 @@ class CheckpointCard(RecordedCard):
         return self.predictor["known"] if self.chosen_state is None else None
 
     @property
+    def not_forgotten(self) -> list[str]:
+        return super().not_forgotten if self.known is None else []  # the prediction warns about it
+
+    @property
     def data_factor(self) -> float | None:
         """How many times the data KNOWN's steps stand for, r^(-steps)."""
         return None if self.ratio is None or self.known is None else self.ratio**-self.steps

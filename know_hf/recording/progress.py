@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..data.subsets import Subset
 from ..distributed import is_sharded, on_main_process
+from ..markdown import percent
 from ..model_tensors import memory_key
 from ..trajectory import StateRecord, WeightTrajectory
 from ..trajectory.summary import displacement, metrics_summary
@@ -63,7 +64,7 @@ class Progress:
         stage = len(self._steps)
         values = {"state": stage, "displacement": moved, "num_examples": record.num_examples}
         self._steps.append(record.steps)
-        self._last_move = f", {record.label} moved by {moved:.1%}" if stage else ""
+        self._last_move = f", {record.label} moved by {percent(moved)}" if stage else ""
         self._written[stage] = {key: value for key, value in values.items() if value is not None}
         self._bar.update()
 
