@@ -72,6 +72,7 @@ def test_few_shot_draws_are_the_same_for_both_and_new_heads_are_trained(trajecto
     assert [seed for _, seed in runs] == [0, 0, 1, 1]
     splits = [split for split, _ in runs]
     assert splits[0].content() == splits[1].content() != splits[2].content()
+    assert "edge of the grid" in result.notes[0]  # of two rates
     assert splits[0].train["labels"].unique(return_counts=True)[1].tolist() == [4] * 4
     assert len(splits[0].validation["labels"]) == 64 - 16 and splits[0].num_labels == 4
     both = torch.cat([splits[0].train["pixel_values"], splits[0].validation["pixel_values"]])

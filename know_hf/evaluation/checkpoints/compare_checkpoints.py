@@ -209,12 +209,15 @@ def _fine_tuned(
     d, test_of = paired_difference(b, a), f"paired t-test over {len(splits)} draws"
     what = f"{protocol.what[:1].upper()}{protocol.what[1:]}"
     score = PairedScore(what, ACCURACY, mean(a), mean(b), d.mean, d.low, d.high, d.p_value, test_of)
-    a_rate, b_rate = (f"{median_low(trial.learning_rate or 0.0 for trial in of_model):g}" for of_model in chosen)
+    medians = [median_low(trial.learning_rate or 0.0 for trial in of_model) for of_model in chosen]
+    grid, (a_rate, b_rate) = protocol.learning_rates, (f"{rate:g}" for rate in medians)
+    at_edge = len(grid) > 1 and {min(grid), max(grid)} & {*medians}
+    wider = " They are at the edge of the grid; pass a protocol with a wider one." if at_edge else ""
     head = "" if splits[0].num_labels is None else ", of the new head"
     note = (
         f"{what}: the interval is over {len(splits)} draws of the examples{head} and of their order, the same for"
-        f" both. Each has the best of {len(protocol.learning_rates)} learning rates, by validation examples (median"
-        f" {a_rate} for A, {b_rate} for B). The draws share the training data and the test examples."
+        f" both. Each has the best of {len(grid)} learning rates, by validation examples (median {a_rate} for A,"
+        f" {b_rate} for B).{wider} The draws share the training data and the test examples."
     )
     return score, note
 
