@@ -91,6 +91,8 @@ def test_the_held_out_rows_are_evaluated_as_in_the_recording(recording):
     errors = data.make_gate(metric="accuracy").losses(trajectory.load_model())
     assert 1 - sum(errors) / 12 == pytest.approx(trajectory.states[0].metrics["eval_accuracy"])
     assert len(load_validation_data(recording, max_examples=10).dataset) == 10
+    flags = ["--validation", "recorded", "--dry-run", "--output-dir", str(recording.with_name("none"))]
+    assert main(["predict", str(recording), *flags]) == 0  # of two states, too few for KNOWN
 
 
 def test_another_dataset_has_the_columns_and_classes_of_the_recording(recording, reviews, tmp_path):
