@@ -39,7 +39,7 @@ def test_trajectories(folder, name):
     trajectory.verify()
     for key in ("num_states", "is_adapter", "base_model", "base_revision", "tied_weights"):
         assert getattr(trajectory, key) == expected[key]
-    newer = {"tail_states": 0, "kind": "nested"}
+    newer = {"tail_states": 0, "kind": "nested", "branch_from": "state-0"}
     assert (trajectory.schedule and trajectory.schedule.to_dict()) == (
         expected["schedule"] and expected["schedule"] | newer
     )
