@@ -119,6 +119,8 @@ def test_branches_from_theta0_part_at_theta0(tmp_path):
     plan = plan_prediction(trajectory, predictor="model_stock")
     assert plan.snapshots == ["branch-0", "branch-1", 0]
     assert "states    1 (read: branch-0, branch-1 and Θ0)" in str(plan)
+    shrunk = predicted(trajectory, "shrink", tmp_path, predictor_options={"factor": 0.5})
+    torch.testing.assert_close(shrunk, 0.5 * start)
     pieces = plan_prediction(trajectory, predictor="average", estimate_time=False).memory
     assert plan.seconds is None and plan.memory > pieces + 3 * 4 * 3 * truth.numel()
 
@@ -216,6 +218,9 @@ def test_what_a_trajectory_lacks_is_named(trajectory, tmp_path, record_states):
         predict(trajectory, predictor="model_stock", **output)
     with pytest.raises(ValueError, match=r"StartInterpolation .* no start.*induce_forgetting"):
         predict(record_states(make_resnet(), 2), predictor="start_interpolation", **output)
+    alone = record(tmp_path / "alone", torch.zeros(SHAPE), torch.ones(SHAPE), [torch.ones(SHAPE)])
+    with pytest.raises(ValueError, match=r"TailAverage has nothing .* no tail.*tail_states"):
+        predict(alone, predictor="tail_average", **output)
     with pytest.raises(ValueError, match="one step, got steps=2"):
         predict(trajectory, predictor="start_interpolation", steps=2, **output)
     with pytest.raises(ValueError, match="start_interpolation' with a slope"):

@@ -14,7 +14,7 @@ from .pieces import Piece, pieces_of
 from .plan import COPIED_COST, PredictionPlan, model_json
 from .residuals import ResidualReport, is_finite
 from .result import PredictionResult
-from .snapshot_predictions import CompleteTensors
+from .snapshot_predictions import CompleteTensors, MissingSnapshotsError
 from .tensor_sources import TensorSource, cast, check_finite, check_history, count_differences, count_piece
 from .warnings import (
     code_warnings,
@@ -44,8 +44,16 @@ def write_prediction(
             How to write.
         finish (`Callable[[Path, PredictionResult], None]`, *optional*):
             Called on the main process with the folder before it gets its final name.
-    """
 
+    Raises:
+        `MissingSnapshotsError`: if there is nothing but Θ0 to predict from.
+    """
+    if len(plan.snapshots) < 2 and plan.rescaling is None:
+        raise MissingSnapshotsError(
+            f"{type(plan.predictor).__name__} has nothing to predict from but Θ0: {plan.trajectory.path} has one state"
+            " and no tail. Record with ForgettingSchedule(num_states=5) or tail_states=4, or choose a predictor of the"
+            " start or branches"
+        )
     models = [getattr(plan.predictor, "model", None)]
     with checkpoint_folder(plan.trajectory, output_dir, options, models) as folder:
         reports = fill_checkpoint(plan.trajectory, PredictedTensors(plan), folder, options)
