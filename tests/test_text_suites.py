@@ -164,7 +164,7 @@ target: {dataset: someone/texts, pool: test, train: 8, validation: 20, test: 40}
 model:
   class_name: GPT2LMHeadModel
   config: {vocab_size: 256, n_positions: 16, n_embd: 16, n_layer: 1, n_head: 2, bos_token_id: null, eos_token_id: null}
-schedule: {ratio: 0.5, num_states: 2, stratify_by: null}
+schedule: {ratio: 0.5, num_states: 2}
 training: {num_train_epochs: 4, per_device_train_batch_size: 4, learning_rate: 0.01, use_cpu: true}
 trials_per_rate: 1
 protocols:

@@ -132,7 +132,8 @@ class SuiteTask:
 
     def _record(self, seed: int, folder: Path, work: Path, schedule: Mapping[str, Any]) -> WeightTrajectory:
         trainer = self._trainer(seed, self.suite.source.train, work)
-        options = {"stratify_by": "labels", "seed": seed, **schedule}
+        stratify_by = None if self.suite.inputs.next_byte else "labels"
+        options = {"stratify_by": stratify_by, "seed": seed, **schedule}
         return induce_forgetting(trainer, ForgettingSchedule(**options), folder)
 
     @property
