@@ -16,7 +16,7 @@ from .suite_task import SuiteTask
 
 SUITE = "digits"
 ARMS = ("naive", "random", "known-step-2", "shrink", "oracle")
-NUM_SEEDS = 6
+NUM_SEEDS = 5
 STEPS = 2
 
 
