@@ -1,6 +1,5 @@
 """Import of the published Keras weights."""
 
-import sys
 from pathlib import Path
 
 import h5py
@@ -97,12 +96,6 @@ def test_config_of_another_size(keras_folder):
     folder, _ = keras_folder
     with pytest.raises(ValueError, match=r"'dense/dense/kernel:0'.*\(5, 64\).*\(3, 64\)"):
         KNOWNModel.from_keras(folder, KNOWNConfig(num_states=3))
-
-
-def test_without_h5py(keras_folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ImportError, match=r'pip install "know_hf\[keras\]"'):
-        KNOWNModel.from_keras(keras_folder[0])
 
 
 @pytest.fixture

@@ -324,12 +324,10 @@ def test_auto_on_a_cpu(model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "_installed_version", lambda package: Version("0.44.0"))
         assert torch.equal(residual(model, history, "conv"), folded)
-        with pytest.raises(ImportError, match=r"llvmlite 0\.45.*0\.44\.0.*'know_hf\[fast\]'"):
+        with pytest.raises(ImportError, match=r"llvmlite 0\.45.*0\.44\.0"):
             residual(model, history, "conv", "cpu")
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     assert torch.equal(residual(model, history, "conv"), folded)
-    with pytest.raises(ImportError, match=r"'cpu'.*llvmlite.*'know_hf\[fast\]'"):
-        residual(model, history, "conv", "cpu")
 
 
 def test_kernels_that_cannot_run(model, monkeypatch):
@@ -340,10 +338,6 @@ def test_kernels_that_cannot_run(model, monkeypatch):
         prepare(model, "conv", "triton")
     with pytest.raises(ValueError, match=r"'cpu'.*meta.*model\.cpu\(\)"):
         prepare(copy.deepcopy(model).to("meta"), "conv", "cpu")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ImportError, match=r"pip install triton"):
-        prepare(model, "conv", "triton")
 
 
 @pytest.mark.parametrize(

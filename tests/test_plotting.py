@@ -182,10 +182,3 @@ def test_names_are_drawn_as_literal_text():
 def test_invalid_input_raises(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
-
-
-def test_missing_matplotlib_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"know_hf\[plot\]"):
-        plot_forgetting(SIZES, [0.9, 0.8, 0.6])

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 from transformers import AutoModelForImageClassification
@@ -89,11 +88,3 @@ def test_errors(finished, small, tmp_path):
     with pytest.raises(ValueError, match=r"seed .*-1"):
         run_quickstart(tmp_path / "out", -1)
     assert not (tmp_path / "out").exists()
-
-
-def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
-    from know_hf.evaluation.suites.suite_data import digits_in_frames
-
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match="know_hf\\[demo\\]"):
-        digits_in_frames(16)

@@ -1,5 +1,3 @@
-import sys
-
 import numpy as np
 import pytest
 
@@ -56,12 +54,6 @@ def test_holm_by_hand_in_the_given_order():
 def test_invalid_values_are_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_a_missing_scipy_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(ImportError, match=r"know_hf\[compare\]"):
-        mean_and_interval([1.0, 2.0])
 
 
 # n and d of a two-sided paired t-test at level 0.05 with a power of 80%, by G*Power 3.1

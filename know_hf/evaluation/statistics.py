@@ -13,6 +13,8 @@ from types import ModuleType
 
 import numpy as np
 
+from ..extras import missing
+
 _NO_SPREAD = 1e-12  # relative to the largest difference: below it the differences are equal up to rounding
 
 
@@ -189,5 +191,5 @@ def scipy_stats() -> ModuleType:
     try:
         from scipy import stats
     except ImportError as error:
-        raise ImportError("confidence intervals need scipy: pip install 'know_hf[compare]'") from error
+        raise missing("the confidence interval", "scipy", "compare") from error
     return stats

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..extras import missing
+
 if TYPE_CHECKING:
     import h5py
 
@@ -73,7 +75,7 @@ def open_hdf5(path: Path) -> "h5py.File":
     try:
         import h5py
     except ImportError as error:
-        raise ImportError(f'{path.name} is an HDF5 file, which needs h5py; pip install "know_hf[keras]"') from error
+        raise missing(f"the HDF5 file {path.name}", "h5py", "keras") from error
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found; download the published file, or check the folder")
     with hdf5_errors(path):

@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..extras import missing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -42,7 +44,7 @@ def new_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("figures need matplotlib; install it with pip install 'know_hf[plot]'") from error
+        raise missing("the figure", "matplotlib", "plot") from error
     return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...extras import missing
 from ...markdown import clean
 from ...plotting import adaptive_svg
 from .figures import ReportFigure
@@ -54,7 +55,7 @@ def _to_html(body: str, figures: Mapping[str, ReportFigure]) -> str:
     try:
         from markdown_it import MarkdownIt
     except ImportError as error:
-        raise ImportError("the report needs markdown-it-py; install it with pip install 'know_hf[compare]'") from error
+        raise missing("the report", "markdown-it-py", "compare") from error
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.add_render_rule("image", _image)
     parser.add_render_rule("fence", _fence)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...checkpoint import apply_umask
+from ...extras import missing
 from ..fine_tuning import Examples, trimmed
 
 DIGITS = "sklearn/digits"  # scikit-learn ships this dataset
@@ -206,7 +207,7 @@ def digits_in_frames(frame: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(f"{DIGITS} needs scikit-learn; run: pip install 'know_hf[demo]'") from error
+        raise missing(DIGITS, "scikit-learn", "demo") from error
 
     digits = load_digits()
     positions = np.random.RandomState(_POSITION_SEED).randint(0, frame - 8 + 1, size=(len(digits.images), 2))

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from packaging.version import Version
 
+from ...extras import missing
 from ..modeling_known import KNOWNModel
 from .chunks import ResidualFunction, in_chunks
 
@@ -138,11 +139,10 @@ def _check(kernel: str, device: torch.device) -> None:
 def _check_cpu(device: torch.device) -> None:
     if device.type != "cpu":
         raise ValueError(f"kernel 'cpu' cannot run on {device}; move the model with model.cpu()")
-    hint = "pip install 'know_hf[fast]'"
     if not find_spec("llvmlite"):
-        raise ImportError(f"kernel 'cpu' needs llvmlite, which is not installed; {hint}")
+        raise missing("kernel 'cpu'", "llvmlite", "fast")
     if (installed := _installed_version("llvmlite")) < OLDEST_LLVMLITE:
-        raise ImportError(f"kernel 'cpu' needs llvmlite {OLDEST_LLVMLITE} or later, {installed} is installed; {hint}")
+        raise missing("kernel 'cpu'", f"llvmlite {OLDEST_LLVMLITE} or later instead of {installed}", "fast")
 
 
 def _check_triton(device: torch.device) -> None:
@@ -150,7 +150,7 @@ def _check_triton(device: torch.device) -> None:
     if device.type != "cuda" and not interpreted:
         raise ValueError(f"kernel 'triton' cannot run on {device}; move the model with model.cuda()")
     if not find_spec("triton"):
-        raise ImportError("kernel 'triton' needs triton, which is not installed; pip install triton")
+        raise missing("kernel 'triton'", "triton", "triton")
     if interpreted:
         return
     if torch.version.cuda is None:
