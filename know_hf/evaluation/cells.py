@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from ..checkpoint import locked_folder, read_json_object, write_json
 from ..local_paths import public_values
+from ..trajectory.loading import without_loading_bars
 
 Cell = TypeVar("Cell")
 Result = TypeVar("Result")
@@ -284,16 +284,13 @@ def _run_in_worker(function: Callable[[Cell], Result], index: int, cell: Cell) -
 
 @contextmanager
 def _one_thread_without_bars() -> Iterator[None]:
-    """Use one thread, and hide the bar that transformers shows for each model it loads."""
-    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    logging.disable_progress_bar()
     try:
-        yield
+        with without_loading_bars():
+            yield
     finally:
         torch.set_num_threads(threads)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -118,7 +118,7 @@ class PredictionResult:
         if self.gate is not None:
             screened = len(self.gate.screened)
             others = f"\n{screened} more candidate{'s' if screened > 1 else ''} screened out" if screened else ""
-            parts.append(f"{self.gate.table}{others}")
+            parts.append(f"{self.gate.table}{others}\n{self.gate.short_rule}")
         if self.rescaling is not None:
             parts.append(f"rescaled: {self.rescaling}")
         if self.url is not None:

@@ -118,6 +118,13 @@ class GateResult:
         )
 
     @property
+    def short_rule(self) -> str:
+        """The decision rule, in one line."""
+        low = f"{-self.margin:g}" if self.margin else "0"
+        what = "difference" if self.num_values == 1 else "interval"
+        return f"Only a candidate whose {what} is below {low} can be written; of these, the one with the lowest mean."
+
+    @property
     def sentence(self) -> str:
         """The verdict: what was chosen and why."""
         return f"{'Kept' if self.is_reference else 'Chose'} {with_article(self.chosen)}: {self.reason}"

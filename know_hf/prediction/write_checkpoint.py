@@ -147,7 +147,13 @@ def checkpoint_folder(
 
 
 def fill_checkpoint(
-    trajectory: WeightTrajectory, source: TensorSource, folder: Path, options: WriteOptions, *, verify: bool = True
+    trajectory: WeightTrajectory,
+    source: TensorSource,
+    folder: Path,
+    options: WriteOptions,
+    *,
+    verify: bool = True,
+    show_progress: bool = True,
 ) -> Reports:
     """Write all files of a checkpoint into an existing folder; see [`write_checkpoint`].
 
@@ -162,6 +168,8 @@ def fill_checkpoint(
             How to write.
         verify (`bool`, *optional*, defaults to `True`):
             Whether to compare the recorded files with their SHA-256.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether the main process shows a progress bar.
     """
     accelerator = options.accelerator
     specs = checkpoint_specs(trajectory, options.dtype)
@@ -171,7 +179,7 @@ def fill_checkpoint(
     def write_my_part() -> tuple[Reports, int]:
         pieces = split_pieces(specs, source.cost, part, parts)
         with _verified(trajectory, part, parts, verify):
-            reports = _write_pieces(trajectory, source, writer, specs, pieces, show_progress=part == 0)
+            reports = _write_pieces(trajectory, source, writer, specs, pieces, show_progress and part == 0)
         return reports, writer.bytes_written
 
     on_main_process(accelerator, partial(_copy_model_files, trajectory, folder, options.dtype))

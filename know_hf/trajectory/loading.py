@@ -1,12 +1,14 @@
 """Load a state as a model, or into a model in memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..checkpoint.safe_loading import check_weight_files, from_safetensors
 from ..model_tensors import (
@@ -21,6 +23,18 @@ from .adapters import check_initialisation, read_adapter_config
 from .manifest import TrajectoryError
 
 _REBUILD = "build the model as for the training, and copy the weights with load_into(model)"
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Hide the bar that transformers shows for each model it loads."""
+    is_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            logging.enable_progress_bar()
 
 
 def load_pretrained(

@@ -130,7 +130,8 @@ def write_cross_fitted(
         decision = choose(losses, metric="cross-fitted loss", **rule)
         return replace(decision, is_cross_fitted=True), planned[decision.chosen]
 
-    return write_chosen(next(iter(gates.values())), plan, output_dir, options, decide, finish)
+    first, count = next(iter(gates.values())), len(planned) * len(gates)
+    return write_chosen(first, plan, output_dir, options, decide, count, finish)
 
 
 def _of_branch(candidate: PlannedCandidate, branch: str) -> TensorSource:

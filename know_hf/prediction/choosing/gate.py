@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
@@ -20,6 +21,7 @@ from ...distributed import on_main_process
 from ...model_tensors import is_adapter
 from ...predictors import Predictor
 from ...trajectory import load_pretrained
+from ...trajectory.loading import without_loading_bars
 from ..engine import prediction_result
 from ..plan import PredictionPlan
 from ..result import PredictionResult
@@ -241,7 +243,7 @@ def write_best_candidate(
         requested = plan.name if plan.name in candidates else None
         return replace(decision, requested=requested), candidates[decision.chosen]
 
-    return write_chosen(gate, plan, output_dir, options, decide, finish)
+    return write_chosen(gate, plan, output_dir, options, decide, len(candidates), finish)
 
 
 def write_chosen(
@@ -250,6 +252,7 @@ def write_chosen(
     output_dir: str | Path,
     options: WriteOptions,
     decide: Callable[[Evaluate], tuple[GateResult, PlannedCandidate]],
+    num_evaluations: int,
     finish: Callable[[Path, PredictionResult], None] | None = None,
 ) -> PredictionResult:
     """Write and evaluate what a decision asks for, one checkpoint on disk at a time, and then what it chose.
@@ -263,13 +266,17 @@ def write_chosen(
             From a function that evaluates tensors to the result and the chosen candidate. The function takes a gate,
             the tensors, whether to recalibrate BatchNorm statistics, the numbers of batches (`None` for all) and
             whether to compare the recorded files with their SHA-256.
+        num_evaluations (`int`):
+            Expected number of evaluations, for the progress bar.
     """
     trajectory, accelerator = plan.trajectory, options.accelerator
     _check_can_load(gate, plan)
     if options.recalibrate_with is not None:
         options = replace(options, recalibrate_with=list(options.recalibrate_with))
     models = [getattr(plan.predictor, "model", None), gate.base_model]
-    with checkpoint_folder(trajectory, output_dir, options, models) as folder:
+    is_main = accelerator is None or accelerator.is_main_process
+    bar = tqdm(total=num_evaluations, desc="Evaluating candidates", unit="candidate", disable=not is_main)
+    with checkpoint_folder(trajectory, output_dir, options, models) as folder, bar:
         scratch = folder / "candidate"
 
         def adapted(recalibrates: bool) -> WriteOptions:
@@ -279,14 +286,20 @@ def write_chosen(
             gate: Gate, tensors: TensorSource, recalibrates: bool, batches: Sequence[int] | None, verify: bool
         ) -> float | list[float]:
             on_main_process(accelerator, scratch.mkdir)
-            fill_checkpoint(trajectory, tensors, scratch, adapted(recalibrates), verify=verify)
+            how = {"verify": verify, "show_progress": False}
+            fill_checkpoint(trajectory, tensors, scratch, adapted(recalibrates), **how)
             losses = on_main_process(accelerator, partial(_evaluate, gate, scratch, options, batches))
             on_main_process(accelerator, partial(shutil.rmtree, scratch))
+            if bar.n == bar.total:  # those that a screening confirms are evaluated again
+                bar.total += 1
+            bar.update()
             return losses
 
         decision, winner = decide(evaluate)
         adapted_options = adapted(winner.recipe["recalibrated"])
-        reports = fill_checkpoint(trajectory, winner.tensors, folder, adapted_options, verify=False)
+        reports = fill_checkpoint(
+            trajectory, winner.tensors, folder, adapted_options, verify=False, show_progress=False
+        )
         is_prediction = winner.recipe["state"] is None
         result = prediction_result(winner.plan, reports, output_dir, options, is_prediction)
         result.gate = replace(decision, recipe=winner.recipe)
@@ -308,7 +321,7 @@ def _check_can_load(gate: Gate, plan: PredictionPlan) -> None:
 
 def _evaluate(gate: Gate, folder: Path, options: WriteOptions, batches: Sequence[int] | None) -> float | list[float]:
     device = gate.device or getattr(options.accelerator, "device", None)
-    with _unchanged(gate.base_model) as base:
+    with without_loading_bars(), _unchanged(gate.base_model) as base:
         model: Any = load_pretrained(folder, options.model_class, base)
         try:
             return gate.losses(model if device is None else model.to(device), batches)
