@@ -13,7 +13,7 @@ from know_hf.cli import make_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("recipes/*/README.md")), *sorted(ROOT.glob("model_cards/*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("recipes/**/*.md")), *sorted(ROOT.glob("model_cards/*.md"))]
 
 
 def blocks(text, language):
@@ -34,6 +34,8 @@ def test_commands_of_know_hf_parse(document):
     for block in blocks(document.read_text(encoding="utf-8"), "bash"):
         for command in re.findall(r"know-hf ([^\n&]*)", block):
             make_parser().parse_args(shlex.split(command, comments=True))
+        for name, arguments in re.findall(r"recipes/(record|predict)/\1\.py([^\n&]*)", block.replace("\\\n", " ")):
+            make_parser().parse_args([name, *shlex.split(arguments, comments=True)])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())

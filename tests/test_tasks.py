@@ -87,6 +87,25 @@ def test_text_classification_is_planned_recorded_and_resumed(text_arguments):
         record_task(replace(text_arguments, epochs=1))
 
 
+def test_tensorboard_gets_the_values_of_every_state(text_arguments):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = replace(text_arguments, num_states=2, epochs=1, training={**QUICK, "report_to": "tensorboard"})
+    trajectory = record_task(args)
+    files = sorted(Path(args.output_dir, "trainer").rglob("events*"))
+    assert files
+    scalars: dict[str, list[tuple[int, float]]] = {}
+    for file in files:
+        events = EventAccumulator(str(file)).Reload()
+        for tag in events.Tags()["scalars"]:
+            scalars.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    for name in ("eval_loss", "eval_accuracy"):
+        expected = [(8, trajectory.states[0].metrics[name]), (12, trajectory.states[1].metrics[name])]
+        assert scalars[f"train/forgetting/{name}"] == [(step, pytest.approx(value)) for step, value in expected]
+    assert [value for _, value in scalars["train/forgetting/num_examples"]] == [32, 16]
+
+
 def test_branches_and_tail_states_are_planned_and_recorded(text_arguments):
     args = replace(text_arguments, kind="complementary", num_states=1, tail_states=2, start_weights="none")
     plan = plan_task(args)

@@ -3,7 +3,7 @@ r"""Record trajectories of structured forgetting, drawn from a YAML space, for m
 python recipes/collect/collect.py --output-dir known_data --workers 2
 python recipes/collect/collect.py --output-dir known_data --data mnist=/path/to/mnist   # a local copy
 python recipes/collect/collect.py --output-dir known_data --plan                        # only print the recipes
-accelerate launch --num_processes 8 recipes/collect/collect.py --output-dir /shared/known_data
+accelerate launch --config_file recipes/accelerate_configs/ddp.yaml recipes/collect/collect.py --output-dir known_data
 
 You can run the command again, also on several machines that share the folder. It skips finished trajectories,
 continues unfinished ones with their first missing state, and records none twice.

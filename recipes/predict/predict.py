@@ -1,6 +1,7 @@
 """`know-hf predict` as a script for `accelerate launch`.
 
-accelerate launch recipes/predict/predict.py trajectory/ --steps 2 --output-dir enhanced/
+accelerate launch --config_file recipes/accelerate_configs/ddp.yaml recipes/predict/predict.py trajectory/ \\
+    --steps 2 --output-dir enhanced/
 accelerate launch recipes/predict/predict.py trajectory/ --steps 2 --output-dir enhanced/ --dry-run
 accelerate launch recipes/predict/predict.py --help
 """

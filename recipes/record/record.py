@@ -1,6 +1,7 @@
 """`know-hf record` as a script for `accelerate launch`.
 
-    accelerate launch recipes/record/record.py --config recipes/record/imdb.yaml
+    accelerate launch --config_file recipes/accelerate_configs/ddp.yaml recipes/record/record.py \\
+        --config recipes/record/imdb.yaml
     accelerate launch recipes/record/record.py --config recipes/record/imdb.yaml --plan
     accelerate launch recipes/record/record.py --help
 

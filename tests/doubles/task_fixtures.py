@@ -78,7 +78,10 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bert")
+    return write_bert(tmp_path_factory.mktemp("bert"))
+
+
+def write_bert(folder):
     tokenizer = make_tokenizer(unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
     set_seed(0)
     BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **SIZES)).save_pretrained(folder)

@@ -1,8 +1,9 @@
-"""One of several processes that record together, started by `torchrun`; notes what it saw for the test to read."""
+"""One of several processes that record together; notes what it saw for the test to read."""
 
 import gc
 import json
 import os
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +28,9 @@ from doubles.small_trainers import (
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
+from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, cli, induce_forgetting
+
+RECIPE = Path(__file__).parents[2] / "recipes/record/record.py"
 
 
 class FailOnRankOne(TrainerCallback):
@@ -128,6 +131,19 @@ def record_sharded(root: Path) -> dict[str, Any]:
         }
 
 
+def run_recipe(root: Path) -> int:
+    """Run `recipes/record/record.py` in these processes and return its exit code."""
+    paths = [f"--{name}={root / name}" for name in ("model", "dataset", "output_dir")]
+    options = ["--task=text-classification", "--eval-split=test", "--epochs=1", "--num-states=2"]
+    sys.argv = [str(RECIPE), *paths, *options, "--training", "disable_tqdm=true"]
+    cli._destroy_process_group = lambda: None  # the processes go on
+    try:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    except SystemExit as done:
+        return int(done.code or 0)
+    raise AssertionError("the recipe did not exit")
+
+
 def main() -> None:
     root = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -142,6 +158,7 @@ def main() -> None:
         "written": sorted(written),
         "num_states": trajectory.num_states,
         "weight": trainer.model.classifier[1].weight.flatten().tolist(),
+        "recipe": run_recipe(root),
     }
     written.clear()
     induce_forgetting(trainer, BALANCED, root / "trajectory")

@@ -14,12 +14,14 @@ import pytest
 import torch
 from conftest import NUM_EXAMPLES, make_trainer
 from doubles.small_trainers import BALANCED, PEFT_WARNING, SCHEDULE, TARGETS, adapt, hashes, make_case
+from doubles.task_fixtures import make_texts, write_bert, write_dataset
 from transformers import LlamaForCausalLM
 
 from know_hf import WeightTrajectory, induce_forgetting
 from know_hf.model_tensors import names_on_disk
 
 WORKER = Path(__file__).with_name("processes_worker.py")
+CONFIG = WORKER.parents[2] / "recipes/accelerate_configs/cpu_2.yaml"
 pytestmark = PEFT_WARNING
 
 
@@ -36,11 +38,20 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """The one run that all tests look at; a process that waits forever fails them by the timeout."""
     root = tmp_path_factory.mktemp("processes")
     (root / "file").touch()
+    for name, write in (("model", write_bert), ("dataset", lambda folder: write_dataset(folder, make_texts))):
+        (root / name).mkdir()
+        write(root / name)
     path = os.pathsep.join([str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
     done = subprocess.run(
         [sys.executable, *launcher, str(WORKER), str(root)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": path,
+            "HF_DATASETS_CACHE": str(root / "cache"),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -75,6 +86,14 @@ def test_two_processes_record_what_one_records(launched, tmp_path):
     for notes in launched.notes:
         assert notes["num_states"] == 3
         assert torch.equal(torch.tensor(notes["weight"]), weight.flatten())
+
+
+def test_the_recipe_runs_in_the_launched_processes(launched):
+    assert [notes["recipe"] for notes in launched.notes] == [0, 0]
+    trajectory = WeightTrajectory(launched.root / "output_dir/trajectory")
+    trajectory.verify()
+    # 32 examples in batches of 8 per process
+    assert [(state.num_examples, state.steps) for state in trajectory.states] == [(32, 2), (16, 1)]
 
 
 def test_only_the_first_process_writes(launched):
