@@ -166,7 +166,7 @@ def build(cls: type[T], content: Mapping[str, Any], source: str) -> T:
             raise ValueError(shorten_words(f"{source}: {error['ctx']['error']}")) from None
         name = ".".join(map(str, error["loc"]))
         if error["type"] == "missing":
-            raise ValueError(f"{name} is missing in {source}; pass {_flag(name)} or set it in --config FILE") from None
+            raise ValueError(f"{name} is missing in {source}; pass {flag(name)} or set it in --config FILE") from None
         raise ValueError(f"{source}: {name}={error['input']!r:.200}: {error['msg']}") from None
 
 
@@ -187,7 +187,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             options["metavar"] = "N" if kinds & {int, float} else field.name.split("_")[-1].upper()
         if not any(field.default is silent for silent in (MISSING, None, False)):
             options["help"] += f" (default: {field.default:g})" if float in kinds else f" (default: {field.default})"
-        parser.add_argument(_flag(field.name), **options)
+        parser.add_argument(flag(field.name), **options)
 
 
 def read_flags(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def read_flags(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
     values = {field.name: getattr(namespace, field.name) for field in fields(cls) if hasattr(namespace, field.name)}
     hints = get_type_hints(cls)
     return {
-        name: _read_pairs(_flag(name), value) if _holds_pairs(_kinds(hints[name])) else value
+        name: _read_pairs(flag(name), value) if _holds_pairs(_kinds(hints[name])) else value
         for name, value in values.items()
     }
 
@@ -212,7 +212,8 @@ def _read_pairs(flag: str, pairs: Sequence[str]) -> dict[str, Any] | None:
     return content
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return the flag of an argument: `--output-dir` for `output_dir`."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -3,12 +3,14 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 _LONGEST_WORD = 300  # characters
 
 
-def run_program(name: str, function: Callable[[], object]) -> int:
+def run_program(name: str, function: Callable[[], object], reword: Callable[[str], str] = str) -> int:
     """Run a program and report the errors that its input causes: `ValueError`, `OSError` and `ImportError`.
 
     All other exceptions are defects of the program and keep their traceback. Characters that the terminal cannot show
@@ -19,6 +21,8 @@ def run_program(name: str, function: Callable[[], object]) -> int:
             Name of the program, before its errors.
         function (`Callable`):
             The program.
+        reword (`Callable`, *optional*):
+            From the message of an error to what is printed.
 
     Returns:
         `int`: Exit code: the result of the function if it is a number, else 0; 1 after an error, which is printed to
@@ -33,11 +37,28 @@ def run_program(name: str, function: Callable[[], object]) -> int:
         return result if isinstance(result, int) else 0
     except (ValueError, OSError, ImportError) as error:
         message = "\n".join([str(error).strip(), *getattr(error, "__notes__", ())])
-        sys.stderr.write(f"{name}: {shorten_words(message)}\n")
+        sys.stderr.write(f"{name}: {shorten_words(reword(message))}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{name}: interrupted\n")
         return 130
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide all progress bars of tqdm, those of libraries included, whatever they pass for `disable`."""
+    from tqdm.std import tqdm
+
+    create = tqdm.__init__
+
+    def create_hidden(self: Any, *args: Any, **options: Any) -> None:
+        create(self, *args, **options | {"disable": True})
+
+    tqdm.__init__ = create_hidden  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        tqdm.__init__ = create  # type: ignore[method-assign]
 
 
 def shorten_words(text: str) -> str:

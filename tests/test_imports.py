@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # From top to bottom; a room imports only rooms of lower layers, and of its own layer without a cycle.
 LAYERS = [
-    {"cli"},
+    {"cli", "__main__"},
     {"predict", "evaluation"},
     {"cards", "hub", "meta_learning", "tasks"},
     {"prediction", "recording", "plotting"},

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -237,7 +238,8 @@ def _run_in_pool(
         while True:
             while len(running) < num_processes and (entry := queue.pop()) is not None:
                 index, cell = entry
-                with _environment(_WORKER_ENVIRONMENT):  # submitting starts a worker while there are too few
+                # submitting starts a worker while there are too few
+                with _environment(_WORKER_ENVIRONMENT), _interrupts_blocked():
                     running[executor.submit(_run_in_worker, function, index, cell)] = index
             if not running:
                 break
@@ -261,7 +263,7 @@ def _in_words(seconds: float) -> str:
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")  # bars of several processes would overwrite each other
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # bars of several processes would overwrite each other
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -291,6 +293,19 @@ def _one_thread_without_bars() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Deliver Ctrl-C after the `with` block, and never to processes that start in it: their parent ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

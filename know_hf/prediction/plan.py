@@ -163,6 +163,13 @@ class PredictionPlan:
         tensors = _planned_tensors(self.trajectory, self.predictor, self.specs, snapshots, self.norm)
         return replace(self, tensors=tensors, snapshots=snapshots)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values: sizes in bytes, and by tensor its role and the role that predicts it."""
+        keys = ("name", "steps", "snapshots", "norm", "predicted", "memory", "disk", "seconds")
+        tensors = {name: {"role": tensor.role, "network": tensor.network} for name, tensor in self.tensors.items()}
+        rescaling = None if self.rescaling is None else self.rescaling.to_dict()
+        return {**{key: getattr(self, key) for key in keys}, "rescaling": rescaling, "tensors": tensors}
+
     def __str__(self) -> str:
         lines = [f"{'role':8}{'tensors':>9}{'parameters':>15}  action"]
         groups: dict[tuple[str, str], list[PlannedTensor]] = {}

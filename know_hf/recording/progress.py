@@ -111,7 +111,8 @@ class Progress:
         """Wait for the last state, raise its write error, if any, and print the metrics of all states."""
         self._trajectory.check(wait=True)
         self._log()
-        if not self._bar.disable and self._trainer.args.logging_strategy != IntervalStrategy.NO:
+        args = self._trainer.args
+        if self._is_main and not args.disable_tqdm and args.logging_strategy != IntervalStrategy.NO:
             self._bar.write(f"\n{metrics_summary(self._trajectory)}\n")
 
     def close(self) -> None:

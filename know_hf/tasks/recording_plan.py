@@ -2,8 +2,9 @@
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -60,6 +61,10 @@ class RecordingPlan:
     def bytes_needed(self) -> int:
         """Upper bound of the bytes of everything recorded; tensors that do not change are stored once."""
         return self.bytes_per_state * (len(self.num_examples) + self.tail_states + self.has_start)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {**asdict(self), "bytes_needed": self.bytes_needed}
 
     def __str__(self) -> str:
         num_states = len(self.num_examples) - self.num_branches

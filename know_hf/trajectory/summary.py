@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -38,6 +39,22 @@ class TrajectorySummary:
     parameters: dict[str, int] = field(default_factory=dict)
     displacement: dict[str, list[float]] = field(default_factory=dict)
     forgetting: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values; displacements by role and snapshot."""
+        keys = ("name", "kind", "num_examples", "steps", "metrics")
+        records = [record for record in (*self.states, *self.others) if record.kind != "start"]
+        return {
+            "snapshots": [{key: getattr(record, key) for key in keys} for record in (*self.states, *self.others)],
+            "roles": {
+                role: {"tensors": self.tensors[role], "parameters": self.parameters[role]} for role in self.tensors
+            },
+            "displacement": {
+                role: {record.name: moved for record, moved in zip(records, of_role, strict=True)}
+                for role, of_role in self.displacement.items()
+            },
+            "forgetting": self.forgetting,
+        }
 
     def __str__(self) -> str:
         records = sorted((*self.states, *self.others), key=lambda record: record.kind != "start")

@@ -27,6 +27,8 @@ def settings(cell):
         raise Unpicklable("planted", 1)  # it would break the pool if it were sent
     if cell == "dead":
         os._exit(3)
+    if cell == "b":
+        os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C reaches all processes of a terminal; the parent ends the others
     if cell == "slow":
         time.sleep(600)
     return os.getpid(), torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
@@ -64,6 +66,12 @@ from test_comparison_processes import *
 if __name__ == "__main__":
     {}
 """
+INTERRUPTED = """
+    from know_hf.terminal import run_program
+    def run():
+        for _, result in run_cells(settings, ["a", "slow", "slow"], num_processes=2): print(result[0], flush=True)
+    sys.exit(run_program("know-hf", run))
+"""
 ORPHANS = "for _, result in run_cells(settings, ['a', 'slow', 'slow'], num_processes=2): print(result[0], flush=True)"
 
 
@@ -71,7 +79,7 @@ def start(command, *arguments, **options):
     path = os.pathsep.join([str(TESTS), str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT.format(command), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, **options)
+    return subprocess.Popen(command, env=environment, **{"stderr": subprocess.DEVNULL, **options})
 
 
 def test_workers_end_with_a_parent_that_is_killed():
@@ -83,6 +91,15 @@ def test_workers_end_with_a_parent_that_is_killed():
     while _runs(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _runs(worker)
+
+
+def test_an_interrupt_of_all_processes_is_one_line():
+    process = start(INTERRUPTED, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert int(process.stdout.readline())
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate()[1]
+    assert process.returncode == 130
+    assert errors.endswith("know-hf: interrupted\n") and "Traceback" not in errors and "leaked" not in errors
 
 
 def _runs(process):

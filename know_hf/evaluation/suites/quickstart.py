@@ -4,6 +4,7 @@ import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ...predict import predict_overflowed_weights
 from ...trajectory import WeightTrajectory
@@ -39,6 +40,11 @@ class QuickstartReport:
     trajectory: Path
     enhanced: Path
     comparison: ComparisonReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        paths = {name: str(getattr(self, name)) for name in ("path", "trajectory", "enhanced")}
+        return {**paths, "comparison": self.comparison.to_dict()}
 
     def __str__(self) -> str:
         compared = [c for (_, measure), c in self.comparison.comparisons.items() if measure == "accuracy"]

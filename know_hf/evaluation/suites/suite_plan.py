@@ -5,7 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,10 @@ class ComparisonPlan:
         """Expected minutes of the comparison, without its landscape and pages."""
         seconds = self.trajectories * self.trajectory_seconds + self.cells * self.cell_seconds
         return seconds / 60 / self.num_processes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {**asdict(self), "minutes": self.minutes}
 
     def __str__(self) -> str:
         trial = "a trial of a few optimizer steps on this machine"
