@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from know_hf.evaluation.report.html_page import ReportSection, html_page
 from know_hf.evaluation.statistics import mean_and_interval
@@ -46,3 +47,16 @@ def test_a_missing_package_names_the_command(monkeypatch, module, package, extra
 def test_no_other_hint_installs_from_the_index():
     texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "know_hf").rglob("*.py")}
     assert [path for path, text in texts.items() if re.search(r"pip install \S?know_hf", text)] == []
+
+
+def test_the_table_of_tested_versions_has_the_bounds_and_the_constraints():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lowest = dict(requirement.split(">=") for requirement in project["dependencies"])
+    pinned = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split() if "==" in line
+    )
+    table = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \|$", table, re.MULTILINE)
+    assert len(rows) == 8
+    for name, low, suite in rows:
+        assert (Version(low), suite) == (Version(lowest[name]), pinned[name]), name

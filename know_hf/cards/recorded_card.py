@@ -175,7 +175,8 @@ def recorded_fields(trajectory: WeightTrajectory, about: About, kind: str) -> di
         `ValueError`: For an invalid Hub id.
     """
     for repo_id in (about.get("repo_id"), about.get("trajectory_id")):
-        validate_repo_id(repo_id)
+        if repo_id is not None:
+            validate_repo_id(repo_id)
     adapter = read_json(trajectory.path / "adapter_config.json")
     arguments = _record_arguments(trajectory.path.resolve())
     recorded = trajectory.base_model or adapter.get("base_model_name_or_path")
