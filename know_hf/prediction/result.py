@@ -67,7 +67,7 @@ class PredictionResult:
         start = f"Wrote {name}{',' if ',' in name else ''} to {self.path}/"
         if self.gate is not None:
             return f"{start}: {self.gate.reason}"
-        return f"{start}; nothing checks whether it is better than Θ0: pass gate=Gate(validation_set)."
+        return f"{start}; nothing checks whether it is better than Θ0: add validation data (gate=, --validation)."
 
     @property
     def report(self) -> dict[str, ResidualReport]:
