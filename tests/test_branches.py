@@ -129,6 +129,21 @@ def test_the_spectral_filter_leaves_the_computed_error():
     assert filtered < 0.1 * plain
 
 
+def test_the_spectral_filter_has_no_directions_beyond_the_rank_of_an_update():
+    generator = torch.Generator().manual_seed(0)
+    start, left, right = (torch.randn(*shape, generator=generator) for shape in ((20, 30), (20, 1), (1, 30)))
+    others = torch.randn(20, 30, generator=generator)
+    assert torch.equal(spectral_filter(start, [start, start + others]), start)  # the first did not move
+    u, v = left / left.norm(), right / right.norm()
+    shared = spectral_filter(start, [start + left @ right, start + 3 * u @ v])
+    torch.testing.assert_close(shared, start + (left.norm() * right.norm() + 3) / 2 * u @ v)
+    one_sided = spectral_filter(start, [start + 2 * u @ v, start + others])
+    along = (u.T @ others @ v.T).clamp(min=0)
+    kept, _, directions = torch.linalg.svd(others, full_matrices=False)
+    values = ((kept.T @ (2 * u @ v)) * directions).sum(dim=1).clamp(min=0)
+    torch.testing.assert_close(one_sided, start + (along * u @ v + kept * values @ directions) / 2)
+
+
 def test_the_spectral_filter_of_equal_branches_and_of_vectors():
     start, update = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
     torch.testing.assert_close(spectral_filter(start, [start + update] * 3), start + update)

@@ -19,7 +19,8 @@ class TensorSnapshots:
     Of the two matrices of LoRA it is their product B A, which alone acts on the model: `R A` and `B R⁻¹` are the same
     adapter for any invertible R, but not the same factors, so the mean of the factors of two trainings means nothing.
     The product is in coordinates of its rows and columns in which the snapshots differ, which changes no norm, angle
-    or singular value. The result is factorised at the recorded rank, see [`factorise`].
+    or singular value; [`james_stein`] counts values in these coordinates. The result is factorised at the recorded
+    rank, see [`factorise`].
 
     Attributes:
         theta0 (`torch.Tensor`):

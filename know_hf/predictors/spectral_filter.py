@@ -9,6 +9,8 @@ from .branches import FromOrigin
 from .protocol import register_predictor
 from .snapshot_predictor import TensorSnapshots
 
+_ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a singular value, relative to the norm of the weights
+
 
 @register_predictor("spectral_filter")
 @dataclass
@@ -23,7 +25,7 @@ def spectral_filter(start: torch.Tensor, branches: Sequence[torch.Tensor]) -> to
     """Rebuild the mean update of K branches from singular directions, with the values that the other branches have.
 
     For the update `Δk = Σ_i s_i u_i v_iᵀ` of each branch, the value along direction i is that of the mean update M of
-    the *other* branches, `c_i = u_iᵀ M v_i`, and directions with `c_i ≤ 0` are dropped:
+    the *other* branches, `c_i = u_iᵀ M v_i`, and directions with `c_i ≤ 0` or `s_i = 0` are dropped:
     `P + 1/K Σ_k Σ_i max(c_i, 0) u_i v_iᵀ`. A direction that only fits the noise of its own branch has no part in the
     others, so `c_i` is an unbiased estimate of the true value along it; singular values themselves are inflated by
     noise. It is the idea of cross-validated eigenvalues (Bartz, *Cross-validation based Nonlinear Shrinkage*, arXiv
@@ -53,9 +55,11 @@ def spectral_filter(start: torch.Tensor, branches: Sequence[torch.Tensor]) -> to
         return start.float() + updates.mean(dim=0)
     matrices = updates.flatten(2)
     total, filtered = matrices.sum(dim=0), torch.zeros_like(matrices[0])
-    for matrix in matrices:
-        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    for matrix, branch in zip(matrices, branches, strict=True):
+        left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
         others = (total - matrix) / (len(branches) - 1)
-        values = ((left.T @ others) * right).sum(dim=1)
-        filtered += left * values.clamp(min=0) @ right
+        values = ((left.T @ others) * right).sum(dim=1).clamp(min=0)
+        # beyond the rank of an update, as of LoRA, its singular vectors are arbitrary
+        values[sizes <= _ROUNDING * (start.float().norm() + branch.float().norm())] = 0
+        filtered += left * values @ right
     return start.float() + (filtered / len(branches)).reshape(start.shape)
