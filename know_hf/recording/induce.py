@@ -229,7 +229,7 @@ def _check_missing_states(
 ) -> None:
     missing = schedule.num_stages - trajectory.num_states - len(trajectory.branches)
     if not missing:
-        logger.warning(f"{trajectory.path} has all {trajectory.num_states} states, nothing is trained")
+        logger.warning(f"{trajectory.path} is complete; nothing is trained")
     if not trajectory.num_states:
         check_reloadable(trainer.model)
         check_savable(trajectory.path, trainer.model, trainer.processing_class)
