@@ -106,7 +106,7 @@ def predict_overflowed_weights(
     settings["device"] = None if accelerator is None else accelerator.device
     if options:
         raise TypeError(f"predict_overflowed_weights() got an unexpected keyword argument {min(options)!r}")
-    predictor = requested_predictor(gate, trajectory, known, steps, predictor)
+    predictor = requested_predictor(gate, trajectory, known, steps, predictor, described["predictor_options"])
     plan = plan_prediction(trajectory, known, steps, predictor=predictor, estimate_time=False, **settings)
     _check_recalibration(plan.trajectory, write)
     repo_id = None
@@ -130,6 +130,7 @@ def requested_predictor(
     known: KNOWNModel | str | Path | None,
     steps: int,
     predictor: Predictor | str | Sequence[Predictor | str] | None,
+    predictor_options: Mapping[str, Any] | None,
 ) -> Predictor | str | Sequence[Predictor | str] | None:
     """Return the predictor to plan with a gate."""
     if gate is None:
@@ -138,8 +139,10 @@ def requested_predictor(
         return without_known(trajectory, known, predictor)
     if not isinstance(gate, CrossFit):
         raise TypeError(f"gate must be a Gate or CrossFit, got {type(gate).__name__}; pass Gate(dataset=...)")
-    if known is not None or predictor is not None or steps != 1:
-        raise ValueError("CrossFit chooses among its own candidates; remove known, predictor and steps")
+    if known is not None or predictor is not None or predictor_options or steps != 1:
+        raise ValueError(
+            "CrossFit chooses among its own candidates; remove known, predictor, predictor_options and steps"
+        )
     return "start_interpolation"
 
 

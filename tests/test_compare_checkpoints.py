@@ -84,6 +84,7 @@ def test_few_shot_draws_are_the_same_for_both_and_new_heads_are_trained(trajecto
     [
         ({"test": make_images(8)[:]}, "8 examples.*10"),
         ({"num_labels": 4}, "num_labels=4.*train"),
+        ({"train": make_images(16)[:], "draws": 1}, "draws must be at least 2, got 1"),
         ({"train": make_images(4)[:]}, "class 0 of train has 1 examples"),
         ({"train": make_images(16)[:], "protocol": QUICK}, "class 0 of train has 4 examples.*4 per draw"),
         ({"test": {"pixel_values": torch.zeros(12, 1, 8, 8), "labels": torch.arange(12)}}, "label 4.*4 classes"),
@@ -153,6 +154,9 @@ def test_other_classes_get_new_heads_and_other_tokenizers_are_refused(tmp_path, 
     assert "of the new head" in capsys.readouterr().out
     assert main(["compare", a, b, "--dataset", reviews, "--train-split", "none"]) == 1
     assert "2 classes" in capsys.readouterr().err
+    splits = ["--train-split", "test[:4]", "--test-split", "test"]
+    assert main(["compare", a, a, "--dataset", reviews, *splits]) == 1
+    assert "splits test[:4] and test of" in capsys.readouterr().err
     other = make_bert(tmp_path / "other", 1, words=WORDS[::-1])
     assert main(["compare", a, other, "--dataset", reviews]) == 1
     assert "tokenizer" in capsys.readouterr().err

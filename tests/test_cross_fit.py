@@ -109,8 +109,10 @@ def test_what_cannot_be_cross_fitted_is_refused(tmp_path, trajectory):
         predict(from_theta0, gate=CrossFit(data), **options)
     with pytest.raises(ValueError, match=r"dataset is not the one .*branch-0 .*fingerprint"):
         predict(recorded, gate=CrossFit(data.select(range(398))), **options)
-    with pytest.raises(ValueError, match="remove known, predictor and steps"):
+    with pytest.raises(ValueError, match="remove known, predictor, predictor_options and steps"):
         predict(recorded, gate=CrossFit(data), predictor="shrink", **options)
+    with pytest.raises(ValueError, match="predictor_options"):
+        predict(recorded, gate=CrossFit(data), predictor_options={"scale": 2.0}, **options)
     with pytest.raises(ValueError, match="3 batches of 8 examples"):
         predict(recorded, gate=CrossFit(data, max_examples=24), **options)
     with pytest.raises(ValueError, match="max_examples"):

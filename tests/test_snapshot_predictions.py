@@ -102,6 +102,9 @@ def test_the_jackknife_removes_the_bias_of_two_halves(tmp_path):
     unknown = record(tmp_path / "unknown", None, truth + bias / n, halves)
     with pytest.raises(ValueError, match=r"Jackknife .* without a recorded share .* fraction="):
         predict(unknown, predictor="jackknife", output_dir=tmp_path / "refused")
+    for fraction in (0, 1, "half"):
+        with pytest.raises(ValueError, match="fraction must be"):
+            get_predictor("jackknife", fraction=fraction)
     given = predicted(unknown, "jackknife", tmp_path / "given", predictor_options={"fraction": 0.5})
     torch.testing.assert_close(given, truth)
     theta0, noisy = truth + bias / n, [truth + 2 * bias / n + 0.01 * torch.randn(SHAPE) for _ in range(2)]

@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification
 from know_hf import RecordArguments, WeightTrajectory, record_task
 from know_hf.cli import main
 from know_hf.tasks import LoraArguments
+from know_hf.tasks.task_data import overlap
 from know_hf.tasks.validation_data import load_cross_fit, load_validation_data
 
 __all__ = [
@@ -110,6 +111,10 @@ def test_another_dataset_has_the_columns_and_classes_of_the_recording(recording,
         ("{reviews}", None, "train, test"),
         ("{reviews}", "train", "trained on"),
         ("{reviews}", "train[90%:]", "trained on"),
+        ("{reviews}/.", "train", "trained on"),
+        ("{reviews}", "held-out", "no split 'held-out'.*test"),
+        ("{reviews}", "auto", "no split 'auto'"),
+        ("", None, "dataset is empty"),
         ("recorded", "test", "'recorded'"),
         ("{tmp}", None, "no column 'text'"),
     ],
@@ -138,8 +143,18 @@ def test_a_dataset_that_changed_is_refused(text_arguments, reviews, tmp_path):
     dataset = shutil.copytree(reviews, tmp_path / "reviews")
     trajectory = record_task(replace(text_arguments, dataset=str(dataset), eval_split="auto", num_states=2, epochs=1))
     make_texts(140).to_parquet(dataset / "train.parquet")
-    with pytest.raises(ValueError, match=r"changed.*126 rows.*108"):
+    with pytest.raises(ValueError, match=r"changed.*126 examples.*108"):
         load_validation_data(trajectory)
+    make_texts(120, seed=9).to_parquet(dataset / "train.parquet")  # as many others
+    with pytest.raises(ValueError, match=r"changed.*fingerprint"):
+        load_validation_data(trajectory)
+
+
+def test_slices_that_share_rows_are_refused(text_arguments, reviews):
+    args = replace(text_arguments, dataset=reviews, train_split="train[:50%]")
+    shared = {split: overlap(args, split) for split in ("train[50%:]", "train[59:]", "train[-61:]", "train", "test")}
+    assert shared == {"train[50%:]": False, "train[59:]": True, "train[-61:]": True, "train": True, "test": False}
+    assert overlap(args, "test+train[:1]") and overlap(args, "all")
 
 
 @PEFT_WARNING

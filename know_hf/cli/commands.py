@@ -140,7 +140,8 @@ def predict(args: argparse.Namespace) -> Result | None:
     accelerator = Accelerator()
     gate = _make_gate(args)
     if args.dry_run:
-        options["predictor"] = requested_predictor(gate, args.trajectory, args.known, args.steps, args.predictor)
+        requested = {name: options[name] for name in ("known", "steps", "predictor", "predictor_options")}
+        options["predictor"] = requested_predictor(gate, args.trajectory, **requested)
         plan = plan_prediction(args.trajectory, **options, device=accelerator.device)
         return plan if accelerator.is_main_process else None
     written = push_options | {name: getattr(args, name) for name in ("output_dir", "overwrite", "push_to_hub")}

@@ -49,10 +49,11 @@ def write_prediction(
         `MissingSnapshotsError`: if there is nothing but Θ0 to predict from.
     """
     if len(plan.snapshots) < 2 and plan.rescaling is None:
+        tail = "" if plan.trajectory.tail else " and no tail"
         raise MissingSnapshotsError(
-            f"{type(plan.predictor).__name__} has nothing to predict from but Θ0: {plan.trajectory.path} has one state"
-            " and no tail. Record with ForgettingSchedule(num_states=5) or tail_states=4, or choose a predictor of the"
-            " start or branches"
+            f"{type(plan.predictor).__name__} has nothing to predict from but Θ0: {plan.trajectory.path} has one"
+            f" state{tail}. Record with ForgettingSchedule(num_states=5) or tail_states=4, or choose a predictor of"
+            " the tail, the start or branches"
         )
     models = [getattr(plan.predictor, "model", None)]
     with checkpoint_folder(plan.trajectory, output_dir, options, models) as folder:

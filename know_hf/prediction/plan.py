@@ -277,8 +277,8 @@ def check_snapshots(trajectory: WeightTrajectory, predictor: Predictor) -> list[
     needed = predictor.num_states or (1 if trajectory.tail or trajectory.branches else 2)
     if len(snapshots) < needed:
         raise MissingSnapshotsError(
-            f"{trajectory.path} has {len(snapshots)} states, {type(predictor).__name__} needs {needed}; record"
-            f" with ForgettingSchedule(num_states={needed})"
+            f"{trajectory.path} has {len(snapshots)} state{'s' if len(snapshots) > 1 else ''},"
+            f" {type(predictor).__name__} needs {needed}; record with ForgettingSchedule(num_states={needed})"
         )
     return snapshots
 

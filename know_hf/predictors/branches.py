@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .protocol import register_predictor
+from .protocol import check_finite, register_predictor
 from .snapshot_predictor import SnapshotPredictor, TensorSnapshots
 
 
@@ -95,8 +95,7 @@ def jackknife(theta0: torch.Tensor, branches: Sequence[torch.Tensor], fraction: 
         `ValueError`:
             If the fraction is out of range or there is no branch.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must be above 0 and below 1, got {fraction!r}")
+    _check_fraction(fraction)
     return theta0.float() + fraction / (1 - fraction) * (theta0.float() - branch_average(branches))
 
 
@@ -180,6 +179,11 @@ class Jackknife(SnapshotPredictor):
 
     fraction: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.fraction is not None:
+            check_finite(fraction=self.fraction)
+            _check_fraction(self.fraction)
+
     def reads(self) -> Mapping[str, int]:
         return {"branches": 1} | ({"fraction": 1} if self.fraction is None else {})
 
@@ -197,6 +201,11 @@ class ShrunkenJackknife(Jackknife):
 
     def tensor(self, snapshots: TensorSnapshots) -> torch.Tensor:
         return shrunken_jackknife(snapshots.theta0, snapshots.branches, self.fraction or snapshots.fraction)
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must be above 0 and below 1, got {fraction!r}")
 
 
 def _noise(branches: Sequence[torch.Tensor]) -> float:

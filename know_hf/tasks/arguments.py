@@ -154,6 +154,9 @@ class RecordArguments:
                 raise ValueError(f"training must not contain {name!r}: {_RESERVED[name]}")
 
     def _check_values(self) -> None:
+        for name in ("model", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; give a Hub id or a folder")
         for name in ("max_examples", "max_eval_examples", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1, or none")

@@ -85,6 +85,19 @@ def splits_in(expression: str | None) -> set[str]:
     return {part.partition("[")[0].strip() for part in (expression or "").split("+")}
 
 
+def overlap(args: RecordArguments, split: str) -> bool:
+    """Return whether rows of a split of the dataset are trained on."""
+    both = (args.train_split, split)
+    named = splits_in(args.train_split) & splits_in(split)
+    if "all" in splits_in(args.train_split) | splits_in(split):
+        return True
+    if not named or not all("[" in expression for expression in both):
+        return bool(named)
+    sizes = {name: len(_load(args, name)) for expression in both for name in splits_in(expression)}
+    trained, other = (datasets.ReadInstruction.from_spec(expression).to_absolute(sizes) for expression in both)
+    return any(a.splitname == b.splitname and max(a.from_, b.from_) < min(a.to, b.to) for a in trained for b in other)
+
+
 def tokenize(
     dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, causal: bool, pack: bool
 ) -> datasets.Dataset:

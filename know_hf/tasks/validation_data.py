@@ -1,5 +1,6 @@
 """The data of a [`Gate`] or [`CrossFit`] for a trajectory of `know-hf record`."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +10,14 @@ import datasets
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from ..local_paths import explicit_path
+from ..data.subsets import divide
 from ..prediction import CrossFit, Gate
 from ..prediction.selection import MINIMUM_VALUES
 from ..trajectory import WeightTrajectory
-from .arguments import LM, RecordArguments
+from .arguments import RecordArguments
 from .preprocessing import load_preprocessing
 from .record import read_arguments
-from .task_data import VALIDATION_SPLITS, find_split, load_splits, split_names, splits_in
+from .task_data import VALIDATION_SPLITS, find_split, load_splits, overlap, split_names, splits_in
 from .trainer_parts import load_model
 
 RECORDED = "recorded"
@@ -80,6 +81,8 @@ def load_validation_data(
             dataset changed.
     """
     trajectory, args = _recording(trajectory)
+    if max_examples is not None and max_examples < 1:
+        raise ValueError(f"max_examples must be at least 1, got {max_examples}")
     with PartialState().main_process_first():
         validation = _recorded(args, split) if dataset == RECORDED else _other(args, dataset, split)
         if max_examples is not None:
@@ -88,7 +91,7 @@ def load_validation_data(
         if rows is None:
             raise ValueError(f"{trajectory.path} has no validation split; name a dataset instead of {RECORDED!r}")
         if dataset == RECORDED:
-            _check_unchanged(trajectory, args, len(trained))
+            _check_unchanged(trajectory, args, load_preprocessing(args).prepare(trained))
         return _prepare(trajectory, args, rows, classes)
 
 
@@ -134,13 +137,14 @@ def _batch_size(num_examples: int) -> int:
     return max(1, min(Gate.batch_size, num_examples // MINIMUM_VALUES))
 
 
-def _check_unchanged(trajectory: WeightTrajectory, args: RecordArguments, num_rows: int) -> None:
+def _check_unchanged(trajectory: WeightTrajectory, args: RecordArguments, train_dataset: datasets.Dataset) -> None:
     """Raise a `ValueError` if other rows than those of the recording would be held out."""
-    recorded = trajectory.states[0].num_examples
-    if args.task != LM and num_rows != recorded:  # texts of language modelling are dropped or packed
+    subset, recorded = divide(train_dataset, args.schedule)[0], trajectory.states[0]
+    if subset.fingerprint != recorded.subset_fingerprint:
         raise ValueError(
-            f"{args.dataset} changed: it has {num_rows} rows to train on and had {recorded} in the recording, so"
-            f" {RECORDED!r} could hold rows that were trained on; name other data"
+            f"{args.dataset} changed: it has {subset.size} to train on with the fingerprint {subset.fingerprint}, and"
+            f" the recording had {recorded.size} with {recorded.subset_fingerprint}, so {RECORDED!r} could hold rows"
+            " that were trained on; name other data"
         )
 
 
@@ -157,17 +161,18 @@ def _recorded(args: RecordArguments, split: str | None) -> RecordArguments:
 
 def _other(args: RecordArguments, dataset: str, split: str | None) -> RecordArguments:
     """Return arguments that name another dataset or split to evaluate on."""
-    is_same = explicit_path(dataset) == explicit_path(args.dataset)
+    is_same = os.path.realpath(dataset) == os.path.realpath(args.dataset)
     other = replace(args, dataset=dataset, max_eval_examples=None)
     if not is_same:
         other = replace(other, dataset_config=None, dataset_revision=None, train_split="")
+    names = split_names(other)
     if split is None:
-        names = split_names(other)
         split = find_split(other, VALIDATION_SPLITS) or (names[0] if len(names) == 1 else None)
         if split is None:
             raise ValueError(f"{dataset} has no validation split, only {', '.join(names)}; name one of them")
-    overlaps = splits_in(args.train_split) & {*splits_in(split), "all"}
-    if is_same and overlaps and not ("[" in split and "[" in args.train_split):
+    elif unknown := splits_in(split) - {*names, "all"}:
+        raise ValueError(f"{dataset} has no split {min(unknown)!r}, only {', '.join(names)}; name one of them")
+    if is_same and overlap(args, split):
         raise ValueError(
             f"split {split} of {dataset} was trained on, so a choice on it would favour Θ0; use {RECORDED!r} or other"
             " data"

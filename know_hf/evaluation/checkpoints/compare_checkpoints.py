@@ -151,13 +151,16 @@ def compare_checkpoints(
 
     Raises:
         `ValueError`: If the models are not classifiers with the classes of `test`, it has fewer than 10 examples,
-            `num_labels` comes without `train`, or a class of `train` has too few examples.
+            `num_labels` comes without `train`, there are fewer than two draws, or a class of `train` has too few
+            examples.
         `FileNotFoundError`: If a checkpoint does not exist.
         `ImportError`: If scipy is missing.
     """
     scipy_stats()
     if num_labels is not None and train is None:
         raise ValueError(f"num_labels={num_labels} needs new heads, which must be trained; pass train as well")
+    if train is not None and draws < 2:
+        raise ValueError(f"draws must be at least 2, got {draws}")
     models = [load_checkpoint(checkpoint).to(device()) for checkpoint in (a, b)]
     first, second = (type(x).__name__ if isinstance(x, PreTrainedModel) else str(x) for x in (a, b))
     tested = as_examples(test, models[0], data_collator)

@@ -42,15 +42,15 @@ def compare_on_dataset(
             `draws` and `protocol` of [`compare_checkpoints`].
 
     Raises:
-        `ValueError`: If the checkpoints prepare the examples differently, the dataset has no split to test on, a
-            column cannot be detected, and as [`compare_checkpoints`].
+        `ValueError`: If the checkpoints prepare the examples differently, the dataset has no split to test on
+            or it shares rows with that to fine-tune on, a column cannot be detected, and as [`compare_checkpoints`].
         `FileNotFoundError`: If a checkpoint does not exist.
     """
     models = [load_checkpoint(checkpoint) for checkpoint in (a, b)]
     args: dict[str, Any] = {"dataset": dataset, "train_split": train_split or "train", "output_dir": ""}
     args |= {"eval_split": test_split, "max_examples": max_examples, "max_eval_examples": max_examples}
     (train, test, classes), other = (
-        _examples(checkpoint, model, args) for checkpoint, model in zip((a, b), models, strict=True)
+        _examples(checkpoint, model, args, train_split) for checkpoint, model in zip((a, b), models, strict=True)
     )
     if not _equal(test, other[1]):
         raise ValueError(
@@ -64,13 +64,17 @@ def compare_on_dataset(
     return compare_checkpoints(a, b, train=trained, test=test, num_labels=num_labels, **options)
 
 
-def _examples(checkpoint: str | Path, model: Any, options: dict[str, Any]) -> tuple[Examples, Examples, int]:
+def _examples(
+    checkpoint: str | Path, model: Any, options: dict[str, Any], train_split: str | None
+) -> tuple[Examples, Examples, int]:
     from ...tasks.preprocessing import load_preprocessing
-    from ...tasks.task_data import VALIDATION_SPLITS, find_split, load_splits
+    from ...tasks.task_data import VALIDATION_SPLITS, find_split, load_splits, overlap
 
     task = "image-classification" if model.main_input_name == "pixel_values" else "text-classification"
     args = RecordArguments(task=task, model=str(local_folder(checkpoint)), **options)
     split = args.eval_split or find_split(args, ("test", *VALIDATION_SPLITS))
+    if train_split is not None and split is not None and overlap(args, split):
+        raise ValueError(f"splits {train_split} and {split} of {args.dataset} share rows; test on other rows")
     train, test, classes = load_splits(replace(args, eval_split=split))
     if test is None or classes is None:
         raise ValueError(f"{args.dataset} has no split to test on; name both, such as train[:80%] and train[80%:]")
