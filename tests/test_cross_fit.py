@@ -94,6 +94,7 @@ def test_theta0_is_kept_where_nothing_is_gained(tmp_path):
     trajectory, data, _ = record(tmp_path / "trajectory", noise=0.05)
     result = predict(trajectory, output_dir=tmp_path / "out", gate=CrossFit(data, max_examples=80), model_class=Line)
     assert result.gate.is_reference and result.gate.num_values == 20
+    assert not [text for text in result.warnings if "equal Θ0" in text]  # of one state, kept by choice
     before = trajectory.path / "state-0/model.safetensors"
     assert (result.path / "model.safetensors").read_bytes() == before.read_bytes()
 

@@ -78,7 +78,8 @@ def prediction_result(
     trajectory, roles = plan.trajectory, {name: tensor.role for name, tensor in plan.tensors.items()}
     configs = [model_json(path) for path in trajectory.model_files if path.name.endswith("config.json")]
     warnings = [*_warnings(plan, reports), *code_warnings(configs, trajectory.base_model)]
-    may_equal = is_prediction or not any(tensor.network for tensor in plan.tensors.values())
+    is_alone = len(plan.snapshots) < 2  # nothing to compare with
+    may_equal = is_prediction or not (is_alone or any(tensor.network for tensor in plan.tensors.values()))
     if may_equal and plan.rescaling is None:
         warnings += unchanged_warnings(reports, Counter(roles.values()))
     result = PredictionResult(
