@@ -230,12 +230,23 @@ def test_what_a_trajectory_lacks_is_named(trajectory, tmp_path, record_states):
         get_predictor("lines", base="model_stock")
     with pytest.raises(ValueError, match="ModelStock computes complete tensors"):
         get_predictor("model_stock").residual(torch.zeros(2, 3), "fc")
-    vectors = WeightTrajectory.create(tmp_path / "vectors")
-    model = adapter(IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[]))
-    vectors.record_start(model)
-    vectors.record(model, num_examples=8, steps=1)
-    with pytest.raises(ValueError, match=r"adapters of type IA3.*know-hf merge"):
-        predict(vectors, predictor="start_interpolation", **output)
+    assert not (tmp_path / "refused").exists()
+
+
+@PEFT_WARNING
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[]), "IA3"),
+        (LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], use_dora=True), "DoRA"),
+    ],
+)
+def test_adapters_that_are_not_linear_in_the_model_are_refused(config, kind, tmp_path):
+    trajectory, model = WeightTrajectory.create(tmp_path / "trajectory"), adapter(config)
+    trajectory.record_start(model)
+    trajectory.record(model, num_examples=8, steps=1)
+    with pytest.raises(ValueError, match=rf"adapters of type {kind}.*know-hf merge"):
+        predict(trajectory, predictor="start_interpolation", output_dir=tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
 

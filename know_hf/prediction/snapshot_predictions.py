@@ -160,4 +160,9 @@ def _available(trajectory: WeightTrajectory) -> dict[str, list]:
 
 
 def _adapter_type(trajectory: WeightTrajectory) -> str:
-    return parse_json((trajectory.path / "adapter_config.json").read_bytes()).get("peft_type", "")
+    config = parse_json((trajectory.path / "adapter_config.json").read_bytes())
+    if config.get("use_dora"):
+        return "DoRA"  # its magnitudes are not linear in the model
+    if config.get("target_parameters"):
+        return "LORA of target_parameters"  # one pair of matrices holds all experts
+    return config.get("peft_type", "")
