@@ -1,4 +1,4 @@
-"""[`run_quickstart`]: the `digits` suite with a short list of arms, and an enhanced checkpoint to load."""
+"""[`run_quickstart`]: the `digits` suite with a short list of arms, and the checkpoint that a gate chooses."""
 
 import os
 import shlex
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...predict import predict_overflowed_weights
+from ...prediction import Gate
 from ...trajectory import WeightTrajectory
 from ..comparison_task import trajectory_folder
 from ..measure import recalibration_batches
@@ -31,7 +32,9 @@ class QuickstartReport:
         trajectory (`Path`):
             Trajectory of the first seed.
         enhanced (`Path`):
-            Enhanced checkpoint predicted from it.
+            Checkpoint that the gate chose from it.
+        sentence (`str`):
+            What the gate chose, and why.
         comparison ([`ComparisonReport`]):
             Comparison of the arms over all seeds.
     """
@@ -39,29 +42,34 @@ class QuickstartReport:
     path: Path
     trajectory: Path
     enhanced: Path
+    sentence: str
     comparison: ComparisonReport
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        paths = {name: str(getattr(self, name)) for name in ("path", "trajectory", "enhanced")}
-        return {**paths, "comparison": self.comparison.to_dict()}
+        texts = {name: str(getattr(self, name)) for name in ("path", "trajectory", "enhanced", "sentence")}
+        return {**texts, "comparison": self.comparison.to_dict()}
 
     def __str__(self) -> str:
-        compared = [c for (_, measure), c in self.comparison.comparisons.items() if measure == "accuracy"]
-        tables = "\n\n".join(f"{comparison.what}\n\n{comparison.table()}" for comparison in compared)
-        return f"""\
-{compared[0].verdict()}
-{compared[0].validity()}
-
-{tables}
-
-trajectory           {self.trajectory}
-enhanced checkpoint  {self.enhanced}
-full report          {self.path / "report.html"}"""
+        first, *others = (c for (_, measure), c in self.comparison.comparisons.items() if measure == "accuracy")
+        states = enumerate(self.comparison.trajectories[0]["states"])
+        forgetting = ", ".join(f"Θ{state} {scores['accuracy']:.1%}" for state, scores in states)
+        return "\n".join(
+            [
+                self.sentence,
+                f"Unseen accuracy of the states, which train on less and less data: {forgetting}.",
+                "",
+                first.table(),
+                "",
+                *(comparison.verdict() for comparison in (first, *others)),
+                first.validity(),
+                f"next: open {self.path / 'report.html'}, or load the checkpoint in {self.enhanced}/",
+            ]
+        )
 
 
 def run_quickstart(output_dir: str | Path, seed: int = 0, *, num_processes: int | None = None) -> QuickstartReport:
-    """Record, predict and compare on scikit-learn's digits, offline.
+    """Record, choose with a gate and compare on scikit-learn's digits, offline.
 
     Runs the `digits` suite with a few of its arms. Called again with the same folder, it resumes.
 
@@ -69,7 +77,7 @@ def run_quickstart(output_dir: str | Path, seed: int = 0, *, num_processes: int 
         output_dir (`str` or `Path`):
             Folder of the comparison, see [`run_suite`]. The enhanced checkpoint is written to `enhanced/` in it.
         seed (`int`, *optional*, defaults to `0`):
-            First of the trajectory seeds. The enhanced checkpoint is predicted from its trajectory.
+            First of the trajectory seeds. The gate chooses the enhanced checkpoint from its trajectory.
         num_processes (`int`, *optional*):
             Processes that share the work. Defaults to one per core, at most 4.
 
@@ -95,16 +103,19 @@ def run_quickstart(output_dir: str | Path, seed: int = 0, *, num_processes: int 
     trajectory = WeightTrajectory(trajectory_folder(output_dir, seed))
     for state, scores in enumerate(comparison.trajectories[0]["states"]):
         trajectory.update_metrics(state, {"unseen_accuracy": scores["accuracy"]})
+    split = SuiteTask(suite).source_split(seed)
+    rows = range(len(split.validation["labels"]))
     enhanced = predict_overflowed_weights(
         trajectory,
         steps=STEPS,
         output_dir=output_dir / "enhanced",
-        recalibrate_with=recalibration_batches(SuiteTask(suite).source_split(seed).train),
+        gate=Gate(dataset=[{name: values[row] for name, values in split.validation.items()} for row in rows]),
+        recalibrate_with=recalibration_batches(split.train),
         model_class=suite.model.model_class,
         overwrite=True,
-        card={"comparisons": list(comparison.comparisons.values()), "arm": f"known-step-{STEPS}"},
+        card={"comparisons": list(comparison.comparisons.values())},
     )
-    return QuickstartReport(output_dir, trajectory.path, enhanced.path, comparison)
+    return QuickstartReport(output_dir, trajectory.path, enhanced.path, enhanced.sentence, comparison)
 
 
 def _num_cores() -> int:
