@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import runpy
 from pathlib import Path
 
@@ -267,14 +268,17 @@ def test_variants_and_scientific_notation(tmp_path):
         load_suite(f"{path}:huge")
 
 
-def test_the_tables_of_the_recipe_are_the_output_of_its_command(capsys, monkeypatch):
-    readme = (RECIPE / "README.md").read_text()
-    command = next(line for line in readme.splitlines() if "summary.py know_hf" in line)
+README = (RECIPE / "README.md").read_text(encoding="utf-8")
+PRINTED = [line for line in README.splitlines() if re.search(r"^python \S+summary.py \S+\.json$", line)]
+
+
+@pytest.mark.parametrize("command", PRINTED)
+def test_the_tables_of_the_recipe_are_the_output_of_its_commands(command, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", command.split()[1:])
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(RECIPE / "summary.py"), run_name="__main__")
-    assert readme.endswith(capsys.readouterr().out)
+    assert len(PRINTED) == 2 and f"{command}\n```\n\n{capsys.readouterr().out}" in README
 
 
 SUITES = [

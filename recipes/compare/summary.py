@@ -1,4 +1,4 @@
-"""Print the results of several comparisons side by side, one Markdown table per protocol.
+"""Print the results of several comparisons side by side, one Markdown table per protocol; of one, a single table.
 
     python recipes/compare/summary.py outputs/mnist-halves outputs/letters
     python recipes/compare/summary.py know_hf/known/weights/known-base/comparisons.json --arms random oracle
@@ -37,7 +37,18 @@ def main() -> None:
         draw(reports, arguments)
     names = protocols(reports) if arguments.protocol is None else [arguments.protocol]
     tables = [side_by_side(reports, name, arguments.measure, arguments.arms) for name in names]
-    print("\n\n".join(table(rows) for rows in tables if len(rows[0]) > 1))
+    tables = [rows for rows in tables if len(rows[0]) > 1]
+    if len(reports) == 1 and tables:
+        tables = [joined(tables)]
+    print("\n\n".join(map(table, tables)))
+
+
+def joined(tables: list[list[list[str]]]) -> list[list[str]]:
+    """Join the tables of one comparison: a column per protocol."""
+    columns = [{row[0]: row[1] for row in rows[1:]} for rows in tables]
+    names = dict.fromkeys(name for column in columns for name in column)
+    heading = [tables[0][0][1], *(rows[0][0] for rows in tables)]
+    return [heading, *([name, *(column.get(name, "") for column in columns)] for name in names)]
 
 
 def read(path: Path) -> list[Any]:
