@@ -24,6 +24,7 @@ model:
 schedule: {ratio: 0.5, num_states: 5}
 training: {num_train_epochs: 2, per_device_train_batch_size: 4, learning_rate: 0.003, use_cpu: true}
 protocols:
+  - {kind: linear_probe, labels_per_class: 2, learning_rates: [0.001, 0.01], steps: 3}
   - {kind: fine_tuning, labels_per_class: 2, learning_rates: [0.001, 0.01], steps: 3, head_steps: 5}
   - {kind: zero_shot}
 arms: [naive]
@@ -46,9 +47,9 @@ def finished(small, tmp_path_factory):
 
 
 def test_text_and_report(finished):
-    text, transfer = str(finished), finished.comparison.comparisons["few-shot", "accuracy"]
+    text, transfer = str(finished), finished.comparison.comparisons["linear-probe", "accuracy"]
     assert text.startswith(finished.sentence) and transfer.verdict() in text and transfer.validity() in text
-    assert len(text.splitlines()) <= 20
+    assert len(text.splitlines()) <= 20 and ("few-shot", "accuracy") not in finished.comparison.comparisons
     for path in (finished.enhanced, finished.path / "report.html"):
         assert str(path) in text and path.exists()
     report = json.loads((finished.path / "report.json").read_text())
@@ -77,14 +78,14 @@ def test_a_second_run_resumes(finished, tmp_path):
     again = run_quickstart(copy, 3, num_processes=1)
     times = [{cell["arm"]: cell["seconds"] for cell in run.comparison.cells} for run in (finished, again)]
     assert all(times[0][arm] == times[1][arm] for arm in quickstart.ARMS if arm != "oracle")
-    result = [run.comparison.comparisons["few-shot", "accuracy"].results["oracle"] for run in (finished, again)]
+    result = [run.comparison.comparisons["linear-probe", "accuracy"].results["oracle"] for run in (finished, again)]
     assert result[0].per_seed == result[1].per_seed and again.enhanced.exists()
 
 
 def test_errors(finished, small, tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text(small.read_text().replace("train: 10", "train: 20"))
-    with pytest.raises(ValueError, match="task"):
+    with pytest.raises(ValueError, match="different protocols"):
         run_suite(path, finished.path)
     with pytest.raises(FileExistsError, match=str(tmp_path)):
         run_quickstart(tmp_path)

@@ -11,6 +11,7 @@ from ...prediction import Gate
 from ...trajectory import WeightTrajectory
 from ..comparison_task import trajectory_folder
 from ..measure import recalibration_batches
+from ..protocols import FineTuning
 from ..report.comparison_report import ComparisonReport
 from .suite import load_suite
 from .suite_run import run_suite
@@ -71,7 +72,8 @@ class QuickstartReport:
 def run_quickstart(output_dir: str | Path, seed: int = 0, *, num_processes: int | None = None) -> QuickstartReport:
     """Record, choose with a gate and compare on scikit-learn's digits, offline.
 
-    Runs the `digits` suite with a few of its arms. Called again with the same folder, it resumes.
+    Runs the `digits` suite with a few of its arms, without fine-tuning on the target task. Called again with the same
+    folder, it resumes.
 
     Args:
         output_dir (`str` or `Path`):
@@ -91,7 +93,9 @@ def run_quickstart(output_dir: str | Path, seed: int = 0, *, num_processes: int 
     """
     if not 0 <= seed < 1_000_000:
         raise ValueError(f"seed must be in [0, 1,000,000), got {seed}")
-    output_dir, suite = Path(output_dir), replace(load_suite(SUITE), landscape=None)
+    output_dir, suite = Path(output_dir), load_suite(SUITE)
+    quick = tuple(protocol for protocol in suite.protocols if not isinstance(protocol, FineTuning))
+    suite = replace(suite, protocols=quick, landscape=None)
     comparison = run_suite(
         suite,
         output_dir,
