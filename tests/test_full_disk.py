@@ -45,13 +45,13 @@ def names(folder: Path) -> set[str]:
 
 
 def test_predict(recorded: Path, enhanced: Path, tmp_path: Path) -> None:
-    shutil.copytree(enhanced, tmp_path / "out")
+    out = shutil.copytree(enhanced, tmp_path / enhanced.name)  # a card names its folder
     size = (enhanced / "model.safetensors").stat().st_size
     with largest_file(size // 2), pytest.raises(OSError, match="too large"):
-        predict(recorded, predictor="average", output_dir=tmp_path / "out", overwrite=True)
-    assert names(tmp_path) == {"out"} and contents(tmp_path / "out") == contents(enhanced)
-    predict(recorded, output_dir=tmp_path / "out", overwrite=True)
-    assert contents(tmp_path / "out") == contents(enhanced)
+        predict(recorded, predictor="average", output_dir=out, overwrite=True)
+    assert names(tmp_path) == {out.name} and contents(out) == contents(enhanced)
+    predict(recorded, output_dir=out, overwrite=True)
+    assert contents(out) == contents(enhanced)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

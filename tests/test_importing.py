@@ -90,7 +90,7 @@ def test_checkpoints_are_averaged_gated_and_loaded(trained, tmp_path):
         torch.testing.assert_close(result.load_model().classifier[1].weight, nn.Parameter(target))
         card = (output / "README.md").read_text()
         assert "nested subsets" not in card and ('predictor="tail_average"' in card) == (state is None)
-    with pytest.raises(ValueError, match="1 states"):
+    with pytest.raises(ValueError, match="1 state,"):
         predict_overflowed_weights(trajectory, output_dir=tmp_path / "known")
 
 

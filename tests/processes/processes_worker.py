@@ -28,7 +28,8 @@ from doubles.small_trainers import (
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, cli, induce_forgetting
+from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
+from know_hf.cli import program
 
 RECIPE = Path(__file__).parents[2] / "recipes/record/record.py"
 
@@ -136,7 +137,7 @@ def run_recipe(root: Path) -> int:
     paths = [f"--{name}={root / name}" for name in ("model", "dataset", "output_dir")]
     options = ["--task=text-classification", "--eval-split=test", "--epochs=1", "--num-states=2"]
     sys.argv = [str(RECIPE), *paths, *options, "--training", "disable_tqdm=true"]
-    cli._destroy_process_group = lambda: None  # the processes go on
+    program._destroy_process_group = lambda: None  # the processes go on
     try:
         runpy.run_path(str(RECIPE), run_name="__main__")
     except SystemExit as done:

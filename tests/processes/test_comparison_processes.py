@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,10 @@ def start(command, *arguments, **options):
     path = os.pathsep.join([str(TESTS), str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT.format(command), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, **{"stderr": subprocess.DEVNULL, **options})
+    # a shell starts background jobs with SIGINT ignored, which children inherit
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    options = {"stderr": subprocess.DEVNULL, "preexec_fn": interruptible, **options}
+    return subprocess.Popen(command, env=environment, **options)
 
 
 def test_workers_end_with_a_parent_that_is_killed():
