@@ -370,7 +370,7 @@ def check_reference(losses: float | Sequence[float] | np.ndarray, margin: float 
 
 def with_article(name: str) -> str:
     """Return the name of a candidate for a sentence: `the average of the states`, `Θ1`."""
-    return f"the {name}" if name.startswith(("average", "start")) else name
+    return f"the {name}" if name == "start" or name.startswith("average") else name
 
 
 def _rank(candidate: GateCandidate) -> float:
