@@ -3,7 +3,6 @@
 import json
 import math
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -117,8 +116,7 @@ class CheckpointCard(RecordedCard):
         check_keys(about, tuple(PredictionAbout.__annotations__), "the card")
         gate = None if gate is None else recorded_gate(gate)
         state = _chosen_state(gate)
-        kind = "Enhanced checkpoint" if state is None else "Average of recorded states"
-        kind = kind if state is None or isinstance(state, list) else f"Recorded state {_state_name(state)}"
+        kind = "Enhanced checkpoint" if state is None else f"Recorded state {_state_name(state)}"
         recorded = recorded_fields(trajectory, about, kind)
         described = described_predictor(predictor, about.get("predictor_options"), about.get("known_revision"))
         name = about.get("trajectory_id") or getattr(trajectory.repo, "repo_id", None)
@@ -149,18 +147,14 @@ class CheckpointCard(RecordedCard):
         self.comparisons.append(recorded_comparison(comparison, arm))
 
     @property
-    def chosen_state(self) -> int | str | list[int | str] | None:
-        """The recorded state or snapshot that the gate chose, or those it averaged, or `None` for a prediction."""
+    def chosen_state(self) -> int | str | None:
+        """The recorded state or snapshot that the gate chose, or `None` for a prediction."""
         return _chosen_state(self.gate)
 
     @property
     def chosen_label(self) -> str:
         """Name of [`chosen_state`] in a sentence."""
-        chosen = self.chosen_state if isinstance(self.chosen_state, list) else [self.chosen_state]
-        counts = Counter(map(_state_name, chosen))
-        names = ", ".join(f"{name} (weight {count})" if count > 1 else name for name, count in counts.items())
-        is_average = isinstance(self.chosen_state, list)
-        return f"the average of the recorded {names}" if is_average else f"{names}, a recorded state"
+        return f"{_state_name(self.chosen_state)}, a recorded state"
 
     @property
     def is_average(self) -> bool:
@@ -248,7 +242,7 @@ class CheckpointCard(RecordedCard):
         library = None if self.architecture is None else "transformers"
         library = library if self.adapter_type is None else "peft"
         tag = "weight-prediction" if self.chosen_state is None else "recorded-state"
-        tag = "weight-averaging" if self.is_average or isinstance(self.chosen_state, list) else tag
+        tag = "weight-averaging" if self.is_average else tag
         return self.front_matter([tag], library, pipeline_tag=self.pipeline_tag, **index)
 
 
@@ -295,7 +289,7 @@ def checkpoint_card(
     return card.render()
 
 
-def _chosen_state(gate: Mapping[str, Any] | None) -> int | str | list[int | str] | None:
+def _chosen_state(gate: Mapping[str, Any] | None) -> int | str | None:
     return ((gate or {}).get("recipe") or {}).get("state")
 
 
@@ -351,10 +345,6 @@ def _state_code(card: CheckpointCard) -> str:
     """Return the code that saves the chosen state as a checkpoint."""
     lines = _opening(card) or [f"trajectory = WeightTrajectory({python(card.trajectory_folder)})"]
     base = "" if card.adapter_type is None else ", base_model=base_model"
-    if isinstance(card.chosen_state, list):
-        average = f"snapshot_average(trajectory, {card.chosen_state})"
-        lines.append(f"write_checkpoint(trajectory, {average}, {python(card.folder)})")
-        return _with_imports(lines, ["from know_hf.prediction import snapshot_average, write_checkpoint"])
     lines.append(f"model = trajectory.load_model({python(card.chosen_state)}{base})")
     lines += [_BATCHES_COMMENT, "recalibrate_batch_norm(model, batches)"] if card.recalibrated else []
     lines += [] if card.dtype is None else [f"model.to(torch.{card.dtype})"]

@@ -172,7 +172,7 @@ def _add_compare(parsers: Any) -> None:
     forms = (
         "know-hf compare SUITE --output-dir DIR compares arms over many trajectories; the same command resumes."
         " know-hf compare A B --dataset DATASET says which of two checkpoints (folders, Hub ids, or a"
-        " trajectory for its state 0) is better on the dataset, as they are and after fine-tuning on a few examples."
+        " trajectory for its state 0) is better on the dataset, before and after fine-tuning on a few examples."
     )
     example = """compare digits --output-dir outputs/digits
   know-hf compare outputs/imdb/trajectory outputs/imdb/enhanced --dataset stanfordnlp/imdb"""

@@ -8,7 +8,7 @@ from .plan import SHIPPED_KNOWN, PredictionPlan, plan_prediction
 from .residuals import ResidualReport
 from .result import PredictionResult
 from .selection import REFERENCE, GateCandidate, GateResult, choose
-from .tensor_sources import StateTensors, TensorSource, snapshot_average
+from .tensor_sources import StateTensors, TensorSource
 from .write_checkpoint import WriteOptions, write_checkpoint
 
 __all__ = [
@@ -28,6 +28,5 @@ __all__ = [
     "WriteOptions",
     "choose",
     "plan_prediction",
-    "snapshot_average",
     "write_checkpoint",
 ]

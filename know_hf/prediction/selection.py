@@ -61,8 +61,8 @@ class GateResult:
         level, margin (`float`):
             Level and margin of the rule.
         recipe (`dict`, *optional*):
-            How to make the chosen candidate again: its `state` (0 for Θ0, a name for another snapshot, a list for the
-            average of snapshots, `None` for a prediction); for a prediction `predictor` (`None` for the requested
+            How to make the chosen candidate again: its `state` (0 for Θ0, a name for another snapshot, `None`
+            for a prediction); for a prediction `predictor` (`None` for the requested
             one), `predictor_options` (`None` for the requested one and for an object) and `steps`; and whether
             BatchNorm statistics were `recalibrated`.
         screened (`tuple[GateCandidate, ...]`):

@@ -116,28 +116,6 @@ def full_tensors(function: Callable[[str], torch.Tensor | None]) -> TensorFuncti
     return piece
 
 
-def snapshot_average(trajectory: WeightTrajectory, snapshots: Sequence[int | str]) -> TensorFunction:
-    """Return the mean of snapshots as a function for [`write_checkpoint`], computed in float32.
-
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            The recorded states.
-        snapshots (sequence of `int` or `str`):
-            Indices of states and names of other snapshots, such as `[0, "tail-0", "tail-1"]`. Buffers and integers
-            are those of Θ0.
-    """
-
-    def mean(name: str, start: int, stop: int) -> torch.Tensor | None:
-        if trajectory.roles[name].role == "copied" or not trajectory.dtype(name).is_floating_point:
-            return None
-        total = torch.zeros(stop - start)
-        for snapshot in snapshots:
-            total += trajectory.read(name, start, stop, snapshot).float()
-        return total / len(snapshots)
-
-    return mean
-
-
 def count_piece(trajectory: WeightTrajectory, piece: Piece, unchanged: bool = False) -> ResidualReport:
     """Count a tensor in the report of its first piece."""
     if not piece.is_first:

@@ -1,4 +1,4 @@
-"""[`compare_checkpoints`]: which of two checkpoints is better on a dataset, as they are and after fine-tuning."""
+"""[`compare_checkpoints`]: which of two checkpoints is better on a dataset, before and after fine-tuning."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -125,9 +125,9 @@ def compare_checkpoints(
 ) -> CheckpointComparison:
     """Compare two checkpoints of a classifier on the same data, for example Θ0 and an enhanced checkpoint.
 
-    Both are evaluated as they are on every example of `test`. With `train`, both are also fine-tuned on small random
-    subsets of it. Every draw has other examples in another order, and another new head if `num_labels` is given, the
-    same for both. Of a grid of learning rates, the best on other examples of `train` is used for each.
+    Both are evaluated without training on every example of `test`. With `train`, both are also fine-tuned on small
+    random subsets of it. Every draw has other examples in another order, and another new head if `num_labels` is
+    given, the same for both. Of a grid of learning rates, the best on other examples of `train` is used for each.
 
     ```python
     print(compare_checkpoints("trajectory/", "enhanced/", train=train_set, test=test_set))
@@ -140,7 +140,7 @@ def compare_checkpoints(
             Examples with `labels`. `train` is *optional*.
         num_labels (`int`, *optional*):
             Fine-tune with new heads for so many classes, on another task than that of the checkpoints, which are then
-            not evaluated as they are. By default the heads are kept.
+            not evaluated before fine-tuning. By default the heads are kept.
         data_collator (`Callable`, *optional*):
             Collates the examples of a dataset, as in `Trainer`; needed for texts of different lengths.
         draws (`int`, *optional*, defaults to `10`):

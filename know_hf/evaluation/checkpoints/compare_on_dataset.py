@@ -33,7 +33,7 @@ def compare_on_dataset(
         dataset (`str`):
             Hub id or folder, as `datasets.load_dataset` reads it. Columns are found as by `know-hf record`.
         train_split (`str`, *optional*, defaults to `"train"`):
-            Split to fine-tune on, such as `"train[:80%]"`; `None` compares the checkpoints as they are only.
+            Split to fine-tune on, such as `"train[:80%]"`; `None` compares without fine-tuning.
         test_split (`str`, *optional*):
             Split to test on; test or else validation by default.
         max_examples (`int`, *optional*, defaults to `1000`):
