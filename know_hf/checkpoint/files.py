@@ -37,7 +37,8 @@ def read_json(path: Path, max_bytes: int) -> Any:
             If the file is larger, and as [`parse_json`].
     """
     with path.open("rb") as handle:
-        data = handle.read(max_bytes + 1)
+        size = os.fstat(handle.fileno()).st_size  # read() allocates what it is asked for
+        data = handle.read(min(size, max_bytes) + 1)
     if len(data) > max_bytes:
         raise ValueError(f"it has more than {max_bytes / 1e6:.0f} MB")
     try:
