@@ -33,17 +33,7 @@ def write_prediction(
     options: WriteOptions,
     finish: Callable[[Path, PredictionResult], None] | None = None,
 ) -> PredictionResult:
-    """Predict and write the checkpoint of a plan.
-
-    Args:
-        plan ([`PredictionPlan`]):
-            Trajectory, predictor and what happens to each tensor.
-        output_dir (`str` or `Path`):
-            Output folder.
-        options ([`WriteOptions`]):
-            How to write.
-        finish (`Callable[[Path, PredictionResult], None]`, *optional*):
-            Called on the main process with the folder before it gets its final name.
+    """Predict and write the checkpoint of a plan. The main process calls `finish` before the folder gets its name.
 
     Raises:
         `MissingSnapshotsError`: if there is nothing but Θ0 to predict from.
@@ -69,11 +59,7 @@ def prediction_result(
 ) -> PredictionResult:
     """Join the reports of a written checkpoint with the warnings that follow from them.
 
-    Args:
-        plan, reports, output_dir, options:
-            What was planned and written.
-        is_prediction (`bool`, *optional*, defaults to `True`):
-            Whether the checkpoint is a prediction instead of a state that a gate chose.
+    `is_prediction` is false for a state that a gate chose.
     """
     trajectory, roles = plan.trajectory, {name: tensor.role for name, tensor in plan.tensors.items()}
     configs = [model_json(path) for path in trajectory.model_files if path.name.endswith("config.json")]
@@ -90,12 +76,7 @@ def prediction_result(
 
 
 class PredictedTensors(TensorSource):
-    """The tensors that a plan predicts; see [`write_checkpoint`].
-
-    Args:
-        plan ([`PredictionPlan`]):
-            Trajectory, predictor and what happens to each tensor.
-    """
+    """The tensors that a plan predicts; see [`write_checkpoint`]."""
 
     def __init__(self, plan: PredictionPlan) -> None:
         self.plan = plan

@@ -17,18 +17,12 @@ def rescaling_of(trajectory: WeightTrajectory, rescalers: Sequence[Rescaler]) ->
     """Return the product of the factors of several rescalers, which all depend on Θ0 alone.
 
     Adapters without a base model are compared by the products of their LoRA matrices instead of the model's outputs.
-
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            The recorded states.
-        rescalers (sequence of [`Rescaler`]):
-            The rescalers; their `model` is not changed.
+    The models of the rescalers are not changed.
 
     Raises:
-        `TrajectoryError`:
-            If a value of Θ0 is not finite.
-        `ValueError`:
-            If the trajectory records a plain module, or adapters other than LoRA, and a rescaler has no `model`.
+        `TrajectoryError`: if a value of Θ0 is not finite.
+        `ValueError`: if the trajectory records a plain module, or adapters other than LoRA, and a rescaler has no
+            `model`.
     """
     total = Rescaling()
     for rescaler in rescalers:
@@ -63,12 +57,7 @@ def _full_data_model(trajectory: WeightTrajectory, model: Any) -> nn.Module:
 
 
 class LoraProducts(nn.Module):
-    """The products B A of adapters, which are all that the model sees of A and B.
-
-    Args:
-        tensors (`Mapping[str, torch.Tensor]`):
-            Tensors of an adapter, by name on disk.
-    """
+    """The products B A of adapters, which are all that the model sees of A and B, from tensors by name on disk."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()

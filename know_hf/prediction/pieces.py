@@ -54,18 +54,10 @@ def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def split_pieces(
     specs: Mapping[str, TensorSpec], cost: Callable[[str], float], part: int = 0, parts: int = 1
 ) -> list[Piece]:
-    """Return the pieces that one of several processes handles.
+    """Return the pieces that one of several processes handles: consecutive ones of about the same total cost.
 
-    Each process gets consecutive pieces of about the same total cost. How tensors are cut does not depend on the
-    number of processes, so neither do the bytes that are written.
-
-    Args:
-        specs (`Mapping[str, TensorSpec]`):
-            Dtype and shape of every tensor.
-        cost (`Callable[[str], float]`):
-            Cost per element of a tensor, in any unit.
-        part, parts (`int`, *optional*):
-            Rank of the process and number of processes.
+    `cost` is that of an element of a tensor, in any unit. How tensors are cut does not depend on the number of
+    processes, so neither do the bytes that are written.
     """
     pieces = [piece for name, spec in specs.items() for piece in pieces_of(name, spec)]
     costs = [piece.size * cost(piece.name) for piece in pieces]

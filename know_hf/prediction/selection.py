@@ -350,11 +350,7 @@ def check_rule(level: float, margin: float | None) -> None:
 
 
 def check_reference(losses: float | Sequence[float] | np.ndarray, margin: float | None) -> np.ndarray:
-    """Return the losses of Θ0 as an array `(n,)` if others can be compared with them.
-
-    Raises:
-        `ValueError`: if they are not finite, fewer than 10, or one number without a margin.
-    """
+    """Return the losses of Θ0 as an array `(n,)`. Raises a `ValueError` if others cannot be compared with them."""
     reference = np.atleast_1d(np.asarray(losses, dtype=np.float64))
     if reference.ndim != 1 or not np.isfinite(reference).all():
         raise ValueError(f"the losses of {REFERENCE} must be finite numbers, got {reference.tolist()}")

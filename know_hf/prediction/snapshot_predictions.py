@@ -34,11 +34,8 @@ class MissingSnapshotsError(ValueError):
 def snapshots_read(trajectory: WeightTrajectory, predictor: Predictor) -> list[int | str]:
     """Return the snapshots that a predictor reads: indices of states and names of others, Θ0 last.
 
-    Those of a history are the states, most forgotten first; or the tail for a predictor that follows one training.
-
-    Raises:
-        `MissingSnapshotsError`:
-            If the trajectory lacks what the predictor needs; says how to record it.
+    Those of a history are the states, most forgotten first; or the tail for a predictor that follows one training. A
+    `MissingSnapshotsError` says what the trajectory lacks and how to record it.
     """
     if not isinstance(predictor, SnapshotPredictor):
         if getattr(predictor, "follows_training", False) and trajectory.tail:
@@ -66,13 +63,7 @@ def snapshots_read(trajectory: WeightTrajectory, predictor: Predictor) -> list[i
 class CompleteTensors:
     """The residuals of a [`SnapshotPredictor`], computed for one complete tensor, or pair of LoRA, at a time.
 
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            The recorded snapshots.
-        snapshots (sequence of `int` or `str`):
-            What the predictors read; the last is Θ0, or a branch in its place.
-        predictors (`Mapping[str, Predictor]`):
-            The predictor of each tensor.
+    The last of the `snapshots` is Θ0, or a branch in its place. There is one predictor per tensor.
     """
 
     def __init__(

@@ -76,14 +76,7 @@ class StateTensors(TensorSource):
 
 
 class FunctionTensors(TensorSource):
-    """The tensors that a function computes; see [`write_checkpoint`].
-
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            The recorded states.
-        function (`Callable[[str, int, int], torch.Tensor | None]`):
-            From name, start and stop to the values of these elements, `(stop - start,)`, or `None` for those of Θ0.
-    """
+    """The tensors that a function computes; see [`write_checkpoint`]."""
 
     def __init__(self, trajectory: WeightTrajectory, function: TensorFunction) -> None:
         self.trajectory = trajectory
@@ -101,12 +94,7 @@ class FunctionTensors(TensorSource):
 
 
 def full_tensors(function: Callable[[str], torch.Tensor | None]) -> TensorFunction:
-    """Turn a function of a tensor's name into one of pieces; the last tensor is kept in memory.
-
-    Args:
-        function (`Callable[[str], torch.Tensor | None]`):
-            From a name to all values of the tensor, or `None` for those of Θ0.
-    """
+    """Turn a function of a tensor's name into one of pieces; the last tensor is kept in memory."""
     latest = lru_cache(maxsize=1)(function)
 
     def piece(name: str, start: int, stop: int) -> torch.Tensor | None:
@@ -166,11 +154,7 @@ def count_differences(trajectory: WeightTrajectory, piece: Piece, snapshots: Seq
 
 
 def cast(values: torch.Tensor, dtype: torch.dtype, name: str, trajectory: WeightTrajectory) -> torch.Tensor:
-    """Cast values to the dtype on disk.
-
-    Raises:
-        `ValueError`: if a finite value overflows the dtype.
-    """
+    """Cast values to the dtype on disk. Raises a `ValueError` if a finite value overflows the dtype."""
     result = values.to(dtype)
     if dtype != values.dtype and dtype.is_floating_point and not is_finite(result) and is_finite(values):
         reason = f"tensor {name!r} of {trajectory.path} has values too large for {dtype}"

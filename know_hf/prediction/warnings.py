@@ -13,16 +13,7 @@ FAR_SMALLER = 0.01  # mean move relative to the one KNOWN was trained on, below 
 
 
 def range_warnings(role: str, tensors: Mapping[str, ResidualReport], trained_on: Mapping[str, float]) -> list[str]:
-    """Warn about inputs outside of the range that a predictor was trained on.
-
-    Args:
-        role (`str`):
-            Role whose network predicts.
-        tensors (`Mapping[str, ResidualReport]`):
-            Reports on the tensors of the role, by name.
-        trained_on (`Mapping[str, float]`):
-            Range of the training data of this role, see [`KNOWNConfig`].
-    """
+    """Warn about inputs outside of the range that a predictor was trained on, see `trained_on` of [`KNOWNConfig`]."""
     warnings = []
     total = sum(tensors.values(), ResidualReport())
     if total.outside:
@@ -45,14 +36,7 @@ def range_warnings(role: str, tensors: Mapping[str, ResidualReport], trained_on:
 
 
 def forgetting_warnings(losses: Sequence[float | None], name: str = "eval_loss") -> list[str]:
-    """Warn about later states that are no worse than Θ0: there is no forgetting to run backwards.
-
-    Args:
-        losses (`Sequence[float | None]`):
-            Evaluation loss of every state, full data first; `None` if it is unknown.
-        name (`str`, *optional*, defaults to `"eval_loss"`):
-            Name of the loss.
-    """
+    """Warn about later states whose loss is not above that of Θ0, the first: nothing was forgotten."""
     full_data, *later = losses
     if full_data is None:
         return []
@@ -78,14 +62,7 @@ def rounding_warnings(tensors: Mapping[str, ResidualReport]) -> list[str]:
 
 
 def unchanged_warnings(tensors: Mapping[str, ResidualReport], roles: Mapping[str, int]) -> list[str]:
-    """Warn if a prediction equals Θ0.
-
-    Args:
-        tensors (`Mapping[str, ResidualReport]`):
-            Reports on all tensors, by name.
-        roles (`Mapping[str, int]`):
-            Number of tensors of each role.
-    """
+    """Warn if a prediction equals Θ0; `roles` has the number of tensors of each role."""
     total = sum(tensors.values(), ResidualReport())
     if total.changed:
         return []
@@ -100,14 +77,7 @@ def unchanged_warnings(tensors: Mapping[str, ResidualReport], roles: Mapping[str
 
 
 def dtype_warnings(tensors: Mapping[str, ResidualReport], dtype_of: Callable[[str], Any]) -> list[str]:
-    """Warn about weights that moved but have a dtype that cannot be predicted.
-
-    Args:
-        tensors (`Mapping[str, ResidualReport]`):
-            Reports on all tensors, by name.
-        dtype_of (`Callable[[str], torch.dtype]`):
-            From a name to the recorded dtype.
-    """
+    """Warn about weights that moved but have a dtype that cannot be predicted."""
     kept = [f"{name!r} ({dtype_of(name)})" for name, report in tensors.items() if report.kept]
     if not kept:
         return []
@@ -119,14 +89,7 @@ def dtype_warnings(tensors: Mapping[str, ResidualReport], dtype_of: Callable[[st
 
 
 def code_warnings(configs: Sequence[Any], base_model: str | None) -> list[str]:
-    """Warn about custom code that configs refer to (`auto_map`): trajectories and checkpoints hold no code.
-
-    Args:
-        configs (`Sequence[Any]`):
-            Content of the JSON files of model, tokenizer and processor.
-        base_model (`str`, *optional*):
-            Name of the model that has the code; of a folder only the last part is shown.
-    """
+    """Warn about custom code that configs refer to (`auto_map`): trajectories and checkpoints hold no code."""
     maps = [config.get("auto_map") for config in configs if isinstance(config, dict)]
     values = [value for auto_map in maps if isinstance(auto_map, dict) for value in auto_map.values()]
     references = [name for value in values for name in (value if isinstance(value, list) else [value])]

@@ -155,21 +155,9 @@ def fill_checkpoint(
     verify: bool = True,
     show_progress: bool = True,
 ) -> Reports:
-    """Write all files of a checkpoint into an existing folder; see [`write_checkpoint`].
+    """Write all files of a checkpoint into an existing folder, the same on every process; see [`write_checkpoint`].
 
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            The recorded states.
-        source ([`TensorSource`]):
-            The values.
-        folder (`Path`):
-            The folder, the same on every process.
-        options ([`WriteOptions`]):
-            How to write.
-        verify (`bool`, *optional*, defaults to `True`):
-            Whether to compare the recorded files with their SHA-256.
-        show_progress (`bool`, *optional*, defaults to `True`):
-            Whether the main process shows a progress bar.
+    `verify` compares the recorded files with their SHA-256, and `show_progress` shows a bar on the main process.
     """
     accelerator = options.accelerator
     specs = checkpoint_specs(trajectory, options.dtype)
