@@ -62,13 +62,8 @@ def james_stein(values: torch.Tensor, noise: float) -> float:
     """Positive-part James–Stein factor of N noisy values: `max(0, 1 - (1 - 2 / N) noise / |values|²)`.
 
     James and Stein, *Estimation with Quadratic Loss*, 1961. For N > 2 values with independent Gaussian noise, the
-    factor times the values has a smaller expected squared error than the values, whatever the true ones are.
-
-    Args:
-        values (`torch.Tensor`):
-            N values.
-        noise (`float`):
-            Sum of the variances of their noise.
+    factor times the values has a smaller expected squared error than the values, whatever the true ones are. `noise`
+    is the sum of the variances of their noise.
     """
     count, square = values.numel(), float(values.double().square().sum())
     return max(0.0, 1 - (1 - 2 / count) * noise / square) if count > 2 and square > 0 else 1.0
@@ -92,8 +87,7 @@ def jackknife(theta0: torch.Tensor, branches: Sequence[torch.Tensor], fraction: 
         `torch.Tensor` of that shape, float32.
 
     Raises:
-        `ValueError`:
-            If the fraction is out of range or there is no branch.
+        `ValueError`: if the fraction is out of range or there is no branch.
     """
     _check_fraction(fraction)
     return theta0.float() + fraction / (1 - fraction) * (theta0.float() - branch_average(branches))
@@ -117,8 +111,7 @@ def factorise(product: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Ten
     square roots in both. Of a scaled adapter, divide the matrix by the scaling first.
 
     Raises:
-        `ValueError`:
-            If the rank is less than 1 or more than the matrix has rows or columns.
+        `ValueError`: if the rank is less than 1 or more than the matrix has rows or columns.
     """
     if not 1 <= rank <= min(product.shape):
         raise ValueError(f"rank must be from 1 to {min(product.shape)}, got {rank}")

@@ -66,8 +66,7 @@ class Composition:
             At most one predictor that adds a residual, which comes first, and any number of [`Rescaler`]s.
 
     Raises:
-        `ValueError`:
-            If there is no member, or one that is neither first nor a rescaler.
+        `ValueError`: if there is no member, or one that is neither first nor a rescaler.
     """
 
     members: Sequence[Predictor]
@@ -112,10 +111,8 @@ def register_predictor(name: str) -> Callable[[_PredictorClass], _PredictorClass
             Name of the predictor.
 
     Raises:
-        `TypeError`:
-            If it is not a class, or `residual(self, history, role)` or `num_states` is missing.
-        `ValueError`:
-            If another class has this name.
+        `TypeError`: if it is not a class, or `residual(self, history, role)` or `num_states` is missing.
+        `ValueError`: if another class has this name.
     """
 
     def register(predictor_class: _PredictorClass) -> _PredictorClass:
@@ -146,10 +143,8 @@ def get_predictor(name: str, **kwargs: Any) -> Predictor:
             name, for example `rescale={"factor": 0.25}`.
 
     Raises:
-        `ValueError`:
-            If the name is unknown or a field has an invalid value.
-        `TypeError`:
-            If a field is unknown or a required field is missing.
+        `ValueError`: if the name is unknown or a field has an invalid value.
+        `TypeError`: if a field is unknown or a required field is missing.
     """
     if "+" in name:
         names = name.split("+")

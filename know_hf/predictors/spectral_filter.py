@@ -45,8 +45,7 @@ def spectral_filter(start: torch.Tensor, branches: Sequence[torch.Tensor]) -> to
         `torch.Tensor` of that shape, float32.
 
     Raises:
-        `ValueError`:
-            If there are fewer than two branches.
+        `ValueError`: if there are fewer than two branches.
     """
     if len(branches) < 2:
         raise ValueError(f"at least 2 branches needed, got {len(branches)}")

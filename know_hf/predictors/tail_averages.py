@@ -35,8 +35,7 @@ def decay_weights(num_states: int, shape: str = "linear") -> list[float]:
         `list[float]`: Weights, oldest state first. They sum to 1.
 
     Raises:
-        `ValueError`:
-            If the shape is unknown.
+        `ValueError`: if the shape is unknown.
     """
     if shape not in _SHAPES:
         raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(_SHAPES)}")

@@ -21,22 +21,14 @@ _SWEEPS, _CONVERGED = 50, 1e-4
 class ChannelPair:
     """Two matrices with a homogeneous function in between, of which channels scale one by one.
 
-    Attributes:
-        first, second (`str`):
-            Names of the matrices. Channel c of the first one's output has any factor, undone in the second.
-        axes (`tuple[int, int]`):
-            Axis of the channels in each.
-        vectors (`dict[str, int]`):
-            Biases with these channels: 1 if they scale with the first matrix, -1 with the second.
-        channel_of (`torch.Tensor` of shape `(D,)`):
-            Channel of each of the D positions along the second matrix's axis.
+    Channel c of the first one's output has any factor, undone in the second.
     """
 
-    first: str
+    first: str  # name of the matrix
     second: str
-    axes: tuple[int, int]
-    vectors: Mapping[str, int]
-    channel_of: torch.Tensor
+    axes: tuple[int, int]  # of the channels in each
+    vectors: Mapping[str, int]  # biases: 1 if they scale with the first matrix, -1 with the second
+    channel_of: torch.Tensor  # (D,): channel of each position along the second matrix's axis
 
     def factors(self, values: torch.Tensor) -> Factors:
         """Return the factors of all tensors, from those of the channels `(C,)`."""
@@ -124,17 +116,7 @@ def channel_pairs(
     """Find the pairs of matrices of which single channels scale.
 
     The scale symmetries say which pairs there are, the modules which axes; how channels pass from one to the other
-    (flattened, or repeated for groups of heads) is tried out.
-
-    Args:
-        model (`nn.Module`):
-            The model.
-        symmetries (sequence of [`ScaleSymmetry`]):
-            Its scale symmetries.
-        in_memory (`Mapping[str, str]`):
-            Names in memory by names on disk.
-        keeps_function (`Callable`):
-            Whether factors keep the function of the model.
+    (flattened, or repeated for groups of heads) is tried out. `in_memory` has names in memory by names on disk.
     """
     axes: dict[str, tuple[int, int]] = {}
     owners, state = dict(model.named_modules(remove_duplicate=False)), model.state_dict()

@@ -18,17 +18,10 @@ def evaluated(
     context: AbstractContextManager[Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Return the floating-point outputs of a model.
+    """Return the floating-point outputs of a model in evaluation mode; its training modes are restored.
 
-    Args:
-        model (`nn.Module`):
-            The model; its training modes are restored.
-        batch (`Mapping[str, torch.Tensor]` or `torch.Tensor`, *optional*):
-            Keyword arguments of the model, or its only argument; [`random_batch`] by default.
-        context (context manager, *optional*):
-            Entered around the call.
-        tensors (`Mapping[str, torch.Tensor]`, *optional*):
-            Values to use instead of the model's, by name in memory.
+    The batch has the keyword arguments of the model, or is its only argument; [`random_batch`] by default. `tensors`
+    replaces values of the model, by name in memory.
     """
     batch = random_batch(model) if batch is None else batch
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else ((batch,), {})
@@ -50,12 +43,7 @@ def evaluated(
 
 
 def random_batch(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Create inputs for a model of transformers: two rows of random tokens, or two random images.
-
-    Raises:
-        `ValueError`:
-            If the model takes neither tokens nor images.
-    """
+    """Create two rows of random tokens, or two random images. A `ValueError` says that a model takes neither."""
     inner = _innermost(model)
     if not inspect.signature(inner.forward).parameters:
         return {}

@@ -18,20 +18,11 @@ _ARRANGING = frozenset(
 
 @dataclass(frozen=True)
 class TensorParts:
-    """Parts of a tensor along an axis.
-
-    Attributes:
-        axis (`int`):
-            The axis.
-        part_of (`torch.Tensor` of shape `(C,)`):
-            Part of each position along it.
-        forms (`tuple[Form]`):
-            Exponent of each part.
-    """
+    """Parts of a tensor along an axis."""
 
     axis: int
-    part_of: torch.Tensor
-    forms: tuple[Form, ...]
+    part_of: torch.Tensor  # (C,): part of each position
+    forms: tuple[Form, ...]  # exponent of each part
 
 
 @dataclass
@@ -46,13 +37,8 @@ class _Projection:
 class FusedProjections:
     """Watches operations for projections whose output is only ever used in parts, always the same ones.
 
-    Which channels a part has is found by applying the same views to the numbers of the channels.
-
-    Args:
-        equations ([`ScaleEquations`]):
-            The equations, which get a variable for each part but the first.
-        names (`Mapping[int, str]`):
-            Names of the tensors that may be scaled, by identity.
+    Which channels a part has is found by applying the same views to the numbers of the channels. The equations get a
+    variable for each part but the first. `names` are those of the tensors that may be scaled, by identity.
     """
 
     def __init__(self, equations: ScaleEquations, names: Mapping[int, str]) -> None:
@@ -75,13 +61,7 @@ class FusedProjections:
     ) -> list[Form] | None:
         """Note an operation; return the exponents of its outputs if it takes parts of a projection.
 
-        Args:
-            func, args, kwargs, output:
-                The operation.
-            forms (`Mapping[str, Form]`):
-                Exponents of the tensors of the model.
-            form (`Form`):
-                Exponent of its first input.
+        `forms` are the exponents of the tensors of the model, `form` is that of the first input.
         """
         name, first = func.overloadpacket.__name__, args[0] if args else None
         if name == "t" and (weight := self._names.get(id(first))) is not None:

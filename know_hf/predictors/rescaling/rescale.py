@@ -80,14 +80,9 @@ class Rescale:
     def rescaling(self, model: nn.Module) -> Rescaling:
         """Return the factors of a model's tensors, after comparing its outputs with and without them.
 
-        Args:
-            model (`nn.Module`):
-                The model with the weights of Θ0 in float32.
-
         Raises:
             `ValueError`: if the outputs differ by more than `tolerance`, naming the tensor whose symmetry does it; if
-                `skip` names a tensor without one; if
-                no tensor can be rescaled; or if a batch is needed.
+                `skip` names a tensor without one; if no tensor can be rescaled; or if a batch is needed.
         """
         comparison = _Comparison(model, random_batch(model) if self.batch is None else self.batch)
         symmetries = scale_symmetries(model, comparison.batch)

@@ -19,19 +19,10 @@ _VECTORS = 1  # axes of biases, of norm weights and of other vectors, which only
 
 @dataclass(frozen=True)
 class PartExponents:
-    """Exponents of parts of a tensor, such as query, key and value in one matrix.
-
-    Attributes:
-        axis (`int`):
-            Axis along which the parts lie.
-        part_of (`torch.Tensor` of shape `(C,)`):
-            Part of each position along the axis.
-        exponents (`tuple[float]`):
-            Exponent of each part.
-    """
+    """Exponents of parts of a tensor, such as query, key and value in one matrix."""
 
     axis: int
-    part_of: torch.Tensor
+    part_of: torch.Tensor  # (C,): part of each position along the axis
     exponents: tuple[float, ...]
 
 
@@ -89,8 +80,7 @@ def scale_symmetries(model: nn.Module, batch: Any = None) -> list[ScaleSymmetry]
             Keyword arguments of the model, or its only argument; random for models of transformers by default.
 
     Raises:
-        `ValueError`:
-            If a batch is needed.
+        `ValueError`: if a batch is needed.
     """
     tensors, on_disk = model.state_dict(keep_vars=True), names_in_memory(model)
     names: dict[int, str] = {}

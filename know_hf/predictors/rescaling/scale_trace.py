@@ -39,17 +39,9 @@ _POWERS = {"rsqrt": Fraction(-1, 2), "sqrt": Fraction(1, 2), "reciprocal": Fract
 class ScaleTrace(TorchDispatchMode):
     """Collects the scale equations of the operations that run in its context.
 
-    Args:
-        names (`Mapping[int, str]`):
-            Name of every tensor that may be scaled, by identity (`id`).
-
-    Attributes:
-        equations ([`ScaleEquations`]):
-            The equations.
-        forms (`dict[str, Form]`):
-            Exponent of every tensor that was used, by name, in the order of use.
-        epsilons (`list[Form]`):
-            Exponents of what an epsilon was added to: exact only where they are 0.
+    `names` has the name of every tensor that may be scaled, by identity (`id`). `forms` gets the exponent of every
+    tensor that was used, by name, in the order of use, and `epsilons` the exponents of what an epsilon was added to:
+    exact only where they are 0.
     """
 
     def __init__(self, names: Mapping[int, str]) -> None:
