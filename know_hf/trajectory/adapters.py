@@ -57,10 +57,9 @@ def check_initialisation(config: Any) -> None:
 
 
 def read_adapter_config(folder: Path) -> Any:
-    """Read the `adapter_config.json` of a folder as a `PeftConfig`.
+    """Read the `adapter_config.json` of a folder as a `PeftConfig`; a `ValueError` names a damaged file.
 
-    A `ValueError` names a damaged file. If the folder holds the adapter, a rank that none of its tensors has is one,
-    because peft would allocate the memory for it.
+    If the folder holds the adapter, a rank that none of its tensors has is one: peft would allocate the memory for it.
     """
     from peft import PeftConfig
 

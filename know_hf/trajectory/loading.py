@@ -51,9 +51,8 @@ def load_pretrained(
             The model an adapter belongs to.
 
     Raises:
-        `TrajectoryError`:
-            When the class or the base model is unknown, model and checkpoint differ in tensors or shapes, or peft
-            changed the base of the adapter at random.
+        `TrajectoryError`: when the class or the base model is unknown, model and checkpoint differ in tensors or
+            shapes, or peft changed the base of the adapter at random.
     """
     if (folder / "adapter_config.json").exists():
         return _load_adapter(folder, base_model)
@@ -86,8 +85,7 @@ def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[st
             Function that reads each tensor, by its name on disk.
 
     Raises:
-        `TrajectoryError`:
-            When ZeRO-3 partitions the model, or state and model differ in tensors or shapes.
+        `TrajectoryError`: when ZeRO-3 partitions the model, or state and model differ in tensors or shapes.
     """
     model = unwrapped(model)
     kind = type(model).__name__

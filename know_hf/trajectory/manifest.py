@@ -129,11 +129,9 @@ class Manifest:
         """Read and check the `trajectory.json` of a folder.
 
         Raises:
-            `FileNotFoundError`:
-                When the folder has none.
-            `TrajectoryError`:
-                When the file exceeds 64 MB, does not match the schema or has another major version, or when
-                [`check`] fails.
+            `FileNotFoundError`: when the folder has none.
+            `TrajectoryError`: when the file exceeds 64 MB, does not match the schema or has another major version, or
+                when [`check`] fails.
         """
         path = folder / MANIFEST_NAME
         if not path.exists():
@@ -151,34 +149,19 @@ class Manifest:
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Write `trajectory.json` in one step.
-
-        Raises:
-            `TrajectoryError`:
-                When [`read`] would refuse it; nothing is written.
-        """
+        """Write `trajectory.json` in one step, unless [`read`] would refuse it."""
         path = folder / MANIFEST_NAME
         write_json(path, self.content(path))
 
     def content(self, path: Path) -> dict[str, Any]:
-        """Return the content of the file `path`.
-
-        Raises:
-            `TrajectoryError`:
-                When [`read`] would refuse it.
-        """
+        """Return the content of the file `path`; raise a `TrajectoryError` when [`read`] would refuse it."""
         content = {"format_version": self.format_version, **asdict(self)}
         _validate(path, content)
         self.check(path)
         return content
 
     def check(self, path: Path) -> None:
-        """Check what the schema cannot: the order of the states and the folder of every file.
-
-        Raises:
-            `TrajectoryError`:
-                When a check fails; the message starts with `path`.
-        """
+        """Check what the schema cannot: the order of the states and the folder of every file."""
         for position, state in enumerate(self.states):
             _check_state(path, position, state, self.states[position - 1])
         starts = () if self.start is None else (self.start,)
@@ -194,12 +177,7 @@ class Manifest:
                 seen.add(record.path.casefold())
 
     def check_what_is_loaded(self, folder: Path) -> None:
-        """Check that `from_pretrained` reads only recorded files from the folders of the states.
-
-        Raises:
-            `TrajectoryError`:
-                When the folder of a state has weights or JSON that were not recorded, or an index of such files.
-        """
+        """Check that `from_pretrained` reads only recorded files from the folders of the states."""
         listed = {record.path for state in self.snapshots for record in state.files}
         for state in self.snapshots:
             for path in sorted((folder / state.name).rglob("*")):

@@ -93,16 +93,13 @@ def merge_adapters(
         [`WeightTrajectory`]: the merged states, of the class of the base model.
 
     Raises:
-        `ValueError`:
-            When the trajectory is not one of adapters, or peft cannot merge them (`layer_replication`, prompts); when
-            the base model is unknown, quantised, incomplete, or not the one that the adapters were trained on; when
-            `output_dir` contains the trajectory, another one or the base model, or is inside one of them.
-        `TrajectoryError`:
-            When a file of the trajectory is not the recorded one.
-        `FileExistsError`:
-            When `output_dir` is not empty and `overwrite` is off.
-        `OSError`:
-            When the base model cannot be loaded, or the disk is too small.
+        `ValueError`: when the trajectory is not one of adapters, or peft cannot merge them (`layer_replication`,
+            prompts); when the base model is unknown, quantised, incomplete, or not the one that the adapters were
+            trained on; when `output_dir` contains the trajectory, another one or the base model, or is inside one of
+            them.
+        `TrajectoryError`: when a file of the trajectory is not the recorded one.
+        `FileExistsError`: when `output_dir` is not empty and `overwrite` is off.
+        `OSError`: when the base model cannot be loaded, or the disk is too small.
     """
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
@@ -135,20 +132,12 @@ def merge_adapters(
 
 
 def merge_adapter(adapted: Any, trajectory: WeightTrajectory) -> Any:
-    """Merge an adapter into its base model, and untie embeddings if the adapter changes one of them.
+    """Merge an adapter into its base model and return it; `adapted` cannot be used afterwards.
 
-    Args:
-        adapted (`PeftModel`):
-            The model with the adapter; it cannot be used afterwards.
-        trajectory ([`WeightTrajectory`]):
-            The trajectory of adapters that it belongs to.
-
-    Returns:
-        The base model with the adapter merged into it.
+    If the adapter changes one of two tied embeddings, they are untied.
 
     Raises:
-        `ValueError`:
-            When peft cannot merge adapters of this kind, or they change tied weights that cannot be untied.
+        `ValueError`: when peft cannot merge adapters of this kind, or they change tied weights that cannot be untied.
     """
     adapts_tied = _adapts_tied_embeddings(adapted, trajectory)
     if adapts_tied:

@@ -81,23 +81,12 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class HubTensors:
-    """Tensors that are stored in a model repo on the Hub.
-
-    Attributes:
-        repo_id (`str`):
-            Id of the repo.
-        commit (`str`):
-            The commit.
-        files (`tuple[FileRecord]`):
-            The safetensors files of the repo that hold the tensors.
-        names (`dict[str, str]`):
-            From the name of a tensor to its name in the repo.
-    """
+    """Tensors that are stored in a model repo on the Hub."""
 
     repo_id: Text
     commit: Annotated[str, Strict(), Field(pattern="^[0-9a-f]{40}$")]
-    files: Annotated[tuple[FileRecord, ...], FailFast()]
-    names: Texts
+    files: Annotated[tuple[FileRecord, ...], FailFast()]  # the safetensors files of the repo that hold the tensors
+    names: Texts  # from the name of a tensor to its name in the repo
 
 
 @dataclass(frozen=True)

@@ -34,33 +34,15 @@ WORTH_SHARING = 0.01  # share of a state's bytes; if less is unchanged, the stat
 
 @dataclass
 class Snapshot:
-    """The weights of a model at one moment, on the CPU.
+    """The weights of a model at one moment, on the CPU."""
 
-    Attributes:
-        model (`nn.Module`):
-            The model without wrappers, for its config and `save_pretrained`. Its weights may have changed since.
-        state_dict (`dict[str, torch.Tensor]`):
-            Copies of the tensors of a state, by their names in memory. Tensors that share memory in the model share
-            it here.
-        on_disk (`dict[str, str]`):
-            From names in memory to names on disk, for tensors that saving only renames.
-        roles (`dict[str, TensorRole]`):
-            Role of every tensor, by the names in memory.
-        generation_config (`GenerationConfig`, *optional*):
-            Copy of the model's; `generate` changes the original while it runs.
-        adapter (`str`, *optional*):
-            Name of the recorded adapter of a `PeftModel`.
-        base_fingerprint (`str`, *optional*):
-            Hash of the weights below the adapter.
-    """
-
-    model: nn.Module
-    state_dict: dict[str, torch.Tensor]
-    on_disk: dict[str, str]
-    roles: dict[str, TensorRole]
-    generation_config: GenerationConfig | None = None
-    adapter: str | None = None
-    base_fingerprint: str | None = None
+    model: nn.Module  # without wrappers, for its config and save_pretrained; its weights may have changed since
+    state_dict: dict[str, torch.Tensor]  # copies by names in memory; tensors share memory as in the model
+    on_disk: dict[str, str]  # from names in memory to names on disk, of tensors that saving only renames
+    roles: dict[str, TensorRole]  # by names in memory
+    generation_config: GenerationConfig | None = None  # copy of the model's, which generate changes while it runs
+    adapter: str | None = None  # recorded adapter of a PeftModel
+    base_fingerprint: str | None = None  # of the weights below the adapter
 
     @classmethod
     def of(
@@ -72,23 +54,14 @@ class Snapshot:
     ) -> "Snapshot":
         """Copy the weights of a model.
 
-        Args:
-            model (`nn.Module`):
-                The model; wrappers are removed.
-            state_dict (`Mapping[str, torch.Tensor]`, *optional*):
-                All of its weights by their names in memory, when the model has only a part of them (FSDP, ZeRO-3).
-            dtype (`torch.dtype`, *optional*):
-                Floating-point dtype to store; by default that of each tensor.
-            reuse (`Mapping[str, torch.Tensor]`, *optional*):
-                The `state_dict` of a snapshot that is no longer needed. Its memory is overwritten, which is several
-                times faster than allocating new memory.
+        `state_dict` has all of its weights by their names in memory, when the model has only a part of them (FSDP,
+        ZeRO-3), and `dtype` replaces floating-point dtypes. The memory of `reuse`, the `state_dict` of a snapshot that
+        is no longer needed, is overwritten, which is several times faster than allocating new memory.
 
         Raises:
-            `TrajectoryError`:
-                When ZeRO-3 partitions the weights and no `state_dict` is given, or safetensors has no dtype for a
-                tensor.
-            `ValueError`:
-                When a state could not hold the weights, see [`check_recordable`].
+            `TrajectoryError`: when ZeRO-3 partitions the weights and no `state_dict` is given, or safetensors has no
+                dtype for a tensor.
+            `ValueError`: when a state could not hold the weights, see [`check_recordable`].
         """
         model = unwrapped(model)
         if state_dict is None and is_partitioned(model):
@@ -120,10 +93,7 @@ class Snapshot:
         return cls(model, copied, on_disk, roles, generation_config, adapter, base_fingerprint(model))
 
     def check_finite(self, path: Path, state: str) -> None:
-        """Raise a `TrajectoryError` that names the first tensor with a NaN or infinite value.
-
-        Buffers may be infinite, as attention masks are.
-        """
+        """Raise a `TrajectoryError` for a tensor with a NaN or infinite value. Buffers, as masks, may be infinite."""
         for name, tensor in self.state_dict.items():
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 continue
@@ -137,17 +107,10 @@ class Snapshot:
                 )
 
     def save(self, folder: Path, previous: CheckpointReader | None = None) -> set[str]:
-        """Write config and weights as `save_pretrained` does, without tensors that equal the previous state's.
+        """Write config and weights as `save_pretrained` does into an empty folder beside that of the previous state.
 
-        Args:
-            folder (`Path`):
-                An existing, empty folder beside that of the previous state.
-            previous ([`CheckpointReader`], *optional*):
-                The previous state.
-
-        Returns:
-            `set[str]`: names on disk of the tensors left out. `model.safetensors.index.json` refers to the files that
-            have them.
+        Tensors that equal the previous state's are left out, and `model.safetensors.index.json` refers to the files
+        that have them. Returns their names on disk.
         """
         # an adapter is one file, and peft initialises what is missing: nothing can be left out
         unchanged = set() if previous is None or self.adapter is not None else self._equal_to(previous)
@@ -205,18 +168,7 @@ def recorded_tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def state_nbytes(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[int, int]:
-    """Return the bytes on disk of the first state and of each further one, from shapes and dtypes.
-
-    Args:
-        model (`nn.Module`):
-            The model, with any weights.
-        dtype (`torch.dtype`, *optional*):
-            Floating-point dtype to store.
-
-    Raises:
-        `TrajectoryError`:
-            When safetensors has no dtype for a tensor.
-    """
+    """Return the bytes on disk of the first state and of each further one, from shapes and dtypes."""
     model = unwrapped(model)
     _check_dtypes(model, dtype)
     total = frozen = 0

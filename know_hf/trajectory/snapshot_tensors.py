@@ -12,14 +12,7 @@ from .store import StateName, Store
 
 
 class SnapshotTensors:
-    """The reading half of [`WeightTrajectory`].
-
-    Args:
-        store ([`Store`]):
-            Files, manifest and readers.
-        recorder ([`Recorder`]):
-            Its background errors are raised before a reading.
-    """
+    """The reading half of [`WeightTrajectory`]. Background errors of the recorder are raised before a reading."""
 
     def __init__(self, store: Store, recorder: Recorder) -> None:
         self._store = store
@@ -68,12 +61,7 @@ class SnapshotTensors:
         return self._store.manifest.base_revision
 
     def snapshot(self, state: StateName) -> StateRecord:
-        """Return the record of a state by its index, or of another snapshot by its name, such as `"tail-0"`.
-
-        Raises:
-            `TrajectoryError`:
-                When it does not exist.
-        """
+        """Return the record of a state by its index, or of another snapshot by its name, such as `"tail-0"`."""
         return self._store.record(state)
 
     @property
@@ -90,12 +78,7 @@ class SnapshotTensors:
         return self._reader(name).dtype(name)
 
     def tensor(self, name: str, state: StateName = 0) -> torch.Tensor:
-        """Read one tensor of one state, `(*shape)`, in the dtype it is stored in.
-
-        Raises:
-            `TrajectoryError`:
-                When there is no such tensor or state.
-        """
+        """Read one tensor of one state, `(*shape)`, in the dtype it is stored in."""
         return self._reader(name, state).tensor(name)
 
     def state_dict(self, state: StateName = 0) -> dict[str, torch.Tensor]:
@@ -111,31 +94,11 @@ class SnapshotTensors:
         return all(name in state.unchanged for state in self._store.manifest.states[1:])
 
     def history(self, name: str) -> torch.Tensor:
-        """Read all states of one tensor in the order that KNOWN expects.
-
-        Args:
-            name (`str`):
-                Name of the tensor on disk.
-
-        Returns:
-            `torch.Tensor` of shape `(S, *shape)`, float32: most forgotten state first, full data LAST.
-        """
+        """Read all states of one tensor, `(S, *shape)` float32, as KNOWN expects them: full data LAST."""
         return self.read_history(name).reshape(self.num_states, *self.shape(name))
 
     def read_history(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Read a piece of a tensor's [`history`] and nothing else.
-
-        Args:
-            name (`str`):
-                Name of the tensor on disk.
-            start (`int`, *optional*, defaults to `0`):
-                First element, in row-major order.
-            stop (`int`, *optional*):
-                One after the last element; by default the end of the tensor.
-
-        Returns:
-            `torch.Tensor` of shape `(S, stop - start)`, float32: most forgotten state first, full data LAST.
-        """
+        """Read elements `start` to `stop - 1` of a [`history`], `(S, stop - start)` float32, and nothing else."""
         stop = self.shape(name).numel() if stop is None else stop
         history = torch.empty(self.num_states, stop - start, dtype=torch.float32)
         for row, reader in zip(history, reversed(self._readers), strict=True):

@@ -33,17 +33,9 @@ def store_early(
 ) -> StateRecord:
     """Replace the folder of a start or tail state by one without the tensors that are elsewhere; return its record.
 
-    Args:
-        folder (`Path`):
-            The folder, as `save_pretrained` writes it.
-        first ([`CheckpointReader`]):
-            State 0, which has the same tensors, in the folder beside it.
-        state ([`StateRecord`]):
-            The record of state 0; a config of the start gets its bytes.
-        early ([`StateRecord`]):
-            The record of the start or tail state, without its files.
-        base (`tuple[str, str, str]`, *optional*):
-            Id and commit of the base model on the Hub, and the prefix of its tensors in models with a head.
+    `first` reads state 0 in the folder beside it, whose record `state` gives the bytes of the config. `early` is the
+    record without its files. `base` has id and commit of the base model on the Hub, and the prefix of its tensors in
+    models with a head.
     """
     weights = sorted(folder.glob("*.safetensors"))
     stored = CheckpointReader(weights)
@@ -73,9 +65,7 @@ def store_early(
 def hub_tensors(hub: HubTensors, path: Path) -> dict[str, tuple[ByteSource, TensorEntry]]:
     """Return where the tensors of a reference are in the Hub cache, after a download if they are not there.
 
-    Raises:
-        `TrajectoryError`:
-            When a file cannot be downloaded or is not the recorded one; names repo and commit.
+    A `TrajectoryError` names repo and commit when a file cannot be downloaded or is not the recorded one.
     """
     files = _cached(hub.repo_id, hub.commit, [record.path for record in hub.files])
     if files is None:

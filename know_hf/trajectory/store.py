@@ -20,16 +20,8 @@ StateName = int | str
 class Store:
     """A trajectory in a local folder.
 
-    Args:
-        path (`Path`):
-            The folder.
-        manifest ([`Manifest`], *optional*):
-            The manifest of a new trajectory. By default, `trajectory.json` is read and the sizes of the files are
-            compared with it.
-
-    Attributes:
-        repo ([`RemoteRepo`], *optional*):
-            The repo that files are downloaded from to `path`.
+    Without the manifest of a new trajectory, `trajectory.json` is read and the sizes of the files are compared with
+    it. `repo` is the repo that files are downloaded from to `path`.
     """
 
     repo: RemoteRepo | None = None
@@ -47,25 +39,15 @@ class Store:
         """Readers of all states, full data first.
 
         Raises:
-            `TrajectoryError`:
-                When there is no state, a file cannot be read, the states do not have the same tensors, or a tensor has
-                no role.
+            `TrajectoryError`: when there is no state, a file cannot be read, the states do not have the same tensors,
+                or a tensor has no role.
         """
         if self._readers is None:
             self._readers = self._open_readers()
         return self._readers
 
     def record(self, state: StateName) -> StateRecord:
-        """Return the record of a snapshot.
-
-        Args:
-            state (`int` or `str`):
-                Index of a state, `"start"`, or `"tail-k"`, `"branch-k"` or `"state-k"`.
-
-        Raises:
-            `TrajectoryError`:
-                When it does not exist.
-        """
+        """Return the record of a snapshot by the index of a state, or by name: `"start"`, `"tail-0"`, `"state-0"`."""
         snapshots = {snapshot.name: snapshot for snapshot in self.manifest.snapshots}
         record = snapshots.get(state if isinstance(state, str) else f"state-{state}")
         if record is None:
@@ -83,10 +65,7 @@ class Store:
 
     @contextmanager
     def folder(self, state: StateName) -> Iterator[Path]:
-        """Give a folder from which `from_pretrained` loads a snapshot, downloaded where needed.
-
-        Tensors that the manifest refers to on the Hub are written to a temporary one.
-        """
+        """Give a folder from which `from_pretrained` loads a snapshot; a temporary one if tensors are on the Hub."""
         record = self.record(state)
         self.fetch_state(record)
         if record.hub is None:
@@ -115,17 +94,10 @@ class Store:
                 self.reader(snapshot.name)
 
     def check(self, hashes: bool = False, part: int = 0, parts: int = 1) -> None:
-        """Compare the sizes of the files with the manifest, and their hashes if asked to.
-
-        Args:
-            hashes (`bool`, *optional*, defaults to `False`):
-                Whether to compare hashes.
-            part, parts (`int`, *optional*):
-                Only every `parts`-th file from number `part` on, when several processes share the reading.
+        """Compare the sizes of every `parts`-th file from `part` on with the manifest, and their hashes if asked to.
 
         Raises:
-            `TrajectoryError`:
-                When a file is missing or is not the recorded one; names it.
+            `TrajectoryError`: when a file is missing or is not the recorded one; names it.
         """
         for record in self.manifest.all_files[part::parts]:
             path = self.path / record.path
@@ -180,15 +152,9 @@ class HubStore(Store):
     Tensors are read as byte ranges. Other files are downloaded to the Hub cache. Sizes and hashes on the Hub are
     compared with `trajectory.json` before any other file is read.
 
-    Args:
-        repo ([`RemoteRepo`]):
-            The repo.
-        token (`str` or `bool`, *optional*):
-            Access token; defaults to the token of `hf auth login`.
-
     Raises:
-        `TrajectoryError`:
-            When the repo has no `trajectory.json` or one of over 64 MB, or a file is missing or differs.
+        `TrajectoryError`: when the repo has no `trajectory.json` or one of over 64 MB, or a file is missing or
+            differs.
     """
 
     repo: RemoteRepo

@@ -82,10 +82,6 @@ def inspect_trajectory(trajectory: WeightTrajectory) -> TrajectorySummary:
 
     Tensors are read in pieces, so memory does not grow with them. Sums are float64: the distances of tensors of any
     size agree with those of a single sum to about 1e-12, relative.
-
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            The recorded states.
     """
     summary = metrics_summary(trajectory)
     names = [record.name for record in (*trajectory.states, *trajectory.tail, *trajectory.branches)]
@@ -121,14 +117,7 @@ def other_snapshots(trajectory: WeightTrajectory) -> tuple[StateRecord, ...]:
 
 
 def displacement(trajectory: WeightTrajectory, state: StateName) -> float:
-    """Return `‖Θk − Θ0‖₂ / ‖Θ0‖₂` over all parameters; 0 for state 0.
-
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            The recorded states.
-        state (`int` or `str`):
-            The index k, or the name of another snapshot.
-    """
+    """Return `‖Θk − Θ0‖₂ / ‖Θ0‖₂` over all parameters; 0 for state 0."""
     moved = length = 0.0
     for name, role in trajectory.roles.items():
         if state not in (0, "state-0") and role.role != "copied":

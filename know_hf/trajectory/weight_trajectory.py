@@ -69,10 +69,8 @@ class WeightTrajectory(SnapshotTensors):
             `path`, `./base` for one below the working directory, `.../base` for another, whose path is not recorded.
 
     Raises:
-        `FileNotFoundError`:
-            When the folder has no trajectory.
-        `TrajectoryError`:
-            When a file is missing or does not have the recorded size, or states are out of order.
+        `FileNotFoundError`: when the folder has no trajectory.
+        `TrajectoryError`: when a file is missing or does not have the recorded size, or states are out of order.
     """
 
     def __init__(self, path: str | Path, store: Store | None = None) -> None:
@@ -90,10 +88,8 @@ class WeightTrajectory(SnapshotTensors):
                 The schedule to record in `trajectory.json`.
 
         Raises:
-            `FileExistsError`:
-                When `path` has a trajectory, or a model whose files would be replaced.
-            `ValueError`:
-                When `path` is inside another trajectory.
+            `FileExistsError`: when `path` has a trajectory, or a model whose files would be replaced.
+            `ValueError`: when `path` is inside another trajectory.
         """
         path = Path(path)
         check_output(path, replaces=False)
@@ -121,10 +117,8 @@ class WeightTrajectory(SnapshotTensors):
                 Access token; defaults to the token of `hf auth login`.
 
         Raises:
-            `TrajectoryError`:
-                When the repo has no trajectory, or a file is missing or is not the recorded one.
-            `HfHubHTTPError`:
-                When the repo cannot be read.
+            `TrajectoryError`: when the repo has no trajectory, or a file is missing or is not the recorded one.
+            `HfHubHTTPError`: when the repo cannot be read.
         """
         store = HubStore(RemoteRepo.open(repo_id, revision, token), token)
         store.fetch(record for record in store.manifest.files if record.path in _READ_EARLY)
@@ -164,14 +158,11 @@ class WeightTrajectory(SnapshotTensors):
                 Whether an existing `output_dir` may be replaced.
 
         Raises:
-            `TrajectoryError`:
-                When tensors, shapes, dtypes, adapter configs or vocabularies differ; names what and both checkpoints.
-            `ValueError`:
-                When there are fewer than two checkpoints, sizes are missing, or weights are pickles.
-            `FileNotFoundError`:
-                When a checkpoint does not exist or has no weights.
-            `FileExistsError`:
-                When `output_dir` is not empty and `overwrite` is off.
+            `TrajectoryError`: when tensors, shapes, dtypes, adapter configs or vocabularies differ; names what and
+                both checkpoints.
+            `ValueError`: when there are fewer than two checkpoints, sizes are missing, or weights are pickles.
+            `FileNotFoundError`: when a checkpoint does not exist or has no weights.
+            `FileExistsError`: when `output_dir` is not empty and `overwrite` is off.
         """
         import_checkpoints(checkpoints, output_dir, kind, num_examples=num_examples, copy=copy, overwrite=overwrite)
         return cls(output_dir)
@@ -210,14 +201,11 @@ class WeightTrajectory(SnapshotTensors):
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Read every file once and compare it with the manifest; on the Hub, compare sizes and hashes only.
 
-        Args:
-            part, parts (`int`, *optional*):
-                Only every `parts`-th file from number `part` on, when several processes share the reading.
+        When several processes share the reading, each reads every `parts`-th file from number `part` on.
 
         Raises:
-            `TrajectoryError`:
-                When a file is missing or is not the recorded one (size, SHA-256), or when the states do not have the
-                same tensors; names file, or tensor and state.
+            `TrajectoryError`: when a file is missing or is not the recorded one (size, SHA-256), or when the states do
+                not have the same tensors; names file, or tensor and state.
         """
         self._recorder.check()
         self._store.verify(part, parts)
@@ -240,9 +228,9 @@ class WeightTrajectory(SnapshotTensors):
                 For a trajectory of adapters, the model they belong to.
 
         Raises:
-            `TrajectoryError`:
-                When the state does not exist, or when a model built from the config differs from the state in tensors
-                or shapes, for example in its head. Build the model as for the training, and use [`load_into`].
+            `TrajectoryError`: when the state does not exist, or when a model built from the config differs from the
+                state in tensors or shapes, for example in its head. Build the model as for the training, and use
+                [`load_into`].
         """
         self._recorder.check()
         with self._store.folder(state) as folder:
@@ -258,8 +246,8 @@ class WeightTrajectory(SnapshotTensors):
                 Index of the state, or name of another snapshot.
 
         Raises:
-            `TrajectoryError`:
-                When the state does not exist, its tensors and shapes differ, or ZeRO-3 partitions the model.
+            `TrajectoryError`: when the state does not exist, its tensors and shapes differ, or ZeRO-3 partitions the
+                model.
         """
         self._recorder.check()
         reader = self._store.reader(state)
@@ -304,14 +292,10 @@ class WeightTrajectory(SnapshotTensors):
                 `"branch"` for weights of another training than those of the states.
 
         Raises:
-            `ValueError`:
-                When a state could not hold the weights that train, see `check_recordable`.
-            `TrajectoryError`:
-                When the subset does not shrink, or the tensors are not those of state 0.
-            `OSError`:
-                When a file cannot be written.
-            `TrajectoryBusyError`:
-                When another process records to the folder.
+            `ValueError`: when a state could not hold the weights that train, see `check_recordable`.
+            `TrajectoryError`: when the subset does not shrink, or the tensors are not those of state 0.
+            `OSError`: when a file cannot be written.
+            `TrajectoryBusyError`: when another process records to the folder.
         """
         values: dict[str, Any] = dict(stage)
         values |= {name: dict(values.get(name) or {}) for name in ("metrics", "training")}
@@ -363,8 +347,7 @@ class WeightTrajectory(SnapshotTensors):
         """Keep other processes from recording to the folder inside a `with` block.
 
         Raises:
-            `TrajectoryBusyError`:
-                When another process records, or recorded since this object read the folder.
+            `TrajectoryBusyError`: when another process records, or recorded since this object read the folder.
         """
         return self._recorder.recording()
 
@@ -373,10 +356,5 @@ class WeightTrajectory(SnapshotTensors):
         self._recorder.check_base(model)
 
     def check(self, wait: bool = False) -> None:
-        """Raise the error of a failed background recording.
-
-        Args:
-            wait (`bool`, *optional*, defaults to `False`):
-                Whether to wait for a running one.
-        """
+        """Raise the error of a failed background recording; `wait` waits for a running one."""
         self._recorder.check(wait)
