@@ -96,9 +96,8 @@ class RecordArguments:
     `know-hf record --help` describes the fields. [`from_yaml`] and [`from_dict`] check keys and convert strings.
 
     Raises:
-        `ValueError`:
-            For a value out of range, a key of `training` that another argument sets, or an argument that has no effect
-            on the task.
+        `ValueError`: for a value out of range, a key of `training` that another argument sets, or an argument that has
+            no effect on the task.
     """
 
     task: str = _option(MISSING, f"one of {', '.join(TASKS)}")
@@ -188,8 +187,7 @@ class RecordArguments:
                 Where the values come from, for error messages.
 
         Raises:
-            `ValueError`:
-                For an unknown key (with the nearest known one), a missing key, or a value of the wrong type.
+            `ValueError`: for an unknown key (with the nearest known one), a missing key, or a value of the wrong type.
         """
         return build(cls, {**content, "training": read_numbers(content.get("training"))}, source)
 
@@ -204,10 +202,8 @@ class RecordArguments:
                 Values that replace those of the file; `lora` and `training` are replaced key by key.
 
         Raises:
-            `FileNotFoundError`:
-                When the file does not exist.
-            `ValueError`:
-                See [`from_dict`]; also when the file does not hold a mapping.
+            `FileNotFoundError`: when the file does not exist.
+            `ValueError`: see [`from_dict`]; also when the file does not hold a mapping.
         """
         content = read_yaml(path, "recipes/record has examples")
         for name, value in (overrides or {}).items():

@@ -26,28 +26,18 @@ Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How the rows of [`load_splits`] become inputs of the model.
+    """How the rows of [`load_splits`] become inputs of the model."""
 
-    Attributes:
-        processor (`PreTrainedTokenizerBase` or `BaseImageProcessor`):
-            Tokenizer or image processor of the model.
-        prepare (`Callable[[datasets.Dataset], datasets.Dataset]`):
-            Maps the rows to examples.
-        collator (`Callable`):
-            Collates a list of examples into a batch.
-    """
-
-    processor: Processor
-    prepare: Callable[[datasets.Dataset], datasets.Dataset]
-    collator: Callable[[list[Any]], Any]
+    processor: Processor  # tokenizer or image processor
+    prepare: Callable[[datasets.Dataset], datasets.Dataset]  # maps the rows to examples
+    collator: Callable[[list[Any]], Any]  # collates a list of examples into a batch
 
 
 def load_preprocessing(args: RecordArguments) -> Preprocessing:
     """Load the preprocessing of a task.
 
     Raises:
-        `ValueError`:
-            When the tokenizer has no token to pad with, or the model takes fewer tokens than `max_length`.
+        `ValueError`: when the tokenizer has no token to pad with, or the model takes fewer tokens than `max_length`.
     """
     revision = args.model_revision or "main"
     config = load_config(args.model, revision)

@@ -39,12 +39,10 @@ def record_task(args: RecordArguments) -> WeightTrajectory:
         [`WeightTrajectory`]: in `args.output_dir/trajectory`.
 
     Raises:
-        `ValueError`:
-            See [`induce_forgetting`]; also when the columns of the dataset do not fit the task, for a key of
+        `ValueError`: see [`induce_forgetting`]; also when the columns of the dataset do not fit the task, for a key of
             `args.training` that `TrainingArguments` does not have, and when the folder holds a trajectory that was
             recorded with other arguments.
-        `FileExistsError`:
-            When the folder has a `record.json` or `forgetting.png` of another program.
+        `FileExistsError`: when the folder has a `record.json` or `forgetting.png` of another program.
     """
     return record_and_count(args)[0]
 
@@ -85,7 +83,7 @@ def read_arguments(path: Path) -> RecordArguments:
 def _check_or_write_arguments(args: RecordArguments, output_dir: Path, write: bool) -> RecordArguments:
     """Compare the arguments with those of a trajectory in the folder, on every process; the main one writes them.
 
-    Returns them; `eval_split="auto"` as the recording began.
+    Returns them with `eval_split="auto"` as the recording began.
     """
     path = output_dir / _ARGUMENTS_NAME
     if path.exists() and WeightTrajectory.exists(output_dir / _TRAJECTORY_NAME):

@@ -18,44 +18,19 @@ from .trainer_parts import prepare_task
 
 @dataclass(frozen=True)
 class RecordingPlan:
-    """What a recording will train and write.
+    """What a recording will train and write; `str` gives a table."""
 
-    Attributes:
-        num_examples (`list[int]`):
-            Examples of every state, full data first, and of every branch.
-        steps (`list[int]`):
-            Optimizer steps of each; 0 for a state 0 that is not trained.
-        epochs (`list[float]`):
-            Epochs of each.
-        examples_seen (`int`):
-            Examples of all trainings, each counted as often as it is seen.
-        relative_cost (`float`):
-            One epoch on every subset, in epochs on all data.
-        parameters (`int`):
-            Parameters of one state; those of the adapter if there is one.
-        bytes_per_state (`int`):
-            Bytes of one state.
-        free_bytes (`int`):
-            Free bytes on the disk of the output folder.
-        num_branches (`int`):
-            How many of the trainings are branches, the last ones.
-        tail_states (`int`):
-            Number of tail states.
-        has_start (`bool`):
-            Whether the weights before the training are recorded too.
-    """
-
-    num_examples: list[int]
-    steps: list[int]
+    num_examples: list[int]  # of every state, full data first, and of every branch
+    steps: list[int]  # optimizer steps of each; 0 for a state 0 that is not trained
     epochs: list[float]
-    examples_seen: int
-    relative_cost: float
-    parameters: int
+    examples_seen: int  # over all trainings, each counted as often as it is seen
+    relative_cost: float  # one epoch on every subset, in epochs on all data
+    parameters: int  # of one state; those of the adapter if there is one
     bytes_per_state: int
-    free_bytes: int
-    num_branches: int = 0
+    free_bytes: int  # on the disk of the output folder
+    num_branches: int = 0  # the last of the trainings
     tail_states: int = 0
-    has_start: bool = True
+    has_start: bool = True  # whether the weights before the training are recorded too
 
     @property
     def bytes_needed(self) -> int:
@@ -87,15 +62,7 @@ class RecordingPlan:
 
 
 def plan_task(args: RecordArguments) -> RecordingPlan:
-    """Load everything that a recording needs, and plan its cost. Trains and writes nothing.
-
-    Args:
-        args ([`RecordArguments`]):
-            The task; raises the same errors as [`record_task`].
-
-    Returns:
-        [`RecordingPlan`]: `str` gives a table.
-    """
+    """Load all that a recording needs and plan its cost, without training; errors as [`record_task`]."""
     parts = prepare_task(args)
     training, schedule = parts.args, args.schedule
     batch = training.train_batch_size * training.world_size

@@ -32,20 +32,15 @@ def load_splits(
 ) -> tuple[datasets.Dataset, datasets.Dataset | None, list[str] | None]:
     """Load the splits to train and evaluate on, with the columns that the task needs.
 
-    Args:
-        args ([`RecordArguments`]):
-            Names the dataset, its splits, its columns and how many rows to draw from each split.
-        validation ([`RecordArguments`], *optional*):
-            Names the dataset and split to evaluate on, by default those of `args`. Columns and classes are those of
-            the training split.
+    `validation` names another dataset and split to evaluate on; columns and classes are those of the training split.
 
     Returns:
         The training split, the evaluation split or `None`, and the names of the classes or `None`. The columns are
-        `text` and `text_pair`, or `image`; and `labels`, integers from 0.
+            `text` and `text_pair`, or `image`; and `labels`, integers from 0.
 
     Raises:
-        `ValueError`:
-            When a column cannot be detected, is missing, has the wrong type, holds no classes, or has an empty row.
+        `ValueError`: when a column cannot be detected, is missing, has the wrong type, holds no classes, or has an
+            empty row.
     """
     validation = validation or args
     evaluated, class_names = _eval_split(validation), None
@@ -101,25 +96,14 @@ def overlap(args: RecordArguments, split: str) -> bool:
 def tokenize(
     dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, causal: bool, pack: bool
 ) -> datasets.Dataset:
-    """Replace the texts of a dataset by their tokens.
+    """Replace the columns `text` and `text_pair` of a dataset by tokens, at most `max_length` for an example.
 
-    Args:
-        dataset (`datasets.Dataset`):
-            Columns `text`, and optionally `text_pair` and `labels`.
-        tokenizer (`PreTrainedTokenizerBase`):
-            The tokenizer of the model.
-        max_length (`int`):
-            Maximum number of tokens of an example.
-        causal (`bool`):
-            Tokenize for language modelling: texts that are not truncated end with the end-of-text token, if the
-            tokenizer has one, and texts of fewer than two tokens are dropped.
-        pack (`bool`):
-            Join the texts, a thousand at a time, and cut them into examples of `max_length` tokens; the rest of each
-            thousand is dropped.
+    For language modelling (`causal`), texts that are not truncated end with the end-of-text token, if the tokenizer
+    has one, and texts of fewer than two tokens are dropped. `pack` joins the texts, a thousand at a time, and cuts
+    them into examples of `max_length` tokens; the rest of each thousand is dropped.
 
     Raises:
-        `ValueError`:
-            When no example is left.
+        `ValueError`: when no example is left.
     """
 
     def classification_inputs(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:

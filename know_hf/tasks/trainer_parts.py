@@ -53,15 +53,7 @@ class TrainerParts:
 
 
 def prepare_task(args: RecordArguments) -> TrainerParts:
-    """Load data, processor and model of a task.
-
-    Args:
-        args ([`RecordArguments`]):
-            The task; raises the same errors as [`record_task`].
-
-    Returns:
-        [`TrainerParts`]
-    """
+    """Load data, processor and model of a task; errors as [`record_task`]."""
     training = training_arguments(args)
     with training.main_process_first(desc="data"):
         train, evaluation, classes = load_splits(args)
@@ -82,12 +74,7 @@ def prepare_task(args: RecordArguments) -> TrainerParts:
 
 
 def training_arguments(args: RecordArguments) -> TrainingArguments:
-    """Return the `TrainingArguments` of a recording.
-
-    Raises:
-        `ValueError`:
-            For a key of `args.training` that `TrainingArguments` does not have, or a value of the wrong type.
-    """
+    """Return the `TrainingArguments` of a recording; a `ValueError` names an unknown key or a wrong type."""
     check_keys(args.training, [option.name for option in fields(TrainingArguments) if option.init], "training")
     check_types(args.training, TrainingArguments, "training.")
     options: dict[str, Any] = {

@@ -25,29 +25,14 @@ RECORDED = "recorded"
 
 @dataclass(frozen=True)
 class ValidationData:
-    """Examples to evaluate the candidates of a gate on, preprocessed as in the recording.
-
-    Attributes:
-        dataset (`datasets.Dataset`):
-            Labelled examples.
-        data_collator (`Callable`):
-            Collates a list of examples into a batch.
-        base_model (`PreTrainedModel`, *optional*):
-            Base model of a trajectory of adapters.
-    """
+    """Examples to evaluate the candidates of a gate on, preprocessed as in the recording."""
 
     dataset: datasets.Dataset
     data_collator: Callable[[list[Any]], Any]
-    base_model: PreTrainedModel | None = None
+    base_model: PreTrainedModel | None = None  # of a trajectory of adapters
 
     def make_gate(self, **options: Any) -> Gate:
-        """Return a [`Gate`] on the data.
-
-        Args:
-            options:
-                Other arguments of the gate. By default, batches have 8 examples, or fewer if the gate would otherwise
-                get too few batches.
-        """
+        """Return a [`Gate`] on the data, with batches of 8 examples, or fewer so that there are enough."""
         return Gate(**{"batch_size": _batch_size(len(self.dataset)), **vars(self), **options})
 
 
@@ -96,17 +81,7 @@ def load_validation_data(
 
 
 def load_cross_fit(trajectory: WeightTrajectory | str | Path, **options: Any) -> CrossFit:
-    """Return a [`CrossFit`] on the training rows of a trajectory of `know-hf record`.
-
-    Args:
-        trajectory ([`WeightTrajectory`], `str` or `Path`):
-            The trajectory, beside the `record.json` of its recording.
-        options:
-            Other arguments of [`CrossFit`].
-
-    Raises:
-        `FileNotFoundError`: if there is no `record.json` beside the trajectory.
-    """
+    """Return a [`CrossFit`] on the training rows of a trajectory that lies beside its `record.json`."""
     trajectory, args = _recording(trajectory)
     with PartialState().main_process_first():
         rows, _, classes = load_splits(args)
