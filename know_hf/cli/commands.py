@@ -24,14 +24,7 @@ class Result(Protocol):
 
 @dataclass(frozen=True)
 class Printed:
-    """A text, and the values of it.
-
-    Attributes:
-        text (`str`):
-            What is printed.
-        values (`Mapping[str, Any]`):
-            What `--json` prints.
-    """
+    """A text, and the values that `--json` prints instead."""
 
     text: str
     values: Mapping[str, Any]
@@ -247,9 +240,7 @@ def _check_needs(args: argparse.Namespace, needed: str, names: Iterable[str]) ->
 def check_folders(sources: Mapping[str, str | list[str] | None]) -> None:
     """Raise a `FileNotFoundError` for a path to nothing, before a library asks the Hub for it.
 
-    Args:
-        sources (`Mapping[str, str or list[str]]`):
-            By flag or argument, names of folders or Hub ids. A name such as `a/b` can be an id.
+    `sources` has names by flag or argument. A name such as `a/b` can be a Hub id.
     """
     for argument, names in sources.items():
         for name in [names] if isinstance(names, str) else names or []:

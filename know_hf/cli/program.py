@@ -39,11 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def name_flags(message: str, flags: Mapping[str, str]) -> str:
     """Replace the arguments of Python functions in a message by flags, for example `overwrite=True` by `--overwrite`.
 
-    Args:
-        message (`str`):
-            Names arguments as `name=value`, `name=` or, if they have an underscore, `name`.
-        flags (`Mapping[str, str]`):
-            From the name of an argument to its flag. Other names are kept.
+    The message names arguments as `name=value`, `name=` or, if they have an underscore, `name`.
     """
 
     def flag(match: re.Match[str]) -> str:
