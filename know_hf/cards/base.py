@@ -40,11 +40,7 @@ class Card(ABC):
         """Return the front matter."""
 
     def render(self) -> ModelCard:
-        """Render the card; `str` of it is the content of README.md.
-
-        Raises:
-            `jinja2.UndefinedError` or `ValueError`: If a value is missing.
-        """
+        """Render the card; `str` of it is the content of README.md."""
         return ModelCard(environment().get_template(self.template).render(card=self))
 
 

@@ -16,20 +16,13 @@ _LEVEL = 0.05
 
 
 def recorded_comparison(comparison: Any, arm: str | None) -> dict[str, Any]:
-    """Return a comparison as plain values, with a sentence on one arm.
+    """Return a comparison as plain values, with a sentence on the arm that is the checkpoint if it has it.
 
-    Args:
-        comparison (`Mapping` or object with `to_record()`, such as [`Comparison`]):
-            `what`, `arms` as in `Comparison.to_dict`, and optionally the sentences `verdict` and `validity` and the
-            Hub id of the `dataset`.
-        arm (`str`, *optional*):
-            The arm that is the checkpoint. Ignored if the comparison does not have it.
-
-    Returns:
-        `dict`: `what`, `arms`, `verdict`, `validity`, `dataset`, `arm`, `seeds`, `sentence`.
+    The comparison has `what`, `arms` as in `Comparison.to_dict`, and optionally the sentences `verdict` and `validity`
+    and the Hub id of the `dataset`; or `to_record()` returns them.
 
     Raises:
-        `ValueError`: If `what`, `arms` or the arm naive is missing.
+        `ValueError`: if `what`, `arms` or the arm naive is missing.
     """
     content = comparison if isinstance(comparison, Mapping) else comparison.to_record()
     record = {"verdict": None, "validity": None, "dataset": None, **content}
@@ -45,13 +38,11 @@ def recorded_comparison(comparison: Any, arm: str | None) -> dict[str, Any]:
 def recorded_gate(gate: Mapping[str, Any]) -> dict[str, Any]:
     """Return the result of a gate as plain values.
 
-    Args:
-        gate (`Mapping`):
-            `metric`, `scores` (from candidate to value), `chosen` (the candidate that is the checkpoint) and
-            `sentence`; optionally the other keys of `GateResult.to_dict`.
+    It has `metric`, `scores` (from candidate to value), `chosen` (the candidate that is the checkpoint), `sentence`,
+    and optionally the other keys of `GateResult.to_dict`.
 
     Raises:
-        `ValueError`: If a key is missing, a value has the wrong type, or the chosen candidate has no score.
+        `ValueError`: if a key is missing, a value has the wrong type, or the chosen candidate has no score.
     """
     if missing := {"metric", "scores", "chosen", "sentence"} - gate.keys():
         raise ValueError(f"the result of the gate lacks {', '.join(sorted(missing))}")

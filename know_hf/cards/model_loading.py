@@ -49,10 +49,7 @@ def architecture(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> str |
 
 
 def auto_class(architecture: str | None, adapter_task: object = None) -> tuple[str | None, str | None]:
-    """Return the class of transformers that loads an architecture, and its task on the Hub.
-
-    The task type of an adapter, such as `SEQ_CLS`, has priority.
-    """
+    """Return the class that loads an architecture, and its task on the Hub; of an adapter, by its task type."""
     import transformers
     from transformers.models.auto import modeling_auto
 

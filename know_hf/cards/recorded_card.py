@@ -67,42 +67,20 @@ class About(TypedDict, total=False):
 class RecordedCard(Card):
     """Common part of the cards of a trajectory and of a checkpoint, JSON values only.
 
-    Args:
-        base_model, datasets, picture:
-            See [`About`].
-        schedule (`dict`, *optional*):
-            Fields of the [`ForgettingSchedule`].
-        states (`list[dict]`):
-            Full data first: `name`, `num_examples`, `size` in words, `steps`, `metrics`, `bytes`.
-        architecture (`str`, *optional*):
-            Class of the model.
-        load_with (`str`, *optional*):
-            Class of transformers that loads the model, or the base of an adapter.
-        pipeline_tag (`str`, *optional*):
-            Task on the Hub.
-        adapter_type (`str`, *optional*):
-            Such as `LORA`, if the weights are an adapter's.
-        recorded_with (`dict[str, str]`):
-            Library versions.
-        others (`list[dict]`):
-            The start, tail states and branches, like `states`.
-        record_arguments (`dict`, *optional*):
-            Arguments of `know-hf record` that differ from the defaults.
-        trajectory_folder (`str`):
-            Folder of the trajectory.
+    States are in the order of the trajectory, full data first; `others` are the start, tail states and branches.
     """
 
-    base_model: Source | None
+    base_model: Source | None  # see [`About`]
     datasets: list[Source]
-    schedule: dict[str, Any] | None
-    states: list[dict[str, Any]]
+    schedule: dict[str, Any] | None  # fields of the [`ForgettingSchedule`]
+    states: list[dict[str, Any]]  # name, num_examples, size in words, steps, metrics, bytes
     architecture: str | None
-    load_with: str | None
-    pipeline_tag: str | None
-    adapter_type: str | None
-    recorded_with: dict[str, str]
+    load_with: str | None  # class of transformers that loads the model, or the base of an adapter
+    pipeline_tag: str | None  # task on the Hub
+    adapter_type: str | None  # such as LORA
+    recorded_with: dict[str, str]  # library versions
     others: list[dict[str, Any]] = field(default_factory=list)
-    record_arguments: dict[str, Any] | None = None
+    record_arguments: dict[str, Any] | None = None  # those of know-hf record that differ from the defaults
     picture: str | None = None
     trajectory_folder: str = "trajectory/"
 
@@ -169,11 +147,7 @@ class RecordedCard(Card):
 
 
 def recorded_fields(trajectory: WeightTrajectory, about: About, kind: str) -> dict[str, Any]:
-    """Return the fields of a [`RecordedCard`]; `kind` is the subject of the card, for its title.
-
-    Raises:
-        `ValueError`: For an invalid Hub id.
-    """
+    """Return the fields of a [`RecordedCard`]; `kind` is the subject of the card, for its title."""
     for repo_id in (about.get("repo_id"), about.get("trajectory_id")):
         if repo_id is not None:
             validate_repo_id(repo_id)

@@ -34,17 +34,7 @@ def side_by_side(
     """Return a table of arms by suites: differences from naive with 95% intervals, in the units of the reports.
 
     An arrow marks a significant difference after Holm's correction, up for a gain. Numbers of a suite whose positive
-    control failed are in brackets.
-
-    Args:
-        reports (sequence of mappings):
-            Contents of `report.json`, possibly [`condensed`].
-        protocol (`str`):
-            Protocol to show. Reports without it have no column.
-        measure (`str`, *optional*, defaults to `"accuracy"`):
-            Measure to show.
-        arms (`Sequence[str]`, *optional*):
-            Rows after naive; by default all arms, in the order of the reports.
+    control failed are in brackets. Reports without the protocol have no column. Rows are all arms by default.
     """
     columns = {report["name"]: result for report, result in _results(reports, protocol, measure)}
     results = columns.values()
@@ -80,11 +70,8 @@ def positive_control(result: Mapping[str, Any]) -> str:
 def tally(reports: Iterable[Report], protocol: str, arm: str, measure: str = "accuracy") -> dict[str, list[str]]:
     """Sort the names of the suites by what an arm did in them.
 
-    Suites in which naive does not beat its own start are left out.
-
-    Returns:
-        `dict[str, list[str]]`: Suites in which the arm was significantly `better` or `worse` than naive, or `neither`;
-        `unclear` instead of `neither` if the oracle did not beat naive.
+    Compared with naive, it is significantly `better` or `worse`, or `neither`; `unclear` if the oracle did not beat
+    naive. Suites in which naive does not beat its own start are left out.
     """
     suites: dict[str, list[str]] = {"better": [], "worse": [], "neither": [], "unclear": []}
     for report, result in _results(reports, protocol, measure):
