@@ -61,9 +61,9 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
     """List all files of a checkpoint folder by relative path.
 
     Raises:
-        `FileNotFoundError`: If the folder has no safetensors weights.
-        `CheckpointError`: If a safetensors file is damaged, or a shard is missing.
-        `ValueError`: If the folder has files that are not part of a checkpoint.
+        `FileNotFoundError`: if the folder has no safetensors weights.
+        `CheckpointError`: if a safetensors file is damaged, or a shard is missing.
+        `ValueError`: if the folder has files that are not part of a checkpoint.
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     weights = [name for name in names if is_weights(name) and name.endswith(".safetensors")]
@@ -94,11 +94,7 @@ def first_names(names: Sequence[str]) -> str:
 
 
 def read_config(config: Path) -> dict[str, Any]:
-    """Return the content of a `config.json`, empty if the file is missing or not a JSON object.
-
-    Raises:
-        `ValueError`: If the file is not JSON.
-    """
+    """Return the object in a `config.json`, empty without one. A `ValueError` names a file that is not JSON."""
     try:
         content = json.loads(config.read_bytes()) if config.is_file() else None
     except (ValueError, RecursionError) as error:
