@@ -25,8 +25,7 @@ def content_hash(value: Any) -> bytes:
             A row or a cell: numbers, text, bytes, dates, arrays, tensors, PIL images, and lists and mappings of them.
 
     Raises:
-        `NoContentError`:
-            If an object of another kind is inside. The message names its column.
+        `NoContentError`: if an object of another kind is inside. The message names its column.
     """
     digest = hashlib.blake2b(digest_size=16)
     _feed(digest.update, value)

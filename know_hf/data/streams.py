@@ -28,11 +28,7 @@ _PATIENCE = 1_000_000  # rows to read, at least, before the last subset counts a
 
 
 def divide_stream(dataset: Any, schedule: ForgettingSchedule, batch_size: int) -> list[tuple[Any, str]]:
-    """Divide a stream; see [`~know_hf.data.subsets.divide`].
-
-    Returns:
-        `list[tuple[Any, str]]`: Dataset and fingerprint of each subset; the first dataset is `dataset` itself.
-    """
+    """Divide a stream into datasets and fingerprints; see [`~know_hf.data.subsets.divide`]."""
     kind = type(dataset).__name__
     if schedule.stratify_by is not None:
         raise ValueError(

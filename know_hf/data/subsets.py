@@ -73,10 +73,9 @@ def divide(dataset: Any, schedule: ForgettingSchedule, batch_size: int = 1) -> l
         `list[Subset]`: `schedule.num_states` subsets; the first holds `dataset` itself.
 
     Raises:
-        `ValueError`:
-            If the dataset is missing, empty, or neither sized nor a stream; a column of the schedule is missing, does
-            not suit the kind of dataset, or lacks single values; a subset is smaller than one batch; or a stream has
-            no `steps_per_stage`, or no key that is equal at every reading.
+        `ValueError`: if the dataset is missing, empty, or neither sized nor a stream; a column of the schedule is
+            missing, does not suit the kind of dataset, or lacks single values; a subset is smaller than one batch; or
+            a stream has no `steps_per_stage`, or no key that is equal at every reading.
     """
     if dataset is None:
         raise ValueError("the trainer has no train_dataset; pass one to divide")
