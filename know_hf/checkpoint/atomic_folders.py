@@ -41,15 +41,12 @@ def atomic_folder(
             Whether to keep the unfinished folder after an error or a crash and to yield it the next time.
 
     Raises:
-        `FileExistsError`:
-            If `target` is a file, or is not empty and `overwrite` is off, or another program changed it during the
-            block.
-        `ValueError`:
-            If `target` is an input, contains one, or is inside one or a trajectory. Only checked with `sources`.
-        `OSError`:
-            If `target` is a mount point.
-        `BlockingIOError`:
-            If another process writes or pushes `target`.
+        `FileExistsError`: if `target` is a file, or is not empty and `overwrite` is off, or another program changed it
+            during the block.
+        `ValueError`: if `target` is an input, contains one, or is inside one or a trajectory. Only checked with
+            `sources`.
+        `OSError`: if `target` is a mount point.
+        `BlockingIOError`: if another process writes or pushes `target`.
     """
     target = Path(os.path.realpath(target))
     work = target.with_name(f".{target.name}.{'pull' if resume else 'partial'}")
@@ -102,8 +99,7 @@ def check_output(target: str | Path, inputs: Iterable[str | Path] = (), *, repla
             Whether the work replaces the folder, so that it must not contain inputs.
 
     Raises:
-        `ValueError`:
-            If `target` is an input, contains one that would be replaced, or is inside one or a trajectory.
+        `ValueError`: if `target` is an input, contains one that would be replaced, or is inside one or a trajectory.
     """
     target = Path(os.path.realpath(target))
     for source in filter(os.path.exists, inputs):
@@ -131,8 +127,7 @@ def locked_folder(folder: Path, shared: bool = False) -> Iterator[None]:
     """Keep other processes from writing a folder during the block; `shared` lets others read it under the same lock.
 
     Raises:
-        `BlockingIOError`:
-            If another process has the lock.
+        `BlockingIOError`: if another process has the lock.
     """
     with _locked(folder, folder, shared):
         yield

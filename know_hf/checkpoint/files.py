@@ -18,8 +18,8 @@ def parse_json(data: bytes, parse_int: Callable[[str], Any] = int) -> Any:
     """Parse JSON from an untrusted source; `parse_int` converts the digits of integers.
 
     Raises:
-        `ValueError`:
-            If the data are not UTF-8 or not JSON, are nested too deeply, repeat a key, or contain NaN or Infinity.
+        `ValueError`: if the data are not UTF-8 or not JSON, are nested too deeply, repeat a key, or contain NaN or
+            Infinity.
     """
     try:
         return json.loads(
@@ -30,12 +30,7 @@ def parse_json(data: bytes, parse_int: Callable[[str], Any] = int) -> Any:
 
 
 def read_json(path: Path, max_bytes: int) -> Any:
-    """Read a JSON file of at most `max_bytes` from an untrusted source.
-
-    Raises:
-        `ValueError`:
-            If the file is larger, and as [`parse_json`].
-    """
+    """Read a JSON file of at most `max_bytes` from an untrusted source; errors as [`parse_json`]."""
     with path.open("rb") as handle:
         size = os.fstat(handle.fileno()).st_size  # read() allocates what it is asked for
         data = handle.read(min(size, max_bytes) + 1)
@@ -48,18 +43,7 @@ def read_json(path: Path, max_bytes: int) -> Any:
 
 
 def read_json_object(path: Path, hint: str = "restore it from a copy") -> dict[str, Any]:
-    """Read the object in a JSON file.
-
-    Args:
-        path (`Path`):
-            The file.
-        hint (`str`, *optional*):
-            What to do if the file is damaged, for the error message.
-
-    Raises:
-        `ValueError`:
-            If the file is not JSON, see [`parse_json`], or is not an object. The message names the file.
-    """
+    """Read the object in a JSON file. A `ValueError` names the file and ends with the hint."""
     try:
         content = read_json(path, MAX_JSON_BYTES)
         if not isinstance(content, dict):

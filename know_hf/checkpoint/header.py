@@ -62,8 +62,7 @@ def read_header(source: ByteSource) -> dict[str, TensorEntry]:
     """Read the positions of all tensors of a safetensors file, in the order of the header.
 
     Raises:
-        `CheckpointError`:
-            If the file is not safetensors, is truncated, or its header contradicts itself.
+        `CheckpointError`: if the file is not safetensors, is truncated, or its header contradicts itself.
     """
     try:
         return _parse(source)
@@ -73,12 +72,7 @@ def read_header(source: ByteSource) -> dict[str, TensorEntry]:
 
 
 def make_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, TensorEntry]]:
-    """Return the bytes before the first tensor, as the library writes them, and the position of each tensor.
-
-    Raises:
-        `CheckpointError`:
-            If safetensors does not support a dtype.
-    """
+    """Return the bytes before the first tensor, as the library writes them, and the position of each tensor."""
     for name, spec in tensors.items():
         if spec.dtype not in _RANKS:
             raise CheckpointError(f"tensor {name!r} has dtype {spec.dtype}, which safetensors does not support")

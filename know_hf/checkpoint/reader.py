@@ -23,8 +23,7 @@ class CheckpointReader:
             Tensors that other checkpoints store for this one, by name; see [`locate`].
 
     Raises:
-        `CheckpointError`:
-            If a file is missing, truncated or not safetensors, or two files contain the same tensor.
+        `CheckpointError`: if a file is missing, truncated or not safetensors, or two files contain the same tensor.
     """
 
     def __init__(

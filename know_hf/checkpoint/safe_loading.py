@@ -24,22 +24,12 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def from_safetensors(model_class: Any, source: str | Path, revision: str | None = None, **options: Any) -> Any:
-    """Call `model_class.from_pretrained` on weights in safetensors files.
-
-    Args:
-        model_class (`type`):
-            A model class or an `Auto` class of transformers.
-        source (`str` or `Path`):
-            Folder or Hub id.
-        revision (`str`, *optional*):
-            Branch, tag or commit of the repo.
-        options:
-            Other arguments of `from_pretrained`.
+    """Call `model_class.from_pretrained` on weights in safetensors files; `model_class` may be an `Auto` class.
 
     Raises:
-        `ValueError`: If the config, the index or an adapter names weights that are not safetensors files of `source`,
+        `ValueError`: if the config, the index or an adapter names weights that are not safetensors files of `source`,
             the config describes a model that is far larger than the files, or a file is damaged.
-        `OSError`: If there are no safetensors files; names the command that converts pickled weights.
+        `OSError`: if there are no safetensors files; names the command that converts pickled weights.
     """
     check_weight_files(source, revision)
     try:

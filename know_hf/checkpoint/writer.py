@@ -77,8 +77,7 @@ class CheckpointWriter:
             `int`: Number of elements.
 
         Raises:
-            `TypeError`:
-                If the piece has another dtype than the tensor.
+            `TypeError`: if the piece has another dtype than the tensor.
         """
         file, entry = self._entries[name]
         if piece.dtype != self._tensors[name].dtype:
@@ -105,8 +104,7 @@ class CheckpointWriter:
                 Bytes that all writers of this checkpoint wrote. Defaults to those of this writer.
 
         Raises:
-            `RuntimeError`:
-                If bytes are missing.
+            `RuntimeError`: if bytes are missing.
         """
         written = self.bytes_written if bytes_written is None else bytes_written
         if written != self._total_bytes:
