@@ -22,8 +22,7 @@ HELD_OUT = "held_out"
 
 @dataclass(frozen=True)
 class CollectedTrajectory:
-    """
-    Trajectory of a collection.
+    """Trajectory of a collection.
 
     Attributes:
         path (`Path`):
@@ -49,8 +48,7 @@ class CollectedTrajectory:
 
 
 def read_collection(folders: str | Path | Sequence[str | Path], num_states: int = 5) -> list[CollectedTrajectory]:
-    """
-    List the finished trajectories of one or more folders.
+    """List the finished trajectories of one or more folders.
 
     A folder can be a collection of `recipes/collect`, whose `index.jsonl` has one row per trajectory with its `path`
     (or `name`) and `split`; a folder of trajectories, with or without a `recipe.json` each; a single trajectory; or an
@@ -93,8 +91,7 @@ def read_collection(folders: str | Path | Sequence[str | Path], num_states: int 
 def split_collection(
     trajectories: Sequence[CollectedTrajectory], held_out: Sequence[str] = ()
 ) -> dict[str, list[CollectedTrajectory]]:
-    """
-    Group trajectories by split.
+    """Group trajectories by split.
 
     Args:
         trajectories (sequence of [`CollectedTrajectory`]):

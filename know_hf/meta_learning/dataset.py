@@ -40,9 +40,8 @@ class TransitionBlock:
 
 
 class TransitionDataset(Dataset):
-    """
-    Map-style dataset of the transitions of some trajectories. Item i is
-    `{"history": (S,), "labels": (), "no_change": (), "role": str}`, most forgotten state first.
+    """Map-style dataset of the transitions of some trajectories. Item i is `{"history": (S,), "labels": (),
+    "no_change": (), "role": str}`, most forgotten state first.
 
     ```python
     for batch in DataLoader(dataset, batch_size=8, shuffle=True):
@@ -141,8 +140,7 @@ class TransitionDataset(Dataset):
         return {**{name: values[0] for name, values in transitions.items()}, "role": role}
 
     def by_role(self, indices: Sequence[int] | np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
-        """
-        Get a batch, by role. It is much faster than its items one by one.
+        """Get a batch, by role. It is much faster than its items one by one.
 
         Args:
             indices (sequence of `int`):
@@ -205,8 +203,7 @@ class TransitionDataset(Dataset):
         return {role: mean(map(mean, by_trajectory.values())) for role, by_trajectory in errors.items()}
 
     def describe(self) -> dict[str, dict[str, int | float]]:
-        """
-        Summarize the dataset by role, with JSON values only: numbers of trajectories, tensors and transitions, the
+        """Summarize the dataset by role, with JSON values only: numbers of trajectories, tensors and transitions, the
         largest weight, and the largest and mean displacement `|target - full-data state|` of a scalar weight.
         """
         tensors = {(sample.path, tensor.name): tensor for sample in self._samples for tensor in sample.tensors}
@@ -227,8 +224,7 @@ class TransitionDataset(Dataset):
 
 
 class BalancedBatchSampler(Sampler[np.ndarray]):
-    """
-    Sampler of batches with the same number of transitions of each role. Within a role, all trajectories are equally
+    """Sampler of batches with the same number of transitions of each role. Within a role, all trajectories are equally
     likely; within a trajectory, all tensors; within a tensor, all transitions. Drawn with replacement.
 
     The n-th batch depends only on the dataset, `batch_size`, `seed` and n. All processes draw the same batches and

@@ -14,20 +14,13 @@ LARGEST_WEIGHT = 1000.0
 
 
 class MetaObjective(nn.Module):
-    """
-    L1 loss and regularizers of meta-training, over all roles of a batch in one forward pass, as
-    `DistributedDataParallel` requires. Networks without transitions are frozen.
+    """L1 loss and regularizers of meta-training, over all roles of a batch in one forward pass, for
+    `DistributedDataParallel`.
 
-    Args:
-        model ([`KNOWNModel`]):
-            Model to train.
-        train ([`TransitionDataset`]):
-            Training transitions, which define the roles and their mean no-change errors.
-        args ([`MetaTrainingArguments`]):
-            Factors of the regularizers, and the weighting of the loss.
+    The training transitions define the roles and their mean no-change errors. Networks without transitions are frozen.
 
     Raises:
-        `ValueError`: If the loss is relative and all no-change errors of a role are zero.
+        `ValueError`: if the loss is relative and all no-change errors of a role are zero.
     """
 
     def __init__(self, model: KNOWNModel, train: TransitionDataset, args: MetaTrainingArguments) -> None:
@@ -47,16 +40,9 @@ class MetaObjective(nn.Module):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def forward(self, batch: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """
-        Compute the losses of a batch.
+        """Compute the loss of each role, in units of the weights, and `objective`, the sum of losses and regularizers.
 
-        Args:
-            batch (`Mapping[str, Mapping[str, torch.Tensor]]`):
-                For each role `history` `(N, S)`, `labels` `(N,)` and `no_change` `(N,)`.
-
-        Returns:
-            `dict[str, torch.Tensor]`: Scalars: the loss of each role, in units of the weights, and `objective`, the
-            sum of losses and regularizers.
+        The batch has for each role `history` `(N, S)`, `labels` `(N,)` and `no_change` `(N,)`.
         """
         losses = {}
         regularization = []

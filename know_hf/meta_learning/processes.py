@@ -10,8 +10,7 @@ from .training_arguments import MetaTrainingArguments
 
 
 def start_processes() -> PartialState:
-    """
-    Join the launched processes. Call it before reading data.
+    """Join the launched processes. Call it before reading data.
 
     Returns:
         `PartialState`: Index of this process and number of processes.
@@ -27,13 +26,12 @@ def start_processes() -> PartialState:
 
 
 def make_accelerator(args: MetaTrainingArguments) -> Accelerator:
-    """
-    Create the accelerator of a meta-training on all launched processes.
+    """Create the accelerator of a meta-training on all launched processes.
 
     Raises:
-        `RuntimeError`: See [`start_processes`].
-        `ValueError`: If a tracker is unknown.
-        `ImportError`: If a tracker is not installed.
+        `RuntimeError`: see [`start_processes`].
+        `ValueError`: if a tracker is unknown.
+        `ImportError`: if a tracker is not installed.
     """
     available = {LoggerType.ALL.value, *(tracker.value for tracker in get_available_trackers())}
     # accelerate drops trackers that are not installed, and names the wrong ones.

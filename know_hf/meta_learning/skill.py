@@ -16,8 +16,7 @@ from .dataset import TransitionBlock, TransitionDataset
 
 @dataclass(frozen=True)
 class RoleSkill:
-    """
-    Retrodiction skill on the transitions of one role.
+    """Retrodiction skill on the transitions of one role.
 
     Attributes:
         skill (`float`):
@@ -62,8 +61,7 @@ def retrodiction_skill(
     dataset: TransitionDataset,
     processes: Accelerator | PartialState | None = None,
 ) -> dict[str, RoleSkill]:
-    """
-    Compute the skill of a predictor against "nothing changes", by role, over the transitions of a dataset.
+    """Compute the skill of a predictor against "nothing changes", by role, over the transitions of a dataset.
 
     Args:
         predictor ([`Predictor`], [`KNOWNModel`] or `str`):

@@ -34,23 +34,11 @@ class TensorInfo:
 
 
 class StateReader(ABC):
-    """
-    Reader of one trajectory.
+    """Reader of one trajectory. The fingerprint changes with the weights; computing it reads none."""
 
-    Attributes:
-        path (`Path`):
-            Folder or file of the trajectory.
-        num_states (`int`):
-            Number of states T.
-        planned_states (`int`, *optional*):
-            Number of states of the finished trajectory, if known.
-        fingerprint (`str`):
-            Hash that changes with the weights; computing it reads no weights.
-    """
-
-    path: Path
-    num_states: int
-    planned_states: int | None = None
+    path: Path  # folder or file
+    num_states: int  # T
+    planned_states: int | None = None  # of the finished trajectory, if known
     fingerprint: str
 
     @property
@@ -68,20 +56,12 @@ class StateReader(ABC):
 
 
 def open_states(trajectory: WeightTrajectory | str | Path) -> StateReader:
-    """
-    Open the states of a trajectory.
-
-    Args:
-        trajectory ([`WeightTrajectory`], `str` or `Path`):
-            A trajectory, its folder, or an HDF5 file of the published meta-dataset (`.h5` or `.hdf5`).
-
-    Returns:
-        [`StateReader`].
+    """Open the states of a trajectory, of its folder, or of an HDF5 file of the published meta-dataset.
 
     Raises:
-        `FileNotFoundError`: If the folder or file is missing.
-        `ValueError`: If it is damaged or has another layout.
-        `ImportError`: If it is an HDF5 file and h5py is not installed.
+        `FileNotFoundError`: if the folder or file is missing.
+        `ValueError`: if it is damaged or has another layout.
+        `ImportError`: if it is an HDF5 file and h5py is not installed.
     """
     if isinstance(trajectory, WeightTrajectory):
         return RecordedStates(trajectory)
@@ -114,8 +94,7 @@ class RecordedStates(StateReader):
 
 
 class PublishedStates(StateReader):
-    """
-    [`StateReader`] of an HDF5 file in the layout of the published meta-dataset (arXiv 2508.05059).
+    """[`StateReader`] of an HDF5 file in the layout of the published meta-dataset (arXiv 2508.05059).
 
     The file has some of the datasets `ConvWeights (3, 3, N, T)`, `FCWeights (M, T)` and `Bias (K, T)`. Index 0 of the
     last axis is the state trained on the smallest subset, as in the history of KNOWN. Each dataset holds the weights

@@ -54,27 +54,13 @@ class SampledTensor:
 
 @dataclass(frozen=True)
 class StateSample:
-    """
-    Sample of one trajectory.
+    """Sample of one trajectory."""
 
-    Attributes:
-        path (`str`):
-            Path of the trajectory.
-        key (`str`):
-            Hash of the weights and the draw.
-        num_states (`int`):
-            Number of states T.
-        tensors (`list[SampledTensor]`):
-            Sampled tensors, in the order of the rows.
-        source (`np.ndarray` of shape `(rows, T)` or `Path`):
-            Sampled values, most forgotten state first, or their file.
-    """
-
-    path: str
-    key: str
+    path: str  # of the trajectory
+    key: str  # hash of the weights and the draw
     num_states: int
-    tensors: list[SampledTensor]
-    source: np.ndarray | Path
+    tensors: list[SampledTensor]  # in the order of the rows
+    source: np.ndarray | Path  # (rows, T), most forgotten state first, or their file
 
     @cached_property
     def values(self) -> np.ndarray:
@@ -97,31 +83,16 @@ class StateSample:
 def sample_states(
     reader: StateReader, max_per_tensor: int | None, seed: int, cache_dir: Path | None = None, wait: bool = True
 ) -> StateSample:
-    """
-    Draw scalars from each tensor of a trajectory, or load an earlier draw.
+    """Draw at most `max_per_tensor` scalars from each tensor of a trajectory, or load an earlier draw.
 
     Every scalar of a tensor is equally likely. Of tensors with more than 262,144 scalars, runs of 16 neighbors are
     drawn. Most of them share a row (an output unit, a token), so such a sample is less informative than as many single
-    scalars.
-
-    Args:
-        reader ([`StateReader`]):
-            Trajectory; it is closed at the end.
-        max_per_tensor (`int`, *optional*):
-            Scalars drawn from a larger tensor; `None` takes all.
-        seed (`int`):
-            Seed of the draw, combined with the names of trajectory and tensor.
-        cache_dir (`Path`, *optional*):
-            Folder of cached samples; by default samples stay in memory.
-        wait (`bool`, *optional*, defaults to `True`):
-            Whether to wait for another process that draws the same sample.
-
-    Returns:
-        [`StateSample`], without tensors that are equal in all states.
+    scalars. The seed is combined with the names of trajectory and tensor. Without `cache_dir`, samples stay in memory.
+    Tensors that are equal in all states are left out. The reader is closed.
 
     Raises:
-        `ValueError`: If a sampled value is not finite, or a file of the cache is damaged.
-        `filelock.Timeout`: If another process draws the same sample and `wait` is `False`.
+        `ValueError`: if a sampled value is not finite, or a file of the cache is damaged.
+        `filelock.Timeout`: if another process draws the same sample and `wait` is `False`.
     """
     try:
         content = (FORMAT_VERSION, reader.fingerprint, reader.path.name, max_per_tensor, seed)

@@ -42,8 +42,7 @@ _FREE_ARGUMENTS |= {"checkpoint_dir", "save_every", "keep_checkpoints"}
 
 @dataclass
 class MetaTrainingResult:
-    """
-    Result of [`meta_train`]; `str(result)` is a table of losses and skills by role.
+    """Result of [`meta_train`]; `str(result)` is a table of losses and skills by role.
 
     Attributes:
         model ([`KNOWNModel`]):
@@ -102,8 +101,7 @@ def meta_train(
     args: MetaTrainingArguments | None = None,
     progress: bool = True,
 ) -> MetaTrainingResult:
-    """
-    Train KNOWN to predict the next less forgotten state.
+    """Train KNOWN to predict the next less forgotten state.
 
     The loss is the L1 error `mean |Θ0 + KNOWN(W, dW) - Θ(-1)|` and the published regularizers (arXiv 2508.05059). The
     optimizer is Adam with a cosine schedule, on batches balanced over roles, trajectories and tensors.
@@ -268,8 +266,7 @@ class _Training:
         self.state.step += 1
 
     def _evaluate(self, validation: TransitionDataset) -> None:
-        """
-        Measure the validation skill, and keep the weights if it is the best so far.
+        """Measure the validation skill, and keep the weights if it is the best so far.
 
         A skill that is not finite (nothing of the role moves) does not depend on the weights and is ignored, and so is
         an evaluation without a finite skill.

@@ -10,8 +10,8 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass
 class MetaTrainingArguments:
-    """
-    Arguments of [`meta_train`], for use with `transformers.HfArgumentParser`. The `help` of each field describes it.
+    """Arguments of [`meta_train`], for use with `transformers.HfArgumentParser`. The `help` of each field describes
+    it.
 
     Raises:
         `ValueError`: If a value is out of range.

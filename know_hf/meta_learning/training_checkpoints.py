@@ -42,18 +42,10 @@ class Progress:
 
 
 class CheckpointFolder:
-    """
-    Checkpoints of one training.
+    """Checkpoints of one training, of which the newest `keep` are kept.
 
-    Args:
-        folder (`Path`):
-            Folder of the checkpoints.
-        keep (`int`):
-            Number of newest checkpoints to keep.
-        accelerator (`Accelerator`):
-            Accelerator whose prepared objects are saved; all its processes call the same methods.
-        run (`Mapping[str, Any]`):
-            Settings that identify the training, JSON values only.
+    The prepared objects of the accelerator are saved; all its processes call the same methods. `run` has the settings
+    that identify the training, JSON values only.
     """
 
     def __init__(self, folder: Path, keep: int, accelerator: Accelerator, run: Mapping[str, Any]) -> None:
@@ -63,27 +55,13 @@ class CheckpointFolder:
         self._run = json.loads(json.dumps(run))
 
     def save(self, progress: Progress) -> None:
-        """
-        Write a checkpoint, then delete the oldest ones.
-
-        Raises:
-            `OSError`: If it cannot be written; earlier checkpoints are kept.
-        """
+        """Write a checkpoint, then delete the oldest ones. They are kept if it cannot be written (`OSError`)."""
         target = self.folder / f"step-{progress.step:08d}"
         # Random states of the other processes are not saved: nothing is drawn from them.
         on_main_process(self._accelerator, lambda: self._write(target, progress))
 
     def resume(self) -> Progress:
-        """
-        Load the newest checkpoint, if any.
-
-        Returns:
-            [`Progress`] of the checkpoint, or an initial one.
-
-        Raises:
-            `ValueError`: If the checkpoint is damaged, or belongs to another training; the message names the
-            difference.
-        """
+        """Load the newest checkpoint, if any. A `ValueError` names a damaged one, or the setting that differs."""
         newest = on_main_process(self._accelerator, lambda: self._checkpoints()[-1:])
         if not newest:
             return Progress()
