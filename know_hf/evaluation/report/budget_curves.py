@@ -21,16 +21,9 @@ Draws = Sequence[Sequence[Mapping[str, Any]]]
 
 
 def expected_best(scores: Sequence[float | None], budget: int) -> float | None:
-    """Compute the expected score of the best of `budget` trials.
+    """Compute the expected test score of the best of `budget` trials; `None` if that may have diverged.
 
-    Args:
-        scores (sequence of `float` or `None`):
-            Test score of every trial, worst trial on validation data first; `None` for a training that diverged.
-        budget (`int`):
-            Number of trials, at most `len(scores)`.
-
-    Returns:
-        `float`, *optional*: `None` if the best of `budget` trials may have diverged.
+    The scores are in the order of the validation scores, worst first; `None` for a training that diverged.
     """
     possible = list(scores)[budget - 1 :]
     if None in possible:
@@ -40,17 +33,13 @@ def expected_best(scores: Sequence[float | None], budget: int) -> float | None:
 
 
 def budget_curves(draws: Mapping[str, Draws], measures: Sequence[Measure]) -> dict[str, Any] | None:
-    """Compute the budget curves of all arms in one protocol.
+    """Compute the budget curves of all arms in one protocol, of the first measure; trials are selected by all.
 
-    Args:
-        draws (`Mapping`):
-            From arm, naive included, to the draws of every trajectory, each with its `trials` as in `report.json`.
-        measures (sequence of [`Measure`]):
-            Measures to select trials by, the most important first. The curves show the first.
+    `draws` has those of every trajectory by arm, naive included, each with its `trials` as in `report.json`.
 
     Returns:
         `dict`, *optional*: An entry of `budgets` in `report.json` without its protocol; `None` if naive has a single
-        trial or the statistics a single value.
+            trial or the statistics a single value.
     """
     num_trials = len(draws["naive"][0][0]["trials"])
     curves = {arm: _curve(of_arm, measures) for arm, of_arm in draws.items()}
@@ -78,19 +67,9 @@ def budget_curves(draws: Mapping[str, Draws], measures: Sequence[Measure]) -> di
 def budget_sentence(
     budgets: Mapping[str, Any], what: str, measure: Measure, methods: Sequence[str], counted: str
 ) -> str:
-    """Say what the best method reaches with one trial, and how many naive needs for it.
+    """Say what the best method reaches with one trial in `what`, and how many naive needs for it.
 
-    Args:
-        budgets (`Mapping`):
-            Result of [`budget_curves`].
-        what (`str`):
-            What the protocol measures.
-        measure ([`Measure`]):
-            The measure of the curves.
-        methods (sequence of `str`):
-            Arms to choose from.
-        counted (`str`):
-            Unit of the statistics.
+    `counted` is the unit of the statistics.
     """
     arms = budgets["arms"]
     most = budgets["trials"][len(arms["naive"]["mean"]) - 1]
