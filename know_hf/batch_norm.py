@@ -24,8 +24,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Mapping[str, Any]
             equal size to weight all examples equally.
 
     Raises:
-        `ValueError`:
-            If the model has BatchNorm layers and there is no batch. The statistics are unchanged.
+        `ValueError`: if the model has BatchNorm layers and there is no batch. The statistics are unchanged.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:

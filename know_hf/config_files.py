@@ -48,19 +48,11 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def read_yaml(path: str | Path, hint: str) -> dict[str, Any]:
-    """Read the mapping in a YAML file.
-
-    Args:
-        path (`str` or `Path`):
-            The file.
-        hint (`str`):
-            What to do if the file does not hold a mapping, for the error message.
+    """Read the mapping in a YAML file; `hint` says what to do if it holds none.
 
     Raises:
-        `FileNotFoundError`:
-            When the file does not exist.
-        `ValueError`:
-            When the file is not UTF-8 or does not hold a mapping, and as [`parse_yaml`].
+        `FileNotFoundError`: when the file does not exist.
+        `ValueError`: when the file is not UTF-8 or does not hold a mapping, and as [`parse_yaml`].
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist")
@@ -78,9 +70,8 @@ def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML.
 
     Raises:
-        `ValueError`:
-            For a syntax error, a key that appears twice in a mapping, a value that JSON lacks, such as a date, or more
-            than 100,000 values, those of aliases included. The message names the source.
+        `ValueError`: for a syntax error, a key that appears twice in a mapping, a value that JSON lacks, such as a
+            date, or more than 100,000 values, those of aliases included. The message names the source.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -130,20 +121,13 @@ def read_numbers(content: Any) -> Any:
 
 
 def build(cls: type[T], content: Mapping[str, Any], source: str) -> T:
-    """Build a dataclass from a mapping.
+    """Build a dataclass, and those nested in it, from a mapping of field names to values.
 
-    Args:
-        cls (`type`):
-            The dataclass. Nested dataclasses are built from nested mappings.
-        content (`Mapping[str, Any]`):
-            Values by field name. Strings are converted to the type of the field, as flags give them; `"none"` and
-            `"null"` mean `None`. A key without a value keeps the default of its field.
-        source (`str`):
-            Where the values come from, for error messages.
+    Strings are converted to the type of the field, as flags give them; `"none"` and `"null"` mean `None`. A key
+    without a value keeps the default of its field. `source` says in errors where the values come from.
 
     Raises:
-        `ValueError`:
-            For an unknown or missing key, or a value of the wrong type.
+        `ValueError`: for an unknown or missing key, or a value of the wrong type.
     """
     from pydantic import TypeAdapter, ValidationError
 

@@ -23,11 +23,7 @@ def clean(value: object) -> str:
 
 
 def markdown(value: object) -> Markup:
-    """Escape a value as text of a paragraph or table cell. Markdown from this module passes unchanged.
-
-    Raises:
-        `ValueError`: If the value is `None`.
-    """
+    """Escape a value as text of a paragraph or table cell. Markdown from this module passes unchanged."""
     if hasattr(value, "__html__"):
         return Markup(value)
     if value is None:
@@ -76,14 +72,7 @@ def url(path: str) -> Markup:
 
 
 def table(rows: Table, numeric: Sequence[bool] = ()) -> Markup:
-    """Format a table.
-
-    Args:
-        rows (sequence of rows):
-            Cells, the head first.
-        numeric (`Sequence[bool]`, *optional*):
-            Columns to align to the right.
-    """
+    """Format a table, the head first; `numeric` says which columns to align to the right."""
     lines = [Markup(f"| {' | '.join(map(markdown, row))} |") for row in rows]
     rule = " | ".join("---:" if is_number else "---" for is_number in numeric or [False] * len(rows[0]))
     return Markup("\n".join([lines[0], f"| {rule} |", *lines[1:]]))

@@ -82,13 +82,7 @@ class ForgettingRate(_OfflineMetric):
     inputs = "predictions: metric of each state; references: its number of examples."
 
     def of_trajectory(self, trajectory: Any, metric: str = "eval_accuracy") -> dict[str, float]:
-        """Compute the rate of a trajectory whose states were evaluated.
-
-        Args:
-            trajectory ([`WeightTrajectory`]):
-                The recorded states.
-            metric (`str`, *optional*, defaults to `"eval_accuracy"`):
-                Name of a metric of the states.
+        """Compute the rate of a trajectory from a metric of its states.
 
         Raises:
             `ValueError`: if a state has no such metric or no number of examples, or there are fewer than two states.

@@ -39,12 +39,7 @@ def is_adapter(model: nn.Module) -> bool:
 
 
 def recorded_adapter(model: nn.Module) -> str:
-    """Return the name of the adapter of a `PeftModel` that is recorded: the one that trains, else the active one.
-
-    Raises:
-        `ValueError`:
-            When several adapters train.
-    """
+    """Return the adapter of a `PeftModel` that is recorded: the one that trains, else the active one."""
     peft_model: Any = model
     adapters = list(peft_model.peft_config)
     if len(adapters) == 1:

@@ -55,8 +55,7 @@ class TensorRole:
             Whether a BatchNorm layer owns the tensor.
 
     Raises:
-        `ValueError`:
-            If the role is unknown.
+        `ValueError`: if the role is unknown.
     """
 
     role: str

@@ -59,9 +59,8 @@ class ForgettingSchedule:
             training of state 0.
 
     Raises:
-        `ValueError`:
-            If a number is out of range or not an integer, both lengths of a stage are set, or columns exclude each
-            other.
+        `ValueError`: if a number is out of range or not an integer, both lengths of a stage are set, or columns
+            exclude each other.
     """
 
     ratio: float = 0.5
@@ -139,14 +138,7 @@ class ForgettingSchedule:
         return sum(self.ratio**k for k in range(self.num_states))
 
     def stage_length(self, epochs: float, max_steps: int) -> tuple[float, int]:
-        """Return epochs and optimizer steps, -1 for those of the epochs, of each stage after state 0.
-
-        Args:
-            epochs (`float`):
-                Epochs of state 0.
-            max_steps (`int`):
-                Optimizer steps of state 0, or -1.
-        """
+        """Return the epochs and optimizer steps (-1: as the epochs) of each later stage from those of state 0."""
         if self.branch_from == "start":
             return epochs, math.ceil(max_steps / 2) if max_steps > 0 else -1
         return self.epochs_per_stage, self.steps_per_stage or -1
@@ -158,8 +150,7 @@ class ForgettingSchedule:
         """Number of examples of every subset, largest first, for steps of `batch_size` examples.
 
         Raises:
-            `ValueError`:
-                If the last subset is smaller than one batch, or sizes do not shrink.
+            `ValueError`: if the last subset is smaller than one batch, or sizes do not shrink.
         """
         sizes = [round(self.ratio**k * num_examples) for k in range(self.num_states)]
         self.check_sizes(sizes, f"{num_examples} examples", batch_size)
@@ -200,9 +191,8 @@ class ForgettingSchedule:
             `arange(num_examples)`.
 
         Raises:
-            `ValueError`:
-                As [`sizes`]; also if labels and groups are both given, are missing although the schedule has such a
-                column, or do not have one value per example.
+            `ValueError`: as [`sizes`]; also if labels and groups are both given, are missing although the schedule has
+                such a column, or do not have one value per example.
         """
         sizes = self.sizes(num_examples, batch_size)
         if labels is not None and groups is not None:
@@ -234,8 +224,7 @@ class ForgettingSchedule:
         """Optimizer steps of the training of state 0 after which the tail states are recorded.
 
         Raises:
-            `ValueError`:
-                If the second half of the training has fewer steps than tail states.
+            `ValueError`: if the second half of the training has fewer steps than tail states.
         """
         count = self.tail_states
         if max_steps < 2 * count:

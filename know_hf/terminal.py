@@ -14,19 +14,11 @@ def run_program(name: str, function: Callable[[], object], reword: Callable[[str
     """Run a program and report the errors that its input causes: `ValueError`, `OSError` and `ImportError`.
 
     All other exceptions are defects of the program and keep their traceback. Characters that the terminal cannot show
-    are printed as escapes; a closed stream discards its output.
-
-    Args:
-        name (`str`):
-            Name of the program, before its errors.
-        function (`Callable`):
-            The program.
-        reword (`Callable`, *optional*):
-            From the message of an error to what is printed.
+    are printed as escapes; a closed stream discards its output. `reword` changes the messages of errors.
 
     Returns:
         `int`: Exit code: the result of the function if it is a number, else 0; 1 after an error, which is printed to
-        standard error with its notes; 130 after Ctrl-C.
+            standard error with its notes; 130 after Ctrl-C.
     """
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
