@@ -302,7 +302,8 @@ def test_known(hub: LoopbackHub, tmp_path: Path) -> None:
     push(SHIPPED_KNOWN, "me/known")
     files = hub.repo("me/known").files()
     described = {"README.md", "comparisons.json", "config.json", "results.json"}
-    assert files.keys() == described | {"configuration_known.py", "model.safetensors", "modeling_known.py"}
+    code = {"combination_network.py", "configuration_known.py", "modeling_known.py"}
+    assert files.keys() == described | code | {"model.safetensors"}
     assert b"| known-step-1 |" in files["README.md"], "the card has the comparisons"
     assert files["model.safetensors"] == (SHIPPED_KNOWN / "model.safetensors").read_bytes()
     history, expected = torch.randn(10, 5), KNOWNModel.from_pretrained(SHIPPED_KNOWN)

@@ -12,7 +12,7 @@ from ..cards import known_card, trajectory_card
 from ..cards.suite_tables import COMPARISONS_NAME
 from ..checkpoint import CheckpointReader, locked_folder, write_json
 from ..hub_client import HubError, RemoteRepo
-from ..known import configuration_known, modeling_known
+from ..known import combination_network, configuration_known, modeling_known
 from ..known.configuration_known import KNOWNConfig
 from ..known.modeling_known import KNOWNModel
 from ..local_paths import public_name, public_values
@@ -170,7 +170,7 @@ def push_known(model: KNOWNModel | str | Path, repo_id: str, **options: Unpack[P
             _copy_known(Path(model), folder)
         config = folder / "config.json"
         write_json(config, {**read_config(config), "auto_map": _AUTO_MAP})
-        for module in (configuration_known, modeling_known):
+        for module in (combination_network, configuration_known, modeling_known):
             shutil.copy2(str(module.__file__), folder)
         if not (folder / CARD).exists():
             repo_id = PushTarget(repo_id, "checkpoint", architecture_of(config), PushOptions(**options)).repo_id

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 KNOWN_ROLES = ("conv", "fc", "bias")
 
+_VARIANTS = ("reference", "combination")
 _LARGEST_SIZE = 65_536
 
 
@@ -20,6 +21,10 @@ class KNOWNConfig(PreTrainedConfig):
     for each of the roles conv, fc and bias.
 
     Args:
+        variant (`str`, *optional*, defaults to `"reference"`):
+            `"reference"`: the published networks, which read the history of each scalar weight. `"combination"`: one
+            small network that reads statistics of complete tensors and combines their displacements, see
+            [`KNOWNModel.coefficients`]; of the sizes below it takes `combination_size` alone.
         num_states (`int`, *optional*, defaults to `5`):
             Length S of the history of one scalar weight: S - 1 forgotten states and the full-data state.
         hidden_size (`int`, *optional*, defaults to `64`):
@@ -32,6 +37,10 @@ class KNOWNConfig(PreTrainedConfig):
             Slope for negative inputs of the LeakyReLU at the end of a stream.
         initializer_scale (`float`, *optional*, defaults to `0.1`):
             Scale of the variance-scaling initializer (fan in, uniform) of the first and last layer of a stream.
+        combination_size (`int`, *optional*, defaults to `16`):
+            Hidden units of the variant `"combination"`, of the tensor and of each state.
+        largest_coefficient (`float`, *optional*, defaults to `1.5`):
+            Bound of the coefficients of the variant `"combination"`.
         trained_on (`dict[str, Any]`, *optional*):
             Description of the meta-training data, JSON values only: for instance the number of trajectories and, in
             `roles`, the largest weight and displacement by role. Prediction warns when its input lies far outside.
@@ -42,18 +51,21 @@ class KNOWNConfig(PreTrainedConfig):
 
     model_type = "known"
 
+    variant: str = "reference"
     num_states: int = 5
     hidden_size: int = 64
     bottleneck_size: int = 8
     stream_size: int = 32
     leaky_slope: float = 0.3
     initializer_scale: float = 0.1
+    combination_size: int = 16
+    largest_coefficient: float = 1.5
     trained_on: dict[str, Any] | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles with a network of their own; fixed."""
-        return KNOWN_ROLES
+        """Roles with a network of their own; none of the variant `"combination"`, whose network takes every role."""
+        return KNOWN_ROLES if self.variant == "reference" else ()
 
     @classmethod
     def from_pretrained(
@@ -76,7 +88,10 @@ class KNOWNConfig(PreTrainedConfig):
 
     def validate_values(self) -> None:
         """Require two states (for a difference), a unit per layer, a monotone LeakyReLU and a positive variance."""
-        for name, least in {"num_states": 2, "hidden_size": 1, "bottleneck_size": 1, "stream_size": 1}.items():
+        if self.variant not in _VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(_VARIANTS)}, got {self.variant!r:.60}")
+        sizes = ("hidden_size", "bottleneck_size", "stream_size", "combination_size")
+        for name, least in {"num_states": 2, **dict.fromkeys(sizes, 1)}.items():
             if not least <= (value := getattr(self, name)) <= _LARGEST_SIZE:
                 raise ValueError(
                     f"{name} must be in [{least}, {_LARGEST_SIZE}], got {value!r:.60}; omit it for the published value"
@@ -85,6 +100,8 @@ class KNOWNConfig(PreTrainedConfig):
             raise ValueError(f"leaky_slope must be in [0, 1), got {self.leaky_slope}; the published value is 0.3")
         if not 0 < (scale := self.initializer_scale) < math.inf:
             raise ValueError(f"initializer_scale must be positive, got {scale}; the published value is 0.1")
+        if not 0 < (bound := self.largest_coefficient) < math.inf:
+            raise ValueError(f"largest_coefficient must be positive, got {bound}; the default is 1.5")
 
     def validate_trained_on(self) -> None:
         """Require a number of `"trajectories"` and `"roles"` that map to finite numbers by name, if they are given."""

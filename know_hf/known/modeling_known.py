@@ -2,7 +2,8 @@
 
 Each scalar weight is processed independently: `prediction = history[:, -1] + KNOWN(W, dW)`, where `W` is the history,
 most forgotten state first and full-data state last, and `dW` its consecutive differences (arXiv 2508.05059). As
-published, the network is not scale-equivariant and its input is not normalized.
+published, the network is not scale-equivariant and its input is not normalized. The variant "combination" has another
+network, of complete tensors, see `combination_network`.
 """
 
 import math
@@ -18,6 +19,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, cached_file
 
+from .combination_network import ELEMENTS, KNOWNCoefficientLinear, KNOWNCombinationNetwork
 from .configuration_known import KNOWNConfig
 
 _WEIGHTS_NAME = "model.safetensors"
@@ -112,6 +114,9 @@ class KNOWNPreTrainedModel(PreTrainedModel):
             limit = math.sqrt(3 * self.config.initializer_scale / module.in_features)
             init.uniform_(module.weight, -limit, limit)
             init.zeros_(module.bias)
+        elif isinstance(module, KNOWNCoefficientLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
@@ -119,11 +124,12 @@ class KNOWNPreTrainedModel(PreTrainedModel):
 
 class KNOWNModel(KNOWNPreTrainedModel):
     r"""
-    KNOWN with one network for each of the roles conv, fc and bias (arXiv 2508.05059).
+    KNOWN with one network for each of the roles conv, fc and bias (arXiv 2508.05059); or, as the variant
+    `"combination"`, with one network for complete tensors of any role, see [`coefficients`].
 
     Args:
         config ([`KNOWNConfig`]):
-            Sizes of the networks; the defaults are the published ones.
+            Variant and sizes; the defaults are the published ones.
 
     Example:
 
@@ -138,6 +144,7 @@ class KNOWNModel(KNOWNPreTrainedModel):
     def __init__(self, config: KNOWNConfig):
         super().__init__(config)
         self.networks = nn.ModuleDict({role: KNOWNNetwork(config) for role in config.roles})
+        self.combination = KNOWNCombinationNetwork(config) if config.variant == "combination" else None
         self.post_init()
 
     @classmethod
@@ -238,6 +245,31 @@ class KNOWNModel(KNOWNPreTrainedModel):
         output = KNOWNOutput(loss=loss, residual=residual, prediction=prediction)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
+    def coefficients(self, tensor_features: torch.Tensor, state_features: torch.Tensor) -> dict[str, float]:
+        """
+        Compute the coefficients of one tensor, for the variant `"combination"`.
+
+        Args:
+            tensor_features (`torch.Tensor` of shape `(F,)`):
+                Statistics of the tensor, see [`~know_hf.known.tensor_basis`].
+            state_features (`torch.Tensor` of shape `(K, Q)`):
+                Statistics of each state but Θ0.
+
+        Returns:
+            `dict[str, float]`: Coefficients by element of the basis, `"start"`, `"state-1"`, …, for
+            [`~know_hf.known.combine`].
+
+        Raises:
+            `ValueError`: If the model is of another variant.
+        """
+        if self.combination is None:
+            raise ValueError(f"this KNOWN has the variant {self.config.variant!r}; 'combination' has coefficients")
+        with torch.no_grad():
+            inputs = (features.to(self.device, self.dtype) for features in (tensor_features, state_features))
+            of_elements, of_states = (values.tolist() for values in self.combination(*inputs))
+        states = {f"state-{index}": value for index, value in enumerate(of_states, 1)}
+        return dict(zip(ELEMENTS, of_elements, strict=True)) | states
+
     def regularization(self, role: str | None = None, kernel_l1: float = 1e-6, bias_l1: float = 0.1) -> torch.Tensor:
         """
         Compute the published regularizers of meta-training: L1 norms of the first and last layer of every stream.
@@ -266,6 +298,11 @@ class KNOWNModel(KNOWNPreTrainedModel):
 
     def check_role(self, role: str) -> None:
         """Raise a `ValueError` if no network predicts this role."""
+        if self.combination is not None:
+            raise ValueError(
+                "this KNOWN has the variant 'combination', which takes no histories of single weights; use it in"
+                " predict_overflowed_weights, a gate or an arm"
+            )
         if role not in self.networks:
             raise ValueError(f"KNOWN has no network for role {role!r}; choose one of {', '.join(self.networks)}")
 
