@@ -126,7 +126,7 @@ protocols:
   - {kind: fine_tuning, labels_per_class: 4, learning_rates: [0.001], steps: 2, head_steps: 2}
   - {kind: linear_probe, learning_rates: [0.1], steps: 10}
   - {kind: as_they_are}
-arms: [naive, pretrained, known-step-1, compute-matched, oracle]
+arms: [naive, pretrained, known-step-1, cross-fit, compute-matched, oracle]
 """
 
 
@@ -145,7 +145,9 @@ def test_texts_and_adapters(texts, tmp_path, lora):
     assert scores["naive"].estimate.mean < scores["pretrained"].estimate.mean
     states = report.to_dict()["states"]["measures"]["loss"]["per_seed"]
     assert [of_seed[0] for of_seed in states] == list(scores["naive"].per_seed)
-    assert lora is None or scores["compute-matched"].per_seed != scores["naive"].per_seed
+    if lora:
+        assert scores["compute-matched"].per_seed != scores["naive"].per_seed
+        assert [cell["training_cost"] for cell in report.cells if cell["arm"] == "cross-fit"] == [2, 2]
     assert len(report.cells[0]["measured"]["few-shot"][0]["trials"]) == 1
     other = tmp_path / "other"
     shutil.copytree(texts / "bert", other)
@@ -170,7 +172,7 @@ trials_per_rate: 1
 protocols:
   - {kind: fine_tuning, learning_rates: [0.001, 0.01], steps: 2, head_steps: 0}
   - {kind: zero_shot}
-arms: [naive, random, oracle]
+arms: [naive, random, cross-fit, oracle]
 """
 
 
@@ -180,6 +182,7 @@ def test_a_language_model_is_compared_by_its_loss_per_byte(texts, tmp_path):
     assert next(iter(report.comparisons)) == ("few-shot", "loss"), "trials are chosen by the loss"
     scores = report.comparisons["source", "loss"].results
     assert scores["naive"].estimate.mean < scores["random"].estimate.mean
+    assert [cell["choice"]["forward_passes"] for cell in report.cells if cell["arm"] == "cross-fit"] == [17 * 32] * 2
     task = SuiteTask(Suite.from_dict(yaml.safe_load(LANGUAGE), "a test"), data)
     split, model = task.target_split(0, 0), task.start(0)
     assert split.num_labels is None and split.test["labels"].shape == (40, 16)
