@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult
 from markupsafe import Markup
 
 from ..markdown import Table, clean, code
+from ..prediction.selection import GateCandidate, candidate_rows
 from .suite_tables import estimate_text
 
 _ACCURACY = {"scale": 100, "digits": 1}
@@ -75,18 +76,15 @@ def comparison_table(record: Mapping[str, Any]) -> Table:
 
 def gate_table(gate: Mapping[str, Any]) -> Table:
     """Return the candidates of the gate, with their differences from Θ0 if they are recorded, best first."""
-    head = ["candidate", code(gate["metric"])]
     if not gate.get("candidates"):
-        return [head] + [[_marked(name, gate["chosen"]), f"{value:.4g}"] for name, value in gate["scores"].items()]
-    rows = [[*head, "minus Θ0", f"{1 - gate['level']:.0%} interval", "p (corrected)"]]
-    first, *others = gate["candidates"]
-    for candidate in (first, *sorted(others, key=lambda one: math.inf if one["loss"] is None else one["loss"])):
-        loss, difference, low, high, p = (candidate[k] for k in ("loss", "difference", "low", "high", "p_value"))
-        row = [_marked(candidate["name"], gate["chosen"]), "not finite" if loss is None else f"{loss:.4g}"]
-        row += ["" if difference is None else f"{difference:+.3g}"]
-        row += ["" if low is None or high is None else f"[{low:+.3g}, {high:+.3g}]"]
-        rows.append([*row, "" if p is None else f"{p:.2g}"])
-    return rows
+        rows = [["candidate", gate["metric"]], *([name, f"{value:.4g}"] for name, value in gate["scores"].items())]
+    else:
+        rows = candidate_rows(gate["metric"], gate["level"], [GateCandidate(**one) for one in gate["candidates"]])
+    head, *others = rows
+    return [
+        [head[0], code(head[1]), *head[2:]],
+        *([_marked(row[0], gate["chosen"]), *row[1:]] for row in others),
+    ]
 
 
 def eval_results(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import read_json_object
 from ..markdown import python
+from ..trajectory.adapters import AUTO_CLASSES
 
 if TYPE_CHECKING:
     from .base import Source
@@ -28,14 +29,6 @@ _AUTO_CLASSES = (
     ("AutoModelForSeq2SeqLM", "FOR_SEQ_TO_SEQ_CAUSAL_LM", None),
     ("AutoModel", "", None),
 )
-_ADAPTER_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def architecture(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> str | None:
@@ -53,7 +46,7 @@ def auto_class(architecture: str | None, adapter_task: object = None) -> tuple[s
     import transformers
     from transformers.models.auto import modeling_auto
 
-    if isinstance(adapter_task, str) and (name := _ADAPTER_CLASSES.get(adapter_task)):
+    if isinstance(adapter_task, str) and (name := AUTO_CLASSES.get(adapter_task)):
         return name, next(tag for auto_class, _, tag in _AUTO_CLASSES if auto_class == name)
     if architecture is None:
         return None, None

@@ -124,7 +124,7 @@ def check_holds_no_trajectory(target: Path, *, below: bool = False) -> None:
 
 @contextmanager
 def locked_folder(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Keep other processes from writing a folder during the block; `shared` lets others read it under the same lock.
+    """Keep other processes from writing a folder during the block; `shared` lets them read it under the same lock.
 
     Raises:
         `BlockingIOError`: if another process has the lock.

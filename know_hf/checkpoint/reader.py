@@ -86,16 +86,16 @@ class CheckpointReader:
             raise CheckpointError(f"tensor {name!r} has dtype {dtype}, which torch does not support")
         return DTYPES[dtype]
 
+    def describe(self, name: str) -> str:
+        """Return shape and dtype of a tensor for messages, or `missing`."""
+        return f"{tuple(self.shape(name))} {self.dtype(name)}" if name in self else "missing"
+
     def tensor(self, name: str) -> torch.Tensor:
         """Read a complete tensor to the CPU, in its stored dtype."""
         return self.read(name).reshape(self.shape(name))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Read elements `start` to `stop - 1` of the flattened tensor, and no other bytes of its file.
-
-        Returns:
-            `torch.Tensor` of shape `(stop - start,)` on the CPU, in the stored dtype. `stop` defaults to the end.
-        """
+        """Read elements `start` to `stop - 1` of the flattened tensor as stored, and no other bytes of its file."""
         source, entry = self._entries[name]
         dtype = self.dtype(name)
         piece = torch.empty((entry.shape.numel() if stop is None else stop) - start, dtype=dtype)

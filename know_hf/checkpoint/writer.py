@@ -19,21 +19,8 @@ class CheckpointWriter:
     """Writes pieces of tensors into safetensors shards of bounded size, with the names of `save_pretrained`.
 
     Dtypes and shapes alone determine the layout. Only the current piece is in memory, and several processes that share
-    a disk can fill the same files.
-
-    Args:
-        folder (`Path`):
-            An existing folder, preferably from [`atomic_folder`].
-        tensors (`Mapping[str, TensorSpec]`):
-            All tensors of the checkpoint.
-        max_shard_size (`int`, *optional*, defaults to `5_000_000_000`):
-            Bytes per shard. A larger tensor gets its own shard.
-        adapter (`bool`, *optional*, defaults to `False`):
-            Whether to write one `adapter_model.safetensors` of any size.
-
-    Attributes:
-        bytes_written (`int`):
-            Tensor bytes that this writer has written.
+    a disk can fill the same files. A tensor larger than `max_shard_size` bytes gets its own shard. With `adapter`,
+    there is one `adapter_model.safetensors` of any size.
     """
 
     def __init__(
@@ -71,10 +58,8 @@ class CheckpointWriter:
                 handle.truncate(ends[file])
 
     def write(self, name: str, piece: torch.Tensor, start: int = 0) -> int:
-        """Write a piece of a tensor, of any shape: its elements from `start` on, counted in the flattened tensor.
-
-        Returns:
-            `int`: Number of elements.
+        """Write a piece of a tensor, its elements from `start` on, counted in the flattened tensor; return their
+        number.
 
         Raises:
             `TypeError`: if the piece has another dtype than the tensor.
@@ -97,14 +82,9 @@ class CheckpointWriter:
             fsync(self.folder / file)
 
     def close(self, bytes_written: int | None = None) -> None:
-        """Write the index of several shards.
+        """Write the index of several shards. A `RuntimeError` says that not all bytes were written.
 
-        Args:
-            bytes_written (`int`, *optional*):
-                Bytes that all writers of this checkpoint wrote. Defaults to those of this writer.
-
-        Raises:
-            `RuntimeError`: if bytes are missing.
+        `bytes_written` is the sum of all writers of this checkpoint; by default that of this writer.
         """
         written = self.bytes_written if bytes_written is None else bytes_written
         if written != self._total_bytes:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..predictors import Rescaler, Rescaling
 from ..trajectory import TrajectoryError, WeightTrajectory
+from .snapshot_predictions import lora_partner
 from .tensor_sources import check_finite
 
 
@@ -61,12 +62,8 @@ class LoraProducts(nn.Module):
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self._pairs = [(name, name.replace("lora_A", "lora_B")) for name in tensors if ".lora_A." in name]
-        self._pairs += [
-            (name, name.replace("lora_embedding_A", "lora_embedding_B"))
-            for name in tensors
-            if name.endswith("lora_embedding_A")
-        ]
+        firsts = [name for name in tensors if ".lora_A." in name or name.endswith("lora_embedding_A")]
+        self._pairs = [(name, lora_partner(name)) for name in firsts]
         if not self._pairs:
             raise ValueError(
                 f"no LoRA matrices among {sorted(tensors)[:3]} …; pass the base model to find what can be rescaled:"

@@ -80,22 +80,11 @@ class PredictionResult:
     def load_model(
         self, base_model: PreTrainedModel | None = None, model_class: type[PreTrainedModel] | None = None
     ) -> PreTrainedModel:
-        """Load the enhanced model.
-
-        Args:
-            base_model (`PreTrainedModel`, *optional*):
-                The base model of an adapter.
-            model_class (`type`, *optional*):
-                Class to load with; the recorded class by default.
-        """
+        """Load the enhanced model, of the recorded class by default; an adapter needs its base model."""
         return load_pretrained(self.path, model_class or self.model_class, base_model)
 
     def load_into(self, model: nn.Module) -> None:
-        """Copy the enhanced weights into a model of the recorded architecture, such as a plain `nn.Module`.
-
-        Args:
-            model (`nn.Module`):
-                The model; wrappers such as those of torch.compile are removed.
+        """Copy the enhanced weights into a model of the recorded architecture, such as a plain or wrapped `nn.Module`.
 
         Raises:
             `TrajectoryError`: if checkpoint and model do not have the same tensors.

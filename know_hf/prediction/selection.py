@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..terminal import aligned
+
 REFERENCE = "Θ0"
 MINIMUM_VALUES = 10  # with fewer losses the bootstrap cannot separate noise from gain
 _ROUNDING = float(np.finfo(np.float32).eps)  # relative, of a loss computed in float32
@@ -220,16 +222,19 @@ class GateResult:
     @property
     def table(self) -> str:
         """The tested candidates with their losses and differences from Θ0, best first."""
-        rows = [["candidate", self.metric, f"minus {REFERENCE}", f"{1 - self.level:.0%} interval", "p (corrected)"]]
-        for candidate in (self.candidates[0], *sorted(self.candidates[1:], key=_rank)):
-            loss = "not finite" if candidate.loss is None else f"{candidate.loss:.4g}"
-            difference = "" if candidate.difference is None else f"{candidate.difference:+.3g}"
-            interval = "" if candidate.low is None else f"[{candidate.low:+.3g}, {candidate.high:+.3g}]"
-            p_value = "" if candidate.p_value is None else f"{candidate.p_value:.2g}"
-            rows.append([candidate.name, loss, difference, interval, p_value])
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-        return "\n".join("  ".join(line).rstrip() for line in lines)
+        return aligned(candidate_rows(self.metric, self.level, self.candidates))
+
+
+def candidate_rows(metric: str, level: float, candidates: Sequence[GateCandidate]) -> list[list[str]]:
+    """Return the cells of a table of candidates, Θ0 first, the others by their losses."""
+    rows = [["candidate", metric, f"minus {REFERENCE}", f"{1 - level:.0%} interval", "p (corrected)"]]
+    for candidate in (candidates[0], *sorted(candidates[1:], key=_rank)):
+        loss = "not finite" if candidate.loss is None else f"{candidate.loss:.4g}"
+        difference = "" if candidate.difference is None else f"{candidate.difference:+.3g}"
+        interval = "" if candidate.low is None else f"[{candidate.low:+.3g}, {candidate.high:+.3g}]"
+        p_value = "" if candidate.p_value is None else f"{candidate.p_value:.2g}"
+        rows.append([candidate.name, loss, difference, interval, p_value])
+    return rows
 
 
 def choose(

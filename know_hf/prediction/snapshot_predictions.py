@@ -105,11 +105,16 @@ class CompleteTensors:
         return {name: (a - b).flatten() for name, a, b in zip(names, new, read[self._snapshots[-1]], strict=True)}
 
 
+def lora_partner(name: str) -> str:
+    """Return the name of B by that of A; other names are unchanged."""
+    return name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+
+
 def lora_pairs(trajectory: WeightTrajectory) -> dict[str, tuple[str, str]]:
     """Return the names of A and B of LoRA by the name of each; empty for full models."""
     pairs = {}
     for name in trajectory.names if trajectory.is_adapter else ():
-        other = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+        other = lora_partner(name)
         if other != name and other in trajectory.roles:
             pairs[name] = pairs[other] = (name, other)
     return pairs

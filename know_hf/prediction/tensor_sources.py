@@ -36,17 +36,7 @@ class TensorSource(ABC):
 
 
 class StateTensors(TensorSource):
-    """The tensors of one recorded state, copied bit for bit.
-
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            The recorded states.
-        state (`int` or `str`):
-            Index of the state, or name of another snapshot, such as `"start"` or `"tail-0"`.
-
-    Raises:
-        `TrajectoryError`: if it does not exist.
-    """
+    """The tensors of one recorded state or snapshot, copied bit for bit."""
 
     def __init__(self, trajectory: WeightTrajectory, state: int | str) -> None:
         trajectory.snapshot(state)

@@ -25,6 +25,15 @@ logger = logging.get_logger(__name__)
 # loads the adapter. Others draw at random, or need data or gradients.
 _KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CHANGE_BASE = ("pissa", "olora")
+# of peft's task types
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
 _USUAL_RANK = 1024  # LoKr stores smaller layers without factors of this rank
 _VALUES = 64  # of each weight of a base in its fingerprint, at least
 

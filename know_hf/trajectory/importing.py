@@ -201,7 +201,7 @@ def _check_fit(first: _Checkpoint, other: _Checkpoint) -> None:
     """Raise a `TrajectoryError` that names what differs between two checkpoints, and both of them."""
     both = f"in {other.name} and {{}} in {first.name}"
     for name in sorted({*first.reader.names, *other.reader.names}):
-        kind, expected = _kind(other, name), _kind(first, name)
+        kind, expected = other.reader.describe(name), first.reader.describe(name)
         if kind != expected:
             raise TrajectoryError(
                 f"tensor {name!r} is {kind} {both.format(expected)}; use checkpoints with the same tensors, head and"
@@ -217,11 +217,6 @@ def _check_fit(first: _Checkpoint, other: _Checkpoint) -> None:
         raise TrajectoryError(
             f"the tokenizers in {other.name} and {first.name} have other vocabularies; use those of one tokenizer"
         )
-
-
-def _kind(checkpoint: _Checkpoint, name: str) -> str:
-    reader = checkpoint.reader
-    return f"{tuple(reader.shape(name))} {reader.dtype(name)}" if name in reader else "missing"
 
 
 def _unordered(value: Any) -> Any:

@@ -42,13 +42,7 @@ def load_pretrained(
 ) -> Any:
     """Load a checkpoint with the class in its `config.json` or a given class, or an adapter onto its base model.
 
-    Args:
-        folder (`Path`):
-            A folder as `save_pretrained` writes it.
-        model_class (`type`, *optional*):
-            Class of the model. It may lack weights of the checkpoint but must not have others.
-        base_model (`PreTrainedModel`, *optional*):
-            The model an adapter belongs to.
+    A given class may lack weights of the checkpoint but must not have others.
 
     Raises:
         `TrajectoryError`: when the class or the base model is unknown, model and checkpoint differ in tensors or
@@ -74,15 +68,8 @@ def load_pretrained(
 
 
 def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[str], torch.Tensor]]) -> None:
-    """Copy the weights of a state into a model in memory.
-
-    Args:
-        model (`nn.Module`):
-            The model; wrappers are removed.
-        folder (`Path`):
-            The folder of the state.
-        tensors (`Mapping[str, Callable[[str], torch.Tensor]]`):
-            Function that reads each tensor, by its name on disk.
+    """Copy the weights of a state into a model in memory; `tensors` has a function that reads each, by its name on
+    disk.
 
     Raises:
         `TrajectoryError`: when ZeRO-3 partitions the model, or state and model differ in tensors or shapes.

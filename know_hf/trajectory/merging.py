@@ -27,7 +27,7 @@ from ..checkpoint import atomic_folder, check_free_disk, check_holds_no_trajecto
 from ..checkpoint.safe_loading import from_safetensors
 from ..local_paths import is_unknown, loaded_from, resolved_name
 from ..model_tensors import unwrapped
-from .adapters import read_adapter_config
+from .adapters import AUTO_CLASSES, read_adapter_config
 from .snapshot import state_nbytes
 from .store import StateName
 from .weight_trajectory import WeightTrajectory
@@ -40,14 +40,6 @@ _STAGE_FIELDS = ("num_examples", "steps", "fraction", "subset_fingerprint", "see
 _PREFIX = "base_model.model."
 _UNMERGED = "predict the adapters without merging"
 _WRAPPERS = ("base_layer", "modules_to_save", "original_module", "token_adapter")  # peft's modules around the base's
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
 
 
 def merge_adapters(
@@ -240,7 +232,7 @@ def _model_class(adapter: Any, config: dict[str, Any], source: str) -> Any:
 
     names = [
         (adapter.auto_mapping or {}).get("base_model_class"),
-        _AUTO_CLASSES.get(adapter.task_type or ""),
+        AUTO_CLASSES.get(adapter.task_type or ""),
         *(config.get("architectures") or []),
     ]
     for name in names:

@@ -151,7 +151,7 @@ class Snapshot:
         size = 0
         for name, tensor in self.state_dict.items():
             saved = self.on_disk.get(name, "")
-            if saved in previous and _equals(previous, saved, tensor):
+            if saved in previous and equal_bits(previous, saved, tensor):
                 equal.add(saved)
                 size += tensor.nbytes
         total = sum(tensor.nbytes for tensor in {id(t): t for t in self.state_dict.values()}.values())
@@ -252,12 +252,8 @@ def _save_adapter(model: Any, adapter: str, state_dict: dict[str, torch.Tensor],
         named.rmdir()
 
 
-def equal_bits(reader: CheckpointReader, name: str, other: CheckpointReader, other_name: str) -> bool:
-    """Whether the tensors of two checkpoints have the same shape, dtype and bits."""
-    return _equals(other, other_name, reader.tensor(name))
-
-
-def _equals(reader: CheckpointReader, name: str, tensor: torch.Tensor) -> bool:
+def equal_bits(reader: CheckpointReader, name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor of a checkpoint has the shape, dtype and bits of another one."""
     if (reader.shape(name), reader.dtype(name)) != (tensor.shape, tensor.dtype):
         return False
     return torch.equal(_bytes(reader.tensor(name)), _bytes(tensor))

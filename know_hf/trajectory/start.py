@@ -40,7 +40,9 @@ def store_early(
     weights = sorted(folder.glob("*.safetensors"))
     stored = CheckpointReader(weights)
     is_adapter = (folder / "adapter_config.json").exists()  # a single file, and small
-    unchanged = set() if is_adapter else {name for name in stored.names if equal_bits(stored, name, first, name)}
+    unchanged = (
+        set() if is_adapter else {name for name in stored.names if equal_bits(first, name, stored.tensor(name))}
+    )
     hub = None if base is None or is_adapter else _hub_reference(stored, set(stored.names) - unchanged, *base)
     elsewhere = unchanged | (hub.names.keys() if hub else set())
     sizes = {name: stored.shape(name).numel() * stored.dtype(name).itemsize for name in stored.names}
@@ -100,7 +102,7 @@ def _hub_reference(
     equal: dict[str, str] = {}
     for name in sorted(names):
         for other in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-            if other in owners and equal_bits(stored, name, readers[owners[other]], other):
+            if other in owners and equal_bits(readers[owners[other]], other, stored.tensor(name)):
                 equal[name] = other
                 break
     used = sorted({owners[other] for other in equal.values()})

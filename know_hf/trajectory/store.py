@@ -213,7 +213,7 @@ class HubStore(Store):
 def check_same_tensors(path: Path, state: str, reader: CheckpointReader, first: CheckpointReader) -> None:
     """Raise a `TrajectoryError` that names the first tensor in which a snapshot differs from state 0."""
     for name in sorted({*reader.names, *first.names}):
-        kind, expected = _kind(reader, name), _kind(first, name)
+        kind, expected = reader.describe(name), first.describe(name)
         if kind != expected:
             raise TrajectoryError(
                 f"tensor {name!r} of {path} is {kind} in {state} and {expected} in state 0; was the head"
@@ -231,10 +231,6 @@ def _missing(path: Path, state: StateName, manifest: Manifest) -> str:
     if others := [snapshot.name for snapshot in manifest.snapshots if snapshot.kind != "state"]:
         existing += f", and {', '.join(others[:3])}{', …' if len(others) > 3 else ''}"
     return f"{f'state {state}' if isinstance(state, int) else repr(state)} of {path} does not exist; {existing}"
-
-
-def _kind(reader: CheckpointReader, name: str) -> str:
-    return f"{tuple(reader.shape(name))} {reader.dtype(name)}" if name in reader else "missing"
 
 
 def _difference(record: FileRecord, size: int | None, sha256: str | None) -> str | None:

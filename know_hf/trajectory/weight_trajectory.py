@@ -81,12 +81,6 @@ class WeightTrajectory(SnapshotTensors):
     def create(cls, path: str | Path, schedule: ForgettingSchedule | None = None) -> WeightTrajectory:
         """Create a trajectory without states. Nothing is written before the first [`record`].
 
-        Args:
-            path (`str` or `Path`):
-                A folder without a trajectory or model; it need not exist.
-            schedule ([`ForgettingSchedule`], *optional*):
-                The schedule to record in `trajectory.json`.
-
         Raises:
             `FileExistsError`: when `path` has a trajectory, or a model whose files would be replaced.
             `ValueError`: when `path` is inside another trajectory.
