@@ -11,8 +11,8 @@ from know_hf.predictors.branches import (
     james_stein_average,
     model_stock,
     shrunken_jackknife,
+    spectral_filter,
 )
-from know_hf.predictors.spectral_filter import spectral_filter
 from know_hf.predictors.start_interpolation import move_from_start
 
 SIZE = 100_000

@@ -7,12 +7,14 @@ from .branches import (
     JamesStein,
     ModelStock,
     ShrunkenJackknife,
+    SpectralFilter,
     branch_average,
     factorise,
     jackknife,
     james_stein_average,
     model_stock,
     shrunken_jackknife,
+    spectral_filter,
 )
 from .combination import Combination, LayerScaling
 from .extrapolation import LinearFit, LogarithmicFit
@@ -22,7 +24,6 @@ from .protocol import Composition, DepthPredictor, Predictor, get_predictor, reg
 from .relative_depth import relative_depths
 from .rescaling import Rescale, ScaleSymmetry, scale_symmetries
 from .snapshot_predictor import SnapshotPredictor, TensorSnapshots
-from .spectral_filter import SpectralFilter, spectral_filter
 from .start_interpolation import StartInterpolation, move_from_start
 from .tail_averages import BiasCorrectedAverage, TailAverage, decay_weights
 from .tensor_factor import Rescaler, Rescaling, TensorFactor

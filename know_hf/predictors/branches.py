@@ -11,6 +11,8 @@ import torch
 from .protocol import check_finite, register_predictor
 from .snapshot_predictor import SnapshotPredictor, TensorSnapshots
 
+_ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a singular value, relative to the norm of the weights
+
 
 def branch_average(branches: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the mean of K branches in float32 (Wortsman et al., *Model soups*, arXiv 2203.05482).
@@ -24,19 +26,10 @@ def model_stock(start: torch.Tensor, branches: Sequence[torch.Tensor]) -> torch.
     """Move from the start towards the mean of the branches as far as they agree: `P + t (mean - P)`.
 
     Model Stock (Jang et al., *Model Stock: All we need is just a few fine-tuned models*, arXiv 2403.19522):
-    `t = K c / (1 + (K - 1) c)`, where c is the mean cosine between the updates of two branches. A common update of
-    variance τ² per weight and independent noise of variance σ² give `c = τ² / (τ² + σ²)`, so that
-    `t = τ² / (τ² + σ² / K)` has the least squared error of all multiples of the mean.
-
-    Args:
-        start (`torch.Tensor`):
-            One tensor before the branches parted.
-        branches (sequence of `torch.Tensor` of that shape):
-            The tensor in each of K ≥ 2 branches.
-
-    Returns:
-        `torch.Tensor` of that shape, float32. Where a branch did not move, or the updates point away from each other
-        (c ≤ 0), it is the start.
+    `t = K c / (1 + (K - 1) c)`, where c is the mean cosine between the updates of two of the K ≥ 2 branches. A common
+    update of variance τ² per weight and independent noise of variance σ² give `c = τ² / (τ² + σ²)`, so that
+    `t = τ² / (τ² + σ² / K)` has the least squared error of all multiples of the mean. Where a branch did not move, or
+    the updates point away from each other (c ≤ 0), the result is the start.
     """
     count, updates = len(branches), (_stacked(branches, 2) - start.float()).flatten(1).double()
     norms = updates.norm(dim=1)
@@ -72,22 +65,9 @@ def james_stein(values: torch.Tensor, noise: float) -> float:
 def jackknife(theta0: torch.Tensor, branches: Sequence[torch.Tensor], fraction: float = 0.5) -> torch.Tensor:
     """Remove the bias of training on a finite sample: `Θ0 + ρ / (1 - ρ) (Θ0 - mean of the branches)`.
 
-    After Quenouille, *Notes on Bias in Estimation*, 1956. A bias b / n of weights trained on n examples is
-    b / (ρ n) in branches on a fraction ρ of them, and cancels exactly; for two halves the result is `2 Θ0 - mean`.
-
-    Args:
-        theta0 (`torch.Tensor`):
-            Weights after training on all data.
-        branches (sequence of `torch.Tensor` of that shape):
-            Weights after training on parts of equal size.
-        fraction (`float`, *optional*, defaults to `0.5`):
-            Size ρ of each part relative to all data, above 0 and below 1.
-
-    Returns:
-        `torch.Tensor` of that shape, float32.
-
-    Raises:
-        `ValueError`: if the fraction is out of range or there is no branch.
+    After Quenouille, *Notes on Bias in Estimation*, 1956. A bias b / n of weights trained on n examples is b / (ρ n)
+    in branches on a fraction ρ of them, above 0 and below 1, and cancels exactly; for two halves the result is
+    `2 Θ0 - mean`.
     """
     _check_fraction(fraction)
     return theta0.float() + fraction / (1 - fraction) * (theta0.float() - branch_average(branches))
@@ -102,6 +82,36 @@ def shrunken_jackknife(theta0: torch.Tensor, branches: Sequence[torch.Tensor], f
     correction = jackknife(theta0, branches, fraction) - theta0.float()
     scale = fraction / (1 - fraction)
     return theta0.float() + james_stein(correction, 2 * scale**2 * _noise(branches)) * correction
+
+
+def spectral_filter(start: torch.Tensor, branches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rebuild the mean update of K branches from singular directions, with the values that the other branches have.
+
+    For the update `Δk = Σ_i s_i u_i v_iᵀ` of each branch, the value along direction i is that of the mean update M of
+    the *other* branches, `c_i = u_iᵀ M v_i`, and directions with `c_i ≤ 0` or `s_i = 0` are dropped:
+    `P + 1/K Σ_k Σ_i max(c_i, 0) u_i v_iᵀ`. A direction that only fits the noise of its own branch has no part in the
+    others, so `c_i` is an unbiased estimate of the true value along it; singular values themselves are inflated by
+    noise. It is the idea of cross-validated eigenvalues (Bartz, *Cross-validation based Nonlinear Shrinkage*, arXiv
+    1611.00798) for updates.
+
+    With noise of variance σ² per weight in an m × n matrix and a strong common update of rank r, two branches leave an
+    error of about `σ² r (m + n) / 2` instead of the `σ² m n / 2` of their mean.
+
+    Convolution kernels are matrices `(out, in · taps)`. Vectors are averaged.
+    """
+    updates = _stacked(branches, 2) - start.float()
+    if updates.ndim < 3:
+        return start.float() + updates.mean(dim=0)
+    matrices = updates.flatten(2)
+    total, filtered = matrices.sum(dim=0), torch.zeros_like(matrices[0])
+    for matrix, branch in zip(matrices, branches, strict=True):
+        left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+        others = (total - matrix) / (len(branches) - 1)
+        values = ((left.T @ others) * right).sum(dim=1).clamp(min=0)
+        # beyond the rank of an update, as of LoRA, its singular vectors are arbitrary
+        values[sizes <= _ROUNDING * (start.float().norm() + branch.float().norm())] = 0
+        filtered += left * values @ right
+    return start.float() + (filtered / len(branches)).reshape(start.shape)
 
 
 def factorise(product: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,6 +165,15 @@ class JamesStein(FromOrigin):
 
     def tensor(self, snapshots: TensorSnapshots) -> torch.Tensor:
         return james_stein_average(snapshots.origin, snapshots.branches)
+
+
+@register_predictor("spectral_filter")
+@dataclass
+class SpectralFilter(FromOrigin):
+    """Mean update of the branches along the singular directions that they share, see [`spectral_filter`]."""
+
+    def tensor(self, snapshots: TensorSnapshots) -> torch.Tensor:
+        return spectral_filter(snapshots.origin, snapshots.branches)
 
 
 @register_predictor("jackknife")

@@ -39,15 +39,7 @@ _ENCODER = re.compile(r"encoder|vision|visual|image|audio|speech")
 
 
 def relative_depths(names: Sequence[str]) -> dict[str, float]:
-    """Relative depth of the layer of each tensor; the rules are in the docstring of this module.
-
-    Args:
-        names (`Sequence[str]`):
-            Names on disk of all tensors of a model or an adapter, in any order.
-
-    Returns:
-        `dict[str, float]`: Depth in [0, 1] by name, in the given order.
-    """
+    """Return the depth in [0, 1] of the layer of each tensor, by names on disk; see the docstring of this module."""
     paths = {name: _path(name) for name in names}
     blocks = {name: _block(path, any_list=False) for name, path in paths.items()}
     if not any(blocks.values()):

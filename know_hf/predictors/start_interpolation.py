@@ -49,28 +49,14 @@ def move_from_start(
     """Scale the change from the start to Θ0: `P + (scale + slope * depth) (Θ0 - P)`.
 
     - Between 0 and 1 it interpolates: WiSE-FT (Wortsman et al., *Robust Fine-Tuning of Zero-Shot Models*, arXiv
-      2109.01903).
+        2109.01903).
     - Above 1 it extrapolates: ExPO (Zheng et al., *Model Extrapolation Expedites Alignment*, arXiv 2404.16792), whose
-      α is `scale - 1`.
+        α is `scale - 1`.
     - With a slope it changes with the layer: LiNeS (Wang et al., *LiNeS: Post-training Layer Scaling Prevents
-      Forgetting and Enhances Model Merging*, arXiv 2410.17146); for a single task `slope = 1 - scale`.
+        Forgetting and Enhances Model Merging*, arXiv 2410.17146); for a single task `slope = 1 - scale`.
 
-    The product of LoRA's matrices starts at zero and is multiplied by the factor.
-
-    Args:
-        start (`torch.Tensor`):
-            Weights of a tensor before training.
-        theta0 (`torch.Tensor` of that shape):
-            Weights after training on all data.
-        scale (`float`):
-            Factor at depth 0; 1 gives Θ0, 0 the start.
-        slope (`float`, *optional*, defaults to `0.0`):
-            Factor at depth 1 minus factor at depth 0.
-        depth (`float`, *optional*, defaults to `0.0`):
-            Relative depth of the layer, see [`relative_depths`].
-
-    Returns:
-        `torch.Tensor` of that shape, float32.
+    The product of LoRA's matrices starts at zero and is multiplied by the factor. For `depth`, see
+    [`relative_depths`].
     """
     check_finite(scale=scale, slope=slope, depth=depth)
     # from Θ0, which is exact where nothing moved or the factor is 1

@@ -21,21 +21,10 @@ def decay_weights(num_states: int, shape: str = "linear") -> list[float]:
     """Weights of the last states of a training at a constant rate, with which their average is that of a decaying one.
 
     WSM (Tian et al., *WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging for LLM Pre-training*, arXiv
-    2507.17634): with weights c of the states 0 … k, the average is `θ_0 - Σ_i w_i g_i`, where g_i leads from state
-    i - 1 to i and `w_i = Σ_{j ≥ i} c_j`. So `c_j = w_j - w_{j+1}` with w_0 = 1 and w_{k+1} = 0. Here
-    `w_i = s(i / (k + 1))` for a shape s that falls from 1 to 0. The plain average is the linear decay.
-
-    Args:
-        num_states (`int`):
-            Number of states, k + 1.
-        shape (`str`, *optional*, defaults to `"linear"`):
-            `"linear"`, `"cosine"` or `"sqrt"` (1 - √x, a fast decay first).
-
-    Returns:
-        `list[float]`: Weights, oldest state first. They sum to 1.
-
-    Raises:
-        `ValueError`: if the shape is unknown.
+    2507.17634): with weights c of the states 0 … k, the average is `θ_0 - Σ_i w_i g_i`, where g_i leads from state i -
+    1 to i and `w_i = Σ_{j ≥ i} c_j`. So `c_j = w_j - w_{j+1}` with w_0 = 1 and w_{k+1} = 0. Here
+    `w_i = s(i / (k + 1))` for a shape s that falls from 1 to 0: `"linear"` (the plain average), `"cosine"` or `"sqrt"`
+    (1 - √x, a fast decay first). The weights of the k + 1 states, oldest first, sum to 1.
     """
     if shape not in _SHAPES:
         raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(_SHAPES)}")

@@ -10,14 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class TensorFactor:
-    """A factor of a tensor.
-
-    Attributes:
-        scalar (`float`):
-            Factor of all elements.
-        channels (`dict[int, torch.Tensor]`):
-            Further factors `(C,)` float32 along an axis of size C, by axis.
-    """
+    """A factor of all elements, and others `(C,)` float32 along axes of size C, by axis."""
 
     scalar: float = 1.0
     channels: Mapping[int, torch.Tensor] = field(default_factory=dict)
@@ -40,16 +33,7 @@ class TensorFactor:
         return result
 
     def scale_piece(self, values: torch.Tensor, shape: torch.Size, start: int) -> torch.Tensor:
-        """Scale a piece of a tensor.
-
-        Args:
-            values (`torch.Tensor` of shape `(N,)`):
-                Elements `start` to `start + N - 1` in row-major order.
-            shape (`torch.Size`):
-                Shape of the complete tensor.
-            start (`int`):
-                Position of the first element.
-        """
+        """Scale elements `(N,)` of a tensor of a shape, from position `start` on, in row-major order."""
         result = values * self.scalar
         if self.channels:
             position = torch.arange(start, start + len(values))
@@ -96,9 +80,4 @@ class Rescaler(Protocol):
         """A model of the recorded architecture, or the base model of adapters; `None` to build it from the config."""
 
     def rescaling(self, model: torch.nn.Module) -> Rescaling:
-        """Return the factors.
-
-        Args:
-            model (`nn.Module`):
-                The model with the weights of Θ0 in float32.
-        """
+        """Return the factors, for a model with the weights of Θ0 in float32."""

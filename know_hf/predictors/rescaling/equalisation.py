@@ -41,19 +41,11 @@ class ChannelPair:
 
 
 def equal_layers(symmetries: Sequence[ScaleSymmetry], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logarithms of the factors of symmetries that bring the root mean squares of all their matrices together.
+    """Logarithms `(K,)` of the factors of K symmetries that bring the root mean squares of all their matrices
+    together.
 
     With r the root mean squares of Θ0's matrices, m the mean of all log r and E the exponents of those that scale,
-    `min_z |log r + E z - m|²`.
-
-    Args:
-        symmetries (sequence of [`ScaleSymmetry`]):
-            K symmetries.
-        tensors (`Mapping[str, torch.Tensor]`):
-            Θ0 by name on disk.
-
-    Returns:
-        `torch.Tensor` of shape `(K,)`, float64.
+    `min_z |log r + E z - m|²`. The tensors are Θ0 by name on disk.
     """
     split = {name: part for symmetry in symmetries for name, part in symmetry.parts.items()}
     exponents, logarithms = [], []
@@ -78,15 +70,12 @@ def equal_layers(symmetries: Sequence[ScaleSymmetry], tensors: Mapping[str, torc
 
 
 def equal_channels(pairs: Sequence[ChannelPair], tensors: Mapping[str, torch.Tensor]) -> list[Factors]:
-    """Factors that give each channel the same range in both matrices of its pair.
+    """Return factors by name, for each pair, that give each channel the same range in both matrices of its pair.
 
     Cross-layer equalisation (Nagel et al., *Data-Free Quantization Through Weight Equalization and Bias Correction*,
     arXiv 1906.04721, equations 9 to 11): with the largest |weight| r1 and r2 of a channel in the two layers, the first
     is multiplied by `sqrt(r2 / r1)` and the second divided by it, in turns over all pairs until nothing moves.
     Channels of zeros are left alone.
-
-    Returns:
-        `list` of factors by name: one per pair.
     """
     current = {name: tensors[name].float() for pair in pairs for name in (pair.first, pair.second)}
     totals = [torch.ones(current[pair.first].shape[pair.axes[0]]) for pair in pairs]
