@@ -18,22 +18,13 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 @dataclass(kw_only=True)
 class Card(ABC):
-    """A card, rendered from `template`.
-
-    Args:
-        title (`str`):
-            Heading of the card.
-        repo_id (`str`, *optional*):
-            Hub repo of the files. Without it, examples load from a folder.
-        license (`dict[str, str]`, *optional*):
-            `license`, with `license_name` and `license_link` if it is `other`.
-    """
+    """A card, rendered from `template`."""
 
     template: ClassVar[str]
 
     title: str
-    repo_id: str | None = None
-    license: dict[str, Any] = field(default_factory=dict)
+    repo_id: str | None = None  # Hub repo of the files; without it, examples load from a folder
+    license: dict[str, Any] = field(default_factory=dict)  # with license_name and license_link if it is other
 
     @abstractmethod
     def data(self) -> ModelCardData:

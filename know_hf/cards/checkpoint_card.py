@@ -35,72 +35,42 @@ _BATCHES_COMMENT = "# batches: keyword arguments of the model, from the source d
 
 
 class PredictionAbout(About, total=False):
-    """[`About`], and how the weights were predicted. All keys are optional.
+    """[`About`], and how the weights were predicted. All keys are optional."""
 
-    Args:
-        predictor_options (`Mapping`):
-            Fields of a predictor given by name.
-        norm (`str`):
-            `"keep"` or `"predict"`, as in [`predict_overflowed_weights`].
-        dtype (`str`):
-            Requested dtype, such as `"bfloat16"`.
-        recalibrated (`bool`):
-            Whether the BatchNorm statistics were recomputed.
-        known_revision (`str`):
-            Revision of KNOWN weights from the Hub.
-    """
-
-    predictor_options: Mapping[str, Any] | None
-    norm: str
-    dtype: str | None
-    recalibrated: bool
-    known_revision: str | None
+    predictor_options: Mapping[str, Any] | None  # fields of a predictor given by name
+    norm: str  # keep or predict, as in [`predict_overflowed_weights`]
+    dtype: str | None  # requested dtype, such as bfloat16
+    recalibrated: bool  # whether the BatchNorm statistics were recomputed
+    known_revision: str | None  # of KNOWN weights from the Hub
 
 
 @dataclass(kw_only=True)
 class CheckpointCard(RecordedCard):
     """Card of an enhanced checkpoint, JSON values only, so that it can be stored and completed later.
 
-    Args:
-        trajectory ([`Source`], *optional*):
-            The trajectory, if it is on the Hub.
-        steps, norm, dtype, recalibrated, comparisons, gate:
-            See [`checkpoint_card`].
-        predictor (`dict`):
-            `name`, `module` of its class, `options` and, for KNOWN, `known`: a [`Source`] with `shipped`, `sha256` and
-            `trajectories`. Of a [`Composition`], `members` has one such dict each.
-        has_batch_norm (`bool`):
-            Whether the model has BatchNorm statistics.
-        roles (`list[dict]`):
-            Figures of each role, from [`ResidualReport`].
-        warnings, predicted_with (`list[str]`, `dict[str, str]`):
-            Warnings of the prediction and library versions.
-        elsewhere (`dict`, *optional*):
-            For the KNOWN weights of the package: suites in which the same number of steps was `better` than Θ0,
-            `worse`, `neither` or `unclear`, and `what` was measured.
-        rescaled (`str`, *optional*):
-            What was multiplied by a factor after the prediction, and how well the function was kept.
-        folder (`str`):
-            Folder of the checkpoint.
+    `predictor` has `name`, `module` of its class, `options` and, for KNOWN, `known`: a [`Source`] with `shipped`,
+    `sha256` and `trajectories`. Of a [`Composition`], `members` has one such dict each. For the KNOWN weights of the
+    package, `elsewhere` has the suites in which the same number of steps was `better` than Θ0, `worse`, `neither` or
+    `unclear`, and `what` was measured. The other fields are those of [`checkpoint_card`].
     """
 
     template: ClassVar[str] = "checkpoint.md"
 
-    trajectory: Source | None
+    trajectory: Source | None  # if it is on the Hub
     steps: int
     predictor: dict[str, Any]
     norm: str
     dtype: str | None
     recalibrated: bool
     has_batch_norm: bool
-    roles: list[dict[str, Any]]
+    roles: list[dict[str, Any]]  # figures of each role, from [`ResidualReport`]
     warnings: list[str]
-    predicted_with: dict[str, str]
+    predicted_with: dict[str, str]  # library versions
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     gate: dict[str, Any] | None = None
     elsewhere: dict[str, Any] | None = None
-    rescaled: str | None = None
-    folder: str = "enhanced/"
+    rescaled: str | None = None  # what was multiplied by a factor, and how well the function was kept
+    folder: str = "enhanced/"  # of the checkpoint
 
     @classmethod
     def of(
@@ -230,11 +200,87 @@ class CheckpointCard(RecordedCard):
 
     @property
     def prediction_code(self) -> str:
-        return _prediction_code(self) if self.chosen_state is None else _state_code(self)
+        return self._predicting_code if self.chosen_state is None else self._saving_code
 
     @property
     def prediction_command(self) -> str | None:
-        return _prediction_command(self)
+        """Return the command that predicts the checkpoint from the recorded folder, if one does."""
+        predictor, known = self.predictor, self.known
+        is_local = self.trajectory is None and predictor["module"] is None and "members" not in predictor
+        if self.chosen_state is not None or self.recalibrated or not is_local:
+            return None
+        words = ["know-hf", "predict", self.trajectory_folder, "--steps", str(self.steps)]
+        if known is None:
+            words += ["--predictor", predictor["name"]]
+            words += ["--predictor-options", json.dumps(predictor["options"])] if predictor["options"] else []
+        elif known["revision"] is not None:
+            return None
+        elif not known["shipped"]:
+            words += ["--known", known["name"]]
+        for flag, value in (("--norm", self._norm), ("--dtype", self.dtype)):
+            words += [flag, value] if value else []
+        return shlex.join([*words, "--output-dir", self.folder])
+
+    @property
+    def _opening(self) -> list[str]:
+        """Return the code that opens or records the trajectory; empty if its path is enough."""
+        if self.trajectory is not None:
+            revision = f", revision={python(self.trajectory['revision'])}" if self.trajectory["revision"] else ""
+            return [f"trajectory = WeightTrajectory.from_hub({python(self.trajectory['name'])}{revision})"]
+        if self.schedule_call is not None and not self.record_arguments:
+            call = f"induce_forgetting(trainer, schedule, {python(self.trajectory_folder)})"
+            return [
+                f"schedule = {self.schedule_call}",
+                f"trajectory = {call}  # trainer: the Trainer of the fine-tuning",
+            ]
+        return []
+
+    @property
+    def _predicting_code(self) -> str:
+        lines = self._opening
+        arguments = ["trajectory" if lines else python(self.trajectory_folder)]
+        predictor, known, imports = self.predictor, self.known, []
+        options: dict[str, Any] = {}
+        if "members" in predictor:
+            calls = []
+            for member in predictor["members"]:
+                name, module, fields_given = member["name"], member["module"], member["options"]
+                imports += [] if module is None else [f"from {module} import {name}"]
+                calls.append(python(name) if module is None else python_call(name, fields_given))
+            arguments.append(f"predictor=[{', '.join(calls)}]")
+        elif known is not None and known["revision"] is not None:
+            revision = python(known["revision"])
+            lines.append(f"known = KNOWNModel.from_pretrained({python(known['name'])}, revision={revision})")
+            arguments.append("known")
+        elif known is not None:
+            arguments += [] if known["shipped"] else [python(known["name"])]
+        elif predictor["module"] is not None:
+            imports.append(f"from {predictor['module']} import {predictor['name']}")
+            arguments.append(f"predictor={python_call(predictor['name'], predictor['options'])}")
+        else:
+            options = {"predictor": predictor["name"], "predictor_options": predictor["options"]}
+        options |= {"steps": self.steps, "norm": self._norm}
+        arguments += [f"{key}={python(value)}" for key, value in options.items() if value]
+        arguments += [] if self.dtype is None else [f"dtype=torch.{self.dtype}"]
+        if self.recalibrated:
+            lines.append(_BATCHES_COMMENT)
+            arguments.append("recalibrate_with=batches")
+        arguments.append(f"output_dir={python(self.folder)}")
+        return _with_imports([*lines, f"predict_overflowed_weights({', '.join(arguments)})"], imports)
+
+    @property
+    def _saving_code(self) -> str:
+        """Return the code that saves the chosen state as a checkpoint."""
+        lines = self._opening or [f"trajectory = WeightTrajectory({python(self.trajectory_folder)})"]
+        base = "" if self.adapter_type is None else ", base_model=base_model"
+        lines.append(f"model = trajectory.load_model({python(self.chosen_state)}{base})")
+        lines += [_BATCHES_COMMENT, "recalibrate_batch_norm(model, batches)"] if self.recalibrated else []
+        lines += [] if self.dtype is None else [f"model.to(torch.{self.dtype})"]
+        return _with_imports([*lines, f"model.save_pretrained({python(self.folder)})"])
+
+    @property
+    def _norm(self) -> str | None:
+        return None if self.norm == "keep" else self.norm
 
     def data(self) -> ModelCardData:
         results = eval_results(self.comparisons, self.gate, self.pipeline_tag)
@@ -297,85 +343,8 @@ def _state_name(state: Any) -> str:
     return f"Θ{state}" if isinstance(state, int) else f"`{state}`"
 
 
-def _opening(card: CheckpointCard) -> list[str]:
-    """Return the code that opens or records the trajectory; empty if its path is enough."""
-    if card.trajectory is not None:
-        revision = f", revision={python(card.trajectory['revision'])}" if card.trajectory["revision"] else ""
-        return [f"trajectory = WeightTrajectory.from_hub({python(card.trajectory['name'])}{revision})"]
-    if card.schedule_call is not None and not card.record_arguments:
-        call = f"induce_forgetting(trainer, schedule, {python(card.trajectory_folder)})"
-        return [f"schedule = {card.schedule_call}", f"trajectory = {call}  # trainer: the Trainer of the fine-tuning"]
-    return []
-
-
-def _prediction_code(card: CheckpointCard) -> str:
-    lines = _opening(card)
-    arguments = ["trajectory" if lines else python(card.trajectory_folder)]
-    predictor, known, imports = card.predictor, card.known, []
-    options: dict[str, Any] = {}
-    if "members" in predictor:
-        calls = []
-        for member in predictor["members"]:
-            name, module, fields_given = member["name"], member["module"], member["options"]
-            imports += [] if module is None else [f"from {module} import {name}"]
-            calls.append(python(name) if module is None else python_call(name, fields_given))
-        arguments.append(f"predictor=[{', '.join(calls)}]")
-    elif known is not None and known["revision"] is not None:
-        revision = python(known["revision"])
-        lines.append(f"known = KNOWNModel.from_pretrained({python(known['name'])}, revision={revision})")
-        arguments.append("known")
-    elif known is not None:
-        arguments += [] if known["shipped"] else [python(known["name"])]
-    elif predictor["module"] is not None:
-        imports.append(f"from {predictor['module']} import {predictor['name']}")
-        arguments.append(f"predictor={python_call(predictor['name'], predictor['options'])}")
-    else:
-        options = {"predictor": predictor["name"], "predictor_options": predictor["options"]}
-    options |= {"steps": card.steps, "norm": _norm(card)}
-    arguments += [f"{key}={python(value)}" for key, value in options.items() if value]
-    arguments += [] if card.dtype is None else [f"dtype=torch.{card.dtype}"]
-    if card.recalibrated:
-        lines.append(_BATCHES_COMMENT)
-        arguments.append("recalibrate_with=batches")
-    arguments.append(f"output_dir={python(card.folder)}")
-    return _with_imports([*lines, f"predict_overflowed_weights({', '.join(arguments)})"], imports)
-
-
-def _state_code(card: CheckpointCard) -> str:
-    """Return the code that saves the chosen state as a checkpoint."""
-    lines = _opening(card) or [f"trajectory = WeightTrajectory({python(card.trajectory_folder)})"]
-    base = "" if card.adapter_type is None else ", base_model=base_model"
-    lines.append(f"model = trajectory.load_model({python(card.chosen_state)}{base})")
-    lines += [_BATCHES_COMMENT, "recalibrate_batch_norm(model, batches)"] if card.recalibrated else []
-    lines += [] if card.dtype is None else [f"model.to(torch.{card.dtype})"]
-    return _with_imports([*lines, f"model.save_pretrained({python(card.folder)})"])
-
-
 def _with_imports(lines: Sequence[str], imports: Sequence[str] = ()) -> str:
     text = "\n".join(lines)
     names = [name for name in _IMPORTABLE if f"{name}(" in text or f"{name}." in text]
     torch = ["import torch"] if "torch." in text else []
     return "\n".join([f"from know_hf import {', '.join(names)}", *imports, *torch, "", text])
-
-
-def _prediction_command(card: CheckpointCard) -> str | None:
-    """Return the command that predicts the checkpoint from the recorded folder, if one does."""
-    predictor, known = card.predictor, card.known
-    is_local = card.trajectory is None and predictor["module"] is None and "members" not in predictor
-    if card.chosen_state is not None or card.recalibrated or not is_local:
-        return None
-    words = ["know-hf", "predict", card.trajectory_folder, "--steps", str(card.steps)]
-    if known is None:
-        words += ["--predictor", predictor["name"]]
-        words += ["--predictor-options", json.dumps(predictor["options"])] if predictor["options"] else []
-    elif known["revision"] is not None:
-        return None
-    elif not known["shipped"]:
-        words += ["--known", known["name"]]
-    for flag, value in (("--norm", _norm(card)), ("--dtype", card.dtype)):
-        words += [flag, value] if value else []
-    return shlex.join([*words, "--output-dir", card.folder])
-
-
-def _norm(card: CheckpointCard) -> str | None:
-    return None if card.norm == "keep" else card.norm

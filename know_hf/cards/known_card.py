@@ -25,23 +25,14 @@ _SPLIT_TITLES = {
 
 @dataclass(kw_only=True)
 class KNOWNCard(Card):
-    """Card of KNOWN weights, JSON values only. The other fields are those of [`known_card`].
-
-    Args:
-        num_states (`int`):
-            Length S of a history.
-        num_parameters (`int`):
-            Size of each of the three networks.
-        trained_on (`dict`, *optional*):
-            `config.trained_on`.
-    """
+    """Card of KNOWN weights, JSON values only. The other fields are those of [`known_card`]."""
 
     template: ClassVar[str] = "known.md"
 
     path: str
-    num_states: int
-    num_parameters: int
-    trained_on: dict[str, Any] | None = None
+    num_states: int  # length S of a history
+    num_parameters: int  # size of each of the three networks
+    trained_on: dict[str, Any] | None = None  # config.trained_on
     results: dict[str, Any] | None = None
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     description: str | None = None

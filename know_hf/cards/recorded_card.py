@@ -30,37 +30,20 @@ _LICENSE_KEYS = ("license", "license_name", "license_link")
 class About(TypedDict, total=False):
     """What the files of a trajectory do not say, or what replaces it. All keys are optional.
 
-    Args:
-        repo_id (`str`):
-            Hub repo of the files.
-        title (`str`):
-            Heading.
-        base_model, base_revision (`str`):
-            Model that the training started from; by default the recorded one.
-        base_card (`ModelCardData`):
-            Front matter of the base model's card, from which the license is inherited; by default that in the base
-            model's folder or in the cache of the Hub.
-        license (`str`):
-            License in place of the inherited one.
-        datasets (`Mapping[str, str | None]`):
-            From Hub id or folder of each dataset to its revision; by default those in `record.json` beside the
-            trajectory.
-        trajectory_id, trajectory_revision (`str`):
-            Hub repo of the trajectory; by default the one that it was opened from.
-        picture (`str`):
-            Path of the forgetting curve in the card, such as `forgetting.png`.
+    The license is inherited from `base_card`, the front matter of the base model's card; by default from that in the
+    base model's folder or in the cache of the Hub.
     """
 
-    repo_id: str | None
-    title: str
-    base_model: str | None
+    repo_id: str | None  # Hub repo of the files
+    title: str  # heading
+    base_model: str | None  # that the training started from; by default the recorded one
     base_revision: str | None
     base_card: ModelCardData | None
-    license: str | None
-    datasets: Mapping[str, str | None]
-    trajectory_id: str | None
+    license: str | None  # in place of the inherited one
+    datasets: Mapping[str, str | None]  # from Hub id or folder to revision; by default those in record.json
+    trajectory_id: str | None  # Hub repo; by default the one that it was opened from
     trajectory_revision: str | None
-    picture: str | None
+    picture: str | None  # path of the forgetting curve in the card
 
 
 @dataclass(kw_only=True)

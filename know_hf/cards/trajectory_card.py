@@ -14,23 +14,13 @@ from .recorded_card import About, RecordedCard, recorded_fields
 
 @dataclass(kw_only=True)
 class TrajectoryCard(RecordedCard):
-    """Card of a trajectory, JSON values only.
-
-    Args:
-        roles (`list[dict]`):
-            `role`, `tensors`, `parameters` and, if measured, `moved`: the distances of the states, tail states and
-            branches from Θ0, relative to the norm of Θ0.
-        stored_once (`int`):
-            Tensors of the last state that are stored with an earlier one.
-        bytes (`int`):
-            Size of all files.
-    """
+    """Card of a trajectory, JSON values only."""
 
     template: ClassVar[str] = "trajectory.md"
 
-    roles: list[dict[str, Any]]
-    stored_once: int
-    bytes: int
+    roles: list[dict[str, Any]]  # role, tensors, parameters and moved: None, or distances from Θ0 over its norm
+    stored_once: int  # tensors of the last state that are stored with an earlier one
+    bytes: int  # size of all files
 
     @classmethod
     def of(
