@@ -15,28 +15,15 @@ _ROLE_LABELS = {"method": "method", "control": "control (trivial)", "reference":
 
 @dataclass(frozen=True)
 class ForestRow:
-    """One arm, in the unit of the axis.
-
-    Attributes:
-        name (`str`):
-            Name of the arm.
-        role (`str`):
-            `"method"`, `"control"` or `"reference"`.
-        mean, low, high (`float`):
-            Difference from naive and its interval.
-        significant (`bool`):
-            Whether it is significant after correction for the number of arms.
-        detectable (`float`, *optional*):
-            Minimum detectable difference.
-    """
+    """One arm, in the unit of the axis."""
 
     name: str
-    role: str
-    mean: float
+    role: str  # method, control or reference
+    mean: float  # difference from naive, and its interval
     low: float
     high: float
-    significant: bool = False
-    detectable: float | None = None
+    significant: bool = False  # after correction for the number of arms
+    detectable: float | None = None  # minimum detectable difference
 
 
 def plot_forest(
@@ -52,23 +39,9 @@ def plot_forest(
     Filled markers are significant. A grey band ends at the minimum detectable difference. An arrow with its value
     replaces a reference far outside the range of the candidates.
 
-    Args:
-        rows (sequence of [`ForestRow`]):
-            All arms but naive.
-        unit (`str`):
-            Unit of the differences, such as `points`.
-        title (`str`, *optional*):
-            Title of the figure.
-        higher_is_better (`bool`, *optional*, defaults to `True`):
-            Which side is better.
-        digits (`int`, *optional*, defaults to `1`):
-            Decimals of the values.
-        level (`str`, *optional*, defaults to `"95% interval"`):
-            Name of the intervals.
-
     Raises:
-        `ValueError`: If there is no row.
-        `ImportError`: If matplotlib is not installed.
+        `ValueError`: if there is no row.
+        `ImportError`: if matplotlib is not installed.
     """
     if not rows:
         raise ValueError("the forest plot has no rows; give at least one arm besides naive")

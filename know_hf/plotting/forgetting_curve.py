@@ -20,26 +20,13 @@ _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 
 @dataclass(frozen=True)
 class ForgettingPanel:
-    """One score of every state.
+    """One score of every state, full data first. Several runs are drawn with their mean and its standard error."""
 
-    Attributes:
-        scores (`(S,)` or `(runs, S)`):
-            One score per state, full data first. Several runs are drawn with their mean and its standard error.
-        name (`str`):
-            Label of the vertical axis.
-        chance (`float`, *optional*):
-            Score of guessing, drawn as a line.
-        digits (`int`, *optional*, defaults to `3`):
-            Decimals of the scores.
-        min_span (`float`, *optional*, defaults to `0.1`):
-            Smallest span of the vertical axis, so that noise does not look like forgetting.
-    """
-
-    scores: Sequence[float] | Sequence[Sequence[float]] | np.ndarray
-    name: str
-    chance: float | None = None
-    digits: int = 3
-    min_span: float = 0.1
+    scores: Sequence[float] | Sequence[Sequence[float]] | np.ndarray  # (S,) or (runs, S)
+    name: str  # label of the vertical axis
+    chance: float | None = None  # score of guessing, drawn as a line
+    digits: int = 3  # decimals
+    min_span: float = 0.1  # of the vertical axis, so that noise does not look like forgetting
 
 
 def plot_forgetting(
@@ -50,38 +37,18 @@ def plot_forgetting(
     chance: float | None = None,
     digits: int = 3,
 ) -> "Figure":
-    """Plot one score of every state against the size of its subset; see [`plot_forgetting_panels`].
-
-    Args:
-        num_examples (`Sequence[int | None]` of length S):
-            Subset sizes, full data first; `None` if unknown.
-        scores, score_name, chance, digits:
-            See [`ForgettingPanel`].
-        title (`str`, *optional*):
-            Title of the figure.
-
-    Returns:
-        `matplotlib.figure.Figure`: Write it with [`save_figure`].
-    """
+    """Plot one score of every state against the size of its subset; see [`plot_forgetting_panels`]."""
     return plot_forgetting_panels(num_examples, [ForgettingPanel(scores, score_name, chance, digits)], title)
 
 
 def plot_forgetting_panels(
     num_examples: Sequence[int | None], panels: Sequence[ForgettingPanel], title: str = "Forgetting"
 ) -> "Figure":
-    """Plot several scores of every state side by side.
-
-    Args:
-        num_examples (`Sequence[int | None]` of length S):
-            Subset sizes, full data first; `None` if unknown.
-        panels (sequence of [`ForgettingPanel`]):
-            The scores.
-        title (`str`, *optional*):
-            Title of the first panel.
+    """Plot several scores of every state side by side, against the sizes of the subsets (`None` if unknown).
 
     Raises:
-        `ValueError`: If the scores do not match the states.
-        `ImportError`: If matplotlib is not installed.
+        `ValueError`: if the scores do not match the states.
+        `ImportError`: if matplotlib is not installed.
     """
     for panel in panels:
         if np.atleast_2d(np.asarray(panel.scores)).shape[1:] != (len(num_examples),):
@@ -102,15 +69,10 @@ def plot_forgetting_panels(
 
 
 def forgetting_picture(trajectory: Any) -> "Figure | None":
-    """Plot the recorded metrics of every state, for a model card.
+    """Plot the recorded metrics of every state of a trajectory, for a model card.
 
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            Recorded states. Accuracy and loss are drawn if recorded, otherwise the first other metric.
-
-    Returns:
-        `matplotlib.figure.Figure`, *optional*: `None` if the states share no metric, a subset size is unknown, or
-        matplotlib is not installed.
+    Accuracy and loss are drawn if recorded, otherwise the first other metric. `None` if the states share no metric, a
+    subset size is unknown, or matplotlib is not installed.
     """
     states = trajectory.states
     shared = set.intersection(*(set(state.metrics) for state in states)) if states else set()

@@ -16,27 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LandscapePoint:
-    """Weights, projected on the plane.
-
-    Attributes:
-        name (`str`):
-            Name of the state or arm.
-        kind (`str`):
-            `"state"` or `"arm"`.
-        x, y (`float`):
-            Coordinates of the projection.
-        loss (`float`, *optional*):
-            Loss of the weights themselves, not of the projection.
-        off_plane (`float`):
-            Distance from the plane.
-    """
+    """Weights, projected on the plane."""
 
     name: str
-    kind: str
+    kind: str  # state or arm
     x: float
     y: float
-    loss: float | None
-    off_plane: float
+    loss: float | None  # of the weights themselves, not of the projection
+    off_plane: float  # distance from the plane
 
 
 def plot_landscape(
@@ -50,23 +37,12 @@ def plot_landscape(
 ) -> "Figure":
     """Plot the loss on a grid, the states joined in order, other weights as diamonds.
 
-    Args:
-        x, y (`Sequence[float]`):
-            Grid coordinates: distances in weights, Θ0 at (0, 0).
-        loss (`(len(y), len(x))`):
-            Loss at the grid points; `None` where it is not finite.
-        points (sequence of [`LandscapePoint`]):
-            States, full data first, and arms.
-        loss_name (`str`, *optional*, defaults to `"loss"`):
-            Label of the colours.
-        explained (`Sequence[float]` of length 2, *optional*):
-            Share of the states' variance along each axis.
-        title (`str`, *optional*):
-            Title of the figure.
+    Coordinates are distances in weights, Θ0 at (0, 0). `loss` is `(len(y), len(x))`, `None` where it is not finite.
+    `points` are states, full data first, and arms. `explained` is the share of the states' variance along each axis.
 
     Raises:
-        `ValueError`: If loss and grid differ in shape, or no loss is finite.
-        `ImportError`: If matplotlib is not installed.
+        `ValueError`: if loss and grid differ in shape, or no loss is finite.
+        `ImportError`: if matplotlib is not installed.
     """
     values = np.array(loss, dtype=np.float64)  # None becomes NaN
     if values.shape != (len(y), len(x)):

@@ -14,23 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RateCurve:
-    """One setting of an arm.
+    """One setting of an arm."""
 
-    Attributes:
-        rates (`Sequence[float]`):
-            Learning rates, increasing.
-        values (`Sequence[float]`):
-            Score at each rate, in the unit of the axis; NaN leaves a gap.
-        intervals (`Sequence[tuple[float, float]]`, *optional*):
-            Interval at each rate.
-        label (`str`, *optional*):
-            The setting, if the arm has several.
-    """
-
-    rates: Sequence[float]
-    values: Sequence[float]
-    intervals: Sequence[Sequence[float]] = field(default_factory=tuple)
-    label: str = ""
+    rates: Sequence[float]  # learning rates, increasing
+    values: Sequence[float]  # score at each rate, in the unit of the axis; NaN leaves a gap
+    intervals: Sequence[Sequence[float]] = field(default_factory=tuple)  # of each rate
+    label: str = ""  # the setting, if the arm has several
 
 
 @dataclass(frozen=True)
@@ -53,25 +42,11 @@ def plot_learning_rates(
 ) -> "Figure":
     """Plot the score of every arm at every learning rate, with naive in grey in each panel.
 
-    Args:
-        panels (sequence of [`RatePanel`]):
-            All arms but naive.
-        naive ([`RateCurve`]):
-            Curve of naive.
-        score_name (`str`):
-            Label of the vertical axis.
-        title (`str`, *optional*):
-            Title of the figure.
-        columns (`int`, *optional*, defaults to `4`):
-            Panels per row.
-        x_name (`str`, *optional*, defaults to `"learning rate"`):
-            What the `rates` of the curves are.
-        ticks (`Sequence[int]`, *optional*):
-            Ticks of the horizontal axis; powers of ten by default.
+    `x_name` is what the rates of the curves are, and `ticks` replaces powers of ten on their axis.
 
     Raises:
-        `ValueError`: If there is no panel.
-        `ImportError`: If matplotlib is not installed.
+        `ValueError`: if there is no panel.
+        `ImportError`: if matplotlib is not installed.
     """
     if not panels:
         raise ValueError("the learning rate plot has no panels; give at least one arm besides naive")

@@ -36,11 +36,7 @@ _DARK = {
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure; width and height in inches.
-
-    Raises:
-        `ImportError`: If matplotlib is not installed.
-    """
+    """Return an empty figure, in inches; an `ImportError` says how to install matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -77,14 +73,7 @@ def plain(text: str) -> str:
 
 
 def save_figure(figure: "Figure", path: str | Path) -> Path:
-    """Write a figure in the format of the path's suffix and return the path.
-
-    Args:
-        figure (`matplotlib.figure.Figure`):
-            The figure.
-        path (`str` or `Path`):
-            Output file. Missing folders are created.
-    """
+    """Write a figure in the format of the path's suffix, create missing folders, and return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".svg":
