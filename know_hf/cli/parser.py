@@ -12,25 +12,9 @@ from . import commands
 
 KERNELS = ("auto", "eager", "folded", "cpu", "triton")
 PREDICTORS = (
-    "known",
-    "average",
-    "bema",
-    "branch_average",
-    "ema",
-    "jackknife",
-    "james_stein",
-    "linear",
-    "lines",
-    "log",
-    "model_stock",
-    "rescale",
-    "shrink",
-    "shrunken_jackknife",
-    "spectral_filter",
-    "start_interpolation",
-    "tail_average",
-    "task_vector",
-)
+    "known average bema branch_average ema jackknife james_stein linear lines log model_stock rescale shrink"
+    " shrunken_jackknife spectral_filter start_interpolation tail_average task_vector"
+).split()
 _DTYPES = ("float32", "bfloat16", "float16")
 _TRAJECTORY: dict[str, Any] = {"metavar": "TRAJECTORY", "help": "folder with trajectory.json"}
 
