@@ -25,9 +25,8 @@ class _OfflineMetric(evaluate.Metric):
 
     inputs = ""
 
-    def __init__(self, *args: Any, keep_in_memory: bool | None = None, **kwargs: Any) -> None:
-        in_memory = kwargs.get("num_process", 1) == 1 if keep_in_memory is None else keep_in_memory
-        super().__init__(*args, keep_in_memory=in_memory, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"keep_in_memory": kwargs.get("num_process", 1) == 1, **kwargs})
 
     def _build_data_dir(self) -> str:
         if self.keep_in_memory:  # the base class creates the folder, and leaves it empty

@@ -94,9 +94,9 @@ def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **o
     Hub are skipped. If the repo holds another trajectory, the first commit deletes its `trajectory.json` and the last
     commit its other states. If another commit changes a state meanwhile, the last commit is refused.
 
-    States that share tensors with earlier ones cannot be loaded from the Hub with `from_pretrained(repo_id,
-    subfolder="state-k")`, which does not read other subfolders. Use `WeightTrajectory.from_hub(repo_id).load_model(k)`
-    or pull the repo first.
+    States that share tensors with earlier ones cannot be loaded from the Hub with
+    `from_pretrained(repo_id, subfolder="state-k")`, which does not read other subfolders. Use
+    `WeightTrajectory.from_hub(repo_id).load_model(k)` or pull the repo first.
 
     Args:
         trajectory ([`WeightTrajectory`], `str` or `Path`):

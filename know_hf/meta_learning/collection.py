@@ -22,20 +22,11 @@ HELD_OUT = "held_out"
 
 @dataclass(frozen=True)
 class CollectedTrajectory:
-    """Trajectory of a collection.
+    """Trajectory of a collection."""
 
-    Attributes:
-        path (`Path`):
-            Folder of the trajectory, or its file of the published meta-dataset.
-        split (`str`, *optional*):
-            `"train"`, or the name of a held-out split, which begins with `"held_out"`.
-        about (`dict[str, Any]`):
-            Properties in the index or `recipe.json`: architecture, dataset, schedule and so on.
-    """
-
-    path: Path
-    split: str | None = None
-    about: dict[str, Any] = field(default_factory=dict)
+    path: Path  # its folder, or its file of the published meta-dataset
+    split: str | None = None  # "train", or the name of a held-out split, which begins with "held_out"
+    about: dict[str, Any] = field(default_factory=dict)  # properties in the index or recipe.json
 
     @property
     def name(self) -> str:
@@ -91,20 +82,13 @@ def read_collection(folders: str | Path | Sequence[str | Path], num_states: int 
 def split_collection(
     trajectories: Sequence[CollectedTrajectory], held_out: Sequence[str] = ()
 ) -> dict[str, list[CollectedTrajectory]]:
-    """Group trajectories by split.
+    """Group trajectories by split: `"train"` first, then the held-out splits by name.
 
-    Args:
-        trajectories (sequence of [`CollectedTrajectory`]):
-            Trajectories of [`read_collection`].
-        held_out (sequence of `str`, *optional*):
-            Names or patterns of trajectories to hold out as the split `"held_out"`; overrides the splits of the
-            collection.
-
-    Returns:
-        `dict[str, list[CollectedTrajectory]]`: `"train"` first, then the held-out splits by name.
+    `held_out` has names or patterns of trajectories to hold out as the split `"held_out"`; it overrides the splits of
+    the collection.
 
     Raises:
-        `ValueError`: If a trajectory has no split, a pattern matches nothing, or all or none are held out.
+        `ValueError`: if a trajectory has no split, a pattern matches nothing, or all or none are held out.
     """
     if held_out:
         names = [trajectory.name for trajectory in trajectories]

@@ -40,8 +40,8 @@ class TransitionBlock:
 
 
 class TransitionDataset(Dataset):
-    """Map-style dataset of the transitions of some trajectories. Item i is `{"history": (S,), "labels": (),
-    "no_change": (), "role": str}`, most forgotten state first.
+    """Map-style dataset of the transitions of some trajectories. Item i is
+    `{"history": (S,), "labels": (), "no_change": (), "role": str}`, most forgotten state first.
 
     ```python
     for batch in DataLoader(dataset, batch_size=8, shuffle=True):
@@ -142,14 +142,8 @@ class TransitionDataset(Dataset):
     def by_role(self, indices: Sequence[int] | np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
         """Get a batch, by role. It is much faster than its items one by one.
 
-        Args:
-            indices (sequence of `int`):
-                Items.
-
-        Returns:
-            `dict[str, dict[str, torch.Tensor]]`: For each role with an item, `history` `(N_role, S)`, `labels`
-            `(N_role,)` and `no_change` `(N_role,)`, the mean `|Θ0 - Θ(-1)|` of the tensor of each transition, in the
-            order of `indices`.
+        For each role with an item, `history` `(N_role, S)`, `labels` `(N_role,)` and `no_change` `(N_role,)`, the mean
+        `|Θ0 - Θ(-1)|` of the tensor of each transition, in the order of `indices`.
         """
         layout = self._layout
         items = np.asarray(indices, np.int64)

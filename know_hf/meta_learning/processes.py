@@ -12,12 +12,9 @@ from .training_arguments import MetaTrainingArguments
 def start_processes() -> PartialState:
     """Join the launched processes. Call it before reading data.
 
-    Returns:
-        `PartialState`: Index of this process and number of processes.
-
     Raises:
-        `RuntimeError`: If several processes were launched, or requested from `accelerate launch`, but each would run
-        alone.
+        `RuntimeError`: if several processes were launched, or requested from `accelerate launch`, but each would run
+            alone.
     """
     # Only accelerate's larger classes read this variable themselves.
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
