@@ -19,6 +19,7 @@ from know_hf.evaluation import (
     compare_arms,
     load_suite,
     make_arm,
+    measure,
 )
 from know_hf.evaluation.report.tables import choices_table, costs_table
 
@@ -156,6 +157,23 @@ def test_protocols_of_one_target_stand_side_by_side(recorded, tmp_path, monkeypa
     assert ended.value.code == 0 and "shrink" in drawn and "random" not in drawn
     old = {**content, "cells": [{"arm": "naive", "seed": 0}]}
     assert costs_table(old) is None and choices_table(old) is None
+
+
+def test_equal_weights_are_measured_once(recorded, tmp_path, monkeypatch):
+    """An arm with naive's weights, as a gate that keeps Θ0, has naive's results; settings mean other trials."""
+    trained, measured = [], measure._measured
+    monkeypatch.setattr(measure, "_measured", lambda *args: trained.append(args[1:3]) or measured(*args))
+    same = {"name": "same", "kind": "state", "description": "Θ0 again"}
+    arms = [make_arm(spec) for spec in ("naive", same, {**same, "name": "tuned", "tuned": [{}]}, "state-1")]
+    protocol = FineTuning((1e-3, 1e-2), steps=2, head_steps=2)
+    task = ComparisonTask(recorded, target, source)
+    report = compare_arms(task, tmp_path / "out", protocols=[protocol], arms=arms, draws=2, trials_per_rate=1)
+    assert trained == [(seed, arm) for seed in report.seeds for arm in arms if arm.name != "same"]
+    cells = {(cell["seed"], cell["arm"]): cell for cell in report.cells}
+    for seed in report.seeds:
+        naive, equal, tuned, other = (cells[seed, arm.name] for arm in arms)
+        assert naive["measured"] == equal["measured"] == tuned["measured"] != other["measured"]
+        assert naive["weights"] == equal["weights"] != other["weights"] and tuned["weights"] is None
 
 
 def test_a_fixed_recipe_has_one_rate():

@@ -89,6 +89,7 @@ class _MeasuredArm:
     measured: dict[str, list[_Draw]]
     training_cost: float | None = None
     choice: dict[str, Any] | None = None
+    weights: str | None = None
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -13,6 +13,8 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedModel
 
+from ..checkpoint import read_json_object
+from ..data.row_hashes import content_hash
 from ..trajectory import WeightTrajectory
 from .arm_weights import ArmSources
 from .arms import Arm
@@ -23,6 +25,8 @@ from .linear_probe import LinearProbe
 from .protocols import FineTuning, MeasuringProtocol, Trial, choose, or_none
 from .splits import Split, check_labels
 from .trials import STACK_BYTES
+
+Group = list[tuple[Mapping[str, Any], PreTrainedModel]]  # settings and the weights of an arm with them
 
 _RECALIBRATION_BATCH, _RECALIBRATION_EXAMPLES = 64, 1024
 _SEED_OFFSET = 1_000_000_007  # of the seeds of trial-matched-naive
@@ -59,6 +63,9 @@ def measure_trajectory(seed: int, *, task: ComparisonTask, output_dir: Path) -> 
 def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> dict[str, Any]:
     """Measure a cell, seed and arm, in every protocol with all of its trials; temporary files are deleted.
 
+    Results of a finished cell are taken over if its weights are the same: all arms without settings have the same
+    trials.
+
     Returns:
         `dict`: An entry of `cells` in `report.json`.
 
@@ -72,11 +79,45 @@ def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> d
     trajectory = task.open_trajectory(seed, output_dir)
     sources = arm_sources(task, seed, trajectory, source, work, targets)
     branches, choices = sources.branch_trajectory, list[dict[str, Any]]()
+    groups: Iterable[Group] = _groups(arm, sources, design.draws, choices)
+    weights, measured = None, None
+    if not arm.tuned:  # the trials then depend on the weights alone
+        ((only,),) = groups = list(groups)
+        weights = content_hash(only[1].state_dict()).hex()
+        measured = _measured_before(output_dir, seed, weights)
+    if measured is None:
+        measured = _measured(groups, seed, arm, design, source, targets)
+    shutil.rmtree(work, ignore_errors=True)
+    return {
+        "seed": seed,
+        "arm": arm.name,
+        "seconds": _since(started),
+        "training_cost": arm.training_cost(branches() if branches and arm.uses_branches else trajectory),
+        "choice": choices[0] if choices else None,
+        "weights": weights,
+        "measured": measured,
+    }
+
+
+def _measured_before(output_dir: Path, seed: int, weights: str) -> dict[str, list[dict[str, Any]]] | None:
+    """Return the results of a finished cell of the seed with the same weights, such as naive's for a gate that kept
+    Θ0."""
+    for path in sorted((output_dir / "cells").glob(f"seed-{seed}.*.json")):
+        if (cell := read_json_object(path, "delete it to run the cell again")).get("weights") == weights:
+            return cell["measured"]
+    return None
+
+
+def _measured(
+    groups: Iterable[Group], seed: int, arm: Arm, design: Design, source: Split | None, targets: Sequence[Split]
+) -> dict[str, list[dict[str, Any]]]:
+    """Run all trials of the models of an arm in every protocol."""
+    task = design.task
     measured: dict[str, list[dict[str, Any]]] = {
         protocol.name: [{"draw": draw, "trials": []} for draw in range(1 if protocol.on_source else design.draws)]
         for protocol in design.protocols
     }
-    for group in _groups(arm, sources, design.draws, choices):
+    for group in groups:
         for protocol in design.protocols:
             runs, (settings, refinement) = [], design.trials(protocol, arm)
             evaluated = [pair for pair in group if pair[0] in settings]
@@ -96,23 +137,13 @@ def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> d
             for part in ("validation", "test"):
                 what = f"the best trial of arm {arm.name!r}, seed {seed}, draw {result['draw']} of {name}"
                 _finite(result["trials"][result["chosen"]][part], what)
-    shutil.rmtree(work, ignore_errors=True)
-    return {
-        "seed": seed,
-        "arm": arm.name,
-        "seconds": _since(started),
-        "training_cost": arm.training_cost(branches() if branches and arm.uses_branches else trajectory),
-        "choice": choices[0] if choices else None,
-        "measured": measured,
-    }
+    return measured
 
 
-def _groups(
-    arm: Arm, sources: ArmSources, draws: int, choices: list[dict[str, Any]]
-) -> Iterator[list[tuple[Mapping[str, Any], PreTrainedModel]]]:
+def _groups(arm: Arm, sources: ArmSources, draws: int, choices: list[dict[str, Any]]) -> Iterator[Group]:
     """Make the models of an arm; yield its settings with as many models as fit into memory. What a gate chose is added
     to `choices`."""
-    group: list[tuple[Mapping[str, Any], PreTrainedModel]] = []
+    group: Group = []
     for setting in arm.settings:
         model, choice = arm.initial_weights(sources, setting)
         choices += [] if choice is None else [choice]

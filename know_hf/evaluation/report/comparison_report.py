@@ -71,6 +71,8 @@ order of `seeds`. Unknown values are null; no value is NaN or infinite. Readers 
     cells             [{seed, arm, seconds,
                       training_cost: optimizer steps behind the weights relative to those of Θ0, or null,
                       choice: null or {chosen: str, kept: bool, num_candidates: int, forward_passes: int} of a gate,
+                      weights: hash of the initial weights of an arm without settings, or null; where two arms of a
+                      seed have the same, the second has the results of the first,
                       measured: {protocol: [{draw, chosen: index, trials: [{options,
                       learning_rate: float or null, head_learning_rate: float, if it has a grid, validation: {measure:
                       float}, test: {measure: float}}]}]}}], all measurements. Values of a trial that diverged are
