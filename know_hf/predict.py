@@ -52,7 +52,9 @@ def predict_overflowed_weights(
         trajectory ([`WeightTrajectory`], `str` or `Path`):
             The recorded states.
         known ([`KNOWNModel`], `str` or `Path`, *optional*):
-            The hyper-model, its folder or its Hub id; the shipped weights by default.
+            The hyper-model, its folder or its Hub id; the shipped weights by default. One with
+            `variant="combination"` predicts complete tensors, those of normalisation layers too, in one step, from
+            what is recorded of states, start, tail and branches.
         steps (`int`, *optional*, defaults to `1`):
             Number of recursive predictions.
         output_dir (`str` or `Path`):

@@ -10,7 +10,7 @@ from know_hf import KNOWNConfig, KNOWNModel
 from know_hf.known import TensorContext, combine, tensor_basis
 from know_hf.known.combination_network import ELEMENTS, STATE_FEATURES, TENSOR_FEATURES
 from know_hf.known.singular_part import singular_part
-from know_hf.predictors import get_predictor
+from know_hf.predictors import TensorSnapshots, get_predictor
 
 SHAPE = (24, 30)
 CONTEXT = TensorContext("conv", 0.4, True, (1.0, 0.5, 0.25), (100, 50, 25), (0.1, 0.05, 0.02), (0.4, 0.5, 0.7))
@@ -174,22 +174,35 @@ def test_the_singular_part_of_a_planted_signal():
     assert not singular_part(torch.zeros(4, 4), 0.0)[0].any()
 
 
-def history_of(given: dict[str, object]) -> torch.Tensor:
-    return torch.stack([*reversed(given["states"]), given["theta0"]]).flatten(1).T
+@pytest.mark.parametrize(
+    ("name", "options", "coefficients"),
+    [
+        ("start_interpolation", {"scale": 0.5}, {"start": -0.5}),
+        ("start_interpolation", {"scale": 1.5}, {"start": 0.5}),
+        ("branch_average", {}, {"branches": 1.0}),
+    ],
+)
+def test_controls_of_snapshots_are_special_cases(name, options, coefficients):
+    given = snapshots()
+    value = get_predictor(name, **options).tensor(TensorSnapshots(**given))
+    torch.testing.assert_close(given["theta0"] + combine(tensor_basis(**given).elements, coefficients), value)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "coefficients"),
     [
+        ("tail_average", {}, {"tail": 3 / 4}),
         ("shrink", {"factor": 0.9}, {"theta0": 0.1}),
         ("average", {}, dict.fromkeys(("state-1", "state-2", "state-3"), 1 / 4)),
         ("task_vector", {"scale": 0.7}, {"state-3": -0.7}),
         ("task_vector", {"scale": -0.25, "since": 1}, {"state-1": 0.25}),
     ],
 )
-def test_controls_of_states_are_special_cases(name, options, coefficients):
+def test_controls_of_histories_are_special_cases(name, options, coefficients):
     given = snapshots()
-    expected = get_predictor(name, **options).residual(history_of(given), "fc").reshape(SHAPE)
+    several = [*given["tail"]] if name == "tail_average" else [*reversed(given["states"])]
+    history = torch.stack([*several, given["theta0"]]).flatten(1).T
+    expected = get_predictor(name, **options).residual(history, "fc").reshape(SHAPE)
     torch.testing.assert_close(combine(tensor_basis(**given).elements, coefficients), expected)
 
 

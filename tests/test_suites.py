@@ -12,6 +12,7 @@ import torch
 import yaml
 from doubles.small_suites import KNOWN_TRUTH, digits, make_task, write_suite
 
+from know_hf import KNOWNConfig
 from know_hf.cli import main
 from know_hf.evaluation import load_suite, plan_suite, run_suite
 from know_hf.evaluation.protocols import FineTuning
@@ -19,6 +20,7 @@ from know_hf.evaluation.suites import SUITES_DIR
 from know_hf.evaluation.suites.small_cnn import SmallCNN, SmallCNNConfig
 from know_hf.evaluation.suites.suite_data import Inputs, Side, class_turns, digits_in_frames, prepare
 from know_hf.evaluation.suites.suite_task import SuiteTask
+from know_hf.prediction import SHIPPED_KNOWN
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "compare"
@@ -310,9 +312,13 @@ def test_suites_of_the_package(name, variant):
 )
 def test_further_known_weights_get_the_arms_of_the_shipped_weights(own, further, monkeypatch, tmp_path):
     monkeypatch.setattr("know_hf.evaluation.suites.suite_run.compare_arms", lambda *_, arms, **__: arms)
-    arms = run_suite("digits", tmp_path, arms=own, known={"x": "folder"})
+    arms = run_suite("digits", tmp_path, arms=own, known={"x": str(SHIPPED_KNOWN)})
     assert [arm.name for arm in arms] == own + further
-    assert {arm.known for arm in arms[len(own) :]} == {"folder"}
+    assert {arm.known for arm in arms[len(own) :]} == {str(SHIPPED_KNOWN)}
+    KNOWNConfig(variant="combination").save_pretrained(tmp_path / "combination")
+    arms = run_suite("digits", tmp_path, arms=own, known={"x": str(tmp_path / "combination")})
+    assert {arm.name for arm in arms[len(own) :]} <= {"x-step-1", "matched-shrink-x-step-1"}
+    assert {arm.known for arm in arms[len(own) :]} == {str(tmp_path / "combination")}
 
 
 def test_arms_of_a_suite_keep_its_settings(monkeypatch, tmp_path):

@@ -49,9 +49,9 @@ class CheckpointCard(RecordedCard):
     """Card of an enhanced checkpoint, JSON values only, so that it can be stored and completed later.
 
     `predictor` has `name`, `module` of its class, `options` and, for KNOWN, `known`: a [`Source`] with `shipped`,
-    `sha256` and `trajectories`. Of a [`Composition`], `members` has one such dict each. For the KNOWN weights of the
-    package, `elsewhere` has the suites in which the same number of steps was `better` than Θ0, `worse`, `neither` or
-    `unclear`, and `what` was measured. The other fields are those of [`checkpoint_card`].
+    `sha256`, `variant` and `trajectories`. Of a [`Composition`], `members` has one such dict each. For the KNOWN
+    weights of the package, `elsewhere` has the suites in which the same number of steps was `better` than Θ0, `worse`,
+    `neither` or `unclear`, and `what` was measured. The other fields are those of [`checkpoint_card`].
     """
 
     template: ClassVar[str] = "checkpoint.md"
@@ -137,13 +137,18 @@ class CheckpointCard(RecordedCard):
         return self.predictor["known"] if self.chosen_state is None else None
 
     @property
+    def is_retrodiction(self) -> bool:
+        """Whether the reference variant of KNOWN, which runs the forgetting backwards, predicted this checkpoint."""
+        return self.known is not None and self.known.get("variant", "reference") == "reference"
+
+    @property
     def not_forgotten(self) -> list[str]:
-        return super().not_forgotten if self.known is None else []  # the prediction warns about it
+        return [] if self.is_retrodiction else super().not_forgotten  # the prediction warns about it
 
     @property
     def data_factor(self) -> float | None:
-        """How many times the data KNOWN's steps stand for, r^(-steps)."""
-        return None if self.ratio is None or self.known is None else self.ratio**-self.steps
+        """How many times the data the steps of a retrodiction stand for, r^(-steps)."""
+        return self.ratio**-self.steps if self.is_retrodiction and self.ratio is not None else None
 
     @property
     def verdict(self) -> str:

@@ -42,6 +42,7 @@ def _known(config: KNOWNConfig, revision: str | None) -> dict[str, Any]:
         **(source(path, revision) if path else Source(name="in memory", on_hub=False, revision=None)),
         "shipped": Path(path).resolve().parent == SHIPPED_KNOWN.parent,
         "sha256": file_sha256(weights) if path and weights.is_file() else None,
+        "variant": config.variant,
         "trajectories": (config.trained_on or {}).get("trajectories"),
     }
 

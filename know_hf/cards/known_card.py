@@ -30,8 +30,9 @@ class KNOWNCard(Card):
     template: ClassVar[str] = "known.md"
 
     path: str
+    variant: str  # config.variant
     num_states: int  # length S of a history
-    num_parameters: int  # size of each of the three networks
+    num_parameters: int  # size of the network, or of each of the three
     trained_on: dict[str, Any] | None = None  # config.trained_on
     results: dict[str, Any] | None = None
     comparisons: list[dict[str, Any]] = field(default_factory=list)
@@ -180,11 +181,12 @@ def known_card(
         `ModelCard`: `str(card)` is the README.md, `card.data` its front matter.
     """
     with torch.device("meta"):
-        num_parameters = KNOWNModel(config).num_parameters() // len(config.roles)
+        num_parameters = KNOWNModel(config).num_parameters() // max(len(config.roles), 1)
     return KNOWNCard(
         title=title,
         path=path,
         license={"license": license} if license else {},
+        variant=config.variant,
         num_states=config.num_states,
         num_parameters=num_parameters,
         trained_on=config.trained_on,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from .combination_network import STATE_FEATURES, TENSOR_FEATURES
@@ -146,23 +147,22 @@ class _Gram:
 
     theta0: torch.Tensor
     kinds: Mapping[str, list[torch.Tensor]]
-    rows: dict[str, torch.Tensor] = field(init=False)
-    products: torch.Tensor = field(init=False)
+    rows: dict[str, np.ndarray] = field(init=False)
+    products: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         vectors = [self.theta0, *(moved for of_kind in self.kinds.values() for moved in of_kind)]
-        self.products = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+        self.products = np.zeros((len(vectors), len(vectors)))
         for pieces in zip(*(vector.flatten().split(_CHUNK) for vector in vectors), strict=True):
             block = torch.stack(pieces).double()
-            self.products += block @ block.T
-        identity = torch.eye(len(vectors), dtype=torch.float64)
-        counts = [1, *map(len, self.kinds.values())]
-        self.rows = dict(zip(("theta0", *self.kinds), identity.split(counts), strict=True))
+            self.products += (block @ block.T).numpy()
+        ends = np.cumsum([1, *map(len, self.kinds.values())])
+        self.rows = dict(zip(("theta0", *self.kinds), np.split(np.eye(len(vectors)), ends[:-1]), strict=True))
 
     @property
     def has_moved(self) -> bool:
         """Whether any displacement is not zero."""
-        return bool((self.products.diagonal()[1:] > 0).any())
+        return bool(self.products.diagonal()[1:].any())
 
     @property
     def main_element(self) -> str | None:
@@ -172,7 +172,7 @@ class _Gram:
         return next((name for kind, name in names.items() if len(self.rows[kind])), None)
 
     @property
-    def main(self) -> torch.Tensor:
+    def main(self) -> np.ndarray:
         """The main displacement."""
         for row in self.rows["start"]:
             return row
@@ -180,18 +180,18 @@ class _Gram:
             return -self.rows["state"][-1]
         return -self.mean("tail" if len(self.rows["tail"]) else "branch")
 
-    def mean(self, kind: str) -> torch.Tensor:
+    def mean(self, kind: str) -> np.ndarray:
         """Return the mean of the displacements of a kind, zero if there are none."""
-        return self.rows[kind].sum(dim=0) / max(len(self.rows[kind]), 1)
+        return self.rows[kind].sum(axis=0) / max(len(self.rows[kind]), 1)
 
-    def norm(self, row: torch.Tensor) -> float:
+    def norm(self, row: np.ndarray) -> float:
         return math.sqrt(max(float(row @ self.products @ row), 0.0))
 
-    def cosine(self, row: torch.Tensor, other: torch.Tensor) -> float:
+    def cosine(self, row: np.ndarray, other: np.ndarray) -> float:
         scale = self.norm(row) * self.norm(other)
         return float(row @ self.products @ other) / scale if scale else 0.0
 
-    def ratio(self, row: torch.Tensor, other: torch.Tensor) -> float:
+    def ratio(self, row: np.ndarray, other: np.ndarray) -> float:
         return _log(self.norm(row), self.norm(other))
 
     def noise(self, kind: str) -> float:
@@ -261,7 +261,7 @@ def _state_features(gram: _Gram, context: TensorContext, index: int) -> dict[str
     """Return the statistics of state k = 1, 2, …"""
     main, (theta0,), states = gram.main, gram.rows["theta0"], gram.rows["state"]
     # Θ0 is zero among displacements from Θ0, and the start lies before it
-    row, path = states[index - 1], [-gram.mean("start"), torch.zeros_like(main), *states]
+    row, path = states[index - 1], [-gram.mean("start"), np.zeros_like(main), *states]
     before, here, after = path[index - 1 : index + 2]
     features = {"position": index / len(states), "share": 1 / len(states), "moved": gram.ratio(row, main)}
     features |= {"cosine": gram.cosine(row, main), "theta0_cosine": gram.cosine(row, theta0)}

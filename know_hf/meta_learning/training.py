@@ -132,8 +132,9 @@ def meta_train(
         [`MetaTrainingResult`]; `config.trained_on` of its model describes the training data.
 
     Raises:
-        `ValueError`: If a trajectory is in two splits, the histories do not have the length of the model's, a
-        checkpoint belongs to another training, or the batch size is not a multiple of the number of processes.
+        `ValueError`: If the model has `variant="combination"`, a trajectory is in two splits, the histories do not
+        have the length of the model's, a checkpoint belongs to another training, or the batch size is not a multiple
+        of the number of processes.
         `BlockingIOError`: If another training writes to `args.checkpoint_dir`.
         `RuntimeError`: If fewer processes train together than were launched.
         `FloatingPointError`: If the loss is not finite.
@@ -141,6 +142,11 @@ def meta_train(
     args = args or MetaTrainingArguments()
     splits = {"held_out": held_out} if isinstance(held_out, TransitionDataset) else dict(held_out or {})
     model = known if isinstance(known, KNOWNModel) else _new_model(known or KNOWNConfig(), args.seed)
+    if model.config.variant != "reference":
+        raise ValueError(
+            f"meta_train fits histories of single weights, which KNOWN of variant={model.config.variant!r} does not"
+            " read; train one of variant='reference'"
+        )
     _check_datasets(model, train, validation, splits, args)
     accelerator = make_accelerator(args)
     try:

@@ -17,11 +17,13 @@ from ..markdown import size
 from ..predictors import (
     Composition,
     DepthPredictor,
+    KNOWNCombination,
     KNOWNPredictor,
     Predictor,
     Rescaling,
     SnapshotPredictor,
     get_predictor,
+    known_predictor,
 )
 from ..roles import PREDICTED_DTYPES, PREDICTED_ROLES
 from ..trajectory import TrajectoryError, WeightTrajectory
@@ -109,7 +111,7 @@ class PredictionPlan:
     def name(self) -> str:
         """What is predicted, such as `KNOWN, 2 steps`."""
         first, *others = (type(member).__name__ for member in (self.predictor, *self.members[1:]))
-        names = ["KNOWN" if isinstance(self.predictor, KNOWNPredictor) else first, *others]
+        names = ["KNOWN" if isinstance(self.predictor, KNOWNPredictor | KNOWNCombination) else first, *others]
         return f"{' + '.join(names)}, {self.steps} step{'s' if self.steps > 1 else ''}"
 
     @property
@@ -350,7 +352,7 @@ def _members(
                     known if isinstance(known, KNOWNModel) else _load_known(SHIPPED_KNOWN if known is None else known)
                 )
                 model = model if device is None else model.to(device)
-                return get_predictor("known", model=model, kernel=kernel)
+                return known_predictor(model, kernel)
             return get_predictor(item, **by_name.get(item, {}))
         except TypeError as error:
             raise ValueError(str(error)) from error

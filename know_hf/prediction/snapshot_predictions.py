@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from ..checkpoint import parse_json
 from ..predictors import Predictor, SnapshotPredictor, TensorSnapshots, factorise
 from ..trajectory import WeightTrajectory
+from .tensor_contexts import tensor_contexts
 
 Snapshots = Mapping[int | str, torch.Tensor]
 
@@ -56,7 +57,8 @@ def snapshots_read(trajectory: WeightTrajectory, predictor: Predictor) -> list[i
             f"{trajectory.path} records adapters of type {kind}; {type(predictor).__name__} combines full models and"
             " LoRA, whose products are linear in the model. Merge them first: know-hf merge"
         )
-    names = [name for kind in ("branches", "origin", "start") if kind in predictor.reads() for name in available[kind]]
+    kinds = ("branches", "origin", "start", "tail", "states")
+    names = [name for kind in kinds if kind in predictor.reads() for name in available[kind]]
     return [*(name for name in dict.fromkeys(names) if name != 0), 0]
 
 
@@ -75,9 +77,12 @@ class CompleteTensors:
         self._trajectory, self._snapshots, self._predictors = trajectory, snapshots, predictors
         available = _available(trajectory)
         self._origin = next(iter(available["origin"]), None)
-        self._branches = [name for name in available["branches"] if name in snapshots]
+        self._several = {
+            kind: [name for name in available[kind] if name in snapshots] for kind in ("branches", "tail", "states")
+        }
         self._fraction = next(iter(available["fraction"]), None)
         self._pairs = lora_pairs(trajectory)
+        self._contexts = tensor_contexts(trajectory)
         self._computed = lru_cache(maxsize=1)(self._compute)
 
     def group(self, name: str) -> tuple[str, ...]:
@@ -96,10 +101,18 @@ class CompleteTensors:
         }
 
         def combine(tensors: Snapshots) -> torch.Tensor:
-            origin = None if self._origin is None else tensors.get(self._origin)
-            branches = [tensors[name] for name in self._branches]
-            theta0 = tensors[self._snapshots[-1]]
-            return predictor.tensor(TensorSnapshots(theta0, tensors.get("start"), origin, branches, self._fraction))
+            several = {kind: [tensors[name] for name in group] for kind, group in self._several.items()}
+            snapshots = TensorSnapshots(
+                tensors[self._snapshots[-1]],
+                tensors.get("start"),
+                None if self._origin is None else tensors.get(self._origin),
+                several["branches"],
+                self._fraction,
+                several["states"][::-1],
+                several["tail"],
+                self._contexts[names[0]],
+            )
+            return predictor.tensor(snapshots)
 
         new = [combine({key: one for key, (one,) in read.items()})] if len(names) == 1 else _on_products(read, combine)
         return {name: (a - b).flatten() for name, a, b in zip(names, new, read[self._snapshots[-1]], strict=True)}
@@ -151,6 +164,8 @@ def _available(trajectory: WeightTrajectory) -> dict[str, list]:
         "start": start,
         "origin": [0] if is_from_theta0 else start,
         "branches": [record.name for record in trajectory.branches],
+        "tail": [record.name for record in trajectory.tail],
+        "states": list(range(trajectory.num_states - 1, 0, -1)),
         "fraction": [f for f in fractions if f is not None and 0 < f < 1] if len(fractions) == 1 else [],
     }
 

@@ -18,7 +18,7 @@ from .branches import (
 )
 from .combination import Combination, LayerScaling
 from .extrapolation import LinearFit, LogarithmicFit
-from .hyper_model import KNOWNPredictor
+from .hyper_model import KNOWNCombination, KNOWNPredictor, known_predictor
 from .interpolation import Shrink, TaskVector
 from .protocol import Composition, DepthPredictor, Predictor, get_predictor, register_predictor
 from .relative_depth import relative_depths
@@ -37,6 +37,7 @@ __all__ = [
     "DepthPredictor",
     "Jackknife",
     "JamesStein",
+    "KNOWNCombination",
     "KNOWNPredictor",
     "LayerScaling",
     "LinearFit",
@@ -63,6 +64,7 @@ __all__ = [
     "get_predictor",
     "jackknife",
     "james_stein_average",
+    "known_predictor",
     "model_stock",
     "move_from_start",
     "register_predictor",

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..known import TensorContext
+
 
 @dataclass(frozen=True)
 class TensorSnapshots:
@@ -33,6 +35,10 @@ class TensorSnapshots:
             In each branch.
         fraction (`float`, *optional*):
             Share of the data that each branch was trained on, if it is recorded.
+        states, tail (sequence of `torch.Tensor`):
+            Θ1, Θ2, …; and late in the training of Θ0, first to last.
+        context ([`~know_hf.known.TensorContext`], *optional*):
+            What is known about the tensor and its training besides the weights.
     """
 
     theta0: torch.Tensor
@@ -40,6 +46,9 @@ class TensorSnapshots:
     origin: Any = None
     branches: Sequence[torch.Tensor] = ()
     fraction: Any = None
+    states: Sequence[torch.Tensor] = ()
+    tail: Sequence[torch.Tensor] = ()
+    context: TensorContext | None = None
 
 
 class SnapshotPredictor(ABC):
@@ -52,7 +61,7 @@ class SnapshotPredictor(ABC):
 
     @abstractmethod
     def reads(self) -> Mapping[str, int]:
-        """Return what it reads besides Θ0: fields of [`TensorSnapshots`] and how many of each it needs."""
+        """Return what it reads besides Θ0: fields of [`TensorSnapshots`] and how many of each it needs, at least."""
 
     @abstractmethod
     def tensor(self, snapshots: TensorSnapshots) -> torch.Tensor:

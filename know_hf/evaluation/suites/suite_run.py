@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint import check_output
+from ...known import KNOWNConfig
 from ..arms import Arm, known_step_arms, make_arm
 from ..compare import compare_arms
 from ..report.comparison_report import ComparisonReport
@@ -41,7 +42,7 @@ def run_suite(
             Folders to read its pretrained models from, by their Hub ids.
         known (`Mapping[str, str]`, *optional*):
             Further KNOWN weights, from a name to a folder or Hub id. Each gets the same KNOWN and matched-shrink arms
-            as the shipped weights; all of them if the suite has none.
+            as the shipped weights; all of them if the suite has none. With `variant="combination"`, only of one step.
         seeds (sequence of `int`, *optional*):
             Trajectory seeds instead of those of the suite.
         options (*optional*):
@@ -78,8 +79,10 @@ def suite_arguments(
     compared = list(suite.arms) if arms is None else [_arm(arm, suite) for arm in arms]
     names = {arm.name for arm in compared}
     for name, weights in (known or {}).items():
-        further = known_step_arms(name=name, known=os.path.expanduser(weights))
-        matching = [arm for shipped, arm in zip(known_step_arms(), further, strict=True) if shipped.name in names]
+        folder = os.path.expanduser(weights)
+        steps = (1, 2, 3) if KNOWNConfig.from_pretrained(folder).variant == "reference" else (1,)
+        further = known_step_arms(steps, name, folder)
+        matching = [arm for shipped, arm in zip(known_step_arms(steps), further, strict=True) if shipped.name in names]
         compared += matching or further
     return SuiteTask(suite, dataset_paths, model_paths), {
         "protocols": suite.protocols,
