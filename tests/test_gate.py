@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, DefaultDataC
 from know_hf.batch_norm import recalibrate_batch_norm
 from know_hf.predict import predict_overflowed_weights
 from know_hf.prediction import Gate, WriteOptions, choose, plan_prediction
+from know_hf.prediction.choosing import candidate_model
 from know_hf.prediction.choosing.candidates import Candidate, plan_candidates
 from know_hf.prediction.choosing.gate import write_best_candidate
 from know_hf.prediction.pieces import Piece
@@ -345,7 +346,47 @@ def test_the_checkpoint_is_finished_before_it_appears(trajectory, tmp_path):
     result, decided = through(gate, trajectory, tmp_path, Average(), steps=1, finish=finish)
     assert (result.path / "README.md").read_text() == decided.sentence
     assert [candidate.name for candidate in decided.candidates[1:]] == ["Average, 1 step", "Θ1"]  # evaluated once
-    assert numbers == [1] * 3  # one candidate on disk at a time
+    assert numbers == [0] * 3  # no candidate stays on disk
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", [make_resnet, bert])
+def test_candidates_in_memory_have_the_losses_of_candidates_on_disk(
+    record_states, tmp_path, monkeypatch, architecture, dtype
+):
+    """Names in memory, BatchNorm statistics, dtypes and copied tensors are those of a checkpoint."""
+    loads, load = [], candidate_model.load_pretrained
+    monkeypatch.setattr(candidate_model, "load_pretrained", lambda *args: loads.append(args) or load(*args))
+    torch.manual_seed(0)
+    trajectory = record_states(architecture().to(dtype), num_states=3)
+    batches = [{"pixel_values": make_images(16)[:]["pixel_values"]}] if architecture is make_resnet else None
+
+    def compute_loss(model):
+        values = torch.stack([tensor.double().abs().mean() for tensor in model.state_dict().values()])
+        return values.repeat(10).tolist()
+
+    def losses(folder):
+        _, decided = through(Gate(compute_loss), trajectory, folder, recalibrate_with=batches)
+        return decided.scores
+
+    in_memory = losses(tmp_path / "memory")
+    assert len(loads) == 1 and len(set(in_memory.values())) > 15
+    monkeypatch.setattr(candidate_model, "_layout", lambda model: [object()])  # a changed model is loaded again
+    assert losses(tmp_path / "disk") == in_memory
+    assert len(loads) == 1 + len(in_memory)
+
+
+def test_a_model_that_the_evaluation_changed_is_loaded_again(trajectory, tmp_path):
+    def compute_loss(model):
+        dtypes.add(model.dtype)
+        losses = distance_to(0.5)(model)
+        model.half()
+        return losses
+
+    dtypes = set()
+    _, decided = through(Gate(compute_loss, candidates=[1]), trajectory, tmp_path / "half")
+    assert decided.scores == through(Gate(distance_to(0.5), candidates=[1]), trajectory, tmp_path)[1].scores
+    assert dtypes == {torch.float32}
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own

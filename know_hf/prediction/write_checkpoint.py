@@ -181,8 +181,16 @@ def fill_checkpoint(
 def measure(trajectory: WeightTrajectory, source: TensorSource) -> Reports:
     """Return the reports that writing would give, without writing."""
     specs = checkpoint_specs(trajectory)
+    return _merged({piece.name: report} for piece, _, report in computed(source, specs))
+
+
+def computed(
+    source: TensorSource, specs: Mapping[str, TensorSpec]
+) -> Iterator[tuple[Piece, torch.Tensor, ResidualReport]]:
+    """Compute all pieces of a checkpoint, with a report on each."""
     groups = _in_background(partial(_read, source), grouped(split_pieces(specs, source.cost)), READ_AHEAD)
-    return _merged({piece.name: source.values(piece, data)[1]} for piece, data in chain.from_iterable(groups))
+    for piece, data in chain.from_iterable(groups):
+        yield piece, *source.values(piece, data)
 
 
 def checkpoint_specs(trajectory: WeightTrajectory, dtype: torch.dtype | None = None) -> dict[str, TensorSpec]:
@@ -275,16 +283,23 @@ def _recalibrate(folder: Path, trajectory: WeightTrajectory, options: WriteOptio
     """Replace the BatchNorm statistics in the files if there are batches: float32 values in the dtype on disk."""
     if (batches := options.recalibrate_with) is None:
         return
-    model = load_pretrained(folder, options.model_class).float()
-    recalibrate_batch_norm(model, ({name: _as_float32(v) for name, v in batch.items()} for batch in batches))
-    on_disk, statistics = names_on_disk(model), ("running_mean", "running_var", "num_batches_tracked")
-    new = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(statistics)}
+    model = load_pretrained(folder, options.model_class)
+    on_disk, new = names_on_disk(model), recalibrated_statistics(model, batches)
     if missing := [name for name in new if on_disk.get(name) not in trajectory.roles]:
         raise ValueError(
             f"{folder} has no tensor for the BatchNorm statistics {missing[0]!r}; load the model and call"
             " recalibrate_batch_norm(model, batches)"
         )
     replace_tensors(folder, {on_disk[name]: tensor for name, tensor in new.items()})
+
+
+def recalibrated_statistics(
+    model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Return the BatchNorm statistics of the weights of a model, which becomes float32, by their names in memory."""
+    recalibrate_batch_norm(model.float(), ({name: _as_float32(v) for name, v in batch.items()} for batch in batches))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return {name: tensor for name, tensor in model.state_dict().items() if name.endswith(statistics)}
 
 
 def _as_float32(value: Any) -> Any:

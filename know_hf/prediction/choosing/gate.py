@@ -3,11 +3,8 @@
 import inspect
 import itertools
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +17,13 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from ...distributed import on_main_process
 from ...model_tensors import is_adapter
 from ...predictors import Predictor
-from ...trajectory import load_pretrained
-from ...trajectory.loading import without_loading_bars
 from ..engine import prediction_result
 from ..plan import PredictionPlan
 from ..result import PredictionResult
 from ..selection import MINIMUM_VALUES, REFERENCE, GateCandidate, GateResult, check_rule, choose
 from ..tensor_sources import TensorSource
 from ..write_checkpoint import WriteOptions, checkpoint_folder, fill_checkpoint
+from .candidate_model import CandidateModel, unchanged
 from .candidates import Candidate, PlannedCandidate, as_candidate, plan_candidates
 from .screening import screen_and_choose
 
@@ -63,7 +59,8 @@ class Gate:
     Args:
         compute_loss (`Callable`, *optional*):
             Maps a model in evaluation mode to its loss; lower is better. Returns one value per example or batch, at
-            least 10 and always in the same order, or a single number, which needs `margin`.
+            least 10 and always in the same order, or a single number, which needs `margin`. It gets the same model for
+            all candidates, each time with other weights.
         dataset (`torch.utils.data.Dataset`, *optional*):
             Labelled validation examples. Each batch contributes one value: the model's loss, or its error rate.
         data_collator (`Callable`, *optional*):
@@ -201,10 +198,10 @@ def write_best_candidate(
     options: WriteOptions,
     finish: Callable[[Path, PredictionResult], None] | None = None,
 ) -> PredictionResult:
-    """Write each candidate in turn, evaluate it, and write the chosen one to `output_dir`.
+    """Evaluate each candidate in turn and write the chosen one to `output_dir`.
 
-    One candidate is on disk at a time; one that is tested after the screening is written again. With several
-    processes, the main one evaluates while the others wait.
+    One model is loaded, from Θ0, and gets the tensors of the candidates ([`CandidateModel`]). With several processes,
+    every candidate is written, one at a time, and the main process evaluates it while the others wait.
 
     Args:
         gate ([`Gate`]):
@@ -255,7 +252,7 @@ def write_chosen(
     num_evaluations: int,
     finish: Callable[[Path, PredictionResult], None] | None = None,
 ) -> PredictionResult:
-    """Write and evaluate what a decision asks for, one checkpoint on disk at a time, and then what it chose.
+    """Evaluate what a decision asks for, and write what it chose.
 
     Args:
         gate ([`Gate`]):
@@ -276,30 +273,27 @@ def write_chosen(
     models = [getattr(plan.predictor, "model", None), gate.base_model]
     is_main = accelerator is None or accelerator.is_main_process
     bar = tqdm(total=num_evaluations, desc="Evaluating candidates", unit="candidate", disable=not is_main)
-    with checkpoint_folder(trajectory, output_dir, options, models) as folder, bar:
-        scratch = folder / "candidate"
-
-        def adapted(recalibrates: bool) -> WriteOptions:
-            return options if recalibrates else replace(options, recalibrate_with=None)
+    device = gate.device or getattr(accelerator, "device", None)
+    with checkpoint_folder(trajectory, output_dir, options, models) as folder, bar, unchanged(gate.base_model):
+        model = CandidateModel(trajectory, folder / "candidate", options, gate.base_model, device)
 
         def evaluate(
             gate: Gate, tensors: TensorSource, recalibrates: bool, batches: Sequence[int] | None, verify: bool
         ) -> float | list[float]:
-            on_main_process(accelerator, scratch.mkdir)
-            how = {"verify": verify, "show_progress": False}
-            fill_checkpoint(trajectory, tensors, scratch, adapted(recalibrates), **how)
-            losses = on_main_process(accelerator, partial(_evaluate, gate, scratch, options, batches))
-            on_main_process(accelerator, partial(shutil.rmtree, scratch))
+            model.set(tensors, recalibrates, verify)
+            losses = on_main_process(accelerator, lambda: gate.losses(model.model, batches))
             if bar.n == bar.total:  # those that a screening confirms are evaluated again
                 bar.total += 1
             bar.update()
             return losses
 
-        decision, winner = decide(evaluate)
-        adapted_options = adapted(winner.recipe["recalibrated"])
-        reports = fill_checkpoint(
-            trajectory, winner.tensors, folder, adapted_options, verify=False, show_progress=False
-        )
+        try:
+            decision, winner = decide(evaluate)
+        finally:
+            model.close()
+        recalibrates = winner.recipe["recalibrated"]
+        adapted = options if recalibrates else replace(options, recalibrate_with=None)
+        reports = fill_checkpoint(trajectory, winner.tensors, folder, adapted, verify=False, show_progress=False)
         is_prediction = winner.recipe["state"] is None
         result = prediction_result(winner.plan, reports, output_dir, options, is_prediction)
         result.gate = replace(decision, recipe=winner.recipe)
@@ -317,38 +311,6 @@ def _check_can_load(gate: Gate, plan: PredictionPlan) -> None:
             f"{path} records a plain nn.Module; Gate cannot instantiate it. Predict without a gate, load states and"
             " prediction with load_into(module), and pass their losses to know_hf.prediction.choose"
         )
-
-
-def _evaluate(gate: Gate, folder: Path, options: WriteOptions, batches: Sequence[int] | None) -> float | list[float]:
-    device = gate.device or getattr(options.accelerator, "device", None)
-    with without_loading_bars(), _unchanged(gate.base_model) as base:
-        model: Any = load_pretrained(folder, options.model_class, base)
-        try:
-            return gate.losses(model if device is None else model.to(device), batches)
-        finally:
-            if base is not None:
-                # delete first: unload() alone would keep the modules that were trained beside the adapter
-                model.delete_adapter(model.active_adapter)
-                model.unload()
-
-
-@contextmanager
-def _unchanged(model: PreTrainedModel | None) -> Iterator[PreTrainedModel | None]:
-    """Give a model its device, modes and `requires_grad` back after the block."""
-    if model is None:
-        yield None
-        return
-    device = model.device
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield model
-    finally:
-        model.to(device)
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-        for module, is_training in modes:
-            module.training = is_training
 
 
 def _error_rate(outputs: Any, inputs: Mapping[str, Any]) -> float:
