@@ -42,13 +42,14 @@ def singular_part(matrix: torch.Tensor, norm: float) -> tuple[torch.Tensor, floa
 
 def _krylov(matrix: torch.Tensor, count: int) -> torch.Tensor:
     """Return an orthonormal basis `(n, ≤ count)` of v, Mv, M²v, … for `M = matrixᵀ matrix`, v the norms of columns."""
-    start = matrix.square().sum(dim=0).sqrt()
-    vectors = (start / start.norm())[:, None]
-    while vectors.shape[1] < count:
-        new = matrix.T @ (matrix @ vectors[:, -1])
+    vectors = matrix.new_empty(count, matrix.shape[1])
+    new = matrix.square().sum(dim=0).sqrt()
+    for index in range(count):
+        size = float(torch.linalg.vector_norm(new))
+        if index and size <= _ROUNDING:
+            return vectors[:index].T
+        torch.div(new, size, out=vectors[index])
+        new, before = matrix.T @ (matrix @ vectors[index]), vectors[: index + 1]
         for _ in range(2):
-            new = new - vectors @ (vectors.T @ new)
-        if (size := new.norm()) <= _ROUNDING:
-            break
-        vectors = torch.cat([vectors, (new / size)[:, None]], dim=1)
-    return vectors
+            new = new - (before @ new) @ before
+    return vectors.T
