@@ -108,6 +108,25 @@ def test_seeds_become_branches_and_an_order_becomes_states(models, tmp_path):
     torch.testing.assert_close(result.load_model().classifier[1].weight, nn.Parameter(mean))
 
 
+@pytest.mark.parametrize("kind", ["tail", "branches"])
+def test_the_start_of_a_training(models, tmp_path, capsys, kind):
+    before, *after = models
+    output = tmp_path / "trajectory"
+    arguments = ["--kind", kind, "--start", str(before), "--output-dir", str(output)]
+    assert main(["import", *map(str, after), *arguments]) == 0
+    assert capsys.readouterr().out.startswith("start, state-0, ")
+    trajectory = WeightTrajectory(output)
+    trajectory.verify()
+    assert torch.equal(trajectory.load_model("start").classifier[1].weight, make_resnet(0).classifier[1].weight)
+    options = {"predictor": "start_interpolation", "predictor_options": {"scale": 0.5}}
+    result = predict_overflowed_weights(trajectory, output_dir=tmp_path / "half", **options)
+    half = (trajectory.tensor(NAME) + trajectory.tensor(NAME, "start")) / 2
+    torch.testing.assert_close(result.load_model().classifier[1].weight, nn.Parameter(half))
+    BertForSequenceClassification(BertConfig(**SIZES)).save_pretrained(tmp_path / "other")
+    with pytest.raises(TrajectoryError, match=r"tensor '.* in .*other and .*seed-"):
+        WeightTrajectory.from_checkpoints(after, tmp_path / "third", start=tmp_path / "other")
+
+
 def test_shards_ties_and_tokenizers(tmp_path):
     for seed in range(2):
         torch.manual_seed(seed)

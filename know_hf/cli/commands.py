@@ -87,12 +87,15 @@ def inspect(args: argparse.Namespace) -> Result:
 
 def import_(args: argparse.Namespace) -> Result:
     _check_output_dir(args)
-    check_folders({"CHECKPOINT": args.checkpoints})
+    check_folders({"CHECKPOINT": args.checkpoints, "--start": args.start})
     from ..trajectory import WeightTrajectory
 
-    options: dict[str, Any] = {name: getattr(args, name) for name in ("kind", "num_examples", "copy", "overwrite")}
+    options: dict[str, Any] = {
+        name: getattr(args, name) for name in ("kind", "num_examples", "start", "copy", "overwrite")
+    }
     trajectory = WeightTrajectory.from_checkpoints(args.checkpoints, args.output_dir, **options)
-    names = [record.name for record in (*trajectory.states, *trajectory.tail, *trajectory.branches)]
+    records = (trajectory.start, *trajectory.states, *trajectory.tail, *trajectory.branches)
+    names = [record.name for record in records if record]
     values = {"path": str(trajectory.path), "snapshots": names}
     return Printed(f"{', '.join(names)} written to {trajectory.path}", values)
 

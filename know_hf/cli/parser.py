@@ -93,6 +93,7 @@ def _add_import(parsers: Any) -> None:
     add("--kind", choices=("tail", "branches", "ordered"), default="tail", help=f"{kinds} (default: tail)")
     sizes = "for --kind ordered, the size of the training set of each checkpoint"
     add("--num-examples", type=int, nargs="+", metavar="N", help=sizes)
+    add("--start", metavar="CHECKPOINT", help="weights before the training, with the same head")
     add("--copy", action="store_true", help="copy the weights instead of linking them")
     add("--overwrite", action="store_true", help="replace DIR if it exists")
 

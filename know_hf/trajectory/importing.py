@@ -41,6 +41,7 @@ def import_checkpoints(
     kind: ImportKind = "tail",
     *,
     num_examples: Sequence[int] | None = None,
+    start: str | Path | None = None,
     copy: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -56,15 +57,17 @@ def import_checkpoints(
             f" checkpoints, and other kinds take none; got num_examples={num_examples!r} for kind={kind!r}"
         )
     first = sources[-1] if kind == "tail" else sources[0]
-    for source in sources:
+    before = [] if start is None else [_Checkpoint.open(start)]
+    for source in (*sources, *before):
         _check_fit(first, source)
-    with atomic_folder(Path(output_dir), overwrite, [source.folder for source in sources]) as work:
+    with atomic_folder(Path(output_dir), overwrite, [source.folder for source in (*sources, *before)]) as work:
         writer = _Writer(work, first, copy)
         states = sources if kind == "ordered" else [first]
         sizes: Sequence[int | None] = num_examples or [None]
         manifest = Manifest(
             tuple(writer.add(source, "state", k, sizes[k]) for k, source in enumerate(states)),
             tail=tuple(writer.add(s, "tail", k) for k, s in enumerate(sources[:-1])) if kind == "tail" else (),
+            start=writer.add(before[0], "start", 0) if before else None,
             branches=tuple(writer.add(s, "branch", k) for k, s in enumerate(sources)) if kind == "branches" else (),
             files=writer.add_model_files(),
             library_versions=library_versions(),
@@ -126,7 +129,7 @@ class _Writer:
     def add(
         self,
         source: _Checkpoint,
-        kind: Literal["state", "tail", "branch"],
+        kind: Literal["state", "start", "tail", "branch"],
         index: int,
         size: int | None = None,
     ) -> StateRecord:

@@ -126,6 +126,7 @@ class WeightTrajectory(SnapshotTensors):
         kind: ImportKind = "tail",
         *,
         num_examples: Sequence[int] | None = None,
+        start: str | Path | None = None,
         copy: bool = False,
         overwrite: bool = False,
     ) -> WeightTrajectory:
@@ -145,6 +146,9 @@ class WeightTrajectory(SnapshotTensors):
                 data first.
             num_examples (sequence of `int`, *optional*):
                 For `"ordered"`, the size of the training set of each checkpoint.
+            start (`str` or `Path`, *optional*):
+                Checkpoint with the weights before the training, head included, for predictors and gates that read the
+                start. A pretrained model without the trained head does not fit: save the model before you train it.
             copy (`bool`, *optional*, defaults to `False`):
                 Whether to copy the weights. By default they are hard links where the file system can: do not change
                 the originals.
@@ -158,7 +162,9 @@ class WeightTrajectory(SnapshotTensors):
             `FileNotFoundError`: when a checkpoint does not exist or has no weights.
             `FileExistsError`: when `output_dir` is not empty and `overwrite` is off.
         """
-        import_checkpoints(checkpoints, output_dir, kind, num_examples=num_examples, copy=copy, overwrite=overwrite)
+        import_checkpoints(
+            checkpoints, output_dir, kind, num_examples=num_examples, start=start, copy=copy, overwrite=overwrite
+        )
         return cls(output_dir)
 
     @staticmethod
