@@ -1,0 +1,253 @@
+"""Tables of the meta-tasks and of searches, in points of accuracy.
+
+    python recipes/hyper_model/report.py controls --data omniglot --output-dir outputs/hyper_model
+
+| table | rows |
+| --- | --- |
+| `controls` | every control, and every search of `--searches`: utility minus naive and minus the best fixed control |
+| `elements` | one element of the basis with one coefficient for all tensors |
+| `noise` | the James–Stein factor λ of the jackknife, by regime |
+| `coefficients` | what CMA-ES found, over its restarts |
+| `statistics` | a searched network, each group of statistics shuffled among tensors |
+| `confirm` | fine-tuning with tuned rates of head and body instead of the probe |
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from record import PARTS, add_common
+from search import SHARED, Search, SearchSettings, shared_coefficients
+
+if TYPE_CHECKING:
+    from objective import RecordedTask, Rule
+
+COEFFICIENTS = (-0.5, -0.25, 0.25, 0.5, 0.75, 1.0)
+GROUPS = {
+    "role and depth": ("role_conv", "role_fc", "role_bias", "role_norm", "depth", "is_matrix"),
+    "norm follows": ("is_normalised",),
+    "length of training": ("steps", "ratio", "num_states"),
+    "losses": ("train_loss", "has_train_loss", "eval_loss", "has_eval_loss", "loss_gap"),
+    "movement": ("moved", "start_cosine", "norm_growth"),
+    "states": ("states_moved", "states_cosine"),
+    "tail": ("tail_moved", "tail_cosine", "tail_noise"),
+    "branches": (
+        *("branches_moved", "branches_cosine", "branches_agreement", "branches_noise", "branches_shrinkage"),
+    ),
+    "spectrum": ("stable_rank", "filtered_share"),
+}
+RATES, HEAD_RATES, FIRST_RATES = (0.001, 0.004, 0.016), (0.0005, 0.005, 0.05), (0.01, 0.1)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from objective import load_tasks
+
+    tasks = {part: load_tasks(arguments.split, part, arguments.data, arguments.output_dir) for part in arguments.parts}
+    searches = {name: load_search(arguments.output_dir / "searches" / name) for name in arguments.searches}
+    for row in TABLES[arguments.table](tasks, searches, arguments):
+        print(f"| {' | '.join(row)} |")
+    return 0
+
+
+def load_search(folder: Path) -> Search:
+    """Open a search as it is.
+
+    Raises:
+        `FileNotFoundError`:
+            If there is none.
+    """
+    settings = json.loads((folder / "settings.json").read_text())
+    return Search(SearchSettings(**{**settings, "leave_out": tuple(settings["leave_out"])}), folder)
+
+
+def controls_table(tasks: Any, searches: Mapping[str, Search], arguments: argparse.Namespace) -> Iterable[list[str]]:
+    from objective import best_fixed, cached_controls
+
+    for part, of_part in tasks.items():
+        utilities = [cached_controls(task) for task in of_part]
+        for name, search in searches.items():
+            for task, of_task in zip(of_part, utilities, strict=True):
+                of_task[name] = task.utility(task.weights(search.rule(task))).to_dict()
+        fixed = best_fixed([{n: u["utility"] for n, u in cached_controls(task).items()} for task in of_part])
+        best = [max(u["utility"] for n, u in of.items() if n not in searches) for of in utilities]
+        yield [f"{part}, {len(of_part)} tasks", "minus naive", f"minus {fixed}", "accuracy", "source loss"]
+        yield ["---"] * 5
+        for name in utilities[0]:
+            value, naive, control = ([of[other]["utility"] for of in utilities] for other in (name, "naive", fixed))
+            accuracy, loss = (
+                [of[name][key] - of["naive"][key] for of in utilities] for key in ("accuracy", "source_loss")
+            )
+            row = [name, points(value, naive), points(value, control)]
+            yield [*row, f"{100 * np.mean(accuracy):+.2f}", f"{np.mean(loss):+.3f}"]
+        yield ["best control of each task", points(best, naive), points(best, control), "", ""]
+
+
+def elements_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
+    from search import shared_rule
+
+    for part, of_part in tasks.items():
+        yield [f"{part}, {len(of_part)} tasks", *map(str, COEFFICIENTS)]
+        yield ["---"] * (1 + len(COEFFICIENTS))
+        naive = [task.utility(task.theta0).per_draw.mean() for task in of_part]
+        for element in SHARED:
+            row = [element]
+            for coefficient in COEFFICIENTS:
+                rule = shared_rule([{element: coefficient}] * 2)
+                row.append(points([utility(task, rule) for task in of_part], naive))
+            yield row
+
+
+def noise_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
+    from objective import shrinkage
+
+    yield ["regime", "tensors", "λ = 0", "λ < 0.1", "median λ", "largest λ"]
+    yield ["---"] * 6
+    every = [task for of_part in tasks.values() for task in of_part]
+    for regime in dict.fromkeys(task.task.regime for task in every):
+        values = np.array(
+            [shrinkage(basis) for task in every if task.task.regime == regime for basis in task.bases.values()]
+        )
+        shares = [f"{100 * np.mean(values == 0):.0f}%", f"{100 * np.mean(values < 0.1):.0f}%"]
+        yield [regime, str(len(values)), *shares, f"{np.median(values):.2f}", f"{values.max():.2f}"]
+
+
+def coefficients_table(_: Any, searches: Mapping[str, Search], __: Any) -> Iterable[list[str]]:
+    found = [shared_coefficients(search.settings, search.searcher.mean) for search in searches.values()]
+    yield ["element", "no norm follows", "a norm follows"]
+    yield ["---"] * 3
+    for element in found[0][0]:
+        rows = [[shared[half][element] for shared in found] for half in (0, 1)]
+        yield [element, *(interval(row, 1, 2) for row in rows)]
+
+
+def statistics_table(tasks: Any, searches: Mapping[str, Search], _: Any) -> Iterable[list[str]]:
+    yield ["shuffled", *(f"{part} {name}" for part in tasks for name in searches)]
+    yield ["---"] * (1 + len(tasks) * len(searches))
+    for group in ("nothing", *GROUPS, "statistics of states"):
+        row = [group]
+        for of_part in tasks.values():
+            for search in searches.values():
+                before = [utility(task, search.rule) for task in of_part]
+                after = before if group == "nothing" else shuffled_utilities(of_part, search, group)
+                reference = [task.utility(task.theta0).per_draw.mean() for task in of_part]
+                row.append(points(after, reference if group == "nothing" else before))
+        yield row
+
+
+def shuffled_utilities(tasks: "Sequence[RecordedTask]", search: Search, group: str) -> list[float]:
+    """Return the utility with a group of statistics exchanged among all tensors of all tasks."""
+    from dataclasses import replace
+
+    from know_hf.known.combination_network import TENSOR_FEATURES
+
+    places = [(task, name) for task in tasks for name in task.bases]
+    order = np.random.RandomState(0).permutation(len(places))
+    bases = [task.bases[name] for task, name in places]
+    original = [task.bases for task in tasks]
+    columns = [TENSOR_FEATURES.index(name) for name in GROUPS.get(group, ())]
+    for task in tasks:
+        task.bases = dict(task.bases)
+    for (task, name), own, index in zip(places, bases, order, strict=True):
+        other, mixed = bases[index], own.tensor_features.clone()
+        mixed[columns] = other.tensor_features[columns]
+        of_states = own.state_features if columns else other.state_features
+        task.bases[name] = replace(own, tensor_features=mixed, state_features=of_states)
+    values = [utility(task, search.rule) for task in tasks]
+    for task, of_task in zip(tasks, original, strict=True):
+        task.bases = of_task
+    return values
+
+
+def confirm_table(tasks: Any, searches: Mapping[str, Search], arguments: argparse.Namespace) -> Iterable[list[str]]:
+    from objective import controls
+
+    for part, of_part in tasks.items():
+        names = [*arguments.controls, *searches]
+        values: dict[str, list[float]] = {name: [] for name in names}
+        for task in of_part:
+            rules = {**controls(task), **{name: search.rule for name, search in searches.items()}}
+            for name in names:
+                values[name].append(fine_tuned_utility(task, rules[name], arguments.draws, arguments.output_dir, name))
+        yield [
+            f"{part}, {len(of_part)} tasks",
+            "soft maximum of accuracy",
+            *(f"minus {n}" for n in arguments.controls),
+        ]
+        yield ["---"] * (2 + len(arguments.controls))
+        for name in names:
+            yield [
+                name,
+                f"{100 * np.mean(values[name]):.1f}",
+                *(points(values[name], values[n]) for n in arguments.controls),
+            ]
+
+
+def fine_tuned_utility(task: "RecordedTask", rule: "Rule", draws: int, output_dir: Path, name: str) -> float:
+    """Return the soft maximum of the test accuracy over pairs of rates, the mean over draws; cached in a file."""
+    import torch
+    from objective import soft_maximum
+
+    from know_hf.evaluation import FineTuning
+    from know_hf.evaluation.fine_tuning import evaluate_classifier
+
+    path = output_dir / "confirmed" / name / f"{task.task.name}-{draws}.json"
+    if not path.exists():
+        protocol = FineTuning(RATES, steps=30, head_steps=100, head_learning_rate=FIRST_RATES, head_rates=HEAD_RATES)
+        model = task.copy_of(task.weights(rule(task)))
+        runs = [(model, task.target_split(draw), task.task.seed + draw) for draw in range(draws)]
+        trials = protocol.trials_of(runs, evaluate_classifier)
+        accuracies = [[trial.test["accuracy"] for trial in of_draw] for of_draw in trials]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(soft_maximum(torch.tensor(accuracies)).tolist()))
+    return float(np.mean(json.loads(path.read_text())))
+
+
+def utility(task: "RecordedTask", rule: "Rule") -> float:
+    return float(task.utility(task.weights(rule(task))).per_draw.mean())
+
+
+def points(values: Sequence[float], reference: Sequence[float]) -> str:
+    """Format a mean difference with its 95% interval over tasks."""
+    return interval(np.subtract(values, reference), 100, 2)
+
+
+def interval(values: Sequence[float], scale: float, digits: int) -> str:
+    from know_hf.evaluation.statistics import mean_and_interval
+
+    if len(values) < 2:
+        return f"{scale * values[0]:+.{digits}f}"
+    estimate = mean_and_interval([scale * value for value in values])
+    return f"{estimate.mean:+.{digits}f} ± {estimate.half_width:.{digits}f}"
+
+
+TABLES = {
+    "controls": controls_table,
+    "elements": elements_table,
+    "noise": noise_table,
+    "coefficients": coefficients_table,
+    "statistics": statistics_table,
+    "confirm": confirm_table,
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser)
+    add = parser.add_argument
+    add("table", choices=TABLES, help="table to print")
+    add("--parts", nargs="*", choices=PARTS, default=["validation"], help="parts of the split (default: validation)")
+    add("--searches", nargs="*", default=[], help="names of searches")
+    add("--controls", nargs="*", default=["naive"], help="controls to confirm (default: naive)")
+    add("--draws", type=int, default=2, help="draws of each task to confirm on (default: 2)")
+    return parser
+
+
+if __name__ == "__main__":
+    from know_hf.terminal import run_program
+
+    arguments = make_parser().parse_args()
+    sys.exit(run_program("report.py", lambda: main(arguments)))

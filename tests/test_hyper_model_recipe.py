@@ -1,0 +1,155 @@
+"""recipes/hyper_model on toy tasks."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from know_hf import WeightTrajectory
+from know_hf.evaluation.suites import load_suite
+from know_hf.evaluation.suites.suite import SUITES_DIR
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "hyper_model"
+SPLIT = """
+inputs: {image_size: 8, channels: 1}
+source: {characters: 3, train: 24, validation: 6}
+target: {characters: 3, labels_per_class: 2}
+schedule: {ratio: 0.5, num_states: 3, tail_states: 2}
+training: {per_device_train_batch_size: 4, learning_rate: 0.003, use_cpu: true}
+architectures: {mlp: {class_name: MLP, config: {width: 6, num_inputs: 64}}}
+regimes: {short: {epochs: 1}, pretrained: {epochs: 1, pretrained: 1}}
+parts:
+  train: {first_seed: 20, tasks: 2, alphabets: [A, B], pretraining: [A, B, C], architectures: [mlp]}
+  test: {first_seed: 30, tasks: 1, alphabets: [B, C], pretraining: [A], architectures: [mlp]}
+"""
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """The modules of the recipe by name."""
+    modules = {}
+    for name in ("meta_tasks", "objective", "record", "search", "report"):
+        spec = importlib.util.spec_from_file_location(name, RECIPE / f"{name}.py")
+        modules[name] = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, modules[name])
+        spec.loader.exec_module(modules[name])
+    monkeypatch.setattr(modules["meta_tasks"], "_TARGET_VALIDATION", 6)
+    return SimpleNamespace(**modules)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a split and data: 3 alphabets of 4 characters, a blurred pattern each."""
+    folder = tmp_path_factory.mktemp("hyper_model")
+    (folder / "split.yaml").write_text(SPLIT)
+    random, rows = np.random.RandomState(0), []
+    for label in range(12):
+        pattern = random.randint(0, 256, (8, 8))
+        for _ in range(14):
+            image = np.clip(pattern + random.randint(-60, 60, (8, 8)), 0, 255).astype(np.uint8)
+            rows.append({"image": image, "label": label, "alphabet": "ABC"[label // 4]})
+    from PIL import Image
+
+    rows = [{**row, "image": Image.fromarray(row["image"])} for row in rows]
+    (folder / "data").mkdir()
+    Dataset.from_list(rows).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return folder
+
+
+def run(module, folder, *flags):
+    common = ("--data", folder / "data", "--output-dir", folder / "out", "--split", folder / "split.yaml")
+    arguments = module.make_parser().parse_args(list(map(str, (*flags, *common))))
+    return module.main(arguments)
+
+
+@pytest.fixture
+def tasks(recipe, folder):
+    assert run(recipe.record, folder, "--parts", "train", "test") == 0
+    return recipe.objective.load_tasks(folder / "split.yaml", "train", str(folder / "data"), folder / "out")
+
+
+def test_shipped_split_is_apart_from_the_suites(recipe):
+    split = recipe.meta_tasks.read_split(RECIPE / "split.yaml")
+    suites = [load_suite(path) for path in SUITES_DIR.glob("*.yaml")]
+    assert not any(
+        split["dataset"] in side.dataset.lower() for suite in suites for side in (suite.source, suite.target)
+    )
+    assert all(part["first_seed"] > 10_000 for part in split["parts"].values())
+    models = [(suite.model.class_name, suite.model.config) for suite in suites]
+    assert not any((own["class_name"], own["config"]) in models for own in split["architectures"].values())
+    train, validation, test = (set(part["alphabets"]) for part in split["parts"].values())
+    assert not (train & validation or train & test or validation & test)
+
+
+def test_soft_maximum(recipe):
+    values = torch.tensor([[0.5, 0.5], [0.5, 0.6]])
+    even, uneven = recipe.objective.soft_maximum(values, temperature=0.01).tolist()
+    assert even == pytest.approx(0.5)
+    assert 0.55 < uneven < 0.6
+
+
+def test_controls_are_combinations(recipe, tasks):
+    task = tasks[0]
+    rules = recipe.objective.controls(task)
+    weights = {name: task.weights(rule(task)) for name, rule in rules.items()}
+    nested, branches = (WeightTrajectory(task.task.folder / name) for name in ("nested", "branches"))
+    name = "features.1.weight"
+    assert torch.equal(weights["naive"][name], nested.tensor(name))
+    for control, expected in {
+        "average": nested.history(name).mean(dim=0),
+        "start-0.5": (nested.tensor(name) + nested.tensor(name, "start")) / 2,
+        "task-vector+0.5": 1.5 * nested.tensor(name) - 0.5 * nested.tensor(name, 2),
+        "tail-average": sum(nested.tensor(name, state) for state in (0, "tail-0", "tail-1")) / 3,
+        "branch-average": (branches.tensor(name, "branch-0") + branches.tensor(name, "branch-1")) / 2,
+        "shrink-0.5": nested.tensor(name) / 2,
+    }.items():
+        assert torch.allclose(weights[control][name], expected, atol=1e-6), control
+
+
+def test_utility_ignores_the_size_of_features_and_counts_source_loss(recipe, tasks):
+    task = tasks[0]
+    naive = task.utility(task.theta0)
+    assert naive.source_loss == pytest.approx(task.source_loss)
+    assert naive.accuracy == pytest.approx(naive.per_draw.mean())
+    last = {name: tensor * (2 if name.startswith("features.3") else 1) for name, tensor in task.theta0.items()}
+    larger = task.utility(last)
+    assert larger.accuracy == pytest.approx(naive.accuracy)
+    wrong = task.utility({**task.theta0, "classifier.weight": -5 * task.theta0["classifier.weight"]})
+    assert wrong.source_loss > naive.source_loss
+    assert wrong.per_draw.mean() == pytest.approx(naive.accuracy - 0.1 * (wrong.source_loss - naive.source_loss))
+
+
+@pytest.mark.parametrize("method", ["network", "cma"])
+def test_search_resumes_with_the_same_values(recipe, folder, tasks, capsys, method):
+    if method == "cma":
+        pytest.importorskip("cma")
+    flags = (method, "--population", 4, "--tasks", 1, "--draws", 2)
+    assert run(recipe.search, folder, *flags, "--generations", 3, "--name", f"{method}-whole") == 0
+    for generations in (1, 3):
+        assert run(recipe.search, folder, *flags, "--generations", generations, "--name", f"{method}-parts") == 0
+    logs = [
+        (folder / "out" / "searches" / f"{method}-{name}" / "log.jsonl").read_text() for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
+    assert [json.loads(line)["generation"] for line in logs[0].splitlines()] == [0, 1, 2]
+    tables = {"network": ("statistics", "confirm"), "cma": ("coefficients", "controls")}[method]
+    for table in tables:
+        assert run(recipe.report, folder, table, "--parts", "train", "--searches", f"{method}-whole") == 0
+    assert f"{method}-whole" in capsys.readouterr().out or method == "cma"
+    with pytest.raises(ValueError, match="other settings"):
+        run(recipe.search, folder, method, "--population", 6, "--name", f"{method}-whole")
+
+
+def test_tables_without_a_search(recipe, folder, tasks, capsys):
+    for table in ("controls", "elements", "noise"):
+        assert run(recipe.report, folder, table, "--parts", "train") == 0
+    printed = capsys.readouterr().out
+    assert "best control of each task" in printed
+    assert "| branches |" in printed
+    assert "| pretrained |" in printed
