@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from know_hf.prediction.tensor_contexts import tensor_contexts
 from meta_tasks import MetaTask, meta_tasks, read_split
 from torch import Tensor
 from tqdm import tqdm
@@ -28,6 +27,7 @@ from know_hf.evaluation.linear_probe import features
 from know_hf.evaluation.splits import Split
 from know_hf.evaluation.trials import logits, ridge_heads
 from know_hf.known import TensorBasis, combine, tensor_basis
+from know_hf.prediction.tensor_contexts import tensor_contexts
 
 Coefficients = Mapping[str, float]
 Rule = Callable[["RecordedTask"], Mapping[str, Coefficients]]  # from a task to the coefficients of its tensors
