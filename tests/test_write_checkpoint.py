@@ -145,12 +145,16 @@ CAPPED = """
 import resource, sys
 import torch
 from know_hf import WeightTrajectory, predict_overflowed_weights
+from know_hf.prediction import plan_prediction
 torch.set_num_threads(1)
 predict_overflowed_weights(sys.argv[1] + "/small", predictor="linear", output_dir=sys.argv[1] + "/warm")
+planned = plan_prediction(sys.argv[1] + "/large", predictor="linear").peak_memory
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 cap = used + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
 predict_overflowed_weights(sys.argv[1] + "/large", predictor="linear", output_dir=sys.argv[1] + "/out")
+peak = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]
+print("planned / peak =", planned / (1024 * int(peak)))
 """
 
 
@@ -163,16 +167,21 @@ def test_memory_does_not_grow_with_the_model(tmp_path, record_states):
     assert trajectory.states[0].files[-1].size > cap
     done = run("-c", CAPPED, tmp_path, cap, MALLOC_ARENA_MAX="2")
     assert done.returncode == 0, done.stdout
+    assert 0.8 < float(done.stdout.rpartition("=")[2]) < 1.2
     expected = (2 * trajectory.tensor("1.weight").float() - trajectory.tensor("1.weight", 1).float()).bfloat16()
     torch.testing.assert_close(weights(tmp_path / "out")["1.weight"], expected, rtol=0.01, atol=1e-6)
 
 
-def test_the_plan_describes_the_prediction(trajectory):
+def test_the_plan_describes_the_prediction(trajectory, tmp_path):
     plan = plan_prediction(trajectory, steps=2)
     assert plan.predicted == sum(
         trajectory.shape(name).numel() for name, r in trajectory.roles.items() if r.role in ("conv", "fc", "bias")
     )
-    assert plan.disk == sum(trajectory.tensor(name).nbytes for name in trajectory.names)
+    result = predict_overflowed_weights(trajectory, steps=2, output_dir=tmp_path / "out", card=False)
+    assert plan.disk == sum(path.stat().st_size for path in result.path.iterdir())
+    plan.evaluates = True
+    assert plan.peak_memory == plan.process_memory + plan.memory + 2 * plan.tensor_bytes
+    assert "for the gate to load its model" in str(plan)
     assert plan.seconds > 0 and plan_prediction(trajectory, predictor="lines").seconds > 0
     lines = str(plan).splitlines()
     assert lines[0].split() == ["role", "tensors", "parameters", "action"]

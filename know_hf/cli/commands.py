@@ -139,6 +139,7 @@ def predict(args: argparse.Namespace) -> Result | None:
         requested = {name: options[name] for name in ("known", "steps", "predictor", "predictor_options")}
         options["predictor"] = requested_predictor(gate, args.trajectory, **requested)
         plan = plan_prediction(args.trajectory, **options, device=accelerator.device)
+        plan.evaluates = gate is not None
         return plan if accelerator.is_main_process else None
     written = push_options | {name: getattr(args, name) for name in ("output_dir", "overwrite", "push_to_hub")}
     result = predict_overflowed_weights(args.trajectory, **options, **written, gate=gate, accelerator=accelerator)

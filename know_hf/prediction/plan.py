@@ -1,22 +1,22 @@
 """[`plan_prediction`]: what a prediction will do, from the headers of the recorded files alone."""
 
 import re
-import timeit
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from transformers.utils import logging
 
 from ..checkpoint import TensorSpec, parse_json
+from ..checkpoint.header import make_header
 from ..known import KNOWNConfig, KNOWNModel
 from ..known.kernels import KERNELS
 from ..markdown import size
 from ..predictors import (
     Composition,
-    DepthPredictor,
     KNOWNCombination,
     KNOWNPredictor,
     Predictor,
@@ -28,6 +28,7 @@ from ..predictors import (
 from ..roles import PREDICTED_DTYPES, PREDICTED_ROLES
 from ..trajectory import TrajectoryError, WeightTrajectory
 from . import pieces
+from .estimated_time import duration, seconds_per_weight
 from .full_data_model import rescaling_of
 from .snapshot_predictions import MissingSnapshotsError, lora_pairs, snapshots_read
 from .write_checkpoint import READ_AHEAD, WRITE_BEHIND, checkpoint_specs
@@ -37,7 +38,6 @@ logger = logging.get_logger(__name__)
 SHIPPED_KNOWN = Path(__file__).parents[1] / "known" / "weights" / "known-base"
 MAX_STEPS = 1000
 COPIED_COST = 0.02  # cost of a copied element relative to one step of prediction
-_TRIAL_SIZE = 2**16  # rows of the trial behind the estimated time
 _RANGE = {"largest_weight", "largest_displacement", "mean_displacement"}
 
 
@@ -89,6 +89,10 @@ class PredictionPlan:
         seconds (`float`, *optional*):
             Estimated time of the prediction on this process, from a trial on random rows. Reading and writing are not
             included. `None` for a [`SnapshotPredictor`].
+        process_memory (`int`, *optional*):
+            Memory of this process in bytes, with libraries and predictor, after the trial.
+        evaluates (`bool`):
+            Whether a gate loads the checkpoint.
     """
 
     trajectory: WeightTrajectory
@@ -100,6 +104,8 @@ class PredictionPlan:
     members: list[Predictor] = field(default_factory=list)
     rescaling: Rescaling | None = None
     seconds: float | None = None
+    process_memory: int | None = None
+    evaluates: bool = False
 
     @property
     def num_states(self) -> int:
@@ -120,7 +126,12 @@ class PredictionPlan:
 
     @property
     def disk(self) -> int:
-        """Size of the checkpoint's tensors in bytes."""
+        """Size of the checkpoint in bytes, without its card. Also with a gate."""
+        files = sum(path.stat().st_size for path in self.trajectory.model_files)
+        return files + len(make_header(self.specs)[0]) + self.tensor_bytes
+
+    @property
+    def tensor_bytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
 
     @property
@@ -142,6 +153,13 @@ class PredictionPlan:
         is_complete = isinstance(self.predictor, SnapshotPredictor)
         complete = 3 * len(self.snapshots) * max(sizes, default=0) if is_complete else 0
         return 4 * (of_pieces + complete)
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Estimated memory of the process that predicts, in bytes. A gate holds its model twice while it is loaded."""
+        if self.process_memory is None:
+            return None
+        return self.process_memory + self.memory + (2 * self.tensor_bytes if self.evaluates else 0)
 
     def with_predictor(self, predictor: Predictor) -> "PredictionPlan":
         """Return the plan of one step of another predictor, without rescaling.
@@ -167,7 +185,7 @@ class PredictionPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values: sizes in bytes, and by tensor its role and the role that predicts it."""
-        keys = ("name", "steps", "snapshots", "norm", "predicted", "memory", "disk", "seconds")
+        keys = ("name", "steps", "snapshots", "norm", "predicted", "memory", "peak_memory", "disk", "seconds")
         tensors = {name: {"role": tensor.role, "network": tensor.network} for name, tensor in self.tensors.items()}
         rescaling = None if self.rescaling is None else self.rescaling.to_dict()
         return {**{key: getattr(self, key) for key in keys}, "rescaling": rescaling, "tensors": tensors}
@@ -188,16 +206,23 @@ class PredictionPlan:
             "",
             f"states    {states}{'' if used == states and not others else read}",
             f"steps     {self.steps}",
-            f"memory    at most {size(self.memory)} for the pieces at work",
+            f"memory    {self._memory_text()}",
             f"disk      {size(self.disk)}",
         ]
         if self.rescaling is not None:
             lines.append(f"rescaled  {self.rescaling}")
         if self.seconds is not None:
             each = self.seconds / max(self.predicted * self.steps, 1)
-            time = f"{_duration(self.seconds)} on one process ({each:.2g} s per weight and step)"
+            time = f"{duration(self.seconds)} on one process ({each:.2g} s per weight and step)"
             lines.append(f"time      about {time}")
         return "\n".join(lines)
+
+    def _memory_text(self) -> str:
+        pieces = f"{size(self.memory)} for the pieces at work"
+        if self.process_memory is None or self.peak_memory is None:
+            return f"at most {pieces}"
+        model = f", {size(2 * self.tensor_bytes)} for the gate to load its model" if self.evaluates else ""
+        return f"about {size(self.peak_memory)}: {size(self.process_memory)} for the process, {pieces}{model}"
 
 
 def plan_prediction(
@@ -223,7 +248,7 @@ def plan_prediction(
         device (`torch.device` or `str`, *optional*):
             Device to move KNOWN to; it stays where it is by default.
         estimate_time (`bool`, *optional*, defaults to `True`):
-            Whether to time the predictor on random rows.
+            Whether to time the predictor on random rows, and to measure the memory of this process afterwards.
 
     Raises:
         `TrajectoryError`, `ValueError`: as [`predict_overflowed_weights`] does before it starts.
@@ -246,7 +271,10 @@ def plan_prediction(
     rescaling = rescaling_of(trajectory, rescalers) if rescalers else None
     plan = PredictionPlan(trajectory, resolved, int(steps), tensors, snapshots, norm, members, rescaling)
     if estimate_time:
-        plan.seconds = _seconds(plan)
+        if not isinstance(resolved, SnapshotPredictor):
+            networks = {tensor.network for tensor in tensors.values() if tensor.network}
+            plan.seconds = plan.predicted * plan.steps * seconds_per_weight(resolved, networks, plan.num_states)
+        plan.process_memory = psutil.Process().memory_info().rss
     return plan
 
 
@@ -379,23 +407,3 @@ def _refuse_quantised(trajectory: WeightTrajectory) -> None:
         raise TrajectoryError(f"{config} is not a JSON object; restore it from a copy")
     if content.get("quantization_config"):
         raise TrajectoryError(f"{config} has a quantization_config; record the dequantised model, model.dequantize()")
-
-
-def _seconds(plan: PredictionPlan) -> float | None:
-    if isinstance(plan.predictor, SnapshotPredictor):
-        return None
-    networks = {tensor.network for tensor in plan.tensors.values() if tensor.network}
-    if not networks:
-        return 0.0
-    rows = 0.05 * torch.randn(_TRIAL_SIZE, plan.num_states, generator=torch.Generator().manual_seed(0))
-    predictor = plan.predictor.at_depth(0.5) if isinstance(plan.predictor, DepthPredictor) else plan.predictor
-    trial = timeit.repeat(
-        lambda: predictor.residual(rows, min(networks)), number=1, repeat=3
-    )  # the first run compiles
-    return min(trial) / _TRIAL_SIZE * plan.predicted * plan.steps
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
