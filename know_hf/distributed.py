@@ -1,6 +1,8 @@
 """Several processes: actions with results and errors on all of them, and sharded weights."""
 
 from collections.abc import Callable
+from pathlib import Path
+from socket import gethostname
 from typing import TypeVar
 
 import torch
@@ -46,6 +48,23 @@ def on_every_process(accelerator: Accelerator | None, action: Callable[[], T]) -
         if failure is not None:
             raise RuntimeError(f"process {rank} failed with {failure}")
     return [result for result, _ in outcomes]
+
+
+def check_shared(accelerator: Accelerator | None, folder: Path) -> None:
+    """Raise an error on all processes if one of them does not see a folder that the main process created.
+
+    Raises:
+        `FileNotFoundError` on the processes, such as those of another node, that lack it; see [`on_every_process`].
+    """
+
+    def check() -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}, which the main process created, does not exist on {gethostname()}; give a folder that all"
+                " nodes share"
+            )
+
+    on_every_process(accelerator, check)
 
 
 def is_sharded(trainer: Trainer) -> bool:

@@ -95,7 +95,8 @@ def predict_overflowed_weights(
             value is too large for `dtype` or float32, rescaling would change the function of Θ0, or the losses of a
             gate cannot be compared.
         `FileExistsError`: if `output_dir` is not empty and `overwrite` is off, or another program changed it.
-        `OSError`: before the work, if the disk has too little space or another process writes or pushes `output_dir`.
+        `OSError`: before the work, if the disk has too little space, another process writes or pushes `output_dir`, or
+            the nodes do not share it.
         `HubError` or an error of huggingface_hub: if the checkpoint cannot be pushed; a written one stays in
             `output_dir`.
         `RuntimeError`: on the other processes, if one failed.

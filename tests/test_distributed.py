@@ -1,5 +1,6 @@
 """Helpers for several processes, on stand-ins for a launched run; tests/processes/ launches real ones."""
 
+from socket import gethostname
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from know_hf.distributed import check_gathering, gather_state_dict, is_sharded, on_every_process, on_main_process
+from know_hf.distributed import (
+    check_gathering,
+    check_shared,
+    gather_state_dict,
+    is_sharded,
+    on_every_process,
+    on_main_process,
+)
 
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 
@@ -68,3 +76,9 @@ def test_a_single_process_runs_the_action():
     for accelerator in (None, make_trainer(DistributedType.NO).accelerator):
         assert on_main_process(accelerator, lambda: 7) == 7
         assert on_every_process(accelerator, lambda: 7) == [7]
+
+
+def test_a_folder_that_the_nodes_do_not_share(tmp_path):
+    check_shared(None, tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none.*{gethostname()}.*share"):
+        check_shared(None, tmp_path / "none")

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, tqdm
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
@@ -241,9 +242,8 @@ class _Training:
     def run(self, progress: bool) -> Progress:
         state, args = self.state, self.args
         start = time.perf_counter() - state.seconds
-        with tqdm(
-            main_process_only=True, desc="meta-training", initial=state.step, total=args.steps, disable=not progress
-        ) as bar:
+        disable = not (progress and self.accelerator.is_main_process)  # accelerate's tqdm shows a bar on every node
+        with tqdm(desc="meta-training", initial=state.step, total=args.steps, disable=disable) as bar:
             for batch in takewhile(lambda _: not self.is_finished, self.loader):
                 self._step(send_to_device(batch, self.accelerator.device))
                 bar.update()

@@ -28,7 +28,7 @@ from ..checkpoint import (
     replace_tensors,
     write_json,
 )
-from ..distributed import on_every_process, on_main_process
+from ..distributed import check_shared, on_every_process, on_main_process
 from ..local_paths import hide_paths, loaded_from, resolved_name
 from ..model_tensors import names_on_disk
 from ..trajectory import WeightTrajectory, load_pretrained
@@ -142,7 +142,9 @@ def checkpoint_folder(
                 check_holds_no_trajectory(target)
             return stack.enter_context(atomic_folder(target, options.overwrite))
 
-        yield on_main_process(options.accelerator, enter)
+        folder = on_main_process(options.accelerator, enter)
+        check_shared(options.accelerator, folder)
+        yield folder
         on_main_process(options.accelerator, stack.close)
 
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..checkpoint import check_free_disk, check_output
 from ..data.subsets import Subset, divide
-from ..distributed import gather_state_dict, is_sharded, on_main_process, reshard
+from ..distributed import check_shared, gather_state_dict, is_sharded, on_main_process, reshard
 from ..local_paths import loaded_from
 from ..schedule import ForgettingSchedule
 from ..trajectory import StateRecord, WeightTrajectory, state_nbytes
@@ -95,6 +95,8 @@ def induce_forgetting(
             another trajectory or the folder of the model. After a training, when a state is not finite.
         `FileExistsError`:
             When the folder holds a model.
+        `FileNotFoundError`:
+            Before the training, when the nodes do not share the folder.
         `OSError`:
             Before the training, when the folder cannot be written or the disk has too little space for all states.
         `TrajectoryBusyError`:
@@ -122,6 +124,7 @@ def induce_forgetting(
             return len(trajectory.states) + len(trajectory.branches)
 
         num_recorded = on_main_process(trainer.accelerator, begin)
+        check_shared(trainer.accelerator, trajectory.path)
         use_evaluated_weights(trainer.optimizer, trainer.args, trainer.state)
         last = [*trajectory.states, *trajectory.branches][-1:]
         if num_recorded:

@@ -1,6 +1,7 @@
 """What the kill campaign runs: each command of know_hf on models of a few hundred weights."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class Commands:
             ),
             "merge": Command(self.merge, old=old_folder),
             "compare": Command(self.compare, is_whole=False),
-            "meta-train": Command(self.meta_train, is_whole=False),
+            "meta-train": Command(lambda trial: train_known(self.inputs, trial / "out"), is_whole=False),
             "push": Command(lambda trial: push(self.inputs / "walk", REPO), old=old_repo, on_hub=True),
             "pull": Command(lambda trial: pull("me/pulled", trial / "out")),
         }
@@ -151,15 +152,16 @@ class Commands:
         arms = ["naive", "shrink", "average"]
         compare_arms(task, trial / "out", protocols=protocols, arms=arms, seeds=(0,), draws=2, pages=False)
 
-    def meta_train(self, trial: Path) -> None:
-        out = trial / "out"
-        sizes = {name: 4 for name in ("hidden_size", "stream_size") if hasattr(KNOWNConfig(), name)}
-        data = TransitionDataset(
-            [self.inputs / "walk", self.inputs / "other"], 4, cache_dir=out / "cache", progress=False
-        )
-        options: dict[str, Any] = {"steps": 6, "batch_size": 16, "save_every": 2, "keep_checkpoints": 9}
-        args = MetaTrainingArguments(checkpoint_dir=str(out / "checkpoints"), warmup_steps=0, **options)
-        result = meta_train(KNOWNConfig(num_states=4, **sizes), data, args=args, progress=False)
+
+def train_known(inputs: Path, out: Path) -> None:
+    """Meta-train a small KNOWN on the trajectories among the inputs."""
+    sizes = {name: 4 for name in ("hidden_size", "stream_size") if hasattr(KNOWNConfig(), name)}
+    trajectories = [inputs / "walk", inputs / "other"]
+    data = TransitionDataset(trajectories, 4, cache_dir=out / "cache", progress=False)
+    options: dict[str, Any] = {"steps": 6, "batch_size": 16, "save_every": 2, "keep_checkpoints": 9}
+    args = MetaTrainingArguments(checkpoint_dir=str(out / "checkpoints"), warmup_steps=0, **options)
+    result = meta_train(KNOWNConfig(num_states=4, **sizes), data, args=args, progress=False)
+    if int(os.environ.get("RANK", 0)) == 0:
         result.model.save_pretrained(out / "known")
 
 

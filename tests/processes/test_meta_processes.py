@@ -73,15 +73,18 @@ def run(*targets):
     return [process.exitcode for process in processes]
 
 
-def run_pair(root, folder, args, kill_at=None):
-    """Train on two processes as torchrun starts them, and write what they did to `rank-{rank}.json`."""
+def run_pair(root, folder, args, kill_at=None, nodes=1):
+    """Train on two processes as torchrun starts them on one or two nodes; they write `rank-{rank}.json`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
 
     def child(rank):
-        group = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        os.environ |= {**group, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
+        local = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+        if nodes == 2:
+            local = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": rank, "GROUP_WORLD_SIZE": "2"}
+        os.environ |= {**local, "RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
         AcceleratorState._reset_state(reset_partial_state=True)
         processes = start_processes()
         trained = train(root, args, kill_at if rank == "1" else None)
@@ -140,10 +143,10 @@ def test_two_processes_agree_with_one(pair, root):
         assert ours == pytest.approx(theirs, rel=0.01)
 
 
-def test_two_processes_resume_after_one_is_killed(pair, root, tmp_path):
+def test_two_nodes_resume_after_one_is_killed(pair, root, tmp_path):
     args = replace(ARGUMENTS, checkpoint_dir=str(tmp_path / "checkpoints"))
-    assert run_pair(root, tmp_path, args, kill_at=35) == [1, -signal.SIGKILL]
-    assert run_pair(root, tmp_path, args) == [0, 0]
+    assert run_pair(root, tmp_path, args, kill_at=35, nodes=2) == [1, -signal.SIGKILL]
+    assert run_pair(root, tmp_path, args, nodes=2) == [0, 0]
     for resumed, uninterrupted in zip(read_notes(tmp_path), pair, strict=True):
         assert resumed["items"] == uninterrupted["items"][20:]  # from the checkpoint at step 20
         assert resumed["weights"] == uninterrupted["weights"]
