@@ -26,6 +26,8 @@ MODULES = (
     "comparison",
     "one_by_one",
     "many_tensors",
+    "gpu",
+    "recording",
 )
 
 
@@ -52,7 +54,7 @@ def meta_training(scripts):
 
 
 def test_help_needs_no_torch():
-    for name in ("prediction", "meta_training", "recording", "comparison", "many_tensors"):
+    for name in ("prediction", "meta_training", "recording", "comparison", "many_tensors", "gpu"):
         program = (
             "import runpy, sys\n"
             f"sys.path.insert(0, {str(FOLDER)!r})\n"
@@ -87,10 +89,11 @@ def test_prediction(prediction, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prediction.os, "environ", dict(os.environ))
     command = ["--sizes", "tiny", "--kernels", "eager", "unknown", "--peers", "graph", "--rows", "2048"]
     command += ["--seconds", "0", "--repetitions", "1", "--threads", "1"]
+    command += ["--predict-with", "auto", "linear", "--plot", str(tmp_path / "plot.svg")]
     command += ["--output-dir", str(disk), "--json", str(numbers)]
     prediction.main(prediction.make_parser().parse_args(command))
     results = json.loads(numbers.read_text())
-    eager, (end_to_end,) = results["function"]["eager"], results["end_to_end"]
+    eager, (end_to_end, linear) = results["function"]["eager"], results["end_to_end"]
     assert eager["difference"] < 5e-7
     assert eager["flops_per_second"] == pytest.approx(results["flops"]["published"] / eager["seconds"])
     assert "unknown" in results["function"]["unknown"]["not_run"]
@@ -101,6 +104,9 @@ def test_prediction(prediction, tmp_path, monkeypatch, capsys):
     assert f"| eager | {eager['seconds']:.2e} (" in printed
     assert "| peer: Keras graph | not run: tensorflow is not installed |" in printed
     assert f"| tiny ResNet | auto | {end_to_end['parameters']:,} | float32 |" in printed
+    for row in (end_to_end, linear):
+        assert 0.8 < row["planned_peak_bytes"] / row["peak_bytes"] < 1.2
+    assert "CPU nanoseconds per weight" in (tmp_path / "plot.svg").read_text()
     assert not list(disk.iterdir())
 
 
@@ -147,7 +153,7 @@ def test_sizes_are_those_of_the_models():
     assert plan("bert")["parameters"] == 109_482_240
     billion = plan("1b")
     assert billion["parameters"] == 1_235_814_400
-    assert billion["disk_bytes"] == 6 * 2 * billion["parameters"]  # five states and the prediction, bfloat16
+    assert billion["disk_bytes"] == 3 * 2 * billion["parameters"]  # two states and the prediction, bfloat16
 
 
 def test_flops(prediction):
@@ -233,3 +239,17 @@ def test_comparison_measures_the_same_trials_in_both_ways(scripts, tmp_path, cap
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     old, new = (numbers["seconds"]["naive"]["all"][path][0] for path in comparison.PATHS)
     assert f"| naive | all | {old:.2f} | {new:.2f} | {old / new:.1f} |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_gpu_runs_to_the_end_on_a_cpu(scripts, tmp_path, capsys):
+    gpu = import_module("gpu")
+    gpu.main(gpu.make_parser().parse_args(["--smoke", "--output-dir", str(tmp_path)]))
+    table, _, last = capsys.readouterr().out.strip().rpartition("\n")
+    results = json.loads(last)
+    assert results["kernel"]["folded: seconds per weight"] > 0 and "more than" not in str(results["kernel"])
+    assert results["meta-training"] and results["recording"]["parameters"] == 411_136
+    assert results["stacked comparison"]["all, together, seconds"] > 0
+    assert 0 < results["published protocol"]["naive, linear-probe: accuracy"] <= 1
+    assert "| recording | parameters | 411136 |" in table
+    assert not list(tmp_path.iterdir())

@@ -20,6 +20,14 @@ Seconds = dict[str, dict[str, dict[str, list[float]]]]  # by arm, protocol and p
 
 
 def main(args: argparse.Namespace) -> None:
+    seconds, suite, kind = measure(args)
+    print(table(seconds))
+    if args.json is not None:
+        args.json.write_text(json.dumps({"suite": suite, "device": kind, "seconds": seconds}), encoding="utf-8")
+
+
+def measure(args: argparse.Namespace) -> tuple[Seconds, str, str]:
+    """Return the seconds, the name of the suite and the kind of the device."""
     import torch
     from one_by_one import one_by_one
 
@@ -48,9 +56,7 @@ def main(args: argparse.Namespace) -> None:
                     measure_arm((args.seed, arm), design=design, output_dir=folder)
                     of_arm = seconds.setdefault(arm.name, {}).setdefault(label, {})
                     of_arm.setdefault(path, []).append(clock() - started)
-    print(table(seconds))
-    if args.json is not None:
-        args.json.write_text(json.dumps({"suite": suite.name, "device": kind, "seconds": seconds}), encoding="utf-8")
+    return seconds, suite.name, kind
 
 
 def pairs(texts: list[str]) -> dict[str, str]:

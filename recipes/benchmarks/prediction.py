@@ -30,7 +30,7 @@ from contestants import (
     prepare_matrix_product,
     prepare_peer,
 )
-from trajectories import SIZES, prepare_prediction, prepare_trajectory
+from trajectories import SIZES, prepare_plan, prepare_prediction, prepare_trajectory
 
 PEERS = {"graph": "peer: Keras graph", "predict": "peer: `Model.predict`", "xla": "peer: with XLA"}
 STARTED = time.perf_counter()
@@ -59,6 +59,8 @@ def main(args: argparse.Namespace) -> None:
         for size, content in inputs.properties["plans"].items():
             results["end_to_end"] += [content | row for row in time_prediction(args, size, folder, threads)]
     print(machine_text(results), function_table(results), end_to_end_table(results), sep="\n\n")
+    if args.plot:
+        plot(results["end_to_end"], args.plot)
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
 
@@ -119,23 +121,29 @@ def start_contestants(
 
 
 def time_prediction(args: argparse.Namespace, size: str, folder: Path, threads: int) -> list[dict[str, Any]]:
-    """Record a trajectory and predict from it with each kernel, in a new process each time."""
-    log(f"{size}: recording a trajectory")
+    """Write a trajectory, unless there is one, and predict from it in each way, in a new process each time."""
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        trajectory = Path(name, "trajectory")
-        with Contestant(prepare_trajectory, size, trajectory, threads) as recording:
-            stop_at_failure(recording)
-        for kernel in args.predict_with:
+        trajectory = Path(args.trajectories or name, size)
+        if not trajectory.exists():
+            log(f"{size}: writing a trajectory")
+            with Contestant(prepare_trajectory, size, trajectory, threads) as writing:
+                stop_at_failure(writing)
+        for way in args.predict_with:
+            arguments = (way, args.device, threads)
+            log(f"{size}: dry run with {way}")
+            with Contestant(prepare_plan, trajectory, folder / "known", *arguments) as planned:
+                stop_at_failure(planned)
             runs, start = [], time.perf_counter()
             while len(runs) < args.repetitions and (not runs or time.perf_counter() - start < MAX_SECONDS):
-                log(f"{size}: prediction {len(runs) + 1} with {kernel}")
+                log(f"{size}: prediction {len(runs) + 1} with {way}")
                 with tempfile.TemporaryDirectory(dir=name) as target:
                     paths = (trajectory, folder / "known", Path(target, "predicted"))
-                    with Contestant(prepare_prediction, *paths, kernel, args.device, threads) as prediction:
+                    with Contestant(prepare_prediction, *paths, *arguments) as prediction:
                         runs.append(prediction.run())
                         stop_at_failure(prediction)
-            rows.append({"kernel": kernel, "runs": len(runs)} | recording.properties | summary(runs))
+            rows.append({"kernel": way, "runs": len(runs)} | planned.properties | summary(runs))
+            log(f"{size}: {json.dumps(rows[-1])}")
     return rows
 
 
@@ -215,13 +223,40 @@ def end_to_end_table(results: dict[str, Any]) -> str:
     from know_hf.markdown import table
 
     header = ["end to end", "kernel", "parameters", "states", "seconds (best, runs)", "seconds per weight"]
-    rows = [[*header, "extra memory", "written"]]
+    header += ["CPU seconds per weight", "extra memory", "process", "planned", "written", "planned"]
+    rows = [header]
     for row in results["end_to_end"]:
         cells = [row["title"], row["kernel"], f"{row['parameters']:,}", row["dtype"]]
         cells += [f"{row['seconds']:.2f} ({row['best_seconds']:.2f}, {row['runs']})"]
-        cells += [f"{row['seconds'] / row['parameters']:.2e}", f"{row['memory_bytes'] / 1e6:,.0f} MB"]
-        rows.append([*cells, f"{row['written_bytes'] / row['seconds'] / 1e6:,.0f} MB/s"])
+        cells += [f"{row[key] / row['parameters']:.2e}" for key in ("seconds", "cpu_seconds")]
+        memory = ("memory_bytes", "peak_bytes", "planned_peak_bytes")
+        cells += [f"{row[key] / 1e6:,.0f} MB" for key in (*memory, "written_bytes", "planned_disk_bytes")]
+        rows.append(cells)
     return table(rows)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Plot CPU time per weight and memory of the process over the size of the model."""
+    from matplotlib.ticker import EngFormatter
+
+    from know_hf.plotting.style import BLUE, GREEN, VERMILION, legend, new_figure, save_figure, style_axes
+
+    figure = new_figure(7, 2.8)
+    time_axes, memory_axes = figure.subplots(1, 2)
+    ways = dict.fromkeys(row["kernel"] for row in rows)
+    for way, colour, marker in zip(ways, (BLUE, VERMILION, GREEN), "osD", strict=False):
+        of_way = sorted((row for row in rows if row["kernel"] == way), key=lambda row: row["parameters"])
+        sizes, style = [row["parameters"] for row in of_way], {"color": colour, "marker": marker, "label": way}
+        time_axes.plot(sizes, [1e9 * row["cpu_seconds"] / row["parameters"] for row in of_way], **style)
+        memory_axes.plot(sizes, [row["peak_bytes"] / 1e9 for row in of_way], **style)
+    style_axes(time_axes, "Time", "parameters", "CPU nanoseconds per weight", "y")
+    style_axes(memory_axes, "Memory", "parameters", "process, GB", "y")
+    for axes in (time_axes, memory_axes):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_ylim(bottom=0)
+    legend(figure, *time_axes.get_legend_handles_labels(), ncols=len(ways))
+    save_figure(figure, path)
 
 
 def stop_at_failure(contestant: Contestant) -> None:
@@ -246,7 +281,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     kernels = ["eager", "folded", "cpu", "triton"]
     add("--kernels", nargs="*", default=kernels, help="kernels of know_hf.known.kernels (default: all)")
-    add("--predict-with", nargs="*", default=["auto"], metavar="KERNEL", help="kernels for end to end (default: auto)")
+    ways = "kernels for end to end, or linear, a predictor that costs little; auto+gate and linear+gate: with a gate"
+    add("--predict-with", nargs="*", default=["auto"], metavar="KERNEL", help=f"{ways} (default: auto)")
+    add("--trajectories", type=Path, help="folder of the trajectories, which are kept (default: temporary)")
+    add("--plot", type=Path, metavar="FILE", help="write a plot of time and memory over the size")
     add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="forms of the published network (default: all)")
     add("--peer-weights", type=Path, help="folder with the published KNOWN_*.h5 (default: the shipped weights)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="device of KNOWN (default: cpu)")

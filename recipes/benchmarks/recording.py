@@ -61,7 +61,7 @@ def training_step(model: Any, batch_size: int) -> Callable[[], None]:
     """Return a training step: forward and backward pass, and a small change of every weight."""
     import torch
 
-    ids = torch.randint(0, 1000, (batch_size, 64))
+    ids = torch.randint(0, 1000, (batch_size, 64), device=model.device)
 
     def step() -> None:
         model(input_ids=ids)[0].float().square().mean().backward()
