@@ -10,7 +10,7 @@ from know_hf import KNOWNConfig, KNOWNModel
 from know_hf.known import TensorContext, combine, tensor_basis
 from know_hf.known.combination_network import ELEMENTS, STATE_FEATURES, TENSOR_FEATURES
 from know_hf.known.singular_part import singular_part
-from know_hf.predictors import TensorSnapshots, get_predictor
+from know_hf.predictors import TensorSnapshots, get_predictor, shrunken_jackknife
 
 SHAPE = (24, 30)
 CONTEXT = TensorContext("conv", 0.4, True, (1.0, 0.5, 0.25), (100, 50, 25), (0.1, 0.05, 0.02), (0.4, 0.5, 0.7))
@@ -159,6 +159,16 @@ def test_statistics_have_the_expected_values():
     first, second = ({n: float(v) for n, v in zip(STATE_FEATURES, row, strict=True)} for row in basis.state_features)
     assert first["cosine"] == pytest.approx(1) and first["moved"] == pytest.approx(math.log10(0.5) / 2)
     assert second["turn"] == pytest.approx(1) and second["loss_rise"] == pytest.approx(math.log10(0.7 / 0.4) / 2)
+
+
+def test_the_shrinkage_of_branches_is_that_of_the_jackknife():
+    theta0 = torch.randn(SHAPE)
+    branches = [theta0 + 0.2 + 0.1 * torch.randn(SHAPE) for _ in range(2)]
+    basis = tensor_basis(theta0, branches=branches)
+    factor = float(basis.tensor_features[TENSOR_FEATURES.index("branches_shrinkage")])
+    residual = shrunken_jackknife(theta0, branches) - theta0
+    assert 0.5 < factor < 1
+    torch.testing.assert_close(combine(basis.elements, {"branches": -factor}), residual)
 
 
 def test_the_singular_part_of_a_planted_signal():

@@ -195,10 +195,8 @@ class _Gram:
         return _log(self.norm(row), self.norm(other))
 
     def noise(self, kind: str) -> float:
-        """Root of the variance of the mean of a kind, summed over all weights; 0 for fewer than two."""
+        """Root of the variance of the mean of two or more of a kind, summed over all weights."""
         rows = self.rows[kind]
-        if len(rows) < 2:
-            return 0.0
         square = sum(self.norm(row - self.mean(kind)) ** 2 for row in rows)
         return math.sqrt(square / (len(rows) * (len(rows) - 1)))
 
@@ -243,17 +241,20 @@ def _features(gram: _Gram) -> dict[str, float]:
     if len(gram.rows["tail"]):
         mean = gram.mean("tail")
         features |= {"has_tail": 1.0, "tail_moved": gram.ratio(mean, main), "tail_cosine": gram.cosine(mean, main)}
-        features["tail_noise"] = _log(gram.noise("tail"), gram.norm(mean))
+        if len(gram.rows["tail"]) > 1:
+            features["tail_noise"] = _log(gram.noise("tail"), gram.norm(mean))
     if len(branches := gram.rows["branch"]):
         mean, origin = gram.mean("branch"), gram.mean("origin")
         features |= {"has_branches": 1.0, "branches_moved": gram.ratio(mean, main)}
         features["branches_cosine"] = gram.cosine(mean, main)
+    if len(branches) > 1:
         pairs = [(a - origin, b - origin) for i, a in enumerate(branches) for b in branches[:i]]
-        features["branches_agreement"] = sum(gram.cosine(a, b) for a, b in pairs) / max(len(pairs), 1)
+        features["branches_agreement"] = sum(gram.cosine(a, b) for a, b in pairs) / len(pairs)
         noise, square = gram.noise("branch"), gram.norm(mean) ** 2
         features["branches_noise"] = _log(noise, gram.norm(mean - origin))
-        # the factor of the shrunken jackknife
-        features["branches_shrinkage"] = max(0.0, 1 - 2 * noise**2 / square) if square else 0.0
+        # the positive-part James–Stein factor of the shrunken jackknife
+        shrunk = max(0.0, 1 - 2 / gram.theta0.numel()) * 2 * noise**2
+        features["branches_shrinkage"] = max(0.0, 1 - shrunk / square) if square else 0.0
     return features
 
 
