@@ -15,6 +15,7 @@ from .terminal import shorten_words
 
 T = TypeVar("T")
 _LARGEST_YAML = 100_000
+_MOST_NAMES = 50
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -42,20 +43,26 @@ def check_types(content: Mapping[str, Any], cls: type, prefix: str = "") -> None
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Return a hint: the known name closest to `name`, or all known names."""
-    near = get_close_matches(name[:200], known, n=1)  # its time grows with the square of the length
-    return f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(known)}"
+    """Return a hint: the known name closest to `name`, or all known names; of very many, the five nearest."""
+    name = name[:200]  # the time of a match grows with the square of the length
+    if near := get_close_matches(name, known, n=1):
+        return f"did you mean {near[0]!r}?"
+    if len(known) > _MOST_NAMES:
+        return f"the nearest of {len(known)} keys are {', '.join(get_close_matches(name, known, n=5, cutoff=0))}"
+    return f"valid keys: {', '.join(known)}"
 
 
 def read_yaml(path: str | Path, hint: str) -> dict[str, Any]:
     """Read the mapping in a YAML file; `hint` says what to do if it holds none.
 
     Raises:
-        `FileNotFoundError`: when the file does not exist.
+        `FileNotFoundError`, `IsADirectoryError`: when the path is not that of a file.
         `ValueError`: when the file is not UTF-8 or does not hold a mapping, and as [`parse_yaml`].
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give a YAML file")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -148,9 +155,10 @@ def build(cls: type[T], content: Mapping[str, Any], source: str) -> T:
         error = invalid.errors()[0]
         if error["type"] == "value_error":  # from the checks of the dataclass
             raise ValueError(shorten_words(f"{source}: {error['ctx']['error']}")) from None
+        if missing := [str(error["loc"][0]) for error in invalid.errors() if error["type"] == "missing"]:
+            names = ", ".join(map(flag, missing))
+            raise ValueError(f"missing in {source}: {names}; pass them or set them in --config FILE") from None
         name = ".".join(map(str, error["loc"]))
-        if error["type"] == "missing":
-            raise ValueError(f"{name} is missing in {source}; pass {flag(name)} or set it in --config FILE") from None
         raise ValueError(f"{source}: {name}={error['input']!r:.200}: {error['msg']}") from None
 
 

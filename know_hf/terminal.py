@@ -28,7 +28,10 @@ def run_program(name: str, function: Callable[[], object], reword: Callable[[str
         result = function()
         return result if isinstance(result, int) else 0
     except (ValueError, OSError, ImportError) as error:
-        message = "\n".join([str(error).strip(), *getattr(error, "__notes__", ())])
+        text = str(error).strip()
+        if isinstance(error, OSError) and error.filename and error.strerror:  # without "[Errno 17]"
+            text = f"{error.filename}: {error.strerror}"
+        message = "\n".join([text, *getattr(error, "__notes__", ())])
         sys.stderr.write(f"{name}: {shorten_words(reword(message))}\n")
         return 1
     except KeyboardInterrupt:

@@ -43,6 +43,13 @@ def test_only_classifiers_with_classes_are_judged(tmp_path):
     assert chance_warning(trainer, guessing) is None
 
 
+def test_a_loss_that_is_not_finite_is_no_guessing(tmp_path, caplog, monkeypatch):
+    trainer = make_trainer(tmp_path, num_train_epochs=1)
+    monkeypatch.setattr(trainer, "evaluate", lambda: {"eval_loss": math.nan, "eval_accuracy": 0.25})
+    induce_forgetting(trainer, ForgettingSchedule(num_states=2), tmp_path / "trajectory")
+    assert "eval_loss of state 0 is not a finite number" in caplog.text and "at chance" not in caplog.text
+
+
 @pytest.mark.parametrize("options", [{}, {"disable_tqdm": True}, {"logging_strategy": "no"}])
 def test_a_recording_ends_with_the_metrics_of_every_state(tmp_path, capsys, caplog, options):
     options = {"disable_tqdm": False, "num_train_epochs": 1, "learning_rate": 1e-9, **options}

@@ -286,7 +286,20 @@ def test_errors_name_flags_and_files_that_do_not_exist(recorded, tmp_path, capsy
     assert main(["record", "--config", str(tmp_path / "nope.yaml")]) == 1
     assert "nope.yaml does not exist" in one_line(capsys, "record")
     assert main(["record"]) == 1
-    assert "task is missing in the flags; pass --task" in one_line(capsys, "record")
+    assert "missing in the flags: --task, --model, --dataset, --output-dir; " in one_line(capsys, "record")
+    assert main(["record", "--config", str(tmp_path)]) == 1
+    assert "is a folder; give a YAML file" in one_line(capsys, "record")
+    record = ["record", "--task", "text-classification", "--model", "m", "--dataset", "d", "--output-dir", "o"]
+    assert main([*record, "--epochs", "-1"]) == 1
+    assert "--epochs -1.0: must be positive" in one_line(capsys, "record")
+    assert main([*record, "--dataset", str(tmp_path / "file")]) == 1
+    assert "file is a file; give the folder" in one_line(capsys, "record")
+    assert main(["compare", "digits", "--output-dir", str(tmp_path / "file")]) == 1
+    assert "is a file; choose a folder" in one_line(capsys, "compare")
+    assert main(["compare", "digits", "--output-dir", str(tmp_path / "file" / "out")]) == 1
+    assert "file" in (error := one_line(capsys, "compare")) and "Errno" not in error
+    assert main(["compare", "digits", "--output-dir", str(tmp_path / "out"), "--processes", "0"]) == 1
+    assert "--processes 0: must be at least 1" in one_line(capsys, "compare")
     assert main(["compare", "nosuch", "--output-dir", str(tmp_path / "out")]) == 1
     error = one_line(capsys, "compare")
     assert "unknown suite 'nosuch'; available: " in error and "site-packages" not in error

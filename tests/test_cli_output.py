@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 import know_hf
 from know_hf.cli import main, make_parser
-from know_hf.cli.parser import KERNELS, PREDICTORS
+from know_hf.cli.parser import KERNELS, PREDICTORS, flags
 from know_hf.cli.program import name_flags
 from know_hf.known import kernels
 from know_hf.predictors import protocol
@@ -133,6 +133,7 @@ def test_every_command_has_a_description_defaults_and_an_example_that_parses(com
         ("not recorded; pass base_model=, the model", "not recorded; pass --base-model, the model"),
         ("open a pull request (create_pr=True)", "open a pull request (--create-pr)"),
         ("pass revision='x' instead of create_pr", "pass --revision 'x' instead of --create-pr"),
+        ("steps=-1: must be positive", "--steps -1: must be positive"),
         ("no example of steps=512 tokens", "no example of --steps 512 tokens"),
         ("pass gate=Gate(data), token= or model_class=", "pass gate=Gate(data), token= or model_class="),
         ("/tmp/base_model/x, 'base_model', a.base_model=3", "/tmp/base_model/x, 'base_model', a.base_model=3"),
@@ -142,6 +143,10 @@ def test_every_command_has_a_description_defaults_and_an_example_that_parses(com
 def test_errors_name_flags(message, shown):
     names = ("overwrite", "base_model", "create_pr", "revision", "steps")
     assert name_flags(message, {name: f"--{name.replace('_', '-')}" for name in names}) == shown
+    assert (
+        name_flags("split= or max_examples=0", flags(COMMANDS["predict"]))
+        == "--validation-split or --max-validation 0"
+    )
 
 
 def test_errors_of_commands_name_their_flags(monkeypatch, capsys):

@@ -110,6 +110,14 @@ def test_a_checkpoint_that_does_not_exist(tmp_path, test):
         compare_checkpoints(tmp_path / "nosuch", make_resnet(), test=test)
 
 
+def test_an_adapter_must_be_merged_first(tmp_path, test):
+    (tmp_path / "state-0").mkdir()
+    (tmp_path / "state-0" / "adapter_config.json").touch()
+    for folder in (tmp_path, tmp_path / "state-0"):
+        with pytest.raises(ValueError, match=r"has an adapter.*know-hf merge"):
+            compare_checkpoints(folder, make_resnet(), test=test)
+
+
 def make_bert(folder, seed, words=WORDS, num_labels=2):
     vocabulary = {word: index for index, word in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -140,9 +148,9 @@ def test_the_command_compares_two_checkpoints(tmp_path, reviews, capsys):
     WeightTrajectory.create(a).record(model, processing_class=tokenizer, num_examples=24, steps=1)
     assert main(["compare", a, b, "--dataset", reviews, "--draws", "2", "--output-dir", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert f"A: {a}" in printed and "As they are" in printed and "12 draws" not in printed
+    assert f"A: {a}" in printed and "Zero-shot" in printed and "12 draws" not in printed
     scores = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["scores"]
-    assert [score["what"].split()[0] for score in scores] == ["As", "As", "Few-shot"]
+    assert [score["what"].split()[0] for score in scores] == ["Zero-shot", "Zero-shot", "Few-shot"]
     assert [score["difference"] for score in scores] == [0, 0, 0]  # the trajectory has the weights of b
     assert main(["compare", a, b, "--dataset", reviews, "--train-split", "none"]) == 0
     assert "fine-tuning" not in capsys.readouterr().out

@@ -361,6 +361,11 @@ def test_statistics_of_a_plain_module_are_refused_before_the_work(record_states,
     assert predictor.calls == []
 
 
+class Column(Constant):
+    def residual(self, history, role):
+        return super().residual(history, role)[:, None]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -379,6 +384,9 @@ def test_statistics_of_a_plain_module_are_refused_before_the_work(record_states,
         ({"predictor": "shrink", "kernel": "eager"}, "kernel='eager'.*KNOWN"),
         ({"predictor": "lines", "predictor_options": {"base": 5}}, "base.*5"),
         ({"predictor": "shrink", "predictor_options": {"fraction": 1}}, "'fraction'.*'shrink' takes factor.*0.8"),
+        ({"predictor": Constant}, r"class; pass Constant\(\)"),
+        ({"predictor": 3}, r"residual\(history, role\), got 3"),
+        ({"predictor": Column()}, r"Column returned .*\(\d+, 1\).*'classifier\.1\.bias'"),
         ({"predictor": Constant(float("nan")), "steps": 2}, r"'classifier\.1\.bias'.*not finite after 2 step"),
     ],
 )

@@ -1,6 +1,7 @@
 """Choosing among candidates by their losses on the same examples."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,6 +45,16 @@ def chosen_of_30(random, kind, count, gain, run, **options):
         return losses[name] if numbers is None else losses[name][numbers]
 
     return screen_and_choose(list(losses), evaluate, seed=run, num_resamples=199, **options)
+
+
+def test_a_table_shows_the_best_candidates_and_the_requested_one():
+    reference = np.random.default_rng(0).exponential(size=20)
+    random = np.random.default_rng(1)
+    losses = {str(k): reference + 0.01 * k + 0.001 * random.normal(size=20) for k in range(1, 31)}
+    result = replace(choose({"Θ0": reference, **losses}, num_resamples=199), requested="29")
+    names = [line.split()[0] for line in result.table.splitlines()[1:-1]]
+    assert names == ["Θ0", *map(str, range(1, 11)), "29"]
+    assert result.table.splitlines()[-1] == "19 more in the model card"
 
 
 @pytest.mark.parametrize(("kind", "count"), [("normal", 40), ("normal", 100), ("skewed", 100)])

@@ -321,6 +321,12 @@ def test_further_known_weights_get_the_arms_of_the_shipped_weights(own, further,
     assert {arm.known for arm in arms[len(own) :]} == {str(tmp_path / "combination")}
 
 
+def test_further_known_weights_are_read_before_the_work(tmp_path):
+    with pytest.raises(OSError, match="nosuch"):
+        run_suite("digits", tmp_path / "out", known={"x": str(tmp_path / "nosuch")})
+    assert not (tmp_path / "out").exists()
+
+
 def test_arms_of_a_suite_keep_its_settings(monkeypatch, tmp_path):
     monkeypatch.setattr("know_hf.evaluation.suites.suite_run.compare_arms", lambda *_, arms, **__: arms)
     naive, shrink, ema = run_suite("digits", tmp_path, arms=["naive", "shrink", {"name": "ema", "tuned": []}])

@@ -100,8 +100,11 @@ def check_output(target: str | Path, inputs: Iterable[str | Path] = (), *, repla
 
     Raises:
         `ValueError`: if `target` is an input, contains one that would be replaced, or is inside one or a trajectory.
+        `FileExistsError`: if `target` is a file that the work does not replace.
     """
     target = Path(os.path.realpath(target))
+    if not replaces and target.is_file():
+        raise FileExistsError(f"{target} is a file; choose a folder")
     for source in filter(os.path.exists, inputs):
         resolved = Path(os.path.realpath(source))
         if replaces and resolved.is_relative_to(target):

@@ -49,6 +49,8 @@ def from_safetensors(model_class: Any, source: str | Path, revision: str | None 
 
 def load_config(source: str | Path, revision: str | None = None, **options: Any) -> PreTrainedConfig:
     """Call `AutoConfig.from_pretrained`; a `ValueError` names the source of a damaged config."""
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        raise FileNotFoundError(f"{source} has no config.json; give the folder of a model")
     try:
         return AutoConfig.from_pretrained(source, revision=revision or "main", **options)
     except (AttributeError, KeyError, RecursionError, StrictDataclassError, TypeError, ValueError) as error:

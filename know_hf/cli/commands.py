@@ -118,7 +118,7 @@ def predict(args: argparse.Namespace) -> Result | None:
     _check_needs(args, "push_to_hub", push_options)
     if args.cross_fit and args.validation is not None:
         raise ValueError("--cross-fit chooses without --validation; remove one of them")
-    _check_needs(args, "validation", ("validation_split", "max_validation", "metric"))
+    _check_needs(args, "validation", ("split", "max_examples", "metric"))
     check_folders({flag(name): getattr(args, name) for name in ("known", "validation")})
     if not args.dry_run:
         _check_output_dir(args)
@@ -160,7 +160,7 @@ def _make_gate(args: argparse.Namespace) -> Any:
 
     if args.cross_fit:
         return load_cross_fit(args.trajectory)
-    options = {"split": args.validation_split, "max_examples": args.max_validation}
+    options = {"split": args.split, "max_examples": args.max_examples}
     data = load_validation_data(args.trajectory, args.validation, **options)
     return data.make_gate(**{"metric": "accuracy"} if args.metric == "accuracy" else {})
 
@@ -183,7 +183,7 @@ def compare(args: argparse.Namespace) -> Result:
     from ..evaluation import plan_suite, run_suite
 
     options: dict[str, Any] = {"data": given["data"], "models": given["model"], "known": given["known"]}
-    options |= {"arms": args.arms, "seeds": args.seeds, "num_processes": args.processes}
+    options |= {"arms": args.arms, "seeds": args.seeds, "num_processes": args.num_processes}
     if args.plan:
         return plan_suite(args.compared[0], args.output_dir, **options)
     command = shlex.join(["know-hf", *sys.argv[1:]])
@@ -238,16 +238,21 @@ def _check_needs(args: argparse.Namespace, needed: str, names: Iterable[str]) ->
     """Raise a `ValueError` for a flag that has no effect without another one."""
     for name in names:
         if getattr(args, name) not in (None, False) and not getattr(args, needed):
-            raise ValueError(f"{flag(name)} needs {flag(needed)}")
+            raise ValueError(f"{name}= needs {needed}=")  # main names the flags
 
 
 def check_folders(sources: Mapping[str, str | list[str] | None]) -> None:
-    """Raise a `FileNotFoundError` for a path to nothing, before a library asks the Hub for it.
+    """Raise an error for a path to nothing or to a file, before a library asks the Hub for it.
 
     `sources` has names by flag or argument. A name such as `a/b` can be a Hub id.
+
+    Raises:
+        `FileNotFoundError`, `NotADirectoryError`: for the first name that is neither a folder nor a Hub id.
     """
     for argument, names in sources.items():
         for name in [names] if isinstance(names, str) else names or []:
+            if Path(name).expanduser().is_file():
+                raise NotADirectoryError(f"{name} is a file; give the folder that contains it ({argument})")
             if not (_HUB_ID.fullmatch(name) or Path(name).expanduser().exists()):
                 raise FileNotFoundError(f"no such folder: {name} ({argument})")
 

@@ -135,8 +135,9 @@ def _add_predict(parsers: Any) -> None:
     data = "choose the best of many candidates, or the recorded weights, on this dataset: a Hub id or folder, or"
     add("--validation", metavar="DATASET", help=f"{data} 'recorded', the validation split of know-hf record")
     split = "split of DATASET (default: its validation split, or its only one)"
-    add("--validation-split", metavar="NAME", help=split)
-    add("--max-validation", type=int, metavar="N", help="evaluate on this many rows, drawn at random")
+    add("--validation-split", dest="split", metavar="NAME", help=split)
+    rows = "evaluate on this many rows, drawn at random"
+    add("--max-validation", dest="max_examples", type=int, metavar="N", help=rows)
     cross_fit = (
         "choose a move from the start without other data, for know-hf record --kind complementary --branch-from"
     )
@@ -161,7 +162,7 @@ def _add_compare(parsers: Any) -> None:
     )
     example = """compare digits --output-dir outputs/digits
   know-hf compare outputs/imdb/trajectory outputs/imdb/enhanced --dataset stanfordnlp/imdb"""
-    offline = "give local folders with --data ID=FOLDER and --model ID=FOLDER, for two checkpoints with --dataset"
+    offline = "give folders with --data ID=FOLDER, --model ID=FOLDER and --known NAME=FOLDER, or with --dataset"
     add = _add_command(parsers, commands.compare, example, summary, forms, offline).add_argument
     compared = "a suite (a name, for example digits, or a YAML file), or two checkpoints"
     add("compared", nargs="*", metavar="SUITE | A B", help=compared)
@@ -173,7 +174,8 @@ def _add_compare(parsers: Any) -> None:
     add("--draws", type=int, metavar="N", help="number of fine-tunings of each checkpoint (default: 10)")
     add("--arms", nargs="+", metavar="ARM", help="arms to compare instead of the suite's, for example naive random")
     add("--seeds", type=int, nargs="+", metavar="N", help="trajectory seeds instead of the suite's")
-    add("--processes", type=int, default=1, metavar="N", help="number of worker processes (default: 1)")
+    processes = "number of worker processes (default: 1)"
+    add("--processes", dest="num_processes", type=int, default=1, metavar="N", help=processes)
     add("--plan", action="store_true", default=None, help="print cells, minutes and memory without running them")
     limit = "start no cell that would end later, and report the complete seeds; another run continues"
     add("--max-minutes", type=float, metavar="M", help=limit)

@@ -48,7 +48,7 @@ def name_flags(message: str, flags: Mapping[str, str]) -> str:
             return match[0]
         return flags[name] + (f" {value}" if value and value != "True" else "")
 
-    return re.sub(r"(?<![\w.'\"/-])([a-z_]+)\b(?![/'\"])(?:(=)(True\b|[\w'\"\[{.])?)?", flag, message)
+    return re.sub(r"(?<![\w.'\"/-])([a-z_]+)\b(?![/'\"])(?:(=)(True\b|[\w'\"\[{.-])?)?", flag, message)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -67,11 +67,12 @@ def _run(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _streams(args: argparse.Namespace) -> Iterator[None]:
-    """Keep what libraries print from standard output with `--json`, and from both streams with `--quiet`."""
+    """Hide deprecations in libraries; keep their output from stdout (`--json`) or both streams (`--quiet`)."""
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
         if args.quiet:
             stack.enter_context(redirect_stdout(stack.enter_context(open(devnull, "w"))))
-            stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
             stack.callback(logging.disable, logging.NOTSET)

@@ -14,6 +14,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..checkpoint import check_output, file_sha256, read_json_object
+from ..known import KNOWNModel
 from ..local_paths import public_command, public_name, public_values
 from ..prediction import SHIPPED_KNOWN
 from ..trajectory import WeightTrajectory
@@ -184,9 +185,18 @@ class ComparisonRun:
         return [(seed, arm) for seed in self.design.seeds for arm in first]
 
     def check(self) -> None:
+        if self.num_processes < 1:
+            raise ValueError(f"num_processes={self.num_processes}: must be at least 1")
         check_design(self.design)
-        known = [self.task.known, *(arm.known for arm in self.design.arms)]
-        check_output(self.output_dir, filter(None, known), replaces=False)
+        given: list[str | Path | None] = [self.task.known, *(arm.known for arm in self.design.arms)]
+        known = {source for source in given if source is not None}
+        check_output(self.output_dir, known, replaces=False)
+        for source in known:
+            try:
+                KNOWNModel.from_pretrained(source)
+            except OSError as error:
+                error.add_note(f"These are the KNOWN weights {source}.")
+                raise
         if self.num_processes > 1:
             check_picklable(self.design)
         if not (self.output_dir / CellStore.IDENTITY_NAME).exists():

@@ -173,6 +173,11 @@ class PredictedTensors(TensorSource):
         total = torch.zeros(history.shape[1], device=self._device)
         for step in range(steps):
             residual = predictor.residual(buffer[step : step + states].T, network).to(buffer)
+            if residual.shape != total.shape:
+                raise ValueError(
+                    f"{type(predictor).__name__} returned a residual of shape {tuple(residual.shape)} for"
+                    f" {len(total)} histories of tensor {name!r}; return one number per history, ({len(total)},)"
+                )
             total += residual
             torch.add(buffer[step + states - 1], residual, out=buffer[step + states])
         return total.cpu()

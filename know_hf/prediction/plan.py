@@ -373,7 +373,7 @@ def _members(
 
     def member(item: Any) -> Any:
         if item is not None and not isinstance(item, str):
-            return item
+            return _checked(item)
         try:
             if item in (None, "known"):
                 model = (
@@ -386,6 +386,14 @@ def _members(
             raise ValueError(str(error)) from error
 
     return [member(item) for item in items]
+
+
+def _checked(predictor: Any) -> Predictor:
+    if isinstance(predictor, type):
+        raise ValueError(f"predictor must be an object, got the class; pass {predictor.__name__}()")
+    if not isinstance(predictor, Predictor):
+        raise ValueError(f"predictor must have num_states and residual(history, role), got {predictor!r:.200}")
+    return predictor
 
 
 def _load_known(source: str | Path) -> KNOWNModel:

@@ -17,6 +17,7 @@ from ..terminal import aligned
 REFERENCE = "Θ0"
 MINIMUM_VALUES = 10  # with fewer losses the bootstrap cannot separate noise from gain
 _ROUNDING = float(np.finfo(np.float32).eps)  # relative, of a loss computed in float32
+_MOST_SHOWN = 10  # candidates in a table
 _CHUNK = 4_000_000  # random numbers per draw
 
 
@@ -221,8 +222,12 @@ class GateResult:
 
     @property
     def table(self) -> str:
-        """The tested candidates with their losses and differences from Θ0, best first."""
-        return aligned(candidate_rows(self.metric, self.level, self.candidates))
+        """The tested candidates with their losses and differences from Θ0, best first; at most about ten of them."""
+        ranked = sorted(self.candidates[1:], key=_rank)
+        shown = [one for one in ranked if one in ranked[:_MOST_SHOWN] or one.name in (self.chosen, self.requested)]
+        hidden = len(ranked) - len(shown)
+        table = aligned(candidate_rows(self.metric, self.level, (self.candidates[0], *shown)))
+        return table + (f"\n{hidden} more in the model card" if hidden else "")
 
 
 def candidate_rows(metric: str, level: float, candidates: Sequence[GateCandidate]) -> list[list[str]]:

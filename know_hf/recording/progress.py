@@ -93,16 +93,22 @@ class Progress:
                 " recorded. Change the weights, as for an exponential moving average, in on_train_end of a callback"
             )
             results = {}  # no return: all processes meet below
-        metrics = {}
+        metrics, has_diverged = {}, False
         for name, value in results.items():
             if name == "epoch" or name.endswith(_TIMINGS) or "_mem_" in name:
                 continue
             if (number := _finite_number(value)) is None:
+                has_diverged = True
                 logger.warning(f"{name} of state {index} is not a finite number ({value!r}) and is not recorded")
             else:
                 metrics[name] = number
         self._metrics[index] = metrics
-        if index == 0 and self._is_main and (text := chance_warning(self._trainer, metrics)) is not None:
+        if (
+            index == 0
+            and self._is_main
+            and not has_diverged
+            and (text := chance_warning(self._trainer, metrics)) is not None
+        ):
             logger.warning(text)
         on_main_process(self._trainer.accelerator, lambda: self._trajectory.update_metrics(self._name(index), metrics))
         self._log()

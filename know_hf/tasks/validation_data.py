@@ -67,7 +67,7 @@ def load_validation_data(
     """
     trajectory, args = _recording(trajectory)
     if max_examples is not None and max_examples < 1:
-        raise ValueError(f"max_examples must be at least 1, got {max_examples}")
+        raise ValueError(f"max_examples={max_examples}: must be at least 1")
     with PartialState().main_process_first():
         validation = _recorded(args, split) if dataset == RECORDED else _other(args, dataset, split)
         if max_examples is not None:
@@ -144,9 +144,9 @@ def _other(args: RecordArguments, dataset: str, split: str | None) -> RecordArgu
     if split is None:
         split = find_split(other, VALIDATION_SPLITS) or (names[0] if len(names) == 1 else None)
         if split is None:
-            raise ValueError(f"{dataset} has no validation split, only {', '.join(names)}; name one of them")
+            raise ValueError(f"{dataset} has no validation split, only {', '.join(names)}; pass one as split=")
     elif unknown := splits_in(split) - {*names, "all"}:
-        raise ValueError(f"{dataset} has no split {min(unknown)!r}, only {', '.join(names)}; name one of them")
+        raise ValueError(f"{dataset} has no split {min(unknown)!r}, only {', '.join(names)}; pass one as split=")
     if is_same and overlap(args, split):
         raise ValueError(
             f"split {split} of {dataset} was trained on, so a choice on it would favour Θ0; use {RECORDED!r} or other"

@@ -19,11 +19,12 @@ def load_checkpoint(checkpoint: str | Path | PreTrainedModel) -> PreTrainedModel
     if isinstance(checkpoint, PreTrainedModel):
         return checkpoint
     folder = local_folder(checkpoint)
-    model: Any = WeightTrajectory(folder).load_model() if WeightTrajectory.exists(folder) else load_pretrained(folder)
-    if not isinstance(model, PreTrainedModel):
+    if any((folder / part / "adapter_config.json").exists() for part in ("", "state-0")):
         raise ValueError(
-            f"{checkpoint} is a {type(model).__name__}, not a transformers model; merge the adapter first"
+            f"{checkpoint} has an adapter. Merge a trajectory with know-hf merge and predict from that; or pass models"
+            " to compare_checkpoints, PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
         )
+    model: Any = WeightTrajectory(folder).load_model() if WeightTrajectory.exists(folder) else load_pretrained(folder)
     return model.float()
 
 

@@ -170,8 +170,8 @@ def compare_checkpoints(
     scores: list[PairedScore] = []
     notes: list[str] = []
     if num_labels is None:
-        scores += _as_they_are(models, (first, second), tested)
-        notes.append(f"As they are: the intervals are over {len(tested['labels'])} test examples.")
+        scores += _zero_shot(models, (first, second), tested)
+        notes.append(f"Zero-shot: the intervals are over {len(tested['labels'])} test examples.")
     if train is not None:
         count = _labels_per_class(trained, protocol)
         protocol = protocol or FineTuning(_RATES, 20, 0 if num_labels is None else 100, labels_per_class=count)
@@ -182,8 +182,8 @@ def compare_checkpoints(
     return CheckpointComparison(first, second, tuple(scores), (*notes, _LIMITS))
 
 
-def _as_they_are(models: Sequence[PreTrainedModel], names: Sequence[str], test: Examples) -> list[PairedScore]:
-    what, examples = "As they are", f"{len(test['labels'])} examples"
+def _zero_shot(models: Sequence[PreTrainedModel], names: Sequence[str], test: Examples) -> list[PairedScore]:
+    what, examples = "Zero-shot", f"{len(test['labels'])} examples"
     (a_right, a_losses), (b_right, b_losses) = (_per_example(model, test) for model in models)
     for name, losses in zip(names, (a_losses, b_losses), strict=True):
         if not all(map(math.isfinite, losses)):
@@ -215,7 +215,12 @@ def _fine_tuned(
     medians = [median_low(trial.learning_rate or 0.0 for trial in of_model) for of_model in chosen]
     grid, (a_rate, b_rate) = protocol.learning_rates, (f"{rate:g}" for rate in medians)
     at_edge = len(grid) > 1 and {min(grid), max(grid)} & {*medians}
-    wider = " They are at the edge of the grid; pass a protocol with a wider one." if at_edge else ""
+    wider = (
+        f" They are at the edge of the grid, {min(grid):g} to {max(grid):g}: a rate outside may be better. In Python,"
+        " compare_checkpoints(protocol=FineTuning(learning_rates=…)) evaluates other rates."
+        if at_edge
+        else ""
+    )
     head = "" if splits[0].num_labels is None else ", of the new head"
     note = (
         f"{what}: the interval is over {len(splits)} draws of the examples{head} and of their order, the same for"
