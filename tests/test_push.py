@@ -1,7 +1,10 @@
 """Pushes to the loopback Hub: what arrives, what is refused before any work, and faults on the way."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +25,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoModel
 
-from know_hf import KNOWNModel, WeightTrajectory, predict_overflowed_weights
+from know_hf import KNOWNConfig, KNOWNModel, WeightTrajectory, predict_overflowed_weights
 from know_hf.checkpoint import CheckpointError, atomic_folder
 from know_hf.cli import main
 from know_hf.hub import HubError, check_push, pull, push, push_checkpoint, push_known, push_trajectory
@@ -312,6 +315,15 @@ def test_known(hub: LoopbackHub, tmp_path: Path) -> None:
         assert torch.equal(loaded(history, "fc").residual, expected(history, "fc").residual)
     folder = pull("me/known", tmp_path / "pulled")
     assert contents(folder) == files
+    push_known(KNOWNModel(KNOWNConfig(variant="combination")), "me/combination")
+    program = (
+        "import sys; from transformers import AutoModel\n"
+        "for folder in sys.argv[1:]: AutoModel.from_pretrained(folder, trust_remote_code=True)\n"
+        "assert 'know_hf' not in sys.modules"
+    )
+    folders = [str(folder), str(pull("me/combination", tmp_path / "combination"))]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", program, *folders], env=environment, check=True)
     (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
     (folder / "checkpoints" / "step-00000003" / "random_states_0.pkl").write_bytes(b"pickled")
     (folder / "trainer_state.json").write_text("{}")

@@ -169,8 +169,9 @@ class KNOWNModel(KNOWNPreTrainedModel):
         if source is None:  # weights from state_dict
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         kwargs["use_safetensors"] = True
-        checked = config
-        if not isinstance(checked, KNOWNConfig):
+        checked: Any = config
+        # not isinstance: transformers loads the code of a local folder twice, and then there are two such classes
+        if getattr(config, "model_type", None) != KNOWNConfig.model_type:
             # Without the weights' dtype, and all other arguments that do not belong to the config.
             checked, _ = KNOWNConfig.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
         location = {name: kwargs[name] for name in _LOCATION if name in kwargs}
