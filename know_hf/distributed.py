@@ -1,20 +1,23 @@
 """Several processes: actions with results and errors on all of them, and sharded weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from socket import gethostname
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
-from .model_tensors import is_partitioned
+from .model_tensors import is_adapter, is_partitioned, names_on_disk, unwrapped
 
 T = TypeVar("T")
+_FSDP1 = "the weights of FSDP1 cannot be recorded; set fsdp_version: 2 in the accelerate config"
 
 
 def on_main_process(accelerator: Accelerator | None, action: Callable[[], T]) -> T:
@@ -68,45 +71,116 @@ def check_shared(accelerator: Accelerator | None, folder: Path) -> None:
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Whether the weights are sharded over the processes."""
+    """Whether the weights are sharded over the processes while they train."""
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         return trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     return trainer.accelerator.distributed_type == DistributedType.FSDP
 
 
-def check_gathering(trainer: Trainer) -> None:
-    """Raise a `ValueError` if the DeepSpeed config keeps ZeRO-3 from gathering the weights after the training."""
-    if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED or not is_sharded(trainer):
-        return
-    zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
-    if not zero.get(name := "stage3_gather_16bit_weights_on_model_save", False):
-        raise ValueError(
-            f"ZeRO-3 does not gather its weights; set zero_optimization.{name}=true in the DeepSpeed config"
-        )
+def check_sharding(trainer: Trainer) -> None:
+    """Raise a `ValueError` for FSDP1, which does not gather single tensors, and for a DeepSpeed config that has an
+    optimizer or scheduler, which DeepSpeed fits to the first training alone.
+    """
+    if trainer.accelerator.distributed_type == DistributedType.FSDP and not trainer.accelerator.is_fsdp2:
+        raise ValueError(_FSDP1)
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        for section in ("optimizer", "scheduler"):
+            if section in config:
+                raise ValueError(
+                    f"the DeepSpeed config has the section {section!r}, but each stage needs its own; remove it, and"
+                    " set optim and lr_scheduler_type of the TrainingArguments"
+                )
 
 
-def gather_state_dict(model: nn.Module, trainer: Trainer | None) -> dict[str, torch.Tensor] | None:
-    """Gather sharded weights on the main process; every process must call it.
+@contextmanager
+def gathering(model: nn.Module) -> Iterator[Mapping[str, torch.Tensor] | None]:
+    """Give the main process the weights that a state holds of a sharded model, one tensor at a time.
+
+    Every process must enter and leave the block. A process that does not read a tensor takes part in gathering it when
+    it leaves, also after an error. The mapping is read once, in its order.
 
     Returns:
-        `dict[str, torch.Tensor]`, possibly empty on other processes, or `None` if the weights are not sharded.
+        A mapping for `state_dict=` of [`WeightTrajectory.record`]: names in memory to complete tensors on the device
+        of the model; `None` if the weights are not sharded.
 
     Raises:
-        `ValueError`:
-            If the weights are sharded and `trainer` is missing.
+        `ValueError`: under FSDP1.
     """
-    if trainer is None:
-        if type(model).__name__.startswith(("FSDP", "FullyShardedDataParallel")) or is_partitioned(model):
-            raise ValueError(
-                f"the weights of this {type(model).__name__} are sharded; use"
-                " WeightTransitionCallback(output_dir, trainer=trainer)"
-            )
-        return None
-    if not is_sharded(trainer):
-        return None
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped, unwrap=False)
-    # compiled modules add a part to the names; ZeRO-3 returns None on other processes
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in (state_dict or {}).items()}
+    if isinstance(model, FullyShardedDataParallel):
+        raise ValueError(_FSDP1)
+    model = unwrapped(model)
+    if not is_partitioned(model):
+        yield None
+        return
+    weights = _GatheredWeights(model)
+    try:
+        yield weights
+    except Exception:
+        weights.gather_rest()
+        raise
+    weights.gather_rest()
+
+
+class _GatheredWeights(Mapping[str, torch.Tensor]):
+    """Gathers each tensor when it is read."""
+
+    def __init__(self, model: nn.Module) -> None:
+        state = model.state_dict(keep_vars=True)
+        recorded = names_on_disk(model) if is_adapter(model) else state
+        self._tensors = {name: tensor for name, tensor in state.items() if name in recorded}
+        self._rest = dict.fromkeys(self._tensors)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        del self._rest[name]
+        return _gather(self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def gather_rest(self) -> None:
+        for name in list(self._rest):
+            self[name]
+
+
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a complete tensor; of a buffer, which is not sharded, that of the main process on all processes."""
+    values = tensor.detach()
+    if isinstance(values, DTensor):
+        on_device: Any = values.to(values.device_mesh.device_type)  # elsewhere with CPU offload
+        complete: torch.Tensor = on_device.full_tensor()
+        return complete
+    if not isinstance(tensor, nn.Parameter):
+        distributed.broadcast(values, src=0)
+        return values
+    with _complete(tensor):
+        return tensor.detach().clone()
+
+
+def set_values(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Write a complete tensor into one of `state_dict(keep_vars=True)`, which may be sharded.
+
+    Every process must call it with the same values.
+    """
+    with torch.no_grad():
+        if isinstance(tensor, DTensor):
+            tensor.copy_(distribute_tensor(values, tensor.device_mesh, tensor.placements))
+        else:
+            with _complete(tensor, modifier_rank=0):
+                tensor.copy_(values)
+
+
+def _complete(tensor: torch.Tensor, **options: Any) -> AbstractContextManager[object]:
+    """Gather a parameter that ZeRO-3 partitions in a `with` block."""
+    if not hasattr(tensor, "ds_shape"):
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters([tensor], **options)
+    return context
 
 
 def reshard(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from accelerate.utils.other import has_compiled_regions
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -60,8 +61,10 @@ def unsharded_shape(tensor: torch.Tensor) -> torch.Size:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 partitions the parameters, which are then empty on every process."""
-    return any(unsharded_shape(parameter) != parameter.shape for parameter in model.parameters())
+    """Whether each process holds a part of the weights, as under FSDP2 and ZeRO-3."""
+    # state_dict() shards weights again that FSDP2 has gathered
+    state = model.state_dict(keep_vars=True).values()
+    return any(isinstance(tensor, DTensor) or hasattr(tensor, "ds_shape") for tensor in state)
 
 
 def memory_key(tensor: torch.Tensor) -> Hashable:

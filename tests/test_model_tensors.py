@@ -1,11 +1,10 @@
 """Wrappers and ties: names on disk are those of the plain model, and tied weights are found by their memory."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType, compile_regions
+from accelerate.utils import compile_regions
 from conftest import make_resnet, make_trainer
 from doubles.constant_predictor import Constant
 from doubles.small_trainers import BALANCED, PEFT_WARNING
@@ -14,7 +13,6 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from know_hf import WeightTrajectory, induce_forgetting, predict_overflowed_weights, tensor_roles
-from know_hf.distributed import gather_state_dict
 from know_hf.model_tensors import unwrapped
 from know_hf.recording.validation import check_reloadable
 from know_hf.trajectory import TrajectoryError, state_nbytes
@@ -107,15 +105,6 @@ def test_a_compiled_model_is_trained_and_recorded(tmp_path):
     trajectory.load_into(state_0)
     torch.testing.assert_close(dict(state_0.state_dict()), dict(unwrapped(trainer.model).state_dict()))
     trajectory.load_model(2)
-
-
-def test_gathered_weights_have_the_names_of_the_plain_model():
-    accelerator = SimpleNamespace(
-        distributed_type=DistributedType.FSDP,
-        get_state_dict=lambda model, unwrap: {"layers.0._orig_mod.weight": torch.ones(2)},
-    )
-    trainer = SimpleNamespace(accelerator=accelerator, model_wrapped=None)
-    assert list(gather_state_dict(nn.Linear(2, 2), trainer)) == ["layers.0.weight"]
 
 
 class Tied(nn.Module):

@@ -129,16 +129,6 @@ def test_a_second_recorder_is_refused(created):
     assert WeightTrajectory(created.path).num_states == 1
 
 
-def test_partitioned_weights_are_neither_recorded_nor_loaded(created, trajectory):
-    model = make_resnet()
-    for parameter in model.parameters():  # as ZeRO-3 leaves it
-        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
-    with pytest.raises(TrajectoryError, match=r"ZeRO-3 .*state_dict="):
-        created.record(model, num_examples=8, steps=1)
-    with pytest.raises(TrajectoryError, match=r"state-1 .*ZeRO-3"):
-        trajectory.load_into(model, 1)
-
-
 def test_the_generation_config_is_copied(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, num_hidden_layers=1, num_attention_heads=1, **SIZES))
     snapshot = Snapshot.of(model)

@@ -90,7 +90,7 @@ class PredictionResult:
             `TrajectoryError`: if checkpoint and model do not have the same tensors.
         """
         reader = CheckpointReader(sorted(self.path.glob("*.safetensors")))
-        load_into(model, self.path, dict.fromkeys(reader.names, reader.tensor))
+        load_into(model, self.path, reader)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the full report as JSON values."""

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.utils import logging
 
 from ..checkpoint import check_output
-from ..distributed import gather_state_dict, on_main_process, reshard
+from ..distributed import gathering, on_every_process, reshard
 from ..local_paths import loaded_from
 from ..schedule import ForgettingSchedule
 from ..trajectory import WeightTrajectory, check_recordable
@@ -49,7 +49,8 @@ class WeightTransitionCallback(TrainerCallback):
             Stored in `trajectory.json` and compared when continuing. Required for streams: state k is recorded as
             trained on the share `ratio**k`.
         trainer (`Trainer`, *optional*):
-            Required when each process holds only a part of the weights (FSDP, ZeRO-3).
+            The trainer, whose `optimizer_cls_and_kwargs` are recorded. Errors of a tail state are raised on all of its
+            processes.
         dtype (`torch.dtype`, *optional*):
             Floating-point dtype to store, such as `torch.bfloat16`; defaults to the dtype of each weight. A resumed
             run continues from the stored weights.
@@ -120,10 +121,16 @@ class WeightTransitionCallback(TrainerCallback):
         # a collective call: whether it is the first training is known on every process
         self.check_tail(state)
         begins = state.global_step == 0 and not self._trainings and self.start_weights != "none"
-        state_dict = gather_state_dict(kwargs["model"], self.trainer) if begins else None
         self._trainings += 1
-        if not state.is_world_process_zero:
-            return
+        if state.is_world_process_zero:
+            self._check_stage(size, args, state, **kwargs)
+        if begins:
+            with gathering(kwargs["model"]) as state_dict:
+                if state.is_world_process_zero and not self._sizes:
+                    self.record_start(kwargs["model"], state_dict)
+
+    def _check_stage(self, size: int | None, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        """Check the folder, the number of examples and whether state 0 can be saved; on the main process."""
         self.trajectory.check()
         if not self._sizes:
             check_output(self.trajectory.path, [loaded_from(kwargs["model"])], replaces=False)
@@ -140,8 +147,6 @@ class WeightTransitionCallback(TrainerCallback):
         if not self._sizes:
             check_reloadable(kwargs["model"])
             check_savable(self.trajectory.path, kwargs["model"], kwargs.get("processing_class"))
-            if begins:
-                self.record_start(kwargs["model"], state_dict)
 
     def check_optimizer(self, state: TrainerState, **kwargs: Any) -> None:
         """Check that the optimizer of a training trains the model, and warn once when it trains more."""
@@ -161,14 +166,16 @@ class WeightTransitionCallback(TrainerCallback):
     def record_tail(self, index: int, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         """Write the weights in the training of state 0 as a tail state; every process must call it."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        with evaluated_weights(optimizer):
-            options: dict[str, Any] = {"state_dict": gather_state_dict(model, self.trainer), "dtype": self.dtype}
 
-            def write() -> None:
+        def write() -> None:
+            with gathering(model) as state_dict:
                 if state.is_world_process_zero:
-                    self.trajectory.record_tail(model, index, state.global_step, **options)
+                    self.trajectory.record_tail(
+                        model, index, state.global_step, state_dict=state_dict, dtype=self.dtype
+                    )
 
-            on_main_process(None if self.trainer is None else self.trainer.accelerator, write)
+        with evaluated_weights(optimizer):
+            on_every_process(None if self.trainer is None else self.trainer.accelerator, write)
         reshard(model)
 
     def check_tail(self, state: TrainerState) -> None:
@@ -178,24 +185,25 @@ class WeightTransitionCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         use_evaluated_weights(kwargs["optimizer"], args, state)
-        state_dict = gather_state_dict(kwargs["model"], self.trainer)  # a collective call: on every process
-        if state.is_world_process_zero:
-            if state.global_step < state.max_steps:
-                logger.warning(
-                    f"the training of state {len(self._sizes)} ended after {state.global_step} of {state.max_steps}"
-                    " steps, because a callback stopped it or its data ran out; the state is recorded"
+        with gathering(kwargs["model"]) as state_dict:
+            if state.is_world_process_zero:
+                if state.global_step < state.max_steps:
+                    logger.warning(
+                        f"the training of state {len(self._sizes)} ended after {state.global_step} of"
+                        f" {state.max_steps} steps, because a callback stopped it or its data ran out; the state is"
+                        " recorded"
+                    )
+                self.record(
+                    kwargs["model"],
+                    state_dict=state_dict,
+                    num_examples=num_examples(kwargs["train_dataloader"]),
+                    steps=state.global_step,
+                    seed=args.seed,
+                    training=recorded_arguments(
+                        args, {"optimizer_cls_and_kwargs": getattr(self.trainer, "optimizer_cls_and_kwargs", None)}
+                    ),
+                    processing_class=kwargs.get("processing_class"),
                 )
-            self.record(
-                kwargs["model"],
-                state_dict=state_dict,
-                num_examples=num_examples(kwargs["train_dataloader"]),
-                steps=state.global_step,
-                seed=args.seed,
-                training=recorded_arguments(
-                    args, {"optimizer_cls_and_kwargs": getattr(self.trainer, "optimizer_cls_and_kwargs", None)}
-                ),
-                processing_class=kwargs.get("processing_class"),
-            )
         self._stage += 1
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..checkpoint import check_free_disk, check_output
 from ..data.subsets import Subset, divide
-from ..distributed import check_shared, gather_state_dict, is_sharded, on_main_process, reshard
+from ..distributed import check_shared, gathering, on_every_process, on_main_process, reshard
 from ..local_paths import loaded_from
 from ..schedule import ForgettingSchedule
 from ..trajectory import StateRecord, WeightTrajectory, state_nbytes
@@ -50,12 +50,12 @@ def induce_forgetting(
     A second call with the same folder and arguments resumes at the first missing state. It ends in the same weights as
     an uninterrupted run, unless `dtype` rounds the stored weights. All training arguments that can change the weights
     must be the same, and so must the data collator, the loss function and what is frozen. Batch size, accumulation and
-    processes may change if their product does not. A recording under ZeRO-3 cannot be resumed.
+    processes may change if their product does not.
 
     In distributed training, call it on every process; the main process writes, and its errors are raised on all.
 
     Afterwards the trainer has its own dataset, arguments and callbacks again, and its model holds Θ0, the weights
-    trained on all data (under FSDP and ZeRO-3 those of the last state).
+    trained on all data.
 
     Warns when Θ0 is a classifier at chance, when a warmup is longer than a stage, when a stage ends early, when the
     config does not describe the model or its tied weights (states then load with `load_into`, not with
@@ -91,8 +91,9 @@ def induce_forgetting(
             memory in part), the generation config or the processing class cannot be saved, the trainer would not
             create its optimizer or scheduler again, the optimizer does not train the model or is layer-wise,
             `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on, or the folder holds a trajectory of
-            another schedule, other data or other training arguments, or one to resume under ZeRO-3, or is inside
-            another trajectory or the folder of the model. After a training, when a state is not finite.
+            another schedule, other data or other training arguments, or is inside another trajectory or the folder of
+            the model, the trainer uses FSDP1, or its DeepSpeed config has an optimizer or scheduler. After a training,
+            when a state is not finite.
         `FileExistsError`:
             When the folder holds a model.
         `FileNotFoundError`:
@@ -147,8 +148,7 @@ def induce_forgetting(
             progress.evaluate(index, callback.weights)
         on_main_process(trainer.accelerator, progress.finish)
     trajectory = WeightTrajectory(output_dir)
-    if not is_sharded(trainer):
-        trajectory.load_into(trainer.model, 0)
+    trajectory.load_into(trainer.model, 0)
     return trajectory
 
 
@@ -185,11 +185,6 @@ class _StageCallback(WeightTransitionCallback):
         self._stage, self.subset = stage, subset
         schedule = self.trajectory.schedule
         if stage and self.trainer is not None and schedule is not None and schedule.kind == "complementary":
-            if is_sharded(self.trainer):
-                raise ValueError(
-                    "kind='complementary' needs Θ0 or the start again for every branch, which sharded weights do not"
-                    " load; train without sharding"
-                )
             on_main_process(self.trainer.accelerator, lambda: self.trajectory.check(wait=True))
             WeightTrajectory(self.trajectory.path).load_into(self.trainer.model, schedule.branch_from)
             self.weights = weights_checksum(self.trainer)
@@ -198,15 +193,19 @@ class _StageCallback(WeightTransitionCallback):
         """Record the weights of the trainer's model as the start, before the training of state 0."""
         if index or self.start_weights == "none":
             return
-        state_dict = gather_state_dict(trainer.model, trainer)
-        on_main_process(trainer.accelerator, lambda: self.record_start(trainer.model, state_dict))
-        reshard(trainer.model)
+
+        def write() -> None:
+            with gathering(trainer.model) as state_dict:
+                if trainer.accelerator.is_main_process:
+                    self.record_start(trainer.model, state_dict)
+
+        on_every_process(trainer.accelerator, write)
 
     def record_current(self, trainer: Trainer) -> None:
         """Record the current weights as state 0, without training."""
-        state_dict = gather_state_dict(trainer.model, trainer)
-        if trainer.accelerator.is_main_process:
-            self.record(trainer.model, state_dict=state_dict, steps=0, processing_class=trainer.processing_class)
+        with gathering(trainer.model) as state_dict:
+            if trainer.accelerator.is_main_process:
+                self.record(trainer.model, state_dict=state_dict, steps=0, processing_class=trainer.processing_class)
 
     def raise_failure(self) -> None:
         if self._failure is not None:
@@ -269,6 +268,8 @@ def _train_stage(trainer: Trainer, args: TrainingArguments, subset: Subset, call
     before = trainer.args
     trainer.args, trainer.train_dataset = args, subset.dataset
     reshard(trainer.model)
+    if trainer.is_deepspeed_enabled:  # the Trainer destroys the engine of the last stage, but would train with it
+        trainer.model_wrapped, trainer.deepspeed = trainer.model, None
     if callback.weights is not None and callback.weights != weights_checksum(trainer):
         logger.warning(
             "the weights changed after the last state was recorded; a resumed run starts from the recorded weights and"

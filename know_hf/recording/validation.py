@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments, initialization
 from transformers.utils import logging
 
-from ..distributed import check_gathering
+from ..distributed import check_sharding
 from ..model_tensors import converted_names, is_adapter, tied_names, unsharded_shape, unwrapped
 from ..trajectory import check_recordable
 from .optimizers import check_created_again
@@ -27,7 +27,7 @@ def check_trainer(trainer: Trainer) -> None:
     """Raise an error unless the trainer can train stage after stage."""
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
-    check_gathering(trainer)
+    check_sharding(trainer)
     check_arguments(trainer.args)
     check_recordable(trainer.model)
     if not any(parameter.requires_grad for parameter in trainer.model.parameters()):

@@ -1,6 +1,6 @@
 """Load a state as a model, or into a model in memory."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..checkpoint import CheckpointReader
 from ..checkpoint.safe_loading import check_weight_files, from_safetensors
+from ..distributed import set_values
 from ..model_tensors import (
     converted_names,
     is_adapter,
     is_partitioned,
     names_in_memory,
     recorded_adapter,
+    unsharded_shape,
     unwrapped,
 )
 from .adapters import check_initialisation, read_adapter_config
@@ -67,47 +70,49 @@ def load_pretrained(
     return model
 
 
-def load_into(model: nn.Module, folder: Path, tensors: Mapping[str, Callable[[str], torch.Tensor]]) -> None:
-    """Copy the weights of a state into a model in memory; `tensors` has a function that reads each, by its name on
-    disk.
+def load_into(model: nn.Module, folder: Path, reader: CheckpointReader) -> None:
+    """Copy the weights of a state, which a reader gives, into a model in memory. If the weights of the model are
+    sharded, every process must call this.
 
     Raises:
-        `TrajectoryError`: when ZeRO-3 partitions the model, or state and model differ in tensors or shapes.
+        `TrajectoryError`: when state and model differ in tensors or shapes.
     """
     model = unwrapped(model)
     kind = type(model).__name__
-    if is_partitioned(model):
-        raise TrajectoryError(
-            f"ZeRO-3 partitions this {kind}, so {folder} cannot be loaded into it and a recording cannot be resumed."
-            " Resume without ZeRO-3 (FSDP2 works), or record to another folder."
-        )
-    own, in_memory, converted = model.state_dict(), names_in_memory(model), converted_names(model)
-    state_dict = {in_memory[name]: read(name) for name, read in tensors.items() if name in in_memory}
-    filled = {own[name].data_ptr() for name in state_dict}  # tied tensors are on disk once
-    differing = {saved for saved, name in in_memory.items() if own[name].data_ptr() not in filled}
-    others = tensors.keys() - in_memory.keys()
+    own, in_memory, converted = model.state_dict(keep_vars=True), names_in_memory(model), converted_names(model)
+    saved = {in_memory[name]: name for name in reader.names if name in in_memory}
+    filled = {own[name].data_ptr() or id(own[name]) for name in saved}  # tied tensors are on disk once
+    differing = {other for other, name in in_memory.items() if (own[name].data_ptr() or id(own[name])) not in filled}
+    others = set(reader.names) - in_memory.keys()
+    loaded: dict[str, torch.Tensor] = {}
     if converted:
         loaded, missing = _load_converted(type(model), folder, converted)
         differing |= (loaded.keys() - missing - own.keys()) | (converted & missing)
-        state_dict |= {name: loaded[name] for name in converted - missing}
+        loaded = {name: loaded[name] for name in converted - missing}
     elif is_adapter(model) and others:  # tensors that peft computes for the file
         from peft import set_peft_model_state_dict
 
         adapter: Any = model
-        content = {name: read(name) for name, read in tensors.items()}
+        content = {name: reader.tensor(name) for name in reader.names}
         result = set_peft_model_state_dict(adapter, content, adapter_name=recorded_adapter(adapter))
         differing.update(result.unexpected_keys)
     else:
         differing |= others
     if differing:
         raise TrajectoryError(f"{min(differing)!r} is not in both {folder} and this {kind}; pass the recorded model")
-    for name, tensor in state_dict.items():
-        if tensor.shape != own[name].shape:
+    shapes = {name: reader.shape(other) for name, other in saved.items()}
+    shapes |= {name: tensor.shape for name, tensor in loaded.items()}
+    for name, shape in shapes.items():
+        if shape != unsharded_shape(own[name]):
             raise TrajectoryError(
-                f"tensor {name!r} is {tuple(tensor.shape)} in {folder} and {tuple(own[name].shape)} in the given"
+                f"tensor {name!r} is {tuple(shape)} in {folder} and {tuple(unsharded_shape(own[name]))} in the given"
                 f" {kind}; pass a model with the recorded head and vocabulary"
             )
-    model.load_state_dict(state_dict, strict=False)
+    if is_partitioned(model):
+        for name in sorted(shapes):  # every process in this order
+            set_values(own[name], loaded[name] if name in loaded else reader.tensor(saved[name]))
+    else:
+        model.load_state_dict(loaded | {name: reader.tensor(other) for name, other in saved.items()}, strict=False)
 
 
 def _load_adapter(folder: Path, base_model: PreTrainedModel | None) -> Any:

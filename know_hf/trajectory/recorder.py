@@ -71,6 +71,7 @@ class Recorder:
         self._writer = _BackgroundWriter()
         self._copies: dict[str, torch.Tensor] = {}
         self._start: StartWeights = "none"
+        self._base_fingerprint: str | None = None  # known before the weights are sharded
         self._early: list[StateRecord] = []  # written, but counted with state 0 only
 
     def check(self, wait: bool = True) -> None:
@@ -152,8 +153,9 @@ class Recorder:
 
     def check_base(self, model: nn.Module) -> None:
         """Raise a `TrajectoryError` when an adapter is on another base model than in the recorded states."""
-        recorded = self._store.manifest.base_fingerprint
-        if recorded is not None and base_fingerprint(model) not in (None, recorded):
+        recorded, given = self._store.manifest.base_fingerprint, base_fingerprint(model)
+        self._base_fingerprint = given or self._base_fingerprint
+        if recorded is not None and given not in (None, recorded):
             raise TrajectoryError(
                 f"the weights below the adapter are not those of the states in {self._path}; resume with the base"
                 " model of the recording, or record to another folder"
@@ -231,7 +233,7 @@ class Recorder:
                 schedule=manifest.schedule,
                 base_model=base_model,
                 base_revision=base_revision,
-                base_fingerprint=snapshot.base_fingerprint,
+                base_fingerprint=self._base_fingerprint,
                 roles=roles,
                 tied_weights=tied_weights,
                 files=model_files,

@@ -26,7 +26,7 @@ from ..model_tensors import (
     unwrapped,
 )
 from ..roles import TensorRole, role_by_shape, tensor_roles
-from .adapters import base_fingerprint, check_recordable
+from .adapters import check_recordable
 from .manifest import TrajectoryError
 
 WORTH_SHARING = 0.01  # share of a state's bytes; if less is unchanged, the state stores everything itself
@@ -42,7 +42,6 @@ class Snapshot:
     roles: dict[str, TensorRole]  # by names in memory
     generation_config: GenerationConfig | None = None  # copy of the model's, which generate changes while it runs
     adapter: str | None = None  # recorded adapter of a PeftModel
-    base_fingerprint: str | None = None  # of the weights below the adapter
 
     @classmethod
     def of(
@@ -54,35 +53,39 @@ class Snapshot:
     ) -> "Snapshot":
         """Copy the weights of a model.
 
-        `state_dict` has all of its weights by their names in memory, when the model has only a part of them (FSDP,
-        ZeRO-3), and `dtype` replaces floating-point dtypes. The memory of `reuse`, the `state_dict` of a snapshot that
-        is no longer needed, is overwritten, which is several times faster than allocating new memory.
+        `state_dict` has all of its weights by their names in memory, when the model has only a part of them (FSDP2,
+        ZeRO-3); it is read once, in its order. `dtype` replaces floating-point dtypes. The memory of `reuse`, the
+        `state_dict` of a snapshot that is no longer needed, is overwritten, which is several times faster than
+        allocating new memory.
 
         Raises:
-            `TrajectoryError`: when ZeRO-3 partitions the weights and no `state_dict` is given, or safetensors has no
-                dtype for a tensor.
+            `TrajectoryError`: when the weights are sharded and no `state_dict` is given, or safetensors has no dtype
+                for a tensor.
             `ValueError`: when a state could not hold the weights, see [`check_recordable`].
         """
         model = unwrapped(model)
         if state_dict is None and is_partitioned(model):
-            raise TrajectoryError(f"ZeRO-3 partitions this {type(model).__name__}; pass all weights as state_dict=")
+            raise TrajectoryError(
+                f"the weights of this {type(model).__name__} are sharded (FSDP2, ZeRO-3); pass all as state_dict="
+            )
         check_recordable(model)
         _check_dtypes(model, dtype)
         adapter = recorded_adapter(model) if is_adapter(model) else None
         # Not in the writer thread: under FSDP, state_dict() gathers and reshards, as the training does meanwhile.
         on_disk, roles = names_on_disk(model), tensor_roles(model)
         source = model.state_dict() if state_dict is None else state_dict
-        if adapter is not None:
-            source = {name: tensor for name, tensor in source.items() if name in on_disk}
         copies: dict[Hashable, torch.Tensor] = {}
         copied: dict[str, torch.Tensor] = {}
         overwritten: set[int] = set()
         for name, tensor in source.items():
+            if adapter is not None and name not in on_disk:
+                continue
             first = roles[name].tied_to if name in roles else None
             if first in copied:
                 copied[name] = copied[first]  # gathering gives each tied tensor its own memory
                 continue
-            key = memory_key(tensor)
+            # a gathered tensor is freed here, and the next one may get its memory
+            key = memory_key(tensor) if state_dict is None else name
             if key not in copies:
                 old = (reuse or {}).get(name)
                 # names that share memory in the old snapshot may not share it in the model
@@ -90,7 +93,7 @@ class Snapshot:
                 overwritten.add(id(copies[key]))
             copied[name] = copies[key]
         generation_config = copy.deepcopy(getattr(model, "generation_config", None))
-        return cls(model, copied, on_disk, roles, generation_config, adapter, base_fingerprint(model))
+        return cls(model, copied, on_disk, roles, generation_config, adapter)
 
     def check_finite(self, path: Path, state: str) -> None:
         """Raise a `TrajectoryError` for a tensor with a NaN or infinite value. Buffers, as masks, may be infinite."""

@@ -241,13 +241,13 @@ class WeightTrajectory(SnapshotTensors):
 
         Args:
             model (`nn.Module`):
-                The model, also compiled or wrapped.
+                The model, also compiled or wrapped. If its weights are sharded (FSDP2, ZeRO-3), every process must
+                call this.
             state (`int` or `str`, *optional*, defaults to `0`):
                 Index of the state, or name of another snapshot.
 
         Raises:
-            `TrajectoryError`: when the state does not exist, its tensors and shapes differ, or ZeRO-3 partitions the
-                model.
+            `TrajectoryError`: when the state does not exist, or its tensors and shapes differ.
         """
         self._recorder.check()
         reader = self._store.reader(state)
@@ -255,7 +255,7 @@ class WeightTrajectory(SnapshotTensors):
         needs_files = isinstance(unwrapped(model), PreTrainedModel)
         folder = self._store.folder(state) if needs_files else nullcontext(self.path / self._store.record(state).name)
         with folder as path:
-            load_into(model, path, dict.fromkeys(reader.names, reader.tensor))
+            load_into(model, path, reader)
 
     def record(
         self,
@@ -279,7 +279,7 @@ class WeightTrajectory(SnapshotTensors):
             processing_class (*optional*):
                 Tokenizer or processor, saved with the first state.
             state_dict (`Mapping[str, torch.Tensor]`, *optional*):
-                All weights by their names in memory, when the model has only a part of them (FSDP, ZeRO-3).
+                All weights by their names in memory, when the model has only a part of them (FSDP2, ZeRO-3).
             dtype (`torch.dtype`, *optional*):
                 Floating-point dtype to store; by default that of each tensor.
             background (`bool`, *optional*, defaults to `False`):

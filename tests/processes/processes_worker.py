@@ -5,30 +5,16 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from conftest import make_trainer
-from doubles.small_trainers import (
-    BALANCED,
-    OPTIONS,
-    SCHEDULE,
-    TARGETS,
-    StopAfter,
-    adapt,
-    make_case,
-    next_tokens,
-    tiny_llama,
-)
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from doubles.small_trainers import BALANCED, TARGETS, adapt, make_case
+from processes.sharded_recordings import FSDP2, record_in_a_loop, record_interrupted, record_sharded, sharding
+from transformers import TrainerCallback
 
-from know_hf import ForgettingSchedule, WeightTrajectory, WeightTransitionCallback, induce_forgetting
+from know_hf import ForgettingSchedule, induce_forgetting
 from know_hf.cli import program
 
 RECIPE = Path(__file__).parents[2] / "recipes/record/record.py"
@@ -60,76 +46,6 @@ def error_of(trainer: Any, folder: Path) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "none"
-
-
-@contextmanager
-def sharding() -> Iterator[None]:
-    """Makes accelerate use FSDP on CPUs with gloo; by default it does so only on several GPUs."""
-    init = AcceleratorState.__init__
-
-    def init_sharding(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.fsdp_plugin = fsdp_plugin
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    before = PartialState().distributed_type
-    AcceleratorState._reset_state()
-    AcceleratorState.__init__ = init_sharding
-    try:
-        yield
-    finally:
-        AcceleratorState.__init__ = init
-        AcceleratorState._reset_state()
-        PartialState._shared_state["distributed_type"] = before
-
-
-def make_sharded_trainer(root: Path) -> Trainer:
-    set_seed(0)
-    data = next_tokens()
-    args = TrainingArguments(
-        str(root / "out"),
-        fsdp=True,
-        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"},
-        **{**OPTIONS, "per_device_train_batch_size": 4},
-    )
-    return Trainer(tiny_llama(), args, train_dataset=data, eval_dataset=data.select(range(8)))
-
-
-def record_interrupted(make: Callable[[Path], Trainer], schedule: ForgettingSchedule, root: Path, name: str) -> None:
-    """All processes stop in the training of state 2 and resume."""
-    trainer = make(root)
-    trainer.add_callback(StopAfter(2))
-    with suppress(KeyboardInterrupt):
-        induce_forgetting(trainer, schedule, root / name)
-    assert WeightTrajectory(root / name).num_states == 2
-    induce_forgetting(make(root), schedule, root / name)
-
-
-def record_in_a_loop(root: Path) -> None:
-    """The callback alone, in a loop that evaluates between its trainings."""
-    trainer = make_sharded_trainer(root)
-    data = trainer.train_dataset
-    trainer.add_callback(WeightTransitionCallback(root / "sharded_loop", SCHEDULE, trainer=trainer))
-    for indices in SCHEDULE.indices(len(data)):
-        trainer.train_dataset = data.select(indices)
-        trainer.optimizer = trainer.lr_scheduler = None
-        trainer.train()
-        trainer.evaluate()
-
-
-def record_sharded(root: Path) -> dict[str, Any]:
-    with sharding():
-        trainer = make_sharded_trainer(root)
-        schedule = replace(SCHEDULE, tail_states=1)
-        trajectory = induce_forgetting(trainer, schedule, root / "sharded")
-        record_interrupted(make_sharded_trainer, schedule, root, "sharded_interrupted")
-        record_in_a_loop(root)
-        return {
-            "distributed_type": trainer.accelerator.distributed_type,
-            "model": type(trainer.model_wrapped).__name__,
-            "num_states": trajectory.num_states,
-        }
 
 
 def run_recipe(root: Path) -> int:
@@ -165,7 +81,7 @@ def main() -> None:
     induce_forgetting(trainer, BALANCED, root / "trajectory")
     notes["written_again"] = sorted(written)
 
-    record_interrupted(lambda root: make_trainer(root / "out"), BALANCED, root, "interrupted")
+    record_interrupted(lambda: make_trainer(root / "out"), BALANCED, root / "interrupted")
 
     for name in TARGETS:
         full, lora = make_case(name, root / "out"), adapt(make_case(name, root / "out"), name)
@@ -178,7 +94,9 @@ def main() -> None:
     if rank == 0:
         trainer.model.classifier[1].bias.data[0] = float("nan")  # DDP copies it to all
     notes["diverged"] = error_of(trainer, root / "diverged")
-    notes["sharded"] = record_sharded(root)
+    with sharding():
+        notes |= record_sharded(root, **FSDP2)
+        record_in_a_loop(root, **FSDP2)
     (root / f"rank-{rank}.json").write_text(json.dumps(notes))
 
     trainer = make_trainer(root / "out")

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ import torch
 from conftest import NUM_EXAMPLES, make_trainer
 from doubles.small_trainers import BALANCED, PEFT_WARNING, SCHEDULE, TARGETS, adapt, hashes, make_case
 from doubles.task_fixtures import make_texts, write_bert, write_dataset
+from peft import PeftModel
+from processes.sharded_recordings import WITH_TAIL
 from transformers import LlamaForCausalLM
 
 from know_hf import WeightTrajectory, induce_forgetting
 from know_hf.model_tensors import names_on_disk
+from know_hf.trajectory.manifest import Manifest
 
 WORKER = Path(__file__).with_name("processes_worker.py")
 CONFIG = WORKER.parents[2] / "recipes/accelerate_configs/cpu_2.yaml"
@@ -127,30 +130,47 @@ def test_an_error_of_the_first_process_is_raised_on_all(launched):
         assert second.startswith("RuntimeError") and first in second
 
 
-@pytest.mark.parametrize(("complete", "resumed"), [("trajectory", "interrupted"), ("sharded", "sharded_interrupted")])
+@pytest.mark.parametrize(
+    ("complete", "resumed"),
+    [
+        ("trajectory", "interrupted"),
+        ("sharded", "sharded_interrupted"),
+        ("sharded_lora", "sharded_lora_interrupted"),
+    ],
+)
 def test_an_interrupted_recording_resumes_to_the_same_bytes(launched, complete, resumed):
     assert hashes(launched.root / resumed) == hashes(launched.root / complete)
 
 
-def test_sharded_weights_are_recorded_completely(launched, tmp_path):
+@pytest.mark.parametrize("name", ["sharded", "sharded_lora"])
+def test_sharded_weights_are_recorded_completely(launched, tmp_path, name):
     """FSDP2: each process holds a part of every weight."""
-    expected = {"distributed_type": "FSDP", "model": "FSDPLlamaForCausalLM", "num_states": 3}
-    assert [notes["sharded"] for notes in launched.notes] == [expected] * 2
-    trajectory = WeightTrajectory(launched.root / "sharded")
-    alone = induce_forgetting(make_case("llama", tmp_path), replace(SCHEDULE, tail_states=1), tmp_path / "trajectory")
+    model = {"sharded": "FSDPLlamaForCausalLM", "sharded_lora": "FSDPPeftModel"}[name]
+    expected = {"distributed_type": "FSDP", "model": model, "num_states": 3, "holds_state_0": True}
+    assert [notes[name] for notes in launched.notes] == [expected] * 2
+    assert_records_what_one_process_records(launched.root, name, tmp_path)
+
+
+def assert_records_what_one_process_records(root: Path, name: str, folder: Path) -> None:
+    """The batches are the same, each split over the processes: only rounding and Adam's epsilon differ."""
+    lora = name.endswith("lora")
+    trajectory, trainer = WeightTrajectory(root / name), make_case("llama", folder)
+    alone = induce_forgetting(adapt(trainer, "llama") if lora else trainer, WITH_TAIL, folder / "trajectory")
     assert_same_form(trajectory, alone)
-    trajectory.verify()
-    assert [state.steps for state in trajectory.tail] == [state.steps for state in alone.tail] == [2]
-    for snapshot in ("start", "tail-0"):
-        for name in alone.names:
-            close = {"rtol": 0, "atol": 2e-3}
-            torch.testing.assert_close(trajectory.tensor(name, snapshot), alone.tensor(name, snapshot), **close)
-    assert trajectory.tied_weights == {"lm_head.weight": "model.embed_tokens.weight"}
-    for name in alone.names:
-        # The same batches, each split in two: only rounding and Adam's epsilon differ.
-        torch.testing.assert_close(trajectory.history(name), alone.history(name), rtol=0, atol=2e-3)
+    assert [state.steps for state in (*trajectory.states, *trajectory.tail)] == [4, 2, 1, 2]
     assert [state.steps for state in trajectory.states] == [state.steps for state in alone.states]
-    assert isinstance(trajectory.load_model(), LlamaForCausalLM)
+    close = {"rtol": 0, "atol": 2e-3}
+    for tensor in alone.names:
+        torch.testing.assert_close(trajectory.history(tensor), alone.history(tensor), **close)
+        for snapshot in ("start", "tail-0"):
+            torch.testing.assert_close(trajectory.tensor(tensor, snapshot), alone.tensor(tensor, snapshot), **close)
+    assert not any(torch.equal(*trajectory.history(tensor)[:2]) for tensor in trajectory.names)
+    if lora:
+        assert Manifest.read(trajectory.path).base_fingerprint == Manifest.read(alone.path).base_fingerprint
+        assert isinstance(trajectory.load_model(base_model=make_case("llama", folder).model), PeftModel)
+    else:
+        assert trajectory.tied_weights == {"lm_head.weight": "model.embed_tokens.weight"}
+        assert isinstance(trajectory.load_model(), LlamaForCausalLM)
 
 
 def test_the_callback_alone_records_sharded_weights_that_all_move(launched):
