@@ -28,8 +28,8 @@ from ..write_checkpoint import (
 class CandidateModel:
     """A model that is loaded from one candidate on disk and then gets the tensors of others in memory.
 
-    Other candidates are written and loaded as well if several processes share the work, if saving splits or merges
-    tensors of the model, or if an evaluation has changed its tensors, such as their dtype.
+    Other candidates are written and loaded as well for adapters, which are small, if several processes share the work,
+    if saving splits or merges tensors of the model, or if an evaluation has changed its tensors, such as their dtype.
 
     Args:
         trajectory ([`WeightTrajectory`]):
@@ -85,9 +85,11 @@ class CandidateModel:
         self.close()
         with without_loading_bars():
             model = load_pretrained(self.scratch, self.options.model_class, self.base_model)
-        accelerator, own = self.options.accelerator, names_in_memory(model).keys()
-        if (accelerator is None or accelerator.num_processes == 1) and own >= set(self.trajectory.names):
-            model = model if self.base_model else copy.deepcopy(model)  # a loaded model maps the file into memory
+        accelerator = self.options.accelerator
+        is_shared = accelerator is not None and accelerator.num_processes > 1
+        # of an adapter, peft tells the names only after a look for the config of the base model, perhaps on the Hub
+        if not (is_shared or self.base_model) and names_in_memory(model).keys() >= set(self.trajectory.names):
+            model = copy.deepcopy(model)  # a loaded model maps the file into memory
             self._layout = _layout(model)
         self.model = model if self.device is None else model.to(self.device)
         shutil.rmtree(self.scratch)
