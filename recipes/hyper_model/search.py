@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SHARED = ("start", "states", "tail", "branches", "theta0", "filtered")  # of CMA-ES: these × whether a norm follows
 
+SIGMA = {"cma": 0.15, "network": 0.03}  # a step of all parameters of the network moves every coefficient
+
 
 @dataclass(frozen=True)
 class SearchSettings:
@@ -284,6 +286,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     name = arguments.name or f"{arguments.method}-{arguments.seed}"
     fields = SearchSettings.__dataclass_fields__
+    arguments.sigma = arguments.sigma or SIGMA[arguments.method]
     settings = SearchSettings(
         **{key: getattr(arguments, key) for key in fields if key != "leave_out"}, leave_out=tuple(arguments.leave_out)
     )
@@ -304,8 +307,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("method", choices=("cma", "network"), help="what to search")
     add("--generations", type=int, default=40, help="generations, those of earlier runs included (default: 40)")
     add("--population", type=int, default=12, help="candidates of a generation (default: 12)")
-    add("--sigma", type=float, default=0.15, help="standard deviation of candidates (default: 0.15)")
-    add("--rate", type=float, default=0.03, help="learning rate of the network (default: 0.03)")
+    add("--sigma", type=float, help="standard deviation of candidates (default: 0.15 of cma, 0.03 of network)")
+    add("--rate", type=float, default=0.01, help="learning rate of the network (default: 0.01)")
     add("--tasks", type=int, default=8, help="tasks of a generation (default: 8)")
     add("--draws", type=int, default=4, help="draws of each task in a generation (default: 4)")
     add("--seed", type=int, default=0, help="seed of the search (default: 0)")
