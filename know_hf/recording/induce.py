@@ -270,6 +270,9 @@ def _train_stage(trainer: Trainer, args: TrainingArguments, subset: Subset, call
     reshard(trainer.model)
     if trainer.is_deepspeed_enabled:  # the Trainer destroys the engine of the last stage, but would train with it
         trainer.model_wrapped, trainer.deepspeed = trainer.model, None
+    elif trainer.accelerator.num_processes > 1 and trainer.model_wrapped is trainer.model and not is_sharded(trainer):
+        # an evaluation marks the model as prepared; DDP would not wrap it and every process train its own weights
+        trainer.model._is_accelerate_prepared = False  # noqa: SLF001 - accelerate has no public name for it
     if callback.weights is not None and callback.weights != weights_checksum(trainer):
         logger.warning(
             "the weights changed after the last state was recorded; a resumed run starts from the recorded weights and"
