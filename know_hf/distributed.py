@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast, gather_object
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -181,6 +181,21 @@ def _complete(tensor: torch.Tensor, **options: Any) -> AbstractContextManager[ob
 
     context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters([tensor], **options)
     return context
+
+
+def is_replicated(trainer: Trainer) -> bool:
+    """Whether several processes hold all weights each."""
+    return trainer.accelerator.num_processes > 1 and not is_sharded(trainer)
+
+
+def share_buffers(trainer: Trainer) -> None:
+    """Give all processes the buffers of the main one, whose state is recorded; every process must call it.
+
+    DDP copies BatchNorm statistics only before a forward pass in training, so an evaluation would use other ones.
+    """
+    if is_replicated(trainer):
+        for buffer in trainer.model.buffers():
+            broadcast(buffer)
 
 
 def reshard(model: nn.Module) -> None:

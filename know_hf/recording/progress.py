@@ -12,7 +12,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..data.subsets import Subset
-from ..distributed import is_sharded, on_main_process
+from ..distributed import is_sharded, on_main_process, share_buffers
 from ..markdown import percent
 from ..model_tensors import memory_key
 from ..trajectory import StateRecord, WeightTrajectory
@@ -79,6 +79,7 @@ class Progress:
         """
         if self._trainer.eval_dataset is None:
             return
+        share_buffers(self._trainer)
         evaluated = _EvaluatedWeights(self._trainer)
         weights = weights_checksum(self._trainer) if weights is None else weights
         self._trainer.add_callback(evaluated)
