@@ -27,13 +27,13 @@ from doubles.collect_space import (
     sources,
     write_space,
 )
-from doubles.loopback_hub import environment, hub
+from doubles.loopback_hub import environment
 from huggingface_hub import snapshot_download
 
 from know_hf import ForgettingSchedule, WeightTrajectory
 from know_hf.hub import HubError
 
-__all__ = ["collect", "hub", "job", "recorded", "sources"]
+__all__ = ["collect", "job", "recorded", "sources"]
 
 pytestmark = WARNINGS
 CNN = {**ARCHITECTURES["cnn"], "draws": {"shapes": 1}}

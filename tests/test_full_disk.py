@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_resnet
-from doubles.hub_fixtures import contents, enhanced, no_sleep, store
-from doubles.loopback_hub import LoopbackHub, hub
+from doubles.hub_fixtures import contents, store
+from doubles.loopback_hub import LoopbackHub
 from doubles.toy_trajectories import record_lines
 from peft import LoraConfig, get_peft_model
 from quadrants import source, target
@@ -27,7 +27,7 @@ from know_hf.meta_learning import MetaTrainingArguments
 from know_hf.meta_learning.training_checkpoints import CheckpointFolder
 from know_hf.trajectory.merging import merge_adapters
 
-__all__ = ["enhanced", "hub", "no_sleep"]
+pytestmark = pytest.mark.usefixtures("no_sleep")
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.hub_fixtures import FAULTS, no_sleep, no_token_shown, raises, store, without_card
-from doubles.loopback_hub import LoopbackHub, hub
+from doubles.hub_fixtures import FAULTS, raises, store, without_card
+from doubles.loopback_hub import LoopbackHub
 from huggingface_hub.errors import HfHubHTTPError
 
 from know_hf import WeightTrajectory, predict_overflowed_weights
@@ -13,7 +13,7 @@ from know_hf.hub import HubError
 from know_hf.hub_client import call_hub
 from know_hf.trajectory import TrajectoryError
 
-__all__ = ["hub", "no_sleep", "no_token_shown"]
+pytestmark = pytest.mark.usefixtures("no_sleep", "no_token_shown")
 
 NAME = "resnet.encoder.stages.1.layers.0.layer.1.convolution.weight"
 

@@ -4,8 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from doubles.hub_fixtures import FAULTS, contents, enhanced, no_sleep, no_token_shown, raises, store
-from doubles.loopback_hub import LoopbackHub, hub
+from doubles.hub_fixtures import FAULTS, contents, raises, store
+from doubles.loopback_hub import LoopbackHub
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from know_hf import WeightTrajectory
@@ -13,7 +13,7 @@ from know_hf.checkpoint import CheckpointError, atomic_folder
 from know_hf.hub import HubError, pull, pull_checkpoint, pull_trajectory
 from know_hf.trajectory import TrajectoryError
 
-__all__ = ["enhanced", "hub", "no_sleep", "no_token_shown"]
+pytestmark = pytest.mark.usefixtures("no_sleep", "no_token_shown")
 
 
 def test_checkpoint(hub: LoopbackHub, enhanced: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_resnet
-from doubles.hub_fixtures import COMMIT, contents, enhanced, no_sleep, no_token_shown, raises
-from doubles.loopback_hub import FOREIGN_TOKEN, READ_TOKEN, TOKEN, LoopbackHub, hub
+from doubles.hub_fixtures import COMMIT, contents, raises
+from doubles.loopback_hub import FOREIGN_TOKEN, READ_TOKEN, TOKEN, LoopbackHub
 from doubles.old_paths import record_path
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -32,10 +32,11 @@ from know_hf.hub import HubError, check_push, pull, push, push_checkpoint, push_
 from know_hf.prediction import REFERENCE, SHIPPED_KNOWN, Gate
 from know_hf.trajectory import TrajectoryError
 
-__all__ = ["enhanced", "hub", "no_sleep", "no_token_shown"]
-
 # huggingface_hub sends large files in a way that httpx deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    pytest.mark.usefixtures("no_sleep", "no_token_shown"),
+]
 
 RESNET = "ResNetForImageClassification"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from doubles.task_fixtures import bert, own_cache, text_arguments, texts
 from transformers import TrainingArguments
 
 from know_hf import RecordArguments
@@ -15,9 +14,8 @@ from know_hf.config_files import check_keys
 from know_hf.tasks import LoraArguments
 from know_hf.tasks.trainer_parts import prepare_task
 
-__all__ = ["bert", "own_cache", "text_arguments", "texts"]
-
 RECIPES = Path(__file__).parents[1] / "recipes"
+pytestmark = pytest.mark.usefixtures("own_cache")
 REQUIRED = {"task": "causal-lm", "model": "m", "dataset": "d", "output_dir": "o"}
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_resnet, make_trainer
-from doubles.hub_fixtures import no_sleep
-from doubles.loopback_hub import LoopbackHub, hub
+from doubles.loopback_hub import LoopbackHub
 from doubles.small_trainers import BALANCED, PEFT_WARNING
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -19,9 +18,10 @@ from know_hf.hub import push_trajectory
 from know_hf.trajectory import TrajectoryError
 from know_hf.trajectory.merging import merge_adapters
 
-__all__ = ["hub", "no_sleep"]
-
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    pytest.mark.usefixtures("no_sleep"),
+]
 
 HEAD = "classifier.1.weight"
 BODY = "resnet.embedder.embedder.convolution.weight"

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import datasets
 import pytest
-from doubles.task_fixtures import bert, llama, lm_arguments, make_texts, own_cache, text_arguments, texts
+from doubles.task_fixtures import make_texts
 from transformers import AutoTokenizer
 
 from know_hf.tasks.task_data import CausalCollator, load_splits, tokenize
 from know_hf.tasks.trainer_parts import prepare_task
 
-__all__ = ["bert", "llama", "lm_arguments", "own_cache", "text_arguments", "texts"]
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_end_of_text_tokens_are_learned_and_padding_is_not(llama):

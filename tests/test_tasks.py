@@ -10,22 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_resnet
-from doubles.task_fixtures import (
-    PEFT_WARNING,
-    QUICK,
-    WORDS,
-    bert,
-    image_arguments,
-    llama,
-    lm_arguments,
-    make_texts,
-    own_cache,
-    pictures,
-    text_arguments,
-    texts,
-    vit,
-    write_vit,
-)
+from doubles.task_fixtures import PEFT_WARNING, QUICK, WORDS, make_texts, write_vit
 from peft import PeftModel
 from PIL import Image
 from transformers import (
@@ -43,19 +28,8 @@ from know_hf.tasks.record import _check_or_write_arguments, read_arguments
 from know_hf.tasks.recording_plan import plan_task
 from know_hf.tasks.trainer_parts import prepare_task
 
-__all__ = [
-    "bert",
-    "image_arguments",
-    "llama",
-    "lm_arguments",
-    "own_cache",
-    "pictures",
-    "text_arguments",
-    "texts",
-    "vit",
-]
-
 RECIPES = Path(__file__).parents[1] / "recipes"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_text_classification_is_planned_recorded_and_resumed(text_arguments):

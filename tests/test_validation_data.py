@@ -6,20 +6,7 @@ from dataclasses import replace
 
 import datasets
 import pytest
-from doubles.task_fixtures import (
-    PEFT_WARNING,
-    QUICK,
-    bert,
-    image_arguments,
-    llama,
-    lm_arguments,
-    make_texts,
-    own_cache,
-    pictures,
-    text_arguments,
-    texts,
-    vit,
-)
+from doubles.task_fixtures import PEFT_WARNING, QUICK, make_texts
 from transformers import AutoModelForSequenceClassification
 
 from know_hf import RecordArguments, WeightTrajectory, record_task
@@ -28,17 +15,7 @@ from know_hf.tasks import LoraArguments
 from know_hf.tasks.task_data import overlap
 from know_hf.tasks.validation_data import load_cross_fit, load_validation_data
 
-__all__ = [
-    "bert",
-    "image_arguments",
-    "llama",
-    "lm_arguments",
-    "own_cache",
-    "pictures",
-    "text_arguments",
-    "texts",
-    "vit",
-]
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,12 @@ FAULTS: dict[str, dict[str, Any]] = {  # of downloads
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_token_shown(capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> Iterator[None]:
     """Check that a test neither prints, logs nor writes a token."""
     for logger in ("huggingface_hub", "know_hf", "transformers"):

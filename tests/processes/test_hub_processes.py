@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.hub_fixtures import contents, enhanced, no_token_shown, without_card
-from doubles.loopback_hub import TOKEN, LoopbackHub, environment, hub
+from doubles.hub_fixtures import contents, without_card
+from doubles.loopback_hub import TOKEN, LoopbackHub, environment
 from safetensors.torch import load_file
 
 from know_hf import KNOWNModel
 from know_hf.hub import push
 from know_hf.prediction import SHIPPED_KNOWN
 
-__all__ = ["enhanced", "hub", "no_token_shown"]
-
 # huggingface_hub sends large files in a way that httpx deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    pytest.mark.usefixtures("no_token_shown"),
+]
 
 
 def run(hub: LoopbackHub, home: Path, program: str) -> str:
