@@ -42,26 +42,12 @@ _SCALE_KINDS = re.compile(r"(Scale|Gain|Temperature)(\dd)?$")
 
 @dataclass(frozen=True)
 class TensorRole:
-    """Role of a tensor.
-
-    Attributes:
-        role (`str`):
-            One of `ROLES`.
-        reason (`str`):
-            Explanation for people. Code reads the other fields.
-        tied_to (`str`, *optional*):
-            First name of a tied tensor, on all of its other names.
-        is_batch_norm (`bool`):
-            Whether a BatchNorm layer owns the tensor.
-
-    Raises:
-        `ValueError`: if the role is unknown.
-    """
+    """Role of a tensor, one of `ROLES`; a `ValueError` for another one."""
 
     role: str
-    reason: str
-    tied_to: str | None = None
-    is_batch_norm: bool = False
+    reason: str  # for people; code reads the other fields
+    tied_to: str | None = None  # first name of a tied tensor, on all of its other names
+    is_batch_norm: bool = False  # whether a BatchNorm layer owns the tensor
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

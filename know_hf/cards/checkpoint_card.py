@@ -311,20 +311,13 @@ def checkpoint_card(
     """Create the card of an enhanced checkpoint from the trajectory's JSON files, without network access.
 
     Args:
-        trajectory ([`WeightTrajectory`]):
-            Recorded states.
-        result ([`PredictionResult`]):
-            Result of the prediction.
-        predictor ([`Predictor`], [`KNOWNModel`] or `str`):
-            The predictor, or its name.
-        steps (`int`):
-            Recursive predictions.
+        trajectory, result, predictor, steps, gate:
+            What was predicted, with the predictor or its name; for the gate, see
+                [`~know_hf.cards.evidence.recorded_gate`].
         comparisons (sequence of [`Comparison`] or `Mapping`, *optional*):
             Measurements, see [`~know_hf.cards.evidence.recorded_comparison`]. Without any, the card says so.
         arm (`str`, *optional*):
             Arm of the comparisons that is this checkpoint.
-        gate (`Mapping`, *optional*):
-            Result of a gate, see [`~know_hf.cards.evidence.recorded_gate`].
         about:
             See [`~know_hf.cards.checkpoint_card.PredictionAbout`].
 
@@ -332,7 +325,7 @@ def checkpoint_card(
         `ModelCard`: `str(card)` is the README.md, `card.data` its front matter.
 
     Raises:
-        `ValueError`: For an incomplete comparison or gate, an unknown key, or an invalid Hub id.
+        `ValueError`: for an incomplete comparison or gate, an unknown key, or an invalid Hub id.
     """
     card = CheckpointCard.of(trajectory, result, predictor, steps, gate, **about)
     for comparison in comparisons:

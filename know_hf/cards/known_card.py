@@ -157,25 +157,10 @@ def known_card(
 ) -> ModelCard:
     """Create the card of KNOWN weights, without network access. The card names what is unknown.
 
-    Args:
-        config ([`KNOWNConfig`]):
-            Config of the weights.
-        results (`Mapping`, *optional*):
-            Content of the `results.json` from `recipes/meta_train`.
-        title (`str`):
-            Heading of the card.
-        path (`str`):
-            Hub id or folder that the example loads from.
-        comparisons (sequence of `Mapping`, *optional*):
-            Content of the `comparisons.json` from `recipes/compare/summary.py`.
-        license (`str`, *optional*):
-            License of the weights.
-        description (`str`, *optional*):
-            Sentences on the training data.
-        commands (`str`, *optional*):
-            Shell commands that reproduce the weights.
-        limits (sequence of `str`, *optional*):
-            Sentences on what the weights are not for.
+    `results` is the content of the `results.json` from `recipes/meta_train`, and `comparisons` are those of the
+    `comparisons.json` from `recipes/compare/summary.py`. The example loads from `path`, a Hub id or folder.
+    `description` has sentences on the training data, `commands` the shell commands that reproduce the weights, and
+    `limits` sentences on what the weights are not for.
 
     Returns:
         `ModelCard`: `str(card)` is the README.md, `card.data` its front matter.

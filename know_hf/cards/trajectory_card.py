@@ -82,19 +82,11 @@ def trajectory_card(
 ) -> ModelCard:
     """Create the card of a trajectory from its JSON files and headers, without network access.
 
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            Trajectory with at least one state.
-        summary ([`TrajectorySummary`], *optional*):
-            Result of [`inspect_trajectory`], to show how far each role moved.
-        about:
-            See [`~know_hf.cards.recorded_card.About`].
-
-    Returns:
-        `ModelCard`: `str(card)` is the README.md, `card.data` its front matter.
+    A `summary`, the result of [`inspect_trajectory`], shows how far each role moved. For `about`, see
+    [`~know_hf.cards.recorded_card.About`].
 
     Raises:
-        `TrajectoryError`: If the trajectory has no state.
-        `ValueError`: For an unknown key or an invalid Hub id.
+        `TrajectoryError`: if the trajectory has no state.
+        `ValueError`: for an unknown key or an invalid Hub id.
     """
     return TrajectoryCard.of(trajectory, summary, **about).render()

@@ -88,15 +88,9 @@ def check_empty(target: Path, hint: str = "choose another folder") -> None:
 
 
 def check_output(target: str | Path, inputs: Iterable[str | Path] = (), *, replaces: bool = True) -> None:
-    """Check the place of a folder before the work that fills it.
+    """Check the place of a folder before the work that fills it, links followed.
 
-    Args:
-        target (`str` or `Path`):
-            The folder to write. Links are followed.
-        inputs (iterable of `str` or `Path`, *optional*):
-            Folders and files that the work reads. Those that do not exist, such as Hub ids, are ignored.
-        replaces (`bool`, *optional*, defaults to `True`):
-            Whether the work replaces the folder, so that it must not contain inputs.
+    Inputs that do not exist, such as Hub ids, are ignored. A folder that the work `replaces` must not contain inputs.
 
     Raises:
         `ValueError`: if `target` is an input, contains one that would be replaced, or is inside one or a trajectory.

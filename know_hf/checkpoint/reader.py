@@ -16,11 +16,7 @@ INDEX_NAME = "model.safetensors.index.json"
 class CheckpointReader:
     """Reads the tensors of a checkpoint piece by piece.
 
-    Args:
-        files (`Sequence[Path | ByteSource]`):
-            The safetensors files. Each tensor is in exactly one of them.
-        elsewhere (`Mapping[str, tuple[ByteSource, TensorEntry]]`, *optional*):
-            Tensors that other checkpoints store for this one, by name; see [`locate`].
+    Each tensor is in one of the files, or `elsewhere`: where other checkpoints store it for this one, see [`locate`].
 
     Raises:
         `CheckpointError`: if a file is missing, truncated or not safetensors, or two files contain the same tensor.

@@ -18,23 +18,12 @@ from .streams import FINGERPRINT_ROWS, divide_stream
 
 @dataclass(frozen=True)
 class Subset:
-    """The data of one stage.
+    """The data of one stage."""
 
-    Attributes:
-        dataset (*any*):
-            Value for `trainer.train_dataset`.
-        num_examples (`int`, *optional*):
-            |Dk|, or `None` for a stream.
-        fraction (`float`):
-            r^k, the share of all data.
-        fingerprint (`str`):
-            Identifies this subset of this data, see [`divide`].
-    """
-
-    dataset: Any
-    num_examples: int | None
-    fraction: float
-    fingerprint: str
+    dataset: Any  # for trainer.train_dataset
+    num_examples: int | None  # |Dk|, or None for a stream
+    fraction: float  # r^k, the share of all data
+    fingerprint: str  # identifies this subset of this data, see [`divide`]
 
     @property
     def size(self) -> str:

@@ -218,30 +218,16 @@ class TransitionDataset(Dataset):
 
 
 class BalancedBatchSampler(Sampler[np.ndarray]):
-    """Sampler of batches with the same number of transitions of each role. Within a role, all trajectories are equally
-    likely; within a trajectory, all tensors; within a tensor, all transitions. Drawn with replacement.
+    """Sampler of batches with the same number of transitions of each role.
 
-    The n-th batch depends only on the dataset, `batch_size`, `seed` and n. All processes draw the same batches and
-    take their part of each, so that together they see the same data as one process.
-
-    Args:
-        dataset ([`TransitionDataset`]):
-            Dataset to sample from.
-        batch_size (`int`):
-            Transitions of each role per batch, over all processes.
-        num_batches (`int`):
-            Batches of one pass.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draw; every pass yields the same batches.
-        start (`int`, *optional*, defaults to `0`):
-            First batch of a pass; earlier ones are neither drawn nor read.
-        process_index (`int`, *optional*, defaults to `0`):
-            Part of each batch to yield.
-        num_processes (`int`, *optional*, defaults to `1`):
-            Number of parts.
+    Within a role, all trajectories are equally likely; within a trajectory, all tensors; within a tensor, all
+    transitions. They are drawn with replacement. The n-th batch, of `num_batches` in a pass, depends only on the
+    dataset, `batch_size` (transitions of each role, over all processes), `seed` and n; those before `start` are
+    neither drawn nor read. All processes draw the same batches and take their part of each, so that together they see
+    the same data as one process.
 
     Raises:
-        `ValueError`: If `batch_size` is not a multiple of `num_processes`.
+        `ValueError`: if `batch_size` is not a multiple of `num_processes`.
     """
 
     def __init__(

@@ -18,25 +18,15 @@ from .dataset import TransitionBlock, TransitionDataset
 class RoleSkill:
     """Retrodiction skill on the transitions of one role.
 
-    Attributes:
-        skill (`float`):
-            `1 - Σ|Θ̂ - Θ(-1)| / Σ|Θ0 - Θ(-1)|` over all scalars: 1 is perfect, 0 equals the prediction that nothing
-            changes, below 0 is worse. The drawn scalars of a tensor represent all of its scalars.
-        error (`float`):
-            Mean `|Θ̂ - Θ(-1)|`, in units of the weights.
-        no_change (`float`):
-            Mean `|Θ0 - Θ(-1)|`, the error of the prediction that nothing changes.
-        transitions (`int`):
-            Number of predicted transitions.
-        by_trajectory (`dict[str, float]`):
-            Skill on each trajectory, by its path.
+    The skill is `1 - Σ|Θ̂ - Θ(-1)| / Σ|Θ0 - Θ(-1)|` over all scalars: 1 is perfect, 0 equals the prediction that
+    nothing changes, below 0 is worse. The drawn scalars of a tensor represent all of its scalars.
     """
 
     skill: float
-    error: float
-    no_change: float
-    transitions: int
-    by_trajectory: dict[str, float] = field(default_factory=dict)
+    error: float  # mean |Θ̂ - Θ(-1)|, in units of the weights
+    no_change: float  # mean |Θ0 - Θ(-1)|, the error of the prediction that nothing changes
+    transitions: int  # number of predicted ones
+    by_trajectory: dict[str, float] = field(default_factory=dict)  # skill on each trajectory, by its path
 
     @property
     def median(self) -> float:

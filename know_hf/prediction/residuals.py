@@ -58,15 +58,10 @@ class ResidualReport:
     def of(
         cls, history: torch.Tensor, residual: torch.Tensor, trained_on: Mapping[str, float] | None = None
     ) -> "ResidualReport":
-        """Measure one piece.
+        """Measure one piece: the history `(S, N)`, full data last, and the residual `(N,)` that was added to the last
+        state.
 
-        Args:
-            history (`torch.Tensor` of shape `(S, N)`):
-                Most forgotten state first, full data last.
-            residual (`torch.Tensor` of shape `(N,)`):
-                What was added to the last state.
-            trained_on (`Mapping[str, float]`, *optional*):
-                `largest_weight` and `largest_displacement` of the predictor's training data for this role.
+        `trained_on` has `largest_weight` and `largest_displacement` of the predictor's training data for this role.
         """
         moves = history.diff(dim=0)
         vectors = torch.stack([residual, history[-1], moves[-1]])

@@ -25,24 +25,14 @@ _CHUNK = 4_000_000  # random numbers per draw
 class GateCandidate:
     """One candidate of a gate.
 
-    Attributes:
-        name (`str`):
-            Name of the candidate.
-        loss (`float`, *optional*):
-            Mean loss; `None` if it is not finite.
-        difference (`float`, *optional*):
-            Loss minus that of Θ0; negative is better.
-        low, high (`float`, *optional*):
-            Interval of the difference, simultaneous over all candidates; `None` for a single value, or if too few
-            values differ to bound it.
-        p_value (`float`, *optional*):
-            Two-sided test against the margin, corrected for the number of candidates; `None` for a single value and
-            for differences that are all equal.
+    The interval is simultaneous over all candidates, and the p-value, of a two-sided test against the margin,
+    corrected for their number. Both are `None` for a single value; the interval also if too few values differ to bound
+    it, and the p-value for differences that are all equal.
     """
 
     name: str
-    loss: float | None
-    difference: float | None = None
+    loss: float | None  # mean; None if it is not finite
+    difference: float | None = None  # loss minus that of Θ0; negative is better
     low: float | None = None
     high: float | None = None
     p_value: float | None = None

@@ -47,14 +47,7 @@ class DepthPredictor(Predictor, Protocol):
     """A predictor that differs between layers. [`at_depth`] is called once per tensor."""
 
     def at_depth(self, depth: float) -> Predictor:
-        """
-        Args:
-            depth (`float`):
-                Relative depth of the tensor's layer, 0 at the input and 1 at the head; see [`relative_depths`].
-
-        Returns:
-            [`Predictor`]: The predictor for tensors at this depth.
-        """
+        """Return the predictor for tensors at a [`relative_depths`] of 0, at the input, to 1, at the head."""
 
 
 @dataclass

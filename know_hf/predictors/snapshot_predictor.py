@@ -23,32 +23,16 @@ class TensorSnapshots:
     The product is in coordinates of its rows and columns in which the snapshots differ, which changes no norm, angle
     or singular value; [`james_stein`] counts values in these coordinates. The result is factorised at the recorded
     rank, see [`factorise`].
-
-    Attributes:
-        theta0 (`torch.Tensor`):
-            After training on all data.
-        start (`torch.Tensor`, *optional*):
-            Before the training.
-        origin (`torch.Tensor`, *optional*):
-            Before the branches parted: the start, or Θ0 for branches from state 0.
-        branches (sequence of `torch.Tensor`):
-            In each branch.
-        fraction (`float`, *optional*):
-            Share of the data that each branch was trained on, if it is recorded.
-        states, tail (sequence of `torch.Tensor`):
-            Θ1, Θ2, …; and late in the training of Θ0, first to last.
-        context ([`~know_hf.known.TensorContext`], *optional*):
-            What is known about the tensor and its training besides the weights.
     """
 
-    theta0: torch.Tensor
-    start: Any = None
-    origin: Any = None
+    theta0: torch.Tensor  # after training on all data
+    start: Any = None  # before the training
+    origin: Any = None  # before the branches parted: the start, or Θ0 for branches from state 0
     branches: Sequence[torch.Tensor] = ()
-    fraction: Any = None
-    states: Sequence[torch.Tensor] = ()
-    tail: Sequence[torch.Tensor] = ()
-    context: TensorContext | None = None
+    fraction: Any = None  # share of the data that each branch was trained on, if it is recorded
+    states: Sequence[torch.Tensor] = ()  # Θ1, Θ2, …
+    tail: Sequence[torch.Tensor] = ()  # late in the training of Θ0, first to last
+    context: TensorContext | None = None  # what is known about it besides the weights
 
 
 class SnapshotPredictor(ABC):

@@ -44,17 +44,10 @@ class TensorFactor:
 
 @dataclass(frozen=True)
 class Rescaling:
-    """Factors that keep the function of a model.
+    """Factors that keep the function of a model."""
 
-    Attributes:
-        factors (`dict[str, TensorFactor]`):
-            Factor of every tensor that changes, by name on disk; a tied tensor has all of its names.
-        deviation (`float`):
-            Largest difference between outputs of Θ0 with and without the factors, relative to the largest output.
-    """
-
-    factors: Mapping[str, TensorFactor] = field(default_factory=dict)
-    deviation: float = 0.0
+    factors: Mapping[str, TensorFactor] = field(default_factory=dict)  # by name on disk, tied tensors by all
+    deviation: float = 0.0  # largest difference between outputs of Θ0 with and without them, over the largest output
 
     def __mul__(self, other: "Rescaling") -> "Rescaling":
         names = [*self.factors, *(name for name in other.factors if name not in self.factors)]

@@ -178,13 +178,9 @@ class RecordArguments:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "the arguments") -> "RecordArguments":
-        """Build the arguments from a mapping; numbers and booleans may be strings.
+        """Build the arguments from a mapping of field names to values; numbers and booleans may be strings.
 
-        Args:
-            content (`Mapping[str, Any]`):
-                Values by field name; `lora` and `training` are mappings.
-            source (`str`, *optional*):
-                Where the values come from, for error messages.
+        `source` says in error messages where the values come from.
 
         Raises:
             `ValueError`: for an unknown key (with the nearest known one), a missing key, or a value of the wrong type.
@@ -193,13 +189,7 @@ class RecordArguments:
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "RecordArguments":
-        """Read the arguments from a YAML file.
-
-        Args:
-            path (`str` or `Path`):
-                The file.
-            overrides (`Mapping[str, Any]`, *optional*):
-                Values that replace those of the file; `lora` and `training` are replaced key by key.
+        """Read the arguments from a YAML file; `overrides` replaces its values, in `lora` and `training` key by key.
 
         Raises:
             `FileNotFoundError`: when the file does not exist.

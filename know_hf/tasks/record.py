@@ -27,16 +27,10 @@ _PICTURE_NAME = "forgetting.png"
 
 
 def record_task(args: RecordArguments) -> WeightTrajectory:
-    """Fine-tune a model on smaller and smaller subsets of a dataset and record every state.
+    """Fine-tune a model on smaller and smaller subsets of a dataset and record every state in
+    `args.output_dir/trajectory`.
 
     A second call with the same arguments resumes at the first missing state.
-
-    Args:
-        args ([`RecordArguments`]):
-            The task, the model, the data and the training.
-
-    Returns:
-        [`WeightTrajectory`]: in `args.output_dir/trajectory`.
 
     Raises:
         `ValueError`: see [`induce_forgetting`]; also when the columns of the dataset do not fit the task, for a key of

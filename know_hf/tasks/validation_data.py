@@ -50,14 +50,10 @@ def load_validation_data(
             The trajectory, beside the `record.json` of its recording.
         dataset (`str`, *optional*, defaults to `"recorded"`):
             Hub id or folder of a dataset with the columns of the recording, or `"recorded"`: the split that the
-            recording evaluated its states on, such as the held-out tenth.
-        split (`str`, *optional*):
-            Split of `dataset`; slices work. By default its validation split, or its only one.
-        max_examples (`int`, *optional*):
-            Number of rows, drawn with the seed of the recording. By default all, or as many as the recording drew.
-
-    Returns:
-        [`ValidationData`]: `make_gate()` returns the [`Gate`].
+                recording evaluated its states on, such as the held-out tenth.
+        split, max_examples (*optional*):
+            Split of `dataset`; slices work. By default its validation split, or its only one. Rows are drawn with the
+                seed of the recording; by default all, or as many as the recording drew.
 
     Raises:
         `FileNotFoundError`: if there is no `record.json` beside the trajectory.

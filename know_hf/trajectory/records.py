@@ -59,20 +59,11 @@ Texts = Annotated[dict[Text, Text], Limited]
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of a trajectory.
+    """One file of a trajectory."""
 
-    Attributes:
-        path (`str`):
-            Path relative to the trajectory's folder.
-        size (`int`):
-            Size in bytes.
-        sha256 (`str`):
-            SHA-256 of its content, in hexadecimal.
-    """
-
-    path: RelativePath
-    size: Count
-    sha256: Sha256
+    path: RelativePath  # relative to the trajectory's folder
+    size: Count  # in bytes
+    sha256: Sha256  # of its content, in hexadecimal
 
     @classmethod
     def of(cls, path: Path, name: str) -> "FileRecord":

@@ -19,26 +19,16 @@ _PIECE_SIZE = 2**20  # elements
 class TrajectorySummary:
     """Statistics of a trajectory; `str` gives two tables.
 
-    Attributes:
-        states (`tuple[StateRecord]`):
-            The states, full data first.
-        others (`tuple[StateRecord]`):
-            The other snapshots: start, tail states and branches.
-        tensors, parameters (`dict[str, int]`):
-            Number of tensors and of their elements, by role.
-        displacement (`dict[str, list[float]]`):
-            By role, `‖Θk − Θ0‖₂ / ‖Θ0‖₂` of every state k over all tensors of the role, then of every tail state and
-            branch; 0 where Θ0 is all zeros and nothing moved.
-        forgetting (`dict[str, float]`):
-            By metric that every state has, its fall per halving of the examples, see [`ForgettingRate`].
+    The displacement is `‖Θk − Θ0‖₂ / ‖Θ0‖₂` of every state k over all tensors of a role, then of every tail state and
+    branch; 0 where Θ0 is all zeros and nothing moved. For the forgetting, see [`ForgettingRate`].
     """
 
-    states: tuple[StateRecord, ...]
-    others: tuple[StateRecord, ...] = ()
-    tensors: dict[str, int] = field(default_factory=dict)
-    parameters: dict[str, int] = field(default_factory=dict)
-    displacement: dict[str, list[float]] = field(default_factory=dict)
-    forgetting: dict[str, float] = field(default_factory=dict)
+    states: tuple[StateRecord, ...]  # full data first
+    others: tuple[StateRecord, ...] = ()  # start, tail states and branches
+    tensors: dict[str, int] = field(default_factory=dict)  # by role
+    parameters: dict[str, int] = field(default_factory=dict)  # by role
+    displacement: dict[str, list[float]] = field(default_factory=dict)  # by role
+    forgetting: dict[str, float] = field(default_factory=dict)  # by metric that every state has
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; displacements by role and snapshot."""

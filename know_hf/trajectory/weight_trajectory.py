@@ -239,12 +239,7 @@ class WeightTrajectory(SnapshotTensors):
     def load_into(self, model: nn.Module, state: StateName = 0) -> None:
         """Copy the weights of one state into a model of the recorded architecture, on any device and in any dtype.
 
-        Args:
-            model (`nn.Module`):
-                The model, also compiled or wrapped. If its weights are sharded (FSDP2, ZeRO-3), every process must
-                call this.
-            state (`int` or `str`, *optional*, defaults to `0`):
-                Index of the state, or name of another snapshot.
+        The model may be compiled or wrapped. If its weights are sharded (FSDP2, ZeRO-3), every process must call this.
 
         Raises:
             `TrajectoryError`: when the state does not exist, or its tensors and shapes differ.

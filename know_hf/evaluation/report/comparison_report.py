@@ -104,14 +104,8 @@ _LIBRARIES = ("know_hf", "torch", "transformers", "numpy")
 class ComparisonReport:
     """A finished comparison of arms. `str` gives tables and verdicts.
 
-    Attributes:
-        protocols (`Mapping[str, Mapping]`):
-            Entries of `report.json`, the most important protocol first.
-        measures (`tuple[Measure, ...]`):
-            What is measured. The first selects the trials.
-        name, description, task, seeds, draws, trials_per_rate, arms, cells, trajectories, landscape, command,
-        planned_seeds:
-            As in `report.json`; by default as many seeds were planned as there are.
+    The fields are those of `report.json`, the most important protocol first. The first measure selects the trials. By
+    default as many seeds were planned as there are.
     """
 
     name: str

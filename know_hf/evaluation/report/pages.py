@@ -59,20 +59,12 @@ class ReportFiles:
 def write_report(report: Report | str | Path, output_dir: str | Path, *, command: str | None = None) -> ReportFiles:
     """Write `report.html`, `report.md` and the figures of a comparison.
 
-    Args:
-        report (`Mapping`, `str` or `Path`):
-            Content of `report.json`, the file or its folder.
-        output_dir (`str` or `Path`):
-            Output folder, created if missing.
-        command (`str`, *optional*):
-            Command that reproduces the comparison; by default the one in the report.
-
-    Returns:
-        [`ReportFiles`]: The paths.
+    `report` is the content of `report.json`, the file or its folder. `command` replaces the command in it that
+    reproduces the comparison.
 
     Raises:
-        `ValueError`: If the report has a newer schema, lacks a key, or has a value of another kind.
-        `ImportError`: If matplotlib or markdown-it-py is not installed.
+        `ValueError`: if the report has a newer schema, lacks a key, or has a value of another kind.
+        `ImportError`: if matplotlib or markdown-it-py is not installed.
     """
     content = read_report(report)
     try:

@@ -30,25 +30,15 @@ class PartExponents:
 class ScaleSymmetry:
     """Factors that cancel: each tensor times `f ** exponent` keeps the function of the model, for any f > 0.
 
-    Attributes:
-        tensor (`str`):
-            The tensor that is multiplied by f itself, by its name on disk, or of which a part is.
-        exponents (`dict[str, float]`):
-            Exponent of every tensor that changes as a whole, by name on disk; a tied tensor has all of its names.
-        is_exact (`bool`):
-            Whether no normalisation with an epsilon lies in between. With one, the function changes where variances
-            are not far above epsilon.
-        reason (`str`):
-            Explanation for people.
-        parts (`dict[str, PartExponents]`):
-            Exponents of tensors whose parts change differently.
+    Where a normalisation with an epsilon lies in between, it is not exact: the function changes where variances are
+    not far above epsilon. A tied tensor is in the exponents under all of its names on disk.
     """
 
-    tensor: str
-    exponents: dict[str, float]
+    tensor: str  # the one, or a part of it, that is multiplied by f itself
+    exponents: dict[str, float]  # of every tensor that changes as a whole
     is_exact: bool
-    reason: str
-    parts: dict[str, PartExponents] = field(default_factory=dict)
+    reason: str  # for people
+    parts: dict[str, PartExponents] = field(default_factory=dict)  # of tensors whose parts change differently
 
     def factors(self, base: float) -> dict[str, TensorFactor]:
         """Return what each tensor is multiplied by, for f = `base`."""
