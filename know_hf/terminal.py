@@ -62,6 +62,11 @@ def shorten_words(text: str) -> str:
     return re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda match: f"{match[0][:half]}…{match[0][-half:]}", text)
 
 
+def first_names(names: Sequence[str], most: int) -> str:
+    """Return some names for a message, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Return the lines of a table of text: the first column aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -68,14 +68,17 @@ def write_json(path: Path, content: Any) -> None:
 
 def check_free_disk(path: Path, needed: int) -> None:
     """Raise an `OSError` if the disk of `path` has fewer than `needed` free bytes. `path` need not exist."""
-    absolute = Path(os.path.abspath(path))
-    existing = next(folder for folder in (absolute, *absolute.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    if (free := free_disk(path)) < needed:
         raise OSError(
             errno.ENOSPC,
             f"{path} needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; use another disk",
         )
+
+
+def free_disk(path: Path) -> int:
+    """Return the free bytes of the disk of a path, which need not exist."""
+    absolute = Path(os.path.abspath(path))
+    return shutil.disk_usage(next(folder for folder in (absolute, *absolute.parents) if folder.exists())).free
 
 
 def file_sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..checkpoint import parse_json, read_json_object
+from ..terminal import first_names
 from .state_readers import PUBLISHED_SUFFIXES, open_states
 
 logger: python_logging.Logger = logging.get_logger(__name__)
@@ -71,9 +72,8 @@ def read_collection(folders: str | Path | Sequence[str | Path], num_states: int 
             candidates = (trajectories.get(path, trajectory), trajectory)
             trajectories[path] = max(candidates, key=lambda candidate: (bool(candidate.split), len(candidate.about)))
     if unfinished:
-        reasons = ", ".join(f"{name} ({reason})" for name, reason in list(unfinished.items())[:5])
-        more = f" and {len(unfinished) - 5} more" if len(unfinished) > 5 else ""
-        logger.warning(f"Skipped unfinished or short trajectories: {reasons}{more}")
+        reasons = first_names([f"{name} ({reason})" for name, reason in unfinished.items()], 5)
+        logger.warning(f"Skipped unfinished or short trajectories: {reasons}")
     if not trajectories:
         raise ValueError(f"no finished trajectory with at least {num_states + 1} states in {folders}")
     return list(trajectories.values())

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..markdown import percent
 from ..roles import PREDICTED_ROLES
+from ..terminal import first_names
 from .residuals import ResidualReport
 
 _PREDICTED = f"{', '.join(PREDICTED_ROLES[:-1])} or {PREDICTED_ROLES[-1]}"
@@ -81,9 +82,8 @@ def dtype_warnings(tensors: Mapping[str, ResidualReport], dtype_of: Callable[[st
     kept = [f"{name!r} ({dtype_of(name)})" for name, report in tensors.items() if report.kept]
     if not kept:
         return []
-    more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
     return [
-        f"{', '.join(kept[:3])}{more} moved, but weights of this dtype cannot be predicted, so those of Θ0 are kept."
+        f"{first_names(kept, 3)} moved, but weights of this dtype cannot be predicted, so those of Θ0 are kept."
         " Record with dtype=torch.float32 to predict float8"
     ]
 

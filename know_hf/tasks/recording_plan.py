@@ -1,13 +1,13 @@
 """Steps, cost and disk of a recording, before it runs."""
 
 import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from ..checkpoint.files import free_disk
 from ..markdown import size as format_bytes
 from ..model_tensors import unsharded_shape
 from ..trajectory import state_nbytes
@@ -86,7 +86,7 @@ def plan_task(args: RecordArguments) -> RecordingPlan:
         relative_cost=schedule.relative_cost,
         parameters=sum(unsharded_shape(tensor).numel() for tensor in recorded_tensors(parts.model)),
         bytes_per_state=state_nbytes(parts.model)[0],
-        free_bytes=_free_bytes(Path(args.output_dir).absolute()),
+        free_bytes=free_disk(Path(args.output_dir)),
         num_branches=len(sizes) - schedule.num_states,
         tail_states=schedule.tail_states,
         has_start=args.start == "train" and args.start_weights != "none",
@@ -97,7 +97,3 @@ def steps_per_epoch(size: int, batch: int, training: TrainingArguments) -> int:
     """Return the optimizer steps of an epoch on `size` examples in batches of `batch`, those of all processes."""
     batches = size // batch if training.dataloader_drop_last else math.ceil(size / batch)
     return max(math.ceil(batches / training.gradient_accumulation_steps), 1)
-
-
-def _free_bytes(path: Path) -> int:
-    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free

@@ -12,6 +12,7 @@ from transformers import BaseImageProcessor, DataCollatorWithPadding, PreTrained
 from transformers.utils import logging
 
 from ..schedule import ForgettingSchedule
+from ..terminal import first_names
 from .arguments import IMAGE, LABELS, LM, RecordArguments
 
 logger: python_logging.Logger = logging.get_logger(__name__)
@@ -247,8 +248,8 @@ def _encode_classes(splits: list[datasets.Dataset], sources: list[str]) -> tuple
             values = [own.names[value] if value in range(own.num_classes) else value for value in values]
         if unknown := [value for value in values if value not in index_of]:
             raise ValueError(
-                f"{source}: {len(unknown)} rows have the class {unknown[0]!r}, which is not among {_shorten(names)};"
-                " choose another split, because test splits often have no classes"
+                f"{source}: {len(unknown)} rows have the class {unknown[0]!r}, which is not among"
+                f" {first_names(names, 10)}; choose another split, because test splits often have no classes"
             )
         indices = [index_of[value] for value in values]
         # False == 0, but no model takes False as a class
@@ -276,7 +277,3 @@ def _check_no_empty_rows(split: datasets.Dataset, columns: Mapping[str, str], so
                 f"{source}, column {column!r}: {cells.null_count} of the rows in use are empty, first row"
                 f" {cells.is_null().index(True)}; fill or remove them"
             )
-
-
-def _shorten(names: Sequence[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

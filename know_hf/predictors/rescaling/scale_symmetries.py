@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...model_tensors import memory_key, names_in_memory
+from ...terminal import first_names
 from ..tensor_factor import TensorFactor
 from .forward_pass import evaluated
 from .fused_projections import TensorParts
@@ -128,8 +129,8 @@ def _symmetry(
     followers = [name for name, values in changed.items() if max(values) > 0 and name != leading]
     undone = [name for name, values in changed.items() if min(values) < 0]
     reason = f"{leading} scales freely"
-    reason += f" with {_some(followers)}" if followers else ""
-    reason += f", undone in {_some(undone)}" if undone else ""
+    reason += f" with {first_names(followers, 3)}" if followers else ""
+    reason += f", undone in {first_names(undone, 3)}" if undone else ""
     reason += "" if is_exact else "; a normalisation absorbs it up to its epsilon"
     whole = {alias: v[0] for name, v in changed.items() if len(set(v)) == 1 for alias in aliases[name]}
     split = {
@@ -139,7 +140,3 @@ def _symmetry(
         for alias in aliases[name]
     }
     return ScaleSymmetry(leading, whole, is_exact, reason, split)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

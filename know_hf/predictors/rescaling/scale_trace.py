@@ -67,9 +67,9 @@ class ScaleTrace(TorchDispatchMode):
             **{name: partial(self._power, power=power) for name, power in _POWERS.items()},
             **dict.fromkeys(("argmax", "argmin", "argsort", "isnan", "isinf"), lambda *_, **__: {}),
             "div": self._quotient,
-            "embedding": self._embedding,
+            "embedding": lambda _, weight, *__, **___: self.form(weight),
             "pow": self._to_the_power,
-            "var_mean": self._variance_and_mean,
+            "var_mean": lambda _, x, *__, **___: [add({}, self.form(x), 2), self.form(x)],
             "_prelu_kernel": self._prelu,
         }
         self._families: dict[str, Rule] = {
@@ -220,9 +220,6 @@ class ScaleTrace(TorchDispatchMode):
             return self._unscaled(output, x, exponent)
         return self._power(output, x, power=Fraction(exponent))
 
-    def _variance_and_mean(self, output: Any, x: torch.Tensor, *_: Any, **__: Any) -> list[Form]:
-        return [add({}, self.form(x), 2), self.form(x)]
-
     def _sum_of_product(self, output: Any, bias: Any, x: Any, y: Any, **kwargs: Any) -> Form:
         result = self._product(output, x, y)
         if kwargs.get("beta", 1):
@@ -230,13 +227,7 @@ class ScaleTrace(TorchDispatchMode):
         return result
 
     def _convolution(self, output: Any, x: Any, weight: Any, bias: Any = None, *_: Any, **__: Any) -> Form:
-        result = self._product(output, x, weight)
-        if bias is not None:
-            self.equations.require_equal(self.form(bias), result)
-        return result
-
-    def _embedding(self, output: Any, weight: torch.Tensor, *_: Any, **__: Any) -> Form:
-        return self.form(weight)
+        return self._product(output, x, weight) if bias is None else self._sum_of_product(output, bias, x, weight)
 
     def _prelu(self, output: Any, x: torch.Tensor, slope: torch.Tensor) -> Form:
         self.equations.require_zero(self.form(slope))
