@@ -27,7 +27,7 @@ from transformers import (
 from know_hf import ForgettingSchedule, WeightTrajectory, induce_forgetting
 from know_hf.checkpoint import file_sha256
 
-pytest_plugins = ("doubles.loopback_hub", "doubles.hub_fixtures", "doubles.task_fixtures")
+pytest_plugins = ("doubles.loopback_hub", "doubles.hub_fixtures", "doubles.task_fixtures", "doubles.card_fields")
 
 NUM_EXAMPLES = 64
 SCHEDULE = ForgettingSchedule(ratio=0.5, num_states=5, stratify_by="labels")

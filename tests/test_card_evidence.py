@@ -5,17 +5,7 @@ import re
 from dataclasses import asdict
 
 import pytest
-from doubles.card_fields import (
-    COMPARISON,
-    FIXED_CHECKPOINT,
-    GATE,
-    STATE_GATE,
-    assert_readable,
-    card,
-    opened,
-    prediction,
-    shipped,
-)
+from doubles.card_fields import COMPARISON, FIXED_CHECKPOINT, GATE, STATE_GATE, assert_readable
 
 from know_hf import KNOWNConfig, KNOWNModel
 from know_hf.cards import CheckpointCard, checkpoint_card
@@ -24,8 +14,6 @@ from know_hf.cards.suite_tables import tally
 from know_hf.evaluation import compare_with_naive
 from know_hf.prediction import SHIPPED_KNOWN
 from know_hf.predictors import Shrink
-
-__all__ = ["card", "opened", "prediction", "shipped"]
 
 
 def test_card_shows_the_comparisons_of_the_shipped_weights(opened, prediction, shipped, card, tmp_path):

@@ -8,18 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_resnet
-from doubles.card_fields import (
-    COMPARISON,
-    FIXED,
-    FIXED_CHECKPOINT,
-    GATE,
-    assert_readable,
-    blocks,
-    card,
-    opened,
-    prediction,
-    shipped,
-)
+from doubles.card_fields import COMPARISON, FIXED, FIXED_CHECKPOINT, GATE, assert_readable, blocks
 from huggingface_hub import ModelCardData
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -31,9 +20,6 @@ from know_hf.plotting import forgetting_picture
 from know_hf.trajectory.summary import inspect_trajectory
 
 GOLDEN = Path(__file__).parent / "cards"
-
-__all__ = ["card", "opened", "prediction", "shipped"]
-
 
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
 

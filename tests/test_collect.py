@@ -130,11 +130,7 @@ def test_splits(collect):
     assert HeldOut().split("cnn", "mnist", 0) == "train"
 
 
-ODD_STEPS = {
-    "training": {"vision": {**VISION, "min_steps": "x"}},
-    "architectures": {"cnn": CNN},
-    "held_out": {},
-}
+ODD_STEPS = {"training": {"vision": {**VISION, "min_steps": "x"}}, "architectures": {"cnn": CNN}, "held_out": {}}
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,7 @@ from conftest import make_resnet, make_trainer
 from doubles.small_trainers import PEFT_WARNING
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from know_hf import Gate, WeightTrajectory, predict_overflowed_weights
 from know_hf.cli import main

@@ -57,10 +57,7 @@ def test_meta_trainings(tmp_path):
     with pytest.raises(ValueError, match="inside the input"):
         train(trajectory.path / "checkpoints")
     (tmp_path / "checkpoints").mkdir()
-    with (
-        locked_folder(tmp_path / "checkpoints"),
-        pytest.raises(BlockingIOError, match=r"another process"),
-    ):
+    with locked_folder(tmp_path / "checkpoints"), pytest.raises(BlockingIOError, match=r"another process"):
         train(tmp_path / "checkpoints")
     assert train(tmp_path / "checkpoints").steps_done == 2
 

@@ -205,10 +205,7 @@ def test_adapters_are_combined_by_their_products(tmp_path):
         torch.testing.assert_close(product_of(name), second @ first, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(product_of("start_interpolation"), 0.5 * theta0, rtol=1e-4, atol=1e-6)
     predict(
-        trajectory,
-        predictor="start_interpolation",
-        predictor_options={"scale": 1.0},
-        output_dir=tmp_path / "same",
+        trajectory, predictor="start_interpolation", predictor_options={"scale": 1.0}, output_dir=tmp_path / "same"
     )
     same = weights(tmp_path / "same")
     assert all(torch.equal(same[name], trajectory.tensor(name)) for name in trajectory.names)

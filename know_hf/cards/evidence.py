@@ -81,10 +81,7 @@ def gate_table(gate: Mapping[str, Any]) -> Table:
     else:
         rows = candidate_rows(gate["metric"], gate["level"], [GateCandidate(**one) for one in gate["candidates"]])
     head, *others = rows
-    return [
-        [head[0], code(head[1]), *head[2:]],
-        *([_marked(row[0], gate["chosen"]), *row[1:]] for row in others),
-    ]
+    return [[head[0], code(head[1]), *head[2:]], *([_marked(row[0], gate["chosen"]), *row[1:]] for row in others)]
 
 
 def eval_results(

@@ -69,10 +69,7 @@ class CompleteTensors:
     """
 
     def __init__(
-        self,
-        trajectory: WeightTrajectory,
-        snapshots: Sequence[int | str],
-        predictors: Mapping[str, Predictor],
+        self, trajectory: WeightTrajectory, snapshots: Sequence[int | str], predictors: Mapping[str, Predictor]
     ) -> None:
         self._trajectory, self._snapshots, self._predictors = trajectory, snapshots, predictors
         available = _available(trajectory)

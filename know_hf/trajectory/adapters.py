@@ -10,14 +10,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..checkpoint import CheckpointReader
-from ..model_tensors import (
-    computed_names,
-    is_adapter,
-    memory_key,
-    names_on_disk,
-    recorded_adapter,
-    unwrapped,
-)
+from ..model_tensors import computed_names, is_adapter, memory_key, names_on_disk, recorded_adapter, unwrapped
 
 logger = logging.get_logger(__name__)
 
