@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from doubles.small_trainers import PEFT_WARNING
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = sorted((RECIPES / "accelerate_configs").glob("*.yaml"))
@@ -40,7 +39,6 @@ def test_every_file_is_marked_and_listed():
         assert ("Not tested" in first) == ("not tested" in row[0]), path.name
 
 
-@PEFT_WARNING
 def test_the_sizes_are_those_that_the_code_prints(capsys):
     code, output = re.search("```python\n(.*?)```\n```text\n(.*?)```", TEXT, re.DOTALL).groups()
     exec(code, {})

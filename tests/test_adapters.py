@@ -3,7 +3,6 @@
 import peft
 import pytest
 import torch
-from doubles.small_trainers import PEFT_WARNING
 from peft import PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
@@ -13,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from know_hf.model_tensors import memory_key
 from know_hf.trajectory import TrajectoryError, check_recordable
 
-pytestmark = [PEFT_WARNING, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9]])
 TARGETS = {"target_modules": ["q_proj", "v_proj"]}
 OPTIONS = {  # of kinds that need more than target modules

@@ -162,7 +162,6 @@ def test_code_of_fixed_fields(changes, line):
     assert_readable(text)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 def test_card_of_an_adapter(tmp_path):
     peft = pytest.importorskip("peft")
     tiny_bert().save_pretrained(tmp_path / "base")

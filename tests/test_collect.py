@@ -425,7 +425,6 @@ def test_index(recorded, collect, tmp_path):
     assert "| `held_out_architecture` | architectures that are not in `train`: vit |" in card
 
 
-@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub with large files
 def test_push(collect, recorded, sources, tmp_path, hub, capsys):
     shutil.copytree(recorded.output_dir.parent, tmp_path / "copy", ignore=shutil.ignore_patterns("cache"))
     job = replace(recorded, output_dir=tmp_path / "copy" / "collection")

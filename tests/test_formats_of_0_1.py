@@ -69,7 +69,6 @@ def test_states_are_loaded_with_tensors_that_are_stored_once(folder):
     WeightTrajectory(folder / "tied_trajectory").load_model(1)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 def test_adapters_are_loaded(folder):
     trajectory = WeightTrajectory(folder / "adapter_trajectory")
     base = BertForSequenceClassification(BertConfig(**EXPECTED["adapter_base"]))

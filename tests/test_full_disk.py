@@ -54,7 +54,6 @@ def test_predict(recorded: Path, enhanced: Path, tmp_path: Path) -> None:
     assert contents(out) == contents(enhanced)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_merge(tmp_path: Path) -> None:
     base = make_resnet()
     base.save_pretrained(tmp_path / "base")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_resnet, make_trainer
-from doubles.small_trainers import PEFT_WARNING
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -144,7 +143,6 @@ def test_shards_ties_and_tokenizers(tmp_path):
         WeightTrajectory.from_checkpoints(folders, tmp_path / "other")
 
 
-@PEFT_WARNING
 def test_adapters_of_one_configuration(tmp_path):
     def save(name, r):
         base = BertForSequenceClassification(BertConfig(vocab_size=32, **SIZES))

@@ -14,8 +14,6 @@ from know_hf import WeightTrajectory, predict_overflowed_weights
 from know_hf.local_paths import public_command, public_config, public_name, public_values
 from know_hf.trajectory.merging import merge_adapters
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft
-
 SHA = "a" * 40
 
 

@@ -32,7 +32,6 @@ from know_hf.trajectory import TrajectoryError
 from know_hf.trajectory.merging import merge_adapters
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),  # get_peft_model
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),  # recording
 ]

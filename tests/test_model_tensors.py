@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import compile_regions
 from conftest import make_resnet, make_trainer
 from doubles.constant_predictor import Constant
-from doubles.small_trainers import BALANCED, PEFT_WARNING
+from doubles.small_trainers import BALANCED
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,7 +18,6 @@ from know_hf.recording.validation import check_reloadable
 from know_hf.trajectory import TrajectoryError, state_nbytes
 from know_hf.trajectory.snapshot import recorded_tensors
 
-pytestmark = PEFT_WARNING
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

@@ -267,7 +267,6 @@ def test_weights_that_were_all_zero_have_no_ratio(tmp_path, predict):
     assert "inf" not in str(result) and "inf" not in (result.path / "README.md").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 def test_a_prediction_is_copied_into_a_model(record_states, predict):
     def adapter():
         return get_peft_model(make_resnet(), LoraConfig(r=2, target_modules=["convolution"]))

@@ -18,8 +18,6 @@ CONV = "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
 MEAN = "resnet.encoder.stages.0.layers.0.layer.0.normalization.running_mean"
 VARIANCE = "resnet.encoder.stages.0.layers.0.layer.0.normalization.running_var"
 IMAGES = make_images(16, seed=7)[:]["pixel_values"]
-# peft's own
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture

@@ -32,11 +32,7 @@ from know_hf.hub import HubError, check_push, pull, push, push_checkpoint, push_
 from know_hf.prediction import REFERENCE, SHIPPED_KNOWN, Gate
 from know_hf.trajectory import TrajectoryError
 
-# huggingface_hub sends large files in a way that httpx deprecates
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
-    pytest.mark.usefixtures("no_sleep", "no_token_shown"),
-]
+pytestmark = pytest.mark.usefixtures("no_sleep", "no_token_shown")
 
 RESNET = "ResNetForImageClassification"
 
@@ -215,7 +211,6 @@ def test_interrupted_push_of_a_trajectory_resumes(hub: LoopbackHub, recorded: Pa
     WeightTrajectory(pull("me/t", tmp_path / "pulled")).verify()
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # raised by peft
 def test_adapters_and_plain_modules(
     hub: LoopbackHub, record_states: Callable[..., WeightTrajectory], tmp_path: Path
 ) -> None:
@@ -241,7 +236,6 @@ def test_adapters_and_plain_modules(
     assert torch.equal(module.weight, plain.tensor("weight", 1)) and remote.model_files == []
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # raised by peft
 def test_local_paths_are_not_pushed(
     hub: LoopbackHub, record_states: Callable[..., WeightTrajectory], tmp_path: Path
 ) -> None:

@@ -106,7 +106,6 @@ def test_several_stacks(names_of, model, expected):
     assert {start: depth_of(depths, start) for start in expected} == expected
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # raised by peft
 def test_adapters_of_some_layers(names_of):
     config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[5, 10])
     names = names_of(get_peft_model(llama(), config))

@@ -14,9 +14,6 @@ from know_hf.predictors import Composition, Rescale, TensorFactor, get_predictor
 from know_hf.predictors.rescaling.equalisation import equal_channels, equal_layers
 from know_hf.predictors.rescaling.scale_equations import ScaleEquations
 
-# peft's own
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 TEXT = {**SMALL, "vocab_size": 50, "initializer_range": 0.3}
 LLAMA = {**TEXT, "num_key_value_heads": 1}

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import make_resnet
 from doubles.constant_predictor import weights
-from doubles.small_trainers import PEFT_WARNING
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -162,7 +161,6 @@ def adapter(config: object) -> nn.Module:
     return get_peft_model(BertForSequenceClassification(BertConfig(vocab_size=32, **sizes)), config)
 
 
-@PEFT_WARNING
 def test_adapters_are_combined_by_their_products(tmp_path):
     model = adapter(LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     trajectory = WeightTrajectory.create(tmp_path / "trajectory")
@@ -211,7 +209,6 @@ def test_adapters_are_combined_by_their_products(tmp_path):
     assert all(torch.equal(same[name], trajectory.tensor(name)) for name in trajectory.names)
 
 
-@PEFT_WARNING
 def test_what_a_trajectory_lacks_is_named(trajectory, tmp_path, record_states):
     output = {"output_dir": tmp_path / "refused"}
     with pytest.raises(ValueError, match=r"ModelStock .* 0 branches of the 2 needed.*kind='complementary'"):
@@ -230,7 +227,6 @@ def test_what_a_trajectory_lacks_is_named(trajectory, tmp_path, record_states):
     assert not (tmp_path / "refused").exists()
 
 
-@PEFT_WARNING
 @pytest.mark.parametrize(
     ("config", "kind"),
     [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_resnet, make_trainer
 from doubles.loopback_hub import LoopbackHub
-from doubles.small_trainers import BALANCED, PEFT_WARNING
+from doubles.small_trainers import BALANCED
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, ResNetForImageClassification
@@ -18,10 +18,7 @@ from know_hf.hub import push_trajectory
 from know_hf.trajectory import TrajectoryError
 from know_hf.trajectory.merging import merge_adapters
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
-    pytest.mark.usefixtures("no_sleep"),
-]
+pytestmark = pytest.mark.usefixtures("no_sleep")
 
 HEAD = "classifier.1.weight"
 BODY = "resnet.embedder.embedder.convolution.weight"
@@ -135,7 +132,6 @@ def test_other_bits_than_on_the_hub_are_stored(move, cached):
     assert_start(trajectory, before)
 
 
-@PEFT_WARNING
 def test_the_start_of_an_adapter(move, tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     base = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))

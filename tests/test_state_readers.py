@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from doubles.small_trainers import PEFT_WARNING, make_adapter
+from doubles.small_trainers import make_adapter
 from doubles.toy_trajectories import record_walk
 
 from know_hf.meta_learning import TransitionDataset, state_samples
@@ -85,7 +85,6 @@ def test_trajectories_of_half_precision(tmp_path, dtype):
     assert torch.equal(dataset.block(block)[1], history.float())
 
 
-@PEFT_WARNING
 def test_trajectories_of_adapters(tmp_path):
     model = make_adapter("lora")
     trajectory = WeightTrajectory.create(tmp_path / "a")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_resnet
-from doubles.task_fixtures import PEFT_WARNING, QUICK, WORDS, make_texts, write_vit
+from doubles.task_fixtures import QUICK, WORDS, make_texts, write_vit
 from peft import PeftModel
 from PIL import Image
 from transformers import (
@@ -185,7 +185,6 @@ def test_a_config_without_a_padding_token_gets_that_of_the_tokenizer(lm_argument
     assert parts.model.config.pad_token_id == tokenizer.eos_token_id
 
 
-@PEFT_WARNING
 @pytest.mark.parametrize(
     ("task", "lora", "trained"),
     [
@@ -216,7 +215,6 @@ def test_adapter_and_new_head_are_trained_and_recorded(request, task, lora, trai
     assert isinstance(trajectory.load_model(base_model=base), PeftModel)
 
 
-@PEFT_WARNING
 def test_batch_norm_layers_are_trained_in_full_beside_an_adapter(image_arguments, tmp_path):
     set_seed(0)
     make_resnet().resnet.save_pretrained(tmp_path / "resnet")
@@ -229,7 +227,6 @@ def test_batch_norm_layers_are_trained_in_full_beside_an_adapter(image_arguments
     assert not any("running_mean" in name and trajectory.is_unchanged(name) for name in trajectory.names)
 
 
-@PEFT_WARNING
 @pytest.mark.parametrize("lora", [None, LoraArguments(r=2)])
 def test_accumulated_batches_are_averaged(text_arguments, lora):
     losses = []

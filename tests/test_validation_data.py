@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import datasets
 import pytest
-from doubles.task_fixtures import PEFT_WARNING, QUICK, make_texts
+from doubles.task_fixtures import QUICK, make_texts
 from transformers import AutoModelForSequenceClassification
 
 from know_hf import RecordArguments, WeightTrajectory, record_task
@@ -134,7 +134,6 @@ def test_slices_that_share_rows_are_refused(text_arguments, reviews):
     assert overlap(args, "test+train[:1]") and overlap(args, "all")
 
 
-@PEFT_WARNING
 def test_adapters_are_evaluated_on_their_base_model(text_arguments, reviews, tmp_path, capsys):
     args = replace(text_arguments, dataset=reviews, eval_split="auto", num_states=2, lora=LoraArguments(r=2))
     trajectory = record_task(args)

@@ -20,7 +20,6 @@ _WORDS = ("film", "plot", "actor", "scene", "the", "a", "was", "it", "and", "lon
 
 PRETRAINED = "nobody/tiny-bert"
 WARNINGS = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # of peft
     pytest.mark.filterwarnings("ignore:Could not find a config file in nobody/tiny-bert:UserWarning"),  # of peft
 ]
 CONFIG = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -24,7 +24,6 @@ from know_hf import RecordArguments
 WORDS = ["good", "bad", "film", "a", "the", "was", "this"]
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 QUICK = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
-PEFT_WARNING = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 @pytest.fixture(scope="module")

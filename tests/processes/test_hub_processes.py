@@ -14,11 +14,7 @@ from know_hf import KNOWNModel
 from know_hf.hub import push
 from know_hf.prediction import SHIPPED_KNOWN
 
-# huggingface_hub sends large files in a way that httpx deprecates
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
-    pytest.mark.usefixtures("no_token_shown"),
-]
+pytestmark = pytest.mark.usefixtures("no_token_shown")
 
 
 def run(hub: LoopbackHub, home: Path, program: str) -> str:
