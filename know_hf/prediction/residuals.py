@@ -58,10 +58,10 @@ class ResidualReport:
     def of(
         cls, history: torch.Tensor, residual: torch.Tensor, trained_on: Mapping[str, float] | None = None
     ) -> "ResidualReport":
-        """Measure one piece: the history `(S, N)`, full data last, and the residual `(N,)` that was added to the last
-        state.
+        """Measure one piece.
 
-        `trained_on` has `largest_weight` and `largest_displacement` of the predictor's training data for this role.
+        The history is `(S, N)`, full data last, and the residual `(N,)` was added to its last state. `trained_on` has
+        `largest_weight` and `largest_displacement` of the predictor's training data for this role.
         """
         moves = history.diff(dim=0)
         vectors = torch.stack([residual, history[-1], moves[-1]])

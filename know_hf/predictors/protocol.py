@@ -47,7 +47,7 @@ class DepthPredictor(Predictor, Protocol):
     """A predictor that differs between layers. [`at_depth`] is called once per tensor."""
 
     def at_depth(self, depth: float) -> Predictor:
-        """Return the predictor for tensors at a [`relative_depths`] of 0, at the input, to 1, at the head."""
+        """Return the predictor for a relative depth, 0 at the input and 1 at the head; see [`relative_depths`]."""
 
 
 @dataclass

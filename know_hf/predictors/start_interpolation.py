@@ -49,11 +49,11 @@ def move_from_start(
     """Scale the change from the start to Θ0: `P + (scale + slope * depth) (Θ0 - P)`.
 
     - Between 0 and 1 it interpolates: WiSE-FT (Wortsman et al., *Robust Fine-Tuning of Zero-Shot Models*, arXiv
-        2109.01903).
+      2109.01903).
     - Above 1 it extrapolates: ExPO (Zheng et al., *Model Extrapolation Expedites Alignment*, arXiv 2404.16792), whose
-        α is `scale - 1`.
+      α is `scale - 1`.
     - With a slope it changes with the layer: LiNeS (Wang et al., *LiNeS: Post-training Layer Scaling Prevents
-        Forgetting and Enhances Model Merging*, arXiv 2410.17146); for a single task `slope = 1 - scale`.
+      Forgetting and Enhances Model Merging*, arXiv 2410.17146); for a single task `slope = 1 - scale`.
 
     The product of LoRA's matrices starts at zero and is multiplied by the factor. For `depth`, see
     [`relative_depths`].

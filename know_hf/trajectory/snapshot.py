@@ -96,7 +96,7 @@ class Snapshot:
         return cls(model, copied, on_disk, roles, generation_config, adapter)
 
     def check_finite(self, path: Path, state: str) -> None:
-        """Raise a `TrajectoryError` for a tensor with a NaN or infinite value. Buffers, as masks, may be infinite."""
+        """Raise a `TrajectoryError` for a tensor that is not finite. Buffers, such as masks, may be infinite."""
         for name, tensor in self.state_dict.items():
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 continue

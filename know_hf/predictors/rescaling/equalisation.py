@@ -41,8 +41,7 @@ class ChannelPair:
 
 
 def equal_layers(symmetries: Sequence[ScaleSymmetry], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logarithms `(K,)` of the factors of K symmetries that bring the root mean squares of all their matrices
-    together.
+    """Logarithms `(K,)` of the factors of K symmetries that bring the root mean squares of all matrices together.
 
     With r the root mean squares of Θ0's matrices, m the mean of all log r and E the exponents of those that scale,
     `min_z |log r + E z - m|²`. The tensors are Θ0 by name on disk.
