@@ -50,13 +50,14 @@ def test_the_last_line_of_record_is_a_gated_prediction(bert, reviews, tmp_path, 
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[:5] == ["know-hf", "predict", str(out / "trajectory"), "--validation", "recorded"]
     assert main(command[1:]) == 0
-    printed = capsys.readouterr().out
-    for name in ("candidate", "Θ0", *names):
-        assert any(line.startswith(f"{name} ") for line in printed.splitlines()), name
+    printed = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith(f"{name} ") for line in printed) for name in ("candidate", "Θ0"))
+    card = (out / "enhanced/README.md").read_text()
+    assert all(f"\n| `{name}`" in card for name in names), names
     assert [state.num_examples for state in WeightTrajectory(out / "trajectory").states] == sizes
     written = AutoModelForSequenceClassification.from_pretrained(out / "enhanced")
     assert written.config.id2label == {0: "bad", 1: "good"}
-    assert "validation loss" in (out / "enhanced/README.md").read_text()
+    assert "validation loss" in card
 
 
 def test_the_held_out_rows_are_evaluated_as_in_the_recording(recording):

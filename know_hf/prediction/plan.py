@@ -156,10 +156,10 @@ class PredictionPlan:
 
     @property
     def peak_memory(self) -> int | None:
-        """Estimated memory of the process that predicts, in bytes. A gate holds its model twice while it is loaded."""
+        """Estimated memory of the process that predicts, in bytes; a gate holds a model as well."""
         if self.process_memory is None:
             return None
-        return self.process_memory + self.memory + (2 * self.tensor_bytes if self.evaluates else 0)
+        return self.process_memory + self.memory + (self.tensor_bytes if self.evaluates else 0)
 
     def with_predictor(self, predictor: Predictor) -> "PredictionPlan":
         """Return the plan of one step of another predictor, without rescaling.
@@ -221,7 +221,7 @@ class PredictionPlan:
         pieces = f"{size(self.memory)} for the pieces at work"
         if self.process_memory is None or self.peak_memory is None:
             return f"at most {pieces}"
-        model = f", {size(2 * self.tensor_bytes)} for the gate to load its model" if self.evaluates else ""
+        model = f", {size(self.tensor_bytes)} for the model of the gate" if self.evaluates else ""
         return f"about {size(self.peak_memory)}: {size(self.process_memory)} for the process, {pieces}{model}"
 
 
