@@ -157,7 +157,7 @@ def build(cls: type[T], content: Mapping[str, Any], source: str) -> T:
             raise ValueError(shorten_words(f"{source}: {error['ctx']['error']}")) from None
         if missing := [str(error["loc"][0]) for error in invalid.errors() if error["type"] == "missing"]:
             names = ", ".join(map(flag, missing))
-            raise ValueError(f"missing in {source}: {names}; pass them or set them in --config FILE") from None
+            raise ValueError(f"{source}: missing {names}; pass them or set them in --config FILE") from None
         name = ".".join(map(str, error["loc"]))
         raise ValueError(f"{source}: {name}={error['input']!r:.200}: {error['msg']}") from None
 

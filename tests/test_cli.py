@@ -286,7 +286,7 @@ def test_errors_name_flags_and_files_that_do_not_exist(recorded, tmp_path, capsy
     assert main(["record", "--config", str(tmp_path / "nope.yaml")]) == 1
     assert "nope.yaml does not exist" in one_line(capsys, "record")
     assert main(["record"]) == 1
-    assert "missing in the flags: --task, --model, --dataset, --output-dir; " in one_line(capsys, "record")
+    assert "the flags: missing --task, --model, --dataset, --output-dir; " in one_line(capsys, "record")
     assert main(["record", "--config", str(tmp_path)]) == 1
     assert "is a folder; give a YAML file" in one_line(capsys, "record")
     record = ["record", "--task", "text-classification", "--model", "m", "--dataset", "d", "--output-dir", "o"]
