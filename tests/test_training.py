@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,18 @@ from know_hf.meta_learning import (
     training,
 )
 from know_hf.meta_learning.objective import MetaObjective
+
+README = Path(__file__).parents[1] / "recipes/meta_train/README.md"
+
+
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for index in range(3):
+        record_lines(Path(f"trajectory-{index}"), seed=index)
+    code = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[0]
+    exec(code.replace("steps=2000", "steps=4"), {})
+    assert capsys.readouterr().out.startswith("role")
+    assert KNOWNModel.from_pretrained("known").config.trained_on["trajectories"] == 2
 
 
 def test_beats_no_change_on_held_out_trajectories_and_is_reproducible(train, held_out):

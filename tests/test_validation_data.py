@@ -3,6 +3,7 @@
 import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
@@ -72,6 +73,15 @@ def test_the_held_out_rows_are_evaluated_as_in_the_recording(recording):
     assert len(load_validation_data(recording, max_examples=10).dataset) == 10
     flags = ["--validation", "recorded", "--dry-run", "--output-dir", str(recording.with_name("none"))]
     assert main(["predict", str(recording), *flags]) == 0  # of two states, too few for KNOWN
+
+
+def test_the_code_of_the_readme_runs(recording, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[1] / "recipes/predict/README.md").read_text(encoding="utf-8")
+    code = next(code for code in readme.split("```python\n") if "load_validation_data" in code).split("```")[0]
+    namespace = {}
+    exec(code.replace("outputs/record/imdb/trajectory", str(recording)), namespace)
+    assert namespace["enhanced"].gate.metric.startswith("error rate") and (tmp_path / "enhanced/config.json").exists()
 
 
 def test_another_dataset_has_the_columns_and_classes_of_the_recording(recording, reviews, tmp_path):
