@@ -137,6 +137,8 @@ def test_loading_code_runs(record_states, tmp_path, shipped, make_model, line):
     result = predict_overflowed_weights(trajectory, steps=1, output_dir=tmp_path / "enhanced")
     card = checkpoint_card(trajectory, result, shipped, 1)
     assert line in card.text and "BatchNorm" not in card.text
+    exec(result.next_step, namespace := {"model": make_model()})
+    assert type(namespace["model"]) is type(make_model())
     assert "| schedule | not recorded; 5 states |" in card.text
     assert "The states were not evaluated" in card.text
     assert_readable(str(card))

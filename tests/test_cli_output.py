@@ -75,7 +75,7 @@ def test_json_of_inspect_and_predict(recorded, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*command, "--output-dir", str(out), "--dry-run"]) == 0
     plan = document(capsys)
-    assert plan["name"] == "Shrink, 1 step" and plan["tensors"]["classifier.1.weight"]["network"] == "fc"
+    assert plan["name"] == "Shrink" and plan["tensors"]["classifier.1.weight"]["network"] == "fc"
     assert main([*command, "--output-dir", str(out)]) == 0
     result = document(capsys)
     assert (result["path"], result["url"], result["gate"]) == (str(out), None, None)

@@ -111,7 +111,8 @@ def test_the_report_has_every_role(trajectory, predict):
     assert report["fc"].mean_ratio == pytest.approx(192 / total)
     assert report["norm"].mean_residual == 0
     assert str(result).startswith(f"Wrote Constant, 2 steps, to {result.path}/; nothing checks whether it is better")
-    assert str(result).endswith(f'next: model = AutoModelForImageClassification.from_pretrained("{result.path}/")')
+    loading = f'model = AutoModelForImageClassification.from_pretrained("{result.path}/")'
+    assert str(result).endswith(f"next: from transformers import AutoModelForImageClassification; {loading}")
 
 
 def test_frozen_tensors_are_copied_without_a_prediction(record_states, predict):
@@ -348,7 +349,7 @@ def test_a_trajectory_that_cannot_be_predicted(trajectory_copy, predict, damage,
 
 
 def test_too_few_states_name_the_schedule(record_states, predict):
-    with pytest.raises(ValueError, match=r"3 states.*KNOWNPredictor needs 5.*num_states=5"):
+    with pytest.raises(ValueError, match=r"3 states.*KNOWN needs 5 states.*num_states=5"):
         predict(record_states(make_resnet(), num_states=3))
 
 

@@ -71,11 +71,13 @@ def test_the_checkpoint_is_what_the_gate_chose(finished, small):
         assert accuracy(model, test) == accuracy(recorded.load_model(0), test)
 
 
-def test_a_second_run_resumes(finished, tmp_path):
+def test_a_second_run_resumes(finished, tmp_path, caplog):
     copy = shutil.copytree(finished.path, tmp_path / "copy")
     (copy / "cells" / "seed-3.oracle.json").unlink()
     shutil.rmtree(copy / "enhanced")
     again = run_quickstart(copy, 3, num_processes=1)
+    stages = [record.message.split()[0] for record in caplog.records if record.name.endswith("quickstart")]
+    assert stages == ["Recording", "Choosing"]  # standard error is no terminal
     times = [{cell["arm"]: cell["seconds"] for cell in run.comparison.cells} for run in (finished, again)]
     assert all(times[0][arm] == times[1][arm] for arm in quickstart.ARMS if arm != "oracle")
     result = [run.comparison.comparisons["linear-probe", "accuracy"].results["oracle"] for run in (finished, again)]

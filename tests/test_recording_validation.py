@@ -141,17 +141,19 @@ def test_examples_per_step_count_all_processes(tmp_path):
     assert examples_per_step(several) == 12
 
 
-def test_a_diverged_training_names_the_tensor(tmp_path):
+@pytest.mark.parametrize(("size", "state", "kept"), [(64, 0, False), (32, 1, True)])
+def test_a_diverged_training_names_the_tensor(tmp_path, caplog, size, state, kept):
     class Diverge(TrainerCallback):
         def on_step_end(self, args, state, control, model, train_dataloader, **kwargs):
-            if len(train_dataloader.dataset) == 32 and state.global_step == state.max_steps:
+            if len(train_dataloader.dataset) == size and state.global_step == state.max_steps:
                 model.classifier[1].bias.data[0] = float("nan")
 
     trainer = make_trainer(tmp_path)
     trainer.add_callback(Diverge())
-    with pytest.raises(ValueError, match=r"'classifier\.1\.bias' .*NaN.*state 1"):
+    with pytest.raises(ValueError, match=rf"'classifier\.1\.bias' .*NaN.*state {state}") as raised:
         induce_forgetting(trainer, BALANCED, tmp_path / "trajectory")
-    assert WeightTrajectory(tmp_path / "trajectory").num_states == 1
+    assert ("states are kept" in str(raised.value)) == WeightTrajectory.exists(tmp_path / "trajectory") == kept
+    assert "(TrajectoryError)" in caplog.text and "NaN" not in caplog.text.split("Traceback")[0]
 
 
 def baked_loader(trainer):

@@ -61,6 +61,10 @@ def test_a_plan_is_a_trial_or_counts_the_finished_cells(finished, tmp_path, caps
     assert main([*arguments, "--seeds", *"01234"]) == 0
     shown = capsys.readouterr().out
     assert "1 of 5 trajectories" in shown and "4 of 20 arms" in shown and "finished cells" in shown
+    command = ["compare", str(folder / "suite.yaml"), "--output-dir", str(tmp_path / "limited")]
+    assert main([*command, "--max-minutes", "1e-9"]) == 1
+    shown = capsys.readouterr().err
+    assert "0 of 16 cells" in shown and re.search(r"two seeds need about [\d.e-]+ more.* larger --max-minutes", shown)
     rest = plan_suite(folder / "suite.yaml", folder / "out", arms=["naive", "average"], seeds=[0, 1])
     naive = [cell["seconds"] for cell in report.cells[:8] if cell["arm"] == "naive"]
     assert (rest.trajectories, rest.cells) == (0, 2) and rest.minutes == pytest.approx(sum(naive) / 60)

@@ -39,7 +39,7 @@ def recording(bert, reviews, tmp_path_factory):
 @pytest.mark.parametrize(
     ("schedule", "names", "sizes"),
     [
-        ("--num-states 2 --tail-states 2", ["Θ1", "start", "tail-0", "tail-1", "Average, 1 step"], [108, 54]),
+        ("--num-states 2 --tail-states 2", ["Θ1", "start", "tail-0", "tail-1", "Average"], [108, 54]),
         ("--kind complementary", ["start", "branch-0", "branch-1", "branch_average"], [108]),
     ],
 )

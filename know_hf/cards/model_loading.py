@@ -81,12 +81,16 @@ def adapter_loading_code(path: str, load_with: str | None, base: "Source | None"
 
 
 def loading_line(folder: Path, path: str) -> str:
-    """Return the line that loads the checkpoint at `path`, from the JSON files in a folder of the same model."""
+    """Return one line, imports included, that loads a checkpoint; from the JSON files in a folder of the same model.
+
+    The code of an adapter takes `base_model`.
+    """
     config, adapter = (read_json(folder / name) for name in ("config.json", "adapter_config.json"))
     if adapter:
-        return f"model = PeftModel.from_pretrained(base_model, {python(path)})"
+        return f"from peft import PeftModel; model = PeftModel.from_pretrained(base_model, {python(path)})"
     model_class = architecture(config, adapter)
-    return loading_code(path, auto_class(model_class)[0], model_class).splitlines()[-1]
+    lines = loading_code(path, auto_class(model_class)[0], model_class).splitlines()
+    return "; ".join(line for line in lines if line and not line.startswith("#"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -181,13 +181,21 @@ def compare(args: argparse.Namespace) -> Result:
     given = {name: dict(getattr(args, name) or ()) for name in ("data", "model", "known")}
     check_folders({flag(name): list(paths.values()) for name, paths in given.items()})
     from ..evaluation import plan_suite, run_suite
+    from ..evaluation.suites import load_suite
 
     options: dict[str, Any] = {"data": given["data"], "models": given["model"], "known": given["known"]}
     options |= {"arms": args.arms, "seeds": args.seeds, "num_processes": args.num_processes}
     if args.plan:
         return plan_suite(args.compared[0], args.output_dir, **options)
     command = shlex.join(["know-hf", *sys.argv[1:]])
-    return run_suite(args.compared[0], args.output_dir, **options, max_minutes=args.max_minutes, command=command)
+    try:
+        return run_suite(args.compared[0], args.output_dir, **options, max_minutes=args.max_minutes, command=command)
+    except TimeoutError as error:
+        suite = load_suite(args.compared[0])
+        seeds = args.seeds or range(suite.first_seed, suite.first_seed + suite.seeds)
+        plan = plan_suite(args.compared[0], args.output_dir, **options | {"seeds": seeds[:2]})
+        error.add_note(f"The first two seeds need about {plan.minutes:.2g} more minutes; pass a larger max_minutes=.")
+        raise
 
 
 def _compare_two(args: argparse.Namespace) -> Result:

@@ -324,8 +324,8 @@ class ComparisonRun:
         if len(complete) < min(_LEAST_SEEDS, len(seeds)):
             raise TimeoutError(
                 f"the time limit ended the comparison with {len(complete)} of {len(seeds)} seeds complete; a report"
-                f" needs {_LEAST_SEEDS}. {len(finished)} of {len(self.cells)} cells are in {self.output_dir}; run the"
-                " same command again to continue"
+                f" needs {_LEAST_SEEDS}. {len(finished)} of {len(self.cells)} cells are in {self.output_dir}; run it"
+                " again to continue, with a larger max_minutes= if this run finished no cell"
             )
         return complete
 

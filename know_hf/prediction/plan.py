@@ -115,10 +115,11 @@ class PredictionPlan:
 
     @property
     def name(self) -> str:
-        """What is predicted, such as `KNOWN, 2 steps`."""
-        first, *others = (type(member).__name__ for member in (self.predictor, *self.members[1:]))
-        names = ["KNOWN" if isinstance(self.predictor, KNOWNPredictor | KNOWNCombination) else first, *others]
-        return f"{' + '.join(names)}, {self.steps} step{'s' if self.steps > 1 else ''}"
+        """What is predicted, such as `KNOWN, 2 steps` or `Average`."""
+        name = " + ".join(map(_short_name, (self.predictor, *self.members[1:])))
+        if self.steps == 1 and not isinstance(self.predictor, KNOWNPredictor | KNOWNCombination):
+            return name
+        return f"{name}, {self.steps} step{'s' if self.steps > 1 else ''}"
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -308,9 +309,13 @@ def check_snapshots(trajectory: WeightTrajectory, predictor: Predictor) -> list[
     if len(snapshots) < needed:
         raise MissingSnapshotsError(
             f"{trajectory.path} has {len(snapshots)} state{'s' if len(snapshots) > 1 else ''},"
-            f" {type(predictor).__name__} needs {needed}; record with ForgettingSchedule(num_states={needed})"
+            f" {_short_name(predictor)} needs {needed} states; record with ForgettingSchedule(num_states={needed})"
         )
     return snapshots
+
+
+def _short_name(predictor: Any) -> str:
+    return "KNOWN" if isinstance(predictor, KNOWNPredictor | KNOWNCombination) else type(predictor).__name__
 
 
 def model_json(path: Path) -> Any:

@@ -160,7 +160,7 @@ class GateResult:
         elif one.difference > 0 and (one.low is None or one.low > 0):
             verdict = "is worse than"
         p_value = "" if one.p_value is None else f", p = {one.p_value:.2g}"
-        return f"{name} {verdict} {REFERENCE} ({one.difference:+.3g}{p_value})."
+        return f"{name} {verdict} {REFERENCE} ({one.difference:+z.3g}{p_value})."
 
     @property
     def _screening(self) -> str:
@@ -194,7 +194,7 @@ class GateResult:
             return f"{text} on every value, so its noise is unknown"
         if candidate.p_value is None:
             return text
-        interval = "unbounded" if candidate.low is None else f"[{candidate.low:+.3g}, {candidate.high:+.3g}]"
+        interval = "unbounded" if candidate.low is None else f"[{candidate.low:+z.3g}, {candidate.high:+z.3g}]"
         return f"{text} ({1 - self.level:.0%} interval {interval}, p = {candidate.p_value:.2g})"
 
     def to_dict(self) -> dict[str, Any]:
@@ -225,8 +225,8 @@ def candidate_rows(metric: str, level: float, candidates: Sequence[GateCandidate
     rows = [["candidate", metric, f"minus {REFERENCE}", f"{1 - level:.0%} interval", "p (corrected)"]]
     for candidate in (candidates[0], *sorted(candidates[1:], key=_rank)):
         loss = "not finite" if candidate.loss is None else f"{candidate.loss:.4g}"
-        difference = "" if candidate.difference is None else f"{candidate.difference:+.3g}"
-        interval = "" if candidate.low is None else f"[{candidate.low:+.3g}, {candidate.high:+.3g}]"
+        difference = "" if candidate.difference is None else f"{candidate.difference:+z.3g}"
+        interval = "" if candidate.low is None else f"[{candidate.low:+z.3g}, {candidate.high:+z.3g}]"
         p_value = "" if candidate.p_value is None else f"{candidate.p_value:.2g}"
         rows.append([candidate.name, loss, difference, interval, p_value])
     return rows

@@ -36,7 +36,8 @@ class WeightTransitionCallback(TrainerCallback):
     ```
 
     The weights are copied. Unless the state is the last of the schedule, a thread writes it during the next training.
-    A write error is logged at once, and raised when the next training begins or ends or the trajectory is read.
+    The type of a write error is logged at once, and the error raised when the next training begins or ends or the
+    trajectory is read.
 
     An optimizer with an evaluation mode, such as a schedule-free one, is put into it: the recorded weights are those
     that an evaluation uses. Callbacks that come before this one, such as an exponential moving average, may change the

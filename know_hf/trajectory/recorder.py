@@ -209,7 +209,7 @@ class Recorder:
         readers = [] if is_first else self._store.readers
         previous = None if is_first else len(readers) - 1 if state.kind == "state" else 0
         folder = self._path / state.name
-        snapshot.check_finite(self._path, state.label)
+        snapshot.check_finite(state.label, None if is_first else self._path)
         with atomic_folder(folder, overwrite=True) as work:
             left_out = snapshot.save(work, None if previous is None else readers[previous])
             hide_paths(work)
@@ -326,7 +326,8 @@ class _BackgroundWriter:
         try:
             job()
         except BaseException as error:
-            logger.error(f"A state was not recorded: {error}")  # now; raised when the training comes back
+            # now; the error with its text is raised when the training comes back
+            logger.error(f"A state was not recorded ({type(error).__name__}); the recording ends with the error.")
             raise
         finally:
             self._thread = None

@@ -95,8 +95,16 @@ class Snapshot:
         generation_config = copy.deepcopy(getattr(model, "generation_config", None))
         return cls(model, copied, on_disk, roles, generation_config, adapter)
 
-    def check_finite(self, path: Path, state: str) -> None:
-        """Raise a `TrajectoryError` for a tensor that is not finite. Buffers, such as masks, may be infinite."""
+    def check_finite(self, state: str, earlier: Path | None) -> None:
+        """Raise a `TrajectoryError` for a tensor that is not finite. Buffers, such as masks, may be infinite.
+
+        Args:
+            state (`str`):
+                Name of the state.
+            earlier (`Path`, *optional*):
+                Folder of earlier states.
+        """
+        kept = "" if earlier is None else f" Earlier states are kept in {earlier}."
         for name, tensor in self.state_dict.items():
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 continue
@@ -105,8 +113,7 @@ class Snapshot:
             if values.isnan().any() if is_buffer else not values.isfinite().all():
                 raise TrajectoryError(
                     f"tensor {name!r} contains NaN or infinite values in {state}: the training diverged; lower"
-                    " the learning rate."
-                    f" Earlier states are kept in {path}."
+                    f" the learning rate.{kept}"
                 )
 
     def save(self, folder: Path, previous: CheckpointReader | None = None) -> set[str]:

@@ -52,14 +52,14 @@ class TrajectorySummary:
         rows = [["state", "examples", "steps", *metrics, *(f"moved {role}" for role in roles)]]
         moved = iter(zip(*self.displacement.values(), strict=True))
         for record in records:
-            values = [f"{record.metrics[name]:.4f}" if name in record.metrics else "–" for name in metrics]
+            values = [f"{record.metrics[name]:z.4f}" if name in record.metrics else "–" for name in metrics]
             distances = ["–"] * len(roles) if record.kind == "start" else [f"{d:.4f}" for d in next(moved, ())]
             rows.append([record.symbol, record.examples, f"{record.steps:,}", *values, *distances])
         parts = [_table(rows)]
         if roles:
             parts[0] += "\nmoved: distance from Θ0, relative to its norm"
         if self.forgetting:
-            changes = ", ".join(f"{name} {-rate:+.4f}" for name, rate in self.forgetting.items())
+            changes = ", ".join(f"{name} {-rate:+z.4f}" for name, rate in self.forgetting.items())
             parts[0] += f"\nper halving of the examples: {changes}"
         if self.tensors:
             counts = [[role, f"{self.tensors[role]:,}", f"{self.parameters[role]:,}"] for role in self.tensors]

@@ -84,7 +84,7 @@ def controls_table(tasks: Any, searches: Mapping[str, Search], arguments: argpar
                 [of[name][key] - of["naive"][key] for of in utilities] for key in ("accuracy", "source_loss")
             )
             row = [name, points(value, naive), points(value, control)]
-            yield [*row, f"{100 * np.mean(accuracy):+.2f}", f"{np.mean(loss):+.3f}"]
+            yield [*row, f"{100 * np.mean(accuracy):+z.2f}", f"{np.mean(loss):+z.3f}"]
         yield ["best control of each task", points(best, naive), points(best, control), "", ""]
 
 
@@ -221,9 +221,9 @@ def interval(values: Sequence[float], scale: float, digits: int) -> str:
     from know_hf.evaluation.statistics import mean_and_interval
 
     if len(values) < 2:
-        return f"{scale * values[0]:+.{digits}f}"
+        return f"{scale * values[0]:+z.{digits}f}"
     estimate = mean_and_interval([scale * value for value in values])
-    return f"{estimate.mean:+.{digits}f} ± {estimate.half_width:.{digits}f}"
+    return f"{estimate.mean:+z.{digits}f} ± {estimate.half_width:.{digits}f}"
 
 
 TABLES = {

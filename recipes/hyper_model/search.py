@@ -296,7 +296,7 @@ def main(arguments: argparse.Namespace) -> int:
     done = len(search.entries)
     with tqdm(range(done, arguments.generations), name, initial=done, total=arguments.generations) as bar:
         for _ in bar:
-            bar.set_postfix(minus_best_control=f"{100 * search.generation(tasks, baseline)['mean']:+.2f} points")
+            bar.set_postfix(minus_best_control=f"{100 * search.generation(tasks, baseline)['mean']:+z.2f} points")
     return 0
 
 

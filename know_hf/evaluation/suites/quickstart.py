@@ -2,9 +2,12 @@
 
 import os
 import shlex
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 from ...predict import predict_overflowed_weights
 from ...prediction import Gate
@@ -21,6 +24,8 @@ SUITE = "digits"
 ARMS = ("naive", "random", "known-step-2", "shrink", "oracle")
 NUM_SEEDS = 5
 STEPS = 2
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ def run_quickstart(output_dir: str | Path, seed: int = 0, *, num_processes: int 
     output_dir, suite = Path(output_dir), load_suite(SUITE)
     quick = tuple(protocol for protocol in suite.protocols if not isinstance(protocol, FineTuning))
     suite = replace(suite, protocols=quick, landscape=None)
+    _show_stage(f"Recording {NUM_SEEDS} trajectories and comparing {len(ARMS)} arms on {suite.name} …")
     comparison = run_suite(
         suite,
         output_dir,
@@ -104,6 +110,7 @@ def run_quickstart(output_dir: str | Path, seed: int = 0, *, num_processes: int 
         num_processes=num_processes or min(4, _num_cores()),
         command=shlex.join(["know-hf", "quickstart", "--output-dir", str(output_dir), "--seed", str(seed)]),
     )
+    _show_stage("Choosing the checkpoint …")
     trajectory = WeightTrajectory(trajectory_folder(output_dir, seed))
     for state, scores in enumerate(comparison.trajectories[0]["states"]):
         trajectory.update_metrics(state, {"unseen_accuracy": scores["accuracy"]})
@@ -120,6 +127,11 @@ def run_quickstart(output_dir: str | Path, seed: int = 0, *, num_processes: int 
         card={"comparisons": list(comparison.comparisons.values())},
     )
     return QuickstartReport(output_dir, trajectory.path, enhanced.path, enhanced.sentence, comparison)
+
+
+def _show_stage(text: str) -> None:
+    if not sys.stderr.isatty():  # where the command line shows no progress bars
+        logger.warning(text)
 
 
 def _num_cores() -> int:
