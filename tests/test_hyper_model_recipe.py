@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
 from know_hf import WeightTrajectory
 from know_hf.evaluation.suites import load_suite
@@ -101,6 +102,7 @@ def test_controls_are_combinations(recipe, tasks):
     nested, branches = (WeightTrajectory(task.task.folder / name) for name in ("nested", "branches"))
     name = "features.1.weight"
     assert torch.equal(weights["naive"][name], nested.tensor(name))
+    assert not torch.equal(weights["compute-matched"][name], nested.tensor(name))
     for control, expected in {
         "average": nested.history(name).mean(dim=0),
         "start-0.5": (nested.tensor(name) + nested.tensor(name, "start")) / 2,
@@ -108,6 +110,7 @@ def test_controls_are_combinations(recipe, tasks):
         "tail-average": sum(nested.tensor(name, state) for state in (0, "tail-0", "tail-1")) / 3,
         "branch-average": (branches.tensor(name, "branch-0") + branches.tensor(name, "branch-1")) / 2,
         "shrink-0.5": nested.tensor(name) / 2,
+        "compute-matched": load_file(task.task.further / "model.safetensors")[name],
     }.items():
         assert torch.allclose(weights[control][name], expected, atol=1e-6), control
 

@@ -21,6 +21,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from know_hf import ForgettingSchedule, WeightTrajectory
+from know_hf.checkpoint import atomic_folder
 from know_hf.evaluation.suites import Suite
 from know_hf.evaluation.suites.suite_data import Inputs, Side, StoredExamples
 from know_hf.evaluation.suites.suite_model import ModelSpec
@@ -147,7 +148,8 @@ class MetaTask:
         return self._suite_task("source", regime, str(self.folder / "pretrained") if is_pretrained else None)
 
     def record(self) -> None:
-        """Train the start if it is pretrained, and record the nested states and the branches. It resumes."""
+        """Train the start if it is pretrained, record the nested states and the branches, and train Θ0 further. It
+        resumes."""
         task = self.suite_task
         pretrained, epochs = self.folder / "pretrained", self.split["regimes"][self.regime].get("pretrained")
         if epochs and not (pretrained / "model.safetensors").exists():
@@ -160,11 +162,23 @@ class MetaTask:
         if not WeightTrajectory.exists(self.folder / "branches"):
             self._copy_theta0(self.folder / "nested", self.folder / "branches")
         task.branch_trajectory(self.seed, self.folder / "branches")
+        if not self.further.exists():
+            nested = WeightTrajectory(self.folder / "nested")
+            steps = [state.steps for state in nested.states[1:]]
+            theta0 = nested.load_model(0, task.suite.model.model_class)
+            model = task.train_further(self.seed, theta0, steps, self.folder / "work")
+            with atomic_folder(self.further) as folder:
+                model.save_pretrained(folder)
+
+    @property
+    def further(self) -> Path:
+        """Folder of the weights of Θ0 trained on all data, for the steps of the smaller states."""
+        return self.folder / "further"
 
     @property
     def is_recorded(self) -> bool:
         folders = self.folder / "nested", self.folder / "branches"
-        if not all(WeightTrajectory.exists(folder) for folder in folders):
+        if not all(WeightTrajectory.exists(folder) for folder in folders) or not self.further.exists():
             return False
         nested, branches = map(WeightTrajectory, folders)
         return nested.num_states == nested.schedule.num_states and len(branches.branches) == 2

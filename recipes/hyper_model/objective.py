@@ -7,7 +7,7 @@ over penalties: a penalty is relative to the variance of the features, so larger
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from meta_tasks import MetaTask, meta_tasks, read_split
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -100,6 +101,10 @@ class RecordedTask:
             )
             for name in names
         }
+        further = load_file(task.further / "model.safetensors")
+        for name, basis in self.bases.items():  # not an element that KNOWN has: the control needs another training
+            elements = {**basis.elements, "further": further[name].float() - self.theta0[name]}
+            self.bases[name] = replace(basis, elements=elements)
         self.num_tail = len(nested.tail)
         self.num_states = nested.num_states
         self._read_data()
@@ -181,6 +186,7 @@ def controls(task: RecordedTask) -> dict[str, Rule]:
         "jackknife": uniform({"branches": -1.0}),
         "spectral-filter": _spectral_filter,
         "shrunken-jackknife": _shrunken_jackknife,
+        "compute-matched": uniform({"further": 1.0}),
     }
     return rules
 
@@ -200,11 +206,6 @@ def shrinkage(basis: TensorBasis) -> float:
     from know_hf.known.combination_network import TENSOR_FEATURES
 
     return float(basis.tensor_features[TENSOR_FEATURES.index("branches_shrinkage")])
-
-
-def control_utilities(task: RecordedTask) -> dict[str, Utility]:
-    """Return the utility of every control on a task."""
-    return {name: task.utility(task.weights(rule(task))) for name, rule in controls(task).items()}
 
 
 def best_fixed(utilities: Sequence[Mapping[str, Any]]) -> str:
@@ -227,8 +228,11 @@ def load_tasks(split: Path, part: str, data: str, output_dir: Path, draws: int =
 
 
 def cached_controls(task: RecordedTask) -> dict[str, dict[str, Any]]:
-    """Return [`control_utilities`] as JSON values, from a file of the task if it is there."""
+    """Return the utility of every control on a task as JSON values; a file of the task keeps them."""
     path = task.task.folder / f"controls-{task.draws}.json"
-    if not path.exists():
-        path.write_text(json.dumps({name: utility.to_dict() for name, utility in control_utilities(task).items()}))
-    return json.loads(path.read_text())
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    missing = {name: rule for name, rule in controls(task).items() if name not in stored}
+    if missing:
+        stored |= {name: task.utility(task.weights(rule(task))).to_dict() for name, rule in missing.items()}
+        path.write_text(json.dumps(stored))
+    return stored
