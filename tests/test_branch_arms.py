@@ -7,11 +7,14 @@ import torch
 from doubles.small_suites import make_task
 
 from know_hf import WeightTrajectory
-from know_hf.evaluation import compare_arms, make_arm
+from know_hf.evaluation import compare_arms, known_step_arms, make_arm
 from know_hf.evaluation.measure import arm_sources
 from know_hf.evaluation.protocols import ZeroShot
 from know_hf.evaluation.suites.suite_task import SuiteTask
+from know_hf.known import KNOWNConfig, KNOWNModel
 from know_hf.prediction.choosing.cross_fit import CROSS_FIT_FAMILY
+from know_hf.prediction.tensor_contexts import tensor_contexts
+from know_hf.predictors import KNOWNCombination, TensorSnapshots
 
 HEAD = "classifier.weight"
 
@@ -19,7 +22,7 @@ HEAD = "classifier.weight"
 @pytest.fixture(scope="module")
 def suite():
     return make_task(
-        schedule={"ratio": 0.5, "num_states": 2},
+        schedule={"ratio": 0.5, "num_states": 2, "tail_states": 1},
         training={"use_cpu": True, "num_train_epochs": 2, "learning_rate": 0.01},
     )
 
@@ -69,6 +72,52 @@ def test_a_comparison_records_what_branches_cost(suite, tmp_path):
     task = suite.comparison_task()
     report = compare_arms(task, tmp_path / "out", protocols=[ZeroShot()], arms=arms, seeds=[0, 1], pages=False)
     assert [cell["training_cost"] for cell in report.cells] == [1, 2.2, 2.2, 1] * 2
+    assert not (tmp_path / "out" / "work").exists()
+
+
+@pytest.fixture(scope="module")
+def combination(tmp_path_factory):
+    """A KNOWN whose coefficients are not zero."""
+    model = KNOWNModel(KNOWNConfig(variant="combination"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder := tmp_path_factory.mktemp("combination"))
+    return model, str(folder)
+
+
+def test_a_combination_reads_states_tail_and_branches(sources, combination):
+    model, folder = combination
+    arm, matched = known_step_arms([1], "x", folder, with_branches=True)
+    assert arm.needs == matched.needs == ("branch_trajectory",)
+    assert make_arm(arm.to_dict()) == arm
+    nested, branches = sources.trajectory, sources.branch_trajectory()
+    start = nested.tensor(HEAD, "start")
+    snapshots = TensorSnapshots(
+        nested.tensor(HEAD),
+        start=start,
+        origin=start,
+        branches=[branches.tensor(HEAD, record.name) for record in branches.branches],
+        states=[nested.tensor(HEAD, 1)],
+        tail=[nested.tensor(HEAD, "tail-0")],
+        context=tensor_contexts(nested)[HEAD],
+    )
+    expected = KNOWNCombination(model).tensor(snapshots)
+    torch.testing.assert_close(arm.initial_model(sources).state_dict()[HEAD], expected)
+    joined = arm.recording(sources)
+    joined.verify()
+    assert (joined.num_states, len(joined.branches), len(nested.branches)) == (2, 2, 0)
+
+
+def test_a_comparison_records_what_a_combination_costs(suite, combination, tmp_path):
+    arms = [
+        "naive",
+        *known_step_arms([1], "x", combination[1], with_branches=True),
+        *known_step_arms([1], "y", combination[1]),
+    ]
+    task = suite.comparison_task()
+    report = compare_arms(task, tmp_path / "out", protocols=[ZeroShot()], arms=arms, seeds=[0, 1], pages=False)
+    assert [cell["training_cost"] for cell in report.cells] == [1, 2.5, 2.5, 1.3, 1.3] * 2
     assert not (tmp_path / "out" / "work").exists()
 
 

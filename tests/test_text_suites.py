@@ -21,6 +21,7 @@ from know_hf.evaluation.suites.suite_data import Inputs, Side, prepare
 from know_hf.evaluation.suites.suite_model import ModelSpec
 from know_hf.evaluation.suites.suite_task import SuiteTask
 from know_hf.evaluation.trials import with_features
+from know_hf.known import KNOWNConfig, KNOWNModel
 
 
 @pytest.fixture
@@ -137,6 +138,9 @@ def test_texts_and_adapters(texts, tmp_path, lora):
     paths = {"data": {"someone/texts": str(texts / "data")}, "models": {"someone/bert": str(texts / "bert")}}
     arms = None if lora else ["naive", "pretrained"]
     suite = write_suite(tmp_path, TEXTS, model=model)
+    if lora:
+        KNOWNModel(KNOWNConfig(variant="combination")).save_pretrained(tmp_path / "combination")
+        paths["known"] = {"x": str(tmp_path / "combination")}
     report = run_suite(suite, tmp_path / "out", arms=arms, pages=False, **paths)
     trajectory = WeightTrajectory(tmp_path / "out" / "trajectories" / "seed-0")
     assert trajectory.is_adapter is (lora is not None)
@@ -148,6 +152,8 @@ def test_texts_and_adapters(texts, tmp_path, lora):
     if lora:
         assert scores["compute-matched"].per_seed != scores["naive"].per_seed
         assert [cell["training_cost"] for cell in report.cells if cell["arm"] == "cross-fit"] == [2, 2]
+        assert [cell["training_cost"] for cell in report.cells if cell["arm"] == "x-step-1"] == [2 + 11 / 32] * 2
+        assert scores["x-step-1"].per_seed == scores["naive"].per_seed  # a new model predicts no change
     assert len(report.cells[0]["measured"]["few-shot"][0]["trials"]) == 1
     other = tmp_path / "other"
     shutil.copytree(texts / "bert", other)

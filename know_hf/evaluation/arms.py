@@ -47,6 +47,7 @@ from .arm_weights import (
     ArmSources,
     chosen_by_cross_fit,
     chosen_by_gate,
+    joined,
     matched_shrink,
     moved_by_singular_vectors,
     predicted,
@@ -98,6 +99,8 @@ class Arm:
             KNOWN weights, folder or Hub id; those of the comparison by default.
         norm (`"keep"` or `"predict"`, *optional*, defaults to `"keep"`):
             Whether a prediction changes the weights of normalisation layers.
+        with_branches (`bool`, *optional*, defaults to `False`):
+            Whether a prediction reads the branches besides the states, as KNOWN with `variant="combination"` can.
 
     Raises:
         `ValueError`: If the kind is unknown.
@@ -113,6 +116,7 @@ class Arm:
     tuned: tuple[Mapping[str, Any], ...] = ()
     known: str | None = None
     norm: Literal["keep", "predict"] = "keep"
+    with_branches: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -155,10 +159,9 @@ class Arm:
 
     @property
     def uses_branches(self) -> bool:
-        """Whether the weights are made of the trajectory of branches."""
-        return self.kind == "cross_fit" or (
-            self.kind in _PLANNED and not _OF_BRANCHES.isdisjoint(self.predictor.split("+"))
-        )
+        """Whether the weights are made of branches."""
+        is_of_branches = self.with_branches or not _OF_BRANCHES.isdisjoint(self.predictor.split("+"))
+        return self.kind == "cross_fit" or (self.kind in _PLANNED and is_of_branches)
 
     @property
     def uses_known(self) -> bool:
@@ -172,7 +175,7 @@ class Arm:
 
         Args:
             trajectory ([`WeightTrajectory`]):
-                The states that the weights are made of, or the branches.
+                What the weights are made of, see [`recording`].
         """
         names, (first, *later) = set(self.predictor.split("+")), (state.steps for state in trajectory.states)
         if self.kind in ("fresh", "pretrained"):
@@ -183,10 +186,18 @@ class Arm:
         if self.kind == "shuffled" or (self.kind == "predicted" and names <= of_one):
             later = []
         elif self.uses_branches:
-            later = [branch.steps for branch in trajectory.branches]
+            of_states = later if self.with_branches else []
+            later = [*of_states, *(branch.steps for branch in trajectory.branches)]
         elif self.kind == "state":
             later = later[: self.state]
         return 1 + sum(later) / first if first else None
+
+    def recording(self, sources: ArmSources) -> WeightTrajectory:
+        """Return the trajectory that the weights are made of: that of the states, that of the branches, or both as
+        one, see [`joined`]."""
+        if not self.uses_branches or sources.branch_trajectory is None:
+            return sources.trajectory
+        return joined(sources) if self.with_branches else sources.branch_trajectory()
 
     def initial_model(self, sources: ArmSources, setting: Mapping[str, Any] | None = None) -> PreTrainedModel:
         """Return the model of [`initial_weights`]."""
@@ -217,8 +228,7 @@ class Arm:
             return replace(self, kind="state", state=options.pop("state"), options={}).initial_weights(sources)
         if "predictor" in options:
             return replace(self, predictor=options.pop("predictor"), options=options).initial_weights(sources)
-        if self.uses_branches and sources.branch_trajectory is not None:
-            sources = replace(sources, trajectory=sources.branch_trajectory())
+        sources = replace(sources, trajectory=self.recording(sources))
         folder = sources.output_dir / self.name
         if self.kind == "cross_fit":
             model, choice = chosen_by_cross_fit(sources, folder, self._plan(sources, options))
@@ -299,7 +309,9 @@ def known_arm(steps: int, ratio: float) -> Arm:
     return Arm(f"known-x{times}", "predicted", f"KNOWN at {steps} step(s), for {times} times the data", steps=steps)
 
 
-def known_step_arms(steps: Sequence[int] = (1, 2, 3), name: str = "known", known: str | None = None) -> list[Arm]:
+def known_step_arms(
+    steps: Sequence[int] = (1, 2, 3), name: str = "known", known: str | None = None, with_branches: bool = False
+) -> list[Arm]:
     """KNOWN at several numbers of steps, each with its matched shrink.
 
     Args:
@@ -310,14 +322,17 @@ def known_step_arms(steps: Sequence[int] = (1, 2, 3), name: str = "known", known
             `matched-shrink-step-N`.
         known (`str`, *optional*):
             KNOWN weights, folder or Hub id; those of the comparison by default.
+        with_branches (`bool`, *optional*, defaults to `False`):
+            See [`Arm`].
     """
     infix, title = ("", "KNOWN") if name == "known" else (f"{name}-", f"KNOWN ({name})")
     arms = []
     for count in steps:
         method = f"{title} at {count} step{'s' if count > 1 else ''}"
         shrink = f"every tensor times the factor by which {method} shrinks it"
-        arms.append(Arm(f"{name}-step-{count}", "predicted", method, steps=count, known=known))
-        arms.append(Arm(f"matched-shrink-{infix}step-{count}", "matched_shrink", shrink, steps=count, known=known))
+        options: dict[str, Any] = {"steps": count, "known": known, "with_branches": with_branches}
+        arms.append(Arm(f"{name}-step-{count}", "predicted", method, **options))
+        arms.append(Arm(f"matched-shrink-{infix}step-{count}", "matched_shrink", shrink, **options))
     return arms
 
 

@@ -78,7 +78,7 @@ def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> d
     source, targets = task.splits(seed, design.draws)
     trajectory = task.open_trajectory(seed, output_dir)
     sources = arm_sources(task, seed, trajectory, source, work, targets)
-    branches, choices = sources.branch_trajectory, list[dict[str, Any]]()
+    choices: list[dict[str, Any]] = []
     groups: Iterable[Group] = _groups(arm, sources, design.draws, choices)
     weights, measured = None, None
     if not arm.tuned:  # the trials then depend on the weights alone
@@ -87,12 +87,13 @@ def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> d
         measured = _measured_before(output_dir, seed, weights)
     if measured is None:
         measured = _measured(groups, seed, arm, design, source, targets)
+    training_cost = arm.training_cost(arm.recording(sources))
     shutil.rmtree(work, ignore_errors=True)
     return {
         "seed": seed,
         "arm": arm.name,
         "seconds": _since(started),
-        "training_cost": arm.training_cost(branches() if branches and arm.uses_branches else trajectory),
+        "training_cost": training_cost,
         "choice": choices[0] if choices else None,
         "weights": weights,
         "measured": measured,

@@ -42,7 +42,8 @@ def run_suite(
             Folders to read its pretrained models from, by their Hub ids.
         known (`Mapping[str, str]`, *optional*):
             Further KNOWN weights, from a name to a folder or Hub id. Each gets the same KNOWN and matched-shrink arms
-            as the shipped weights; all of them if the suite has none. With `variant="combination"`, only of one step.
+            as the shipped weights; all of them if the suite has none. With `variant="combination"`, only of one step,
+            from the states and the branches that `cross-fit` uses.
         seeds (sequence of `int`, *optional*):
             Trajectory seeds instead of those of the suite.
         options (*optional*):
@@ -80,8 +81,9 @@ def suite_arguments(
     names = {arm.name for arm in compared}
     for name, weights in (known or {}).items():
         folder = os.path.expanduser(weights)
-        steps = (1, 2, 3) if KNOWNConfig.from_pretrained(folder).variant == "reference" else (1,)
-        further = known_step_arms(steps, name, folder)
+        of_tensors = KNOWNConfig.from_pretrained(folder).variant == "combination"
+        steps = (1,) if of_tensors else (1, 2, 3)
+        further = known_step_arms(steps, name, folder, with_branches=of_tensors)
         matching = [arm for shipped, arm in zip(known_step_arms(steps), further, strict=True) if shipped.name in names]
         compared += matching or further
     return SuiteTask(suite, dataset_paths, model_paths), {
