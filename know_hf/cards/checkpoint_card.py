@@ -173,7 +173,7 @@ class CheckpointCard(RecordedCard):
                     f"{row['largest_residual']:.3g}",
                     "–" if math.isinf(row["mean_ratio"]) else percent(row["mean_ratio"]),
                     f"{percent(row['shrink_share'])} (× {row['shrink_factor']:.4g})",
-                    f"{percent(row['extrapolation_share'])} ({row['extrapolation_factor']:+z.2f})",
+                    f"{percent(row['extrapolation_share'])} ({row['extrapolation_factor']:+.2f})",
                 ]
             rows.append([row["role"], *(f"{row[name]:,}" for name in head[1:4]), *cells])
         return rows

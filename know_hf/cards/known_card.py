@@ -119,7 +119,7 @@ class HeldOutSplit:
         for predictor, by_role in self.skill.items():
             row = [predictor]
             for value in (by_role[role] for role in self.roles):
-                skill = "−∞" if value["skill"] is None else f"{value['skill']:+z.4f}"
+                skill = "−∞" if value["skill"] is None else f"{value['skill']:+.4f}"
                 row.append(f"{skill} ({value['trajectories_above_zero']}/{value['trajectories']})")
             rows.append(row)
         return rows
@@ -140,7 +140,7 @@ class HeldOutSplit:
             return f"{text}."
         best = max(skills, key=skills.__getitem__)
         comparative = "is better" if skill > skills[best] else "is not better"
-        return f"{text}, and {comparative} than the best predictor without learning ({best}, {skills[best]:+z.4f})."
+        return f"{text}, and {comparative} than the best predictor without learning ({best}, {skills[best]:+.4f})."
 
 
 def known_card(

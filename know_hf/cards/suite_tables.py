@@ -54,7 +54,7 @@ def side_by_side(
 def estimate_text(values: Mapping[str, Any], measure: Mapping[str, Any], sign: str = "") -> str:
     """Format `mean` and `ci95` of an entry of `report.json` in the unit of its measure: `86.2 [84.9, 87.5]`."""
     numbers = (values["mean"], *values["ci95"])
-    mean, low, high = (f"{measure['scale'] * value:{sign}z.{measure['digits']}f}" for value in numbers)
+    mean, low, high = (f"{measure['scale'] * value:{sign}.{measure['digits']}f}" for value in numbers)
     return f"{mean} [{low}, {high}]"
 
 

@@ -46,7 +46,7 @@ class Measure:
     higher_is_better: bool = True
 
     def format(self, value: float, sign: str = "") -> str:
-        return f"{self.scale * value:{sign}z.{self.digits}f}"
+        return f"{self.scale * value:{sign}.{self.digits}f}"
 
     def interval(self, estimate: Estimate, sign: str = "") -> str:
         return f"[{self.format(estimate.low, sign)}, {self.format(estimate.high, sign)}]"

@@ -86,7 +86,7 @@ class MetaTrainingResult:
         skills = {"train": self.train_skill, **self.held_out_skill}
         rows = [["role", f"loss at step {first['step']}", f"at {last['step']}", *(f"{name} skill" for name in skills)]]
         for role in self.train_skill:
-            of_role = [f"{skill[role].skill:+z.3f}" if role in skill else "–" for skill in skills.values()]
+            of_role = [f"{skill[role].skill:+.3f}" if role in skill else "–" for skill in skills.values()]
             rows.append([role, f"{first[role]:.2e}", f"{last[role]:.2e}", *of_role])
         returned = "" if self.best_step is None else f", weights of step {self.best_step}"
         summary = f"{self.steps_done} steps in {self.seconds:.1f} s{returned}; skill: 1 is perfect, 0 is no change"

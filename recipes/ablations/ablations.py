@@ -226,7 +226,7 @@ def split_tables(rows: list[dict[str, Any]], linear: dict[str, Any], splits: lis
             values = [mean_and_range(row, split, role, key) for key in ("skill", "median") for role in roles]
             seconds = sum(result["seconds"] for result in row["results"]) / len(row["results"])
             body.append([name, str(len(row["trajectories"])), *values, f"{seconds:.0f}"])
-        baseline = [f"{linear[split][role][key]:+z.3f}" for key in ("skill", "median") for role in roles]
+        baseline = [f"{linear[split][role][key]:+.3f}" for key in ("skill", "median") for role in roles]
         body.append(["linear fit, no learning", "0", *baseline, ""])
         tables.append(f"**{split}** ({counts})\n\n{table([header, *body])}")
     return tables
@@ -255,7 +255,7 @@ def mean_and_range(row: dict[str, Any], split: str, role: str, key: str) -> str:
     values = [result["skill"][split].get(role, {}).get(key) for result in row["results"]]
     if None in values:
         return ""
-    return f"{sum(values) / len(values):+z.3f} ({(max(values) - min(values)) / 2:.3f})"
+    return f"{sum(values) / len(values):+.3f} ({(max(values) - min(values)) / 2:.3f})"
 
 
 def make_parser() -> "HfArgumentParser":

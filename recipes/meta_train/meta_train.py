@@ -189,7 +189,7 @@ def format_table(split: str, skill: dict[str, dict[str, dict[str, Any]]], num_tr
     for name, by_role in skill.items():
         cells = []
         for of_role in by_role.values():
-            value = "-inf" if of_role["skill"] is None else f"{of_role['skill']:+z.4f}"
+            value = "-inf" if of_role["skill"] is None else f"{of_role['skill']:+.4f}"
             cells.append(f"{value} ({of_role['trajectories_above_zero']}/{of_role['trajectories']})")
         lines.append(f"{name:12}" + "".join(f"{cell:>20}" for cell in cells))
     return "\n".join(lines)

@@ -93,7 +93,7 @@ def result_table(report: Report, number: int) -> ReportTable:
         if (difference := differences.get(name)) is not None:
             p, effect, detectable = (difference[key] for key in ("p_holm", "effect_size", "minimum_detectable"))
             row[3:5] = estimate_text(difference, result["measure"], "+"), "reference" if p is None else _p_value(p)
-            row[5] = "–" if effect is None else f"{effect:+z.2f}"
+            row[5] = "–" if effect is None else f"{effect:+.2f}"
             row[6] = "–" if detectable is None else measure.format(detectable)
         rows.append(row)
     unit = _with_comma(measure.difference_unit)
