@@ -82,7 +82,7 @@ class KNOWNPredictor:
 class KNOWNCombination(SnapshotPredictor):
     """The variant `"combination"` of a [`KNOWNModel`]: a combination of the displacements of each tensor.
 
-    It reads the states, the start, the tail and branches as far as they are recorded.
+    It reads every recorded snapshot: states, start, tail and branches. Missing ones are left out.
 
     Args:
         model ([`KNOWNModel`]):

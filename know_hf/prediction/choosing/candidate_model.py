@@ -89,7 +89,7 @@ class CandidateModel:
         is_shared = accelerator is not None and accelerator.num_processes > 1
         # of an adapter, peft tells the names only after a look for the config of the base model, perhaps on the Hub
         if not (is_shared or self.base_model) and names_in_memory(model).keys() >= set(self.trajectory.names):
-            self._layout = _layout(model)
+            self._layout = _layout(model)  # writing to its tensors copies their pages; the file is mapped privately
         self.model = model if self.device is None else model.to(self.device)
         shutil.rmtree(self.scratch)
 
