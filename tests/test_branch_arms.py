@@ -45,6 +45,16 @@ def test_branches_are_recorded_once_from_the_same_start(sources, monkeypatch):
     assert sources.branch_trajectory().path == branches.path
 
 
+def test_branches_are_those_of_a_recording_from_scratch(suite, sources, tmp_path):
+    branches = sources.branch_trajectory()
+    suite._record(3, tmp_path / "scratch", tmp_path / "work", branches.schedule)
+    copied, recorded = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (branches.path, tmp_path / "scratch")
+    )
+    assert copied == recorded
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -122,8 +132,8 @@ def test_a_comparison_records_what_a_combination_costs(suite, combination, tmp_p
 
 
 def test_another_theta_0_is_an_error(suite, sources, tmp_path):
-    def other(seed, folder):
-        return suite.branch_trajectory(seed + 1, folder)
+    def other(seed, folder, trajectory):
+        return suite.branch_trajectory(seed + 1, folder, suite.record(seed + 1, tmp_path / "trajectories" / "other"))
 
     task = replace(suite.comparison_task(), branch_trajectory=other)
     trajectory = WeightTrajectory(sources.trajectory.path)

@@ -42,8 +42,8 @@ class ComparisonTask:
             `train_further(seed, model, steps, folder)` trains a model on all source data, for so many optimizer steps
             per stage as in `steps`, each like that stage of the trajectory, and returns it.
         branch_trajectory (`Callable`, *optional*):
-            `branch_trajectory(seed, folder)` records a trajectory with the same Θ0, bit for bit, and branches, or
-            opens the one that it has recorded. All arms of a seed that need it share the folder.
+            `branch_trajectory(seed, folder, trajectory)` records a trajectory with the Θ0 of the given one, bit for
+            bit, and branches, or opens the one that it has recorded. All arms of a seed that need it share the folder.
         base_model (`Callable`, *optional*):
             From a seed to the base model of a trajectory of adapters.
         model_class (`type`, *optional*):
@@ -66,7 +66,7 @@ class ComparisonTask:
     pretrained_model: Callable[[int], PreTrainedModel] | None = None
     oracle_model: Callable[[int, Path], PreTrainedModel] | None = None
     train_further: Callable[[int, PreTrainedModel, list[int], Path], PreTrainedModel] | None = None
-    branch_trajectory: Callable[[int, Path], WeightTrajectory] | None = None
+    branch_trajectory: Callable[[int, Path, WeightTrajectory], WeightTrajectory] | None = None
     base_model: Callable[[int], PreTrainedModel] | None = None
     model_class: type[PreTrainedModel] | None = None
     known: str | Path | None = None

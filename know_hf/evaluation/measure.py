@@ -210,7 +210,7 @@ def _branches(task: ComparisonTask, trajectory: WeightTrajectory, seed: int, fol
     assert task.branch_trajectory is not None
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"seed-{seed}.lock"):
-        branches = task.branch_trajectory(seed, folder / f"seed-{seed}")
+        branches = task.branch_trajectory(seed, folder / f"seed-{seed}", trajectory)
     for name in trajectory.names:
         if not torch.equal(branches.tensor(name), trajectory.tensor(name)):
             raise ValueError(

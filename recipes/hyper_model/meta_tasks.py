@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from know_hf import ForgettingSchedule, WeightTrajectory
+from know_hf import WeightTrajectory
 from know_hf.checkpoint import atomic_folder
 from know_hf.evaluation.suites import Suite
 from know_hf.evaluation.suites.suite_data import Inputs, Side, StoredExamples
@@ -158,12 +158,9 @@ class MetaTask:
             )
             trainer.train()
             trainer.model.save_pretrained(pretrained)
-        task.record(self.seed, self.folder / "nested")
-        if not WeightTrajectory.exists(self.folder / "branches"):
-            self._copy_theta0(self.folder / "nested", self.folder / "branches")
-        task.branch_trajectory(self.seed, self.folder / "branches")
+        nested = task.record(self.seed, self.folder / "nested")
+        task.branch_trajectory(self.seed, self.folder / "branches", nested)
         if not self.further.exists():
-            nested = WeightTrajectory(self.folder / "nested")
             steps = [state.steps for state in nested.states[1:]]
             theta0 = nested.load_model(0, task.suite.model.model_class)
             model = task.train_further(self.seed, theta0, steps, self.folder / "work")
@@ -182,16 +179,6 @@ class MetaTask:
             return False
         nested, branches = map(WeightTrajectory, folders)
         return nested.num_states == nested.schedule.num_states and len(branches.branches) == 2
-
-    def _copy_theta0(self, nested: Path, branches: Path) -> None:
-        """Begin the trajectory of branches with the start and Θ0 of the nested one, which need no second training."""
-        recorded, model_class = WeightTrajectory(nested), self.suite_task.suite.model.model_class
-        schedule = ForgettingSchedule(kind="complementary", branch_from="start", stratify_by="labels", seed=self.seed)
-        trajectory = WeightTrajectory.create(branches, schedule)
-        trajectory.record_start(recorded.load_model("start", model_class))
-        state = recorded.states[0]
-        fields = ("num_examples", "steps", "fraction", "subset_fingerprint", "seed", "metrics", "training")
-        trajectory.record(recorded.load_model(0, model_class), **{name: getattr(state, name) for name in fields})
 
     def _suite_task(self, source: str, regime: Mapping[str, Any], pretrained: str | None = None) -> MetaSuiteTask:
         split, target, options = self.split, self.split["target"], dict(regime)

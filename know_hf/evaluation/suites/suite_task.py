@@ -1,7 +1,8 @@
 """The data, models and trainings of a suite; each depends on the seed alone."""
 
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from ...checkpoint import file_sha256
+from ...checkpoint import atomic_folder, file_sha256
 from ...recording import induce_forgetting
 from ...schedule import ForgettingSchedule
 from ...trajectory import WeightTrajectory
+from ...trajectory.manifest import Manifest
 from ..comparison import ACCURACY, LOSS
 from ..comparison_task import ComparisonTask
 from ..fine_tuning import evaluate_classifier, evaluate_next_token
@@ -97,13 +99,21 @@ class SuiteTask:
 
     def record(self, seed: int, folder: Path) -> WeightTrajectory:
         """Record the trajectory of a seed, or resume it."""
-        return self._record(seed, folder, folder.parents[1] / "work" / folder.name, self.suite.schedule)
+        schedule = self._schedule(seed, self.suite.schedule)
+        return self._record(seed, folder, folder.parents[1] / "work" / folder.name, schedule)
 
-    def branch_trajectory(self, seed: int, folder: Path) -> WeightTrajectory:
-        """Record Θ0 of a seed again, with the same bits, and two branches from the start on complementary halves."""
+    def branch_trajectory(self, seed: int, folder: Path, trajectory: WeightTrajectory) -> WeightTrajectory:
+        """Copy start and Θ0 of the trajectory of a seed, and record two branches from the start on complementary
+        halves."""
         if WeightTrajectory.exists(folder) and len((recorded := WeightTrajectory(folder)).branches) == 2:
             return recorded
-        schedule = {"kind": "complementary", "branch_from": "start"}
+        schedule = self._schedule(seed, {"kind": "complementary", "branch_from": "start"})
+        if not WeightTrajectory.exists(folder):
+            with atomic_folder(folder) as work:
+                others = shutil.ignore_patterns(".lock", "state-[1-9]*", "tail-*")
+                shutil.copytree(trajectory.path, work, ignore=others, dirs_exist_ok=True)
+                manifest = Manifest.read(work)
+                replace(manifest, schedule=schedule, states=manifest.states[:1], tail=()).write(work)
         return self._record(seed, folder, folder.parent / "work" / folder.name, schedule)
 
     def start(self, seed: int) -> PreTrainedModel:
@@ -130,11 +140,12 @@ class SuiteTask:
             self._trainer(seed, self.suite.source.train, folder / "further", model, stage, **options).train()
         return model
 
-    def _record(self, seed: int, folder: Path, work: Path, schedule: Mapping[str, Any]) -> WeightTrajectory:
-        trainer = self._trainer(seed, self.suite.source.train, work)
+    def _schedule(self, seed: int, options: Mapping[str, Any]) -> ForgettingSchedule:
         stratify_by = None if self.suite.inputs.next_byte else "labels"
-        options = {"stratify_by": stratify_by, "seed": seed, **schedule}
-        return induce_forgetting(trainer, ForgettingSchedule(**options), folder)
+        return ForgettingSchedule(**{"stratify_by": stratify_by, "seed": seed, **options})
+
+    def _record(self, seed: int, folder: Path, work: Path, schedule: ForgettingSchedule) -> WeightTrajectory:
+        return induce_forgetting(self._trainer(seed, self.suite.source.train, work), schedule, folder)
 
     @property
     def oracle_size(self) -> int:
