@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from socket import gethostname
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, gather_object
+from accelerate.utils import DistributedType, broadcast
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -17,6 +19,7 @@ from transformers import Trainer
 from .model_tensors import is_adapter, is_partitioned, names_on_disk, unwrapped
 
 T = TypeVar("T")
+_LONGEST_ACTION = timedelta(days=1)
 _FSDP1 = "the weights of FSDP1 cannot be recorded; set fsdp_version: 2 in the accelerate config"
 
 
@@ -28,6 +31,8 @@ def on_main_process(accelerator: Accelerator | None, action: Callable[[], T]) ->
 
 def on_every_process(accelerator: Accelerator | None, action: Callable[[], T]) -> list[T]:
     """Run an action on every process and return all results, by rank, on every process.
+
+    Processes wait for the others up to a day, whatever the timeout of the process group is.
 
     Args:
         accelerator (`Accelerator`, *optional*):
@@ -41,16 +46,24 @@ def on_every_process(accelerator: Accelerator | None, action: Callable[[], T]) -
     """
     if accelerator is None or accelerator.num_processes == 1:
         return [action()]
+    group = _waiting_group(distributed.group.WORLD)
+    outcomes: list[Any] = [None] * accelerator.num_processes
     try:
         result = action()
     except Exception as error:
-        gather_object([(None, f"{type(error).__name__}: {error}")])
+        distributed.all_gather_object(outcomes, (None, f"{type(error).__name__}: {error}"), group=group)
         raise
-    outcomes: list[tuple[T, str | None]] = gather_object([(result, None)])
+    distributed.all_gather_object(outcomes, (result, None), group=group)
     for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:
             raise RuntimeError(f"process {rank} failed with {failure}")
     return [result for result, _ in outcomes]
+
+
+@cache
+def _waiting_group(world: Any) -> Any:
+    """Return all processes as a group with a timeout that the evaluation or upload of one process does not exceed."""
+    return distributed.new_group(timeout=_LONGEST_ACTION)
 
 
 def check_shared(accelerator: Accelerator | None, folder: Path) -> None:
@@ -186,6 +199,23 @@ def _complete(tensor: torch.Tensor, **options: Any) -> AbstractContextManager[ob
 def is_replicated(trainer: Trainer) -> bool:
     """Whether several processes hold all weights each."""
     return trainer.accelerator.num_processes > 1 and not is_sharded(trainer)
+
+
+def is_marked_prepared(model: nn.Module) -> bool:
+    """Whether several processes hold the model and accelerate will not wrap it for DDP.
+
+    An evaluation before the first training marks a model as prepared; every process would then train its own weights.
+    """
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return False
+    is_marked = getattr(model, "_is_accelerate_prepared", False)
+    return is_marked and not isinstance(model, FullyShardedDataParallel) and not is_partitioned(model)
+
+
+def unmark_prepared(model: Any) -> None:
+    """Let accelerate wrap a model for DDP; see [`is_marked_prepared`]."""
+    if is_marked_prepared(model):
+        model._is_accelerate_prepared = False  # noqa: SLF001 - accelerate has no public name for it
 
 
 def share_buffers(trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.utils import logging
 
 from ..checkpoint import check_output
-from ..distributed import gathering, on_every_process, reshard
+from ..distributed import gathering, is_marked_prepared, on_every_process, reshard, unmark_prepared
 from ..local_paths import loaded_from
 from ..schedule import ForgettingSchedule
 from ..trajectory import WeightTrajectory, check_recordable
@@ -71,9 +71,9 @@ class WeightTransitionCallback(TrainerCallback):
             When the trajectory in the folder has another schedule, or the folder is inside another trajectory. Before
             a training: when its subset is not smaller than that of the last state or is a stream without a schedule,
             a state could not hold what trains, the folder is inside that of the model, the generation config or the
-            processing class cannot be saved, the optimizer does not train the model, or `enable_jit_checkpoint`,
-            `bf16_full_eval` or `fp16_full_eval` is on. After a training: when a weight is not finite or no process
-            holds all weights.
+            processing class cannot be saved, the optimizer does not train the model, DDP does not wrap the model
+            because it was evaluated before the callback was added, or `enable_jit_checkpoint`, `bf16_full_eval` or
+            `fp16_full_eval` is on. After a training: when a weight is not finite or no process holds all weights.
         `OSError`:
             Before a training, when the folder cannot be written.
         `TrajectoryBusyError`:
@@ -107,8 +107,17 @@ class WeightTransitionCallback(TrainerCallback):
         self._stage = len(trained)  # known on every process, unlike _sizes
         self._stepped = False
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        unmark_prepared(kwargs["model"])
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         check_arguments(args)
+        if is_marked_prepared(kwargs["model"]):
+            raise ValueError(
+                f"{type(kwargs['model']).__name__} was evaluated before this callback was added, and accelerate does"
+                " not wrap an evaluated model for DDP: every process would train its own weights; pass the callback"
+                " when the trainer is created: Trainer(callbacks=[...])"
+            )
         check_recordable(kwargs["model"])
         self.check_optimizer(state, **kwargs)
         size = num_examples(kwargs["train_dataloader"])
@@ -209,6 +218,9 @@ class WeightTransitionCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         reshard(kwargs["model"])  # the next training creates its optimizer before any of its events
+        unmark_prepared(kwargs["model"])
+
+    on_predict = on_evaluate
 
     def record_start(self, model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None) -> None:
         """Write the weights before the first training; see [`WeightTrajectory.record_start`]."""

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..checkpoint import check_free_disk, check_output
 from ..data.subsets import Subset, divide
-from ..distributed import check_shared, gathering, is_replicated, on_every_process, on_main_process, reshard
+from ..distributed import check_shared, gathering, on_every_process, on_main_process, reshard, unmark_prepared
 from ..local_paths import loaded_from
 from ..schedule import ForgettingSchedule
 from ..trajectory import StateRecord, WeightTrajectory, state_nbytes
@@ -270,9 +270,8 @@ def _train_stage(trainer: Trainer, args: TrainingArguments, subset: Subset, call
     reshard(trainer.model)
     if trainer.is_deepspeed_enabled:  # the Trainer destroys the engine of the last stage, but would train with it
         trainer.model_wrapped, trainer.deepspeed = trainer.model, None
-    elif is_replicated(trainer) and trainer.model_wrapped is trainer.model:
-        # an evaluation marks the model as prepared; DDP would not wrap it and every process train its own weights
-        trainer.model._is_accelerate_prepared = False  # noqa: SLF001 - accelerate has no public name for it
+    elif trainer.model_wrapped is trainer.model:
+        unmark_prepared(trainer.model)
     if callback.weights is not None and callback.weights != weights_checksum(trainer):
         logger.warning(
             "the weights changed after the last state was recorded; a resumed run starts from the recorded weights and"

@@ -2,12 +2,16 @@
 
 import json
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.distributed import distributed_c10d
 
 from know_hf import predict_overflowed_weights
+from know_hf.distributed import on_main_process
 from know_hf.prediction import Gate
 
 
@@ -52,6 +56,8 @@ def main(root: Path) -> None:
         )
     except Exception as error:
         notes.append(f"{type(error).__name__}: {error}")
+    distributed_c10d._set_pg_timeout(timedelta(seconds=0.5))
+    on_main_process(accelerator, lambda: time.sleep(1))  # the other process waits
     (root / f"rank-{accelerator.process_index}.json").write_text(json.dumps(notes))
     accelerator.end_training()
 

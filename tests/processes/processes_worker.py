@@ -96,7 +96,12 @@ def main() -> None:
     notes["diverged"] = error_of(trainer, root / "diverged")
     with sharding():
         notes |= record_sharded(root, **FSDP2)
-        record_in_a_loop(root, **FSDP2)
+        record_in_a_loop(root, "sharded_loop", **FSDP2)
+    notes["loop"] = record_in_a_loop(root, "loop")
+    try:
+        record_in_a_loop(root, "evaluated_first")
+    except ValueError as error:
+        notes["evaluated_first"] = str(error)
     (root / f"rank-{rank}.json").write_text(json.dumps(notes))
 
     trainer = make_trainer(root / "out")

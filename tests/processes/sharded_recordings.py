@@ -74,22 +74,28 @@ def record_interrupted(make: Callable[[], Trainer], schedule: ForgettingSchedule
         induce_forgetting(trainer, schedule, folder)
     assert WeightTrajectory(folder).num_states == 2
     if folder.name == "interrupted":  # as after a kill between a state and its metrics: evaluated before a training
+        PartialState().wait_for_everyone()  # the other process has read the manifest
         if PartialState().is_main_process:
             edit_manifest(folder, lambda content: content["states"][-1].pop("metrics"))
         PartialState().wait_for_everyone()
     induce_forgetting(make(), schedule, folder)
 
 
-def record_in_a_loop(root: Path, **arguments: Any) -> None:
-    """The callback alone, in a loop that evaluates between its trainings."""
+def record_in_a_loop(root: Path, name: str, **arguments: Any) -> list[float]:
+    """The callback alone, in a loop that evaluates before or between its trainings; returns the last weights."""
     trainer = make_sharded_trainer(root, **arguments)
     data = trainer.train_dataset
-    trainer.add_callback(WeightTransitionCallback(root / "sharded_loop", SCHEDULE))
+    if name == "evaluated_first":
+        trainer.evaluate()
+    trainer.add_callback(WeightTransitionCallback(root / name, SCHEDULE))
+    if name == "loop":
+        trainer.evaluate()
     for indices in SCHEDULE.indices(len(data)):
         trainer.train_dataset = data.select(indices)
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.train()
         trainer.evaluate()
+    return local(trainer.model.lm_head.weight).flatten().tolist()
 
 
 def record_sharded(root: Path, **arguments: Any) -> dict[str, Any]:

@@ -182,6 +182,15 @@ def test_the_callback_alone_records_sharded_weights_that_all_move(launched):
         assert all(not torch.equal(before, after) for before, after in pairwise(history)), name
 
 
+def test_the_callback_alone_and_a_model_that_is_evaluated_before_its_first_training(launched):
+    first, second = launched.notes
+    assert first["loop"] == second["loop"]
+    assert WeightTrajectory(launched.root / "loop").num_states == SCHEDULE.num_states
+    for notes in launched.notes:
+        assert re.search(r"Llama.* evaluated before .* DDP.* Trainer\(callbacks=", notes["evaluated_first"])
+    assert not WeightTrajectory.exists(launched.root / "evaluated_first")
+
+
 def test_an_error_of_another_process_ends_both(launched):
     assert launched.code != 0
     assert "rank 1 fails" in launched.output
