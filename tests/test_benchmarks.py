@@ -108,6 +108,8 @@ def test_prediction(prediction, tmp_path, monkeypatch, capsys):
         assert 0.8 < row["planned_peak_bytes"] / row["peak_bytes"] < 1.2
     assert "CPU nanoseconds per weight" in (tmp_path / "plot.svg").read_text()
     assert not list(disk.iterdir())
+    prediction.main(prediction.make_parser().parse_args(command))
+    assert json.loads(numbers.read_text())["end_to_end"] == [end_to_end, linear]  # not repeated
 
 
 def test_many_tensors(scripts, tmp_path, monkeypatch, capsys):

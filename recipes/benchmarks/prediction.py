@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,13 +57,21 @@ def main(args: argparse.Namespace) -> None:
         }
         results["exponentials"] = 2 * inputs.properties["config"]["hidden_size"]
         time_function(args, folder, threads, results)
+        if args.json and args.json.exists():
+            results["end_to_end"] = json.loads(args.json.read_text())["end_to_end"]
         for size, content in inputs.properties["plans"].items():
-            results["end_to_end"] += [content | row for row in time_prediction(args, size, folder, threads)]
+            for row in time_prediction(args, size, folder, threads, results["end_to_end"]):
+                results["end_to_end"].append(content | row)
+                save(results, args.json)
     print(machine_text(results), function_table(results), end_to_end_table(results), sep="\n\n")
     if args.plot:
         plot(results["end_to_end"], args.plot)
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+    save(results, args.json)
+
+
+def save(results: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def time_function(args: argparse.Namespace, folder: Path, threads: int, results: dict[str, Any]) -> None:
@@ -120,16 +129,25 @@ def start_contestants(
     return contestants
 
 
-def time_prediction(args: argparse.Namespace, size: str, folder: Path, threads: int) -> list[dict[str, Any]]:
-    """Write a trajectory, unless there is one, and predict from it in each way, in a new process each time."""
-    rows = []
+def time_prediction(
+    args: argparse.Namespace, size: str, folder: Path, threads: int, finished: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Write a trajectory, unless there is one, and predict from it in each way, in a new process each time.
+
+    Ways that are finished for this size and device are left out.
+    """
+    identity = {"size": size, "device": args.device, "threads": threads}
+    done = [row["kernel"] for row in finished if row.items() >= identity.items()]
+    ways = [way for way in args.predict_with if way not in done]
+    if not ways:
+        return
     with tempfile.TemporaryDirectory(dir=folder) as name:
         trajectory = Path(args.trajectories or name, size)
         if not trajectory.exists():
             log(f"{size}: writing a trajectory")
             with Contestant(prepare_trajectory, size, trajectory, threads) as writing:
                 stop_at_failure(writing)
-        for way in args.predict_with:
+        for way in ways:
             arguments = (way, args.device, threads)
             log(f"{size}: dry run with {way}")
             with Contestant(prepare_plan, trajectory, folder / "known", *arguments) as planned:
@@ -142,9 +160,7 @@ def time_prediction(args: argparse.Namespace, size: str, folder: Path, threads: 
                     with Contestant(prepare_prediction, *paths, *arguments) as prediction:
                         runs.append(prediction.run())
                         stop_at_failure(prediction)
-            rows.append({"kernel": way, "runs": len(runs)} | planned.properties | summary(runs))
-            log(f"{size}: {json.dumps(rows[-1])}")
-    return rows
+            yield identity | {"kernel": way, "runs": len(runs)} | planned.properties | summary(runs)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -293,7 +309,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repetitions", type=int, default=3, help=f"end to end, none after {MAX_SECONDS} s (default: %(default)s)")
     add("--rows", type=int, default=0, help="weights for the function alone (default: 2^20, on a GPU 2^24)")
     add("--seconds", type=float, default=1.0, help="seconds per repetition, function alone (default: %(default)s)")
-    add("--json", metavar="FILE", help="write all numbers to this file")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all numbers to this file; predictions whose numbers it has are not repeated",
+    )
     return parser
 
 

@@ -44,6 +44,7 @@ SIZES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "300m": ("medium Llama", "LlamaForCausalLM", MEDIUM_LLAMA, "bfloat16"),
     "1b": ("Llama of the shapes of Llama 3.2 1B", "LlamaForCausalLM", LLAMA, "bfloat16"),
     "3b": ("Llama of the shapes of Llama 3.2 3B", "LlamaForCausalLM", LARGE_LLAMA, "bfloat16"),
+    "7b": ("Llama of the shapes of Llama 2 7B", "LlamaForCausalLM", {}, "bfloat16"),
 }
 
 
