@@ -23,10 +23,15 @@ source: {characters: 3, train: 24, validation: 6}
 target: {characters: 3, labels_per_class: 2}
 schedule: {ratio: 0.5, num_states: 3, tail_states: 2}
 training: {per_device_train_batch_size: 4, learning_rate: 0.003, use_cpu: true}
-architectures: {mlp: {class_name: MLP, config: {width: 6, num_inputs: 64}}}
+architectures:
+  mlp: {class_name: MLP, config: {width: 6, num_inputs: 64}}
+  vit:
+    class_name: ViTForImageClassification
+    config: {image_size: 8, patch_size: 4, num_channels: 1, hidden_size: 8, num_hidden_layers: 1,
+             num_attention_heads: 1, intermediate_size: 8}
 regimes: {short: {epochs: 1}, pretrained: {epochs: 1, pretrained: 1}}
 parts:
-  train: {first_seed: 20, tasks: 2, alphabets: [A, B], pretraining: [A, B, C], architectures: [mlp]}
+  train: {first_seed: 20, tasks: 3, alphabets: [A, B], pretraining: [A, B, C], architectures: [mlp, vit]}
   test: {first_seed: 30, tasks: 1, alphabets: [B, C], pretraining: [A], architectures: [mlp]}
 """
 
@@ -35,7 +40,7 @@ parts:
 def recipe(monkeypatch):
     """The modules of the recipe by name."""
     modules = {}
-    for name in ("meta_tasks", "objective", "record", "search", "report"):
+    for name in ("meta_tasks", "objective", "record", "search", "gradient", "report"):
         spec = importlib.util.spec_from_file_location(name, RECIPE / f"{name}.py")
         modules[name] = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, modules[name])
@@ -125,7 +130,39 @@ def test_utility_ignores_the_size_of_features_and_counts_source_loss(recipe, tas
     assert larger.accuracy == pytest.approx(naive.accuracy)
     wrong = task.utility({**task.theta0, "classifier.weight": -5 * task.theta0["classifier.weight"]})
     assert wrong.source_loss > naive.source_loss
-    assert wrong.per_draw.mean() == pytest.approx(naive.accuracy - 0.1 * (wrong.source_loss - naive.source_loss))
+    cost = min(0.1 * (wrong.source_loss - naive.source_loss), 0.1)
+    assert wrong.per_draw.mean() == pytest.approx(naive.accuracy - cost)
+
+
+def test_gradient_reads_the_weights_that_are_evaluated(recipe, tasks):
+    for task in tasks:
+        of_task = recipe.gradient.DifferentiableTask(task, leave_out=("tail",))
+        coefficients = torch.linspace(-0.4, 0.4, len(of_task.elements)).repeat(len(task.bases), 1)
+        values = dict(zip(of_task.elements, coefficients[0].tolist(), strict=True)) | {"tail": 0.0}
+        expected = task.weights(dict.fromkeys(task.bases, values))
+        weights = of_task.weights(coefficients)
+        assert weights.keys() == expected.keys() == task.model.state_dict().keys()
+        for name, tensor in expected.items():
+            assert torch.allclose(weights[name], tensor, atol=1e-6), name
+
+
+def test_fitted_coefficients_raise_the_smooth_utility(recipe, tasks):
+    task = recipe.gradient.DifferentiableTask(tasks[0])
+    zero = torch.zeros(len(task.stacks), len(task.elements))
+    fitted = recipe.gradient.fit_coefficients(task, per_tensor=False, steps=20)
+    assert task.loss(fitted, half=0).item() < task.loss(zero, half=0).item()
+    halves = [tasks[0].is_tested(half) for half in (0, 1)]
+    assert torch.equal(halves[0], ~halves[1])
+
+
+def test_batch_norm_of_first_examples(recipe):
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    images = torch.randn(6, 3, 4, 4) + torch.arange(6.0)[:, None, None, None]
+    with recipe.gradient._batch_norm_of_first(model, 2):
+        output = model(images).detach()
+    assert output[:2].mean() == pytest.approx(0, abs=1e-5)
+    assert torch.allclose(output[:2], model(images[:2]), rtol=0.03)  # the variance of BatchNorm divides by N
+    assert output[2:].mean() > 1
 
 
 @pytest.mark.parametrize("method", ["network", "cma"])
@@ -156,3 +193,10 @@ def test_tables_without_a_search(recipe, folder, tasks, capsys):
     assert "best control of each task" in printed
     assert "| branches |" in printed
     assert "| pretrained |" in printed
+
+
+def test_trained_network_is_in_tables(recipe, folder, tasks, capsys):
+    assert run(recipe.gradient, folder, "--steps", 2, "--batch", 1, "--name", "gradient") == 0
+    for table, row in (("controls", "gradient"), ("statistics", "spectrum"), ("ceiling", "coefficients of a tensor")):
+        assert run(recipe.report, folder, table, "--parts", "train", "--searches", "gradient") == 0
+        assert f"| {row} |" in capsys.readouterr().out

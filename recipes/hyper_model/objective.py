@@ -28,6 +28,7 @@ from know_hf.evaluation.linear_probe import features
 from know_hf.evaluation.splits import Split
 from know_hf.evaluation.trials import logits, ridge_heads
 from know_hf.known import TensorBasis, combine, tensor_basis
+from know_hf.model_tensors import names_in_memory
 from know_hf.prediction.tensor_contexts import tensor_contexts
 
 Coefficients = Mapping[str, float]
@@ -37,6 +38,7 @@ DRAWS = 8  # of the target task
 PENALTIES = (0.01, 0.1, 1.0)
 TEMPERATURE = 0.01  # of the soft maximum, in accuracy
 LOSS_WEIGHT = 0.1  # accuracy that a source loss of 1 above that of Θ0 costs
+LARGEST_COST = 0.1  # of source loss, in accuracy: a diverged model is not worse than a useless one
 _BATCH = 20  # examples of a batch for BatchNorm statistics
 
 
@@ -85,12 +87,13 @@ class RecordedTask:
         nested, branches = (WeightTrajectory(task.folder / name) for name in ("nested", "branches"))
         model = nested.load_model(0, task.suite_task.suite.model.model_class)
         self.model: PreTrainedModel = model.float().eval()
-        self.theta0 = {name: tensor.float() for name, tensor in nested.state_dict(0).items()}
+        in_memory = names_in_memory(self.model)  # transformers renames tensors of ViT
+        self.theta0 = {in_memory[name]: tensor.float() for name, tensor in nested.state_dict(0).items()}
         contexts = tensor_contexts(nested)
         names = [name for name, role in nested.roles.items() if role.role in ("conv", "fc", "bias", "norm")]
-        self.contexts = {name: contexts[name] for name in names}
+        self.contexts = {in_memory[name]: contexts[name] for name in names}
         self.bases: dict[str, TensorBasis] = {
-            name: tensor_basis(
+            in_memory[name]: tensor_basis(
                 nested.tensor(name),
                 [nested.tensor(name, index) for index in range(1, nested.num_states)],
                 nested.tensor(name, "start"),
@@ -101,7 +104,7 @@ class RecordedTask:
             )
             for name in names
         }
-        further = load_file(task.further / "model.safetensors")
+        further = {in_memory[name]: tensor for name, tensor in load_file(task.further / "model.safetensors").items()}
         for name, basis in self.bases.items():  # not an element that KNOWN has: the control needs another training
             elements = {**basis.elements, "further": further[name].float() - self.theta0[name]}
             self.bases[name] = replace(basis, elements=elements)
@@ -130,19 +133,19 @@ class RecordedTask:
 
     def load(self, weights: Mapping[str, Tensor]) -> PreTrainedModel:
         """Load weights into the model of this task, with BatchNorm statistics of the source data."""
-        self.model.load_state_dict(weights, strict=False)
+        self.model.load_state_dict(weights)
         recalibrate_batch_norm(self.model, batches({"pixel_values": self.source.train["pixel_values"]}, _BATCH))
         return self.model
 
-    def utility(self, weights: Mapping[str, Tensor]) -> Utility:
-        """Return the screening utility of weights."""
+    def utility(self, weights: Mapping[str, Tensor], half: int | None = None) -> Utility:
+        """Return the screening utility of weights, tested on the drawings of one half or on all."""
         reference = self.source_loss  # of Θ0, which it loads
         model = self.load(weights)
         loss = evaluate_classifier(model, self.source.test)["loss"]
         inputs, labels = features(model, self.images), self.images["labels"]
-        accuracies = soft_maximum(self._accuracies(inputs, labels)).numpy()
-        rise = max(0.0, loss - reference)
-        return Utility(accuracies - LOSS_WEIGHT * rise, loss, float(accuracies.mean()))
+        accuracies = soft_maximum(self._accuracies(inputs, labels, half)).numpy()
+        cost = min(LOSS_WEIGHT * max(0.0, loss - reference), LARGEST_COST)
+        return Utility(accuracies - cost, loss, float(accuracies.mean()))
 
     @cached_property
     def source_loss(self) -> float:
@@ -156,11 +159,21 @@ class RecordedTask:
     def copy_of(self, weights: Mapping[str, Tensor]) -> PreTrainedModel:
         return copy.deepcopy(self.load(weights))
 
-    def _accuracies(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def is_tested(self, half: int | None) -> Tensor:
+        """Return which test drawings of each draw `(D, N)` are of a half of the drawings of each class."""
+        halves = torch.empty_like(self.images["labels"])
+        for label in range(self.num_labels):
+            of_class = self.images["labels"] == label
+            halves[of_class] = torch.arange(int(of_class.sum())) % 2
+        return torch.ones_like(self.test, dtype=torch.bool) if half is None else halves[self.test] == half
+
+    def _accuracies(self, inputs: Tensor, labels: Tensor, half: int | None) -> Tensor:
         """Return the test accuracy `(D, penalties)`."""
         heads = ridge_heads(inputs[self.train], labels[self.train], self.num_labels, PENALTIES)
         predicted = logits(inputs[self.test], heads).argmax(-1)
-        return (predicted == labels[self.test][:, None]).float().mean(-1)
+        is_tested = self.is_tested(half)[:, None]
+        is_right = (predicted == labels[self.test][:, None]) & is_tested
+        return is_right.sum(-1) / is_tested.sum(-1)
 
 
 def uniform(coefficients: Coefficients, norm: bool = True) -> Rule:
@@ -229,7 +242,7 @@ def load_tasks(split: Path, part: str, data: str, output_dir: Path, draws: int =
 
 def cached_controls(task: RecordedTask) -> dict[str, dict[str, Any]]:
     """Return the utility of every control on a task as JSON values; a file of the task keeps them."""
-    path = task.task.folder / f"controls-{task.draws}.json"
+    path = task.task.folder / f"capped-controls-{task.draws}.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     missing = {name: rule for name, rule in controls(task).items() if name not in stored}
     if missing:

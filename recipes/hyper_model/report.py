@@ -9,6 +9,7 @@
 | `noise` | the James–Stein factor λ of the jackknife, by regime |
 | `coefficients` | what CMA-ES found, over its restarts |
 | `statistics` | a searched network, each group of statistics shuffled among tensors |
+| `ceiling` | what the best coefficients of each task gain, chosen with labels of the target |
 | `confirm` | fine-tuning with tuned rates of head and body instead of the probe |
 """
 
@@ -17,11 +18,14 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from record import PARTS, add_common
-from search import SHARED, Search, SearchSettings, shared_coefficients
+from search import SHARED, Search, SearchSettings, model_rule, shared_coefficients
+
+from know_hf import KNOWNModel
 
 if TYPE_CHECKING:
     from objective import RecordedTask, Rule
@@ -55,18 +59,21 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load_search(folder: Path) -> Search:
-    """Open a search as it is.
+def load_search(folder: Path) -> Any:
+    """Open a search, or the model that gradient.py trained, as it is.
 
     Raises:
         `FileNotFoundError`:
             If there is none.
     """
     settings = json.loads((folder / "settings.json").read_text())
-    return Search(SearchSettings(**{**settings, "leave_out": tuple(settings["leave_out"])}), folder)
+    leave_out = tuple(settings["leave_out"])
+    if settings["method"] == "gradient":
+        return SimpleNamespace(rule=model_rule(KNOWNModel.from_pretrained(folder / "model").eval(), leave_out))
+    return Search(SearchSettings(**{**settings, "leave_out": leave_out}), folder)
 
 
-def controls_table(tasks: Any, searches: Mapping[str, Search], arguments: argparse.Namespace) -> Iterable[list[str]]:
+def controls_table(tasks: Any, searches: Mapping[str, Any], arguments: argparse.Namespace) -> Iterable[list[str]]:
     from objective import best_fixed, cached_controls
 
     for part, of_part in tasks.items():
@@ -117,7 +124,7 @@ def noise_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
         yield [regime, str(len(values)), *shares, f"{np.median(values):.2f}", f"{values.max():.2f}"]
 
 
-def coefficients_table(_: Any, searches: Mapping[str, Search], __: Any) -> Iterable[list[str]]:
+def coefficients_table(_: Any, searches: Mapping[str, Any], __: Any) -> Iterable[list[str]]:
     found = [shared_coefficients(search.settings, search.searcher.mean) for search in searches.values()]
     yield ["element", "no norm follows", "a norm follows"]
     yield ["---"] * 3
@@ -126,7 +133,7 @@ def coefficients_table(_: Any, searches: Mapping[str, Search], __: Any) -> Itera
         yield [element, *(interval(row, 1, 2) for row in rows)]
 
 
-def statistics_table(tasks: Any, searches: Mapping[str, Search], _: Any) -> Iterable[list[str]]:
+def statistics_table(tasks: Any, searches: Mapping[str, Any], _: Any) -> Iterable[list[str]]:
     yield ["shuffled", *(f"{part} {name}" for part in tasks for name in searches)]
     yield ["---"] * (1 + len(tasks) * len(searches))
     for group in ("nothing", *GROUPS, "statistics of states"):
@@ -140,7 +147,7 @@ def statistics_table(tasks: Any, searches: Mapping[str, Search], _: Any) -> Iter
         yield row
 
 
-def shuffled_utilities(tasks: "Sequence[RecordedTask]", search: Search, group: str) -> list[float]:
+def shuffled_utilities(tasks: "Sequence[RecordedTask]", search: Any, group: str) -> list[float]:
     """Return the utility with a group of statistics exchanged among all tensors of all tasks."""
     from dataclasses import replace
 
@@ -164,7 +171,34 @@ def shuffled_utilities(tasks: "Sequence[RecordedTask]", search: Search, group: s
     return values
 
 
-def confirm_table(tasks: Any, searches: Mapping[str, Search], arguments: argparse.Namespace) -> Iterable[list[str]]:
+def ceiling_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
+    from gradient import DifferentiableTask, fit_coefficients
+    from objective import best_fixed, controls
+
+    for part, of_part in tasks.items():
+        chosen: list[dict[str, float]] = []  # of each task, on the drawings that choose
+        others: list[dict[str, float]] = []  # on the other drawings
+        for task in map(DifferentiableTask, of_part):
+            weights = {name: task.task.weights(rule(task.task)) for name, rule in controls(task.task).items()}
+            for name, per_tensor in (("coefficients of a task", False), ("coefficients of a tensor", True)):
+                weights[name] = task.weights(fit_coefficients(task, per_tensor))
+            for values, half in ((chosen, 0), (others, 1)):
+                values.append({n: float(task.task.utility(w, half).per_draw.mean()) for n, w in weights.items()})
+        names = controls(of_part[0])
+        fixed = best_fixed([{name: values[name] for name in names} for values in others])
+        for values, other in zip(chosen, others, strict=True):
+            best = max(names, key=lambda name: values[name])
+            values["best control of a task"], other["best control of a task"] = values[best], other[best]
+        yield [f"{part}, {len(chosen)} tasks", "chosen on: minus naive", "minus naive", f"minus {fixed}"]
+        yield ["---"] * 4
+        for name in (fixed, "best control of a task", "coefficients of a task", "coefficients of a tensor"):
+            own, held = [values[name] for values in chosen], [values[name] for values in others]
+            naive = [[values["naive"] for values in every] for every in (chosen, others)]
+            reference = [values[fixed] for values in others]
+            yield [name, points(own, naive[0]), points(held, naive[1]), points(held, reference)]
+
+
+def confirm_table(tasks: Any, searches: Mapping[str, Any], arguments: argparse.Namespace) -> Iterable[list[str]]:
     from objective import controls
 
     for part, of_part in tasks.items():
@@ -232,6 +266,7 @@ TABLES = {
     "noise": noise_table,
     "coefficients": coefficients_table,
     "statistics": statistics_table,
+    "ceiling": ceiling_table,
     "confirm": confirm_table,
 }
 

@@ -202,7 +202,7 @@ class Search:
 def make_searcher(settings: SearchSettings) -> Searcher:
     if settings.method == "cma":
         return CMASearcher(settings)
-    return NetworkSearcher(settings, _flat(_network(settings.seed)))
+    return NetworkSearcher(settings, _flat(new_network(settings.seed)))
 
 
 def make_rule(settings: SearchSettings, vector: np.ndarray) -> "Rule":
@@ -242,7 +242,7 @@ def network_rule(settings: SearchSettings, vector: np.ndarray) -> "Rule":
     import torch
     from torch.nn.utils import vector_to_parameters
 
-    model = _network(settings.seed)
+    model = new_network(settings.seed)
     vector_to_parameters(torch.from_numpy(np.asarray(vector, dtype=np.float32)), model.parameters())
     return model_rule(model, settings.leave_out)
 
@@ -264,7 +264,8 @@ def model_rule(model: Any, leave_out: Sequence[str] = ()) -> "Rule":
     return rule
 
 
-def _network(seed: int) -> Any:
+def new_network(seed: int) -> Any:
+    """Return a [`KNOWNModel`] of the variant `"combination"` whose residual is zero."""
     import torch
 
     from know_hf import KNOWNConfig, KNOWNModel

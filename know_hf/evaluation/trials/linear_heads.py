@@ -98,7 +98,7 @@ def logits(inputs: Tensor, heads: Heads) -> Tensor:
 
 
 def _variance(centred: Tensor) -> float:
-    return float(centred.square().mean()) or 1.0  # constant features have no scale
+    return float(centred.detach().square().mean()) or 1.0  # constant features have no scale
 
 
 def _stacked(fitted: Sequence[tuple[Tensor, Tensor]], inputs: Tensor) -> Heads:

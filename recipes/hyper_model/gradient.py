@@ -1,0 +1,217 @@
+"""Train the network of KNOWN's variant "combination" by the gradient of how well the combined weights transfer.
+
+    python recipes/hyper_model/gradient.py --data omniglot --output-dir outputs/hyper_model --seed 0
+
+The utility of a task is that of `objective.py`, with a softmax in place of the argmax of the ridge regressions; its
+gradient goes through their closed form. `searches/NAME/model` is the trained model.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from record import add_common
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from objective import RecordedTask
+
+SHARPNESS = 15.0  # of the softmax of the outputs of a ridge regression, which are near 0 and 1
+
+
+class DifferentiableTask:
+    """The loss of a meta-task as a function of the coefficients of all tensors.
+
+    Args:
+        task ([`RecordedTask`]):
+            A task.
+        leave_out (`Iterable[str]`, *optional*):
+            Elements of the basis whose coefficients do not count.
+    """
+
+    def __init__(self, task: "RecordedTask", leave_out: Iterable[str] = ()) -> None:
+        from know_hf.known.combination_network import ELEMENTS
+
+        self.task = task
+        self.elements = (*ELEMENTS, *(f"state-{index}" for index in range(1, task.num_states)))
+        is_used = [("states" if name.startswith("state-") else name) not in leave_out for name in self.elements]
+        self.is_used = torch.tensor(is_used, dtype=torch.float32)
+        bases = task.bases.values()
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in task.theta0.items()}
+        self.stacks = {
+            name: torch.stack([basis.elements.get(element, zeros[name]) for element in self.elements])
+            for name, basis in task.bases.items()
+        }
+        self.tensor_features = torch.stack([basis.tensor_features for basis in bases]).float()
+        self.state_features = torch.stack([basis.state_features for basis in bases]).float()
+        self.source_loss = task.source_loss
+
+    def weights(self, coefficients: Tensor) -> dict[str, Tensor]:
+        """Return the weights of coefficients `(tensors, elements)`."""
+        moved = {}
+        for (name, stack), of_tensor in zip(self.stacks.items(), coefficients * self.is_used, strict=True):
+            moved[name] = self.task.theta0[name] + torch.tensordot(of_tensor, stack, dims=1)
+        return {**self.task.theta0, **moved}
+
+    def loss(self, coefficients: Tensor, half: int | None = None) -> Tensor:
+        """Return minus the smooth utility of coefficients, tested on the drawings of one half or on all."""
+        from objective import LARGEST_COST, LOSS_WEIGHT, PENALTIES, soft_maximum
+
+        from know_hf.evaluation.trials import logits, ridge_heads
+
+        task, source = self.task, self.task.source.test
+        images, labels = task.images["pixel_values"], task.images["labels"]
+        known = task.source.train["pixel_values"]
+        with _batch_norm_of_first(task.model, len(known)), _inputs_of(task.model.classifier) as inputs:
+            pixels = {"pixel_values": torch.cat([known, source["pixel_values"], images])}
+            output = torch.func.functional_call(task.model, self.weights(coefficients), kwargs=pixels)
+        features = inputs[0].flatten(1)[-len(images) :]
+        features = features - features.mean(0)
+        features = features / features.square().mean().sqrt()  # ridge_heads takes the scale as a constant
+        heads = ridge_heads(features[task.train], labels[task.train], task.num_labels, PENALTIES)
+        outputs = (SHARPNESS * logits(features[task.test], heads)).softmax(-1)
+        expected = labels[task.test][:, None, :, None].expand(*outputs.shape[:-1], 1)
+        is_tested = task.is_tested(half)[:, None]
+        accuracies = (outputs.gather(-1, expected)[..., 0] * is_tested).sum(-1) / is_tested.sum(-1)
+        tested = output.logits[len(known) : len(known) + len(source["labels"])]
+        source_loss = cross_entropy(tested, source["labels"])
+        cost = (LOSS_WEIGHT * (source_loss - self.source_loss)).clamp(0.0, LARGEST_COST)
+        return cost - soft_maximum(accuracies).mean()
+
+
+@contextmanager
+def _inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the first argument of each call of a layer."""
+    inputs: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _batch_norm_of_first(model: nn.Module, count: int) -> Iterator[None]:
+    """Let BatchNorm layers normalise by the statistics of the first examples of a batch, with their gradient."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def forward(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(inputs[:count], dim=(0, 2, 3), keepdim=True)
+        return (inputs - mean) * (variance + norm.eps).rsqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+    try:
+        for norm in norms:
+            norm.forward = partial(forward, norm)
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def train_network(tasks: list[DifferentiableTask], steps: int, rate: float, batch: int, seed: int) -> Any:
+    """Train a network from coefficients of zero by Adam with a cosine schedule.
+
+    Args:
+        tasks (`list[DifferentiableTask]`):
+            Tasks to draw from.
+        steps, batch (`int`):
+            Optimizer steps, and tasks of each.
+        rate (`float`):
+            First learning rate.
+        seed (`int`):
+            Seed of the network and the order of tasks.
+
+    Returns:
+        [`KNOWNModel`].
+    """
+    from search import new_network
+
+    model = new_network(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    with tqdm(range(steps), "training", unit="step") as bar:
+        for _ in bar:
+            chosen = [tasks[index] for index in torch.randperm(len(tasks), generator=generator)[:batch].tolist()]
+            total = 0.0
+            for task in chosen:
+                coefficients = torch.cat(model.combination(task.tensor_features, task.state_features), dim=-1)
+                loss = task.loss(coefficients) / len(chosen)
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            bar.set_postfix(utility=f"{-100 * total:.2f} points")
+    return model
+
+
+def fit_coefficients(task: DifferentiableTask, per_tensor: bool, steps: int = 100, rate: float = 0.02) -> Tensor:
+    """Return the coefficients of one task that are best on the first half of its test drawings.
+
+    Args:
+        task ([`DifferentiableTask`]):
+            The task.
+        per_tensor (`bool`):
+            Whether each tensor has its own, instead of one for layers with and one for layers without a norm after
+            them.
+        steps (`int`, *optional*, defaults to `100`):
+            Steps of Adam.
+        rate (`float`, *optional*, defaults to `0.02`):
+            Learning rate.
+    """
+    contexts = task.task.contexts.values()
+    rows = range(len(contexts)) if per_tensor else [int(context.is_normalised) for context in contexts]
+    rows = torch.tensor(list(rows))
+    values = torch.zeros(int(rows.max()) + 1, len(task.elements), requires_grad=True)
+    optimizer = torch.optim.Adam([values], lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        task.loss(values[rows], half=0).backward()
+        optimizer.step()
+    return values.detach()[rows]
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from objective import load_tasks
+
+    folder = arguments.output_dir / "searches" / (arguments.name or f"gradient-{arguments.seed}")
+    tasks = load_tasks(arguments.split, "train", arguments.data, arguments.output_dir)
+    options = {name: getattr(arguments, name) for name in ("steps", "rate", "batch", "seed")}
+    model = train_network([DifferentiableTask(task, arguments.leave_out) for task in tasks], **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder / "model")
+    settings = {"method": "gradient", **options, "leave_out": arguments.leave_out}
+    (folder / "settings.json").write_text(json.dumps(settings, indent=2))
+    print(f"wrote {folder / 'model'}")
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    from search import SHARED
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser)
+    add = parser.add_argument
+    add("--steps", type=int, default=400, help="optimizer steps (default: 400)")
+    add("--rate", type=float, default=0.005, help="first learning rate (default: 0.005)")
+    add("--batch", type=int, default=8, help="tasks of a step (default: 8)")
+    add("--seed", type=int, default=0, help="seed (default: 0)")
+    add("--leave-out", nargs="*", default=[], choices=SHARED, help="elements of the basis to leave out")
+    add("--name", help="folder of the search (default: gradient-SEED)")
+    return parser
+
+
+if __name__ == "__main__":
+    from know_hf.terminal import run_program
+
+    arguments = make_parser().parse_args()
+    sys.exit(run_program("gradient.py", lambda: main(arguments)))
