@@ -215,7 +215,7 @@ class PredictionPlan:
         if self.seconds is not None:
             each = self.seconds / max(self.predicted * self.steps, 1)
             time = f"{duration(self.seconds)} on one process ({each:.2g} s per weight and step)"
-            lines.append(f"time      about {time}")
+            lines.append(f"time      about {time}, without reading and writing")
         return "\n".join(lines)
 
     def _memory_text(self) -> str:

@@ -46,6 +46,7 @@ SIZES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "3b": ("Llama of the shapes of Llama 3.2 3B", "LlamaForCausalLM", LARGE_LLAMA, "bfloat16"),
     "7b": ("Llama of the shapes of Llama 2 7B", "LlamaForCausalLM", {}, "bfloat16"),
 }
+SPARSE = {"7b"}  # only the first BLOCK weights of a tensor are not 0, and the files of the states have holes
 
 
 def plan(size: str) -> dict[str, Any]:
@@ -54,11 +55,12 @@ def plan(size: str) -> dict[str, Any]:
 
     title, _, _, dtype = SIZES[size]
     model = _meta_model(size)
+    nbytes = state_nbytes(model)[0]
     return {
         "title": title,
         "dtype": dtype,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "disk_bytes": 3 * state_nbytes(model)[0],  # two states and the prediction
+        "disk_bytes": 2 * nbytes if size in SPARSE else 3 * nbytes,  # two states and the prediction
     }
 
 
@@ -75,7 +77,7 @@ def prepare_trajectory(size: str, folder: Path, threads: int) -> tuple[Callable,
     model = _meta_model(size)
     checkpoints = [folder.with_name(f"{folder.name}-{number}") for number in range(2)]
     for number, checkpoint in enumerate(checkpoints):
-        _write_weights(model, checkpoint, number)
+        _write_weights(model, checkpoint, number, size in SPARSE)
     states = [checkpoints[k % 2] for k in range(NUM_STATES)]
     sizes = [1 << (NUM_STATES - k) for k in range(NUM_STATES)]
     WeightTrajectory.from_checkpoints(states, folder, "ordered", num_examples=sizes)
@@ -146,7 +148,7 @@ def _meta_model(size: str) -> "PreTrainedModel":
         return model_class(model_class.config_class(**config)).to(getattr(torch, dtype))
 
 
-def _write_weights(model: "PreTrainedModel", folder: Path, seed: int) -> None:
+def _write_weights(model: "PreTrainedModel", folder: Path, seed: int, is_sparse: bool) -> None:
     """Write a checkpoint of the shapes of a model: normal weights, and buffers of zeros."""
     import torch
 
@@ -167,6 +169,6 @@ def _write_weights(model: "PreTrainedModel", folder: Path, seed: int) -> None:
     weights += 0.001 * torch.randn(BLOCK, generator=generator.manual_seed(1 + seed))
     for name, tensor in tensors.items():
         block = (weights if name in trained else torch.zeros(BLOCK)).to(tensor.dtype)
-        for first in range(0, tensor.numel(), BLOCK):
+        for first in range(0, min(tensor.numel(), BLOCK) if is_sparse else tensor.numel(), BLOCK):
             writer.write(name, block[: tensor.numel() - first], first)
-    writer.close()
+    writer.close(sum(tensor.nbytes for tensor in tensors.values()) if is_sparse else None)

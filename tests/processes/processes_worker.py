@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from conftest import make_trainer
 from doubles.small_trainers import BALANCED, TARGETS, adapt, make_case
-from processes.sharded_recordings import FSDP2, record_in_a_loop, record_interrupted, record_sharded, sharding
+from processes.sharded_recordings import (
+    FSDP2,
+    HALVES,
+    make_sharded_trainer,
+    record_in_a_loop,
+    record_interrupted,
+    record_sharded,
+    sharding,
+)
 from transformers import TrainerCallback
 
 from know_hf import ForgettingSchedule, induce_forgetting
@@ -97,7 +105,8 @@ def main() -> None:
     with sharding():
         notes |= record_sharded(root, **FSDP2)
         record_in_a_loop(root, "sharded_loop", **FSDP2)
-    notes["loop"] = record_in_a_loop(root, "loop")
+    induce_forgetting(make_sharded_trainer(root), HALVES, root / "branches")
+    notes["loop"] = record_in_a_loop(root, "loop", bf16=True)
     try:
         record_in_a_loop(root, "evaluated_first")
     except ValueError as error:

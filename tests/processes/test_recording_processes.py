@@ -16,7 +16,7 @@ from conftest import NUM_EXAMPLES, make_trainer
 from doubles.small_trainers import BALANCED, PEFT_WARNING, SCHEDULE, TARGETS, adapt, hashes, make_case
 from doubles.task_fixtures import make_texts, write_bert, write_dataset
 from peft import PeftModel
-from processes.sharded_recordings import WITH_TAIL
+from processes.sharded_recordings import HALVES, WITH_TAIL
 from transformers import LlamaForCausalLM
 
 from know_hf import WeightTrajectory, induce_forgetting
@@ -171,6 +171,19 @@ def assert_records_what_one_process_records(root: Path, name: str, folder: Path)
     else:
         assert trajectory.tied_weights == {"lm_head.weight": "model.embed_tokens.weight"}
         assert isinstance(trajectory.load_model(), LlamaForCausalLM)
+
+
+def test_branches_are_those_of_one_process(launched, tmp_path):
+    assert_branches_of_one_process(launched.root / "branches", tmp_path)
+
+
+def assert_branches_of_one_process(folder: Path, tmp_path: Path) -> None:
+    branches = WeightTrajectory(folder)
+    alone = induce_forgetting(make_case("llama", tmp_path / "out"), HALVES, tmp_path / "branches-alone")
+    for name in alone.names:
+        for branch in ("branch-0", "branch-1"):
+            close = {"rtol": 0, "atol": 2e-3}
+            torch.testing.assert_close(branches.tensor(name, branch), alone.tensor(name, branch), **close)
 
 
 def test_the_callback_alone_records_sharded_weights_that_all_move(launched):

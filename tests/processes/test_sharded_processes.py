@@ -13,12 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from doubles.small_trainers import PEFT_WARNING, hashes, make_case
-from processes.sharded_recordings import HALVES
-from processes.test_recording_processes import assert_records_what_one_process_records
+from doubles.small_trainers import PEFT_WARNING, hashes
+from processes.test_recording_processes import assert_branches_of_one_process, assert_records_what_one_process_records
 
-from know_hf import WeightTrajectory, induce_forgetting, predict_overflowed_weights
+from know_hf import predict_overflowed_weights
 
 WORKER = Path(__file__).with_name("sharded_recordings.py")
 CONFIGS = WORKER.parents[2] / "recipes/accelerate_configs"
@@ -53,12 +51,7 @@ def assert_complete(tmp_path: Path, config: str, num_processes: int) -> None:
     statistics = ["sharded_statistics"] if config == "deepspeed_zero3" else []
     for name in ("sharded", "sharded_lora", *statistics):
         assert hashes(tmp_path / f"{name}_interrupted") == hashes(tmp_path / name)
-    branches = WeightTrajectory(tmp_path / "sharded_branches")
-    alone = induce_forgetting(make_case("llama", tmp_path / "out"), HALVES, tmp_path / "branches-alone")
-    for name in alone.names:
-        for branch in ("branch-0", "branch-1"):
-            close = {"rtol": 0, "atol": 2e-3}
-            torch.testing.assert_close(branches.tensor(name, branch), alone.tensor(name, branch), **close)
+    assert_branches_of_one_process(tmp_path / "sharded_branches", tmp_path)
     for name in ("sharded", "sharded_lora"):
         assert_records_what_one_process_records(tmp_path, name, tmp_path / f"{name}-alone")
     predict_overflowed_weights(tmp_path / "sharded", predictor="shrink", output_dir=tmp_path / "alone")
