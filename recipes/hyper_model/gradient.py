@@ -3,15 +3,16 @@
     python recipes/hyper_model/gradient.py --data omniglot --output-dir outputs/hyper_model --seed 0
 
 The utility of a task is that of `objective.py`, with a softmax in place of the argmax of the ridge regressions; its
-gradient goes through their closed form. `searches/NAME/model` is the trained model.
+gradient goes through their closed form. Each time a task is drawn, tail, branches or both may be hidden, so the model
+also serves recordings without them. `searches/NAME/model` is the trained model.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from objective import RecordedTask
 
+HIDDEN = ((), ("tail",), ("branches",), ("tail", "branches"))
 SHARPNESS = 15.0  # of the softmax of the outputs of a ridge regression, which are near 0 and 1
 
 
@@ -32,23 +34,22 @@ class DifferentiableTask:
     Args:
         task ([`RecordedTask`]):
             A task.
-        leave_out (`Iterable[str]`, *optional*):
-            Elements of the basis whose coefficients do not count.
+        leave_out (sequence of `str`, *optional*):
+            Elements of the basis without a coefficient.
     """
 
-    def __init__(self, task: "RecordedTask", leave_out: Iterable[str] = ()) -> None:
+    def __init__(self, task: "RecordedTask", leave_out: Sequence[str] = ()) -> None:
         from know_hf.known.combination_network import ELEMENTS
 
         self.task = task
         self.elements = (*ELEMENTS, *(f"state-{index}" for index in range(1, task.num_states)))
-        is_used = [("states" if name.startswith("state-") else name) not in leave_out for name in self.elements]
-        self.is_used = torch.tensor(is_used, dtype=torch.float32)
-        bases = task.bases.values()
-        zeros = {name: torch.zeros_like(tensor) for name, tensor in task.theta0.items()}
-        self.stacks = {
-            name: torch.stack([basis.elements.get(element, zeros[name]) for element in self.elements])
-            for name, basis in task.bases.items()
-        }
+        of_task = task.bases_without(leave_out)
+        self.stacks = {}
+        for name, basis in of_task.items():
+            elements = {n: tensor for n, tensor in basis.elements.items() if n not in leave_out}
+            absent = torch.zeros_like(task.theta0[name])
+            self.stacks[name] = torch.stack([elements.get(element, absent) for element in self.elements])
+        bases = of_task.values()
         self.tensor_features = torch.stack([basis.tensor_features for basis in bases]).float()
         self.state_features = torch.stack([basis.state_features for basis in bases]).float()
         self.source_loss = task.source_loss
@@ -56,7 +57,7 @@ class DifferentiableTask:
     def weights(self, coefficients: Tensor) -> dict[str, Tensor]:
         """Return the weights of coefficients `(tensors, elements)`."""
         moved = {}
-        for (name, stack), of_tensor in zip(self.stacks.items(), coefficients * self.is_used, strict=True):
+        for (name, stack), of_tensor in zip(self.stacks.items(), coefficients, strict=True):
             moved[name] = self.task.theta0[name] + torch.tensordot(of_tensor, stack, dims=1)
         return {**self.task.theta0, **moved}
 
@@ -115,11 +116,13 @@ def _batch_norm_of_first(model: nn.Module, count: int) -> Iterator[None]:
             del norm.forward
 
 
-def train_network(tasks: list[DifferentiableTask], steps: int, rate: float, batch: int, seed: int) -> Any:
+def train_network(
+    tasks: "Sequence[RecordedTask]", steps: int, rate: float, batch: int, seed: int, leave_out: Sequence[str] = ()
+) -> Any:
     """Train a network from coefficients of zero by Adam with a cosine schedule.
 
     Args:
-        tasks (`list[DifferentiableTask]`):
+        tasks (sequence of [`RecordedTask`]):
             Tasks to draw from.
         steps, batch (`int`):
             Optimizer steps, and tasks of each.
@@ -127,6 +130,8 @@ def train_network(tasks: list[DifferentiableTask], steps: int, rate: float, batc
             First learning rate.
         seed (`int`):
             Seed of the network and the order of tasks.
+        leave_out (sequence of `str`, *optional*):
+            Elements of the basis without a coefficient.
 
     Returns:
         [`KNOWNModel`].
@@ -137,9 +142,12 @@ def train_network(tasks: list[DifferentiableTask], steps: int, rate: float, batc
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
+    task_of = cache(lambda index, hidden: DifferentiableTask(tasks[index], (*leave_out, *HIDDEN[hidden])))
     with tqdm(range(steps), "training", unit="step") as bar:
         for _ in bar:
-            chosen = [tasks[index] for index in torch.randperm(len(tasks), generator=generator)[:batch].tolist()]
+            drawn = torch.randperm(len(tasks), generator=generator)[:batch].tolist()
+            hidden = torch.randint(len(HIDDEN), (len(drawn),), generator=generator).tolist()
+            chosen = list(map(task_of, drawn, hidden))
             total = 0.0
             for task in chosen:
                 coefficients = torch.cat(model.combination(task.tensor_features, task.state_features), dim=-1)
@@ -185,12 +193,11 @@ def main(arguments: argparse.Namespace) -> int:
 
     folder = arguments.output_dir / "searches" / (arguments.name or f"gradient-{arguments.seed}")
     tasks = load_tasks(arguments.split, "train", arguments.data, arguments.output_dir)
-    options = {name: getattr(arguments, name) for name in ("steps", "rate", "batch", "seed")}
-    model = train_network([DifferentiableTask(task, arguments.leave_out) for task in tasks], **options)
+    options = {name: getattr(arguments, name) for name in ("steps", "rate", "batch", "seed", "leave_out")}
+    model = train_network(tasks, **options)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder / "model")
-    settings = {"method": "gradient", **options, "leave_out": arguments.leave_out}
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2))
+    (folder / "settings.json").write_text(json.dumps(options, indent=2))
     print(f"wrote {folder / 'model'}")
     return 0
 

@@ -92,18 +92,17 @@ class RecordedTask:
         contexts = tensor_contexts(nested)
         names = [name for name, role in nested.roles.items() if role.role in ("conv", "fc", "bias", "norm")]
         self.contexts = {in_memory[name]: contexts[name] for name in names}
-        self.bases: dict[str, TensorBasis] = {
-            in_memory[name]: tensor_basis(
-                nested.tensor(name),
-                [nested.tensor(name, index) for index in range(1, nested.num_states)],
-                nested.tensor(name, "start"),
-                [nested.tensor(name, record.name) for record in nested.tail],
-                [branches.tensor(name, record.name) for record in branches.branches],
-                nested.tensor(name, "start"),
-                contexts[name],
-            )
+        self._snapshots: dict[str, dict[str, Any]] = {
+            in_memory[name]: {
+                "states": [nested.tensor(name, index) for index in range(1, nested.num_states)],
+                "start": nested.tensor(name, "start"),
+                "tail": [nested.tensor(name, record.name) for record in nested.tail],
+                "branches": [branches.tensor(name, record.name) for record in branches.branches],
+            }
             for name in names
         }
+        self._bases: dict[tuple[str, ...], dict[str, TensorBasis]] = {}
+        self.bases = self.bases_without(())
         further = {in_memory[name]: tensor for name, tensor in load_file(task.further / "model.safetensors").items()}
         for name, basis in self.bases.items():  # not an element that KNOWN has: the control needs another training
             elements = {**basis.elements, "further": further[name].float() - self.theta0[name]}
@@ -122,6 +121,21 @@ class RecordedTask:
         order = torch.tensor([[position[row] for row in of_draw] for of_draw in rows])
         self.train, self.test = order[:, : target.train], order[:, target.train :]
         self.num_labels = len(pool.classes)
+
+    def bases_without(self, left_out: Sequence[str]) -> dict[str, TensorBasis]:
+        """Return the basis of every tensor as if the snapshots of these names were not recorded."""
+        key = tuple(sorted({"states", "start", "tail", "branches"}.intersection(left_out)))
+        if key not in self._bases:
+            self._bases[key] = {
+                name: tensor_basis(
+                    self.theta0[name],
+                    **{kind: values for kind, values in snapshots.items() if kind not in key},
+                    origin=snapshots["start"],
+                    context=self.contexts[name],
+                )
+                for name, snapshots in self._snapshots.items()
+            }
+        return self._bases[key]
 
     def weights(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
         """Return Θ0 plus the combination of the basis of each tensor; BatchNorm statistics are those of Θ0."""

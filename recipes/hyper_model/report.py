@@ -8,7 +8,7 @@
 | `elements` | one element of the basis with one coefficient for all tensors |
 | `noise` | the James–Stein factor λ of the jackknife, by regime |
 | `coefficients` | what CMA-ES found, over its restarts |
-| `statistics` | a searched network, each group of statistics shuffled among tensors |
+| `statistics` | a trained network, each group of statistics shuffled among tensors |
 | `ceiling` | what the best coefficients of each task gain, chosen with labels of the target |
 | `confirm` | fine-tuning with tuned rates of head and body instead of the probe |
 """
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from record import PARTS, add_common
-from search import SHARED, Search, SearchSettings, model_rule, shared_coefficients
+from search import SHARED, Search, SearchSettings, model_rule
 
 from know_hf import KNOWNModel
 
@@ -53,24 +53,31 @@ def main(arguments: argparse.Namespace) -> int:
     tasks = {part: load_tasks(arguments.split, part, arguments.data, arguments.output_dir) for part in arguments.parts}
     if arguments.regime is not None:
         tasks = {part: [task for task in tasks[part] if task.task.regime == arguments.regime] for part in tasks}
-    searches = {name: load_search(arguments.output_dir / "searches" / name) for name in arguments.searches}
+    searches = {name: load_search(arguments.output_dir / "searches", name) for name in arguments.searches}
     for row in TABLES[arguments.table](tasks, searches, arguments):
         print(f"| {' | '.join(row)} |")
     return 0
 
 
-def load_search(folder: Path) -> Any:
+def load_search(folder: Path, name: str) -> Any:
     """Open a search, or the model that gradient.py trained, as it is.
+
+    Args:
+        folder (`Path`):
+            Folder of all searches.
+        name (`str`):
+            Name of a search; of a network, `"NAME-without-tail-branches"` leaves out elements of the basis.
 
     Raises:
         `FileNotFoundError`:
             If there is none.
     """
-    settings = json.loads((folder / "settings.json").read_text())
-    leave_out = tuple(settings["leave_out"])
-    if settings["method"] == "gradient":
-        return SimpleNamespace(rule=model_rule(KNOWNModel.from_pretrained(folder / "model").eval(), leave_out))
-    return Search(SearchSettings(**{**settings, "leave_out": leave_out}), folder)
+    name, _, left_out = name.partition("-without-")
+    settings = json.loads((folder / name / "settings.json").read_text())
+    if (model := folder / name / "model").exists():
+        leave_out = (*settings["leave_out"], *left_out.split("-"))
+        return SimpleNamespace(rule=model_rule(KNOWNModel.from_pretrained(model).eval(), leave_out))
+    return Search(SearchSettings(**settings), folder / name)
 
 
 def controls_table(tasks: Any, searches: Mapping[str, Any], arguments: argparse.Namespace) -> Iterable[list[str]]:
@@ -125,7 +132,7 @@ def noise_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
 
 
 def coefficients_table(_: Any, searches: Mapping[str, Any], __: Any) -> Iterable[list[str]]:
-    found = [shared_coefficients(search.settings, search.searcher.mean) for search in searches.values()]
+    found = [search.coefficients for search in searches.values()]
     yield ["element", "no norm follows", "a norm follows"]
     yield ["---"] * 3
     for element in found[0][0]:

@@ -1,7 +1,6 @@
-"""Search for coefficients: a few shared ones by CMA-ES, or the network of KNOWN's variant "combination" by ES.
+"""Search for shared coefficients by CMA-ES.
 
-    python recipes/hyper_model/search.py cma --data omniglot --output-dir outputs/hyper_model --seed 0
-    python recipes/hyper_model/search.py network --data omniglot --output-dir outputs/hyper_model --seed 0
+    python recipes/hyper_model/search.py --data omniglot --output-dir outputs/hyper_model --seed 0
 
 Each generation is a line of `searches/NAME/log.jsonl`. Another run repeats the logged generations without evaluating
 them, which gives the same state, and goes on.
@@ -13,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from record import add_common
@@ -21,9 +20,7 @@ from record import add_common
 if TYPE_CHECKING:
     from objective import RecordedTask, Rule
 
-SHARED = ("start", "states", "tail", "branches", "theta0", "filtered")  # of CMA-ES: these × whether a norm follows
-
-SIGMA = {"cma": 0.15, "network": 0.03}  # a step of all parameters of the network moves every coefficient
+SHARED = ("start", "states", "tail", "branches", "theta0", "filtered")  # coefficients, with and without a norm after
 
 
 @dataclass(frozen=True)
@@ -31,92 +28,24 @@ class SearchSettings:
     """Settings of a search. A search can go on only with the same ones, except for `generations`.
 
     Args:
-        method (`str`):
-            `"cma"` or `"network"`.
         seed (`int`):
             Seed of the search.
         population (`int`):
             Candidates of a generation, an even number.
         sigma (`float`):
-            Standard deviation of the first candidates of CMA-ES, or of all of the network.
-        rate (`float`):
-            Learning rate of the network.
+            Standard deviation of the first candidates.
         tasks, draws (`int`):
             Tasks, and draws of each, that the candidates of a generation share.
         leave_out (`tuple[str, ...]`, *optional*):
             Elements of the basis without a coefficient.
     """
 
-    method: str
     seed: int
     population: int
     sigma: float
-    rate: float
     tasks: int
     draws: int
     leave_out: tuple[str, ...] = ()
-
-
-class Searcher(Protocol):
-    """Gives candidates, and takes their values; its state depends on settings and values alone."""
-
-    def ask(self) -> list[np.ndarray]: ...
-
-    def tell(self, candidates: list[np.ndarray], values: Sequence[float]) -> None: ...
-
-    @property
-    def mean(self) -> np.ndarray: ...
-
-
-class CMASearcher:
-    """CMA-ES of shared coefficients, from zero."""
-
-    def __init__(self, settings: SearchSettings) -> None:
-        try:
-            from cma import CMAEvolutionStrategy
-        except ImportError as error:
-            raise ImportError("the search of shared coefficients needs cma; run: pip install cma") from error
-        size = 2 * (len(SHARED) - len(settings.leave_out))
-        options = {"seed": settings.seed + 1, "popsize": settings.population, "verbose": -9, "CMA_mirrors": 0.5}
-        self._strategy = CMAEvolutionStrategy(np.zeros(size), settings.sigma, options)
-
-    def ask(self) -> list[np.ndarray]:
-        return self._strategy.ask()
-
-    def tell(self, candidates: list[np.ndarray], values: Sequence[float]) -> None:
-        self._strategy.tell(candidates, [-value for value in values])  # it minimises
-
-    @property
-    def mean(self) -> np.ndarray:
-        return np.asarray(self._strategy.mean)
-
-
-class NetworkSearcher:
-    """Evolution strategy of the parameters of a network, with antithetic pairs and Adam (Salimans et al., 2017)."""
-
-    def __init__(self, settings: SearchSettings, start: np.ndarray) -> None:
-        self._settings, self._mean, self._generation = settings, start.astype(np.float64), 0
-        self._first, self._second = np.zeros_like(self._mean), np.zeros_like(self._mean)
-
-    def ask(self) -> list[np.ndarray]:
-        random = np.random.RandomState([self._settings.seed, self._generation])
-        noise = random.standard_normal((self._settings.population // 2, len(self._mean)))
-        return [self._mean + sign * self._settings.sigma * row for row in noise for sign in (1, -1)]
-
-    def tell(self, candidates: list[np.ndarray], values: Sequence[float]) -> None:
-        self._generation += 1
-        ranks = np.argsort(np.argsort(values)) / (len(values) - 1) - 0.5  # the size of a difference is mostly noise
-        gradient = sum(rank * (row - self._mean) for rank, row in zip(ranks, candidates, strict=True))
-        gradient /= len(values) * self._settings.sigma
-        self._first = 0.9 * self._first + 0.1 * gradient
-        self._second = 0.99 * self._second + 0.01 * gradient**2
-        first = self._first / (1 - 0.9**self._generation)
-        second = self._second / (1 - 0.99**self._generation)
-        self._mean = self._mean + self._settings.rate * first / (np.sqrt(second) + 1e-8)
-
-    @property
-    def mean(self) -> np.ndarray:
-        return self._mean
 
 
 @dataclass
@@ -144,10 +73,9 @@ class Search:
             raise ValueError(f"{path} has other settings; give them again, or another --name")
         path.write_text(content)
         self.log = self.folder / "log.jsonl"
-        self.searcher = make_searcher(self.settings)
+        self._strategy = _strategy(self.settings)
         for entry in self.entries:
-            candidates = self.searcher.ask()
-            self.searcher.tell(candidates, entry["values"])
+            self._tell(self._strategy.ask(), entry["values"])
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -156,8 +84,13 @@ class Search:
 
     @property
     def rule(self) -> "Rule":
-        """What the search found: the mean of its distribution."""
-        return make_rule(self.settings, self.searcher.mean)
+        """What the search found."""
+        return shared_rule(self.coefficients)
+
+    @property
+    def coefficients(self) -> list[dict[str, float]]:
+        """The mean of the distribution, by element, of layers without and with a norm after them."""
+        return self._coefficients(self._strategy.mean)
 
     def generation(self, tasks: "Sequence[RecordedTask]", baseline: str) -> dict[str, Any]:
         """Evaluate the candidates of the next generation, all on the same tasks and draws.
@@ -177,8 +110,8 @@ class Search:
         random = np.random.RandomState([settings.seed, number, 1])
         chosen = random.permutation(len(tasks))[: settings.tasks]
         draws = {int(index): random.permutation(tasks[index].draws)[: settings.draws] for index in chosen}
-        candidates = self.searcher.ask()
-        rules = [make_rule(settings, candidate) for candidate in candidates]
+        candidates = self._strategy.ask()
+        rules = [shared_rule(self._coefficients(candidate)) for candidate in candidates]
 
         def mean_utility(rule_of: "Mapping[int, Rule]") -> float:
             utilities = [tasks[i].utility(tasks[i].weights(rule_of[i](tasks[i]))).per_draw[draws[i]] for i in draws]
@@ -186,7 +119,7 @@ class Search:
 
         reference = mean_utility({index: controls(tasks[index])[baseline] for index in draws})
         values = [mean_utility(dict.fromkeys(draws, rule)) - reference for rule in rules]
-        self.searcher.tell(candidates, values)
+        self._tell(candidates, values)
         entry = {
             "generation": number,
             "tasks": [tasks[index].task.name for index in draws],
@@ -198,24 +131,22 @@ class Search:
             log.write(json.dumps(entry) + "\n")
         return entry
 
+    def _tell(self, candidates: list[np.ndarray], values: Sequence[float]) -> None:
+        self._strategy.tell(candidates, [-value for value in values])  # it minimises
 
-def make_searcher(settings: SearchSettings) -> Searcher:
-    if settings.method == "cma":
-        return CMASearcher(settings)
-    return NetworkSearcher(settings, _flat(new_network(settings.seed)))
-
-
-def make_rule(settings: SearchSettings, vector: np.ndarray) -> "Rule":
-    """Return the coefficients that a vector of the search stands for."""
-    if settings.method == "cma":
-        return shared_rule(shared_coefficients(settings, vector))
-    return network_rule(settings, vector)
+    def _coefficients(self, vector: np.ndarray) -> list[dict[str, float]]:
+        names = [name for name in SHARED if name not in self.settings.leave_out]
+        return [dict(zip(names, map(float, half), strict=True)) for half in np.split(np.asarray(vector), 2)]
 
 
-def shared_coefficients(settings: SearchSettings, vector: np.ndarray) -> list[dict[str, float]]:
-    """Return the shared coefficients of layers without and with a norm after them, by element."""
-    names = [name for name in SHARED if name not in settings.leave_out]
-    return [dict(zip(names, map(float, half), strict=True)) for half in np.split(np.asarray(vector), 2)]
+def _strategy(settings: SearchSettings) -> Any:
+    try:
+        from cma import CMAEvolutionStrategy
+    except ImportError as error:
+        raise ImportError("the search needs cma; run: pip install cma") from error
+    size = 2 * (len(SHARED) - len(settings.leave_out))
+    options = {"seed": settings.seed + 1, "popsize": settings.population, "verbose": -9, "CMA_mirrors": 0.5}
+    return CMAEvolutionStrategy(np.zeros(size), settings.sigma, options)
 
 
 def shared_rule(shared: Sequence[Mapping[str, float]]) -> "Rule":
@@ -237,28 +168,17 @@ def shared_rule(shared: Sequence[Mapping[str, float]]) -> "Rule":
     return rule
 
 
-def network_rule(settings: SearchSettings, vector: np.ndarray) -> "Rule":
-    """Return the rule of a network with these parameters."""
-    import torch
-    from torch.nn.utils import vector_to_parameters
-
-    model = new_network(settings.seed)
-    vector_to_parameters(torch.from_numpy(np.asarray(vector, dtype=np.float32)), model.parameters())
-    return model_rule(model, settings.leave_out)
-
-
 def model_rule(model: Any, leave_out: Sequence[str] = ()) -> "Rule":
-    """Return the rule of a [`KNOWNModel`] of the variant `"combination"`."""
+    """Return the rule of a [`KNOWNModel`] of the variant `"combination"` without some elements of the basis.
+
+    The statistics that the network reads do not see snapshots that are left out either.
+    """
 
     def rule(task: "RecordedTask") -> dict[str, dict[str, float]]:
         coefficients = {}
-        for name, basis in task.bases.items():
+        for name, basis in task.bases_without(leave_out).items():
             of_tensor = model.coefficients(basis.tensor_features, basis.state_features)
-            coefficients[name] = {
-                element: value
-                for element, value in of_tensor.items()
-                if ("states" if element.startswith("state-") else element) not in leave_out
-            }
+            coefficients[name] = {n: c for n, c in of_tensor.items() if n in basis.elements and n not in leave_out}
         return coefficients
 
     return rule
@@ -275,22 +195,12 @@ def new_network(seed: int) -> Any:
         return KNOWNModel(KNOWNConfig(variant="combination")).eval()
 
 
-def _flat(model: Any) -> np.ndarray:
-    from torch.nn.utils import parameters_to_vector
-
-    return parameters_to_vector(model.parameters()).detach().numpy()
-
-
 def main(arguments: argparse.Namespace) -> int:
     from objective import best_fixed, cached_controls, load_tasks
     from tqdm import tqdm
 
-    name = arguments.name or f"{arguments.method}-{arguments.seed}"
-    fields = SearchSettings.__dataclass_fields__
-    arguments.sigma = arguments.sigma or SIGMA[arguments.method]
-    settings = SearchSettings(
-        **{key: getattr(arguments, key) for key in fields if key != "leave_out"}, leave_out=tuple(arguments.leave_out)
-    )
+    name = arguments.name or f"cma-{arguments.seed}"
+    settings = SearchSettings(**{key: getattr(arguments, key) for key in SearchSettings.__dataclass_fields__})
     search = Search(settings, arguments.output_dir / "searches" / name)
     tasks = load_tasks(arguments.split, "train", arguments.data, arguments.output_dir)
     baseline = best_fixed([{n: u["utility"] for n, u in cached_controls(task).items()} for task in tasks])
@@ -305,16 +215,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
     add = parser.add_argument
-    add("method", choices=("cma", "network"), help="what to search")
     add("--generations", type=int, default=40, help="generations, those of earlier runs included (default: 40)")
     add("--population", type=int, default=12, help="candidates of a generation (default: 12)")
-    add("--sigma", type=float, help="standard deviation of candidates (default: 0.15 of cma, 0.03 of network)")
-    add("--rate", type=float, default=0.01, help="learning rate of the network (default: 0.01)")
+    add("--sigma", type=float, default=0.15, help="standard deviation of the first candidates (default: 0.15)")
     add("--tasks", type=int, default=8, help="tasks of a generation (default: 8)")
     add("--draws", type=int, default=4, help="draws of each task in a generation (default: 4)")
     add("--seed", type=int, default=0, help="seed of the search (default: 0)")
-    add("--leave-out", nargs="*", default=[], choices=SHARED, help="elements of the basis to leave out")
-    add("--name", help="folder of the search (default: METHOD-SEED)")
+    add("--leave-out", nargs="*", default=(), choices=SHARED, help="elements of the basis to leave out")
+    add("--name", help="folder of the search (default: cma-SEED)")
     return parser
 
 
