@@ -1,6 +1,8 @@
 """Trials that train together: equal to trainings one after the other, up to rounding."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -96,6 +98,15 @@ def test_memory_divides_a_stack_and_changes_nothing(monkeypatch):
     divided = protocol.trials_of(runs, evaluate_classifier, stacked=True)
     np.testing.assert_allclose(losses(divided), losses(together), rtol=1e-4)
     assert max(sizes) == 2
+
+
+def test_trying_a_model_keeps_no_memory():
+    model = make_resnet()
+    parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+    stackable(model, images(0).train)
+    del model
+    gc.collect()
+    assert not any(parameter() is not None for parameter in parameters)
 
 
 class Branching(SmallCNN):

@@ -219,17 +219,16 @@ def stackable(template: nn.Module, examples: Examples, batch_size: int | None = 
     """
     device = next(template.parameters()).device
     batch = next(batches(examples, batch_size or _length(examples), device=device))
-    saved: dict[int, int] = {}
+    saved: dict[int, Tensor] = {}
 
-    def note(tensor: Tensor) -> Tensor:
-        saved[tensor.data_ptr()] = tensor.nbytes
-        return tensor
+    def note(tensor: Tensor) -> None:
+        saved[tensor.data_ptr()] = tensor.detach()  # the tensor holds the graph, which holds this hook: never freed
 
     template.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         before = _random_state(device)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda _: None):
             expected = template(**batch).loss
         is_random = not torch.equal(before, _random_state(device))
     stack = Stack(template, [template, template])
@@ -238,7 +237,7 @@ def stackable(template: nn.Module, examples: Examples, batch_size: int | None = 
         return None
     weights = sum(parameter.nbytes for parameter in template.parameters())
     one_set = is_random or not stack.computes(own, expected.detach())
-    return Stackable(one_set, 4 * weights + sum(saved.values()))
+    return Stackable(one_set, 4 * weights + sum(tensor.nbytes for tensor in saved.values()))
 
 
 def _random_state(device: torch.device) -> Tensor:
