@@ -76,10 +76,12 @@ def test_json_of_inspect_and_predict(recorded, tmp_path, capsys):
     assert main([*command, "--output-dir", str(out), "--dry-run"]) == 0
     plan = document(capsys)
     assert plan["name"] == "Shrink" and plan["tensors"]["classifier.1.weight"]["network"] == "fc"
-    assert main([*command, "--output-dir", str(out)]) == 0
+    assert main([*command, "--output-dir", str(out), "--report", str(tmp_path / "report.json")]) == 0
     result = document(capsys)
     assert (result["path"], result["url"], result["gate"]) == (str(out), None, None)
-    assert result["tensors"]["classifier.1.weight"]["shrink_factor"] == pytest.approx(0.5)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report.pop("tensors")["classifier.1.weight"]["shrink_factor"] == pytest.approx(0.5)
+    assert report["roles"]["fc"]["shrink_factor"] == pytest.approx(0.5) and report.items() <= result.items()
 
 
 def test_json_of_record(recorded, monkeypatch, capsys):

@@ -148,6 +148,7 @@ def predict(args: argparse.Namespace) -> Result | None:
     report = result.to_dict()
     if args.report:
         write_json(Path(args.report), report)
+    del report["tensors"]  # thousands of lines; they are for --report
     texts = {name: getattr(result, name) for name in ("name", "sentence", "next_step", "url")}
     return Printed(str(result), {"path": str(result.path), **texts, **report})
 
