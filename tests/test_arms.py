@@ -61,8 +61,9 @@ def test_roles_of_arms():
         *("naive", "random", "pretrained", "oracle", "shuffled")
     }
     assert [name for name, role in roles.items() if role == "method"] == ["known-step-2"]
-    arms = (NAIVE, RANDOM, ORACLE, make_arm("trial-matched-naive"), make_arm("state-1"), shrink_arm(0.8))
-    assert [arm.is_candidate for arm in (*arms, known_arm(1, 0.5))] == [False, False, False, True, True, True, True]
+    arms = (make_arm("trial-matched-naive"), make_arm("state-1"), shrink_arm(0.8))
+    assert {arm.role for arm in (NAIVE, RANDOM, ORACLE)} == {"reference"}
+    assert [arm.role for arm in (*arms, known_arm(1, 0.5))] == ["control"] * 3 + ["method"]
     assert [known_arm(steps, 0.5).name for steps in (1, 2, 3)] == ["known-x2", "known-x4", "known-x8"]
     assert known_arm(1, 1 / 3).name == "known-x3"
 

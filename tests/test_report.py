@@ -34,7 +34,7 @@ def without_most_figures(report):
 
 @pytest.fixture(scope="module")
 def written(report, tmp_path_factory):
-    return write_report(report, tmp_path_factory.mktemp("report"), command=COMMAND)
+    return write_report({**report, "command": COMMAND}, tmp_path_factory.mktemp("report"))
 
 
 class Page(HTMLParser):
@@ -236,7 +236,7 @@ def test_names_from_others_remain_text(tmp_path):
     for result in nasty["results"]:
         for key in ("what", "verdict", "validity", "sensitivity", "verdict_on_methods"):
             result[key] += NASTY
-    files = write_report(nasty, tmp_path, command=f"know-hf {NASTY}")
+    files = write_report({**nasty, "command": f"know-hf {NASTY}"}, tmp_path)
     page = Page(files.html)
     assert not page.all("script")
     assert "<script" not in page.source and "\x07" not in page.source and "\u202e" not in page.source

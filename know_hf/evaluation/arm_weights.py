@@ -148,17 +148,11 @@ def predicted(sources: ArmSources, folder: Path, plan: PredictionPlan) -> PreTra
 
 @torch.no_grad()
 def rescaled(sources: ArmSources, model: PreTrainedModel, options: Mapping[str, Any]) -> PreTrainedModel:
-    """Rescale a model in place by the factors of Θ0. Of an adapter these are the merged weights: factors of A and B
-    cancel in their product. Outputs may differ by 5% of the largest, as the epsilon of BatchNorm layers has an effect
-    and their statistics are recalibrated.
+    """Rescale a model, Θ0 or a prediction from it, in place by the factors of Θ0; `options` are fields of [`Rescale`].
 
-    Args:
-        sources ([`ArmSources`]):
-            The first of their batches compares the outputs of Θ0.
-        model (`PreTrainedModel`):
-            Θ0, or a prediction from it.
-        options (`Mapping[str, Any]`):
-            Fields of [`Rescale`].
+    Of an adapter these are the merged weights: factors of A and B cancel in their product. Outputs of Θ0 are compared
+    on the first batch of the sources. They may differ by 5% of the largest, as the epsilon of BatchNorm layers has an
+    effect and their statistics are recalibrated.
     """
     batch = next(({name: value.to(model.device) for name, value in batch.items()} for batch in sources.batches), None)
     rescaling = Rescale(**{"batch": batch, "tolerance": 0.05, **options}).rescaling(sources.state(0))
@@ -176,15 +170,7 @@ def chosen_by_gate(
     """Choose from the family of a [`Gate`] by the loss on batches of 8 source validation examples, or of fewer for at
     least 10 batches. The BatchNorm statistics of every candidate are recalibrated.
 
-    Args:
-        sources ([`ArmSources`]):
-            With the validation examples.
-        folder (`Path`):
-            The checkpoint that is written.
-        plan ([`PredictionPlan`]):
-            The requested prediction, a candidate.
-        few (`bool`):
-            Whether to use only as many examples as the target task has training labels, but at least 10.
+    With `few`, only as many examples are used as the target task has training labels, but at least 10.
 
     Returns:
         The weights, and `{"chosen": name of the candidate, "kept": whether it is Θ0, "num_candidates",
@@ -210,13 +196,8 @@ def chosen_by_gate(
 def chosen_by_cross_fit(
     sources: ArmSources, folder: Path, plan: PredictionPlan
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Choose by [`CrossFit`], on the halves of the training examples that the branches have not seen.
-
-    Args:
-        sources ([`ArmSources`]):
-            With the training examples; the trajectory is that of the branches.
-        folder, plan:
-            As in [`chosen_by_gate`], with the same result.
+    """Choose by [`CrossFit`], on the halves of the training examples that the branches have not seen; returns the same
+    as [`chosen_by_gate`].
     """
     assert sources.train is not None
     count = len(sources.train["labels"]) // 2
@@ -263,20 +244,13 @@ def moved_by_singular_vectors(sources: ArmSources, folder: Path, scale: float) -
 
 
 def merge_task_singular_vectors(differences: Sequence[Tensor]) -> Tensor:
-    """Merge T matrices with less interference than their sum: `U⊥ diag(σ) V⊥ᵀ`.
+    """Merge T matrices with less interference than their sum: `U⊥ diag(σ) V⊥ᵀ`, float32.
 
     TSV-Merge (Gargiulo et al., *Task Singular Vectors: Reducing Task Interference in Model Merging*, arXiv 2412.00081,
     algorithm 1). With `Δt = Ut diag(σt) Vtᵀ`, U, σ and V are the first `⌊min(m, n) / T⌋` singular triplets of each t,
     side by side. `U⊥ = P Qᵀ` for the thin decomposition `U = P D Qᵀ` is the nearest matrix with orthonormal columns,
     and V⊥ likewise. Convolution kernels are matrices `(out, in · taps)`. Vectors, and matrices with fewer rows or
     columns than T, are averaged, as all other tensors in the paper's code.
-
-    Args:
-        differences (sequence of `torch.Tensor` of equal shape):
-            What each task has added.
-
-    Returns:
-        `torch.Tensor` of that shape, float32.
 
     Raises:
         `ValueError`: If the smaller side of the matrices exceeds 4,096.

@@ -134,11 +134,6 @@ class Arm:
         return "method" if is_learned else "control"
 
     @property
-    def is_candidate(self) -> bool:
-        """Whether the arm is tested against naive, as it is not a reference."""
-        return self.role != "reference"
-
-    @property
     def settings(self) -> tuple[Mapping[str, Any], ...]:
         """Settings to evaluate; one empty setting without tuned options."""
         return self.tuned or ({},)

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from ..trajectory import WeightTrajectory
 from .comparison import ACCURACY, LOSS, Measure
-from .fine_tuning import evaluate_classifier
-from .protocols import Evaluate
+from .fine_tuning import Evaluate, evaluate_classifier
 from .splits import Split, check_split
 
 Recorded = WeightTrajectory | str | Path

@@ -1,7 +1,7 @@
 """Seeded training and evaluation of a model on examples in memory, the same for every arm."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from ..batch_norm import recalibrate_batch_norm
 
 Examples = Mapping[str, Tensor]
 Scores = dict[str, float]
+Evaluate = Callable[[PreTrainedModel, Examples], Scores]
 
 
 def fine_tune(

@@ -84,20 +84,9 @@ def loss_landscape(
 ) -> dict[str, Any]:
     """Compute the loss on a grid of the plane, of the states and of other weights.
 
-    Args:
-        states (sequence of callables):
-            Each returns the model of one state, full data first, such as `partial(trajectory.load_model, k)`. At
-            least three different states.
-        arms (`Mapping[str, Callable]`):
-            From name to a callable that returns the model, such as `result.load_model`.
-        compute_loss (`Callable`):
-            From a model in evaluation mode to its loss, always on the same examples; called without gradients.
-        recalibrate_with (sequence of batches, *optional*):
-            Batches to recompute BatchNorm statistics on before each loss; without them, the grid has those of Θ0.
-        resolution (`int`, *optional*, defaults to `15`):
-            Grid points per axis.
-        margin (`float`, *optional*, defaults to `0.25`):
-            Margin of the grid around the outermost points, as a share of their distance.
+    `states` has at least three different ones, full data first. `compute_loss` gets models in evaluation mode, without
+    gradients. BatchNorm statistics are recomputed before each loss on the batches of `recalibrate_with`; without them,
+    the grid has those of Θ0. The margin of the grid is a share of the distance of the outermost points.
 
     Returns:
         `dict`, JSON values only: `explained`, the share of the states' squared distances to Θ0 along each axis; `x`
@@ -106,8 +95,7 @@ def loss_landscape(
         `off_plane`, their distance from the plane. A loss that is not finite is `None`.
 
     Raises:
-        `ValueError`: If the states lie on a line, a model has another number of weights than Θ0, or an argument is
-            invalid.
+        `ValueError`: If the states lie on a line, or a model has another number of weights than Θ0.
     """
     if len(states) < 3:
         raise ValueError(f"a plane needs at least three states, got {len(states)}")

@@ -127,15 +127,7 @@ class LinearProbe:
 
 @torch.no_grad()
 def features(model: PreTrainedModel, examples: Examples, batch_size: int = 256) -> Tensor:
-    """Compute the input of the first layer of a model's head.
-
-    Args:
-        model (`PreTrainedModel`):
-            A classifier with a head on its base model.
-        examples (mapping of tensors):
-            Keyword arguments of the model.
-        batch_size (`int`, *optional*, defaults to `256`):
-            Examples per forward pass; at most 64 texts, in order of length.
+    """Compute the input of the first layer of a model's head, in batches of at most 64 texts, in order of length.
 
     Returns:
         `torch.Tensor` of shape `(N, features)`, float32, on the device of the model.

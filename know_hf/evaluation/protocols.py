@@ -11,7 +11,7 @@ evaluates K settings at R rates each. An arm with K/2 settings is between the tw
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any, Protocol
@@ -20,11 +20,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .comparison import ACCURACY, LOSS, Measure
-from .fine_tuning import Examples, Scores, head_parameters, with_new_head
+from .fine_tuning import Evaluate, Examples, Scores, head_parameters, with_new_head
 from .splits import Split
 from .trials import Start, Training, measure_trained, with_trained_heads
-
-Evaluate = Callable[[PreTrainedModel, Examples], Scores]
 
 
 @dataclass(frozen=True)
@@ -256,14 +254,11 @@ def refined(learning_rates: Sequence[float], refinement: int) -> list[float]:
 
 
 def choose(trials: Sequence[Mapping[str, Any]], measures: Sequence[Measure]) -> int:
-    """Return the index of the trial that is best on validation data.
+    """Return the index of the trial that is best on validation data: by the first measure, the next among equals, then
+    the first trial.
 
-    Args:
-        trials (sequence of mappings):
-            Each with `"validation"`, from the name of each measure to its value; `None`, for a training that
-            diverged, is the worst.
-        measures (sequence of [`Measure`]):
-            The first decides, the next among equals; then the first trial.
+    Each trial has `"validation"`, from the name of each measure to its value; `None`, for a training that diverged, is
+    the worst.
     """
 
     def rank(index: int) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..extras import missing
 
+_POWER = 0.8
 _NO_SPREAD = 1e-12  # relative to the largest difference: below it the differences are equal up to rounding
 
 
@@ -97,19 +98,12 @@ def paired_difference(
 
 
 @cache
-def minimum_detectable_effect(n: int, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Compute the smallest effect, in standard deviations of the differences, that a paired t-test detects.
+def minimum_detectable_effect(n: int, alpha: float = 0.05) -> float:
+    """Compute the smallest effect, in standard deviations of n differences, that a paired t-test detects with a power
+    of 80%.
 
     It is the d at which the noncentral t distribution with `n - 1` degrees of freedom and noncentrality `d √n` has
-    probability `power` above the limit of the two-sided test (J. Cohen, *Statistical Power Analysis*, 1988).
-
-    Args:
-        n (`int`):
-            Number of pairs, at least 2.
-        alpha (`float`, *optional*, defaults to `0.05`):
-            Level of the two-sided test.
-        power (`float`, *optional*, defaults to `0.8`):
-            Probability of detecting the effect.
+    probability 0.8 above the limit of the two-sided test (J. Cohen, *Statistical Power Analysis*, 1988).
     """
     stats = scipy_stats()
     from scipy.optimize import brentq
@@ -117,7 +111,7 @@ def minimum_detectable_effect(n: int, alpha: float = 0.05, power: float = 0.8) -
     limit = float(stats.t.ppf(1 - alpha / 2, n - 1))
 
     def missing_power(noncentrality: float) -> float:
-        return float(stats.nct.sf(limit, n - 1, noncentrality)) - power
+        return float(stats.nct.sf(limit, n - 1, noncentrality)) - _POWER
 
     upper = limit + 1
     while missing_power(upper) < 0:
@@ -158,11 +152,8 @@ class VarianceComponents:
 
 
 def variance_components(values: Sequence[Sequence[float]]) -> VarianceComponents | None:
-    """Estimate both variances by the method of moments of a one-way random effects model.
-
-    Args:
-        values (`Sequence[Sequence[float]]`):
-            For each of at least two trajectories, one value per draw.
+    """Estimate both variances by the method of moments of a one-way random effects model, of one value per draw of
+    each trajectory.
 
     Returns:
         [`VarianceComponents`], `None` without a trajectory of several draws or with a single trajectory. `between` is

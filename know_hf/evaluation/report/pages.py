@@ -56,11 +56,10 @@ class ReportFiles:
     figures: tuple[Path, ...]
 
 
-def write_report(report: Report | str | Path, output_dir: str | Path, *, command: str | None = None) -> ReportFiles:
+def write_report(report: Report | str | Path, output_dir: str | Path) -> ReportFiles:
     """Write `report.html`, `report.md` and the figures of a comparison.
 
-    `report` is the content of `report.json`, the file or its folder. `command` replaces the command in it that
-    reproduces the comparison.
+    `report` is the content of `report.json`, the file or its folder.
 
     Raises:
         `ValueError`: if the report has a newer schema, lacks a key, or has a value of another kind.
@@ -68,7 +67,7 @@ def write_report(report: Report | str | Path, output_dir: str | Path, *, command
     """
     content = read_report(report)
     try:
-        texts = _texts(content, command)
+        texts = _texts(content)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         if isinstance(report, Mapping):
             raise
@@ -109,11 +108,11 @@ def read_report(report: Report | str | Path) -> Report:
     return report
 
 
-def _texts(report: Report, command: str | None) -> dict[str, bytes]:
+def _texts(report: Report) -> dict[str, bytes]:
     """Return the texts of all files by path, in UTF-8, the figures first."""
     figures: dict[str, ReportFigure] = {}
     header = _header(report)
-    sections = _sections(report, command or report.get("command"), figures)
+    sections = _sections(report, figures)
     texts = {path: figure.svg for path, figure in figures.items()}
     texts[MARKDOWN_NAME] = "\n".join(
         f"{'##' if number else '#'} {markdown(section.title)}\n\n{section.body}\n"
@@ -143,7 +142,7 @@ def _header(report: Report) -> ReportSection:
     return ReportSection(f"{report['name']}: does it help?", body, status)
 
 
-def _sections(report: Report, command: str | None, figures: dict[str, ReportFigure]) -> list[ReportSection]:
+def _sections(report: Report, figures: dict[str, ReportFigure]) -> list[ReportSection]:
     """Return the sections below the header, and add the figures that they show."""
 
     def show(figure: ReportFigure | None) -> str:
@@ -185,7 +184,7 @@ def _sections(report: Report, command: str | None, figures: dict[str, ReportFigu
     bodies["Arms"] = _joined(*(_text(make(report)) for make in (arms_table, choices_table, costs_table)))
     bodies["Limits"] = "\n".join(f"- {markdown(sentence)}" for sentence in limits(report))
     bodies["How to reproduce"] = _joined(
-        fenced(command, "bash") if command else "The command was not recorded.",
+        fenced(report["command"], "bash") if report.get("command") else "The command was not recorded.",
         f"Trajectory seeds: {', '.join(map(str, report['seeds']))}. `report.json` contains every number of this report"
         " and every trial.",
         _text(environment_table(report)),

@@ -169,19 +169,7 @@ def as_inputs(stored: Mapping[str, Tensor], inputs: Inputs) -> dict[str, Tensor]
 
 
 def class_turns(labels: np.ndarray, classes: Sequence[int], seed: Sequence[int]) -> np.ndarray:
-    """Shuffle the examples of some classes so that the classes take turns.
-
-    Args:
-        labels (`np.ndarray` of shape `(N,)`):
-            Class of each example.
-        classes (`Sequence[int]`):
-            Classes to use.
-        seed (`Sequence[int]`):
-            Seed of the order.
-
-    Returns:
-        `np.ndarray`: indices of all examples of the classes.
-    """
+    """Return the indices of all examples of some classes, shuffled so that the classes take turns."""
     members = np.flatnonzero(np.isin(labels, classes))
     members = members[np.random.RandomState(list(seed)).permutation(len(members))]
     turn = np.empty(len(members), dtype=int)
@@ -194,15 +182,8 @@ def class_turns(labels: np.ndarray, classes: Sequence[int], seed: Sequence[int])
 def digits_in_frames(frame: int) -> tuple[np.ndarray, np.ndarray]:
     """Place each of scikit-learn's 8×8 digits at a random but fixed position in a larger frame.
 
-    Args:
-        frame (`int`):
-            Height and width of the frame, at least 8.
-
     Returns:
         `tuple[np.ndarray, np.ndarray]`: images `(1797, 1, frame, frame)`, float32 in [0, 1], and digits `(1797,)`.
-
-    Raises:
-        `ImportError`: if scikit-learn is missing.
     """
     try:
         from sklearn.datasets import load_digits
@@ -222,17 +203,8 @@ def prepare(
 ) -> PreparedSplit:
     """Read a split and store it as tensors in the cache of `datasets`, unless it is there already.
 
-    Args:
-        side ([`Side`]):
-            Dataset and columns.
-        split (`str`):
-            Name of the split.
-        inputs ([`Inputs`]):
-            Conversion of the rows.
-        dataset_paths (`Mapping[str, str]`):
-            Folders or other Hub ids to read datasets from, by their ids.
-        tokenizer (`str`, *optional*):
-            Model whose tokenizer reads the texts.
+    `dataset_paths` has folders or other Hub ids to read datasets from, by their ids; `tokenizer` is the model whose
+    tokenizer reads the texts.
 
     Raises:
         `ValueError`: if a class of the suite has no example, or a label is negative.

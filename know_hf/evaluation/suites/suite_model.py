@@ -72,19 +72,9 @@ class ModelSpec:
         return None if self.pretrained is None else model_paths.get(self.pretrained, self.pretrained)
 
     def build(self, seed: int, num_labels: int, path: str | None, is_image: bool, new: bool) -> PreTrainedModel:
-        """Load or initialise the model, without an adapter.
+        """Load the model from a path, see [`ModelSpec.path`], or initialise all of it (`new`), without an adapter.
 
-        Args:
-            seed (`int`):
-                Seed of the weights that are initialised.
-            num_labels (`int`):
-                Classes of the head; 0 for a language model.
-            path (`str`, *optional*):
-                See [`ModelSpec.path`].
-            is_image (`bool`):
-                Whether the model classifies images or texts.
-            new (`bool`):
-                Whether to initialise all weights.
+        The seed is that of the weights that are initialised. A language model has `num_labels=0`.
         """
         options = {**self.config, **({"num_labels": num_labels} if num_labels else {})}
         model_class = self.model_class

@@ -19,10 +19,10 @@ from ..arms import Arm
 from ..cells import TRAJECTORY, CellStore
 from ..compare import ComparisonRun, cell_times
 from ..comparison_checks import make_design
-from ..fine_tuning import Examples, with_new_head
+from ..fine_tuning import Evaluate, Examples, with_new_head
 from ..linear_probe import LinearProbe
 from ..measure import device
-from ..protocols import Evaluate, FineTuning, MeasuringProtocol, first_of_each_class
+from ..protocols import FineTuning, MeasuringProtocol, first_of_each_class
 from ..trials import Start, Training, measure_trained
 from .suite import Suite
 from .suite_run import suite_arguments

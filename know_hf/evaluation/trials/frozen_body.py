@@ -14,15 +14,9 @@ _BATCH_SIZE = 64
 
 
 class HeadOnFeatures(nn.Module):
-    """A model whose body returns stored outputs instead of running.
+    """A model whose body returns stored outputs, of a given class, instead of running; the model is not copied.
 
     What follows the body is the model's own code: pooling, dropout, classifier and loss.
-
-    Args:
-        model (`PreTrainedModel`):
-            A model with a head on its base model; it is not copied.
-        output_class (`type`):
-            Class of the outputs of the body.
     """
 
     def __init__(self, model: PreTrainedModel, output_class: type) -> None:
@@ -53,13 +47,7 @@ class HeadOnFeatures(nn.Module):
 
 @torch.no_grad()
 def with_features(model: PreTrainedModel, examples: Examples) -> tuple[HeadOnFeatures, Examples] | None:
-    """Run the body of a model once on all examples, in evaluation mode.
-
-    Args:
-        model (`PreTrainedModel`):
-            A model with a head on its base model.
-        examples (mapping of tensors):
-            Keyword arguments of the model.
+    """Run the body of a model with a head once on all examples, in evaluation mode.
 
     Returns:
         The head, and the examples with the outputs of the body; `None` if the head does not compute the same from

@@ -15,20 +15,8 @@ Heads = tuple[Tensor, Tensor]  # weights (D, R, C, F) and biases (D, R, C) of D 
 def adam_heads(inputs: Tensor, labels: Tensor, num_labels: int, learning_rates: Sequence[float], steps: int) -> Heads:
     """Train linear layers from zero on all examples in each step, by Adam with cosine decay to 0.
 
-    Args:
-        inputs (`torch.Tensor` of shape `(D, N, F)`):
-            Features of D sets of examples.
-        labels (`torch.Tensor` of shape `(D, N)`):
-            Their classes.
-        num_labels (`int`):
-            Number of classes C.
-        learning_rates (sequence of R `float`):
-            Each set is trained on at each of them.
-        steps (`int`):
-            Optimizer steps.
-
-    Returns:
-        Weights `(D, R, C, F)` and biases `(D, R, C)`.
+    Features `(D, N, F)` of D sets of examples with classes `(D, N)` are trained on at each of R learning rates.
+    Returns weights `(D, R, C, F)` and biases `(D, R, C)`.
     """
     sets, trials = len(inputs), len(learning_rates)
     weight = inputs.new_zeros(sets * trials, num_labels, inputs.shape[-1]).requires_grad_()

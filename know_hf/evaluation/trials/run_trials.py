@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..fine_tuning import Examples, Scores, evaluate_classifier, fine_tune, head_parameters
+from ..fine_tuning import Evaluate, Examples, Scores, evaluate_classifier, fine_tune, head_parameters
 from .frozen_body import HeadOnFeatures, with_features
 from .stack import Stack, stackable
 
-Evaluate = Callable[[PreTrainedModel, Examples], Scores]
 Choose = Callable[[Sequence[Scores]], int]
 Module = tuple[Any, Examples, int]  # a module with its training examples and seed
 State = dict[str, Tensor]  # parameters of a head by name
@@ -23,16 +22,7 @@ _SMALL_BATCH, _SMALL_MODEL = 16, 500_000  # examples per step and parameters up 
 
 @dataclass(frozen=True)
 class Start:
-    """Initial weights and data of trainings.
-
-    Args:
-        model (`PreTrainedModel`):
-            The initial weights.
-        train, validation, test (mapping of tensors):
-            Examples to train and to evaluate on.
-        seed (`int`):
-            Seed of the order of examples and of dropout.
-    """
+    """Initial weights and data of trainings; `seed` is that of the order of examples and of dropout."""
 
     model: PreTrainedModel
     train: Examples
@@ -57,23 +47,10 @@ def measure_trained(
     evaluate: Evaluate,
     stacked: bool | None = None,
 ) -> list[tuple[Scores, Scores]]:
-    """Train all weights from each start, which stays as it is, and evaluate them.
+    """Train all weights from each start, which stays as it is, and return the scores on validation and test data.
 
-    Args:
-        trainings (sequence of [`Training`]):
-            The trainings.
-        steps (`int`):
-            Optimizer steps.
-        batch_size (`int`, *optional*):
-            Examples per step; all by default.
-        evaluate (`Callable`):
-            From a model and examples to its scores.
-        stacked (`bool`, *optional*):
-            Whether to train in stacks. By default on an accelerator, and on a CPU for tiny models with at most 16
-            examples per step: larger steps do not get faster there.
-
-    Returns:
-        Scores on validation and test data for each training, equal up to rounding with and without stacks.
+    Trainings run in stacks by default (`stacked=None`) on an accelerator, and on a CPU for tiny models with at most 16
+    examples per step: larger steps do not get faster there. Scores are equal up to rounding with and without stacks.
 
     Raises:
         `ValueError`: If `stacked=True` and the model cannot be stacked.
@@ -100,17 +77,8 @@ def with_trained_heads(
     """Train the heads of models whose bodies are frozen, at each learning rate, and keep the chosen head.
 
     The body runs once, in evaluation mode: without dropout, and with the BatchNorm statistics of the model. If the
-    head cannot be separated from it ([`with_features`]), it runs in training mode in each step instead.
-
-    Args:
-        starts (sequence of [`Start`]):
-            Models with their data; the models are changed.
-        learning_rates (sequence of `float`):
-            Learning rates of the first step.
-        choose (`Callable`):
-            From the scores of each rate on validation data to the index of the best.
-
-    Other arguments as in [`measure_trained`]; by default heads are stacked if they can be.
+    head cannot be separated from it ([`with_features`]), it runs in training mode in each step instead. The models are
+    changed. Heads are stacked by default if they can be.
     """
     cached = [with_features(start.model, start.train) for start in starts]
     separable = [index for index, pair in enumerate(cached) if pair is not None]

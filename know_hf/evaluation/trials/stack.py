@@ -17,13 +17,8 @@ from .stacked_adam import StackedAdam
 class Stack:
     """T copies of a model that train and evaluate together.
 
-    Args:
-        template (`nn.Module`):
-            A module of the architecture; its own values of stacked names are not used. It is changed.
-        starts (sequence of T `nn.Module`):
-            Modules with the initial values; the same module may occur several times.
-        trained (`Callable`, *optional*):
-            Whether a parameter of this name is trained; all by default. Others are read from the template.
+    The T modules of `starts` have the initial values; one may occur several times. `template` is a module of the
+    architecture, which is changed; its own values are used for parameters that are not `trained`.
     """
 
     def __init__(
@@ -50,19 +45,9 @@ class Stack:
     ) -> None:
         """Train as [`fine_tune`] trains each copy.
 
-        Args:
-            sets (sequence of mappings):
-                Sets of examples of equal shapes.
-            of_copy (sequence of T `int`):
-                Index of the set of each copy.
-            learning_rates (mapping):
-                From the name of a parameter to the learning rate of each copy.
-            steps (`int`):
-                Optimizer steps.
-            seeds (sequence of `int`):
-                Seed of each set, of the order of its examples. If the model draws random numbers, they must be equal.
-            batch_size (`int`, *optional*):
-                Examples per step; all by default.
+        `sets` have equal shapes, and `of_copy` is the index of the set of each copy. `learning_rates` has, by name of
+        the parameter, the rate of each copy. The seeds, of the order of the examples of each set, must be equal if the
+        model draws random numbers.
         """
         device, values = self._device, list(self.parameters.values())
         rates = [torch.tensor(learning_rates[name], device=device) for name in self.parameters]
@@ -207,28 +192,22 @@ class Stackable:
 
 
 def stackable(template: nn.Module, examples: Examples, batch_size: int | None = None) -> Stackable | None:
-    """Try a model on a batch; return `None` if a stack does not compute its loss.
-
-    Args:
-        template (`nn.Module`):
-            The model; its BatchNorm statistics are changed.
-        examples (mapping of tensors):
-            Keyword arguments of the model with `"labels"`.
-        batch_size (`int`, *optional*):
-            Examples per step; all by default.
+    """Try a model on a batch, which changes its BatchNorm statistics; return `None` if a stack does not compute its
+    loss.
     """
     device = next(template.parameters()).device
     batch = next(batches(examples, batch_size or _length(examples), device=device))
     saved: dict[int, Tensor] = {}
 
-    def note(tensor: Tensor) -> None:
-        saved[tensor.data_ptr()] = tensor.detach()  # the tensor holds the graph, which holds this hook: never freed
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.data_ptr()] = detached = tensor.detach()  # the tensor holds the graph: neither would be freed
+        return detached
 
     template.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         before = _random_state(device)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda _: None):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             expected = template(**batch).loss
         is_random = not torch.equal(before, _random_state(device))
     stack = Stack(template, [template, template])

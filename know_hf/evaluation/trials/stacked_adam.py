@@ -10,15 +10,9 @@ _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8  # defaults of torch.optim.Adam
 
 
 class StackedAdam:
-    """Adam with cosine decay to 0, as [`fine_tune`] trains, on parameters with a first axis of copies.
+    """Adam with cosine decay to 0, as [`fine_tune`] trains, on T copies of each parameter `(T, …)`, in place.
 
-    Args:
-        parameters (sequence of `torch.Tensor` of shape `(T, …)`):
-            T copies of each parameter; they are changed in place.
-        learning_rates (sequence of `torch.Tensor` of shape `(T,)`):
-            For each parameter, the learning rate of every copy in the first step.
-        steps (`int`):
-            Number of optimizer steps.
+    `learning_rates` has, for each parameter, the rates `(T,)` of the first step.
     """
 
     def __init__(self, parameters: Sequence[Tensor], learning_rates: Sequence[Tensor], steps: int) -> None:

@@ -31,17 +31,7 @@ class CandidateModel:
     Other candidates are written and loaded as well for adapters, which are small, if several processes share the work,
     if saving splits or merges tensors of the model, or if an evaluation has changed its tensors, such as their dtype.
 
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            The recorded states.
-        scratch (`Path`):
-            Folder for a candidate on disk; it exists only while a candidate is loaded.
-        options ([`WriteOptions`]):
-            How the chosen candidate will be written.
-        base_model (`PreTrainedModel`, *optional*):
-            Base model of adapters; [`close`] removes the adapter.
-        device (`torch.device` or `str`, *optional*):
-            Device of the evaluation.
+    The folder `scratch` exists only while a candidate is loaded.
     """
 
     def __init__(
@@ -61,13 +51,7 @@ class CandidateModel:
     def set(self, tensors: TensorSource, recalibrates: bool, verify: bool) -> None:
         """Give the model the tensors of a candidate.
 
-        Args:
-            tensors ([`TensorSource`]):
-                The values.
-            recalibrates (`bool`):
-                Whether to recalibrate BatchNorm statistics with the batches of the options.
-            verify (`bool`):
-                Whether to compare the recorded files with their SHA-256; the candidate is then written.
+        `verify` compares the recorded files with their SHA-256; the candidate is then written.
         """
         options = self.options if recalibrates else replace(self.options, recalibrate_with=None)
         if not verify and self._layout and self._layout == _layout(self.model):

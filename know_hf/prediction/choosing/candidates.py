@@ -117,15 +117,7 @@ FAMILY = (
 class PlannedCandidate:
     """A candidate of one trajectory and how to write it.
 
-    Attributes:
-        name (`str`):
-            Its name.
-        tensors ([`TensorSource`]):
-            Its values.
-        plan ([`PredictionPlan`]):
-            The prediction; of a state, any plan of the trajectory.
-        recipe (`dict`):
-            See [`GateResult`].
+    `plan` is that of the prediction; of a state, any plan of the trajectory. For `recipe` see [`GateResult`].
     """
 
     name: str
@@ -147,15 +139,9 @@ def plan_candidates(
 ) -> list[PlannedCandidate]:
     """List all candidates of a trajectory, Θ0 first.
 
-    Args:
-        plan ([`PredictionPlan`]):
-            The requested prediction, a candidate at 1, 2, … `steps` steps.
-        given (sequence, *optional*):
-            See `candidates` of [`Gate`]; the other states and [`FAMILY`] by default.
-        recalibrates (`bool`):
-            Whether BatchNorm statistics are recalibrated.
-        with_requested (`bool`, *optional*, defaults to `True`):
-            Whether the requested prediction and Θ0 with recalibrated statistics are candidates.
+    They are the requested prediction of `plan` at 1, 2, … steps and those that are `given`, by default the other
+    states and [`FAMILY`]. Without `with_requested`, the requested prediction and Θ0 with recalibrated statistics are
+    left out.
 
     Raises:
         `ValueError`: if two candidates have one name, or one does not fit the trajectory.

@@ -138,13 +138,8 @@ class Gate:
 
     @torch.no_grad()
     def losses(self, model: Any, batches: Sequence[int] | None = None) -> float | list[float]:
-        """Return the losses of a model: what `compute_loss` returns, or one value per batch of `dataset`.
-
-        Args:
-            model (`PreTrainedModel`):
-                The model.
-            batches (`Sequence[int]`, *optional*):
-                Numbers of the batches of `dataset` to evaluate, in increasing order; all by default.
+        """Return the losses of a model: what `compute_loss` returns, or one value per batch of `dataset`, of all or of
+        the batches with the given numbers, in increasing order.
         """
         model.eval()
         with torch.random.fork_rng():
@@ -201,19 +196,8 @@ def write_best_candidate(
     """Evaluate each candidate in turn and write the chosen one to `output_dir`.
 
     One model is loaded, from Θ0, and gets the tensors of the candidates ([`CandidateModel`]). With several processes,
-    every candidate is written, one at a time, and the main process evaluates it while the others wait.
-
-    Args:
-        gate ([`Gate`]):
-            Validation data and rule.
-        plan ([`PredictionPlan`]):
-            Trajectory, predictor and largest number of steps.
-        output_dir (`str` or `Path`):
-            Output folder.
-        options ([`WriteOptions`]):
-            How to write.
-        finish (`Callable[[Path, PredictionResult], None]`, *optional*):
-            Called on the main process with the folder before it gets its final name.
+    every candidate is written, one at a time, and the main process evaluates it while the others wait. `finish` is
+    called on the main process with the folder before it gets its final name.
 
     Returns:
         [`PredictionResult`]: the chosen checkpoint; its `gate` has all candidates.
@@ -252,19 +236,10 @@ def write_chosen(
     num_evaluations: int,
     finish: Callable[[Path, PredictionResult], None] | None = None,
 ) -> PredictionResult:
-    """Evaluate what a decision asks for, and write what it chose.
+    """Evaluate what a decision asks for, and write what it chose; see [`write_best_candidate`].
 
-    Args:
-        gate ([`Gate`]):
-            Has the base model of adapters.
-        plan, output_dir, options, finish:
-            See [`write_best_candidate`].
-        decide (`Callable`):
-            From a function that evaluates tensors to the result and the chosen candidate. The function takes a gate,
-            the tensors, whether to recalibrate BatchNorm statistics, the numbers of batches (`None` for all) and
-            whether to compare the recorded files with their SHA-256.
-        num_evaluations (`int`):
-            Expected number of evaluations, for the progress bar.
+    `decide` gets a function that evaluates tensors, [`Evaluate`], and returns the result and the chosen candidate. The
+    progress bar expects `num_evaluations`.
     """
     trajectory, accelerator = plan.trajectory, options.accelerator
     _check_can_load(gate, plan)

@@ -24,30 +24,17 @@ def screen_and_choose(
     seed: int = 0,
     **rule: Any,
 ) -> GateResult:
-    """Choose among many candidates with few evaluations.
+    """Choose among many candidates, Θ0 first, with few evaluations.
 
-    A random part of the values screens the candidates: those with the lowest means are compared with Θ0 by [`choose`]
-    on the other values. The error rate counts every candidate, also those that were screened out. Which ones are
-    tested depends on the first part alone, so given this part they are a fixed set, and on the independent second part
-    the probability that `choose` prefers any member of a fixed set that is not better than Θ0 is at most `level`. An
+    `evaluate` returns the losses of a candidate for the numbers of values, or for all. A random part of the values,
+    drawn with the seed, screens the candidates: those with the lowest means are compared with Θ0 by [`choose`] on the
+    other values. The error rate counts every candidate, also those that were screened out. Which ones are tested
+    depends on the first part alone, so given this part they are a fixed set, and on the independent second part the
+    probability that `choose` prefers any member of a fixed set that is not better than Θ0 is at most `level`. An
     average over the first part keeps this bound. A candidate that was screened out cannot be chosen.
 
-    Every candidate is tested on all values, corrected for all of them, if there are fewer than 80 values or no more
-    candidates than `num_confirmed`.
-
-    Args:
-        names (`Sequence[str]`):
-            Names of the candidates, Θ0 first.
-        evaluate (`Callable[[str, Sequence[int] | None], float | Sequence[float]]`):
-            From a name and the numbers of values, `None` for all, to the losses.
-        screening (`float`, *optional*, defaults to `0.2`):
-            Part of the values that screens; 0 tests every candidate on all values.
-        num_confirmed (`int`, *optional*, defaults to `5`):
-            Number of candidates that are tested after the screening.
-        margin, seed:
-            See [`Gate`]. The seed also draws the first part.
-        rule:
-            Other keyword arguments of [`choose`].
+    Every candidate is tested on all values, corrected for all of them, if there are fewer than 80 values, no more
+    candidates than `num_confirmed`, or `screening=0`.
 
     Raises:
         `ValueError`: as [`choose`] does.
