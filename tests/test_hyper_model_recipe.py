@@ -22,6 +22,7 @@ inputs: {image_size: 8, channels: 1}
 source: {characters: 3, train: 24, validation: 6}
 target: {characters: 3, labels_per_class: 2}
 schedule: {ratio: 0.5, num_states: 3, tail_states: 2}
+stages: [1.0]
 training: {per_device_train_batch_size: 4, learning_rate: 0.003, use_cpu: true}
 architectures:
   mlp: {class_name: MLP, config: {width: 6, num_inputs: 64}}

@@ -3,8 +3,8 @@
     python recipes/hyper_model/gradient.py --data omniglot --output-dir outputs/hyper_model --seed 0
 
 The utility of a task is that of `objective.py`, with a softmax in place of the argmax of the ridge regressions; its
-gradient goes through their closed form. Each time a task is drawn, tail, branches or both may be hidden, so the model
-also serves recordings without them. `searches/NAME/model` is the trained model.
+gradient goes through their closed form. Each time a task is drawn, tail, branches and losses may be hidden, so the
+model also serves recordings without them. `searches/NAME/model` is the trained model.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import compress, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from objective import RecordedTask
 
-HIDDEN = ((), ("tail",), ("branches",), ("tail", "branches"))
+HIDDEN = tuple(tuple(compress(("tail", "branches", "losses"), which)) for which in product((False, True), repeat=3))
 SHARPNESS = 15.0  # of the softmax of the outputs of a ridge regression, which are near 0 and 1
 
 

@@ -120,6 +120,8 @@ class MetaTask:
             Seed of its draws and trainings.
         architecture, regime (`str`):
             Keys of the split.
+        stages (`float`):
+            Epochs of a stage, relative to those of Θ0.
         classes (`dict[str, tuple[int, ...]]`):
             Labels of the characters of `"source"`, `"target"` and `"pretraining"`.
         split (`dict`):
@@ -135,6 +137,7 @@ class MetaTask:
     seed: int
     architecture: str
     regime: str
+    stages: float
     classes: Mapping[str, tuple[int, ...]]
     split: Mapping[str, Any] = field(repr=False)
     data: str
@@ -194,7 +197,7 @@ class MetaTask:
             seeds=1,
             inputs=Inputs(**split["inputs"]),
             model=MetaModel(pretrained, **split["architectures"][self.architecture]),
-            schedule={"epochs_per_stage": epochs, **split["schedule"]},
+            schedule={"epochs_per_stage": max(1, round(self.stages * epochs)), **split["schedule"]},
             training={"num_train_epochs": epochs, "per_device_eval_batch_size": 64, **split["training"], **options},
             protocols=(),
             arms=(),
@@ -243,9 +246,10 @@ def meta_tasks(split: Mapping[str, Any], part: str, data: str, output_dir: Path)
             classes[side] = tuple(int(label) for label in np.sort(random.permutation(labels)[:count]))
         architecture = architectures[index % len(architectures)]
         regime = regimes[index // len(architectures) % len(regimes)]
+        stages = split["stages"][index // len(architectures) // len(regimes) % len(split["stages"])]
         name = f"{part}-{index:02}-{architecture}-{regime}"
         folder = output_dir / "tasks" / name
-        tasks.append(MetaTask(name, part, seed, architecture, regime, classes, split, data, folder))
+        tasks.append(MetaTask(name, part, seed, architecture, regime, stages, classes, split, data, folder))
     return tasks
 
 

@@ -123,15 +123,16 @@ class RecordedTask:
         self.num_labels = len(pool.classes)
 
     def bases_without(self, left_out: Sequence[str]) -> dict[str, TensorBasis]:
-        """Return the basis of every tensor as if the snapshots of these names were not recorded."""
-        key = tuple(sorted({"states", "start", "tail", "branches"}.intersection(left_out)))
+        """Return the basis of every tensor as if these snapshots, or the `"losses"`, were not recorded."""
+        key = tuple(sorted({"states", "start", "tail", "branches", "losses"}.intersection(left_out)))
         if key not in self._bases:
+            unknown = {"train_losses": (), "eval_losses": ()} if "losses" in key else {}
             self._bases[key] = {
                 name: tensor_basis(
                     self.theta0[name],
                     **{kind: values for kind, values in snapshots.items() if kind not in key},
                     origin=snapshots["start"],
-                    context=self.contexts[name],
+                    context=replace(self.contexts[name], **unknown),
                 )
                 for name, snapshots in self._snapshots.items()
             }

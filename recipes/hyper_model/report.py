@@ -51,8 +51,9 @@ def main(arguments: argparse.Namespace) -> int:
     from objective import load_tasks
 
     tasks = {part: load_tasks(arguments.split, part, arguments.data, arguments.output_dir) for part in arguments.parts}
-    if arguments.regime is not None:
-        tasks = {part: [task for task in tasks[part] if task.task.regime == arguments.regime] for part in tasks}
+    for name in ("regime", "stages"):
+        if (value := getattr(arguments, name)) is not None:
+            tasks = {part: [task for task in tasks[part] if getattr(task.task, name) == value] for part in tasks}
     searches = {name: load_search(arguments.output_dir / "searches", name) for name in arguments.searches}
     for row in TABLES[arguments.table](tasks, searches, arguments):
         print(f"| {' | '.join(row)} |")
@@ -285,6 +286,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("table", choices=TABLES, help="table to print")
     add("--parts", nargs="*", choices=PARTS, default=["validation"], help="parts of the split (default: validation)")
     add("--regime", help="only tasks of this regime (default: all)")
+    add("--stages", type=float, help="only tasks with stages of this length (default: all)")
     add("--searches", nargs="*", default=[], help="names of searches")
     add("--controls", nargs="*", default=["naive"], help="controls to confirm (default: naive)")
     add("--draws", type=int, default=2, help="draws of each task to confirm on (default: 2)")
