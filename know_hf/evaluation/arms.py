@@ -166,11 +166,7 @@ class Arm:
     def training_cost(self, trajectory: WeightTrajectory) -> float | None:
         """Return the optimizer steps behind the weights relative to those of Θ0; `None` if they are unknown.
 
-        A prediction from several states or from branches needs the whole recording.
-
-        Args:
-            trajectory ([`WeightTrajectory`]):
-                What the weights are made of, see [`recording`].
+        A prediction from several states or from branches needs the whole recording, see [`recording`].
         """
         names, (first, *later) = set(self.predictor.split("+")), (state.steps for state in trajectory.states)
         if self.kind in ("fresh", "pretrained"):
@@ -202,15 +198,10 @@ class Arm:
         self, sources: ArmSources, setting: Mapping[str, Any] | None = None
     ) -> tuple[PreTrainedModel, dict[str, Any] | None]:
         """Return the initial weights in float32, with BatchNorm statistics computed on the source data, and what a
-        gate chose (see [`chosen_by_gate`]).
+        gate chose (see [`chosen_by_gate`]). The setting is one of `settings`.
 
-        They are float32 for any dtype of the recording, as small learning rates hardly change bfloat16 weights.
-
-        Args:
-            sources ([`ArmSources`]):
-                What they are made from. A predicted checkpoint is written to `sources.output_dir / name`.
-            setting (`Mapping[str, Any]`, *optional*):
-                One of `settings`.
+        They are float32 for any dtype of the recording, as small learning rates hardly change bfloat16 weights. A
+        predicted checkpoint is written to `sources.output_dir / name`.
 
         Raises:
             `ValueError`: If the sources lack what the arm needs, such as an oracle.

@@ -97,17 +97,11 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class AgainstControls:
-    """Comparison of a method with every control and with naive.
+    """Differences of a method from every control and from naive, the last, and the largest one-sided p (`hardest`).
 
-    Attributes:
-        differences (`dict[str, PairedDifference]`):
-            From control, naive last, to the difference of the method from it.
-        hardest (`str`):
-            The control, or naive, with the largest one-sided p.
-        p_value (`float`):
-            That p. A method that is better than all controls is better than each, so that each is tested at the full
-            level (intersection-union test: R. L. Berger, Technometrics 24, 1982) without a correction for the number
-            of controls; [`Comparison`] corrects for the number of methods.
+    A method that is better than all controls is better than each, so that each is tested at the full level
+    (intersection-union test: R. L. Berger, Technometrics 24, 1982) without a correction for the number of controls;
+    [`Comparison`] corrects for the number of methods.
     """
 
     differences: dict[str, PairedDifference]

@@ -187,15 +187,8 @@ def evaluate_classifier(model: PreTrainedModel, examples: Examples, batch_size: 
 
 @torch.inference_mode()
 def evaluate_next_token(model: PreTrainedModel, examples: Examples, batch_size: int = 64) -> Scores:
-    """Compute the mean `"loss"` per token of a causal language model, and the `"accuracy"` of its best next token.
-
-    Args:
-        model (`PreTrainedModel`):
-            A causal language model.
-        examples (mapping of tensors):
-            Keyword arguments of the model with `"labels"` `(N, T)`, without padding.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Examples per forward pass.
+    """Compute the mean `"loss"` per token of a causal language model, and the `"accuracy"` of its best next token, of
+    examples with labels `(N, T)`, without padding.
     """
     training = model.training
     model.eval()

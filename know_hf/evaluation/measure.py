@@ -64,10 +64,7 @@ def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> d
     """Measure a cell, seed and arm, in every protocol with all of its trials; temporary files are deleted.
 
     Results of a finished cell are taken over if its weights are the same: all arms without settings have the same
-    trials.
-
-    Returns:
-        `dict`: An entry of `cells` in `report.json`.
+    trials. Returns an entry of `cells` in `report.json`.
 
     Raises:
         `ValueError`: If all trials of a draw diverge, or the data cannot be used.

@@ -140,13 +140,7 @@ class Suite:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str) -> "Suite":
-        """Build a suite from the content of its YAML file, without `variants`.
-
-        Args:
-            content (`Mapping[str, Any]`):
-                Content of the file.
-            source (`str`):
-                Path of the file, for error messages.
+        """Build a suite from the content of its YAML file, without `variants`; errors name the file, `source`.
 
         Raises:
             `ValueError`: if a key is missing or unknown, or a value is invalid.

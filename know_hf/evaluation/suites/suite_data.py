@@ -111,13 +111,8 @@ class Side:
 class PreparedSplit:
     """A split on disk, and the classes of it that the suite uses.
 
-    Args:
-        path (`Path`):
-            Safetensors file with `labels` `(N,)` and 8-bit images or tokens.
-        classes (`tuple[int, ...]`):
-            Labels that are used; they are numbered from 0 in ascending order. Empty if each byte is a label.
-        inputs ([`Inputs`]):
-            Conversion of the images.
+    The file has `labels` `(N,)` and 8-bit images or tokens. The classes are numbered from 0 in ascending order; there
+    are none if each byte is a label.
     """
 
     path: Path

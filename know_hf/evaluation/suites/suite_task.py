@@ -32,13 +32,7 @@ _FRESH_MODEL_OFFSET = 1_000_000  # added to the seed of the trajectory
 class SuiteTask:
     """A suite as a [`ComparisonTask`], whose callables are the methods of this class.
 
-    Args:
-        suite ([`Suite`]):
-            The suite.
-        dataset_paths (`Mapping[str, str]`, *optional*):
-            Folders or other Hub ids to read datasets from, by their ids.
-        model_paths (`Mapping[str, str]`, *optional*):
-            The same for pretrained models.
+    Datasets and pretrained models are read from the given folders or other Hub ids, by their ids.
     """
 
     suite: Suite

@@ -179,12 +179,9 @@ class Stack:
 class Stackable:
     """How a model can be stacked.
 
-    Attributes:
-        one_set (`bool`):
-            Whether all copies need the same examples and seed: a training step draws random numbers, such as dropout
-            does, or its control flow depends on the examples.
-        nbytes (`int`):
-            Memory of a copy in a training step: parameters, their gradients and moments, and saved activations.
+    All copies need the same examples and seed (`one_set`) if a training step draws random numbers, such as dropout
+    does, or its control flow depends on the examples. A copy takes `nbytes` in a training step: parameters, their
+    gradients and moments, and saved activations.
     """
 
     one_set: bool

@@ -20,14 +20,12 @@ from ...predictors import Predictor
 from ..engine import prediction_result
 from ..plan import PredictionPlan
 from ..result import PredictionResult
-from ..selection import MINIMUM_VALUES, REFERENCE, GateCandidate, GateResult, check_rule, choose
+from ..selection import MINIMUM_VALUES, REFERENCE, GateResult, check_rule
 from ..tensor_sources import TensorSource
 from ..write_checkpoint import WriteOptions, checkpoint_folder, fill_checkpoint
 from .candidate_model import CandidateModel, unchanged
 from .candidates import Candidate, PlannedCandidate, as_candidate, plan_candidates
 from .screening import screen_and_choose
-
-__all__ = ["REFERENCE", "Gate", "GateCandidate", "GateResult", "choose", "write_best_candidate"]
 
 _ACCURACY = "accuracy"
 
