@@ -150,8 +150,8 @@ def test_gradient_reads_the_weights_that_are_evaluated(recipe, tasks):
 def test_fitted_coefficients_raise_the_smooth_utility(recipe, tasks):
     task = recipe.gradient.DifferentiableTask(tasks[0])
     zero = torch.zeros(len(task.stacks), len(task.elements))
-    fitted = recipe.gradient.fit_coefficients(task, per_tensor=False, steps=20)
-    assert task.loss(fitted, half=0).item() < task.loss(zero, half=0).item()
+    for loss in (task.loss, task.validation_loss):
+        assert loss(recipe.gradient.fit_coefficients(task, loss, steps=20)).item() < loss(zero).item()
     halves = [tasks[0].is_tested(half) for half in (0, 1)]
     assert torch.equal(halves[0], ~halves[1])
 
@@ -193,6 +193,11 @@ def test_tables_without_a_search(recipe, folder, tasks, capsys):
 
 def test_trained_network_is_in_tables(recipe, folder, tasks, capsys):
     assert run(recipe.gradient, folder, "--steps", 2, "--batch", 1, "--name", "gradient") == 0
-    for table, row in (("controls", "gradient"), ("statistics", "spectrum"), ("ceiling", "coefficients of a tensor")):
+    for table, row in (
+        ("controls", "gradient"),
+        ("statistics", "spectrum"),
+        ("ceiling", "coefficients of a tensor"),
+        ("fitted", "fitted coefficients"),
+    ):
         assert run(recipe.report, folder, table, "--parts", "train", "--searches", "gradient") == 0
         assert f"| {row} |" in capsys.readouterr().out

@@ -10,7 +10,7 @@ model also serves recordings without them. `searches/NAME/model` is the trained 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import compress, product
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from objective import RecordedTask
 
 HIDDEN = tuple(tuple(compress(("tail", "branches", "losses"), which)) for which in product((False, True), repeat=3))
+FIT_RATE = 0.02  # of the coefficients of one task
 SHARPNESS = 15.0  # of the softmax of the outputs of a ridge regression, which are near 0 and 1
 
 
@@ -70,22 +71,32 @@ class DifferentiableTask:
 
         task, source = self.task, self.task.source.test
         images, labels = task.images["pixel_values"], task.images["labels"]
-        known = task.source.train["pixel_values"]
-        with _batch_norm_of_first(task.model, len(known)), _inputs_of(task.model.classifier) as inputs:
-            pixels = {"pixel_values": torch.cat([known, source["pixel_values"], images])}
-            output = torch.func.functional_call(task.model, self.weights(coefficients), kwargs=pixels)
+        with _inputs_of(task.model.classifier) as inputs:
+            outputs = self._logits(coefficients, torch.cat([source["pixel_values"], images]))
+        source_loss = cross_entropy(outputs[: len(source["labels"])], source["labels"])
+        cost = (LOSS_WEIGHT * (source_loss - self.source_loss)).clamp(0.0, LARGEST_COST)
         features = inputs[0].flatten(1)[-len(images) :]
         features = features - features.mean(0)
         features = features / features.square().mean().sqrt()  # ridge_heads takes the scale as a constant
         heads = ridge_heads(features[task.train], labels[task.train], task.num_labels, PENALTIES)
-        outputs = (SHARPNESS * logits(features[task.test], heads)).softmax(-1)
-        expected = labels[task.test][:, None, :, None].expand(*outputs.shape[:-1], 1)
+        predicted = (SHARPNESS * logits(features[task.test], heads)).softmax(-1)
+        expected = labels[task.test][:, None, :, None].expand(*predicted.shape[:-1], 1)
         is_tested = task.is_tested(half)[:, None]
-        accuracies = (outputs.gather(-1, expected)[..., 0] * is_tested).sum(-1) / is_tested.sum(-1)
-        tested = output.logits[len(known) : len(known) + len(source["labels"])]
-        source_loss = cross_entropy(tested, source["labels"])
-        cost = (LOSS_WEIGHT * (source_loss - self.source_loss)).clamp(0.0, LARGEST_COST)
+        accuracies = (predicted.gather(-1, expected)[..., 0] * is_tested).sum(-1) / is_tested.sum(-1)
         return cost - soft_maximum(accuracies).mean()
+
+    def validation_loss(self, coefficients: Tensor) -> Tensor:
+        """Return the loss of coefficients on the validation data of the source task."""
+        validation = self.task.source.validation
+        return cross_entropy(self._logits(coefficients, validation["pixel_values"]), validation["labels"])
+
+    def _logits(self, coefficients: Tensor, images: Tensor) -> Tensor:
+        """Return the outputs for images, with BatchNorm statistics of the training data of the source task."""
+        known = self.task.source.train["pixel_values"]
+        inputs = {"pixel_values": torch.cat([known, images])}
+        with _batch_norm_of_first(self.task.model, len(known)):
+            output = torch.func.functional_call(self.task.model, self.weights(coefficients), kwargs=inputs)
+        return output.logits[len(known) :]
 
 
 @contextmanager
@@ -163,28 +174,29 @@ def train_network(
     return model
 
 
-def fit_coefficients(task: DifferentiableTask, per_tensor: bool, steps: int = 100, rate: float = 0.02) -> Tensor:
-    """Return the coefficients of one task that are best on the first half of its test drawings.
+def fit_coefficients(
+    task: DifferentiableTask, loss: Callable[[Tensor], Tensor], per_tensor: bool = False, steps: int = 100
+) -> Tensor:
+    """Return the coefficients of one task that Adam finds for a loss of them, from zero.
 
     Args:
         task ([`DifferentiableTask`]):
             The task.
-        per_tensor (`bool`):
+        loss (`Callable[[Tensor], Tensor]`):
+            The loss of coefficients `(tensors, elements)`.
+        per_tensor (`bool`, *optional*, defaults to `False`):
             Whether each tensor has its own, instead of one for layers with and one for layers without a norm after
             them.
         steps (`int`, *optional*, defaults to `100`):
-            Steps of Adam.
-        rate (`float`, *optional*, defaults to `0.02`):
-            Learning rate.
+            Steps.
     """
     contexts = task.task.contexts.values()
-    rows = range(len(contexts)) if per_tensor else [int(context.is_normalised) for context in contexts]
-    rows = torch.tensor(list(rows))
+    rows = torch.tensor([index if per_tensor else int(c.is_normalised) for index, c in enumerate(contexts)])
     values = torch.zeros(int(rows.max()) + 1, len(task.elements), requires_grad=True)
-    optimizer = torch.optim.Adam([values], lr=rate)
+    optimizer = torch.optim.Adam([values], lr=FIT_RATE)
     for _ in range(steps):
         optimizer.zero_grad()
-        task.loss(values[rows], half=0).backward()
+        loss(values[rows]).backward()
         optimizer.step()
     return values.detach()[rows]
 

@@ -10,6 +10,7 @@
 | `coefficients` | what CMA-ES found, over its restarts |
 | `statistics` | a trained network, each group of statistics shuffled among tensors |
 | `ceiling` | what the best coefficients of each task gain, chosen with labels of the target |
+| `fitted` | what they gain chosen with the validation data of the source task, as a gate chooses |
 | `confirm` | fine-tuning with tuned rates of head and body instead of the probe |
 """
 
@@ -180,6 +181,8 @@ def shuffled_utilities(tasks: "Sequence[RecordedTask]", search: Any, group: str)
 
 
 def ceiling_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
+    from functools import partial
+
     from gradient import DifferentiableTask, fit_coefficients
     from objective import best_fixed, controls
 
@@ -189,7 +192,7 @@ def ceiling_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
         for task in map(DifferentiableTask, of_part):
             weights = {name: task.task.weights(rule(task.task)) for name, rule in controls(task.task).items()}
             for name, per_tensor in (("coefficients of a task", False), ("coefficients of a tensor", True)):
-                weights[name] = task.weights(fit_coefficients(task, per_tensor))
+                weights[name] = task.weights(fit_coefficients(task, partial(task.loss, half=0), per_tensor))
             for values, half in ((chosen, 0), (others, 1)):
                 values.append({n: float(task.task.utility(w, half).per_draw.mean()) for n, w in weights.items()})
         names = controls(of_part[0])
@@ -204,6 +207,34 @@ def ceiling_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
             naive = [[values["naive"] for values in every] for every in (chosen, others)]
             reference = [values[fixed] for values in others]
             yield [name, points(own, naive[0]), points(held, naive[1]), points(held, reference)]
+
+
+def fitted_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
+    from gradient import HIDDEN, DifferentiableTask, fit_coefficients
+    from objective import controls
+
+    from know_hf.evaluation.fine_tuning import evaluate_classifier
+
+    for part, of_part in tasks.items():
+        rows: dict[str, list[tuple[float, float]]] = {}
+        for task in of_part:
+            weights = {name: task.weights(rule(task)) for name, rule in controls(task).items()}
+            losses = {n: evaluate_classifier(task.load(w), task.source.validation)["loss"] for n, w in weights.items()}
+            fitted = DifferentiableTask(task, HIDDEN[-1])
+            compared = {
+                "naive": weights["naive"],
+                "compute-matched": weights.pop("compute-matched"),
+                "best control": weights[min(weights, key=lambda name: losses[name])],
+                "fitted coefficients": fitted.weights(fit_coefficients(fitted, fitted.validation_loss)),
+            }
+            for name, of_row in compared.items():
+                of_source = evaluate_classifier(task.load(of_row), task.source.test)["accuracy"]
+                rows.setdefault(name, []).append((of_source, task.utility(of_row).accuracy))
+        yield [f"{part}, {len(of_part)} tasks", "source accuracy", "target accuracy"]
+        yield ["---"] * 3
+        naive = np.array(rows.pop("naive"))
+        for name, values in rows.items():
+            yield [name, *(points(np.array(values)[:, side], naive[:, side]) for side in (0, 1))]
 
 
 def confirm_table(tasks: Any, searches: Mapping[str, Any], arguments: argparse.Namespace) -> Iterable[list[str]]:
@@ -275,6 +306,7 @@ TABLES = {
     "coefficients": coefficients_table,
     "statistics": statistics_table,
     "ceiling": ceiling_table,
+    "fitted": fitted_table,
     "confirm": confirm_table,
 }
 
