@@ -96,39 +96,21 @@ def combination(tmp_path_factory):
     return model, str(folder)
 
 
-def test_a_combination_reads_states_tail_and_branches(sources, combination):
+def test_a_combination_reads_start_states_and_tail(sources, combination):
     model, folder = combination
-    arm, matched = known_step_arms([1], "x", folder, with_branches=True)
-    assert arm.needs == matched.needs == ("branch_trajectory",)
+    (arm, _), nested = known_step_arms([1], "x", folder), sources.trajectory
+    assert arm.needs == ()
     assert make_arm(arm.to_dict()) == arm
-    nested, branches = sources.trajectory, sources.branch_trajectory()
-    start = nested.tensor(HEAD, "start")
     snapshots = TensorSnapshots(
         nested.tensor(HEAD),
-        start=start,
-        origin=start,
-        branches=[branches.tensor(HEAD, record.name) for record in branches.branches],
+        start=nested.tensor(HEAD, "start"),
         states=[nested.tensor(HEAD, 1)],
         tail=[nested.tensor(HEAD, "tail-0")],
         context=tensor_contexts(nested)[HEAD],
     )
     expected = KNOWNCombination(model).tensor(snapshots)
     torch.testing.assert_close(arm.initial_model(sources).state_dict()[HEAD], expected)
-    joined = arm.recording(sources)
-    joined.verify()
-    assert (joined.num_states, len(joined.branches), len(nested.branches)) == (2, 2, 0)
-
-
-def test_a_comparison_records_what_a_combination_costs(suite, combination, tmp_path):
-    arms = [
-        "naive",
-        *known_step_arms([1], "x", combination[1], with_branches=True),
-        *known_step_arms([1], "y", combination[1]),
-    ]
-    task = suite.comparison_task()
-    report = compare_arms(task, tmp_path / "out", protocols=[ZeroShot()], arms=arms, seeds=[0, 1], pages=False)
-    assert [cell["training_cost"] for cell in report.cells] == [1, 2.5, 2.5, 1.3, 1.3] * 2
-    assert not (tmp_path / "out" / "work").exists()
+    assert arm.training_cost(nested) == 1.3
 
 
 def test_another_theta_0_is_an_error(suite, sources, tmp_path):

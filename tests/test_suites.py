@@ -322,7 +322,7 @@ def test_further_known_weights_get_the_arms_of_the_shipped_weights(own, further,
     KNOWNConfig(variant="combination").save_pretrained(tmp_path / "combination")
     arms = run_suite("digits", tmp_path, arms=own, known={"x": str(tmp_path / "combination")})
     assert {arm.name for arm in arms[len(own) :]} <= {"x-step-1", "matched-shrink-x-step-1"}
-    assert {(arm.known, arm.with_branches) for arm in arms[len(own) :]} == {(str(tmp_path / "combination"), True)}
+    assert {arm.known for arm in arms[len(own) :]} == {str(tmp_path / "combination")}
 
 
 def test_further_known_weights_are_read_before_the_work(tmp_path):

@@ -1,6 +1,5 @@
 """Initial weights of arms: made from the recorded states, from other models, or by prediction."""
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, default_data_collator
 
 from ..batch_norm import recalibrate_batch_norm
-from ..checkpoint import atomic_folder
 from ..known import KNOWNModel
 from ..model_tensors import is_adapter, names_in_memory
 from ..prediction import PredictionPlan, PredictionResult, TensorSource, WriteOptions, write_checkpoint
@@ -26,7 +24,6 @@ from ..prediction.write_checkpoint import measure
 from ..predictors import Rescale
 from ..roles import PREDICTED_DTYPES
 from ..trajectory import WeightTrajectory, load_pretrained
-from ..trajectory.manifest import Manifest
 from ..trajectory.merging import merge_adapter
 from .fine_tuning import Examples, batches, trimmed
 
@@ -109,19 +106,6 @@ class ArmSources:
         """Return the model in float32 on the device, with an adapter merged into its base model."""
         model = model.float()
         return (merge_adapter(model, self.trajectory) if is_adapter(model) else model).to(self.device)
-
-
-def joined(sources: ArmSources) -> WeightTrajectory:
-    """Return a copy of the trajectory with the branches of the other one, whose Θ0 is the same, bit for bit."""
-    assert sources.branch_trajectory is not None
-    branches, folder = sources.branch_trajectory(), sources.output_dir.with_name("joined")
-    if not WeightTrajectory.exists(folder):
-        with atomic_folder(folder) as work:
-            shutil.copytree(sources.trajectory.path, work, dirs_exist_ok=True)
-            for record in branches.branches:
-                shutil.copytree(branches.path / record.name, work / record.name)
-            replace(Manifest.read(work), branches=branches.branches).write(work)
-    return WeightTrajectory(folder)
 
 
 def trained_on(sources: ArmSources) -> PreTrainedModel:

@@ -47,7 +47,6 @@ from .arm_weights import (
     ArmSources,
     chosen_by_cross_fit,
     chosen_by_gate,
-    joined,
     matched_shrink,
     moved_by_singular_vectors,
     predicted,
@@ -99,8 +98,6 @@ class Arm:
             KNOWN weights, folder or Hub id; those of the comparison by default.
         norm (`"keep"` or `"predict"`, *optional*, defaults to `"keep"`):
             Whether a prediction changes the weights of normalisation layers.
-        with_branches (`bool`, *optional*, defaults to `False`):
-            Whether a prediction reads the branches besides the states, as KNOWN with `variant="combination"` can.
 
     Raises:
         `ValueError`: If the kind is unknown.
@@ -116,7 +113,6 @@ class Arm:
     tuned: tuple[Mapping[str, Any], ...] = ()
     known: str | None = None
     norm: Literal["keep", "predict"] = "keep"
-    with_branches: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -155,7 +151,7 @@ class Arm:
     @property
     def uses_branches(self) -> bool:
         """Whether the weights are made of branches."""
-        is_of_branches = self.with_branches or not _OF_BRANCHES.isdisjoint(self.predictor.split("+"))
+        is_of_branches = not _OF_BRANCHES.isdisjoint(self.predictor.split("+"))
         return self.kind == "cross_fit" or (self.kind in _PLANNED and is_of_branches)
 
     @property
@@ -177,18 +173,16 @@ class Arm:
         if self.kind == "shuffled" or (self.kind == "predicted" and names <= of_one):
             later = []
         elif self.uses_branches:
-            of_states = later if self.with_branches else []
-            later = [*of_states, *(branch.steps for branch in trajectory.branches)]
+            later = [branch.steps for branch in trajectory.branches]
         elif self.kind == "state":
             later = later[: self.state]
         return 1 + sum(later) / first if first else None
 
     def recording(self, sources: ArmSources) -> WeightTrajectory:
-        """Return the trajectory that the weights are made of: that of the states, that of the branches, or both as
-        one, see [`joined`]."""
+        """Return the trajectory that the weights are made of: that of the states or that of the branches."""
         if not self.uses_branches or sources.branch_trajectory is None:
             return sources.trajectory
-        return joined(sources) if self.with_branches else sources.branch_trajectory()
+        return sources.branch_trajectory()
 
     def initial_model(self, sources: ArmSources, setting: Mapping[str, Any] | None = None) -> PreTrainedModel:
         """Return the model of [`initial_weights`]."""
@@ -295,9 +289,7 @@ def known_arm(steps: int, ratio: float) -> Arm:
     return Arm(f"known-x{times}", "predicted", f"KNOWN at {steps} step(s), for {times} times the data", steps=steps)
 
 
-def known_step_arms(
-    steps: Sequence[int] = (1, 2, 3), name: str = "known", known: str | None = None, with_branches: bool = False
-) -> list[Arm]:
+def known_step_arms(steps: Sequence[int] = (1, 2, 3), name: str = "known", known: str | None = None) -> list[Arm]:
     """KNOWN at several numbers of steps, each with its matched shrink.
 
     Args:
@@ -308,15 +300,13 @@ def known_step_arms(
             `matched-shrink-step-N`.
         known (`str`, *optional*):
             KNOWN weights, folder or Hub id; those of the comparison by default.
-        with_branches (`bool`, *optional*, defaults to `False`):
-            See [`Arm`].
     """
     infix, title = ("", "KNOWN") if name == "known" else (f"{name}-", f"KNOWN ({name})")
     arms = []
     for count in steps:
         method = f"{title} at {count} step{'s' if count > 1 else ''}"
         shrink = f"every tensor times the factor by which {method} shrinks it"
-        options: dict[str, Any] = {"steps": count, "known": known, "with_branches": with_branches}
+        options: dict[str, Any] = {"steps": count, "known": known}
         arms.append(Arm(f"{name}-step-{count}", "predicted", method, **options))
         arms.append(Arm(f"matched-shrink-{infix}step-{count}", "matched_shrink", shrink, **options))
     return arms

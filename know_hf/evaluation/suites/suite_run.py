@@ -81,9 +81,8 @@ def suite_arguments(
     names = {arm.name for arm in compared}
     for name, weights in (known or {}).items():
         folder = os.path.expanduser(weights)
-        of_tensors = KNOWNConfig.from_pretrained(folder).variant == "combination"
-        steps = (1,) if of_tensors else (1, 2, 3)
-        further = known_step_arms(steps, name, folder, with_branches=of_tensors)
+        steps = (1,) if KNOWNConfig.from_pretrained(folder).variant == "combination" else (1, 2, 3)
+        further = known_step_arms(steps, name, folder)
         matching = [arm for shipped, arm in zip(known_step_arms(steps), further, strict=True) if shipped.name in names]
         compared += matching or further
     return SuiteTask(suite, dataset_paths, model_paths), {
