@@ -255,3 +255,11 @@ def test_gpu_runs_to_the_end_on_a_cpu(scripts, tmp_path, capsys):
     assert 0 < results["published protocol"]["naive, linear-probe: accuracy"] <= 1
     assert "| recording | parameters | 411136 |" in table
     assert not list(tmp_path.iterdir())
+
+
+def test_gpu_lists_the_parts_that_fail(scripts, tmp_path, monkeypatch, capsys):
+    gpu = import_module("gpu")
+    for part in ("kernel", "meta_training", "recording", "comparison", "published"):
+        monkeypatch.setattr(gpu, part, lambda setting: {}["cuda"])
+    gpu.main(gpu.make_parser().parse_args(["--smoke", "--output-dir", str(tmp_path)]))
+    assert capsys.readouterr().out.count("| not run | KeyError: 'cuda' |") == 5

@@ -91,8 +91,8 @@ def main(args: argparse.Namespace) -> None:
                 continue
             try:
                 results[part] = measure(setting)
-            except (ImportError, OSError, RuntimeError, ValueError) as error:
-                results[part] = {"not run": " ".join(str(error).split())}
+            except Exception as error:  # such as one of Triton's compiler; the other parts are measured
+                results[part] = {"not run": reason(error)}
     results["seconds"] = time.perf_counter() - started
     rows = [["part", "measurement", name]]
     for part, values in results.items():
@@ -102,6 +102,10 @@ def main(args: argparse.Namespace) -> None:
     print(table(rows), text, sep="\n\n")
     if args.json:
         args.json.write_text(text + "\n")
+
+
+def reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def kernel(setting: Setting) -> dict[str, Any]:
@@ -141,8 +145,8 @@ def kernel(setting: Setting) -> dict[str, Any]:
         try:
             check(name)
             seconds[name] = setting.seconds(lambda name=name: residual(model, large, "fc", name)) / len(large)
-        except (ImportError, ValueError, RuntimeError) as error:
-            results[f"{name}: not run"] = " ".join(str(error).split())
+        except Exception as error:
+            results[f"{name}: not run"] = reason(error)
             continue
         results[f"{name}: seconds per weight"] = seconds[name]
         results[f"{name}: times eager"] = seconds["eager"] / seconds[name]
