@@ -1,4 +1,4 @@
-"""The parser of `know-hf`. Names of kernels and predictors stand here, because their modules import torch."""
+"""The parser of `know-hf`. Names of kernels and predictors are repeated here, because their modules import torch."""
 
 import argparse
 import json
@@ -63,7 +63,7 @@ def _add_record(parsers: Any) -> None:
         "Flags override the YAML file. A second run with the same arguments resumes at the first missing state.",
         offline="give local folders with --model and --dataset",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file; its keys are the flags below with _ for -")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the flags below as keys, with _ for -")
     parser.add_argument("--plan", action="store_true", help="print steps, cost and disk without training")
     add_flags(parser, RecordArguments)
 
@@ -73,7 +73,7 @@ def _add_inspect(parsers: Any) -> None:
     summary = "print states, sizes, roles and displacement of a trajectory"
     add = _add_command(parsers, commands.inspect, example, summary).add_argument
     add("trajectory", **_TRAJECTORY)
-    add("--roles", action="store_true", help="print the role of every tensor and why it has it")
+    add("--roles", action="store_true", help="print the role of every tensor and the reason for it")
 
 
 def _add_import(parsers: Any) -> None:
@@ -81,15 +81,15 @@ def _add_import(parsers: Any) -> None:
         parsers,
         commands.import_,
         "import trainer/checkpoint-100 trainer/checkpoint-200 --output-dir outputs/imported",
-        "make a trajectory of existing checkpoints",
-        "Weights are hard links where the file system can, and are never unpickled.",
+        "make a trajectory out of existing checkpoints",
+        "Weights are hard-linked if the file system supports it, and are never unpickled.",
         offline="give local folders as CHECKPOINT",
     )
     add = parser.add_argument
     sources = "folders with safetensors weights, Hub ids such as me/model@revision, or the output folder of a Trainer"
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help=sources)
     add("--output-dir", required=True, metavar="DIR", help="folder for the new trajectory")
-    kinds = "tail: of one training, the last is Θ0; branches: other seeds or folds; ordered: states, full data first"
+    kinds = "tail: one training, the last is Θ0; branches: other seeds or folds; ordered: states, full data first"
     add("--kind", choices=("tail", "branches", "ordered"), default="tail", help=f"{kinds} (default: tail)")
     sizes = "for --kind ordered, the size of the training set of each checkpoint"
     add("--num-examples", type=int, nargs="+", metavar="N", help=sizes)
@@ -118,32 +118,31 @@ def _add_predict(parsers: Any) -> None:
         commands.predict,
         "predict outputs/imdb/trajectory --validation recorded --output-dir outputs/imdb/enhanced",
         "predict weights from a trajectory and write the enhanced checkpoint",
-        "from_pretrained loads the checkpoint. --dry-run shows what the command will predict, and the memory, disk and"
-        " time that it needs.",
+        "from_pretrained loads the checkpoint. --dry-run shows what the command would predict, and the memory, disk"
+        " and time that it needs.",
         offline="give local folders with --known and --validation",
     )
     add = parser.add_argument
     add("trajectory", **_TRAJECTORY)
-    steps = "number of steps, each standing for 1/ratio times more data (default: 1)"
+    steps = "number of steps, each of which stands for 1/ratio times the data (default: 1)"
     add("--steps", type=int, default=1, metavar="N", help=steps)
     add("--output-dir", required=True, metavar="DIR", help="folder for the enhanced checkpoint")
     add("--known", metavar="ID", help="folder or Hub id of KNOWN weights (default: the ones shipped with know_hf)")
-    predictor = f"use one of {', '.join(PREDICTORS)}; or several, as average+rescale (default: known)"
+    predictor = f"one of {', '.join(PREDICTORS)}; or several, such as average+rescale (default: known)"
     add("--predictor", type=_predictor, metavar="NAME", help=predictor)
     options = "options of the predictor, for example '{\"factor\": 0.9}'"
     add("--predictor-options", type=_json_object, metavar="JSON", help=options)
-    data = "choose the best of many candidates, or the recorded weights, on this dataset: a Hub id or folder, or"
-    add("--validation", metavar="DATASET", help=f"{data} 'recorded', the validation split of know-hf record")
+    data = "write the best candidate on this dataset, or the recorded weights if none is better: Hub id, folder or"
+    add("--validation", metavar="DATASET", help=f"{data} 'recorded' for the validation split of know-hf record")
     split = "split of DATASET (default: its validation split, or its only one)"
     add("--validation-split", dest="split", metavar="NAME", help=split)
-    rows = "evaluate on this many rows, drawn at random"
+    rows = "use only this many rows of DATASET, drawn at random"
     add("--max-validation", dest="max_examples", type=int, metavar="N", help=rows)
-    cross_fit = (
-        "choose a move from the start without other data, for know-hf record --kind complementary --branch-from"
-    )
-    add("--cross-fit", action="store_true", help=f"{cross_fit} start")
+    cross_fit = "choose how far to move from the start without validation data, after know-hf record --kind"
+    add("--cross-fit", action="store_true", help=f"{cross_fit} complementary --branch-from start")
     add("--metric", choices=("loss", "accuracy"), help="what --validation compares (default: loss)")
-    add("--norm", choices=("keep", "predict"), default="keep", help="norm layers (default: keep those of state 0)")
+    norm = "keep norm layers of state 0, or predict them (default: keep)"
+    add("--norm", choices=("keep", "predict"), default="keep", help=norm)
     add("--dtype", choices=_DTYPES, help="dtype of the written weights (default: the recorded dtype)")
     add("--kernel", choices=KERNELS, default="auto", help="implementation of KNOWN (default: auto, the fastest)")
     add("--dry-run", action="store_true", help="print roles, memory, disk and time without writing")
@@ -166,18 +165,18 @@ def _add_compare(parsers: Any) -> None:
     add = _add_command(parsers, commands.compare, example, summary, forms, offline).add_argument
     compared = "a suite (a name, for example digits, or a YAML file), or two checkpoints"
     add("compared", nargs="*", metavar="SUITE | A B", help=compared)
-    add("--template", action="store_true", help="print a commented suite to edit, which runs as it is, and exit")
+    add("--template", action="store_true", help="print a commented example suite and exit")
     add("--output-dir", metavar="DIR", help="folder for the results of a suite; with two checkpoints, comparison.json")
     add("--dataset", metavar="ID", help="with two checkpoints: Hub id or folder of a dataset")
-    add("--train-split", metavar="NAME", help="its split to fine-tune on; none: no fine-tuning (default: train)")
-    add("--test-split", metavar="NAME", help="its split to test on (default: test or else validation)")
+    add("--train-split", metavar="NAME", help="split to fine-tune on; none: no fine-tuning (default: train)")
+    add("--test-split", metavar="NAME", help="split to test on (default: test, else validation)")
     add("--draws", type=int, metavar="N", help="number of fine-tunings of each checkpoint (default: 10)")
     add("--arms", nargs="+", metavar="ARM", help="arms to compare instead of the suite's, for example naive random")
     add("--seeds", type=int, nargs="+", metavar="N", help="trajectory seeds instead of the suite's")
     processes = "number of worker processes (default: 1)"
     add("--processes", dest="num_processes", type=int, default=1, metavar="N", help=processes)
     add("--plan", action="store_true", default=None, help="print cells, minutes and memory without running them")
-    limit = "start no cell that would end later, and report the complete seeds; another run continues"
+    limit = "start no cell that would end later, and report the complete seeds; run again to continue"
     add("--max-minutes", type=float, metavar="M", help=limit)
     add("--data", type=_pair, action="append", metavar="ID=FOLDER", help="read this dataset from a local folder")
     model = "read this model from a local folder"
@@ -216,8 +215,8 @@ def _add_command(
     options = {"help": summary, "description": description, "epilog": epilog, "formatter_class": _Formatter}
     parser = parsers.add_parser(run.__name__.rstrip("_"), **options)
     parser.set_defaults(run=run, parser=parser, offline=offline)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, everything else to stderr")
-    parser.add_argument("--quiet", action="store_true", help="print errors only, and the JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and everything else to stderr")
+    parser.add_argument("--quiet", action="store_true", help="print only errors and the JSON")
     return parser
 
 

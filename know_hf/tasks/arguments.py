@@ -30,16 +30,16 @@ _UNUSED = {
 }
 _DTYPE_HELP = "dtype of the weights: float32, bfloat16 or auto, as in the checkpoint (default: float32; LoRA: auto)"
 _LORA_HELP = (
-    "train a LoRA adapter; omit to train all weights; without values: the defaults; keys: r, alpha, dropout,"
-    " target_modules, use_dora, use_rslora; none: train all weights, whatever the YAML says"
+    "train a LoRA adapter instead of all weights, with the defaults if no values follow; keys: r, alpha, dropout,"
+    " target_modules, use_dora, use_rslora; none: train all weights even if the YAML sets an adapter"
 )
 _MAX_RANK = 65_536
 _EVAL_SPLIT_HELP = (
     "split to evaluate on; auto: validation, valid, val or dev, else held-out; held-out: a tenth of the training rows,"
     " which are not trained on; none: no evaluation"
 )
-_KIND_HELP = "nested: train states on smaller and smaller subsets; complementary: two branches, each on one half"
-_START_WEIGHTS_HELP = "weights before the training: reference to the Hub cache where they equal it, full copy, or none"
+_KIND_HELP = "nested: states on smaller and smaller subsets; complementary: two branches, each on one half of the data"
+_START_WEIGHTS_HELP = "weights before the training: reference (to equal ones in the Hub cache), full (copy) or none"
 _CHOICES = {
     "start": ("train", "current"),
     "dtype": ("float32", "bfloat16", "auto", None),
@@ -125,8 +125,8 @@ class RecordArguments:
     num_states: int = _option(5, "number of states to record, including the state trained on all data")
     start: str = _option("train", "train: train state 0 on all data; current: use the pretrained weights as state 0")
     kind: str = _option("nested", _KIND_HELP)
-    branch_from: str = _option("state-0", "complementary: begin branches from state-0, or from the start")
-    tail_states: int = _option(0, "states to record too in the second half of the training of state 0")
+    branch_from: str = _option("state-0", "where complementary branches begin: state-0 or start")
+    tail_states: int = _option(0, "number of extra states to record in the second half of the training of state 0")
     start_weights: str = _option("reference", _START_WEIGHTS_HELP)
     stratify: bool | None = _option(None, "keep the class balance in every subset (default: yes in classification)")
     lora: LoraArguments | None = field(default=None, metadata={"help": _LORA_HELP})
