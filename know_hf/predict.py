@@ -52,24 +52,25 @@ def predict_overflowed_weights(
         trajectory ([`WeightTrajectory`], `str` or `Path`):
             The recorded states.
         known ([`KNOWNModel`], `str` or `Path`, *optional*):
-            The hyper-model, its folder or its Hub id; the shipped weights by default. One with
-            `variant="combination"` predicts complete tensors, those of normalisation layers too, in one step, from
-            what is recorded of states, start, tail and branches.
+            The hyper-model, its folder or its Hub id; the shipped weights by default. With `variant="combination"`, it
+            predicts complete tensors in one step, including those of normalisation layers, from the recorded states,
+            start, tail and branches.
         steps (`int`, *optional*, defaults to `1`):
             Number of recursive predictions.
         output_dir (`str` or `Path`):
             Output folder. It appears complete or not at all.
         predictor ([`Predictor`], `str` or sequence of them, *optional*):
-            Predictor instead of KNOWN, by name or as an object. With several, or names joined by `+`, the others
-            rescale what the first predicts: `"average+rescale"`, `["known", Rescale(factor=0.25)]`.
+            Predictor to use instead of KNOWN, by name or as an object. If there are several, the others rescale what
+            the first predicts: `"average+rescale"` or `["known", Rescale(factor=0.25)]`.
         gate ([`Gate`] or [`CrossFit`], *optional*):
-            Validation data. The best of Θ0, the other states, all numbers of steps up to `steps` and a family of
-            averages and moves between the states is written; Θ0 if none is better by more than noise. KNOWN is left
-            out if there are too few states for it and it is not asked for. [`CrossFit`] chooses among moves between
-            start and Θ0 by the training data instead, and takes no `known`, `predictor` or `steps`.
+            Validation data to choose with. Candidates are Θ0, the other states, the prediction at every number of
+            steps up to `steps`, and a family of averages and moves between the states. Θ0 is written unless another
+            candidate is better by more than noise. KNOWN is left out if there are too few states for it, unless you
+            ask for it. [`CrossFit`] instead chooses among moves between start and Θ0 on the training data, and takes
+            no `known`, `predictor` or `steps`.
         card (`bool` or `Mapping`, *optional*, defaults to `True`):
-            Whether to write a model card, `README.md`, with a plot of the forgetting. A mapping has further keyword
-            arguments of [`~know_hf.cards.checkpoint_card`], such as `comparisons` and `arm`.
+            Whether to write a model card, `README.md`, with a plot of the forgetting. A mapping passes further keyword
+            arguments to [`~know_hf.cards.checkpoint_card`], such as `comparisons` and `arm`.
         push_to_hub (`str`, *optional*):
             Hub id to push the checkpoint to. The token and write access to an existing repo are checked first.
         write ([`WriteOptions`], *optional*):
@@ -79,10 +80,11 @@ def predict_overflowed_weights(
             How to push. Its fields can be given as keyword arguments instead: `private`, `revision`, `create_pr` and
             `token`.
         options:
-            `predictor_options`: fields of a predictor given by its name, such as `{"factor": 0.9}`, for several names
-            those of each, such as `{"rescale": {"factor": 0.25}}`; `norm`:
-            `"predict"` treats weights and biases of normalisation layers as biases, `"keep"` (the default) copies
-            those of Θ0; `kernel`: the kernel that computes KNOWN, see [`know_hf.known.kernels`].
+            - `predictor_options`: fields of a predictor given by its name, such as `{"factor": 0.9}`. For several
+              names, the fields of each, such as `{"rescale": {"factor": 0.25}}`.
+            - `norm`: `"keep"` (the default) copies weights and biases of normalisation layers from Θ0; `"predict"`
+              treats them as biases.
+            - `kernel`: the kernel that computes KNOWN, see [`know_hf.known.kernels`].
 
     Returns:
         [`PredictionResult`]: path, `load_model()` and a report per tensor and role; the same on every process.
@@ -91,11 +93,11 @@ def predict_overflowed_weights(
         `TrajectoryError`: if a file is not the recorded one, states are out of order or have different tensors, a
             value is not finite, or the config is that of a quantised model; names tensor and state.
         `ValueError`: if the trajectory has fewer states than the predictor needs, an argument is invalid,
-            `output_dir` contains or is inside the trajectory, another one, its base model or the folder of KNOWN, a
-            value is too large for `dtype` or float32, rescaling would change the function of Θ0, or the losses of a
-            gate cannot be compared.
+            `output_dir` contains or is inside a trajectory, its base model or the folder of KNOWN, a value is too
+            large for `dtype` or float32, rescaling would change the function of Θ0, or the losses of a gate cannot be
+            compared.
         `FileExistsError`: if `output_dir` is not empty and `overwrite` is off, or another program changed it.
-        `OSError`: before the work, if the disk has too little space, another process writes or pushes `output_dir`, or
+        `OSError`: before any work, if the disk has too little space, another process writes or pushes `output_dir`, or
             the nodes do not share it.
         `HubError` or an error of huggingface_hub: if the checkpoint cannot be pushed; a written one stays in
             `output_dir`.

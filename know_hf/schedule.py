@@ -1,7 +1,7 @@
 """The subsets of structured forgetting: ever smaller, nested, and the same on every machine.
 
 Every subset is a prefix of one seeded order of the examples. A stratified schedule spreads each class evenly over the
-order, so each prefix holds the same share of each class, rounded to examples. A grouped schedule orders groups and
+order, so each prefix holds the same share of each class, rounded to examples. A grouped schedule orders the groups and
 takes those that fit.
 """
 
@@ -38,29 +38,28 @@ class ForgettingSchedule:
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order of the examples.
         group_by (`str`, *optional*):
-            Column with the group of each example, for example its document or patient. A group is in a subset
-            with all of its examples or not at all. Sizes come as near to round(r^k · |D0|) as groups in random order
-            allow.
+            Column with the group of each example, for example its document or patient. Groups are never divided.
+            Sizes come as near to round(r^k · |D0|) as groups in random order allow.
         steps_per_stage (`int`, *optional*):
             Optimizer steps on each of the S - 1 smaller subsets, instead of `epochs_per_stage`. Required for streaming
             datasets, whose epochs have no known length.
         key_column (`str`, *optional*):
-            Column that identifies an example of a streaming dataset. Its value decides whether the example is in a
-            subset; by default the content of the example does. See [`~know_hf.data.subsets.divide`].
+            Column of a streaming dataset whose value decides whether an example is in a subset. By default, the
+            content of the example decides. See [`~know_hf.data.subsets.divide`].
         tail_states (`int`, *optional*, defaults to `0`):
-            Number of tail states: snapshots in the second half of the training of state 0, equally spaced. The first
-            is in the middle; the end of the training is Θ0.
+            Number of tail states: equally spaced snapshots in the second half of the training of state 0. The first
+            is taken halfway through; the end of the training is Θ0.
         kind (`"nested"` or `"complementary"`, *optional*, defaults to `"nested"`):
             `"nested"` trains one state after the other on smaller subsets. `"complementary"` trains two branches, each
-            on one half of the data with as many optimizer steps; `num_states` is then 1 and `ratio` 0.5.
+            on one half of the data for the same number of steps; `num_states` is then 1 and `ratio` 0.5.
         branch_from (`"state-0"` or `"start"`, *optional*, defaults to `"state-0"`):
             Where branches begin. From `"start"`, the weights before the training, they train for as many epochs as
-            state 0, so that neither has seen the other half: [`CrossFit`] needs them. Both then cost as much as the
+            state 0, and neither sees the other half, as [`CrossFit`] requires. Together they cost as much as the
             training of state 0.
 
     Raises:
-        `ValueError`: if a number is out of range or not an integer, both lengths of a stage are set, or columns
-            exclude each other.
+        `ValueError`: if a number is out of range or not an integer, both lengths of a stage are set, or two columns
+            cannot be combined.
     """
 
     ratio: float = 0.5
@@ -132,13 +131,13 @@ class ForgettingSchedule:
 
     @property
     def relative_cost(self) -> float:
-        """Cost of one epoch on every subset, D0 included, in epochs on D0: Σ r^k; 2 with complementary halves."""
+        """Cost of one epoch on every subset, including D0, in epochs on D0: Σ r^k; 2 with complementary halves."""
         if self.kind == "complementary":
             return 2.0
         return sum(self.ratio**k for k in range(self.num_states))
 
     def stage_length(self, epochs: float, max_steps: int) -> tuple[float, int]:
-        """Return the epochs and optimizer steps (-1: as the epochs) of each later stage from those of state 0."""
+        """Return epochs and optimizer steps of each later stage (-1: given by the epochs), from those of state 0."""
         if self.branch_from == "start":
             return epochs, math.ceil(max_steps / 2) if max_steps > 0 else -1
         return self.epochs_per_stage, self.steps_per_stage or -1
@@ -147,10 +146,10 @@ class ForgettingSchedule:
         return asdict(self)
 
     def sizes(self, num_examples: int, batch_size: int = 1) -> list[int]:
-        """Number of examples of every subset, largest first, for steps of `batch_size` examples.
+        """Return the number of examples of every subset, largest first, for steps of `batch_size` examples.
 
         Raises:
-            `ValueError`: if the last subset is smaller than one batch, or sizes do not shrink.
+            `ValueError`: if the last subset is smaller than one batch, or the sizes do not shrink.
         """
         sizes = [round(self.ratio**k * num_examples) for k in range(self.num_states)]
         self.check_sizes(sizes, f"{num_examples} examples", batch_size)
@@ -172,27 +171,27 @@ class ForgettingSchedule:
     def indices(
         self, num_examples: int, labels: Values | None = None, batch_size: int = 1, groups: Values | None = None
     ) -> list[np.ndarray]:
-        """Indices of the examples of every subset.
+        """Return the indices of the examples of every subset.
 
         Args:
             num_examples (`int`):
                 Size of the dataset, |D0|.
             labels (sequence of length `num_examples`, *optional*):
-                Class of each example, to stratify by. Of n examples in C classes, a class of m differs from its share
-                of a subset by at most ½·(1 + C·m/n) examples: one for equal classes, more for a large class beside
-                many small ones, which are all rounded alike.
+                Class of each example, to stratify by. With n examples in C classes, a class of m examples differs
+                from its share of a subset by at most ½·(1 + C·m/n) examples: one for equal classes, more for a large
+                class beside many small ones, which are all rounded alike.
             batch_size (`int`, *optional*, defaults to `1`):
                 Examples of one optimizer step, see [`sizes`].
             groups (sequence of length `num_examples`, *optional*):
-                Group of each example, hashable. Groups are never divided.
+                Hashable group of each example. Groups are never divided.
 
         Returns:
             `list[np.ndarray]`: `num_states` sorted int64 arrays, each a subset of the one before. The first is
             `arange(num_examples)`.
 
         Raises:
-            `ValueError`: as [`sizes`]; also if labels and groups are both given, are missing although the schedule has
-                such a column, or do not have one value per example.
+            `ValueError`: as [`sizes`]; also if both labels and groups are given, if the schedule has a column for
+                them but they are missing, or if they do not have one value per example.
         """
         sizes = self.sizes(num_examples, batch_size)
         if labels is not None and groups is not None:
@@ -208,7 +207,7 @@ class ForgettingSchedule:
         return [np.sort(order[:size]) for size in sizes]
 
     def halves(self, num_examples: int, labels: Values | None = None, batch_size: int = 1) -> list[np.ndarray]:
-        """Indices of the two halves of complementary branches, of equal size; one example is left over if it is odd.
+        """Return the indices of the two equal halves of complementary branches; an odd example is left over.
 
         Arguments and errors as [`indices`].
         """
@@ -221,7 +220,7 @@ class ForgettingSchedule:
         return [np.sort(order[:size]), np.sort(order[size : 2 * size])]
 
     def tail_steps(self, max_steps: int) -> list[int]:
-        """Optimizer steps of the training of state 0 after which the tail states are recorded.
+        """Return the optimizer steps of the training of state 0 after which tail states are recorded.
 
         Raises:
             `ValueError`: if the second half of the training has fewer steps than tail states.

@@ -35,30 +35,30 @@ class WeightTransitionCallback(TrainerCallback):
         Trainer(model, args, train_dataset=dataset.select(indices), callbacks=[callback]).train()
     ```
 
-    The weights are copied. Unless the state is the last of the schedule, a thread writes it during the next training.
-    The type of a write error is logged at once, and the error raised when the next training begins or ends or the
-    trajectory is read.
+    The weights are copied. Unless the state is the last of the schedule, a thread writes them during the next
+    training. The type of a write error is logged at once. The error itself is raised when the next training begins or
+    ends, or when the trajectory is read.
 
-    An optimizer with an evaluation mode, such as a schedule-free one, is put into it: the recorded weights are those
-    that an evaluation uses. Callbacks that come before this one, such as an exponential moving average, may change the
-    weights in `on_train_end`; the changed weights are recorded.
+    An optimizer with an evaluation mode, such as a schedule-free one, is put into it, so the recorded weights are
+    those used for evaluation. Callbacks that come before this one, such as an exponential moving average, may change
+    the weights in `on_train_end`; the changed weights are recorded.
 
     Args:
         output_dir (`str` or `Path`):
             Folder of the trajectory; an existing trajectory is continued.
         schedule ([`ForgettingSchedule`], *optional*):
-            Stored in `trajectory.json` and compared when continuing. Required for streams: state k is recorded as
-            trained on the share `ratio**k`.
+            Stored in `trajectory.json`, and compared with it when a recording continues. Required for streams, where
+            state k is recorded as trained on the share `ratio**k`.
         trainer (`Trainer`, *optional*):
-            The trainer, whose `optimizer_cls_and_kwargs` are recorded. Errors of a tail state are raised on all of its
+            The trainer whose `optimizer_cls_and_kwargs` are recorded. Errors of a tail state are raised on all of its
             processes.
         dtype (`torch.dtype`, *optional*):
             Floating-point dtype to store, such as `torch.bfloat16`; defaults to the dtype of each weight. A resumed
             run continues from the stored weights.
         start_weights (`"reference"`, `"full"` or `"none"`, *optional*, defaults to `"reference"`):
-            How to record the start, the weights before the first training: with the unchanged tensors of a base model
-            in the Hub cache by its id and commit, with a copy of them, or not at all. A training that resumes from a
-            checkpoint has no start.
+            How to record the start, the weights before the first training. `"reference"` stores tensors that equal
+            those of a base model in the Hub cache as a reference to its id and commit, `"full"` copies them, and
+            `"none"` records no start. A training that resumes from a checkpoint has no start.
 
     Attributes:
         trajectory ([`WeightTrajectory`]):

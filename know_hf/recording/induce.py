@@ -44,29 +44,33 @@ def induce_forgetting(
 
     Each stage starts from the weights of the stage before, with a new optimizer and scheduler from the trainer's
     arguments and the seed `trainer.args.seed + state`. If the trainer has an `eval_dataset`, every state is evaluated.
-    Size, displacement and metrics of every state go to the trainer's loggers under `forgetting/`, and a table of the
+    The trainer's loggers receive size, displacement and metrics of every state under `forgetting/`. A table of the
     metrics is printed at the end, unless the trainer has `disable_tqdm=True` or `logging_strategy="no"`.
 
-    A second call with the same folder and arguments resumes at the first missing state. It ends in the same weights as
-    an uninterrupted run, unless `dtype` rounds the stored weights. All training arguments that can change the weights
-    must be the same, and so must the data collator, the loss function and what is frozen. Batch size, accumulation and
-    processes may change if their product does not.
+    A second call with the same folder and arguments resumes at the first missing state. It ends with the same weights
+    as an uninterrupted run, unless `dtype` rounds the stored weights. All training arguments that can change the
+    weights must be the same, as must the data collator, the loss function and the frozen weights. Batch size,
+    accumulation and number of processes may change if their product does not.
 
-    In distributed training, call it on every process; the main process writes, and its errors are raised on all.
+    In distributed training, call it on every process. The main process writes, and its errors are raised on all.
 
     Afterwards the trainer has its own dataset, arguments and callbacks again, and its model holds Θ0, the weights
     trained on all data.
 
-    Warns when Θ0 is a classifier at chance, when a warmup is longer than a stage, when a stage ends early, when the
-    config does not describe the model or its tied weights (states then load with `load_into`, not with
-    `from_pretrained`), and when the training changes what no state holds, so that a resumed run ends in other weights:
-    BatchNorm statistics below an adapter, or parameters of the optimizer that are not in the model, such as weights of
-    a loss, or another model of the trainer, such as a reference that follows the training.
+    Warns when
+
+    - Θ0 is a classifier at chance level;
+    - a warmup is longer than a stage, or a stage ends early;
+    - the config does not describe the model or its tied weights, so states load only with `load_into`, not with
+      `from_pretrained`;
+    - the training changes something that no state holds, so a resumed run ends with other weights: BatchNorm
+      statistics below an adapter, parameters of the optimizer that are not in the model, such as weights of a loss, or
+      another model of the trainer, such as a reference that follows the training.
 
     Args:
         trainer (`Trainer`):
             Any `transformers.Trainer` with a `train_dataset`; its model may be compiled. For a `PeftModel`, only the
-            adapter that trains is recorded, as peft saves it; adapters beside it must be frozen.
+            adapter that trains is recorded, as peft saves it; other adapters must be frozen.
         schedule ([`ForgettingSchedule`]):
             The subsets.
         output_dir (`str` or `Path`):
@@ -75,8 +79,8 @@ def induce_forgetting(
             `"train"` trains state 0 on all data, like `trainer.train()`; `"current"` uses the model's current weights
             as state 0.
         dtype, start_weights (*optional*):
-            See [`WeightTransitionCallback`]. With `start="current"` the weights before the training are unknown and
-            not recorded.
+            See [`WeightTransitionCallback`]. With `start="current"`, the weights before the training are unknown, so
+            no start is recorded.
 
     Returns:
         [`WeightTrajectory`]: with `schedule.num_states` states.

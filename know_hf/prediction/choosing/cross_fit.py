@@ -27,21 +27,22 @@ CROSS_FIT_FAMILY = (
     *(Candidate("start_interpolation", {"scale": scale, "slope": 1 - scale}) for scale in (0.6, 0.75, 0.9)),
     *(Candidate("shrink", {"factor": factor}) for factor in (0.9, 0.95, 1.025)),
 )
-"""What cross-fitting compares: predictions from Θ0 and the start alone, which can be made of a branch as well."""
+"""What cross-fitting compares: predictions from Θ0 and the start alone, in which a branch can replace Θ0."""
 
 
 @dataclass(frozen=True)
 class CrossFit:
-    """Cross-fitting, as `gate` of [`predict_overflowed_weights`]: the training data chooses, no labels are added.
+    """A `gate` for [`predict_overflowed_weights`] that chooses on the training data, without validation data.
 
-    The trajectory has two branches from the start on complementary halves of the data. Each candidate of
-    [`CROSS_FIT_FAMILY`] is made of branch A in the place of Θ0 and evaluated on the half of B, which A has not seen,
-    and the other way round. The paired differences of all batches from the branches themselves decide like those of a
-    [`Gate`], and the chosen candidate is made of Θ0.
+    The trajectory has two branches from the start, trained on complementary halves of the data. Each candidate of
+    [`CROSS_FIT_FAMILY`] is computed with branch A in place of Θ0 and evaluated on the half of B, which A has not seen,
+    and vice versa. As in a [`Gate`], the choice depends on the paired differences over all batches, here from the
+    branches themselves. The chosen candidate is then computed with Θ0.
 
-    A branch is moved twice as far as Θ0. It has seen half of the data, and what a finite sample leaves, a variance or
-    a bias of order 1 / n, is twice as large in it. With noise of variance v in Θ0, 2v in the branches and a signal S,
-    the best multiples are `S / (S + v)` and `S / (S + 2v)`: half of the way to the second is never beyond the first.
+    Branches are moved twice as far as Θ0. A branch has seen half of the data, so the error of a finite sample, a
+    variance or a bias of order 1 / n, is twice as large. With noise of variance v in Θ0, 2v in the branches and a
+    signal S, the best multiples are `S / (S + v)` and `S / (S + 2v)`: going half of the way to the second never
+    overshoots the first.
 
     Args:
         dataset (`torch.utils.data.Dataset`):
@@ -72,10 +73,10 @@ class CrossFit:
             raise ValueError(f"max_examples must be at least 1, got {self.max_examples}")
 
     def gates(self, trajectory: WeightTrajectory) -> dict[str, Gate]:
-        """Return, by the name of each branch, a gate with the half that it has not seen.
+        """Return a gate for each branch, by its name, with the half that the branch has not seen.
 
         Raises:
-            `ValueError`: if the trajectory has no two branches from the start, or the dataset is not the recorded one.
+            `ValueError`: if the trajectory lacks two branches from the start, or the dataset is not the recorded one.
         """
         schedule, path = trajectory.schedule, trajectory.path
         wanted = "record with ForgettingSchedule(kind='complementary', branch_from='start')"

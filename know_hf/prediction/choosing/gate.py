@@ -37,28 +37,33 @@ Evaluate = Callable[["Gate", TensorSource, bool, Sequence[int] | None, bool], fl
 class Gate:
     """Validation data and the rule by which `predict_overflowed_weights(..., gate=Gate(...))` chooses what to write.
 
-    The candidates are Θ0, the other states, the requested prediction at every number of steps up to the requested one,
-    and the [`FAMILY`]: averages, moves between the states and beyond Θ0, and slightly smaller or larger weights; where
-    the trajectory has them, also the start, tail states and branches, averages of the tail and of the branches, and
-    moves back towards the start. With `recalibrate_with`, all of them get recalibrated BatchNorm statistics, and Θ0 is
-    evaluated with its recorded ones too. Pass either `compute_loss` or `dataset`.
+    Pass either `compute_loss` or `dataset`. The candidates are
+
+    - Θ0 and the other states;
+    - the requested prediction, at every number of steps up to the requested one;
+    - the [`FAMILY`]: averages, moves between the states and beyond Θ0, and slightly smaller or larger weights;
+    - if the trajectory has them, the start, tail states and branches, averages of tail and branches, and moves back
+      towards the start.
+
+    With `recalibrate_with`, all of them get recalibrated BatchNorm statistics, and Θ0 is also evaluated with its
+    recorded ones.
 
     With a `dataset` of at least 80 batches, a random part of the batches screens the candidates, and the best few are
-    tested on the other batches; see [`screen_and_choose`]. Each candidate is tested on all values if there are fewer,
-    and with `compute_loss`, which cannot be asked for a part of them.
+    tested on the other batches; see [`screen_and_choose`]. With fewer batches or with `compute_loss`, every candidate
+    is tested on all values.
 
     <Tip>
 
-    The validation data is used for the choice, so the loss of the chosen candidate is optimistic; report on other
+    The gate chooses on the validation data, so the loss of the chosen candidate is optimistic. Report results on other
     data.
 
     </Tip>
 
     Args:
         compute_loss (`Callable`, *optional*):
-            Maps a model in evaluation mode to its loss; lower is better. Returns one value per example or batch, at
-            least 10 and always in the same order, or a single number, which needs `margin`. It gets the same model for
-            all candidates, each time with other weights.
+            Maps a model in evaluation mode to its loss; lower is better. Returns one value per example or batch (at
+            least 10, always in the same order), or a single number, which needs `margin`. It receives the same model
+            object for all candidates, each time with other weights.
         dataset (`torch.utils.data.Dataset`, *optional*):
             Labelled validation examples. Each batch contributes one value: the model's loss, or its error rate.
         data_collator (`Callable`, *optional*):
@@ -67,34 +72,35 @@ class Gate:
         batch_size (`int`, *optional*, defaults to `8`):
             Number of examples per batch of `dataset`, which must give at least 10 batches.
         metric (`str`, *optional*, defaults to `"validation loss"`):
-            Name of the values in result and card. With a `dataset` of a classification model, `"accuracy"` compares
-            the error rate, 1 - accuracy, instead of the loss.
+            Name of the values in the result and the card. With a `dataset` for a classification model, `"accuracy"`
+            compares the error rate, 1 - accuracy, instead of the loss.
         level (`float`, *optional*, defaults to `0.05`):
-            Bound on the probability of choosing any candidate that is not better than Θ0, whatever their number,
-            those that were screened out included. It is approximate: with fewer than about 50 values and a few large
-            outliers, the probability can be several times higher. In simulations of 30 candidates and 100 batches it
-            is 2% for normal differences, 5% for exponential ones, and 8% for a log-normal tail with σ = 1.5.
+            Bound on the probability of choosing a candidate that is not better than Θ0, whatever the number of
+            candidates, including those screened out. The bound is approximate: with fewer than about 50 values and a
+            few large outliers, the probability can be several times higher. In simulations of 30 candidates and 100
+            batches, it is 2% for normal differences, 5% for exponential ones, and 8% for a log-normal tail with
+            σ = 1.5.
         margin (`float`, *optional*):
-            Minimum improvement over Θ0, in units of the loss; 0 by default. It alone decides if the noise is unknown:
-            for single numbers, and for losses that all differ from Θ0's by the same amount.
+            Minimum improvement over Θ0, in units of the loss; 0 by default. It alone decides if the noise is unknown,
+            which is the case for single numbers and for losses that all differ from Θ0's by the same amount.
         base_model (`PreTrainedModel`, *optional*):
-            Base model of an adapter trajectory. It is left unchanged.
+            Base model of a trajectory of adapters. It is not changed.
         device (`torch.device` or `str`, *optional*):
-            Device of the evaluation; the accelerator's or the CPU by default.
+            Device of the evaluation; by default the accelerator's, or the CPU.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the bootstrap, and of torch in each evaluation.
         remove_unused_columns (`bool`, *optional*, defaults to `True`):
             Whether to drop columns that the model does not accept before `data_collator`, as in `Trainer`.
         candidates (sequence of `int`, `str`, [`Predictor`] or [`Candidate`], *optional*):
-            What to evaluate instead of the other states and the family: the index of a state, or a predictor. Θ0 and
-            the requested prediction are always candidates.
+            Indices of states and predictors to evaluate instead of the other states and the family. Θ0 and the
+            requested prediction are always candidates.
         screening (`float`, *optional*, defaults to `0.2`):
-            Part of the batches that screens the candidates; 0 tests all of them on all batches.
+            Share of the batches that screens the candidates; 0 tests every candidate on all batches.
         num_confirmed (`int`, *optional*, defaults to `5`):
             Number of candidates that are tested after the screening.
 
     Raises:
-        `ValueError`: if both or neither of `compute_loss` and `dataset` are given, a number is out of range, or a
+        `ValueError`: if both or neither of `compute_loss` and `dataset` are given, a number is out of range, a
             dataset with a length gives fewer than 10 batches (one is enough with a `margin`), or a candidate is
             invalid (see [`Candidate`]).
     """
@@ -136,8 +142,9 @@ class Gate:
 
     @torch.no_grad()
     def losses(self, model: Any, batches: Sequence[int] | None = None) -> float | list[float]:
-        """Return the losses of a model: what `compute_loss` returns, or one value per batch of `dataset`, of all or of
-        the batches with the given numbers, in increasing order.
+        """Return what `compute_loss` returns, or one value per batch of `dataset`, in order.
+
+        `batches` selects batches by their numbers; by default all.
         """
         model.eval()
         with torch.random.fork_rng():
