@@ -13,8 +13,8 @@ from torch.optim.swa_utils import update_bn
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     """Recompute running means and variances in place, as the average over all batches.
 
-    Only BatchNorm layers are in training mode meanwhile: dropout would inflate the variances (arXiv 1801.05134).
-    Momentum and training modes are restored. For a model without BatchNorm, the batches are not read.
+    Only BatchNorm layers are in training mode, because dropout would inflate the variances (arXiv 1801.05134).
+    Momentum and training modes are restored afterwards. If the model has no BatchNorm, the batches are not read.
 
     Args:
         model (`nn.Module`):

@@ -2,9 +2,9 @@
 
 KNOWN has one network each for convolution kernels (`conv`), matrices (`fc`) and additive vectors (`bias`). In the
 paper the shape alone decides: 3×3 kernels are conv, other tensors of two or more axes are fc, vectors are bias. Here
-the module that owns a tensor and the tensor's name decide before its axes, so roles hold for any model. Tensors that
-no network was meant for keep their values: `norm` (parameters of normalisation layers), `kept` (other parameters) and
-`copied` (buffers).
+the module that owns a tensor and the tensor's name take precedence over its shape, so roles work for any model. Other
+tensors keep their values: `norm` (parameters of normalisation layers), `kept` (other parameters) and `copied`
+(buffers).
 """
 
 import re
@@ -57,8 +57,8 @@ class TensorRole:
 def tensor_roles(model: nn.Module) -> dict[str, TensorRole]:
     """Return the role of every tensor of a model.
 
-    A tied tensor is listed under each of its names; all but the first have `tied_to`. A checkpoint on disk contains it
-    once.
+    A tied tensor is listed under each of its names, all but the first with `tied_to`. A checkpoint on disk contains it
+    only once.
 
     Args:
         model (`nn.Module`):

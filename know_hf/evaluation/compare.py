@@ -62,12 +62,12 @@ def compare_arms(
     command: str | None = None,
     pages: bool = True,
 ) -> ComparisonReport:
-    """Compare ways to initialise a downstream task, with controls, giving every arm the same tuning budget.
+    """Compare arms, the ways to initialise a model for a downstream task, with the same tuning budget.
 
     ```python
     from know_hf.evaluation import Arm, ComparisonTask, FineTuning, LinearProbe, Split, ZeroShot, compare_arms
 
-    def target(seed, draw):  # other examples for each draw
+    def target(seed, draw):  # different examples for each draw
         return Split(train=…, validation=…, test=…, num_labels=5)
 
     task = ComparisonTask([f"trajectory-{seed}" for seed in range(10)], target, source)
@@ -75,9 +75,9 @@ def compare_arms(
     print(compare_arms(task, "comparison/", protocols=protocols, num_processes=4))
     ```
 
-    A comparison resumes: with the same folder, finished cells are not run again, and arms or seeds can be added. Data
+    A comparison resumes: with the same folder, finished cells are not run again, and you can add arms or seeds. Data
     and weights of a seed are identified by their hashes, so `source` and `target` are called once per seed and draw.
-    `output_dir` gets `report.json` (also rendered as HTML and Markdown), one file per cell, and the trajectories.
+    `output_dir` receives `report.json` (also as HTML and Markdown), one file per cell, and the trajectories.
 
     Args:
         task ([`ComparisonTask`]):
@@ -88,40 +88,41 @@ def compare_arms(
             What is measured, the most important first: [`FineTuning`], [`LinearProbe`], [`ZeroShot`] or any
             [`MeasuringProtocol`].
         arms (sequence of [`Arm`], names or mappings, *optional*):
-            Arms as [`make_arm`] takes them, naive included; by default all for which the task has what they need.
+            Arms in a form that [`make_arm`] accepts, including naive; by default all that the task supports.
         seeds (sequence of `int`, *optional*):
             Trajectory seeds; by default all recorded ones, or 0 to 9.
         draws (`int`, *optional*, defaults to `1`):
-            Downstream draws per trajectory. They reduce the noise of its value, and do not count as independent.
+            Downstream draws per trajectory. They reduce the noise of its value, but do not count as independent.
         trials_per_rate (`int`, *optional*, defaults to `4`):
             Trials of every arm at each learning rate, a multiple of the number of settings of every arm; see
             [`know_hf.evaluation.protocols`].
         landscape ([`Landscape`], *optional*):
             Options of a loss landscape around the states of the first seed; none by default.
         stacked (`bool`, *optional*):
-            Whether the trials of an arm are trained together, as stacks of models; this changes results by rounding
-            only. By default on an accelerator, and on a CPU for heads and tiny models. `True` is an error for a model
-            that `torch.func.vmap` cannot run.
+            Whether to train the trials of an arm together, as stacks of models, which changes results only by
+            rounding. Stacks are the default on an accelerator, and on a CPU for heads and tiny models. `True` raises
+            an error if `torch.func.vmap` cannot run the model.
         num_processes (`int`, *optional*, defaults to `1`):
-            Number of processes. It changes no result; with more than one, task, arms and protocols must be picklable.
+            Number of processes, which does not change results. With more than one, task, arms and protocols must be
+            picklable.
         max_minutes (`float`, *optional*):
-            Time limit: no cell starts that is expected to end later, by the time of those that are finished. All arms
-            of a seed run before those of the next seed, naive, random and oracle first. The report has the seeds that
-            are complete and says how many were planned. Another run continues.
+            Time limit: no cell starts that is expected to end later, judging by the finished ones. All arms of a seed
+            run before those of the next seed: naive, random and oracle first. The report has the complete seeds and
+            says how many were planned. Another run continues.
         name, description, command (`str`, *optional*):
-            For the report; the command is the one that reproduces it.
+            Name, description and command for the report; the command should reproduce it.
         pages (`bool`, *optional*, defaults to `True`):
             Whether to write `report.html`, `report.md` and figures, which need matplotlib.
 
     Raises:
         `ValueError`: If naive is missing, the task lacks what an arm or protocol needs, its data cannot be used, an
-            argument is invalid, the folder has results of another comparison, such as on other data, or it is inside a
-            trajectory or the folder of KNOWN weights.
+            argument is invalid, the folder has results of another comparison (for example on other data), or the
+            folder is inside a trajectory or the folder of KNOWN weights.
         `TimeoutError`: If fewer than two seeds are complete at the time limit; finished cells are kept.
         `FileExistsError`: If the folder has other content.
         `BlockingIOError`: If another comparison writes to the folder.
         `RuntimeError`, `ChildProcessError`: If a cell fails in its process, or the process dies.
-        `ImportError`: If scipy is missing; raised before the work.
+        `ImportError`: If scipy is missing; raised before any work.
     """
     scipy_stats()
     if max_minutes is not None and not max_minutes > 0:

@@ -54,8 +54,8 @@ def push(path: str | Path, repo_id: str, **options: Unpack[PushKeywords]) -> str
 def push_checkpoint(folder: str | Path, repo_id: str, **options: Unpack[PushKeywords]) -> str:
     """Push a checkpoint with its card in one commit.
 
-    The same commit deletes weights under other names, such as old shards. Files that the Hub has are not sent again.
-    Configs are pushed without paths of local folders.
+    The same commit deletes weights under other names, such as old shards. Files already on the Hub are not sent again.
+    Configs are pushed without the paths of local folders.
 
     Args:
         folder (`str` or `Path`):
@@ -69,8 +69,8 @@ def push_checkpoint(folder: str | Path, repo_id: str, **options: Unpack[PushKeyw
         `str`: Address of the commit, or of the pull request.
 
     Raises:
-        `FileNotFoundError`, `CheckpointError` or `ValueError`: If the folder holds an incomplete checkpoint, or other
-            files.
+        `FileNotFoundError`, `CheckpointError` or `ValueError`: If the folder holds an incomplete checkpoint or
+            something else.
         `BlockingIOError`: If another process writes the folder.
         `HubError` or `HfHubHTTPError`: If the push is refused or fails; nothing was committed. See [`check_push`].
     """
@@ -90,13 +90,13 @@ def push_checkpoint(folder: str | Path, repo_id: str, **options: Unpack[PushKeyw
 def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **options: Unpack[PushKeywords]) -> str:
     """Push a trajectory with one commit per state and `trajectory.json` in the last one.
 
-    A repo without `trajectory.json` cannot be read as a trajectory. After an interruption, push again: states on the
-    Hub are skipped. If the repo holds another trajectory, the first commit deletes its `trajectory.json` and the last
-    commit its other states. If another commit changes a state meanwhile, the last commit is refused.
+    A repo without `trajectory.json` cannot be read as a trajectory, so a partial push is never read. After an
+    interruption, push again: states on the Hub are skipped. If the repo holds another trajectory, the first commit
+    deletes its `trajectory.json`, and the last commit deletes its other states. If another commit changes a state
+    meanwhile, the last commit is refused.
 
-    States that share tensors with earlier ones cannot be loaded from the Hub with
-    `from_pretrained(repo_id, subfolder="state-k")`, which does not read other subfolders. Use
-    `WeightTrajectory.from_hub(repo_id).load_model(k)` or pull the repo first.
+    `from_pretrained(repo_id, subfolder="state-k")` does not read other subfolders, so it cannot load states that share
+    tensors with earlier ones. Use `WeightTrajectory.from_hub(repo_id).load_model(k)`, or pull the repo first.
 
     Args:
         trajectory ([`WeightTrajectory`], `str` or `Path`):
@@ -108,7 +108,7 @@ def push_trajectory(trajectory: WeightTrajectory | str | Path, repo_id: str, **o
     Raises:
         `TrajectoryError`: If the trajectory is on the Hub, has no complete state, or has a file that differs from the
             recorded one.
-        `HubError`: If another commit changes a state during the push, and as [`push_checkpoint`].
+        `HubError`: If another commit changes a state during the push; also as [`push_checkpoint`].
     """
     if not isinstance(trajectory, WeightTrajectory):
         trajectory = WeightTrajectory(trajectory)
@@ -150,7 +150,7 @@ def push_known(model: KNOWNModel | str | Path, repo_id: str, **options: Unpack[P
 
     `KNOWNModel.from_pretrained(repo_id)` loads them, and so does `AutoModel.from_pretrained(repo_id)` once
     `know_hf.KNOWNModel` is imported. Without know_hf, `AutoModel.from_pretrained(repo_id, trust_remote_code=True)`
-    runs code in the repo.
+    loads them with the code in the repo.
 
     Args:
         model ([`KNOWNModel`], `str` or `Path`):

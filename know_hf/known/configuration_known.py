@@ -24,7 +24,7 @@ class KNOWNConfig(PreTrainedConfig):
         variant (`str`, *optional*, defaults to `"reference"`):
             `"reference"`: the published networks, which read the history of each scalar weight. `"combination"`: one
             small network that reads statistics of complete tensors and combines their displacements, see
-            [`KNOWNModel.coefficients`]; of the sizes below it takes `combination_size` alone.
+            [`KNOWNModel.coefficients`]. Of the sizes below, it uses only `combination_size`.
         num_states (`int`, *optional*, defaults to `5`):
             Length S of the history of one scalar weight: S - 1 forgotten states and the full-data state.
         hidden_size (`int`, *optional*, defaults to `64`):
@@ -38,12 +38,12 @@ class KNOWNConfig(PreTrainedConfig):
         initializer_scale (`float`, *optional*, defaults to `0.1`):
             Scale of the variance-scaling initializer (fan in, uniform) of the first and last layer of a stream.
         combination_size (`int`, *optional*, defaults to `16`):
-            Hidden units of the variant `"combination"`, of the tensor and of each state.
+            Hidden units of the variant `"combination"`, for the tensor and for each state.
         largest_coefficient (`float`, *optional*, defaults to `1.5`):
             Bound of the coefficients of the variant `"combination"`.
         trained_on (`dict[str, Any]`, *optional*):
-            Description of the meta-training data, JSON values only: for instance the number of trajectories and, in
-            `roles`, the largest weight and displacement by role. Prediction warns when its input lies far outside.
+            Description of the meta-training data in JSON values, for example the number of trajectories and, in
+            `roles`, the largest weight and displacement by role. Prediction warns if its input is far outside.
 
     Raises:
         `huggingface_hub.errors.StrictDataclassClassValidationError`: If a value is out of range.
@@ -64,7 +64,7 @@ class KNOWNConfig(PreTrainedConfig):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles with a network of their own; none of the variant `"combination"`, whose network takes every role."""
+        """Roles that have their own network; empty for `"combination"`, whose one network takes every role."""
         return KNOWN_ROLES if self.variant == "reference" else ()
 
     @classmethod
@@ -75,7 +75,7 @@ class KNOWNConfig(PreTrainedConfig):
         Read a `config.json`, with the arguments of [`~transformers.PreTrainedConfig.from_pretrained`].
 
         Raises:
-            `ValueError`: If the file is not a config of KNOWN; names its folder or repo.
+            `ValueError`: If the file is not a config of KNOWN; the message names its folder or repo.
             `OSError`: If the file is missing or is not JSON.
         """
         try:

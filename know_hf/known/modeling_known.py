@@ -2,8 +2,8 @@
 
 Each scalar weight is processed independently: `prediction = history[:, -1] + KNOWN(W, dW)`, where `W` is the history,
 most forgotten state first and full-data state last, and `dW` its consecutive differences (arXiv 2508.05059). As
-published, the network is not scale-equivariant and its input is not normalized. The variant "combination" has another
-network, of complete tensors, see `combination_network`.
+published, the network is not scale-equivariant and its input is not normalized. The variant "combination" has a
+different network, which reads complete tensors, see `combination_network`.
 """
 
 import math
@@ -124,8 +124,8 @@ class KNOWNPreTrainedModel(PreTrainedModel):
 
 class KNOWNModel(KNOWNPreTrainedModel):
     r"""
-    KNOWN with one network for each of the roles conv, fc and bias (arXiv 2508.05059); or, as the variant
-    `"combination"`, with one network for complete tensors of any role, see [`coefficients`].
+    KNOWN with one network for each of the roles conv, fc and bias (arXiv 2508.05059). The variant `"combination"` has
+    one network for complete tensors of any role instead, see [`coefficients`].
 
     Args:
         config ([`KNOWNConfig`]):
@@ -158,11 +158,11 @@ class KNOWNModel(KNOWNPreTrainedModel):
         """
         Load weights from `model.safetensors`, with the arguments of [`~transformers.PreTrainedModel.from_pretrained`].
 
-        The config is compared with the header of the file before the model is built. Other files, pickled weights
-        among them, are never read.
+        The config is compared with the header of the file before the model is built. No other files are read, so
+        pickled weights never are.
 
         Raises:
-            `ValueError`: If config or weights are damaged, or do not fit each other.
+            `ValueError`: If config or weights are damaged, or do not match.
             `OSError`: If a file is missing, or the Hub cannot be reached.
         """
         source = pretrained_model_name_or_path
@@ -254,7 +254,7 @@ class KNOWNModel(KNOWNPreTrainedModel):
             tensor_features (`torch.Tensor` of shape `(F,)`):
                 Statistics of the tensor, see [`~know_hf.known.tensor_basis`].
             state_features (`torch.Tensor` of shape `(K, Q)`):
-                Statistics of each state but Θ0.
+                Statistics of each state except Θ0.
 
         Returns:
             `dict[str, float]`: Coefficients by element of the basis, `"start"`, `"state-1"`, …, for

@@ -40,18 +40,18 @@ class TransitionBlock:
 
 
 class TransitionDataset(Dataset):
-    """Map-style dataset of the transitions of some trajectories. Item i is
-    `{"history": (S,), "labels": (), "no_change": (), "role": str}`, most forgotten state first.
+    """Map-style dataset of transitions. Item i is `{"history": (S,), "labels": (), "no_change": (), "role": str}`,
+    most forgotten state first.
 
     ```python
     for batch in DataLoader(dataset, batch_size=8, shuffle=True):
         batch["history"], batch["labels"], batch["role"]  # (8, S), (8,) and a list of 8 names
     ```
 
-    It covers tensors of the roles conv, fc and bias that change; parameters of normalization layers, and tensors whose
-    drawn scalars are equal in all states, are left out. At most `max_per_tensor` scalars per tensor are drawn, and
-    nothing else is read of large tensors. Drawn scalars take `4 * T` bytes each, in memory or in memory-mapped files
-    of `cache_dir`. Items are ordered by role, then by tensor, see `blocks`; [`BalancedBatchSampler`] draws from them.
+    The dataset covers tensors of the roles conv, fc and bias that change. It omits parameters of normalization layers
+    and tensors whose drawn scalars are equal in all states. At most `max_per_tensor` scalars per tensor are drawn;
+    nothing else is read from large tensors. Drawn scalars take `4 * T` bytes each, in memory or in memory-mapped files
+    in `cache_dir`. Items are ordered by role, then by tensor, see `blocks`. [`BalancedBatchSampler`] draws from them.
 
     Args:
         trajectories (sequence of [`WeightTrajectory`], `str` or `Path`):
@@ -60,13 +60,13 @@ class TransitionDataset(Dataset):
         num_states (`int`, *optional*, defaults to `5`):
             Length S of a history.
         max_per_tensor (`int`, *optional*, defaults to `4096`):
-            Scalars drawn from a larger tensor; `None` takes all. Of tensors with more than 262,144 scalars, runs of 16
-            neighbors are drawn.
+            Largest number of scalars drawn from a tensor; `None` takes all. From tensors with more than 262,144
+            scalars, runs of 16 neighbors are drawn.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw, combined with the names of trajectory and tensor.
         cache_dir (`str` or `Path`, *optional*):
-            Folder in which drawn scalars are cached, for other processes, other S and later runs. Processes that
-            create the dataset simultaneously share the work.
+            Folder in which drawn scalars are cached for other processes, other S and later runs. Processes that create
+            the dataset at the same time share the work.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -81,8 +81,8 @@ class TransitionDataset(Dataset):
             Hash of the transitions and their order, independent of where they were read.
 
     Raises:
-        `ValueError`: If `trajectories` is empty, a trajectory has too few states or a drawn value that is not finite,
-        or no tensor changes.
+        `ValueError`: If `trajectories` is empty, a trajectory has too few states, a drawn value is not finite, or no
+        tensor changes.
     """
 
     def __init__(
@@ -140,9 +140,9 @@ class TransitionDataset(Dataset):
         return {**{name: values[0] for name, values in transitions.items()}, "role": role}
 
     def by_role(self, indices: Sequence[int] | np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
-        """Get a batch, by role. It is much faster than its items one by one.
+        """Return a batch by role, much faster than reading its items one by one.
 
-        For each role with an item, `history` `(N_role, S)`, `labels` `(N_role,)` and `no_change` `(N_role,)`, the mean
+        Each role that occurs has `history` `(N_role, S)`, `labels` `(N_role,)` and `no_change` `(N_role,)`, the mean
         `|Θ0 - Θ(-1)|` of the tensor of each transition, in the order of `indices`.
         """
         layout = self._layout

@@ -49,11 +49,11 @@ class MetaTrainingResult:
         model ([`KNOWNModel`]):
             Trained model, in evaluation mode on the CPU, the same on every process.
         losses (`list[dict[str, float]]`):
-            For every `log_every` steps, and for every checkpoint, `step` and the mean loss of each role since the last
-            report, over all processes, without regularizers.
+            For every `log_every` steps and every checkpoint, `step` and the mean loss of each role since the last
+            report, over all processes and without regularizers.
         validation (`list[dict[str, float | None]]`):
-            For each evaluation on the validation split, `step` and the skill of each role; `None` where it is not
-            finite, because nothing of the role moves there.
+            For each evaluation on the validation split, `step` and the skill of each role. The skill is `None` if it
+            is not finite because nothing of the role moves.
         train_skill (`dict[str, RoleSkill]`):
             Skill by role on the training transitions.
         held_out_skill (`dict[str, dict[str, RoleSkill]]`):
@@ -67,7 +67,7 @@ class MetaTrainingResult:
         steps_done (`int`):
             Completed optimizer steps; fewer than `args.steps` after early stopping.
         best_step (`int`, *optional*):
-            Step of the returned weights, if `args.patience` selected them; otherwise they are those of the last step.
+            Step of the returned weights if `args.patience` selected them; otherwise they are from the last step.
     """
 
     model: KNOWNModel = field(repr=False)
@@ -104,15 +104,15 @@ def meta_train(
 ) -> MetaTrainingResult:
     """Train KNOWN to predict the next less forgotten state.
 
-    The loss is the L1 error `mean |Θ0 + KNOWN(W, dW) - Θ(-1)|` and the published regularizers (arXiv 2508.05059). The
+    The loss is the L1 error `mean |Θ0 + KNOWN(W, dW) - Θ(-1)|` plus the published regularizers (arXiv 2508.05059). The
     optimizer is Adam with a cosine schedule, on batches balanced over roles, trajectories and tensors.
 
-    All processes started by `torchrun` or `accelerate launch` share every batch: a step sees the same transitions on
-    any number of processes. With `args.checkpoint_dir`, an interrupted training resumes and ends in the same weights,
-    bit for bit on the same number of processes.
+    All processes started by `torchrun` or `accelerate launch` share every batch, so a step sees the same transitions
+    on any number of processes. With `args.checkpoint_dir`, an interrupted training resumes and ends with the same
+    weights, bit for bit on the same number of processes.
 
     Nothing is selected on the held-out splits, so their skill is an unbiased estimate for similar new trajectories.
-    The returned weights are those of the last step or, with `args.patience`, the best ones on the validation split.
+    The returned weights are from the last step or, with `args.patience`, the best ones on the validation split.
 
     Args:
         known ([`KNOWNModel`] or [`KNOWNConfig`], *optional*):
@@ -120,10 +120,10 @@ def meta_train(
         train ([`TransitionDataset`]):
             Training transitions.
         held_out ([`TransitionDataset`] or `Mapping[str, TransitionDataset]`, *optional*):
-            Transitions of other trajectories, only evaluated: one split, named `"held_out"`, or several by name (other
-            trajectories, architectures, datasets).
+            Transitions of other trajectories, used only for evaluation: one split, named `"held_out"`, or several by
+            name (other trajectories, architectures, datasets).
         validation ([`TransitionDataset`], *optional*):
-            Transitions from further trajectories, evaluated during training.
+            Transitions of yet other trajectories, evaluated during training.
         args ([`MetaTrainingArguments`], *optional*):
             Steps, batch size, learning rate and so on.
         progress (`bool`, *optional*, defaults to `True`):
@@ -134,8 +134,8 @@ def meta_train(
 
     Raises:
         `ValueError`: If the model has `variant="combination"`, a trajectory is in two splits, the histories do not
-        have the length of the model's, a checkpoint belongs to another training, or the batch size is not a multiple
-        of the number of processes.
+        have the length that the model expects, a checkpoint belongs to another training, or the batch size is not a
+        multiple of the number of processes.
         `BlockingIOError`: If another training writes to `args.checkpoint_dir`.
         `RuntimeError`: If fewer processes train together than were launched.
         `FloatingPointError`: If the loss is not finite.

@@ -53,7 +53,7 @@ class PlannedTensor:
         network (`str`, *optional*):
             Role whose network predicts it; `None` if it is copied.
         is_kept_by_dtype (`bool`):
-            Whether it is a parameter that is copied because its dtype cannot be predicted (complex, float8).
+            Whether it is copied because its dtype cannot be predicted (complex, float8).
         is_unchanged (`bool`):
             Whether the manifest lists it as equal in all snapshots that the predictor reads.
     """
@@ -81,7 +81,7 @@ class PredictionPlan:
         snapshots (`list[int | str]`):
             What the predictor reads: indices of states and names of other snapshots, Θ0 last.
         norm (`str`):
-            What happens to normalisation layers.
+            `"keep"` or `"predict"`, what happens to normalisation layers.
         members (`list[Predictor]`):
             The predictor and the rescalers that follow it.
         rescaling ([`Rescaling`], *optional*):
@@ -144,7 +144,7 @@ class PredictionPlan:
     def memory(self) -> int:
         """Largest size in bytes of all pieces in memory at the same time. It does not grow with the model.
 
-        Of a [`SnapshotPredictor`], the largest tensor in all snapshots that it reads is added.
+        A [`SnapshotPredictor`] adds the largest tensor in all snapshots that it reads.
         """
         sizes = [tensor.spec.shape.numel() for tensor in self.tensors.values()]
         # histories read ahead; and in computing the window with every step, differences, products and the result
@@ -241,13 +241,13 @@ def plan_prediction(
 ) -> PredictionPlan:
     """Plan what [`predict_overflowed_weights`] would do with the same arguments.
 
-    Reads the files' headers only; to rescale, Θ0 is loaded and run on a batch.
+    Reads only the headers of the files, except that rescaling loads Θ0 and runs it on a batch.
 
     Args:
         trajectory, known, steps, predictor, predictor_options, norm, dtype, kernel:
             See [`predict_overflowed_weights`].
         device (`torch.device` or `str`, *optional*):
-            Device to move KNOWN to; it stays where it is by default.
+            Device to move KNOWN to; by default, it is not moved.
         estimate_time (`bool`, *optional*, defaults to `True`):
             Whether to time the predictor on random rows, and to measure the memory of this process afterwards.
 

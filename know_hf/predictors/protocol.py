@@ -19,10 +19,10 @@ from .tensor_factor import Rescaler
 class Predictor(Protocol):
     """Predicts a residual from histories.
 
-    Rows are independent: the residual of a row must not depend on the other rows, because tensors arrive in chunks. A
-    predictor that depends on the layer also implements [`DepthPredictor.at_depth`]. One of states along one training
-    has an attribute `follows_training = True`: its history is the tail states and Θ0, if the trajectory has a tail.
-    For complete tensors and other snapshots, see [`SnapshotPredictor`].
+    Tensors arrive in chunks, so the residual of a row must not depend on the other rows. A predictor that depends on
+    the layer also implements [`DepthPredictor.at_depth`]. A predictor with the attribute `follows_training = True`
+    reads states along one training: if the trajectory has a tail, its history is the tail states and Θ0. For complete
+    tensors and other snapshots, see [`SnapshotPredictor`].
     """
 
     @property
@@ -59,7 +59,7 @@ class Composition:
             At most one predictor that adds a residual, which comes first, and any number of [`Rescaler`]s.
 
     Raises:
-        `ValueError`: if there is no member, or one that is neither first nor a rescaler.
+        `ValueError`: if there is no member, or a member after the first is not a rescaler.
     """
 
     members: Sequence[Predictor]
@@ -104,7 +104,7 @@ def register_predictor(name: str) -> Callable[[_PredictorClass], _PredictorClass
             Name of the predictor.
 
     Raises:
-        `TypeError`: if it is not a class, or `residual(self, history, role)` or `num_states` is missing.
+        `TypeError`: if it is not a class, or lacks `residual(self, history, role)` or `num_states`.
         `ValueError`: if another class has this name.
     """
 
@@ -132,8 +132,8 @@ def get_predictor(name: str, **kwargs: Any) -> Predictor:
             or a name given to [`register_predictor`]. Names joined by `+`, such as `"average+rescale"`, give a
             [`Composition`].
         kwargs:
-            Fields of the predictor, for example `factor` of [`Shrink`]. For joined names, the fields of each by its
-            name, for example `rescale={"factor": 0.25}`.
+            Fields of the predictor, for example `factor` of [`Shrink`]. For joined names, the fields of each
+            predictor by name, for example `rescale={"factor": 0.25}`.
 
     Raises:
         `ValueError`: if the name is unknown or a field has an invalid value.

@@ -51,7 +51,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class LoraArguments:
-    """Low-rank adapter to train instead of all weights, see `peft.LoraConfig`.
+    """Low-rank adapter to train instead of all weights; see `peft.LoraConfig`.
 
     Args:
         r (`int`, *optional*, defaults to `8`):
@@ -180,7 +180,7 @@ class RecordArguments:
     def from_dict(cls, content: Mapping[str, Any], source: str = "the arguments") -> "RecordArguments":
         """Build the arguments from a mapping of field names to values; numbers and booleans may be strings.
 
-        `source` says in error messages where the values come from.
+        `source` names the origin of the values in error messages.
 
         Raises:
             `ValueError`: for an unknown key (with the nearest known one), a missing key, or a value of the wrong type.
@@ -189,7 +189,7 @@ class RecordArguments:
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "RecordArguments":
-        """Read the arguments from a YAML file; `overrides` replaces its values, in `lora` and `training` key by key.
+        """Read the arguments from a YAML file; `overrides` replaces values, and single keys of `lora` and `training`.
 
         Raises:
             `FileNotFoundError`: when the file does not exist.

@@ -35,8 +35,8 @@ def record_task(args: RecordArguments) -> WeightTrajectory:
     Raises:
         `ValueError`: see [`induce_forgetting`]; also when the columns of the dataset do not fit the task, for a key of
             `args.training` that `TrainingArguments` does not have, and when the folder holds a trajectory that was
-            recorded with other arguments.
-        `FileExistsError`: when the folder has a `record.json` or `forgetting.png` of another program.
+            recorded with different arguments.
+        `FileExistsError`: when the folder has a `record.json` or `forgetting.png` from another program.
     """
     return record_and_count(args)[0]
 

@@ -1,7 +1,7 @@
 """Merge the adapters of a trajectory into their base model, state by state, with peft.
 
 Predicting merged weights differs from predicting adapters. An adapter holds the factors of `ΔW = s·B·A`; a predictor
-that adds b to B and a to A changes the weight by `s·(b·A + B·a + b·a)`. Both agree to first order only, and the
+that adds b to B and a to A changes the weight by `s·(b·A + B·a + b·a)`. The two agree only to first order, and the
 factors are not unique: `(c·B)·(A/c)` is the same model with another history. Predicted adapters stay small and of low
 rank. Merged weights form a full model, most of whose values barely move. DoRA magnitudes are predicted only if merged.
 """
@@ -56,23 +56,24 @@ def merge_adapters(
     which handles scaling (rsLoRA), magnitudes (DoRA), transposed layers and `modules_to_save`. Tensors that no adapter
     changes are stored once. Sizes, seeds, fingerprints and metrics of the states, the schedule, and tokenizer and
     processor files are kept; the start is merged too. Buffers that adapters do not hold, such as BatchNorm statistics,
-    are those of the base model.
+    come from the base model.
 
-    An adapter on one of two tied embeddings (`embed_tokens` without `lm_head`) unties them, and the merged model has
-    `tie_word_embeddings=False`: `merge_and_unload` alone would change both.
+    An adapter on one of two tied embeddings (`embed_tokens` without `lm_head`) unties them, because
+    `merge_and_unload` alone would change both. The merged model then has `tie_word_embeddings=False`.
 
     If the vocabulary was resized before the training, the base model is resized too, provided that the adapters hold
-    both embeddings, as peft saves them in this case. Otherwise, pass the base model with the embeddings of the
+    both embeddings, as peft saves them in this case. Otherwise, pass the base model with the embeddings used in
     training.
 
-    Memory: two models in `dtype`, the merged one and the copy to write; a base model passed as an object is a third.
+    Merging needs memory for two models in `dtype`, the merged one and the copy to write. A base model passed as an
+    object is a third.
 
     Args:
         trajectory ([`WeightTrajectory`], `str` or `Path`):
             A trajectory of LoRA adapters, or of another kind that peft can merge.
         base_model (`nn.Module`, `str` or `Path`, *optional*):
-            The model that the adapters were trained on, as it was loaded: an object, which is not changed, a Hub id or
-            a folder. By default the base model of the trajectory, unless its folder is not recorded.
+            The model that the adapters were trained on, as it was loaded: an object (which is not changed), a Hub id
+            or a folder. By default the base model of the trajectory, if it is recorded.
         output_dir (`str` or `Path`):
             Folder of the new trajectory, which appears only when it is complete.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
@@ -85,10 +86,9 @@ def merge_adapters(
         [`WeightTrajectory`]: the merged states, of the class of the base model.
 
     Raises:
-        `ValueError`: when the trajectory is not one of adapters, or peft cannot merge them (`layer_replication`,
+        `ValueError`: when the trajectory does not hold adapters, or peft cannot merge them (`layer_replication`,
             prompts); when the base model is unknown, quantised, incomplete, or not the one that the adapters were
-            trained on; when `output_dir` contains the trajectory, another one or the base model, or is inside one of
-            them.
+            trained on; when `output_dir` contains or is inside a trajectory or the base model.
         `TrajectoryError`: when a file of the trajectory is not the recorded one.
         `FileExistsError`: when `output_dir` is not empty and `overwrite` is off.
         `OSError`: when the base model cannot be loaded, or the disk is too small.

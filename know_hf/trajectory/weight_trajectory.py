@@ -37,15 +37,15 @@ _READ_EARLY = ("config.json", "adapter_config.json")  # read through `path`, wit
 class WeightTrajectory(SnapshotTensors):
     """A recorded trajectory.
 
-    State 0 is the full-data state Θ0, state k the one after training on the k-th smaller subset. Only [`history`] and
-    [`read_history`] reverse this order. Where a method takes a `state`, it is the index of a state, or the name of
-    another snapshot: `"start"`, `"tail-0"` or `"branch-0"`.
+    State 0 is the full-data state Θ0; state k is the one after training on the k-th smaller subset. Only [`history`]
+    and [`read_history`] reverse this order. An argument `state` is the index of a state, or the name of another
+    snapshot: `"start"`, `"tail-0"` or `"branch-0"`.
 
     Args:
         path (`str` or `Path`):
             The folder with `trajectory.json`. For a trajectory on the Hub, see [`from_hub`].
         store ([`Store`], *optional*):
-            The store of `path`, if it is open already.
+            The store of `path`, if it is already open.
 
     Attributes:
         path (`Path`):
@@ -57,7 +57,7 @@ class WeightTrajectory(SnapshotTensors):
         start ([`StateRecord`], *optional*):
             The weights before the training.
         tail, branches (`tuple[StateRecord]`):
-            Weights late in the training of state 0, first to last; weights of other trainings.
+            Weights late in the training of state 0, first to last, and weights of other trainings.
         schedule ([`ForgettingSchedule`], *optional*):
             The schedule of the subsets.
         roles (`dict[str, TensorRole]`):
@@ -65,8 +65,9 @@ class WeightTrajectory(SnapshotTensors):
         tied_weights (`dict[str, str]`):
             Names that are in the model but not on disk, with the name that each is tied to.
         base_model, base_revision (`str`, *optional*):
-            Hub id of the model that the training started from, and its commit; or `../base` for a folder beside
-            `path`, `./base` for one below the working directory, `.../base` for another, whose path is not recorded.
+            Hub id and commit of the model that the training started from. A folder is recorded as `../base` if it is
+            beside `path`, as `./base` if it is below the working directory, and otherwise as `.../base` without its
+            path.
 
     Raises:
         `FileNotFoundError`: when the folder has no trajectory.
@@ -130,34 +131,34 @@ class WeightTrajectory(SnapshotTensors):
         copy: bool = False,
         overwrite: bool = False,
     ) -> WeightTrajectory:
-        """Make a trajectory of existing checkpoints: models, or adapters of one configuration.
+        """Make a trajectory out of existing checkpoints of models, or of adapters with the same configuration.
 
-        Configs and tokenizer files are those of state 0. Steps and metrics come from `trainer_state.json`.
+        Configs and tokenizer files come from state 0, and steps and metrics from `trainer_state.json`.
 
         Args:
             checkpoints (sequence of `str` or `Path`):
-                Folders with safetensors weights, or Hub ids such as `"me/model@revision"`; or the output folder of a
-                `Trainer`, for its `checkpoint-*` folders.
+                Folders with safetensors weights, or Hub ids such as `"me/model@revision"`. The output folder of a
+                `Trainer` stands for its `checkpoint-*` folders.
             output_dir (`str` or `Path`):
                 Folder of the new trajectory, which appears only when it is complete.
             kind (`"tail"`, `"branches"` or `"ordered"`, *optional*, defaults to `"tail"`):
-                `"tail"`: checkpoints of one training; the last is Θ0, those before it are tail states. `"branches"`:
-                trainings with other seeds or folds; the first is Θ0, and all are branches. `"ordered"`: states, full
-                data first.
+                `"tail"`: checkpoints of one training; the last is Θ0, the others are tail states. `"branches"`:
+                trainings with different seeds or folds; all are branches, and the first is also Θ0. `"ordered"`:
+                states, full data first.
             num_examples (sequence of `int`, *optional*):
                 For `"ordered"`, the size of the training set of each checkpoint.
             start (`str` or `Path`, *optional*):
-                Checkpoint with the weights before the training, head included, for predictors and gates that read the
-                start. A pretrained model without the trained head does not fit: save the model before you train it.
+                Checkpoint with the weights before the training, for predictors and gates that read the start. It must
+                include the head, so save the model before you train it instead of using the pretrained model.
             copy (`bool`, *optional*, defaults to `False`):
-                Whether to copy the weights. By default they are hard links where the file system can: do not change
-                the originals.
+                Whether to copy the weights. By default, they are hard-linked if the file system supports it, so do not
+                change the originals.
             overwrite (`bool`, *optional*, defaults to `False`):
                 Whether an existing `output_dir` may be replaced.
 
         Raises:
-            `TrajectoryError`: when tensors, shapes, dtypes, adapter configs or vocabularies differ; names what and
-                both checkpoints.
+            `TrajectoryError`: when tensors, shapes, dtypes, adapter configs or vocabularies differ; names the
+                difference and both checkpoints.
             `ValueError`: when there are fewer than two checkpoints, sizes are missing, or weights are pickles.
             `FileNotFoundError`: when a checkpoint does not exist or has no weights.
             `FileExistsError`: when `output_dir` is not empty and `overwrite` is off.
@@ -199,9 +200,9 @@ class WeightTrajectory(SnapshotTensors):
         return any(record.path == "adapter_config.json" for record in self._store.manifest.files)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read every file once and compare it with the manifest; on the Hub, compare sizes and hashes only.
+        """Read every file once and compare it with the manifest; on the Hub, compare only sizes and hashes.
 
-        When several processes share the reading, each reads every `parts`-th file from number `part` on.
+        To share the reading among processes, each reads every `parts`-th file, starting with number `part`.
 
         Raises:
             `TrajectoryError`: when a file is missing or is not the recorded one (size, SHA-256), or when the states do
@@ -223,14 +224,14 @@ class WeightTrajectory(SnapshotTensors):
                 Index of the state, or name of another snapshot.
             model_class (`type`, *optional*):
                 Class of the model; by default the architecture in `config.json`. The class may lack weights of the
-                state, such as the head, but may not have others.
+                state, such as the head, but may not have additional ones.
             base_model (`PreTrainedModel`, *optional*):
                 For a trajectory of adapters, the model they belong to.
 
         Raises:
             `TrajectoryError`: when the state does not exist, or when a model built from the config differs from the
-                state in tensors or shapes, for example in its head. Build the model as for the training, and use
-                [`load_into`].
+                state in tensors or shapes, for example in its head. In that case, build the model as for the training
+                and use [`load_into`].
         """
         self._recorder.check()
         with self._store.folder(state) as folder:
@@ -265,16 +266,16 @@ class WeightTrajectory(SnapshotTensors):
     ) -> None:
         """Write the weights of a model as the next state.
 
-        A crash at any moment leaves the states before it complete. For a `PeftModel`, only the adapter is recorded.
-        Tensors that equal those of the state before, bit for bit, are stored once if they are over 1% of the model.
+        A crash at any moment leaves all earlier states complete. For a `PeftModel`, only the adapter is recorded.
+        Tensors that equal those of the previous state bit for bit are stored once if they exceed 1% of the model.
 
         Args:
             model (`nn.Module`):
-                A `PreTrainedModel`, a `PeftModel` or any module, also compiled or wrapped.
+                A `PreTrainedModel`, a `PeftModel` or any module, which may be compiled or wrapped.
             processing_class (*optional*):
                 Tokenizer or processor, saved with the first state.
             state_dict (`Mapping[str, torch.Tensor]`, *optional*):
-                All weights by their names in memory, when the model has only a part of them (FSDP2, ZeRO-3).
+                All weights by their names in memory, if the model has only a part of them (FSDP2, ZeRO-3).
             dtype (`torch.dtype`, *optional*):
                 Floating-point dtype to store; by default that of each tensor.
             background (`bool`, *optional*, defaults to `False`):
@@ -283,8 +284,8 @@ class WeightTrajectory(SnapshotTensors):
                 Called after the state is entered in `trajectory.json`.
             stage (*optional*):
                 Fields of [`StateRecord`]: `num_examples`, which must shrink (`None` for a stream of unknown length),
-                `steps`, and *optional* `fraction`, `subset_fingerprint`, `seed`, `metrics`, `training`, and `kind`:
-                `"branch"` for weights of another training than those of the states.
+                `steps`, and optionally `fraction`, `subset_fingerprint`, `seed`, `metrics`, `training` and `kind`,
+                which is `"branch"` for weights of a separate training.
 
         Raises:
             `ValueError`: when a state could not hold the weights that train, see `check_recordable`.
@@ -308,17 +309,17 @@ class WeightTrajectory(SnapshotTensors):
     ) -> None:
         """Write the weights of a model before its training. They count once state 0 is recorded with this object.
 
-        Tensors that equal those of state 0 are stored once. Those that equal the safetensors of the base model in the
-        Hub cache are stored as a reference to its id and commit.
+        Tensors that equal those of state 0 are stored once. Tensors that equal those of the base model in the Hub
+        cache are stored as a reference to its id and commit.
 
         Args:
             model, state_dict, dtype:
                 See [`record`].
             weights (`"reference"`, `"full"` or `"none"`, *optional*, defaults to `"reference"`):
-                Whether tensors of the Hub are stored by reference, or as a copy; `"none"` records no start.
+                Whether tensors of the base model are stored by reference or as a copy; `"none"` records no start.
 
         Raises:
-            As [`record`], and a `TrajectoryError` when a state is recorded already.
+            As [`record`], and a `TrajectoryError` when a state is already recorded.
         """
         self._recorder.record_start(model, state_dict, dtype, weights)
 
@@ -347,7 +348,7 @@ class WeightTrajectory(SnapshotTensors):
         return self._recorder.recording()
 
     def check_base(self, model: nn.Module) -> None:
-        """Raise a `TrajectoryError` when an adapter is on another base model than in the recorded states."""
+        """Raise a `TrajectoryError` when the base model of an adapter is not that of the recorded states."""
         self._recorder.check_base(model)
 
     def check(self, wait: bool = False) -> None:

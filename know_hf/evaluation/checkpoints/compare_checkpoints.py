@@ -44,11 +44,11 @@ class PairedScore:
         a, b (`float`):
             Mean of each checkpoint.
         difference (`float`):
-            That of b minus that of a.
+            Mean of b minus mean of a.
         low, high (`float`, *optional*):
             95% interval of the difference; `None` if the values do not bound it.
         p_value (`float`, *optional*):
-            p against no difference.
+            p value of the null hypothesis of no difference.
         test (`str`):
             The test and what it counts.
     """
@@ -81,7 +81,7 @@ class PairedScore:
 
 @dataclass(frozen=True)
 class CheckpointComparison:
-    """Result of [`compare_checkpoints`]; `str(result)` is a verdict, a table and what it cannot show.
+    """Result of [`compare_checkpoints`]; `str(result)` is a verdict, a table and its limits.
 
     Attributes:
         a, b (`str`):
@@ -125,9 +125,10 @@ def compare_checkpoints(
 ) -> CheckpointComparison:
     """Compare two checkpoints of a classifier on the same data, for example Θ0 and an enhanced checkpoint.
 
-    Both are evaluated without training on every example of `test`. With `train`, both are also fine-tuned on small
-    random subsets of it. Every draw has other examples in another order, and another new head if `num_labels` is
-    given, the same for both. Of a grid of learning rates, the best on other examples of `train` is used for each.
+    Both are evaluated on every example of `test` without training. With `train`, both are also fine-tuned on small
+    random subsets of it. Every draw has different examples in a different order and, if `num_labels` is given, a
+    different new head; all are the same for both checkpoints. The learning rate of each is the best of a grid on other
+    examples of `train`.
 
     ```python
     print(compare_checkpoints("trajectory/", "enhanced/", train=train_set, test=test_set))
@@ -139,8 +140,8 @@ def compare_checkpoints(
         test, train (mapping of tensors or `torch.utils.data.Dataset`):
             Examples with `labels`. `train` is *optional*.
         num_labels (`int`, *optional*):
-            Fine-tune with new heads for so many classes, on another task than that of the checkpoints, which are then
-            not evaluated before fine-tuning. By default the heads are kept.
+            Number of classes of new heads, to fine-tune on a different task. The checkpoints are then not evaluated
+            before fine-tuning. By default, the heads are kept.
         data_collator (`Callable`, *optional*):
             Collates the examples of a dataset, as in `Trainer`; needed for texts of different lengths.
         draws (`int`, *optional*, defaults to `10`):
@@ -150,9 +151,8 @@ def compare_checkpoints(
             and 20 labels per class or half of the smallest class.
 
     Raises:
-        `ValueError`: If the models are not classifiers with the classes of `test`, it has fewer than 10 examples,
-            `num_labels` comes without `train`, there are fewer than two draws, or a class of `train` has too few
-            examples.
+        `ValueError`: If the models are not classifiers with the classes of `test`, `test` has fewer than 10 examples,
+            `num_labels` is given without `train`, `draws` is below 2, or a class of `train` has too few examples.
         `FileNotFoundError`: If a checkpoint does not exist.
         `ImportError`: If scipy is missing.
     """

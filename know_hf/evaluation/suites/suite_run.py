@@ -27,7 +27,7 @@ def run_suite(
 ) -> ComparisonReport:
     """Record the trajectories of a suite and compare its arms.
 
-    Finished cells are not run again; arms and seeds can be added later.
+    Finished cells are not run again. You can add arms and seeds later.
 
     Args:
         suite ([`Suite`], `str` or `Path`):
@@ -35,15 +35,16 @@ def run_suite(
         output_dir (`str` or `Path`):
             See [`compare_arms`].
         arms (sequence, *optional*):
-            Arms instead of all of the suite: names of its arms, which keep its settings, or others, see [`make_arm`].
+            Arms to run instead of all arms of the suite. Names of its arms keep its settings; for others, see
+            [`make_arm`].
         data (`Mapping[str, str]`, *optional*):
             Folders to read the datasets of the suite from, by their Hub ids.
         models (`Mapping[str, str]`, *optional*):
             Folders to read its pretrained models from, by their Hub ids.
         known (`Mapping[str, str]`, *optional*):
             Further KNOWN weights, from a name to a folder or Hub id. Each gets the same KNOWN and matched-shrink arms
-            as the shipped weights; all of them if the suite has none. With `variant="combination"`, only of one step,
-            from the states and the branches that `cross-fit` uses.
+            as the shipped weights, or all of them if the suite has none. Weights with `variant="combination"` get only
+            the arms of one step.
         seeds (sequence of `int`, *optional*):
             Trajectory seeds instead of those of the suite.
         options (*optional*):
@@ -54,8 +55,7 @@ def run_suite(
 
     Raises:
         `ValueError`: if `data` or `models` names something that the suite does not read, if `output_dir` is inside
-            one of their folders, and as [`load_suite`] and
-            [`compare_arms`].
+            one of their folders, and as [`load_suite`] and [`compare_arms`].
         `FileExistsError`, `RuntimeError`, `TimeoutError`: as [`compare_arms`].
     """
     task, arguments = suite_arguments(suite, output_dir, arms, data, models, known, seeds)
