@@ -201,3 +201,15 @@ def test_trained_network_is_in_tables(recipe, folder, tasks, capsys):
     ):
         assert run(recipe.report, folder, table, "--parts", "train", "--searches", "gradient") == 0
         assert f"| {row} |" in capsys.readouterr().out
+
+
+def test_shuffled_statistics_change_what_a_network_gives(recipe, tasks):
+    model = recipe.search.new_network(0)
+    torch.nn.init.normal_(model.combination.tensor_head.weight, generator=torch.Generator().manual_seed(0))
+    found = SimpleNamespace(rule=recipe.search.model_rule(model))
+    before = [found.rule(task) for task in tasks]
+    seen = []
+    recorded = SimpleNamespace(rule=lambda task: seen.append(found.rule(task)) or seen[-1])
+    recipe.report.shuffled_utilities(tasks, recorded, "role and depth")
+    assert seen != before
+    assert [found.rule(task) for task in tasks] == before

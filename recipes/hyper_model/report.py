@@ -162,21 +162,19 @@ def shuffled_utilities(tasks: "Sequence[RecordedTask]", search: Any, group: str)
 
     from know_hf.known.combination_network import TENSOR_FEATURES
 
-    places = [(task, name) for task in tasks for name in task.bases]
+    every = [task.bases_without(()) for task in tasks]  # what rules read; changed in place and back
+    places = [(of_task, name) for of_task in every for name in of_task]
     order = np.random.RandomState(0).permutation(len(places))
-    bases = [task.bases[name] for task, name in places]
-    original = [task.bases for task in tasks]
+    bases = [of_task[name] for of_task, name in places]
     columns = [TENSOR_FEATURES.index(name) for name in GROUPS.get(group, ())]
-    for task in tasks:
-        task.bases = dict(task.bases)
-    for (task, name), own, index in zip(places, bases, order, strict=True):
+    for (of_task, name), own, index in zip(places, bases, order, strict=True):
         other, mixed = bases[index], own.tensor_features.clone()
         mixed[columns] = other.tensor_features[columns]
         of_states = own.state_features if columns else other.state_features
-        task.bases[name] = replace(own, tensor_features=mixed, state_features=of_states)
+        of_task[name] = replace(own, tensor_features=mixed, state_features=of_states)
     values = [utility(task, search.rule) for task in tasks]
-    for task, of_task in zip(tasks, original, strict=True):
-        task.bases = of_task
+    for (of_task, name), own in zip(places, bases, strict=True):
+        of_task[name] = own
     return values
 
 
