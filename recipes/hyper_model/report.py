@@ -317,7 +317,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--parts", nargs="*", choices=PARTS, default=["validation"], help="parts of the split (default: validation)")
     add("--regime", help="only tasks of this regime (default: all)")
     add("--stages", type=float, help="only tasks with stages of this length (default: all)")
-    add("--searches", nargs="*", default=[], help="names of searches")
+    add("--searches", nargs="*", default=[], help="names of searches; NAME-without-tail hides snapshots")
     add("--controls", nargs="*", default=["naive"], help="controls to confirm (default: naive)")
     add("--draws", type=int, default=2, help="draws of each task to confirm on (default: 2)")
     return parser
