@@ -69,11 +69,12 @@ class WeightTransitionCallback(TrainerCallback):
             When the folder holds a model.
         `ValueError`:
             When the trajectory in the folder has another schedule, or the folder is inside another trajectory. Before
-            a training: when its subset is not smaller than that of the last state or is a stream without a schedule,
-            a state could not hold what trains, the folder is inside that of the model, the generation config or the
-            processing class cannot be saved, the optimizer does not train the model, DDP does not wrap the model
-            because it was evaluated before the callback was added, or `enable_jit_checkpoint`, `bf16_full_eval` or
-            `fp16_full_eval` is on. After a training: when a weight is not finite or no process holds all weights.
+            a training, when its subset is not smaller than that of the last state or is a stream without a schedule;
+            a state could not hold the weights that train; the folder is inside that of the model; the generation
+            config or the processing class cannot be saved; the optimizer does not train the model; DDP does not wrap
+            the model because it was evaluated before the callback was added; or `enable_jit_checkpoint`,
+            `bf16_full_eval` or `fp16_full_eval` is on. After a training, when a weight is not finite or no process
+            holds all weights.
         `OSError`:
             Before a training, when the folder cannot be written.
         `TrajectoryBusyError`:

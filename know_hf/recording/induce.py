@@ -89,15 +89,15 @@ def induce_forgetting(
         `TypeError`:
             When `trainer` or `schedule` has the wrong type.
         `ValueError`:
-            Before the training, when the subsets are too small, the dataset cannot be divided, the trainer's loader or
-            sampler does not follow its `train_dataset`, a state could not hold the weights that train (two trainable
-            adapters, prompts, AdaLoRA, what peft does not save or changes in the base at random, weights that share
-            memory in part), the generation config or the processing class cannot be saved, the trainer would not
-            create its optimizer or scheduler again, the optimizer does not train the model or is layer-wise,
-            `enable_jit_checkpoint`, `bf16_full_eval` or `fp16_full_eval` is on, or the folder holds a trajectory of
-            another schedule, other data or other training arguments, or is inside another trajectory or the folder of
-            the model, the trainer uses FSDP1, or its DeepSpeed config has an optimizer or scheduler. After a training,
-            when a state is not finite.
+            Before the training, when the subsets are too small; the dataset cannot be divided; the trainer's loader or
+            sampler does not follow its `train_dataset`; a state could not hold the weights that train (two trainable
+            adapters, prompts, AdaLoRA, weights that peft does not save or changes in the base at random, weights that
+            partly share memory); the generation config or the processing class cannot be saved; the trainer would not
+            create its optimizer or scheduler again; the optimizer does not train the model or is layer-wise;
+            `enable_jit_checkpoint`, `bf16_full_eval`, `fp16_full_eval` or FSDP1 is on; the DeepSpeed config has an
+            optimizer or scheduler; the folder holds a trajectory of another schedule, other data or other training
+            arguments, or is inside another trajectory or the folder of the model. After a training, when a state is
+            not finite.
         `FileExistsError`:
             When the folder holds a model.
         `FileNotFoundError`:

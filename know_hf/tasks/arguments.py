@@ -28,7 +28,7 @@ _UNUSED = {
     IMAGE: ("text_column", "text_pair_column", "max_length", "pack"),
     LM: ("image_column", "label_column", "text_pair_column", "stratify"),
 }
-_DTYPE_HELP = "dtype of the weights: float32, bfloat16 or auto, as in the checkpoint (default: float32; LoRA: auto)"
+_DTYPE_HELP = "dtype of the weights: float32, bfloat16 or auto, that of the checkpoint (default: float32; LoRA: auto)"
 _LORA_HELP = (
     "train a LoRA adapter instead of all weights, with the defaults if no values follow; keys: r, alpha, dropout,"
     " target_modules, use_dora, use_rslora; none: train all weights even if the YAML sets an adapter"

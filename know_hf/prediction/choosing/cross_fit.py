@@ -39,8 +39,8 @@ class CrossFit:
     and vice versa. As in a [`Gate`], the choice depends on the paired differences over all batches, here from the
     branches themselves. The chosen candidate is then computed with Θ0.
 
-    Branches are moved twice as far as Θ0. A branch has seen half of the data, so the error of a finite sample, a
-    variance or a bias of order 1 / n, is twice as large. With noise of variance v in Θ0, 2v in the branches and a
+    A candidate moves a branch twice as far as Θ0. A branch has seen half of the data, so the error of a finite sample,
+    a variance or a bias of order 1 / n, is twice as large. With noise of variance v in Θ0, 2v in the branches and a
     signal S, the best multiples are `S / (S + v)` and `S / (S + 2v)`: going half of the way to the second never
     overshoots the first.
 
