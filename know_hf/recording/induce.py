@@ -57,15 +57,10 @@ def induce_forgetting(
     Afterwards the trainer has its own dataset, arguments and callbacks again, and its model holds Θ0, the weights
     trained on all data.
 
-    Warns when
-
-    - Θ0 is a classifier at chance level;
-    - a warmup is longer than a stage, or a stage ends early;
-    - the config does not describe the model or its tied weights, so states load only with `load_into`, not with
-      `from_pretrained`;
-    - the training changes something that no state holds, so a resumed run ends with other weights: BatchNorm
-      statistics below an adapter, parameters of the optimizer that are not in the model, such as weights of a loss, or
-      another model of the trainer, such as a reference that follows the training.
+    Warns when Θ0 is a classifier at chance level, a warmup is longer than a stage, or a stage ends early. Also warns
+    when the config does not describe the model or its tied weights, so that states load only with `load_into`; and
+    when the training changes something that no state holds (BatchNorm statistics below an adapter, parameters of the
+    optimizer outside the model, another model of the trainer), so that a resumed run ends with other weights.
 
     Args:
         trainer (`Trainer`):
