@@ -85,7 +85,7 @@ def _draw_panel(axes: "Axes", panel: RatePanel, naive: RateCurve) -> None:
     axes.set_xscale("log")
     axes.minorticks_off()
     style_axes(axes, "", "", "", "both")
-    axes.set_title(plain(panel.name), fontsize=8.5, color=INK, pad=3)
+    axes.set_title(plain(panel.name), fontsize=8.5 if len(panel.name) < 25 else 7, color=INK, pad=3)
     axes.tick_params(which="both", labelsize=7)
     if several:
         legend(axes, loc="best", fontsize=6, handlelength=1.9, labelspacing=0.15)
