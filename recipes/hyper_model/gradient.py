@@ -17,7 +17,6 @@ from itertools import compress, product
 from typing import TYPE_CHECKING, Any
 
 import torch
-from record import add_common
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -216,17 +215,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from search import SHARED
+    from search import add_search
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common(parser)
+    add_search(parser, "gradient")
     add = parser.add_argument
-    add("--steps", type=int, default=400, help="optimizer steps (default: 400)")
+    add("--steps", type=int, default=900, help="optimizer steps (default: 900)")
     add("--rate", type=float, default=0.005, help="first learning rate (default: 0.005)")
     add("--batch", type=int, default=8, help="tasks of a step (default: 8)")
-    add("--seed", type=int, default=0, help="seed (default: 0)")
-    add("--leave-out", nargs="*", default=[], choices=SHARED, help="elements of the basis to leave out")
-    add("--name", help="folder of the search (default: gradient-SEED)")
     return parser
 
 

@@ -213,17 +213,23 @@ def main(arguments: argparse.Namespace) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common(parser)
+    add_search(parser, "cma")
     add = parser.add_argument
     add("--generations", type=int, default=40, help="generations, those of earlier runs included (default: 40)")
     add("--population", type=int, default=12, help="candidates of a generation (default: 12)")
     add("--sigma", type=float, default=0.15, help="standard deviation of the first candidates (default: 0.15)")
     add("--tasks", type=int, default=8, help="tasks of a generation (default: 8)")
     add("--draws", type=int, default=4, help="draws of each task in a generation (default: 4)")
-    add("--seed", type=int, default=0, help="seed of the search (default: 0)")
-    add("--leave-out", nargs="*", default=(), choices=SHARED, help="elements of the basis to leave out")
-    add("--name", help="folder of the search (default: cma-SEED)")
     return parser
+
+
+def add_search(parser: argparse.ArgumentParser, prefix: str) -> None:
+    add_common(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
+    parser.add_argument(
+        "--leave-out", nargs="*", default=(), choices=SHARED, help="elements of the basis to leave out"
+    )
+    parser.add_argument("--name", help=f"folder in searches/ (default: {prefix}-SEED)")
 
 
 if __name__ == "__main__":
