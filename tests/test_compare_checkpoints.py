@@ -33,7 +33,7 @@ def test():
 
 def test_a_trajectory_and_a_model(trajectory, test):
     result = compare_checkpoints(trajectory.path, make_resnet(7), test=test)
-    accuracy, loss = result.scores
+    accuracy, loss, calibrated = result.scores
     right = []
     for model in (trajectory.load_model(0), make_resnet(7)):
         with torch.no_grad():
@@ -46,6 +46,7 @@ def test_a_trajectory_and_a_model(trajectory, test):
     assert accuracy.low < accuracy.difference < accuracy.high < 0 and accuracy.p_value < 0.01
     assert "A is significantly better" in str(result)
     assert loss.difference > 0 and loss.low > 0 and "A is significantly better" in loss.sentence
+    assert calibrated.measure.name == "calibrated loss" and calibrated.a < loss.a and calibrated.b < loss.b
     assert str(trajectory.path) in str(result) and "another seed" in str(result).lower()
     assert json.loads(json.dumps(result.to_dict()))["scores"][0]["p_value"] == accuracy.p_value
 
@@ -54,9 +55,19 @@ def test_equal_checkpoints(test):
     result = compare_checkpoints(
         make_resnet(), make_resnet(), test=test, train=make_images(64), protocol=QUICK, draws=2
     )
-    assert [score.difference for score in result.scores] == [0, 0, 0]
-    assert str(result).count("no significant difference") == 3
-    assert len(result.scores) == 3 and "4 labels per class" in result.scores[2].what
+    assert [score.difference for score in result.scores] == [0, 0, 0, 0]
+    assert str(result).count("no significant difference") == 4
+    assert "4 labels per class" in result.scores[3].what
+
+
+def test_confidence_alone_changes_the_loss_but_not_the_calibrated_loss(test):
+    model, calm = make_resnet(), make_resnet()
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.mul_(30)
+    accuracy, loss, calibrated = compare_checkpoints(model, calm, test=test).scores
+    assert accuracy.difference == 0 and loss.difference < -0.1 and loss.p_value < 0.01
+    assert calibrated.difference == pytest.approx(0, abs=1e-5)
 
 
 def test_few_shot_draws_are_the_same_for_both_and_new_heads_are_trained(trajectory, test, monkeypatch):
@@ -150,8 +161,8 @@ def test_the_command_compares_two_checkpoints(tmp_path, reviews, capsys):
     printed = capsys.readouterr().out
     assert f"A: {a}" in printed and "Zero-shot" in printed and "12 draws" not in printed
     scores = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["scores"]
-    assert [score["what"].split()[0] for score in scores] == ["Zero-shot", "Zero-shot", "Few-shot"]
-    assert [score["difference"] for score in scores] == [0, 0, 0]  # the trajectory has the weights of b
+    assert [score["what"].split()[0] for score in scores] == [*["Zero-shot"] * 3, "Few-shot"]
+    assert [score["difference"] for score in scores] == [0, 0, 0, 0]  # the trajectory has the weights of b
     assert main(["compare", a, b, "--dataset", reviews, "--train-split", "none"]) == 0
     assert "fine-tuning" not in capsys.readouterr().out
 

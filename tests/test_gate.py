@@ -19,7 +19,7 @@ from know_hf.prediction.choosing.candidates import Candidate, plan_candidates
 from know_hf.prediction.choosing.gate import write_best_candidate
 from know_hf.prediction.pieces import Piece
 from know_hf.predictors import Average, Rescale, Shrink, StartInterpolation
-from know_hf.trajectory import TrajectoryError
+from know_hf.trajectory import TrajectoryError, WeightTrajectory
 
 BIAS = "classifier.1.bias"
 PREDICTION = {"predictor": None, "predictor_options": None, "steps": 0, "recalibrated": False, "state": None}
@@ -106,7 +106,7 @@ def test_the_statistics_of_a_state_are_recalibrated(trajectory, tmp_path):
 
 def test_a_dataset_is_evaluated_batch_by_batch(trajectory, tmp_path):
     dataset = make_images(40, seed=3)
-    gate = Gate(dataset=dataset, batch_size=4, candidates=[])
+    gate = Gate(dataset=dataset, batch_size=4, candidates=[], metric="validation loss")
     model = trajectory.load_model().eval()
     with torch.no_grad():
         expected = [float(model(**dataset[start : start + 4]).loss) for start in range(0, 40, 4)]
@@ -131,6 +131,26 @@ def test_the_metric_accuracy_compares_error_rates(trajectory, tmp_path):
     pairs = Dataset.from_dict({"input_ids": [[1, 2]] * 10, "labels": [[0.0, 1.0]] * 10})
     with pytest.raises(ValueError, match=r"metric='accuracy'.*one class"):
         Gate(dataset=pairs, batch_size=1, metric="accuracy").losses(bert())
+    with pytest.raises(
+        ValueError, match=r"one of calibrated loss, validation loss, accuracy with a dataset, got 'f1'"
+    ):
+        Gate(dataset=dataset, metric="f1")
+
+
+def test_becoming_less_confident_lowers_the_loss_but_not_the_calibrated_loss(tmp_path):
+    dataset, model = make_images(200, seed=3), make_resnet()
+    trajectory = WeightTrajectory.create(tmp_path / "overconfident")
+    for size, factor in ((2, 300.0), (1, 0.1)):  # Θ1 has the outputs of Θ0, divided by 10
+        with torch.no_grad():
+            model.classifier[1].weight.mul_(factor)
+            model.classifier[1].bias.zero_()
+        trajectory.record(model, num_examples=size, steps=1)
+    for metric, chosen in (("validation loss", "Θ1"), ("accuracy", "Θ0"), (None, "Θ0")):
+        gate = Gate(dataset=dataset, batch_size=4, candidates=[1], metric=metric)
+        _, decided = through(gate, trajectory, tmp_path / str(metric), Constant(0.0), steps=1)
+        assert decided.chosen == chosen
+    assert decided.metric == "calibrated loss" and "temperature scaling" in str(decided)
+    assert decided.candidates[2].difference == pytest.approx(0, abs=1e-5)
 
 
 def test_the_family_fits_the_trajectory(trajectory, record_states):
@@ -189,7 +209,7 @@ def test_a_batch_gets_the_same_random_numbers_whichever_others_are_read():
     def collate(batch):
         return {**default_data_collator(batch), "pixel_values": torch.randn(1, *batch[0]["pixel_values"].shape)}
 
-    gate = Gate(dataset=[*images], batch_size=1, data_collator=collate)
+    gate = Gate(dataset=[*images], batch_size=1, data_collator=collate, metric="validation loss")
     assert gate.losses(model, [2, 5]) == [gate.losses(model)[number] for number in (2, 5)]
 
 

@@ -152,6 +152,9 @@ def test_fitted_coefficients_raise_the_smooth_utility(recipe, tasks):
     zero = torch.zeros(len(task.stacks), len(task.elements))
     for loss in (task.loss, task.validation_loss):
         assert loss(recipe.gradient.fit_coefficients(task, loss, steps=20)).item() < loss(zero).item()
+    free = recipe.gradient.DifferentiableTask(tasks[0], penalties=[0.1], loss_weight=0.0)
+    far = torch.ones_like(zero)  # where source loss costs
+    assert free.loss(far).item() < task.loss(far).item() <= 0.1
     halves = [tasks[0].is_tested(half) for half in (0, 1)]
     assert torch.equal(halves[0], ~halves[1])
 

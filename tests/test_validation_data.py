@@ -58,7 +58,7 @@ def test_the_last_line_of_record_is_a_gated_prediction(bert, reviews, tmp_path, 
     assert [state.num_examples for state in WeightTrajectory(out / "trajectory").states] == sizes
     written = AutoModelForSequenceClassification.from_pretrained(out / "enhanced")
     assert written.config.id2label == {0: "bad", 1: "good"}
-    assert "validation loss" in card
+    assert "calibrated loss" in card
 
 
 def test_the_held_out_rows_are_evaluated_as_in_the_recording(recording):
@@ -66,7 +66,7 @@ def test_the_held_out_rows_are_evaluated_as_in_the_recording(recording):
     gate = data.make_gate()
     assert (len(data.dataset), gate.batch_size, data.base_model) == (12, 1, None)
     trajectory = WeightTrajectory(recording)
-    losses = gate.losses(trajectory.load_model())
+    losses = data.make_gate(metric="validation loss").losses(trajectory.load_model())
     assert sum(losses) / 12 == pytest.approx(trajectory.states[0].metrics["eval_loss"], rel=1e-4)
     errors = data.make_gate(metric="accuracy").losses(trajectory.load_model())
     assert 1 - sum(errors) / 12 == pytest.approx(trajectory.states[0].metrics["eval_accuracy"])
@@ -148,7 +148,7 @@ def test_slices_that_share_rows_are_refused(text_arguments, reviews):
 def test_adapters_are_evaluated_on_their_base_model(text_arguments, reviews, tmp_path, capsys):
     args = replace(text_arguments, dataset=reviews, eval_split="auto", num_states=2, lora=LoraArguments(r=2))
     trajectory = record_task(args)
-    gate = load_validation_data(trajectory).make_gate(candidates=[1])
+    gate = load_validation_data(trajectory).make_gate(candidates=[1], metric="validation loss")
     model = trajectory.load_model(base_model=gate.base_model)
     assert sum(gate.losses(model)) / 12 == pytest.approx(trajectory.states[0].metrics["eval_loss"], rel=1e-4)
     flags = ["--validation", "recorded", "--metric", "accuracy", "--output-dir", str(tmp_path / "enhanced")]
@@ -165,7 +165,7 @@ def test_cross_fitting_takes_the_training_rows(text_arguments, reviews, recordin
     assert {len(gate.dataset) for gate in cross_fit.gates(trajectory).values()} == {54}
     flags = ["--cross-fit", "--output-dir", str(tmp_path / "enhanced")]
     assert main(["predict", str(trajectory.path), *flags]) == 0
-    assert "cross-fitted loss" in capsys.readouterr().out
+    assert "cross-fitted calibrated loss" in capsys.readouterr().out
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "enhanced").config.num_labels == 2
     for wrong, words in (([], "branches"), (["--validation", "recorded"], "--cross-fit")):
         assert main(["predict", str(recording), "--cross-fit", *wrong, "--output-dir", str(tmp_path / "none")]) == 1
@@ -176,6 +176,8 @@ def test_cross_fitting_takes_the_training_rows(text_arguments, reviews, recordin
 def test_images_and_language_modelling(request, task):
     args = request.getfixturevalue(f"{task}_arguments")
     trajectory = record_task(replace(args, num_states=2, epochs=1))
-    gate = load_validation_data(trajectory, args.dataset, split="test").make_gate(batch_size=8, margin=0)
+    gate = load_validation_data(trajectory, args.dataset, split="test").make_gate(
+        batch_size=8, margin=0, metric="validation loss"
+    )
     losses = gate.losses(trajectory.load_model())  # of one batch, as in the recording
     assert losses == pytest.approx([trajectory.states[0].metrics["eval_loss"]], rel=1e-4)

@@ -163,7 +163,8 @@ def _make_gate(args: argparse.Namespace) -> Any:
         return load_cross_fit(args.trajectory)
     options = {"split": args.split, "max_examples": args.max_examples}
     data = load_validation_data(args.trajectory, args.validation, **options)
-    return data.make_gate(**{"metric": "accuracy"} if args.metric == "accuracy" else {})
+    metrics = {"calibrated-loss": "calibrated loss", "loss": "validation loss", "accuracy": "accuracy"}
+    return data.make_gate(metric=metrics.get(args.metric))
 
 
 def compare(args: argparse.Namespace) -> Result:

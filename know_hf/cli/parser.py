@@ -140,7 +140,10 @@ def _add_predict(parsers: Any) -> None:
     add("--max-validation", dest="max_examples", type=int, metavar="N", help=rows)
     cross_fit = "choose how far to move from the start without validation data, after know-hf record --kind"
     add("--cross-fit", action="store_true", help=f"{cross_fit} complementary --branch-from start")
-    add("--metric", choices=("loss", "accuracy"), help="what --validation compares (default: loss)")
+    metric = (
+        "what --validation compares (default: for classifiers calibrated-loss, after temperature scaling; else loss)"
+    )
+    add("--metric", choices=("calibrated-loss", "loss", "accuracy"), help=metric)
     norm = "keep norm layers of state 0, or predict them (default: keep)"
     add("--norm", choices=("keep", "predict"), default="keep", help=norm)
     add("--dtype", choices=_DTYPES, help="dtype of the written weights (default: the recorded dtype)")

@@ -15,6 +15,7 @@ from ..known import KNOWNModel
 from ..model_tensors import is_adapter, names_in_memory
 from ..prediction import PredictionPlan, PredictionResult, TensorSource, WriteOptions, write_checkpoint
 from ..prediction.choosing import CrossFit, Gate
+from ..prediction.choosing.batch_losses import batch_losses
 from ..prediction.choosing.cross_fit import write_cross_fitted
 from ..prediction.choosing.gate import write_best_candidate
 from ..prediction.engine import PredictedTensors
@@ -151,8 +152,8 @@ def rescaled(sources: ArmSources, model: PreTrainedModel, options: Mapping[str, 
 def chosen_by_gate(
     sources: ArmSources, folder: Path, plan: PredictionPlan, few: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Choose from the family of a [`Gate`] by the loss on batches of 8 source validation examples, or of fewer for at
-    least 10 batches. The BatchNorm statistics of every candidate are recalibrated.
+    """Choose from the family of a [`Gate`] by its default metric, on batches of 8 source validation examples, or of
+    fewer for at least 10 batches. The BatchNorm statistics of every candidate are recalibrated.
 
     With `few`, only as many examples are used as the target task has training labels, but at least 10.
 
@@ -170,7 +171,7 @@ def chosen_by_gate(
 
     def losses(model: Any) -> list[float]:
         sources.recalibrate(model)
-        return [float(model(**b).loss) for b in batches(examples, _gate_batch(count), device=model.device)]
+        return batch_losses(model, batches(examples, _gate_batch(count)))[1]
 
     gate = Gate(losses, base_model=sources.base(), device=sources.device)
     result = write_best_candidate(gate, plan, folder, _options(sources))

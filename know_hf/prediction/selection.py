@@ -15,6 +15,10 @@ import numpy as np
 from ..terminal import aligned
 
 REFERENCE = "Θ0"
+CALIBRATED = "calibrated loss"
+_ON_CALIBRATED = (
+    f"The {CALIBRATED} is the cross-entropy after temperature scaling: mere confidence does not change it."
+)
 MINIMUM_VALUES = 10  # with fewer losses the bootstrap cannot separate noise from gain
 _ROUNDING = float(np.finfo(np.float32).eps)  # relative, of a loss computed in float32
 _MOST_SHOWN = 10  # candidates in a table
@@ -107,15 +111,20 @@ class GateResult:
             f" {-self.margin if self.margin else 0:g} ({1 - self.level:.0%}, simultaneous over all candidates that"
             f" were tested, studentised bootstrap of the largest |t|, Romano and Wolf 2005). Of the better candidates,"
             f" the one with the lowest mean is chosen; without any, {REFERENCE} is kept.{untested}{self._screening}"
-            f"{self._branches}"
+            f"{self._branches}{f' {_ON_CALIBRATED}' if self._is_calibrated else ''}"
         )
 
     @property
     def short_rule(self) -> str:
-        """The decision rule, in one line."""
+        """The decision rule, in one line, and what a calibrated loss is."""
         low = f"{-self.margin:g}" if self.margin else "0"
         what = "difference" if self.num_values == 1 else "interval"
-        return f"Only a candidate whose {what} is below {low} can be written; of these, the one with the lowest mean."
+        text = f"Only a candidate whose {what} is below {low} can be written; of these, the one with the lowest mean."
+        return f"{text}\n{_ON_CALIBRATED}" if self._is_calibrated else text
+
+    @property
+    def _is_calibrated(self) -> bool:
+        return self.metric.endswith(CALIBRATED)
 
     @property
     def sentence(self) -> str:

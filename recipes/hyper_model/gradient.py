@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HIDDEN = tuple(tuple(compress(("tail", "branches", "losses"), which)) for which in product((False, True), repeat=3))
 FIT_RATE = 0.02  # of the coefficients of one task
+OPTIONS = ("steps", "rate", "batch", "seed", "leave_out", "penalties", "loss_weight")
 SHARPNESS = 15.0  # of the softmax of the outputs of a ridge regression, which are near 0 and 1
 
 
@@ -37,12 +38,24 @@ class DifferentiableTask:
             A task.
         leave_out (sequence of `str`, *optional*):
             Elements of the basis without a coefficient.
+        penalties, loss_weight (*optional*):
+            Penalties of the ridge regressions, and what source loss costs; those of the utility by default.
     """
 
-    def __init__(self, task: "RecordedTask", leave_out: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        task: "RecordedTask",
+        leave_out: Sequence[str] = (),
+        penalties: Sequence[float] | None = None,
+        loss_weight: float | None = None,
+    ) -> None:
+        from objective import LOSS_WEIGHT, PENALTIES
+
         from know_hf.known.combination_network import ELEMENTS
 
         self.task = task
+        self.penalties = PENALTIES if penalties is None else penalties
+        self.loss_weight = LOSS_WEIGHT if loss_weight is None else loss_weight
         self.elements = (*ELEMENTS, *(f"state-{index}" for index in range(1, task.num_states)))
         of_task = task.bases_without(leave_out)
         self.stacks = {}
@@ -64,7 +77,7 @@ class DifferentiableTask:
 
     def loss(self, coefficients: Tensor, half: int | None = None) -> Tensor:
         """Return minus the smooth utility of coefficients, tested on the drawings of one half or on all."""
-        from objective import LARGEST_COST, LOSS_WEIGHT, PENALTIES, soft_maximum
+        from objective import LARGEST_COST, soft_maximum
 
         from know_hf.evaluation.trials import logits, ridge_heads
 
@@ -73,11 +86,11 @@ class DifferentiableTask:
         with _inputs_of(task.model.classifier) as inputs:
             outputs = self._logits(coefficients, torch.cat([source["pixel_values"], images]))
         source_loss = cross_entropy(outputs[: len(source["labels"])], source["labels"])
-        cost = (LOSS_WEIGHT * (source_loss - self.source_loss)).clamp(0.0, LARGEST_COST)
+        cost = (self.loss_weight * (source_loss - self.source_loss)).clamp(0.0, LARGEST_COST)
         features = inputs[0].flatten(1)[-len(images) :]
         features = features - features.mean(0)
         features = features / features.square().mean().sqrt()  # ridge_heads takes the scale as a constant
-        heads = ridge_heads(features[task.train], labels[task.train], task.num_labels, PENALTIES)
+        heads = ridge_heads(features[task.train], labels[task.train], task.num_labels, self.penalties)
         predicted = (SHARPNESS * logits(features[task.test], heads)).softmax(-1)
         expected = labels[task.test][:, None, :, None].expand(*predicted.shape[:-1], 1)
         is_tested = task.is_tested(half)[:, None]
@@ -128,7 +141,13 @@ def _batch_norm_of_first(model: nn.Module, count: int) -> Iterator[None]:
 
 
 def train_network(
-    tasks: "Sequence[RecordedTask]", steps: int, rate: float, batch: int, seed: int, leave_out: Sequence[str] = ()
+    tasks: "Sequence[RecordedTask]",
+    steps: int,
+    rate: float,
+    batch: int,
+    seed: int,
+    leave_out: Sequence[str] = (),
+    **objective: Any,
 ) -> Any:
     """Train a network from coefficients of zero by Adam with a cosine schedule.
 
@@ -143,6 +162,8 @@ def train_network(
             Seed of the network and the order of tasks.
         leave_out (sequence of `str`, *optional*):
             Elements of the basis without a coefficient.
+        objective (*optional*):
+            Penalties and loss weight of [`DifferentiableTask`].
 
     Returns:
         [`KNOWNModel`].
@@ -153,7 +174,7 @@ def train_network(
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    task_of = cache(lambda index, hidden: DifferentiableTask(tasks[index], (*leave_out, *HIDDEN[hidden])))
+    task_of = cache(lambda index, hidden: DifferentiableTask(tasks[index], (*leave_out, *HIDDEN[hidden]), **objective))
     with tqdm(range(steps), "training", unit="step") as bar:
         for _ in bar:
             drawn = torch.randperm(len(tasks), generator=generator)[:batch].tolist()
@@ -205,7 +226,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     folder = arguments.output_dir / "searches" / (arguments.name or f"gradient-{arguments.seed}")
     tasks = load_tasks(arguments.split, "train", arguments.data, arguments.output_dir)
-    options = {name: getattr(arguments, name) for name in ("steps", "rate", "batch", "seed", "leave_out")}
+    options = {name: getattr(arguments, name) for name in OPTIONS}
     model = train_network(tasks, **options)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder / "model")
@@ -223,6 +244,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=900, help="optimizer steps (default: 900)")
     add("--rate", type=float, default=0.005, help="first learning rate (default: 0.005)")
     add("--batch", type=int, default=8, help="tasks of a step (default: 8)")
+    add("--penalties", type=float, nargs="+", help="penalties of the ridge regressions (default: 0.01 0.1 1)")
+    add("--loss-weight", type=float, help="accuracy that a source loss of 1 above Θ0's costs (default: 0.1)")
     return parser
 
 

@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median_low
 from typing import Any
 
 import torch
 from accelerate.utils import tqdm
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ...prediction.choosing.batch_losses import CALIBRATED, inverse_temperature
 from ...prediction.selection import MINIMUM_VALUES, REFERENCE, choose
 from ...terminal import aligned
 from ..comparison import ACCURACY, ALPHA, LOSS, Measure
@@ -24,6 +27,7 @@ from .checkpoint_data import as_examples, load_checkpoint
 
 _MOST_LABELS, _MOST_VALIDATION = 20, 200  # labels per class, examples
 _RATES = (1e-5, 1e-4, 1e-3, 1e-2)  # wide, for models of any size
+_CALIBRATED_LOSS = replace(LOSS, name=CALIBRATED)
 _LIMITS = (
     "What this cannot show: each checkpoint comes from one training. Another seed gives other weights, and that noise"
     " is in no interval above. A difference says which of these two to use on such data, not that the method which"
@@ -171,7 +175,8 @@ def compare_checkpoints(
     notes: list[str] = []
     if num_labels is None:
         scores += _zero_shot(models, (first, second), tested)
-        notes.append(f"Zero-shot: the intervals are over {len(tested['labels'])} test examples.")
+        calibrated = "The calibrated loss is the loss after temperature scaling of each checkpoint on these examples."
+        notes.append(f"Zero-shot: the intervals are over {len(tested['labels'])} test examples. {calibrated}")
     if train is not None:
         count = _labels_per_class(trained, protocol)
         protocol = protocol or FineTuning(_RATES, 20, 0 if num_labels is None else 100, labels_per_class=count)
@@ -184,19 +189,27 @@ def compare_checkpoints(
 
 def _zero_shot(models: Sequence[PreTrainedModel], names: Sequence[str], test: Examples) -> list[PairedScore]:
     what, examples = "Zero-shot", f"{len(test['labels'])} examples"
-    (a_right, a_losses), (b_right, b_losses) = (_per_example(model, test) for model in models)
-    for name, losses in zip(names, (a_losses, b_losses), strict=True):
-        if not all(map(math.isfinite, losses)):
-            raise ValueError(f"{name} has a loss that is not finite on the test data; the weights are not usable")
+    logits, labels = zip(*(_outputs(model, test) for model in models), strict=True)
+    a_right, b_right = ((of.argmax(dim=-1) == labels[0]).double().tolist() for of in logits)
     d = paired_difference(b_right, a_right)
     changes = [b - a for a, b in zip(a_right, b_right, strict=True) if a != b]
     only_b, only_a = changes.count(1), changes.count(-1)
     p_value = float(scipy_stats().binomtest(only_b, len(changes)).pvalue) if changes else 1.0
     test_of = f"McNemar's test over {examples}, of which only B gets {only_b} right and only A {only_a}"
-    accuracy = PairedScore(what, ACCURACY, mean(a_right), mean(b_right), d.mean, d.low, d.high, p_value, test_of)
-    loss, gap = choose({REFERENCE: a_losses, "B": b_losses}).candidates[1], mean(b_losses) - mean(a_losses)
-    values = mean(a_losses), mean(b_losses), gap, loss.low, loss.high, loss.p_value
-    return [accuracy, PairedScore(what, LOSS, *values, f"studentised bootstrap of {examples}")]
+    scores = [PairedScore(what, ACCURACY, mean(a_right), mean(b_right), d.mean, d.low, d.high, p_value, test_of)]
+    scales = [inverse_temperature(of, labels[0]) for of in logits]
+    for measure, factors in ((LOSS, (1.0, 1.0)), (_CALIBRATED_LOSS, scales)):
+        a, b = (
+            cross_entropy(factor * of, labels[0], reduction="none").tolist()
+            for factor, of in zip(factors, logits, strict=True)
+        )
+        for name, losses in zip(names, (a, b), strict=True):
+            if not all(map(math.isfinite, losses)):
+                raise ValueError(f"{name} has a loss that is not finite on the test data; the weights are not usable")
+        loss = choose({REFERENCE: a, "B": b}).candidates[1]
+        values = mean(a), mean(b), mean(b) - mean(a), loss.low, loss.high, loss.p_value
+        scores.append(PairedScore(what, measure, *values, f"studentised bootstrap of {examples}"))
+    return scores
 
 
 def _fine_tuned(
@@ -231,17 +244,14 @@ def _fine_tuned(
 
 
 @torch.inference_mode()
-def _per_example(model: PreTrainedModel, examples: Examples) -> tuple[list[float], list[float]]:
-    """Return for every example 1 if the model is right, and its loss; in the same order for every model."""
+def _outputs(model: PreTrainedModel, examples: Examples) -> tuple[Tensor, Tensor]:
+    """Return the logits and labels of all examples, in the same order for every model."""
     model.eval()
-    correct: list[float] = []
-    losses: list[float] = []
+    logits, labels = [], []
     for batch in batches(examples, 64, order_by_length(examples), model.device):
-        labels = batch.pop("labels")
-        logits = model(**batch).logits.float()
-        correct += (logits.argmax(dim=-1) == labels).double().tolist()
-        losses += torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
-    return correct, losses
+        labels.append(batch.pop("labels"))
+        logits.append(model(**batch).logits.float())
+    return torch.cat(logits), torch.cat(labels)
 
 
 def _draw(train: Examples, count: int, seed: int) -> tuple[Examples, Examples]:

@@ -128,7 +128,7 @@ def write_cross_fitted(
                 values = evaluate(gate, tensors, candidate.recipe["recalibrated"], None, is_first)
                 losses[name] += np.atleast_1d(values).tolist()
         rule = {name: getattr(cross_fit, name) for name in ("level", "margin", "seed")}
-        decision = choose(losses, metric="cross-fitted loss", **rule)
+        decision = choose(losses, **rule)
         return replace(decision, is_cross_fitted=True), planned[decision.chosen]
 
     first, count = next(iter(gates.values())), len(planned) * len(gates)

@@ -23,11 +23,10 @@ from ..result import PredictionResult
 from ..selection import MINIMUM_VALUES, REFERENCE, GateResult, check_rule
 from ..tensor_sources import TensorSource
 from ..write_checkpoint import WriteOptions, checkpoint_folder, fill_checkpoint
+from .batch_losses import LOSS, METRICS, batch_losses
 from .candidate_model import CandidateModel, unchanged
 from .candidates import Candidate, PlannedCandidate, as_candidate, plan_candidates
 from .screening import screen_and_choose
-
-_ACCURACY = "accuracy"
 
 # gate, tensors, whether to recalibrate, batches, whether to verify
 Evaluate = Callable[["Gate", TensorSource, bool, Sequence[int] | None, bool], float | list[float]]
@@ -71,9 +70,11 @@ class Gate:
             that pads, such as `DataCollatorWithPadding(tokenizer)`.
         batch_size (`int`, *optional*, defaults to `8`):
             Number of examples per batch of `dataset`, which must give at least 10 batches.
-        metric (`str`, *optional*, defaults to `"validation loss"`):
-            Name of the values in the result and the card. With a `dataset` for a classification model, `"accuracy"`
-            compares the error rate, 1 - accuracy, instead of the loss.
+        metric (`str`, *optional*):
+            What is compared with a `dataset`: `"calibrated loss"`, the cross-entropy after temperature scaling, which
+            is not lower for a model that is only less confident; `"validation loss"`, the model's loss; or
+            `"accuracy"`, the error rate. The default is the calibrated loss for models that give one class per
+            example, the loss for others. With `compute_loss`, the name of its values in the result and the card.
         level (`float`, *optional*, defaults to `0.05`):
             Bound on the probability of choosing a candidate that is not better than Θ0, whatever the number of
             candidates, including those screened out. The bound is approximate: with fewer than about 50 values and a
@@ -109,7 +110,7 @@ class Gate:
     dataset: Any = None
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
     batch_size: int = 8
-    metric: str = "validation loss"
+    metric: str | None = None
     level: float = 0.05
     margin: float | None = None
     base_model: PreTrainedModel | None = None
@@ -126,6 +127,8 @@ class Gate:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         check_rule(self.level, self.margin)
+        if self.dataset is not None and self.metric not in (None, *METRICS):
+            raise ValueError(f"metric must be one of {', '.join(METRICS)} with a dataset, got {self.metric!r}")
         if not 0 <= self.screening < 1:
             raise ValueError(f"screening must be at least 0 (no screening) and below 1, got {self.screening}")
         if self.num_confirmed < 1:
@@ -140,35 +143,33 @@ class Gate:
                     " needed: add examples or lower batch_size="
                 )
 
-    @torch.no_grad()
     def losses(self, model: Any, batches: Sequence[int] | None = None) -> float | list[float]:
         """Return what `compute_loss` returns, or one value per batch of `dataset`, in order.
 
         `batches` selects batches by their numbers; by default all.
         """
+        return self.measure(model, batches)[1]
+
+    @torch.no_grad()
+    def measure(self, model: Any, batches: Sequence[int] | None = None) -> tuple[str, float | list[float]]:
+        """Return the metric and its values, see [`Gate.losses`]."""
         model.eval()
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            values = self._batch_losses(model, batches) if self.compute_loss is None else self.compute_loss(model)
+            if self.compute_loss is None:
+                return batch_losses(model, self._batches(model, batches), self.metric)
+            values = self.compute_loss(model)
         try:
-            return torch.as_tensor(values, dtype=torch.float64).tolist()
+            return self.metric or LOSS, torch.as_tensor(values, dtype=torch.float64).tolist()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"compute_loss must return a number or a list of numbers, got {values!r}") from error
 
-    def _batch_losses(self, model: Any, batches: Sequence[int] | None) -> list[float]:
+    def _batches(self, model: Any, batches: Sequence[int] | None) -> Iterator[Any]:
         collate: Any = self.data_collator or _default_collate
         if self.remove_unused_columns:
             accepted = inspect.signature((model.get_base_model() if is_adapter(model) else model).forward).parameters
             collate = RemoveColumnsCollator(collate, {*accepted, "label", "label_ids"})
-        losses = []
-        for batch in self._loader(collate, batches):
-            inputs = {name: _to_model(value, name, model) for name, value in batch.items()}
-            outputs = model(**inputs)
-            if outputs.loss is None:
-                batch_of = f"{type(model).__name__} returns no loss for batches of {', '.join(inputs)}"
-                raise ValueError(f"{batch_of}; add labels to the examples or pass compute_loss")
-            losses.append(_error_rate(outputs, inputs) if self.metric == _ACCURACY else float(outputs.loss))
-        return losses
+        return self._loader(collate, batches)
 
     def _loader(self, collate: Any, batches: Sequence[int] | None) -> Iterator[Any]:
         """Yield batches by number. Random transforms get the same seed for a batch, whichever others are read."""
@@ -216,8 +217,6 @@ def write_best_candidate(
     planned = plan_candidates(plan, gate.candidates, recalibrates)
     candidates = {candidate.name: candidate for candidate in planned}
     rule = {name: getattr(gate, name) for name in ("num_confirmed", "level", "margin", "seed")}
-    counts_errors = gate.compute_loss is None and gate.metric == _ACCURACY
-    rule["metric"] = "error rate (1 - accuracy)" if counts_errors else gate.metric
     rule["screening"] = 0.0 if gate.dataset is None else gate.screening
 
     def decide(evaluate: Evaluate) -> tuple[GateResult, PlannedCandidate]:
@@ -256,12 +255,14 @@ def write_chosen(
     device = gate.device or getattr(accelerator, "device", None)
     with checkpoint_folder(trajectory, output_dir, options, models) as folder, bar, unchanged(gate.base_model):
         model = CandidateModel(trajectory, folder / "candidate", options, gate.base_model, device)
+        metric = LOSS
 
         def evaluate(
             gate: Gate, tensors: TensorSource, recalibrates: bool, batches: Sequence[int] | None, verify: bool
         ) -> float | list[float]:
+            nonlocal metric
             model.set(tensors, recalibrates, verify)
-            losses = on_main_process(accelerator, lambda: gate.losses(model.model, batches))
+            metric, losses = on_main_process(accelerator, lambda: gate.measure(model.model, batches))
             if bar.n == bar.total:  # those that a screening confirms are evaluated again
                 bar.total += 1
             bar.update()
@@ -276,7 +277,8 @@ def write_chosen(
         reports = fill_checkpoint(trajectory, winner.tensors, folder, adapted, verify=False, show_progress=False)
         is_prediction = winner.recipe["state"] is None
         result = prediction_result(winner.plan, reports, output_dir, options, is_prediction)
-        result.gate = replace(decision, recipe=winner.recipe)
+        metric = f"cross-fitted {metric}" if decision.is_cross_fitted else metric
+        result.gate = replace(decision, recipe=winner.recipe, metric=metric)
         if finish is not None:
             on_main_process(accelerator, lambda: finish(folder, result))
     return result
@@ -293,17 +295,6 @@ def _check_can_load(gate: Gate, plan: PredictionPlan) -> None:
         )
 
 
-def _error_rate(outputs: Any, inputs: Mapping[str, Any]) -> float:
-    """Return the share of wrong predictions of a batch."""
-    logits, labels = outputs.get("logits"), inputs["labels"]
-    if logits is None or labels.is_floating_point() or labels.ndim != 1 or logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"metric={_ACCURACY!r} needs one class per example, not the labels of {type(outputs).__name__}; use the"
-            " loss or pass compute_loss"
-        )
-    return float((logits.argmax(-1) != labels).double().mean())
-
-
 def _default_collate(examples: list[Any]) -> Mapping[str, Any]:
     try:
         return default_data_collator(examples)
@@ -312,11 +303,3 @@ def _default_collate(examples: list[Any]) -> Mapping[str, Any]:
             f"cannot collate {len(examples)} examples of the gate's dataset ({error}); pass data_collator=, for"
             " example DataCollatorWithPadding(tokenizer)"
         ) from error
-
-
-def _to_model(value: Any, name: str, model: Any) -> Any:
-    """Move a tensor to the model's device, and inputs to its dtype."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    is_input = value.is_floating_point() and not name.startswith("label")
-    return value.to(model.device, model.dtype) if is_input else value.to(model.device)
