@@ -135,6 +135,17 @@ def test_utility_ignores_the_size_of_features_and_counts_source_loss(recipe, tas
     assert wrong.per_draw.mean() == pytest.approx(naive.accuracy - cost)
 
 
+def test_a_task_of_some_characters_has_their_drawings_only(recipe, tasks):
+    task = tasks[0]
+    some = task.of_characters([0, 2])
+    assert some.num_labels == 2 and some.train.shape[0] == task.train.shape[0]
+    for old, new in ((task.train, some.train), (task.test, some.test)):
+        before, after = task.images["labels"][new], some.images["labels"][new]
+        assert set(before.flatten().tolist()) == {0, 2} and torch.equal(after, (before == 2).long())
+        assert len(new[0]) == int(torch.isin(task.images["labels"][old[0]], torch.tensor([0, 2])).sum())
+    assert 0 <= some.utility(task.theta0).accuracy <= 1
+
+
 def test_gradient_reads_the_weights_that_are_evaluated(recipe, tasks):
     for task in tasks:
         of_task = recipe.gradient.DifferentiableTask(task, leave_out=("tail",))
@@ -150,7 +161,7 @@ def test_gradient_reads_the_weights_that_are_evaluated(recipe, tasks):
 def test_fitted_coefficients_raise_the_smooth_utility(recipe, tasks):
     task = recipe.gradient.DifferentiableTask(tasks[0])
     zero = torch.zeros(len(task.stacks), len(task.elements))
-    for loss in (task.loss, task.validation_loss):
+    for loss in (task.loss, task.validation_loss, task.episode_loss):
         assert loss(recipe.gradient.fit_coefficients(task, loss, steps=20)).item() < loss(zero).item()
     free = recipe.gradient.DifferentiableTask(tasks[0], penalties=[0.1], loss_weight=0.0)
     far = torch.ones_like(zero)  # where source loss costs
@@ -200,7 +211,8 @@ def test_trained_network_is_in_tables(recipe, folder, tasks, capsys):
         ("controls", "gradient"),
         ("statistics", "spectrum"),
         ("ceiling", "coefficients of a tensor"),
-        ("fitted", "fitted coefficients"),
+        ("characters", "coefficients"),
+        ("fitted", "fitted to validation data"),
     ):
         assert run(recipe.report, folder, table, "--parts", "train", "--searches", "gradient") == 0
         assert f"| {row} |" in capsys.readouterr().out

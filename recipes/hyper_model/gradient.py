@@ -79,23 +79,44 @@ class DifferentiableTask:
         """Return minus the smooth utility of coefficients, tested on the drawings of one half or on all."""
         from objective import LARGEST_COST, soft_maximum
 
-        from know_hf.evaluation.trials import logits, ridge_heads
-
         task, source = self.task, self.task.source.test
         images, labels = task.images["pixel_values"], task.images["labels"]
         with _inputs_of(task.model.classifier) as inputs:
             outputs = self._logits(coefficients, torch.cat([source["pixel_values"], images]))
         source_loss = cross_entropy(outputs[: len(source["labels"])], source["labels"])
         cost = (self.loss_weight * (source_loss - self.source_loss)).clamp(0.0, LARGEST_COST)
-        features = inputs[0].flatten(1)[-len(images) :]
+        right = self._softly_right(inputs[0][-len(images) :], labels, task.train, task.test, task.num_labels)
+        is_tested = task.is_tested(half)[:, None]
+        return cost - soft_maximum((right * is_tested).sum(-1) / is_tested.sum(-1)).mean()
+
+    def episode_loss(self, coefficients: Tensor) -> Tensor:
+        """Return minus the smooth accuracy on few-shot tasks of the training data of the source task: half of the
+        drawings of each character train a ridge regression that is tested on the other half.
+        """
+        from objective import soft_maximum
+
+        images, labels = (self.task.source.train[name] for name in ("pixel_values", "labels"))
+        generator, halves = torch.Generator().manual_seed(0), []
+        by_class = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
+        for _ in range(self.task.draws):
+            drawn = [rows[torch.randperm(len(rows), generator=generator)].tensor_split(2) for rows in by_class]
+            halves.append([torch.cat(rows) for rows in zip(*drawn, strict=True)])
+        train, test = map(torch.stack, zip(*halves, strict=True))
+        with _inputs_of(self.task.model.classifier) as inputs:
+            self._logits(coefficients, images)
+        right = self._softly_right(inputs[0][-len(images) :], labels, train, test, len(by_class))
+        return -soft_maximum(right.mean(-1)).mean()
+
+    def _softly_right(self, inputs: Tensor, labels: Tensor, train: Tensor, test: Tensor, num_labels: int) -> Tensor:
+        """Return the probability `(D, penalties, N)` of the right class, by ridge regressions on features."""
+        from know_hf.evaluation.trials import logits, ridge_heads
+
+        features = inputs.flatten(1)
         features = features - features.mean(0)
         features = features / features.square().mean().sqrt()  # ridge_heads takes the scale as a constant
-        heads = ridge_heads(features[task.train], labels[task.train], task.num_labels, self.penalties)
-        predicted = (SHARPNESS * logits(features[task.test], heads)).softmax(-1)
-        expected = labels[task.test][:, None, :, None].expand(*predicted.shape[:-1], 1)
-        is_tested = task.is_tested(half)[:, None]
-        accuracies = (predicted.gather(-1, expected)[..., 0] * is_tested).sum(-1) / is_tested.sum(-1)
-        return cost - soft_maximum(accuracies).mean()
+        heads = ridge_heads(features[train], labels[train], num_labels, self.penalties)
+        predicted = (SHARPNESS * logits(features[test], heads)).softmax(-1)
+        return predicted.gather(-1, labels[test][:, None, :, None].expand(*predicted.shape[:-1], 1))[..., 0]
 
     def validation_loss(self, coefficients: Tensor) -> Tensor:
         """Return the loss of coefficients on the validation data of the source task."""

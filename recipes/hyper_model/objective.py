@@ -174,6 +174,17 @@ class RecordedTask:
     def copy_of(self, weights: Mapping[str, Tensor]) -> PreTrainedModel:
         return copy.deepcopy(self.load(weights))
 
+    def of_characters(self, wanted: Sequence[int]) -> "RecordedTask":
+        """Return the task with these target characters only."""
+        task, labels = copy.copy(self), self.images["labels"]
+        new = torch.full((self.num_labels,), -1)
+        new[list(wanted)] = torch.arange(len(wanted))
+        # draws have equally many drawings of each character
+        task.train, task.test = (rows[new[labels[rows]] >= 0].view(len(rows), -1) for rows in (self.train, self.test))
+        task.images = {**self.images, "labels": new[labels]}
+        task.num_labels = len(wanted)
+        return task
+
     def is_tested(self, half: int | None) -> Tensor:
         """Return which test drawings of each draw `(D, N)` are of a half of the drawings of each class."""
         halves = torch.empty_like(self.images["labels"])

@@ -10,7 +10,8 @@
 | `coefficients` | what CMA-ES found, over its restarts |
 | `statistics` | a trained network, each group of statistics shuffled among tensors |
 | `ceiling` | what the best coefficients of each task gain, chosen with labels of the target |
-| `fitted` | what they gain chosen with the validation data of the source task, as a gate chooses |
+| `characters` | what they gain on other characters than those that chose them |
+| `fitted` | what they gain chosen with data of the source task |
 | `confirm` | fine-tuning with tuned rates of head and body instead of the probe |
 """
 
@@ -207,6 +208,39 @@ def ceiling_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
             yield [name, points(own, naive[0]), points(held, naive[1]), points(held, reference)]
 
 
+def characters_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
+    from gradient import DifferentiableTask, fit_coefficients
+    from objective import best_fixed, controls
+
+    for part, of_part in tasks.items():
+        chosen: list[dict[str, float]] = []  # on the characters that choose
+        others: list[dict[str, float]] = []  # on the others
+        for task in of_part:
+            half = task.num_labels // 2
+            sides = [task.of_characters(range(half)), task.of_characters(range(half, task.num_labels))]
+            rules = controls(task)
+            for own, other in (sides, sides[::-1]):
+                differentiable = DifferentiableTask(own)
+                weights = {name: task.weights(rule(task)) for name, rule in rules.items()}
+                weights["coefficients"] = differentiable.weights(fit_coefficients(differentiable, differentiable.loss))
+                for values, side in ((chosen, own), (others, other)):
+                    values.append({name: float(side.utility(w).per_draw.mean()) for name, w in weights.items()})
+        fixed = best_fixed([{name: values[name] for name in rules} for values in others])
+        for values, other in zip(chosen, others, strict=True):
+            best = max(rules, key=lambda name: values[name])
+            values["best control"], other["best control"] = values[best], other[best]
+
+        def difference(values: list[dict[str, float]], name: str, reference: str) -> str:
+            changes = np.array([of[name] - of[reference] for of in values]).reshape(-1, 2).mean(axis=1)
+            return interval(changes, 100, 2)
+
+        yield [f"{part}, {len(of_part)} tasks", "these characters", "other characters", f"others minus {fixed}"]
+        yield ["---"] * 4
+        for name in (fixed, "best control", "coefficients"):
+            own_gain, gain = difference(chosen, name, "naive"), difference(others, name, "naive")
+            yield [name, own_gain, gain, difference(others, name, fixed)]
+
+
 def fitted_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
     from gradient import HIDDEN, DifferentiableTask, fit_coefficients
     from objective import controls
@@ -223,7 +257,8 @@ def fitted_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
                 "naive": weights["naive"],
                 "compute-matched": weights.pop("compute-matched"),
                 "best control": weights[min(weights, key=lambda name: losses[name])],
-                "fitted coefficients": fitted.weights(fit_coefficients(fitted, fitted.validation_loss)),
+                "fitted to validation data": fitted.weights(fit_coefficients(fitted, fitted.validation_loss)),
+                "fitted to few-shot tasks": fitted.weights(fit_coefficients(fitted, fitted.episode_loss)),
             }
             for name, of_row in compared.items():
                 of_source = evaluate_classifier(task.load(of_row), task.source.test)["accuracy"]
@@ -304,6 +339,7 @@ TABLES = {
     "coefficients": coefficients_table,
     "statistics": statistics_table,
     "ceiling": ceiling_table,
+    "characters": characters_table,
     "fitted": fitted_table,
     "confirm": confirm_table,
 }
