@@ -107,10 +107,10 @@ def test_what_cannot_be_compared_is_named(test, options, words):
         compare_checkpoints(make_resnet(), make_resnet(), **{"test": test, **options})
 
 
-@pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM])
+@pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM, BertForSequenceClassification])
 def test_models_that_do_not_classify_are_refused(kind):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = kind(BertConfig(vocab_size=9, **sizes))
+    model = kind(BertConfig(vocab_size=9, num_labels=1, **sizes))
     test = {"input_ids": torch.ones(12, 3, dtype=torch.int64), "labels": torch.arange(12) % 2}
     with pytest.raises(ValueError, match=f"{kind.__name__}.*classifier"):
         compare_checkpoints(model, model, test=test)

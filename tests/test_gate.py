@@ -9,7 +9,13 @@ from doubles.constant_predictor import Constant, weights
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import BertConfig, BertForSequenceClassification, DefaultDataCollator, default_data_collator
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DefaultDataCollator,
+    ResNetForImageClassification,
+    default_data_collator,
+)
 
 from know_hf.batch_norm import recalibrate_batch_norm
 from know_hf.predict import predict_overflowed_weights
@@ -180,6 +186,26 @@ class Stream(IterableDataset):
         return iter(self.rows)
 
 
+class Weighted(ResNetForImageClassification):
+    """A classifier whose classes count differently."""
+
+    def forward(self, pixel_values, labels=None):
+        outputs = super().forward(pixel_values)
+        weight = torch.arange(1.0, self.config.num_labels + 1)
+        outputs.loss = None if labels is None else torch.nn.functional.cross_entropy(outputs.logits, labels, weight)
+        return outputs
+
+
+def test_theta_0_decides_what_all_candidates_are_compared_by(trajectory, tmp_path):
+    rows = [{"pixel_values": row["pixel_values"], "labels": 0} for row in make_images(160, seed=3)]
+    rows[1]["labels"] = 1  # in batches of a single class, a weighted cross-entropy looks like any other
+    gate = Gate(dataset=rows, batch_size=2, candidates=[1, 2, Shrink(1.0)], num_confirmed=3)
+    _, decided = through(gate, trajectory, tmp_path, steps=1, model_class=Weighted)
+    assert decided.metric == "validation loss"
+    (same,) = (one for one in (*decided.candidates, *decided.screened) if one.name.startswith("Shrink"))
+    assert same.difference == 0
+
+
 def test_screening_evaluates_a_part_of_the_batches_and_confirms_on_the_others(trajectory, tmp_path):
     rows = [{**row, "labels": int(row["labels"])} for row in make_images(80, seed=3)]
     seen = []
@@ -188,12 +214,14 @@ def test_screening_evaluates_a_part_of_the_batches_and_confirms_on_the_others(tr
         seen.append(float(batch[0]["pixel_values"].sum()))
         return default_data_collator(batch)
 
-    names = [Candidate("shrink", {"factor": factor}) for factor in (0.5, 0.8, 1.2)]
+    names = [Candidate("shrink", {"factor": factor}) for factor in (0.5, 0.8, 1.0)]
     options = {"batch_size": 1, "data_collator": collate, "candidates": names, "num_confirmed": 2}
     _, decided = through(Gate(dataset=rows, **options), trajectory, tmp_path, Constant(30.0), steps=1)
     assert (decided.num_values, decided.num_screening_values) == (64, 16)
     assert len(decided.candidates) == 3 and len(decided.screened) == 2
-    assert len(seen) == 80 + 4 * 16 + 2 * 64
+    assert len(seen) == 80 + 5 * 16 + 3 * 64  # Θ0 is scaled to each part, like the candidates
+    (same,) = (one for one in (*decided.candidates, *decided.screened) if "1" in one.name)
+    assert decided.metric == "calibrated loss" and same.difference == 0
     assert set(seen[-64:]).isdisjoint(seen[80:96]) and set(seen[:80]) == {*seen[-64:], *seen[80:96]}
     assert max(decided.screened, key=lambda one: one.loss).name == "Constant"
     assert "4 candidates" in decided.sentence and "Constant was screened out." in decided.sentence

@@ -23,7 +23,7 @@
 | `start-interpolation` | between the start and Θ0, or beyond Θ0 | how far |
 | `model_stock`, `jackknife`, … | predictions from branches, see [`know_hf.predictors.branches`] | |
 | `family` | Θ0, an average, a task vector or a shrink | which of them |
-| `gate` | what a [`Gate`] chooses from its family by the loss on source validation examples | |
+| `gate` | what a [`Gate`] chooses from its family on source validation examples | |
 | `gate-few` | the same with as many of these examples as the target task has training labels | |
 | `cross-fit` | what [`CrossFit`] chooses, on the halves of the training data that two branches have not seen | |
 

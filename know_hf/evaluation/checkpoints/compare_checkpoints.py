@@ -284,6 +284,6 @@ def _check(train: Examples, test: Examples, model: PreTrainedModel, name: str, n
         raise ValueError(f"test has {len(labels)} examples; an interval needs at least {MINIMUM_VALUES}")
     output = model.eval()(**next(batches(inputs_of(test), 1, device=model.device)))
     logits = getattr(output, "logits", None)
-    if logits is None or logits.ndim != 2:
+    if logits is None or logits.ndim != 2 or logits.shape[-1] < 2:
         raise ValueError(f"{name} is a {type(model).__name__}, which gives no score per class; give a classifier")
     check_split(Split(train, train, test, num_labels or logits.shape[-1]), f"the data for {name}", classifies=True)

@@ -12,7 +12,7 @@ from ..selection import CALIBRATED
 LOSS, ACCURACY = "validation loss", "accuracy"
 METRICS = (CALIBRATED, LOSS, ACCURACY)
 
-_HALVINGS = 40  # of an interval from 1e-4 to 1e4
+_LARGEST, _HALVINGS = 1e30, 40  # factors from 1e-30 to 1e30
 
 
 def batch_losses(
@@ -34,8 +34,8 @@ def batch_losses(
         batches (iterable of mappings):
             Batches with labels.
         metric (`str`, *optional*):
-            By default the calibrated loss if the model's loss is the cross-entropy of one class per example, else the
-            loss.
+            By default the calibrated loss if the model's loss is the cross-entropy of one class per example in every
+            batch, else the loss.
 
     Raises:
         `ValueError`: if the model returns no loss, or the metric needs one class per example and there is none.
@@ -47,32 +47,37 @@ def batch_losses(
         if outputs.loss is None:
             batch_of = f"{type(model).__name__} returns no loss for batches of {', '.join(inputs)}"
             raise ValueError(f"{batch_of}; add labels to the examples or pass compute_loss")
-        metric = metric or (CALIBRATED if _is_cross_entropy(outputs, inputs) else LOSS)
+        scores = _class_scores(outputs, inputs)
+        if metric is None and not (scores and _is_cross_entropy(outputs, *scores)):
+            metric = LOSS
         if metric != LOSS:
-            logits.append(_class_logits(outputs, inputs, metric).float())
-            labels.append(inputs["labels"])
+            if scores is None:
+                raise ValueError(
+                    f"metric={metric!r} needs one class per example, not the labels of {type(outputs).__name__}; use"
+                    " the loss or pass compute_loss"
+                )
+            logits.append(scores[0])
+            labels.append(scores[1])
         losses.append(float(outputs.loss))
-    if metric == CALIBRATED:
-        scale = inverse_temperature(torch.cat(logits), torch.cat(labels))
-        losses = [float(cross_entropy(scale * some, of)) for some, of in zip(logits, labels, strict=True)]
-    elif metric == ACCURACY:
+    if metric == ACCURACY:
         losses = [float((some.argmax(-1) != of).double().mean()) for some, of in zip(logits, labels, strict=True)]
         return "error rate (1 - accuracy)", losses
-    return metric or LOSS, losses
+    if metric == LOSS or not losses:
+        return LOSS, losses
+    scale = inverse_temperature(torch.cat(logits), torch.cat(labels))
+    return CALIBRATED, [float(cross_entropy(scale * some, of)) for some, of in zip(logits, labels, strict=True)]
 
 
 def inverse_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return the factor of logits `(N, C)` that minimises their cross-entropy with labels `(N,)`.
 
-    Labels are smoothed by 1 / (N + 1), so that the factor is finite if all predictions are right.
+    A median example with the second-best class as its label is added, so that the factor is finite if all predictions
+    are right. Logits of excluded classes, such as padded choices, can be as low as -inf.
     """
-    logits = logits - logits.mean(dim=-1, keepdim=True)
-    unit = float(logits.square().mean().sqrt())
-    if not 0 < unit < float("inf"):
-        return 1.0
-    count = len(labels)
-    wanted = float(logits.gather(-1, labels[:, None]).mean()) * count / (count + 1)
-    low, high = 1e-4 / unit, 1e4 / unit
+    logits = (logits - logits.amax(dim=-1, keepdim=True)).clamp(min=-_LARGEST)
+    of_labels, second = logits.gather(-1, labels[:, None]), logits.topk(2, dim=-1).values[:, 1]
+    wanted = float((of_labels.sum() + second.median()) / (len(labels) + 1))
+    low, high = 1 / _LARGEST, _LARGEST
     for _ in range(_HALVINGS):  # the slope of the loss, expected minus wanted logit, grows with the factor
         middle = (low * high) ** 0.5
         expected = float(((middle * logits).softmax(-1) * logits).sum(-1).mean())
@@ -80,27 +85,21 @@ def inverse_temperature(logits: Tensor, labels: Tensor) -> float:
     return middle
 
 
-def _class_logits(outputs: Any, inputs: Mapping[str, Any], metric: str) -> Tensor:
-    """Return the logits `(N, C)` of a batch with one class per example."""
-    logits, labels = outputs.get("logits"), inputs["labels"]
-    if logits is None or logits.ndim != 2 or labels.is_floating_point() or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"metric={metric!r} needs one class per example, not the labels of {type(outputs).__name__}; use the"
-            " loss or pass compute_loss"
-        )
-    return logits
+def _class_scores(outputs: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Return logits `(N, C)` and labels `(N,)` of the labelled examples, or `None` without one class per example."""
+    logits, labels = getattr(outputs, "logits", None), inputs.get("labels")
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[-1] < 2:
+        return None
+    if labels is None or labels.is_floating_point() or labels.shape != logits.shape[:1]:
+        return None
+    is_labelled = labels != -100
+    return logits[is_labelled].float(), labels[is_labelled]
 
 
-def _is_cross_entropy(outputs: Any, inputs: Mapping[str, Any]) -> bool:
-    """Whether the loss of a batch is the cross-entropy of its logits with one class per example."""
-    try:
-        logits = _class_logits(outputs, inputs, CALIBRATED)
-    except (KeyError, ValueError):
-        return False
-    if logits.shape[-1] < 2 or not 0 <= int(inputs["labels"].min()) <= int(inputs["labels"].max()) < logits.shape[-1]:
-        return False
-    expected = cross_entropy(logits.float(), inputs["labels"])
-    rounding = 1e-4 if logits.dtype == torch.float32 else 0.02
+def _is_cross_entropy(outputs: Any, logits: Tensor, labels: Tensor) -> bool:
+    """Whether the loss of a batch is the cross-entropy of its logits."""
+    rounding = 1e-4 if outputs.logits.dtype == torch.float32 else 0.02
+    expected = cross_entropy(logits, labels)
     return torch.allclose(outputs.loss.float(), expected, rtol=rounding, atol=rounding, equal_nan=True)
 
 

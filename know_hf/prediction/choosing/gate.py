@@ -221,7 +221,7 @@ def write_best_candidate(
 
     def decide(evaluate: Evaluate) -> tuple[GateResult, PlannedCandidate]:
         def losses(name: str, batches: Sequence[int] | None) -> float | list[float]:
-            candidate, verify = candidates[name], name == REFERENCE
+            candidate, verify = candidates[name], name == REFERENCE and batches is None
             return evaluate(gate, candidate.tensors, candidate.recipe["recalibrated"], batches, verify)
 
         decision = screen_and_choose(list(candidates), losses, **rule)
@@ -255,12 +255,14 @@ def write_chosen(
     device = gate.device or getattr(accelerator, "device", None)
     with checkpoint_folder(trajectory, output_dir, options, models) as folder, bar, unchanged(gate.base_model):
         model = CandidateModel(trajectory, folder / "candidate", options, gate.base_model, device)
-        metric = LOSS
+        metric = ""
 
         def evaluate(
             gate: Gate, tensors: TensorSource, recalibrates: bool, batches: Sequence[int] | None, verify: bool
         ) -> float | list[float]:
             nonlocal metric
+            if metric and gate.metric is None:
+                gate = replace(gate, metric=metric)  # what Θ0 decided, for all candidates and batches
             model.set(tensors, recalibrates, verify)
             metric, losses = on_main_process(accelerator, lambda: gate.measure(model.model, batches))
             if bar.n == bar.total:  # those that a screening confirms are evaluated again

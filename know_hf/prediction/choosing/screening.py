@@ -26,9 +26,10 @@ def screen_and_choose(
 ) -> GateResult:
     """Choose among many candidates, Θ0 first, with few evaluations.
 
-    `evaluate` returns the losses of a candidate for the numbers of values, or for all. A random part of the values,
-    drawn with the seed, screens the candidates: those with the lowest means are compared with Θ0 by [`choose`] on the
-    other values. The error rate counts every candidate, also those that were screened out. Which ones are tested
+    `evaluate` returns the losses of a candidate for the numbers of values, or for all. A value can depend on what
+    else is evaluated, as with a temperature, so both parts are evaluated for Θ0 too. A random part of the values,
+    drawn with the seed, screens the candidates: those with the lowest means are compared with Θ0 by [`choose`] on
+    the other values. The error rate counts every candidate, also those that were screened out. Which ones are tested
     depends on the first part alone, so given this part they are a fixed set, and on the independent second part the
     probability that `choose` prefers any member of a fixed set that is not better than Θ0 is at most `level`. An
     average over the first part keeps this bound. A candidate that was screened out cannot be chosen.
@@ -40,24 +41,21 @@ def screen_and_choose(
         `ValueError`: as [`choose`] does.
     """
     rule |= {"margin": margin, "seed": seed}
-    losses: dict[str, Any] = {REFERENCE: evaluate(REFERENCE, None)}
-    reference = check_reference(losses[REFERENCE], margin)
+    reference = check_reference(evaluate(REFERENCE, None), margin)
     count, others = len(reference), [name for name in names if name != REFERENCE]
     if not screening or len(others) <= num_confirmed or count < MINIMUM_TO_SCREEN:
-        return choose(losses | {name: evaluate(name, None) for name in others}, **rule)
+        return choose({REFERENCE: reference.tolist(), **{name: evaluate(name, None) for name in others}}, **rule)
     order = np.random.RandomState(seed % 2**32).permutation(count)
     size = min(max(MINIMUM_VALUES, round(screening * count)), count - MINIMUM_VALUES)
     first, second = np.sort(order[:size]), np.sort(order[size:])
-    screened = {}
+    means = {name: float(np.mean(evaluate(name, first.tolist()))) for name in (REFERENCE, *others)}
+    screened = {name: GateCandidate(name, None) for name in others}
     for name in others:
-        mean = float(np.mean(evaluate(name, first.tolist())))
-        screened[name] = GateCandidate(name, None)
-        if math.isfinite(mean):
-            screened[name] = GateCandidate(name, mean, mean - float(reference[first].mean()))
+        if math.isfinite(means[name]):
+            screened[name] = GateCandidate(name, means[name], means[name] - means[REFERENCE])
     ranked = sorted(screened.values(), key=lambda candidate: math.inf if candidate.loss is None else candidate.loss)
     confirmed = {candidate.name for candidate in ranked[:num_confirmed] if candidate.loss is not None}
-    losses = {REFERENCE: reference[second].tolist()}
-    losses |= {name: evaluate(name, second.tolist()) for name in others if name in confirmed}
-    result = choose(losses, **rule)
+    tested = [REFERENCE, *(name for name in others if name in confirmed)]
+    result = choose({name: evaluate(name, second.tolist()) for name in tested}, **rule)
     left = tuple(candidate for candidate in ranked if candidate.name not in confirmed)
     return replace(result, screened=left, num_screening_values=size)
