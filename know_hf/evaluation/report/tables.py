@@ -240,6 +240,11 @@ def limits(report: Report) -> list[str]:
         "Learning rates and settings were selected on validation data, with the same number of tuning trials per arm."
         " All numbers are from test data.",
     ]
+    if {result["measure"]["name"] for result in report["results"]} >= {"accuracy", "loss"}:
+        sentences.append(
+            "Losses are not calibrated: weights that only make a model less confident, as a shrink can, may lower the"
+            " loss without knowing more."
+        )
     if report["results"] and report["results"][0]["sensitivity"]:
         sentences.append(report["results"][0]["sensitivity"])
     for protocol, settings in report["protocols"].items():
