@@ -205,6 +205,12 @@ def test_tables_without_a_search(recipe, folder, tasks, capsys):
     assert "| pretrained |" in printed
 
 
+@pytest.mark.parametrize("element", ["states", "start", "filtered"])
+def test_a_network_learns_without_an_element(recipe, tasks, element):
+    model = recipe.gradient.train_network(tasks[:1], steps=2, rate=0.01, batch=1, seed=0, leave_out=(element,))
+    assert any(parameter.any() for parameter in model.combination.tensor_head.parameters())
+
+
 def test_trained_network_is_in_tables(recipe, folder, tasks, capsys):
     assert run(recipe.gradient, folder, "--steps", 2, "--batch", 1, "--name", "gradient") == 0
     for table, row in (

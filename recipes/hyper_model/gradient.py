@@ -56,7 +56,8 @@ class DifferentiableTask:
         self.task = task
         self.penalties = PENALTIES if penalties is None else penalties
         self.loss_weight = LOSS_WEIGHT if loss_weight is None else loss_weight
-        self.elements = (*ELEMENTS, *(f"state-{index}" for index in range(1, task.num_states)))
+        num_states = 1 if "states" in leave_out else task.num_states
+        self.elements = (*ELEMENTS, *(f"state-{index}" for index in range(1, num_states)))
         of_task = task.bases_without(leave_out)
         self.stacks = {}
         for name, basis in of_task.items():
