@@ -128,7 +128,7 @@ def test_other_known_weights(opened, prediction, tmp_path):
 def test_chosen_state_is_no_prediction(changes):
     card = CheckpointCard(**FIXED_CHECKPOINT | changes, gate=recorded_gate(STATE_GATE))
     text = str(card.render())
-    assert "a recorded state, not a prediction" in text
+    assert "The weights are those of Θ1, a recorded state, not a prediction" in text
     assert "| `Θ1` (these weights) | 0.4 | -0.1 | [-0.15, -0.05] | 0.001 |\n| `known` | not finite |  |  |  |" in text
     assert "KNOWN" not in text and "know-hf predict" not in text and "times the data" not in text
     assert "trajectory.load_model(1" in text and "predict_overflowed_weights" not in text

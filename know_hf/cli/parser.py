@@ -132,7 +132,7 @@ def _add_predict(parsers: Any) -> None:
     add("--predictor", type=_predictor, metavar="NAME", help=predictor)
     options = "options of the predictor, for example '{\"factor\": 0.9}'"
     add("--predictor-options", type=_json_object, metavar="JSON", help=options)
-    data = "write the best candidate on this dataset, or the recorded weights if none is better: Hub id, folder or"
+    data = "write the candidate best on this dataset, or the recorded weights if none is better: Hub id, folder or"
     add("--validation", metavar="DATASET", help=f"{data} 'recorded' for the validation split of know-hf record")
     split = "split of DATASET (default: its validation split, or its only one)"
     add("--validation-split", dest="split", metavar="NAME", help=split)
@@ -140,10 +140,9 @@ def _add_predict(parsers: Any) -> None:
     add("--max-validation", dest="max_examples", type=int, metavar="N", help=rows)
     cross_fit = "choose how far to move from the start without validation data, after know-hf record --kind"
     add("--cross-fit", action="store_true", help=f"{cross_fit} complementary --branch-from start")
-    metric = (
-        "what --validation compares (default: for classifiers calibrated-loss, after temperature scaling; else loss)"
-    )
-    add("--metric", choices=("calibrated-loss", "loss", "accuracy"), help=metric)
+    metric = "what --validation compares; calibrated-loss is the loss after temperature scaling (default:"
+    metrics = ("calibrated-loss", "loss", "accuracy")
+    add("--metric", choices=metrics, help=f"{metric} calibrated-loss for classifiers, loss for other models)")
     norm = "keep norm layers of state 0, or predict them (default: keep)"
     add("--norm", choices=("keep", "predict"), default="keep", help=norm)
     add("--dtype", choices=_DTYPES, help="dtype of the written weights (default: the recorded dtype)")
