@@ -64,7 +64,7 @@ class Gate:
             least 10, always in the same order), or a single number, which needs `margin`. It receives the same model
             object for all candidates, each time with other weights.
         dataset (`torch.utils.data.Dataset`, *optional*):
-            Labelled validation examples. Each batch contributes one value: the model's loss, or its error rate.
+            Labelled validation examples. Each batch contributes one value of `metric`.
         data_collator (`Callable`, *optional*):
             Collates a list of examples into a batch, as in `Trainer`. Examples of different lengths need a collator
             that pads, such as `DataCollatorWithPadding(tokenizer)`.
