@@ -49,6 +49,17 @@ def test_a_known_outcome_is_reported(finished):
     assert data["states"]["measures"]["accuracy"]["mean"][0] == means["naive"]
 
 
+def test_the_metrics_of_a_gate_are_compared(finished, capsys, monkeypatch):
+    folder, _ = finished
+    monkeypatch.setattr("sys.argv", ["gate_metrics.py", str(folder / "suite.yaml"), str(folder / "out")])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(RECIPE / "gate_metrics.py"), run_name="__main__")
+    rows = [row.split(" | ") for row in capsys.readouterr().out.strip().splitlines()]
+    assert [row[0].lstrip("| ") for row in rows[2:]] == ["calibrated loss", "validation loss", "accuracy"]
+    for _, kept, *changes in rows[2:]:
+        assert kept != "4 of 4" or all(change.startswith("+0.0") for change in changes)
+
+
 def test_a_plan_is_a_trial_or_counts_the_finished_cells(finished, tmp_path, capsys):
     folder, report = finished
     tuned = {"kind": "fine_tuning", "learning_rates": [0.01], "steps": 2, "head_steps": 1}
@@ -336,14 +347,3 @@ def test_arms_of_a_suite_keep_its_settings(monkeypatch, tmp_path):
     naive, shrink, ema = run_suite("digits", tmp_path, arms=["naive", "shrink", {"name": "ema", "tuned": []}])
     assert shrink in load_suite("digits").arms and shrink.settings == ({"factor": 0.8}, {"factor": 0.5})
     assert (naive.name, ema.settings) == ("naive", ({},))
-
-
-def test_the_metrics_of_a_gate_are_compared(finished, capsys, monkeypatch):
-    folder, _ = finished
-    monkeypatch.setattr("sys.argv", ["gate_metrics.py", str(folder / "suite.yaml"), str(folder / "out")])
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(RECIPE / "gate_metrics.py"), run_name="__main__")
-    rows = [row.split(" | ") for row in capsys.readouterr().out.strip().splitlines()]
-    assert [row[0].lstrip("| ") for row in rows[2:]] == ["calibrated loss", "validation loss", "accuracy"]
-    for _, kept, *changes in rows[2:]:
-        assert kept != "4 of 4" or all(change.startswith("+0.0") for change in changes)
