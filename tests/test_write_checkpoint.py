@@ -12,7 +12,7 @@ import torch
 from conftest import edit_manifest, make_resnet, rewrite_state
 from doubles.constant_predictor import Constant, weights
 from doubles.small_trainers import hashes
-from processes.prediction_worker import size_of_the_first_bias
+from processes.prediction_worker import labelled_images, size_of_the_first_bias
 from safetensors.torch import load_file
 from test_predict import BIAS, CONV, FC
 from torch import nn
@@ -130,14 +130,17 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, record_states):
     gate = Gate(size_of_the_first_bias, candidates=[1, "average"])
     gated = predict_overflowed_weights(trajectory, predictor="shrink", output_dir=tmp_path / "gated-alone", gate=gate)
     assert gated.gate.chosen == "Shrink"
+    gate = Gate(dataset=labelled_images(), batch_size=2, candidates=[1])
+    classified = predict_overflowed_weights(trajectory, predictor="average", output_dir=tmp_path / "none", gate=gate)
+    assert classified.gate.metric == "calibrated loss"
     assert hashes("together") == hashes("alone") and len(hashes("alone")) > 3
     assert hashes("gated-together") == hashes("gated-alone")
     errors = ["RuntimeError: process 1 failed with ValueError: rank 1 fails", "ValueError: rank 1 fails"]
     for note, error in zip(notes, errors, strict=True):
-        parameters, mean_residual, decision, caught = json.loads(note.read_text())
+        parameters, mean_residual, *decisions, caught = json.loads(note.read_text())
         assert parameters == {role: report.parameters for role, report in alone.report.items()}
         assert mean_residual == pytest.approx(alone.report["conv"].mean_residual)
-        assert (decision, caught) == (str(gated.gate), error)
+        assert (decisions, caught) == ([str(gated.gate), str(classified.gate)], error)
     assert not (tmp_path / "failed").exists() and not list(tmp_path.glob(".failed*"))
 
 

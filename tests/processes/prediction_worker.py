@@ -21,6 +21,12 @@ def size_of_the_first_bias(model: torch.nn.Module) -> list[float]:
     return [size * (1 + number / 100) for number in range(12)]
 
 
+def labelled_images() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(20, 1, 8, 8, generator=generator)
+    return [{"pixel_values": image, "labels": torch.tensor(row % 4)} for row, image in enumerate(images)]
+
+
 class FailOnRankOne:
     num_states = None
 
@@ -47,8 +53,15 @@ def main(root: Path) -> None:
         gate=Gate(size_of_the_first_bias, candidates=[1, "average"]),
         accelerator=accelerator,
     )
+    classified = predict_overflowed_weights(
+        root / "trajectory",
+        predictor="average",
+        output_dir=root / "classified",
+        gate=Gate(dataset=labelled_images(), batch_size=2, candidates=[1]),
+        accelerator=accelerator,
+    )
     parameters = {role: report.parameters for role, report in result.report.items()}
-    notes = [parameters, result.report["conv"].mean_residual, str(gated.gate)]
+    notes = [parameters, result.report["conv"].mean_residual, str(gated.gate), str(classified.gate)]
     fails = FailOnRankOne(accelerator.process_index)
     try:
         predict_overflowed_weights(
