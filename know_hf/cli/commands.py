@@ -157,13 +157,14 @@ def _make_gate(args: argparse.Namespace) -> Any:
     """Return what chooses the weights to write, or `None`."""
     if args.validation is None and not args.cross_fit:
         return None
+    from ..prediction.choosing.batch_losses import ACCURACY, CALIBRATED, LOSS
     from ..tasks.validation_data import load_cross_fit, load_validation_data
 
     if args.cross_fit:
         return load_cross_fit(args.trajectory)
     options = {"split": args.split, "max_examples": args.max_examples}
     data = load_validation_data(args.trajectory, args.validation, **options)
-    metrics = {"calibrated-loss": "calibrated loss", "loss": "validation loss", "accuracy": "accuracy"}
+    metrics = {"calibrated-loss": CALIBRATED, "loss": LOSS, "accuracy": ACCURACY}
     return data.make_gate(metric=metrics.get(args.metric))
 
 

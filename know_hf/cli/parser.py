@@ -132,7 +132,7 @@ def _add_predict(parsers: Any) -> None:
     add("--predictor", type=_predictor, metavar="NAME", help=predictor)
     options = "options of the predictor, for example '{\"factor\": 0.9}'"
     add("--predictor-options", type=_json_object, metavar="JSON", help=options)
-    data = "write the candidate best on this dataset, or the recorded weights if none is better: Hub id, folder or"
+    data = "write the candidate that is best on this dataset, or the recorded weights: Hub id, folder or"
     add("--validation", metavar="DATASET", help=f"{data} 'recorded' for the validation split of know-hf record")
     split = "split of DATASET (default: its validation split, or its only one)"
     add("--validation-split", dest="split", metavar="NAME", help=split)

@@ -17,7 +17,7 @@ from ..terminal import aligned
 REFERENCE = "Θ0"
 CALIBRATED = "calibrated loss"
 _ON_CALIBRATED = (
-    f"The {CALIBRATED} is the cross-entropy after temperature scaling: mere confidence does not change it."
+    f"The {CALIBRATED} is the cross-entropy after temperature scaling: confidence alone does not change it."
 )
 MINIMUM_VALUES = 10  # with fewer losses the bootstrap cannot separate noise from gain
 _ROUNDING = float(np.finfo(np.float32).eps)  # relative, of a loss computed in float32

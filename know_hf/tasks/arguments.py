@@ -39,7 +39,9 @@ _EVAL_SPLIT_HELP = (
     " which are not trained on; none: no evaluation"
 )
 _KIND_HELP = "nested: states on smaller and smaller subsets; complementary: two branches, each on one half of the data"
-_START_WEIGHTS_HELP = "weights before training: reference stores no copy of equal ones in the Hub cache; full; none"
+_START_WEIGHTS_HELP = (
+    "how to store the weights before training: reference (only those not in the Hub cache), full or none"
+)
 _CHOICES = {
     "start": ("train", "current"),
     "dtype": ("float32", "bfloat16", "auto", None),

@@ -72,14 +72,14 @@ def measure_candidates(
     from know_hf.prediction.choosing.batch_losses import METRICS, batch_losses
 
     measured = []
-    size = min(8, len(split.validation["labels"]) // 10)  # as the arm `gate`
+    few = min(8, len(split.validation["labels"]) // 10)  # as the arm `gate`
     inputs = {name: tensor for name, tensor in split.train.items() if name != "labels"}
 
     def compute_loss(model: Any) -> list[float]:
         recalibrate_batch_norm(model, batches(inputs, 20))
         of_both = [
             {metric: batch_losses(model, batches(examples, size), metric)[1] for metric in METRICS}
-            for examples, size in ((split.validation, size), (split.test, len(split.test["labels"])))
+            for examples, size in ((split.validation, few), (split.test, len(split.test["labels"])))
         ]
         measured.append(of_both)
         return of_both[0]["validation loss"]

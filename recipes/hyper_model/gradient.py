@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import compress, product
 from typing import TYPE_CHECKING, Any
 
@@ -97,16 +97,22 @@ class DifferentiableTask:
         from objective import soft_maximum
 
         images, labels = (self.task.source.train[name] for name in ("pixel_values", "labels"))
+        with _inputs_of(self.task.model.classifier) as inputs:
+            self._logits(coefficients, images)
+        right = self._softly_right(inputs[0][-len(images) :], labels, *self._episodes, int(labels.max()) + 1)
+        return -soft_maximum(right.mean(-1)).mean()
+
+    @cached_property
+    def _episodes(self) -> tuple[Tensor, Tensor]:
+        """Rows `(D, N)` of the training data that train, and that test."""
+        labels = self.task.source.train["labels"]
         generator, halves = torch.Generator().manual_seed(0), []
         by_class = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
         for _ in range(self.task.draws):
             drawn = [rows[torch.randperm(len(rows), generator=generator)].tensor_split(2) for rows in by_class]
             halves.append([torch.cat(rows) for rows in zip(*drawn, strict=True)])
-        train, test = map(torch.stack, zip(*halves, strict=True))
-        with _inputs_of(self.task.model.classifier) as inputs:
-            self._logits(coefficients, images)
-        right = self._softly_right(inputs[0][-len(images) :], labels, train, test, len(by_class))
-        return -soft_maximum(right.mean(-1)).mean()
+        train, test = zip(*halves, strict=True)
+        return torch.stack(train), torch.stack(test)
 
     def _softly_right(self, inputs: Tensor, labels: Tensor, train: Tensor, test: Tensor, num_labels: int) -> Tensor:
         """Return the probability `(D, penalties, N)` of the right class, by ridge regressions on features."""

@@ -219,12 +219,14 @@ def characters_table(tasks: Any, _: Any, __: Any) -> Iterable[list[str]]:
             half = task.num_labels // 2
             sides = [task.of_characters(range(half)), task.of_characters(range(half, task.num_labels))]
             rules = controls(task)
-            for own, other in (sides, sides[::-1]):
-                differentiable = DifferentiableTask(own)
-                weights = {name: task.weights(rule(task)) for name, rule in rules.items()}
-                weights["coefficients"] = differentiable.weights(fit_coefficients(differentiable, differentiable.loss))
-                for values, side in ((chosen, own), (others, other)):
-                    values.append({name: float(side.utility(w).per_draw.mean()) for name, w in weights.items()})
+            weights = {name: task.weights(rule(task)) for name, rule in rules.items()}
+            of_sides = [{n: float(side.utility(w).per_draw.mean()) for n, w in weights.items()} for side in sides]
+            for own in (0, 1):
+                differentiable = DifferentiableTask(sides[own])
+                fitted = differentiable.weights(fit_coefficients(differentiable, differentiable.loss))
+                for values, side in ((chosen, own), (others, 1 - own)):
+                    gained = float(sides[side].utility(fitted).per_draw.mean())
+                    values.append({**of_sides[side], "coefficients": gained})
         fixed = best_fixed([{name: values[name] for name in rules} for values in others])
         for values, other in zip(chosen, others, strict=True):
             best = max(rules, key=lambda name: values[name])

@@ -242,8 +242,8 @@ def limits(report: Report) -> list[str]:
     ]
     if {result["measure"]["name"] for result in report["results"]} >= {"accuracy", "loss"}:
         sentences.append(
-            "Losses are not calibrated: weights that only make a model less confident, as a shrink can, may lower the"
-            " loss without knowing more."
+            "A loss also depends on the confidence of a model: weights that only make it less confident, such as"
+            " shrunken ones, can have a lower loss without telling classes apart any better."
         )
     if report["results"] and report["results"][0]["sensitivity"]:
         sentences.append(report["results"][0]["sensitivity"])
