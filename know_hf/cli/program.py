@@ -48,7 +48,7 @@ def name_flags(message: str, flags: Mapping[str, str]) -> str:
             return match[0]
         return flags[name] + (f" {value}" if value and value != "True" else "")
 
-    return re.sub(r"(?<![\w.'\"/-])([a-z_]+)\b(?![/'\"])(?:(=)(True\b|[\w'\"\[{.-])?)?", flag, message)
+    return re.sub(r"(?<![\w.'\"/-])([a-z_]+)\b(?![/'\"]|\.\w)(?:(=)(True\b|[\w'\"\[{-]|\.\S)?)?", flag, message)
 
 
 def _run(args: argparse.Namespace) -> None:

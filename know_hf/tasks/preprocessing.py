@@ -33,14 +33,14 @@ class Preprocessing:
     collator: Callable[[list[Any]], Any]  # collates a list of examples into a batch
 
 
-def load_preprocessing(args: RecordArguments) -> Preprocessing:
-    """Load the preprocessing of a task.
+def load_preprocessing(args: RecordArguments, config: PreTrainedConfig | None = None) -> Preprocessing:
+    """Load the preprocessing of a task, for a config if the checkpoint has none.
 
     Raises:
         `ValueError`: when the tokenizer has no token to pad with, or the model takes fewer tokens than `max_length`.
     """
     revision = args.model_revision or "main"
-    config = load_config(args.model, revision)
+    config = config or load_config(args.model, revision)
     if args.task == IMAGE:
         # The PIL backend gives the same pixels whether torchvision is installed or not.
         images = AutoImageProcessor.from_pretrained(args.model, backend="pil", revision=revision)

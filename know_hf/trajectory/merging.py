@@ -23,11 +23,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint import atomic_folder, check_free_disk, check_holds_no_trajectory
+from ..checkpoint import CheckpointReader, atomic_folder, check_free_disk, check_holds_no_trajectory
 from ..checkpoint.safe_loading import from_safetensors
 from ..local_paths import is_unknown, loaded_from, resolved_name
 from ..model_tensors import unwrapped
 from .adapters import AUTO_CLASSES, read_adapter_config
+from .loading import load_pretrained
 from .snapshot import state_nbytes
 from .store import StateName
 from .weight_trajectory import WeightTrajectory
@@ -123,7 +124,18 @@ def merge_adapters(
     return WeightTrajectory(output_dir)
 
 
-def merge_adapter(adapted: Any, trajectory: WeightTrajectory) -> Any:
+def load_merged(checkpoint: Path) -> Any:
+    """Load an adapter in a folder, or Θ0 of a trajectory of adapters, merged in float32 into its recorded base model.
+
+    Raises:
+        `ValueError` or `OSError`: as [`merge_adapters`].
+    """
+    is_trajectory = WeightTrajectory.exists(checkpoint)
+    adapters = WeightTrajectory(checkpoint) if is_trajectory else AdapterFolder(checkpoint)
+    return _merge(_Base.of(adapters, None, torch.float32).fresh(), adapters, 0)
+
+
+def merge_adapter(adapted: Any, trajectory: "Adapters") -> Any:
     """Merge an adapter into its base model and return it; `adapted` cannot be used afterwards.
 
     If the adapter changes one of two tied embeddings, they are untied.
@@ -149,18 +161,34 @@ def merge_adapter(adapted: Any, trajectory: WeightTrajectory) -> Any:
     return merged
 
 
+class AdapterFolder:
+    """An adapter in a folder, with what merging reads of a trajectory."""
+
+    base_model = base_revision = None
+
+    def __init__(self, path: Path) -> None:
+        reader = CheckpointReader([path / "adapter_model.safetensors"])
+        self.path, self.names, self.shape = path, reader.names, reader.shape
+
+    def load_model(self, state: StateName, *, base_model: Any) -> Any:
+        return load_pretrained(self.path, base_model=base_model)
+
+
+Adapters = WeightTrajectory | AdapterFolder
+
+
 @dataclass(frozen=True)
 class _Base:
     """The base model: an object to copy, or a Hub id or folder to load for each state."""
 
     source: nn.Module | str | Path
     dtype: torch.dtype
-    trajectory: WeightTrajectory
+    trajectory: Adapters
     model_class: Any = None
     revision: str | None = None
 
     @classmethod
-    def of(cls, trajectory: WeightTrajectory, source: nn.Module | str | Path | None, dtype: torch.dtype) -> "_Base":
+    def of(cls, trajectory: Adapters, source: nn.Module | str | Path | None, dtype: torch.dtype) -> "_Base":
         adapter = read_adapter_config(trajectory.path)
         if adapter.is_prompt_learning or adapter.is_adaption_prompt:
             raise ValueError(
@@ -250,10 +278,11 @@ def _check_not_quantised(config: Any, name: str) -> None:
         raise ValueError(f"the base model {name} is quantised; pass the original model, or model.dequantize()")
 
 
-def _merge(model: Any, trajectory: WeightTrajectory, state: StateName) -> nn.Module:
+def _merge(model: Any, trajectory: Adapters, state: StateName) -> nn.Module:
     from peft import get_peft_model_state_dict
 
     _fit_vocabulary(model, trajectory)
+    _fit_head(model, trajectory)
     unfit = f"does not fit its base model, a {type(model).__name__}; pass the model of the training as base_model=."
     try:
         adapted: Any = trajectory.load_model(state, base_model=model)
@@ -268,7 +297,7 @@ def _merge(model: Any, trajectory: WeightTrajectory, state: StateName) -> nn.Mod
     return merge_adapter(adapted, trajectory)
 
 
-def _fit_vocabulary(model: Any, trajectory: WeightTrajectory) -> None:
+def _fit_vocabulary(model: Any, trajectory: Adapters) -> None:
     """Resize the embeddings to those of the adapters; raise a `ValueError` if the adapters lack some of them."""
     recorded = {_in_base(name): trajectory.shape(name) for name in trajectory.names}
     before = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -288,6 +317,23 @@ def _fit_vocabulary(model: Any, trajectory: WeightTrajectory) -> None:
             )
 
 
+def _fit_head(model: Any, trajectory: Adapters) -> None:
+    """Replace layers with one output per label by layers with as many outputs as the adapters hold for them."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    recorded = {_in_base(name): trajectory.shape(name) for name in trajectory.names}
+    num_labels, heads = model.config.num_labels, []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and layer.out_features == num_labels:
+            outputs, inputs = recorded.get(f"{name}.weight", layer.weight.shape)
+            if inputs == layer.in_features and outputs != num_labels:
+                heads.append((name, layer, outputs))
+    for name, layer, outputs in heads:
+        bias = layer.bias is not None
+        model.set_submodule(name, nn.Linear(layer.in_features, outputs, bias, dtype=layer.weight.dtype))
+        model.config.num_labels = model.num_labels = outputs
+
+
 def _in_base(name: str) -> str:
     """Name in the base model of one of its weights that is stored with an adapter."""
     return ".".join(part for part in name.removeprefix(_PREFIX).split(".") if part not in _WRAPPERS)
@@ -299,7 +345,7 @@ def _modules(names: Iterable[str]) -> set[str]:
     return {".".join(path[:end]) for path in paths for end in range(1, len(path))}
 
 
-def _adapts_tied_embeddings(adapted: Any, trajectory: WeightTrajectory) -> bool:
+def _adapts_tied_embeddings(adapted: Any, trajectory: Adapters) -> bool:
     """Whether an adapter is on one of two tied embeddings; raise a `ValueError` for other tied weights."""
     model = adapted.get_base_model()
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}

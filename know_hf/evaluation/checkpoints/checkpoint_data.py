@@ -11,19 +11,17 @@ from transformers.trainer_utils import RemoveColumnsCollator
 
 from ...trajectory import WeightTrajectory, load_pretrained
 from ...trajectory.importing import local_folder
+from ...trajectory.merging import load_merged
 from ..fine_tuning import Examples
 
 
 def load_checkpoint(checkpoint: str | Path | PreTrainedModel) -> PreTrainedModel:
-    """Load a folder, a Hub id or Θ0 of a trajectory; a model is returned as it is."""
+    """Load a folder, a Hub id or Θ0 of a trajectory, adapters merged; a model is returned as it is."""
     if isinstance(checkpoint, PreTrainedModel):
         return checkpoint
     folder = local_folder(checkpoint)
     if any((folder / part / "adapter_config.json").exists() for part in ("", "state-0")):
-        raise ValueError(
-            f"{checkpoint} has an adapter. Merge a trajectory with know-hf merge and predict from that; or pass models"
-            " to compare_checkpoints, PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
-        )
+        return load_merged(folder)
     model: Any = WeightTrajectory(folder).load_model() if WeightTrajectory.exists(folder) else load_pretrained(folder)
     return model.float()
 

@@ -34,6 +34,7 @@ _LIMITS = (
     " made one of them helps in general; for that, compare 10 trajectories or more with compare_arms (know-hf compare"
     " SUITE). Test data that a gate has chosen on favours the choice."
 )
+_EQUAL = "A and B have the same weights: there is nothing to compare. A gate writes Θ0 unless a candidate is better."
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class CheckpointComparison:
         a, b (`str`):
             The checkpoints.
         scores (`tuple[PairedScore, ...]`):
-            Everything that was measured.
+            Everything that was measured; nothing if both have the same weights.
         notes (`tuple[str, ...]`):
             How it was measured, and what it cannot show.
     """
@@ -102,6 +103,9 @@ class CheckpointComparison:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
+        names = [f"A: {self.a}", f"B: {self.b}"]
+        if not self.scores:
+            return "\n".join([*self.notes, "", *names])
         rows = [["", "A", "B", "B minus A", "95% interval", "p"]]
         for score in self.scores:
             values = [score.measure.format(value) for value in (score.a, score.b)]
@@ -109,7 +113,7 @@ class CheckpointComparison:
             name = f"{score.what}, {score.measure.name} {score.measure.unit}".rstrip()
             rows.append([name, *values, score.measure.format(score.difference, "+"), score.interval, p_value])
         verdict = [score.sentence for score in self.scores]
-        return "\n".join([*verdict, "", f"A: {self.a}", f"B: {self.b}", aligned(rows), "", *self.notes])
+        return "\n".join([*verdict, "", *names, aligned(rows), "", *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -171,20 +175,28 @@ def compare_checkpoints(
     trained = tested if train is None else as_examples(train, models[0], data_collator)
     for name, model in zip((first, second), models, strict=True):
         _check(trained, tested, model, name, num_labels)
+    if train is not None:
+        count = _labels_per_class(trained, protocol)
+        protocol = protocol or FineTuning(_RATES, 20, 0 if num_labels is None else 100, labels_per_class=count)
+    if _have_equal_weights(*models):
+        return CheckpointComparison(first, second, (), (_EQUAL,))
     scores: list[PairedScore] = []
     notes: list[str] = []
     if num_labels is None:
         scores += _zero_shot(models, (first, second), tested)
         calibrated = "The calibrated loss is the loss after temperature scaling of each checkpoint on these examples."
         notes.append(f"Zero-shot: the intervals are over {len(tested['labels'])} test examples. {calibrated}")
-    if train is not None:
-        count = _labels_per_class(trained, protocol)
-        protocol = protocol or FineTuning(_RATES, 20, 0 if num_labels is None else 100, labels_per_class=count)
+    if protocol is not None and train is not None:
         splits = [Split(*_draw(trained, count, draw), tested, num_labels) for draw in range(draws)]
         score, note = _fine_tuned(models, splits, protocol)
         scores.append(score)
         notes.append(note)
     return CheckpointComparison(first, second, tuple(scores), (*notes, _LIMITS))
+
+
+def _have_equal_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
+    weights, others = a.state_dict(), b.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def _zero_shot(models: Sequence[PreTrainedModel], names: Sequence[str], test: Examples) -> list[PairedScore]:

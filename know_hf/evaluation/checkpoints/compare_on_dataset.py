@@ -78,7 +78,7 @@ def _examples(
     train, test, classes = load_splits(replace(args, eval_split=split))
     if test is None or classes is None:
         raise ValueError(f"{args.dataset} has no split to test on; name both, such as train[:80%] and train[80%:]")
-    data = load_preprocessing(args)
+    data = load_preprocessing(args, model.config)
     trained, tested = (as_examples(data.prepare(rows), model, data.collator) for rows in (train, test))
     return trained, tested, len(classes)
 
