@@ -139,7 +139,7 @@ def test_every_command_has_a_description_defaults_and_an_example_that_parses(com
         ("no example of steps=512 tokens", "no example of --steps 512 tokens"),
         ("pass gate=Gate(data), token= or model_class=", "pass gate=Gate(data), token= or model_class="),
         ("/tmp/base_model/x, 'base_model', a.base_model=3", "/tmp/base_model/x, 'base_model', a.base_model=3"),
-        ("pass the model as base_model=. tensor base_model.model.a", "pass the model as --base-model. tensor base_model.model.a"),
+        ("pass base_model=. base_model.model.a", "pass --base-model. base_model.model.a"),
         ("the overwrite of two steps", "the overwrite of two steps"),
     ],
 )  # fmt: skip

@@ -11,6 +11,7 @@ from xml.dom import minidom
 import numpy as np
 import pytest
 from doubles.simulated_report import ARMS, PROTOCOLS, simulated_report
+from scipy import stats
 
 from know_hf.cards.suite_tables import tally
 from know_hf.evaluation.report.pages import read_report, write_report
@@ -316,6 +317,26 @@ def test_summary_shows_reports_side_by_side(report, tmp_path, capsys, monkeypatc
     reports[0]["results"][0]["headroom"] = False
     assert tally(reports, "few-shot", "shrink")["unclear"] == ["simulated"]
     assert tally(reports, "few-shot", "known-1")["better"] == ["simulated"]
+
+
+def test_summary_averages_over_suites(report, tmp_path, capsys, monkeypatch):
+    names = ("a", "b", "failed")
+    failed = {**ARMS, "random": ("reference", "fresh", [{}], 0.0)}
+    for name in names:
+        (tmp_path / name).mkdir()
+        content = simulated_report(name, failed if name == "failed" else ARMS)
+        (tmp_path / name / "report.json").write_text(json.dumps(content))
+    folders = [str(tmp_path / name) for name in names]
+    options = ["--protocol", "few-shot", "--arms", "known-1", "--mean", "--transpose"]
+    monkeypatch.setattr("sys.argv", ["summary.py", *folders, *options])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    last = capsys.readouterr().out.splitlines()[-1]
+    (low, high), count = report["results"][0]["arms"]["known-1"]["minus_naive"]["ci95"], len(report["seeds"])
+    # two equal suites: half of the variance, twice the degrees of freedom
+    shrunk = stats.t.ppf(0.975, 2 * (count - 1)) / stats.t.ppf(0.975, count - 1) / 2**0.5
+    middle, half = 50 * (low + high), 50 * (high - low) * shrunk
+    assert last == f"| mean (suites) |  |  | {middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}] (2) |"
 
 
 @pytest.mark.skipif(not CHROMIUM or not CHROMEDRIVER, reason="needs chromium and chromedriver")

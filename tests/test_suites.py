@@ -286,7 +286,7 @@ def test_variants_and_scientific_notation(tmp_path):
 
 
 README = (RECIPE / "README.md").read_text(encoding="utf-8")
-PRINTED = [line for line in README.splitlines() if re.search(r"^python \S+summary.py \S+\.json$", line)]
+PRINTED = [line for line in README.splitlines() if re.search(r"^python \S+summary.py \S+\.json( --mean)?$", line)]
 
 
 @pytest.mark.parametrize("command", PRINTED)

@@ -4,11 +4,13 @@
     python recipes/compare/summary.py know_hf/known/weights/known-base/comparisons.json --arms random oracle
     python recipes/compare/summary.py outputs/published --protocol tuned --arms known-step-2 --figure rates.svg
 
-Rows are arms, columns are suites. Cells show the difference from naive with its 95% interval. An arrow marks a
-significant difference after Holm's correction; random, pretrained, shuffled and oracle are not tested. Numbers of a
-suite whose positive control failed are in brackets. `--output FILE` writes the data of the tables, such as
-`comparisons.json` beside KNOWN weights, which their card reads. `--figure FILE` draws the scores of one comparison
-against the learning rate. `--pages` also writes page and figures of each output folder again.
+Rows are arms, columns are suites, or the other way round with `--transpose`. Cells show the difference from naive with
+its 95% interval. An arrow marks a significant difference after Holm's correction; random, pretrained, shuffled and
+oracle are not tested. Numbers of a suite whose positive control failed are in brackets. `--mean` adds the mean over
+the suites that have the arm and whose positive control did not fail; its interval follows from theirs.
+`--output FILE` writes the data of the tables, such as `comparisons.json` beside KNOWN weights, which their card reads.
+`--figure FILE` draws the scores of one comparison against the learning rate. `--pages` also writes page and figures of
+each output folder again.
 """
 
 import argparse
@@ -36,11 +38,46 @@ def main() -> None:
     if arguments.figure is not None:
         draw(reports, arguments)
     names = protocols(reports) if arguments.protocol is None else [arguments.protocol]
-    tables = [side_by_side(reports, name, arguments.measure, arguments.arms) for name in names]
-    tables = [rows for rows in tables if len(rows[0]) > 1]
+    tables = []
+    for name in names:
+        rows = side_by_side(reports, name, arguments.measure, arguments.arms)
+        if len(rows[0]) > 1:
+            tables.append(with_means(rows, reports, name, arguments.measure) if arguments.mean else rows)
     if len(reports) == 1 and tables:
         tables = [joined(tables)]
+    if arguments.transpose:
+        tables = [list(zip(*rows, strict=True)) for rows in tables]
     print("\n\n".join(map(table, tables)))
+
+
+def with_means(rows: Any, reports: list[Any], protocol: str, measure: str) -> list[list[Any]]:
+    """Add a column to a table: the mean difference from naive over suites of equal weight."""
+    from know_hf.cards.suite_tables import estimate_text, positive_control
+    from know_hf.evaluation.statistics import scipy_stats
+
+    def mean_of(arm: str) -> str:
+        means, variances, degrees, result = [], [], [], None
+        for report in reports:
+            for other in report["results"]:
+                is_wanted = (other["protocol"], other["measure"]["name"]) == (protocol, measure)
+                difference = other["arms"].get(arm, {}).get("minus_naive")
+                if is_wanted and difference is not None and positive_control(other) != "failed":
+                    result, count = other, len(report["seeds"]) - 1
+                    half = (difference["ci95"][1] - difference["ci95"][0]) / 2
+                    means.append(difference["mean"])
+                    variances.append((half / scipy_stats().t.ppf(0.975, count)) ** 2)
+                    degrees.append(count)
+        if result is None or len(means) < 2:
+            return ""
+        total = sum(variances)  # its degrees of freedom after Welch and Satterthwaite
+        freedom = total**2 / sum(v**2 / n for v, n in zip(variances, degrees, strict=True)) if total else 1
+        half = scipy_stats().t.ppf(0.975, freedom) * total**0.5 / len(means)
+        mean = sum(means) / len(means)
+        values = {"mean": mean, "ci95": [mean - half, mean + half]}
+        return f"{estimate_text(values, result['measure'], '+')} ({len(means)})"
+
+    labels = {0: "mean (suites)", 1: "", 2: ""}  # heading, positive control, naive
+    return [[*row, labels[i] if i in labels else mean_of(str(row[0]))] for i, row in enumerate(rows)]
 
 
 def joined(tables: list[list[list[str]]]) -> list[list[str]]:
@@ -101,6 +138,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--measure", default="accuracy", choices=("accuracy", "loss"), help="default: accuracy")
     parser.add_argument("--protocol", help="only this protocol, such as few-shot, linear-probe or source")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these rows after naive")
+    parser.add_argument("--mean", action="store_true", help="add the mean over the suites")
+    parser.add_argument("--transpose", action="store_true", help="suites as rows, arms as columns")
     parser.add_argument("--pages", action="store_true", help="write report.html, report.md and figures again")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the data of the tables as JSON")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw scores against the learning rate")
