@@ -25,7 +25,7 @@ def test_end_of_text_tokens_are_learned_and_padding_is_not(llama):
     tokens, decoded = tokens_of(max_length=4, pack=False)
     assert decoded == [["good", "film", "</s>"], ["a", "bad", "bad", "film"], ["the", "</s>"]]
     labels = CausalCollator(tokenizer)([tokens[0], tokens[1]])["labels"]
-    assert labels[0].tolist() == [*tokens[0]["input_ids"], -100]
+    assert labels[0].tolist() == [-100, *tokens[0]["input_ids"][1:], -100]
     _, decoded = tokens_of(max_length=5, pack=True)
     assert decoded == [["good", "film", "</s>", "a", "bad"], ["bad", "film", "</s>", "the", "</s>"]]
     with pytest.raises(ValueError, match="max_length=50"):

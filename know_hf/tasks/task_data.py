@@ -148,6 +148,7 @@ class CausalCollator(DataCollatorWithPadding):
         batch = super().__call__(features)
         # not by the padding token, as transformers' collator does: it is often the end-of-text token
         batch[LABELS] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch[LABELS][:, 0] = -100  # nothing predicts the first token, but Trainer counts it in the mean loss of GPT-2
         return batch
 
 
