@@ -225,7 +225,9 @@ def test_a_revision_in_the_hub_cache(models, tmp_path, monkeypatch):
 def test_the_command(trained, tmp_path, capsys):
     output = tmp_path / "trajectory"
     assert main(["import", str(trained), "--output-dir", str(output)]) == 0
-    assert f"state-0, tail-0, tail-1 written to {output}" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert f"state-0, tail-0, tail-1 written to {output}" in printed.out and "optimizer" not in printed.err
+    assert f"know-hf predict {output} --validation DATASET" in printed.out
     assert main(["import", str(trained), "--output-dir", str(output)]) == 1
     assert "not empty" in capsys.readouterr().err
     manifest = json.loads((output / "trajectory.json").read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 from doubles.task_fixtures import QUICK, make_texts
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from know_hf import RecordArguments, WeightTrajectory, record_task
 from know_hf.cli import main
@@ -123,8 +123,7 @@ def test_recordings_without_a_validation_split_name_a_way_out(text_arguments, re
     with pytest.raises(ValueError, match="no validation split"):
         load_validation_data(trajectory)
     assert main(["predict", str(recorded), "--validation", "recorded", "--output-dir", "out"]) == 1
-    error = capsys.readouterr().err
-    assert "record.json" in error and "gate=Gate(dataset=" in error
+    assert "record.json does not exist" in capsys.readouterr().err
 
 
 def test_a_dataset_that_changed_is_refused(text_arguments, reviews, tmp_path):
@@ -146,13 +145,19 @@ def test_slices_that_share_rows_are_refused(text_arguments, reviews):
 
 
 def test_adapters_are_evaluated_on_their_base_model(text_arguments, reviews, tmp_path, capsys):
+    base = shutil.copytree(
+        text_arguments.model, Path(text_arguments.output_dir) / "base"
+    )  # beside the trajectory, which records its name
     args = replace(text_arguments, dataset=reviews, eval_split="auto", num_states=2, lora=LoraArguments(r=2))
-    trajectory = record_task(args)
+    trajectory = record_task(replace(args, model=str(base)))
     gate = load_validation_data(trajectory).make_gate(candidates=[1], metric="validation loss")
     model = trajectory.load_model(base_model=gate.base_model)
     assert sum(gate.losses(model)) / 12 == pytest.approx(trajectory.states[0].metrics["eval_loss"], rel=1e-4)
     flags = ["--validation", "recorded", "--metric", "accuracy", "--output-dir", str(tmp_path / "enhanced")]
     assert main(["predict", str(trajectory.path), *flags]) == 0
+    trajectory.path.with_name("record.json").unlink()  # as of another training: the head is that of the adapters
+    other = load_validation_data(trajectory, reviews, split="test").base_model
+    assert other.config.num_labels == 2 and trajectory.load_model(base_model=other)
     assert "error rate (1 - accuracy)" in capsys.readouterr().out
     assert (tmp_path / "enhanced/adapter_model.safetensors").exists()
 
@@ -172,6 +177,39 @@ def test_cross_fitting_takes_the_training_rows(text_arguments, reviews, recordin
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [
+        (["good"] * 10, [1] * 10),  # by its name in the config
+        ([1] * 10, [1] * 10),
+        (["a", "b"] * 5, [0, 1] * 5),
+        (["a", "b", "c"] * 4, r"classes a, b, c.* the model has 2: bad, good"),
+    ],
+)
+def test_classes_of_other_trainings_are_those_of_the_model(recording, tmp_path, labels, numbers):
+    trajectory = shutil.copytree(recording, tmp_path / "trajectory")
+    rows = {"text": [f"text {index}" for index in range(len(labels))], "label": labels}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows/train.parquet")
+    if isinstance(numbers, list):
+        data = load_validation_data(trajectory, str(tmp_path / "rows"))
+        assert data.dataset["labels"][:] == numbers
+    else:
+        with pytest.raises(ValueError, match=numbers):
+            load_validation_data(trajectory, str(tmp_path / "rows"))
+
+
+def test_models_of_other_tasks_are_named(tmp_path, reviews):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    trajectory = WeightTrajectory.create(tmp_path / "trajectory")
+    trajectory.record(BertForMaskedLM(BertConfig(vocab_size=9, **sizes)), num_examples=2, steps=1)
+    with pytest.raises(ValueError, match=r"BertForMaskedLM.*gate=Gate\(dataset="):
+        load_validation_data(trajectory, reviews, split="test")
+    trajectory = WeightTrajectory.create(tmp_path / "classifier")
+    trajectory.record(BertForSequenceClassification(BertConfig(vocab_size=9, **sizes)), num_examples=2, steps=1)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        load_validation_data(trajectory, reviews, split="test")
+
+
 @pytest.mark.parametrize("task", ["image", "lm"])
 def test_images_and_language_modelling(request, task):
     args = request.getfixturevalue(f"{task}_arguments")
@@ -181,3 +219,7 @@ def test_images_and_language_modelling(request, task):
     )
     losses = gate.losses(trajectory.load_model())  # of one batch, as in the recording
     assert losses == pytest.approx([trajectory.states[0].metrics["eval_loss"]], rel=1e-4)
+    trajectory.path.with_name("record.json").unlink()  # as of another training
+    data = load_validation_data(trajectory, args.dataset, split="test")
+    again = data.make_gate(batch_size=8, margin=0, metric="validation loss")
+    assert again.losses(trajectory.load_model()) == losses

@@ -96,8 +96,10 @@ def import_(args: argparse.Namespace) -> Result:
     trajectory = WeightTrajectory.from_checkpoints(args.checkpoints, args.output_dir, **options)
     records = (trajectory.start, *trajectory.states, *trajectory.tail, *trajectory.branches)
     names = [record.name for record in records if record]
-    values = {"path": str(trajectory.path), "snapshots": names}
-    return Printed(f"{', '.join(names)} written to {trajectory.path}", values)
+    path = str(trajectory.path)
+    command = shlex.join(["know-hf", "predict", path, "--validation", "DATASET", "--output-dir", f"{path}-enhanced"])
+    text = f"{', '.join(names)} written to {path}; next:\n\n{command}"
+    return Printed(text, {"path": path, "snapshots": names, "next": command})
 
 
 def merge(args: argparse.Namespace) -> Result:

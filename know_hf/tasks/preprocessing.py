@@ -37,7 +37,8 @@ def load_preprocessing(args: RecordArguments, config: PreTrainedConfig | None = 
     """Load the preprocessing of a task, for a config if the checkpoint has none.
 
     Raises:
-        `ValueError`: when the tokenizer has no token to pad with, or the model takes fewer tokens than `max_length`.
+        `ValueError`: when the tokenizer is empty or has no token to pad with, or the model takes fewer tokens than
+            `max_length`.
     """
     revision = args.model_revision or "main"
     config = config or load_config(args.model, revision)
@@ -55,6 +56,9 @@ def load_preprocessing(args: RecordArguments, config: PreTrainedConfig | None = 
 
 def _load_tokenizer(args: RecordArguments) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.model_revision or "main")
+    # transformers makes an empty tokenizer, to which all words are unknown, for a folder without one
+    if len(tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}) <= 1:
+        raise ValueError(f"{args.model} has no tokenizer; save it there with tokenizer.save_pretrained")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {args.model} has neither pad_token nor eos_token; save it with one")

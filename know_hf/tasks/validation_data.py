@@ -1,4 +1,4 @@
-"""The data of a [`Gate`] or [`CrossFit`] for a trajectory of `know-hf record`."""
+"""The data of a [`Gate`] for a trajectory, and of a [`CrossFit`] for a trajectory of `know-hf record`."""
 
 import os
 from collections.abc import Callable
@@ -8,19 +8,28 @@ from typing import Any
 
 import datasets
 from accelerate import PartialState
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..checkpoint.safe_loading import load_config
 from ..data.subsets import divide
 from ..prediction import CrossFit, Gate
 from ..prediction.selection import MINIMUM_VALUES
+from ..terminal import first_names
 from ..trajectory import WeightTrajectory
-from .arguments import RecordArguments
+from ..trajectory.merging import load_base
+from .arguments import IMAGE, LABELS, LM, TEXT, RecordArguments
 from .preprocessing import load_preprocessing
 from .record import read_arguments
 from .task_data import VALIDATION_SPLITS, find_split, load_splits, overlap, split_names, splits_in
 from .trainer_parts import load_model
 
 RECORDED = "recorded"
+_TASKS = {  # by the end of the name of the model's class
+    "ForSequenceClassification": TEXT,
+    "ForImageClassification": IMAGE,
+    "ForCausalLM": LM,
+    "LMHeadModel": LM,
+}
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,15 @@ def load_validation_data(
     split: str | None = None,
     max_examples: int | None = None,
 ) -> ValidationData:
-    """Load validation data for a trajectory of `know-hf record`, with its task, columns, classes and preprocessing.
+    """Load validation data for a trajectory, preprocessed for its model.
+
+    For a trajectory of `know-hf record`, task, columns, classes and preprocessing are those of the recording. For
+    others, the class of the model tells the task, columns are detected by name, classes are those of the model's
+    config, and tokenizer or image processor come with the trajectory.
 
     Args:
         trajectory ([`WeightTrajectory`], `str` or `Path`):
-            The trajectory, beside the `record.json` of its recording.
+            The trajectory. `know-hf record` writes `record.json` beside it.
         dataset (`str`, *optional*, defaults to `"recorded"`):
             Hub id or folder of a dataset with the columns of the recording, or `"recorded"`: the split that the
                 recording evaluated its states on, such as the held-out tenth.
@@ -56,14 +69,18 @@ def load_validation_data(
                 seed of the recording; by default all, or as many as the recording drew.
 
     Raises:
-        `FileNotFoundError`: if there is no `record.json` beside the trajectory.
+        `FileNotFoundError`: if `dataset` is `"recorded"` and there is no `record.json` beside the trajectory.
         `ValueError`: if the recording has no validation split, or its evaluation split is the test split, the split of
-            `dataset` is unknown or was trained on, columns or classes differ from those of the recording, or its
-            dataset changed.
+            `dataset` is unknown or was trained on, columns or classes differ from those of the recording or the model,
+            the model is of another task, or the dataset of the recording changed.
     """
-    trajectory, args = _recording(trajectory)
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples={max_examples}: must be at least 1")
+    trajectory = trajectory if isinstance(trajectory, WeightTrajectory) else WeightTrajectory(trajectory)
+    if dataset != RECORDED and not _record_path(trajectory).is_file():
+        with PartialState().main_process_first():
+            return _for_model(trajectory, dataset, split, max_examples)
+    args = _recording(trajectory)
     with PartialState().main_process_first():
         validation = _recorded(args, split) if dataset == RECORDED else _other(args, dataset, split)
         if max_examples is not None:
@@ -78,22 +95,64 @@ def load_validation_data(
 
 def load_cross_fit(trajectory: WeightTrajectory | str | Path, **options: Any) -> CrossFit:
     """Return a [`CrossFit`] on the training rows of a trajectory that lies beside its `record.json`."""
-    trajectory, args = _recording(trajectory)
+    trajectory = trajectory if isinstance(trajectory, WeightTrajectory) else WeightTrajectory(trajectory)
+    args = _recording(trajectory)
     with PartialState().main_process_first():
         rows, _, classes = load_splits(args)
         data = _prepare(trajectory, args, rows, classes)
     return CrossFit(**{"batch_size": _batch_size(len(data.dataset) // 2), **vars(data), **options})
 
 
-def _recording(trajectory: WeightTrajectory | str | Path) -> tuple[WeightTrajectory, RecordArguments]:
-    trajectory = trajectory if isinstance(trajectory, WeightTrajectory) else WeightTrajectory(trajectory)
-    path = trajectory.path.absolute().with_name("record.json")
+def _record_path(trajectory: WeightTrajectory) -> Path:
+    return trajectory.path.absolute().with_name("record.json")
+
+
+def _recording(trajectory: WeightTrajectory) -> RecordArguments:
+    path = _record_path(trajectory)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist, so the task of {trajectory.path} is unknown; call"
-            " predict_overflowed_weights(..., gate=Gate(dataset=validation_set)) in Python"
+        raise FileNotFoundError(f"{path} does not exist, so the data of {trajectory.path} is unknown; name a dataset")
+    return read_arguments(path)
+
+
+def _for_model(
+    trajectory: WeightTrajectory, dataset: str, split: str | None, max_examples: int | None
+) -> ValidationData:
+    """Load a dataset for the model of a trajectory that `know-hf record` did not make."""
+    in_python = "call predict_overflowed_weights(..., gate=Gate(dataset=validation_set)) in Python"
+    try:
+        base = load_base(trajectory) if trajectory.is_adapter else None
+    except ValueError as error:
+        raise ValueError(f"{error}; or {in_python}, with base_model in the gate") from error
+    config = load_config(str(trajectory.path), "main") if base is None else base.config
+    name = type(base).__name__ if base is not None else (config.architectures or ["unknown"])[0]
+    task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+    if task is None:
+        raise ValueError(f"{trajectory.path} has a {name}, for which know_hf prepares no data; {in_python}")
+    args = RecordArguments(task, str(trajectory.path), dataset, output_dir="", train_split="")
+    split = _other(args, dataset, split).eval_split or ""
+    args = replace(args, train_split=split, eval_split=None, max_examples=max_examples)
+    rows, _, classes = load_splits(args)
+    if classes is not None:
+        numbers = _class_numbers(classes, config, f"split {split} of {dataset}")
+        labels = [numbers[label] for label in rows.with_format(None)[LABELS][:]]
+        rows = rows.remove_columns(LABELS).add_column(LABELS, labels)
+    preprocessing = load_preprocessing(args, config)
+    return ValidationData(preprocessing.prepare(rows), preprocessing.collator, base)
+
+
+def _class_numbers(names: list[str], config: PreTrainedConfig, source: str) -> list[int]:
+    """Return the number of each class in a model: by its name, else the number that is its name, else its position."""
+    known = config.label2id or {}
+    if all(name in known for name in names):
+        return [known[name] for name in names]
+    if all(name.isdecimal() and int(name) < config.num_labels for name in names):
+        return [int(name) for name in names]
+    if len(names) != config.num_labels:
+        raise ValueError(
+            f"{source} has the classes {first_names(names, 10)}, and the model has {config.num_labels}:"
+            f" {first_names(list(known), 10)}; name a dataset with the classes of the model"
         )
-    return trajectory, read_arguments(path)
+    return list(range(len(names)))
 
 
 def _prepare(

@@ -31,7 +31,10 @@ _ADAPTER = "adapter_model.safetensors"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-_NOT_OF_THE_MODEL = re.compile(r"trainer_state\.json|README\.md|.*results\.json|.*\.safetensors|.*\.index\.json")
+_NOT_OF_THE_MODEL = re.compile(
+    r"trainer_state\.json|README\.md|.*results\.json|.*\.safetensors|.*\.index\.json"
+    r"|(optimizer|scheduler|scaler|training_args|rng_state\w*)\.(pt|pth|bin)"
+)
 _OF_THE_RUN = ("inference_mode", "base_model_name_or_path", "revision", "auto_mapping")  # of an adapter's config
 
 

@@ -135,6 +135,18 @@ def load_merged(checkpoint: Path) -> Any:
     return _merge(_Base.of(adapters, None, torch.float32).fresh(), adapters, 0)
 
 
+def load_base(trajectory: WeightTrajectory) -> Any:
+    """Load the recorded base model of a trajectory of adapters, with the head and the vocabulary of the adapters.
+
+    Raises:
+        `ValueError` or `OSError`: as [`merge_adapters`].
+    """
+    model = _Base.of(trajectory, None, torch.float32).fresh()
+    _fit_vocabulary(model, trajectory)
+    _fit_head(model, trajectory)
+    return model
+
+
 def merge_adapter(adapted: Any, trajectory: "Adapters") -> Any:
     """Merge an adapter into its base model and return it; `adapted` cannot be used afterwards.
 
