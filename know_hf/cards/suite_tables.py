@@ -15,7 +15,7 @@ _PROTOCOL_LABELS = {"source": "source (zero-shot)"}
 
 
 def condensed(report: Report) -> dict[str, Any]:
-    """Return the part of a `report.json` that these tables need: no cells, curves or values of single seeds."""
+    """Return the part of a `report.json` that these tables need: no cells or curves."""
     results = []
     for result in report["results"]:
         arms = {name: _rounded(values) for name, values in result["arms"].items()}
@@ -111,5 +111,7 @@ def _difference(result: Mapping[str, Any], arm: str) -> str:
 
 
 def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    estimate = {"mean": round(values["mean"], 6), "ci95": [round(end, 6) for end in values["ci95"]]}
+    estimate: dict[str, Any] = {"mean": round(values["mean"], 6), "ci95": [round(end, 6) for end in values["ci95"]]}
+    if "per_seed" in values:
+        estimate["per_seed"] = [round(value, 6) for value in values["per_seed"]]
     return {**estimate, "minus_naive": _rounded(values["minus_naive"])} if "minus_naive" in values else estimate

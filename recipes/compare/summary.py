@@ -4,13 +4,13 @@
     python recipes/compare/summary.py know_hf/known/weights/known-base/comparisons.json --arms random oracle
     python recipes/compare/summary.py outputs/published --protocol tuned --arms known-step-2 --figure rates.svg
 
-Rows are arms, columns are suites, or the other way round with `--transpose`. Cells show the difference from naive with
-its 95% interval. An arrow marks a significant difference after Holm's correction; random, pretrained, shuffled and
-oracle are not tested. Numbers of a suite whose positive control failed are in brackets. `--mean` adds the mean over
-the suites that have the arm and whose positive control did not fail; its interval follows from theirs.
-`--output FILE` writes the data of the tables, such as `comparisons.json` beside KNOWN weights, which their card reads.
-`--figure FILE` draws the scores of one comparison against the learning rate. `--pages` also writes page and figures of
-each output folder again.
+Rows are arms, columns are suites, or the other way round with `--transpose`. Cells show the difference from naive, or
+from another arm with `--minus ARM`, with its 95% interval. An arrow marks a significant difference from naive after
+Holm's correction; random, pretrained, shuffled and oracle are not tested. Numbers of a suite whose positive control
+failed are in brackets. `--mean` adds the mean over the suites that have the arm and whose positive control did not
+fail; its interval follows from theirs. `--output FILE` writes the data of the tables, such as `comparisons.json`
+beside KNOWN weights, which their card reads. `--figure FILE` draws the scores of one comparison against the learning
+rate. `--pages` also writes page and figures of each output folder again.
 """
 
 import argparse
@@ -38,16 +38,37 @@ def main() -> None:
     if arguments.figure is not None:
         draw(reports, arguments)
     names = protocols(reports) if arguments.protocol is None else [arguments.protocol]
+    if arguments.minus is not None:
+        reports = relative_to(reports, arguments.minus)
     tables = []
     for name in names:
-        rows = side_by_side(reports, name, arguments.measure, arguments.arms)
+        rows: Any = side_by_side(reports, name, arguments.measure, arguments.arms)
         if len(rows[0]) > 1:
+            rows[2][0] = arguments.minus or "naive"
             tables.append(with_means(rows, reports, name, arguments.measure) if arguments.mean else rows)
     if len(reports) == 1 and tables:
         tables = [joined(tables)]
     if arguments.transpose:
         tables = [list(zip(*rows, strict=True)) for rows in tables]
     print("\n\n".join(map(table, tables)))
+
+
+def relative_to(reports: list[Any], arm: str) -> list[Any]:
+    """Put an arm in the place of naive; results without it, or without the values of each seed, are left out."""
+    from know_hf.evaluation.statistics import paired_difference
+
+    def result_of(result: Any) -> Any:
+        arms: dict[str, Any] = {"naive": result["arms"][arm]}
+        for name, values in result["arms"].items():
+            if name not in ("naive", arm):
+                d = paired_difference(values["per_seed"], arms["naive"]["per_seed"])
+                arms[name] = {**values, "minus_naive": {"mean": d.mean, "ci95": [d.low, d.high]}}
+        return {**result, "arms": arms, "better": [], "worse": []}
+
+    def has(result: Any) -> bool:
+        return "per_seed" in result["arms"].get(arm, {})
+
+    return [{**report, "results": [result_of(r) for r in report["results"] if has(r)]} for report in reports]
 
 
 def with_means(rows: Any, reports: list[Any], protocol: str, measure: str) -> list[list[Any]]:
@@ -138,6 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--measure", default="accuracy", choices=("accuracy", "loss"), help="default: accuracy")
     parser.add_argument("--protocol", help="only this protocol, such as few-shot, linear-probe or source")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these rows after naive")
+    parser.add_argument("--minus", metavar="ARM", help="show differences from this arm instead of naive, untested")
     parser.add_argument("--mean", action="store_true", help="add the mean over the suites")
     parser.add_argument("--transpose", action="store_true", help="suites as rows, arms as columns")
     parser.add_argument("--pages", action="store_true", help="write report.html, report.md and figures again")
