@@ -327,7 +327,7 @@ def test_summary_averages_over_suites(report, tmp_path, capsys, monkeypatch):
         content = simulated_report(name, failed if name == "failed" else ARMS)
         (tmp_path / name / "report.json").write_text(json.dumps(content))
     folders = [str(tmp_path / name) for name in names]
-    options = ["--protocol", "few-shot", "--arms", "known-1", "--mean", "--transpose"]
+    options = ["--protocol", "few-shot", "--arms", "known-1", "--mean", "only"]
 
     def last_line(*others):
         monkeypatch.setattr("sys.argv", ["summary.py", *folders, *options, *others])
@@ -340,10 +340,10 @@ def test_summary_averages_over_suites(report, tmp_path, capsys, monkeypatch):
     # two equal suites: half of the variance, twice the degrees of freedom
     shrunk = stats.t.ppf(0.975, 2 * (count - 1)) / stats.t.ppf(0.975, count - 1) / 2**0.5
     middle, half = 50 * (low + high), 50 * (high - low) * shrunk
-    assert last == f"| mean (suites) |  |  | {middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}] (2) |"
+    assert last == f"| known-1 | {middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}] (2) |"
     known, shrink = (np.array(report["results"][0]["arms"][arm]["per_seed"]) for arm in ("known-1", "shrink"))
     folders = [str(tmp_path / "results.json")]
-    assert last_line("--minus", "shrink").startswith(f"| mean (suites) |  |  | {100 * (known - shrink).mean():+.1f} [")
+    assert last_line("--minus", "shrink").startswith(f"| known-1 | {100 * (known - shrink).mean():+.1f} [")
 
 
 @pytest.mark.skipif(not CHROMIUM or not CHROMEDRIVER, reason="needs chromium and chromedriver")

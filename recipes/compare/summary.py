@@ -4,13 +4,13 @@
     python recipes/compare/summary.py know_hf/known/weights/known-base/comparisons.json --arms random oracle
     python recipes/compare/summary.py outputs/published --protocol tuned --arms known-step-2 --figure rates.svg
 
-Rows are arms, columns are suites, or the other way round with `--transpose`. Cells show the difference from naive, or
-from another arm with `--minus ARM`, with its 95% interval. An arrow marks a significant difference from naive after
-Holm's correction; random, pretrained, shuffled and oracle are not tested. Numbers of a suite whose positive control
-failed are in brackets. `--mean` adds the mean over the suites that have the arm and whose positive control did not
-fail; its interval follows from theirs. `--output FILE` writes the data of the tables, such as `comparisons.json`
-beside KNOWN weights, which their card reads. `--figure FILE` draws the scores of one comparison against the learning
-rate. `--pages` also writes page and figures of each output folder again.
+Rows are arms, columns are suites. Cells show the difference from naive, or from another arm with `--minus ARM`, with
+its 95% interval. An arrow marks a significant difference from naive after Holm's correction; random, pretrained,
+shuffled and oracle are not tested. Numbers of a suite whose positive control failed are in brackets. `--mean` adds
+the mean over the suites that have the arm and whose positive control did not fail; its interval follows from theirs.
+`--mean only` prints the means of all protocols as one table. `--output FILE` writes the data of the tables, such as
+`comparisons.json` beside KNOWN weights, which their card reads. `--figure FILE` draws the scores of one comparison
+against the learning rate. `--pages` also writes page and figures of each output folder again.
 """
 
 import argparse
@@ -46,10 +46,10 @@ def main() -> None:
         if len(rows[0]) > 1:
             rows[2][0] = arguments.minus or "naive"
             tables.append(with_means(rows, reports, name, arguments.measure) if arguments.mean else rows)
-    if len(reports) == 1 and tables:
+    if arguments.mean == "only":
+        tables = [[[row[0], row[-1]] for row in rows if row[-1]] for rows in tables]
+    if tables and (len(reports) == 1 or arguments.mean == "only"):
         tables = [joined(tables)]
-    if arguments.transpose:
-        tables = [list(zip(*rows, strict=True)) for rows in tables]
     print("\n\n".join(map(table, tables)))
 
 
@@ -102,7 +102,7 @@ def with_means(rows: Any, reports: list[Any], protocol: str, measure: str) -> li
 
 
 def joined(tables: list[list[list[str]]]) -> list[list[str]]:
-    """Join the tables of one comparison: a column per protocol."""
+    """Join tables of one column: a column per protocol."""
     columns = [{row[0]: row[1] for row in rows[1:]} for rows in tables]
     names = dict.fromkeys(name for column in columns for name in column)
     heading = [tables[0][0][1], *(rows[0][0] for rows in tables)]
@@ -160,8 +160,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--protocol", help="only this protocol, such as few-shot, linear-probe or source")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these rows after naive")
     parser.add_argument("--minus", metavar="ARM", help="show differences from this arm instead of naive, untested")
-    parser.add_argument("--mean", action="store_true", help="add the mean over the suites")
-    parser.add_argument("--transpose", action="store_true", help="suites as rows, arms as columns")
+    means = "add the mean over the suites; only: show nothing else"
+    parser.add_argument("--mean", nargs="?", const="column", choices=("column", "only"), help=means)
     parser.add_argument("--pages", action="store_true", help="write report.html, report.md and figures again")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the data of the tables as JSON")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw scores against the learning rate")
