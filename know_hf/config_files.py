@@ -204,6 +204,14 @@ def _read_pairs(flag: str, pairs: Sequence[str]) -> dict[str, Any] | None:
     return content
 
 
+def name_and_value(text: str) -> tuple[str, str]:
+    """Split `NAME=VALUE`; the type of a flag."""
+    name, _, value = text.partition("=")
+    if not (name and value):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
 def flag(name: str) -> str:
     """Return the flag of an argument: `--output-dir` for `output_dir`."""
     return f"--{name.replace('_', '-')}"

@@ -78,6 +78,11 @@ def table(rows: Table, numeric: Sequence[bool] = ()) -> Markup:
     return Markup("\n".join([lines[0], f"| {rule} |", *lines[1:]]))
 
 
+def quantity(count: int, one: str, many: str = "") -> str:
+    """Return a number with its noun: "1 draw", "2 draws"."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def size(count: int) -> str:
     """Format a number of bytes."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -10,7 +10,7 @@ from know_hf import WeightTrajectory, predict_overflowed_weights
 from know_hf.evaluation import NAIVE, ORACLE, RANDOM, Arm, ArmSources, known_arm, known_step_arms, make_arm, shrink_arm
 from know_hf.evaluation.arm_weights import merge_task_singular_vectors
 from know_hf.known.modeling_known import KNOWNConfig, KNOWNModel
-from know_hf.predictors import protocol, register_predictor
+from know_hf.predictors import Average, protocol, register_predictor
 
 NAMES = (
     *("naive", "random", "pretrained", "oracle", "shuffled", "shrink", "average", "ema", "task-vector", "linear"),
@@ -106,6 +106,11 @@ def test_a_registered_predictor_is_a_method(sources, monkeypatch):
 def test_unknown_arms_are_errors(spec, message):
     with pytest.raises(ValueError, match=message):
         make_arm(spec)
+
+
+def test_the_predictor_of_an_arm_is_given_by_name():
+    with pytest.raises(ValueError, match=r"arm 'x' must be a name, got Average\(\).*register_predictor"):
+        Arm("x", "predicted", "", predictor=Average())
 
 
 @pytest.mark.parametrize(

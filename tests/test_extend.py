@@ -33,6 +33,9 @@ def test_the_code_of_the_readme_runs():
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", (RECIPE / "README.md").read_text(encoding="utf-8"), re.DOTALL):
         exec(block, namespace)
-    assert namespace["halfway"].predictor == "median"
+    for name in ("halfway", "tuned", "median"):
+        assert namespace[name].predictor == "median"
+        namespace[name].check_options()
+    assert (namespace["halfway"].role, namespace["median"].role) == ("method", "control")
     history = torch.tensor([[1.0, 2.0, 5.0]])
     assert know_hf.get_predictor("median").residual(history, "fc").tolist() == [-3.0]

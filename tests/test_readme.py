@@ -44,8 +44,6 @@ def test_files_that_are_named_exist(document):
         assert (ROOT / path).exists(), path
 
 
-
-
 def test_tables_of_comparisons_are_those_that_their_commands_print(monkeypatch, capsys):
     found = 0
     for document in DOCUMENTS:

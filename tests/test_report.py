@@ -299,6 +299,11 @@ def test_summary_shows_reports_side_by_side(report, tmp_path, capsys, monkeypatc
     assert summary(tmp_path / "simulated", condensed, "--protocol", "source", "--pages")
     assert (tmp_path / "simulated" / "report.html").exists() and not (tmp_path / "failed" / "report.html").exists()
     assert summary(condensed, "--arms", "oracle", "--protocol", "source").count("\n") == 5
+    present = {"--arms": "known-1", "--minus": "known-1", "--protocol": "few-shot", "--measure": "loss"}
+    for flag, available in present.items():
+        with pytest.raises(SystemExit, match="1"):
+            summary(condensed, flag, "known-11")
+        assert re.search(f"{flag}: no report has 'known-11'; .*{available}", capsys.readouterr().err)
     first, second = printed.split("\n\n")
     rows = {cells[1]: cells[2:4] for line in first.splitlines() if (cells := [c.strip() for c in line.split("|")])}
     assert rows["few-shot"] == ["simulated", "failed"] and second.startswith("| source (zero-shot) |")
@@ -344,6 +349,21 @@ def test_summary_averages_over_suites(report, tmp_path, capsys, monkeypatch):
     known, shrink = (np.array(report["results"][0]["arms"][arm]["per_seed"]) for arm in ("known-1", "shrink"))
     folders = [str(tmp_path / "results.json")]
     assert last_line("--minus", "shrink").startswith(f"| known-1 | {100 * (known - shrink).mean():+.1f} [")
+
+
+def test_summary_averages_draws_of_one_trajectory(tmp_path, capsys, monkeypatch):
+    difference = {"mean": 0.1, "ci95": [0.0, 0.2]}
+    arms = {"naive": {"mean": 0.5, "ci95": [0.4, 0.6]}, "known-1": {"minus_naive": difference}}
+    measure = {"name": "accuracy", "scale": 100, "digits": 1}
+    result = {"protocol": "few-shot", "measure": measure, "valid": True, "headroom": None, "arms": arms}
+    report = {"seeds": [0], "draws": 3, "results": [{**result, "better": [], "worse": []}]}
+    file = tmp_path / "reports.json"
+    file.write_text(json.dumps([{**report, "name": name} for name in "ab"]))
+    monkeypatch.setattr("sys.argv", ["summary.py", str(file), "--mean"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    half = 10 / stats.t.ppf(0.975, 2) * stats.t.ppf(0.975, 4) / 2**0.5
+    assert f"{10 - half:+.1f}, {10 + half:+.1f}] (2) |" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not CHROMIUM or not CHROMEDRIVER, reason="needs chromium and chromedriver")

@@ -260,6 +260,12 @@ def test_paths_of_data_that_the_suite_does_not_read_are_errors(tmp_path):
             run_suite(write_suite(tmp_path), tmp_path / "out", **{argument: {"other": "folder"}})
 
 
+@pytest.mark.parametrize(("arm", "needed"), [("known-step-1", 5), ("gate", 5), ("state-3", 4)])
+def test_arms_need_the_states_of_the_schedule(tmp_path, arm, needed):
+    with pytest.raises(ValueError, match=f"'{arm}' needs {needed} states, .*known-truth has num_states=3"):
+        plan_suite(write_suite(tmp_path), tmp_path / "out", arms=["naive", "state-2", arm])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("name: x", "'description' is missing"), ("- 1", "must contain a mapping"), ("a: [", "not valid YAML")],

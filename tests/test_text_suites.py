@@ -69,6 +69,21 @@ def test_unusable_texts_are_errors(texts, labelled, unseen, model, message):
         text_task(texts, data, "test", model).comparison_task()
 
 
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([0, 1], {"column": "sentence"}, "no column 'sentence', only text, label; .*key column"),
+        ([0, 1], {"label": "stars"}, "no column 'stars', only text, label; .*key label"),
+        (["bad", "good"], {}, "labels in column 'label' of split 'train' of someone/texts are .*string, not integers"),
+        ([0.5, 1.5], {}, "are float64, not integers"),
+    ],
+)
+def test_unusable_columns_are_errors(labelled, labels, options, message):
+    side, data = Side("someone/texts", 1, 1, **options), {"someone/texts": labelled(train=labels)}
+    with pytest.raises(ValueError, match=message):
+        prepare(side, "train", Inputs(max_length=4), data, None)
+
+
 def test_new_keeps_the_architecture_but_not_the_weights(texts, labelled):
     data = labelled(train=[0, 1] * 10)
     pretrained = text_task(texts, data)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import __version__
-from ..config_files import add_flags
+from ..config_files import add_flags, name_and_value
 from ..tasks import RecordArguments
 from . import commands
 
@@ -180,10 +180,10 @@ def _add_compare(parsers: Any) -> None:
     add("--plan", action="store_true", default=None, help="print cells, minutes and memory without running them")
     limit = "start no cell that would end later, and report the complete seeds; run again to continue"
     add("--max-minutes", type=float, metavar="M", help=limit)
-    add("--data", type=_pair, action="append", metavar="ID=FOLDER", help="read this dataset from a local folder")
-    model = "read this model from a local folder"
-    add("--model", type=_pair, action="append", metavar="ID=FOLDER", help=model)
-    add("--known", type=_pair, action="append", metavar="NAME=ID", help="also compare these KNOWN weights")
+    data, model = "read this dataset from a local folder", "read this model from a local folder"
+    add("--data", type=name_and_value, action="append", metavar="ID=FOLDER", help=data)
+    add("--model", type=name_and_value, action="append", metavar="ID=FOLDER", help=model)
+    add("--known", type=name_and_value, action="append", metavar="NAME=ID", help="also compare these KNOWN weights")
 
 
 def _add_push_pull(parsers: Any) -> None:
@@ -241,13 +241,6 @@ def _predictor(names: str) -> str:
         if name not in PREDICTORS:
             raise argparse.ArgumentTypeError(f"unknown predictor {name!r:.60}; choose from {', '.join(PREDICTORS)}")
     return names
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, _, value = text.partition("=")
-    if not (name and value):
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    return name, value
 
 
 def _json_object(text: str) -> dict[str, Any]:

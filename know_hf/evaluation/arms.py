@@ -100,7 +100,7 @@ class Arm:
             Whether a prediction changes the weights of normalisation layers.
 
     Raises:
-        `ValueError`: If the kind is unknown.
+        `ValueError`: If the kind is unknown, or the predictor is not given by its name.
     """
 
     name: str
@@ -117,6 +117,25 @@ class Arm:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"arm {self.name!r} has the unknown kind {self.kind!r}; use {', '.join(_KINDS)}")
+        if not isinstance(self.predictor, str):
+            raise ValueError(
+                f"predictor of arm {self.name!r} must be a name, got {self.predictor!r:.100}; register its class with"
+                " register_predictor, and set its fields with options="
+            )
+
+    def check_options(self) -> None:
+        """Raise a `ValueError` if the predictor of a setting does not take its options."""
+        for setting in self.settings if self.kind in _PLANNED else ():
+            options = {**self.options, **setting}
+            if self.kind == "gate":
+                options.pop("examples", None)
+            name = options.pop("predictor", self.predictor)
+            if "state" in options or (name == "known" and not options):
+                continue
+            try:
+                get_predictor(name, **options)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"arm {self.name!r}: {error}") from error
 
     @property
     def role(self) -> Literal["method", "control", "reference"]:

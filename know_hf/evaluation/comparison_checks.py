@@ -162,12 +162,13 @@ def check_design(design: Design) -> None:
     if len(seeds) == 1 and draws == 1:
         raise ValueError(
             "one draw of one trajectory has no interval. Record more trajectories with other seeds (10 are better than"
-            " 2) and pass them all, or set draws=10 if target(seed, draw) returns other examples for each draw. For"
+            " 2) and pass them all, or use 10 draws if target(seed, draw) returns other examples for each draw. For"
             " one trajectory, compare_checkpoints(a, b, test=…) compares Θ0 with the enhanced checkpoint"
         )
     if (recorded := design.task.recorded) is not None and max(seeds) >= len(recorded):
         raise ValueError(f"seed {max(seeds)} has no trajectory; the task has {len(recorded)}")
     for arm in design.arms:
+        arm.check_options()
         if design.trials_per_rate % len(arm.settings):
             count, fewer = len(arm.settings), [dict(setting) for setting in arm.settings[: design.trials_per_rate]]
             raise ValueError(

@@ -259,7 +259,16 @@ def choose(trials: Sequence[Mapping[str, Any]], measures: Sequence[Measure]) -> 
 
     Each trial has `"validation"`, from the name of each measure to its value; `None`, for a training that diverged, is
     the worst.
+
+    Raises:
+        `ValueError`: If a trial lacks a measure.
     """
+    for trial in trials:
+        if missing := [measure.name for measure in measures if measure.name not in trial["validation"]]:
+            raise ValueError(
+                f"validation scores have no {missing[0]!r}, only {', '.join(trial['validation'])}; return it from"
+                " evaluate and the protocol's trials, or list the measures in ComparisonTask(measures=…)"
+            )
 
     def rank(index: int) -> tuple[float, ...]:
         values = [(trials[index]["validation"][measure.name], measure) for measure in measures]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from know_hf.meta_learning import CollectedTrajectory
 
 ROLES = ("conv", "fc", "bias")
+GROUPS = ("states", "networks", "ratio", "trajectories", "loss")
 RATIO_BOUNDS = {"0.33": (0.3, 0.42), "0.5": (0.42, 0.6), "0.7": (0.6, 0.9)}
 MIN_TRAJECTORIES = 4  # per ratio; ratios with fewer have no row
 
@@ -45,7 +46,7 @@ class AblationArguments:
     )
     only: list[str] = field(
         default_factory=list,
-        metadata={"help": "Groups of rows besides the defaults: states networks ratio trajectories loss."},
+        metadata={"help": "Groups of rows besides the defaults.", "choices": GROUPS},
     )
     counts: list[int] = field(default_factory=lambda: [12, 25, 50], metadata={"help": "Numbers of trajectories."})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Seeds of every row."})

@@ -26,13 +26,14 @@ def main(arguments: argparse.Namespace) -> int:
 
     from know_hf import WeightTrajectory
     from know_hf.evaluation.suites import load_suite
-    from know_hf.evaluation.suites.suite_task import SuiteTask
+    from know_hf.evaluation.suites.suite_run import suite_arguments
     from know_hf.markdown import table
     from know_hf.prediction import choose
     from know_hf.prediction.choosing.batch_losses import ACCURACY, CALIBRATED, LOSS, METRICS
 
     suite = load_suite(arguments.suite)
-    task = SuiteTask(suite, dict(arguments.data or ()))
+    paths = {"data": dict(arguments.data or ()), "models": dict(arguments.model or ())}
+    task, _ = suite_arguments(suite, arguments.output_dir, arms=None, known=None, seeds=None, **paths)
     folders = sorted((arguments.output_dir / "trajectories").glob("seed-*"))
     if len(folders) < 2:
         raise ValueError(f"{arguments.output_dir} has {len(folders)} recordings; an interval needs at least two")
@@ -94,13 +95,14 @@ def measure_candidates(
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from know_hf.config_files import name_and_value
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", help="name or YAML file of the suite")
     parser.add_argument("output_dir", type=Path, help="output folder of the comparison, with its trajectories")
-    data = "read this dataset from a local folder"
-    parser.add_argument(
-        "--data", type=lambda pair: pair.split("=", 1), action="append", metavar="ID=FOLDER", help=data
-    )
+    for kind, read in (("data", "dataset"), ("model", "model")):
+        help_text = f"read this {read} from a local folder"
+        parser.add_argument(f"--{kind}", type=name_and_value, action="append", metavar="ID=FOLDER", help=help_text)
     return parser
 
 

@@ -23,20 +23,12 @@ from typing import Any
 def main() -> None:
     arguments = make_parser().parse_args()
 
-    from know_hf.cards.suite_tables import condensed, protocols, side_by_side
+    from know_hf.cards.suite_tables import protocols, side_by_side
     from know_hf.markdown import table
 
     reports = [report for path in arguments.reports for report in read(path)]
-    if arguments.output is not None:
-        lines = [json.dumps(condensed(report), ensure_ascii=False) for report in reports]
-        arguments.output.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-    if arguments.pages:
-        from know_hf.evaluation.report.pages import write_report
-
-        for folder in filter(Path.is_dir, arguments.reports):
-            write_report(folder, folder)
-    if arguments.figure is not None:
-        draw(reports, arguments)
+    write_files(reports, arguments)
+    check_names(reports, arguments)
     names = protocols(reports) if arguments.protocol is None else [arguments.protocol]
     if arguments.minus is not None:
         reports = relative_to(reports, arguments.minus)
@@ -46,11 +38,27 @@ def main() -> None:
         if len(rows[0]) > 1:
             rows[2][0] = arguments.minus or "naive"
             tables.append(with_means(rows, reports, name, arguments.measure) if arguments.mean else rows)
+    if not tables:
+        raise ValueError("no report has such a table; --minus needs the values of each seed, which older files lack")
     if arguments.mean == "only":
         tables = [[[row[0], row[-1]] for row in rows if row[-1]] for rows in tables]
-    if tables and (len(reports) == 1 or arguments.mean == "only"):
+    if len(reports) == 1 or arguments.mean == "only":
         tables = [joined(tables)]
     print("\n\n".join(map(table, tables)))
+
+
+def write_files(reports: list[Any], arguments: argparse.Namespace) -> None:
+    """Write what `--output`, `--pages` and `--figure` ask for."""
+    from know_hf.cards.suite_tables import condensed
+    from know_hf.evaluation.report.pages import write_report
+
+    if arguments.output is not None:
+        lines = [json.dumps(condensed(report), ensure_ascii=False) for report in reports]
+        arguments.output.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    for folder in filter(Path.is_dir, arguments.reports if arguments.pages else ()):
+        write_report(folder, folder)
+    if arguments.figure is not None:
+        draw(reports, arguments)
 
 
 def relative_to(reports: list[Any], arm: str) -> list[Any]:
@@ -71,6 +79,21 @@ def relative_to(reports: list[Any], arm: str) -> list[Any]:
     return [{**report, "results": [result_of(r) for r in report["results"] if has(r)]} for report in reports]
 
 
+def check_names(reports: list[Any], arguments: argparse.Namespace) -> None:
+    """Raise a `ValueError` for a protocol, measure or arm that no report has."""
+    results = [result for report in reports for result in report["results"]]
+    arms = {arm for result in results for arm in result["arms"]}
+    wanted = {
+        "--protocol": ([arguments.protocol], {result["protocol"] for result in results}),
+        "--measure": ([arguments.measure], {result["measure"]["name"] for result in results}),
+        "--arms": (arguments.arms or [], arms),
+        "--minus": ([arguments.minus], arms),
+    }
+    for flag, (names, present) in wanted.items():
+        if unknown := [name for name in names if name not in (None, *present)]:
+            raise ValueError(f"{flag}: no report has {unknown[0]!r}; choose from {', '.join(sorted(present))}")
+
+
 def with_means(rows: Any, reports: list[Any], protocol: str, measure: str) -> list[list[Any]]:
     """Add a column to a table: the mean difference from naive over suites of equal weight."""
     from know_hf.cards.suite_tables import estimate_text, positive_control
@@ -83,7 +106,8 @@ def with_means(rows: Any, reports: list[Any], protocol: str, measure: str) -> li
                 is_wanted = (other["protocol"], other["measure"]["name"]) == (protocol, measure)
                 difference = other["arms"].get(arm, {}).get("minus_naive")
                 if is_wanted and difference is not None and positive_control(other) != "failed":
-                    result, count = other, len(report["seeds"]) - 1
+                    counted = report["seeds"] if len(report["seeds"]) > 1 else range(report["draws"])
+                    result, count = other, len(counted) - 1
                     half = (difference["ci95"][1] - difference["ci95"][0]) / 2
                     means.append(difference["mean"])
                     variances.append((half / scipy_stats().t.ppf(0.975, count)) ** 2)
@@ -113,7 +137,8 @@ def read(path: Path) -> list[Any]:
     """Read the report in an output folder of `know-hf compare`, or the reports in a file.
 
     Raises:
-        `SystemExit`: if there is none.
+        `SystemExit`: if there is no such file.
+        `ValueError`: if it holds something else.
     """
     file = path / "report.json" if path.is_dir() else path
     if not file.exists():
@@ -122,7 +147,10 @@ def read(path: Path) -> list[Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}); run know-hf compare again") from error
-    return content if isinstance(content, list) else [content]
+    reports = content if isinstance(content, list) else [content]
+    if not all(isinstance(report, dict) and report.get("results") for report in reports):
+        raise ValueError(f"{file} has no comparison of arms; give an output folder of know-hf compare SUITE")
+    return reports
 
 
 def draw(reports: list[Any], arguments: argparse.Namespace) -> None:
@@ -156,7 +184,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="output folder of a comparison, report.json, or output of --output",
     )
-    parser.add_argument("--measure", default="accuracy", choices=("accuracy", "loss"), help="default: accuracy")
+    parser.add_argument("--measure", default="accuracy", help="such as loss (default: accuracy)")
     parser.add_argument("--protocol", help="only this protocol, such as few-shot, linear-probe or source")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these rows after naive")
     parser.add_argument("--minus", metavar="ARM", help="show differences from this arm instead of naive, untested")

@@ -91,6 +91,7 @@ from typing import Any
 import numpy as np
 
 from ...checkpoint import write_json
+from ...markdown import quantity
 from ..comparison import ENOUGH_SEEDS, Comparison, Measure, compare_with_naive
 from ..statistics import mean_and_interval
 from .budget_curves import budget_curves, budget_sentence
@@ -209,7 +210,9 @@ class ComparisonReport:
         return path
 
     def __str__(self) -> str:
-        parts = [f"{self.name}: {len(self.seeds)} trajectories, {self.draws} downstream draws each", *self.warnings]
+        trajectories = quantity(len(self.seeds), "trajectory", "trajectories")
+        draws = quantity(self.draws, "downstream draw")
+        parts = [f"{self.name}: {trajectories}, {draws} each", *self.warnings]
         for comparison in self.comparisons.values():
             parts += ["\n".join(filter(None, _sentences(comparison).values())), comparison.table()]
         return "\n\n".join(part for part in parts if part)

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub.utils import yaml_dump
 
 from ...checkpoint import read_json_object
-from ...markdown import fenced, markdown
+from ...markdown import fenced, markdown, quantity
 from .comparison_report import REPORT_NAME, SCHEMA_VERSION
 from .figures import (
     Report,
@@ -125,11 +125,11 @@ def _texts(report: Report) -> dict[str, bytes]:
 def _header(report: Report) -> ReportSection:
     """Return the title, verdict, warnings and positive control."""
     status, sentence = validity(report)
-    trajectories, draws = len(report["seeds"]), report["draws"]
+    trajectories = quantity(len(report["seeds"]), "trajectory", "trajectories")
+    draws, trials = quantity(report["draws"], "downstream draw"), quantity(report["trials_per_rate"], "tuning trial")
     size = (
-        f"{len(report['arms'])} arms; {_plural(trajectories, 'trajectory', 'trajectories')},"
-        f" {_plural(draws, 'downstream draw')} each; {_plural(report['trials_per_rate'], 'tuning trial')} per arm and"
-        f" learning rate; {_duration(report['seconds'])} on one process."
+        f"{len(report['arms'])} arms; {trajectories}, {draws} each; {trials} per arm and learning rate;"
+        f" {_duration(report['seconds'])} on one process."
     )
     body = _joined(
         f"**{markdown(verdict(report))}**",
@@ -205,10 +205,6 @@ def _text(table: ReportTable | None) -> str:
 
 def _yaml(content: Mapping[str, Any]) -> str:
     return fenced(yaml_dump(json.loads(json.dumps(content)), sort_keys=False), "yaml")
-
-
-def _plural(count: int, one: str, many: str = "") -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def _duration(seconds: float) -> str:

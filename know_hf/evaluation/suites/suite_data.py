@@ -202,13 +202,15 @@ def prepare(
     tokenizer reads the texts.
 
     Raises:
-        `ValueError`: if a class of the suite has no example, or a label is negative.
+        `ValueError`: if a column is missing or of another kind, a class of the suite has no example, or a label is
+            negative.
     """
     if side.dataset == DIGITS:
         key: list[Any] = [DIGITS]
     else:
         rows = datasets.load_dataset(dataset_paths.get(side.dataset, side.dataset), side.config, split=split)
         column = side.column or ("image" if inputs.image_size else "text")
+        _check_columns(rows, f"split {split!r} of {side.dataset}", column, inputs, side.label)
         key = [rows._fingerprint, column, side.label, tokenizer]  # noqa: SLF001  datasets has no public name for it
     key += [inputs.image_size, inputs.channels, inputs.max_length, *(["next_byte"] if inputs.next_byte else [])]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "know_hf_suites"
@@ -240,6 +242,19 @@ def prepare(
     if missing := set(classes) - set(present):
         raise ValueError(f"{name} has no example of class {min(missing)}; its classes are {present}")
     return PreparedSplit(path, classes, inputs)
+
+
+def _check_columns(rows: datasets.Dataset, name: str, column: str, inputs: Inputs, label: str) -> None:
+    for key, wanted in (("column", column), ("label", column if inputs.next_byte else label)):
+        if wanted not in rows.column_names:
+            names = ", ".join(rows.column_names)
+            raise ValueError(f"{name} has no column {wanted!r}, only {names}; name it in the suite with the key {key}")
+    kinds = {key: getattr(feature, "dtype", type(feature).__name__) for key, feature in rows.features.items()}
+    if inputs.image_size and not isinstance(rows.features[column], datasets.Image):
+        raise ValueError(f"column {column!r} of {name} holds {kinds[column]}, not images; cast it to datasets.Image()")
+    if not inputs.next_byte and not kinds[label].startswith(("int", "uint", "bool")):
+        hint = "number the classes, for example with Dataset.class_encode_column"
+        raise ValueError(f"labels in column {label!r} of {name} are {kinds[label]}, not integers; {hint}")
 
 
 @cache

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from ...markdown import quantity
 from ...markdown import size as format_bytes
 from ...schedule import ForgettingSchedule
 from ...tasks.recording_plan import steps_per_epoch
@@ -80,7 +81,8 @@ class ComparisonPlan:
         plural = "es" if self.num_processes > 1 else ""
         return "\n".join(
             [
-                f"{self.name}: {self.seeds} seeds, {self.arms} arms, {self.draws} downstream draws each",
+                f"{self.name}: {quantity(self.seeds, 'seed')}, {quantity(self.arms, 'arm')},"
+                f" {quantity(self.draws, 'downstream draw')} each",
                 f"to record: {self.trajectories} of {self.seeds} trajectories, {self.trajectory_seconds:.3g} s each",
                 f"to run: {self.cells} of {self.seeds * self.arms} arms of a seed, {self.cell_seconds:.3g} s each",
                 f"time: about {self.minutes:.3g} min with {self.num_processes} process{plural}, by {basis}",

@@ -7,6 +7,8 @@ from typing import Any
 
 from ...checkpoint import check_output
 from ...known import KNOWNConfig
+from ...prediction import SHIPPED_KNOWN
+from ...schedule import ForgettingSchedule
 from ..arms import Arm, known_step_arms, make_arm
 from ..compare import compare_arms
 from ..report.comparison_report import ComparisonReport
@@ -55,7 +57,8 @@ def run_suite(
 
     Raises:
         `ValueError`: if `data` or `models` names something that the suite does not read, if `output_dir` is inside
-            one of their folders, and as [`load_suite`] and [`compare_arms`].
+            one of their folders, if an arm needs more states than the schedule has, and as [`load_suite`] and
+            [`compare_arms`].
         `FileExistsError`, `RuntimeError`, `TimeoutError`: as [`compare_arms`].
     """
     task, arguments = suite_arguments(suite, output_dir, arms, data, models, known, seeds)
@@ -85,6 +88,7 @@ def suite_arguments(
         further = known_step_arms(steps, name, folder)
         matching = [arm for shipped, arm in zip(known_step_arms(steps), further, strict=True) if shipped.name in names]
         compared += matching or further
+    _check_states(suite, compared)
     return SuiteTask(suite, dataset_paths, model_paths), {
         "protocols": suite.protocols,
         "arms": compared,
@@ -101,6 +105,21 @@ def _arm(arm: Arm | str | Mapping[str, Any], suite: Suite) -> Arm:
     if isinstance(arm, Arm):
         return arm
     return next((own for own in suite.arms if own.name == arm), None) or make_arm(arm)
+
+
+def _check_states(suite: Suite, arms: Sequence[Arm]) -> None:
+    """Raise a `ValueError` for an arm that needs more states than the schedule has."""
+    recorded = ForgettingSchedule(**suite.schedule).num_states
+    for arm in arms:
+        needed = arm.state + 1
+        if arm.uses_known:
+            config = KNOWNConfig.from_pretrained(arm.known or SHIPPED_KNOWN)
+            needed = config.num_states if config.variant == "reference" else 1
+        if needed > recorded:
+            raise ValueError(
+                f"arm {arm.name!r} needs {needed} states, but the schedule of {suite.name} has num_states={recorded};"
+                " leave out the arm, or record more states"
+            )
 
 
 def _expanded(argument: str, paths: Mapping[str, str] | None, ids: set[Any], suite: str) -> dict[str, str]:
