@@ -121,6 +121,17 @@ def test_a_recorded_adapter_over_a_random_base_is_not_loaded(record_states):
         trajectory.load_model(base_model=llama())
 
 
+def test_a_base_model_that_has_an_adapter_is_refused(record_states):
+    trajectory, base = record_states(adapted(**TARGETS), 2), llama()
+    loaded = trajectory.load_model(base_model=base)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    for model in (base, loaded):  # get_peft_model leaves the same
+        with pytest.raises(TrajectoryError, match=r"already has an adapter.*unload\(\)"):
+            trajectory.load_model(1, base_model=model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+    assert isinstance(trajectory.load_model(1, base_model=loaded.unload()), PeftModel)
+
+
 def test_a_subclass_of_peft_model_is_an_adapter(record_states):
     class Mine(PeftModel):
         pass

@@ -34,19 +34,23 @@ def noisy(*args, **options):
     logging.getLogger("noise").warning("noise")
     for _ in tqdm([1], desc="noise", disable=False):
         pass
-    return SimpleNamespace(num_states=2, path="merged")
+    return SimpleNamespace(num_states=0, path="out", start=None, states=(), tail=(), branches=())
 
 
 @pytest.mark.parametrize(
     ("target", "command", "values"),
     [
-        ("know_hf.trajectory.merging.merge_adapters", "merge t --output-dir out", {"path": "merged", "num_states": 2}),
-        ("know_hf.hub.push", "push enhanced me/model", {"url": "namespace(num_states=2, path='merged')"}),
-        ("know_hf.hub.pull", "pull me/model --output-dir out", {"path": "namespace(num_states=2, path='merged')"}),
+        (
+            "know_hf.trajectory.merging.merge_adapters",
+            "merge t --output-dir out",
+            {"path": "out", "num_states": 0, "snapshots": []},
+        ),
+        ("know_hf.hub.push", "push enhanced me/model", {"url": "out"}),
+        ("know_hf.hub.pull", "pull me/model --output-dir out", {"path": "out"}),
     ],
 )
 def test_json_is_alone_on_standard_output_and_quiet_hides_the_rest(monkeypatch, capsys, target, command, values):
-    call = noisy if "merge" in target else lambda *args, **options: str(noisy())
+    call = noisy if "merge" in target else lambda *args, **options: noisy().path
     monkeypatch.setattr(target, call)
     assert main([*command.split(), "--json"]) == 0
     shown = capsys.readouterr()

@@ -21,7 +21,7 @@ from transformers import (
 from know_hf import WeightTrajectory
 from know_hf.cli import main
 from know_hf.evaluation import FineTuning
-from know_hf.evaluation.checkpoints import compare_checkpoints
+from know_hf.evaluation.checkpoints import compare_checkpoints, compare_on_dataset
 
 QUICK = FineTuning((1e-3, 1e-2), steps=2, head_steps=2, labels_per_class=4)
 WORDS = ["good", "bad", "film", "a", "the"]
@@ -187,6 +187,27 @@ def test_other_classes_get_new_heads_and_other_tokenizers_are_refused(tmp_path, 
     other = make_bert(tmp_path / "other", 1, words=WORDS[::-1])
     assert main(["compare", a, other, "--dataset", reviews]) == 1
     assert "tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("reviews")  # their cache
+def test_classes_are_found_in_the_models_by_name(tmp_path):
+    (tmp_path / "data").mkdir()
+    rows = {"text": ["a good film"] * 12 + ["the bad bad film"] * 4, "label": ["good"] * 12 + ["bad"] * 4}
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows).to_csv(tmp_path / f"data/{split}.csv")
+    base, folders = make_bert(tmp_path / "base", 0), [tmp_path / name for name in ("a", "b", "c")]
+    model = BertForSequenceClassification.from_pretrained(base)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    for folder, names in zip(folders, (["good", "bad"], ["good", "bad"], ["bad", "good"]), strict=True):
+        model.config.id2label, model.config.label2id = dict(enumerate(names)), {names[0]: 0, names[1]: 1}
+        model.classifier.bias.data[0] += 9  # always the first class, not the first of the dataset in order
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    a, b, c = folders
+    accuracy = compare_on_dataset(a, b, str(tmp_path / "data"), train_split=None).scores[0]
+    assert (accuracy.a, accuracy.b) == (0.75, 0.75)
+    with pytest.raises(ValueError, match="label2id"):
+        compare_on_dataset(a, c, str(tmp_path / "data"), train_split=None)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,8 @@ def test_the_checkpoints_of_a_trainer(trained, tmp_path):
     recorded = WeightTrajectory.create(tmp_path / "recorded")
     recorded.record(make_resnet(), num_examples=1, steps=1)
     assert trajectory.roles == recorded.roles
+    with pytest.raises(FileNotFoundError, match=rf"such as {trained}/checkpoint-"):
+        WeightTrajectory.from_checkpoints([trained, trained], tmp_path / "other", "branches")
 
 
 def test_checkpoints_are_averaged_gated_and_loaded(trained, tmp_path):

@@ -231,6 +231,24 @@ def test_the_records_of_the_states_are_kept(tmp_path):
     merged.verify()
 
 
+def test_tail_states_and_branches_are_merged(tmp_path):
+    model, source = get_peft_model(bert(), lora("query")), WeightTrajectory.create(tmp_path / "adapters")
+    (factor,) = (parameter for name, parameter in model.named_parameters() if "lora_B" in name)
+    source.record_tail(model, 0, 3)
+    factor.data += 1
+    source.record(model, num_examples=8, steps=5)
+    factor.data += 1
+    source.record(model, kind="branch", num_examples=4, steps=2, metrics={"loss": 0.5})
+    source.update_metrics("tail-0", {"loss": 0.7})
+    merged = merge_adapters(source, bert(), output_dir=tmp_path / "merged")
+    assert (merged.tail[0].steps, merged.tail[0].metrics) == (3, {"loss": 0.7})
+    assert (merged.branches[0].num_examples, merged.branches[0].metrics) == (4, {"loss": 0.5})
+    for name in ("tail-0", "state-0", "branch-0"):
+        expected = logits(source.load_model(name, base_model=bert()))
+        torch.testing.assert_close(logits(merged.load_model(name)), expected)
+    merged.verify()
+
+
 @pytest.mark.parametrize(
     ("make", "config"),
     [
@@ -326,7 +344,7 @@ def test_wrong_trajectories_and_bases(tmp_path, record, recorded):
     refused("full models", make_resnet(), recorded)
     refused("base_model=")
     refused(r"base_model is a PeftModel.*model.unload\(\)", get_peft_model(llama(), lora("q_proj")))
-    refused(r"state 0 of .*GPT2LMHeadModel", gpt2())
+    refused(r"state-0 of .*GPT2LMHeadModel", gpt2())
     with pytest.warns(UserWarning, match="missing adapter keys"):
         deeper = LlamaForCausalLM(LlamaConfig(vocab_size=32, **{**SIZES, "num_hidden_layers": 2}))
         refused(r"'.*layers\.1\..*lora_A\.weight' .*base_model=", deeper)

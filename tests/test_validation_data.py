@@ -204,6 +204,8 @@ def test_models_of_other_tasks_are_named(tmp_path, reviews):
     trajectory.record(BertForMaskedLM(BertConfig(vocab_size=9, **sizes)), num_examples=2, steps=1)
     with pytest.raises(ValueError, match=r"BertForMaskedLM.*gate=Gate\(dataset="):
         load_validation_data(trajectory, reviews, split="test")
+    with pytest.raises(FileNotFoundError, match=r"record.json .*gate=CrossFit\(dataset="):
+        load_cross_fit(trajectory)
     trajectory = WeightTrajectory.create(tmp_path / "classifier")
     trajectory.record(BertForSequenceClassification(BertConfig(vocab_size=9, **sizes)), num_examples=2, steps=1)
     with pytest.raises(ValueError, match="no tokenizer"):

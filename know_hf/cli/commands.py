@@ -94,9 +94,7 @@ def import_(args: argparse.Namespace) -> Result:
         name: getattr(args, name) for name in ("kind", "num_examples", "start", "copy", "overwrite")
     }
     trajectory = WeightTrajectory.from_checkpoints(args.checkpoints, args.output_dir, **options)
-    records = (trajectory.start, *trajectory.states, *trajectory.tail, *trajectory.branches)
-    names = [record.name for record in records if record]
-    path = str(trajectory.path)
+    names, path = _snapshot_names(trajectory), str(trajectory.path)
     command = shlex.join(["know-hf", "predict", path, "--validation", "DATASET", "--output-dir", f"{path}-enhanced"])
     text = f"{', '.join(names)} written to {path}; next:\n\n{command}"
     return Printed(text, {"path": path, "snapshots": names, "next": command})
@@ -111,8 +109,9 @@ def merge(args: argparse.Namespace) -> Result:
 
     options = {"output_dir": args.output_dir, "dtype": getattr(torch, args.dtype), "overwrite": args.overwrite}
     merged = merge_adapters(args.trajectory, args.base_model, **options)
-    text = f"{merged.num_states} states merged, written to {merged.path}"
-    return Printed(text, {"path": str(merged.path), "num_states": merged.num_states})
+    names = _snapshot_names(merged)
+    text = f"merged {', '.join(names)}, written to {merged.path}"
+    return Printed(text, {"path": str(merged.path), "num_states": merged.num_states, "snapshots": names})
 
 
 def predict(args: argparse.Namespace) -> Result | None:
@@ -235,6 +234,11 @@ def pull(args: argparse.Namespace) -> Result:
 
     path = str(hub.pull(args.repo_id, args.output_dir, revision=args.revision))
     return Printed(f"pulled to {path}", {"path": path})
+
+
+def _snapshot_names(trajectory: Any) -> list[str]:
+    records = (trajectory.start, *trajectory.states, *trajectory.tail, *trajectory.branches)
+    return [record.name for record in records if record]
 
 
 def _push_options(args: argparse.Namespace) -> dict[str, Any]:

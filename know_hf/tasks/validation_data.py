@@ -96,7 +96,7 @@ def load_validation_data(
 def load_cross_fit(trajectory: WeightTrajectory | str | Path, **options: Any) -> CrossFit:
     """Return a [`CrossFit`] on the training rows of a trajectory that lies beside its `record.json`."""
     trajectory = trajectory if isinstance(trajectory, WeightTrajectory) else WeightTrajectory(trajectory)
-    args = _recording(trajectory)
+    args = _recording(trajectory, "choose on validation data, or pass gate=CrossFit(dataset=train_set) in Python")
     with PartialState().main_process_first():
         rows, _, classes = load_splits(args)
         data = _prepare(trajectory, args, rows, classes)
@@ -107,10 +107,10 @@ def _record_path(trajectory: WeightTrajectory) -> Path:
     return trajectory.path.absolute().with_name("record.json")
 
 
-def _recording(trajectory: WeightTrajectory) -> RecordArguments:
+def _recording(trajectory: WeightTrajectory, instead: str = "name a dataset") -> RecordArguments:
     path = _record_path(trajectory)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, so the data of {trajectory.path} is unknown; name a dataset")
+        raise FileNotFoundError(f"{path} does not exist, so the data of {trajectory.path} is unknown; {instead}")
     return read_arguments(path)
 
 
@@ -133,14 +133,14 @@ def _for_model(
     args = replace(args, train_split=split, eval_split=None, max_examples=max_examples)
     rows, _, classes = load_splits(args)
     if classes is not None:
-        numbers = _class_numbers(classes, config, f"split {split} of {dataset}")
+        numbers = class_numbers(classes, config, f"split {split} of {dataset}")
         labels = [numbers[label] for label in rows.with_format(None)[LABELS][:]]
         rows = rows.remove_columns(LABELS).add_column(LABELS, labels)
     preprocessing = load_preprocessing(args, config)
     return ValidationData(preprocessing.prepare(rows), preprocessing.collator, base)
 
 
-def _class_numbers(names: list[str], config: PreTrainedConfig, source: str) -> list[int]:
+def class_numbers(names: list[str], config: PreTrainedConfig, source: str) -> list[int]:
     """Return the number of each class in a model: by its name, else the number that is its name, else its position."""
     known = config.label2id or {}
     if all(name in known for name in names):

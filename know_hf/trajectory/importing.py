@@ -101,7 +101,9 @@ class _Checkpoint:
                         f"{name} has its weights in {pickle}, which is never unpickled; load the model and save it"
                         " with save_pretrained"
                     )
-            raise FileNotFoundError(f"{name} has no {WEIGHTS_NAME}, {INDEX_NAME} or {_ADAPTER}")
+            inside = sorted(path.parent.name for path in folder.glob("*/*.safetensors"))
+            hint = f"; give a checkpoint in it, such as {Path(name) / inside[-1]}" if inside else ""
+            raise FileNotFoundError(f"{name} has no {WEIGHTS_NAME}, {INDEX_NAME} or {_ADAPTER}{hint}")
         reader = CheckpointReader.from_folder(folder)
         files = {Path(reader.file(tensor)) for tensor in reader.names}
         return cls(str(name), folder, tuple(sorted(files)), reader)

@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 
 # raised by transformers for a damaged config or damaged weights
 _UNLOADABLE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
-_STAGE_FIELDS = ("num_examples", "steps", "fraction", "subset_fingerprint", "seed", "metrics")
+_STAGE_FIELDS = ("kind", "num_examples", "steps", "fraction", "subset_fingerprint", "seed", "metrics")
 _PREFIX = "base_model.model."
 _UNMERGED = "predict the adapters without merging"
 _WRAPPERS = ("base_layer", "modules_to_save", "original_module", "token_adapter")  # peft's modules around the base's
@@ -56,8 +56,8 @@ def merge_adapters(
     peft loads each state on a fresh copy of the base model and merges it with `merge_and_unload(safe_merge=True)`,
     which handles scaling (rsLoRA), magnitudes (DoRA), transposed layers and `modules_to_save`. Tensors that no adapter
     changes are stored once. Sizes, seeds, fingerprints and metrics of the states, the schedule, and tokenizer and
-    processor files are kept; the start is merged too. Buffers that adapters do not hold, such as BatchNorm statistics,
-    come from the base model.
+    processor files are kept; start, tail states and branches are merged too. Buffers that adapters do not hold, such
+    as BatchNorm statistics, come from the base model.
 
     An adapter on one of two tied embeddings (`embed_tokens` without `lm_head`) unties them, because
     `merge_and_unload` alone would change both. The merged model then has `tie_word_embeddings=False`.
@@ -112,15 +112,22 @@ def merge_adapters(
     source = loaded_from(base.source) if isinstance(base.source, nn.Module) else base.source
     with atomic_folder(Path(output_dir), overwrite, [trajectory.path, source]) as work:
         merged = WeightTrajectory.create(work, trajectory.schedule)
-        if trajectory.start is not None:
-            merged.record_start(_merge(base.fresh(), trajectory, "start"))
-        for state in tqdm(trajectory.states, desc="merging adapters", unit="state"):
-            model = _merge(base.fresh(), trajectory, state.index)
-            if not state.index:
-                check_free_disk(Path(output_dir), _nbytes(model, trajectory))
-            stage: Any = {name: getattr(state, name) for name in _STAGE_FIELDS}
-            merged.record(model, processing_class=_ModelFiles(trajectory), **stage)
+        records = (trajectory.start, *trajectory.tail, *trajectory.states, *trajectory.branches)
+        snapshots = [record for record in records if record is not None]
+        for snapshot in tqdm(snapshots, desc="merging adapters", unit="state"):
+            model = _merge(base.fresh(), trajectory, snapshot.name)
+            if snapshot is snapshots[0]:
+                check_free_disk(Path(output_dir), _nbytes(model, trajectory, len(snapshots) - 1))
+            if snapshot.kind == "start":
+                merged.record_start(model)
+            elif snapshot.kind == "tail":
+                merged.record_tail(model, snapshot.index, snapshot.steps)
+            else:
+                stage: Any = {name: getattr(snapshot, name) for name in _STAGE_FIELDS}
+                merged.record(model, processing_class=_ModelFiles(trajectory), **stage)
             del model  # before the next one is loaded
+        for snapshot in merged.tail:
+            merged.update_metrics(snapshot.name, trajectory.tail[snapshot.index].metrics)
     return WeightTrajectory(output_dir)
 
 
@@ -132,7 +139,7 @@ def load_merged(checkpoint: Path) -> Any:
     """
     is_trajectory = WeightTrajectory.exists(checkpoint)
     adapters = WeightTrajectory(checkpoint) if is_trajectory else AdapterFolder(checkpoint)
-    return _merge(_Base.of(adapters, None, torch.float32).fresh(), adapters, 0)
+    return _merge(_Base.of(adapters, None, torch.float32).fresh(), adapters, "state-0")
 
 
 def load_base(trajectory: WeightTrajectory) -> Any:
@@ -299,7 +306,7 @@ def _merge(model: Any, trajectory: Adapters, state: StateName) -> nn.Module:
     try:
         adapted: Any = trajectory.load_model(state, base_model=model)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"state {state!r} of {trajectory.path} {unfit} {error}") from error
+        raise ValueError(f"{state} of {trajectory.path} {unfit} {error}") from error
     in_model = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     recorded = set(trajectory.names)
     # adapted or resized embeddings are recorded with their own weights and those tied to them
@@ -402,11 +409,11 @@ def _tie_equal_embeddings(merged: Any) -> None:
         config.tie_word_embeddings = equal
 
 
-def _nbytes(model: nn.Module, trajectory: WeightTrajectory) -> int:
+def _nbytes(model: nn.Module, trajectory: WeightTrajectory, others: int) -> int:
     """Bytes of the merged states: all tensors of the first, and those that adapters change of the others."""
     modules = _modules(trajectory.names)
     changed = sum(t.nbytes for name, t in model.state_dict().items() if name.rpartition(".")[0] in modules)
-    return state_nbytes(model)[0] + (trajectory.num_states - 1) * changed
+    return state_nbytes(model)[0] + others * changed
 
 
 @dataclass(frozen=True)

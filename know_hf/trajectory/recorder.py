@@ -162,16 +162,16 @@ class Recorder:
             )
 
     def update_metrics(self, state: StateName, metrics: Mapping[str, float]) -> None:
-        """Add evaluation results to a finished state or branch."""
+        """Add evaluation results to a finished state, tail state or branch."""
         self.check()
         manifest, old = self._store.manifest, self._store.record(state)
         new = replace(old, metrics={**old.metrics, **metrics})
-        states, branches = (
+        states, tail, branches = (
             tuple(new if record is old else record for record in records)
-            for records in (manifest.states, manifest.branches)
+            for records in (manifest.states, manifest.tail, manifest.branches)
         )
         with self.recording():
-            self._store.enter(replace(manifest, states=states, branches=branches))
+            self._store.enter(replace(manifest, states=states, tail=tail, branches=branches))
 
     @contextmanager
     def recording(self) -> Iterator[None]:

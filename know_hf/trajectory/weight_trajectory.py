@@ -226,7 +226,8 @@ class WeightTrajectory(SnapshotTensors):
                 Class of the model; by default the architecture in `config.json`. The class may lack weights of the
                 state, such as the head, but may not have additional ones.
             base_model (`PreTrainedModel`, *optional*):
-                For a trajectory of adapters, the model they belong to.
+                For a trajectory of adapters, the model they belong to. The adapter is put into it, so load the base
+                model again for another state.
 
         Raises:
             `TrajectoryError`: when the state does not exist, or when a model built from the config differs from the
@@ -336,7 +337,7 @@ class WeightTrajectory(SnapshotTensors):
         self._recorder.record_early(model, StateRecord(index, None, steps, (), kind="tail"), state_dict, dtype)
 
     def update_metrics(self, state: StateName, metrics: Mapping[str, float]) -> None:
-        """Add evaluation results to a finished state or branch."""
+        """Add evaluation results to a finished state, tail state or branch."""
         self._recorder.update_metrics(state, metrics)
 
     def recording(self) -> AbstractContextManager[None]:

@@ -25,7 +25,8 @@ def compare_on_dataset(
 ) -> CheckpointComparison:
     """Compare two checkpoints on a dataset, prepared by their tokenizer or image processor.
 
-    The heads are new if they do not have the classes of the dataset.
+    The heads are new if they do not have as many classes as the dataset. Otherwise, classes are found in the models by
+    name (`label2id`), or by position if they have other names.
 
     Args:
         a, b (`str` or `Path`):
@@ -43,9 +44,12 @@ def compare_on_dataset(
 
     Raises:
         `ValueError`: If the checkpoints prepare the examples differently, the dataset has no split to test on
-            or it shares rows with that to fine-tune on, a column cannot be detected, and as [`compare_checkpoints`].
+            or it shares rows with that to fine-tune on, a column cannot be detected, the models number the classes
+            differently, and as [`compare_checkpoints`].
         `FileNotFoundError`: If a checkpoint does not exist.
     """
+    from ...tasks.validation_data import class_numbers
+
     models = [load_checkpoint(checkpoint) for checkpoint in (a, b)]
     args: dict[str, Any] = {"dataset": dataset, "train_split": train_split or "train", "output_dir": ""}
     args |= {"eval_split": test_split, "max_examples": max_examples, "max_eval_examples": max_examples}
@@ -57,16 +61,22 @@ def compare_on_dataset(
             f"{a} and {b} prepare the examples of {dataset} differently, with another tokenizer or image processor;"
             " compare checkpoints of one base model"
         )
-    num_labels = None if {model.config.num_labels for model in models} == {classes} else classes
-    if num_labels is not None and train_split is None:
-        raise ValueError(f"{dataset} has {classes} classes, but not the heads; give a split to train new heads on")
+    num_labels = None if {model.config.num_labels for model in models} == {len(classes)} else len(classes)
+    if num_labels is None:
+        of_a, of_b = (torch.tensor(class_numbers(classes, model.config, dataset)) for model in models)
+        if not torch.equal(of_a, of_b):
+            raise ValueError(f"{a} and {b} number the classes of {dataset} differently, by label2id of their configs")
+        for examples in (train, test):
+            examples["labels"] = of_a[examples["labels"]]
+    elif train_split is None:
+        raise ValueError(f"{dataset} has {num_labels} classes, but not the heads; give a split to train new heads on")
     trained = None if train_split is None else train
     return compare_checkpoints(a, b, train=trained, test=test, num_labels=num_labels, **options)
 
 
 def _examples(
     checkpoint: str | Path, model: Any, options: dict[str, Any], train_split: str | None
-) -> tuple[Examples, Examples, int]:
+) -> tuple[Examples, Examples, list[str]]:
     from ...tasks.preprocessing import load_preprocessing
     from ...tasks.task_data import VALIDATION_SPLITS, find_split, load_splits, overlap
 
@@ -80,7 +90,7 @@ def _examples(
         raise ValueError(f"{args.dataset} has no split to test on; name both, such as train[:80%] and train[80%:]")
     data = load_preprocessing(args, model.config)
     trained, tested = (as_examples(data.prepare(rows), model, data.collator) for rows in (train, test))
-    return trained, tested, len(classes)
+    return trained, tested, classes
 
 
 def _equal(a: Examples, b: Examples) -> bool:

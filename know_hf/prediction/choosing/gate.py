@@ -85,7 +85,8 @@ class Gate:
             Minimum improvement over Θ0, in units of the loss; 0 by default. It alone decides if the noise is unknown,
             which is the case for single numbers and for losses that all differ from Θ0's by the same amount.
         base_model (`PreTrainedModel`, *optional*):
-            Base model of a trajectory of adapters. It is not changed.
+            Base model of a trajectory of adapters, loaded again: one that was passed to `get_peft_model` has an
+            adapter. It is not changed.
         device (`torch.device` or `str`, *optional*):
             Device of the evaluation; by default the accelerator's, or the CPU.
         seed (`int`, *optional*, defaults to `0`):
