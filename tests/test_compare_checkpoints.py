@@ -22,6 +22,7 @@ from know_hf import WeightTrajectory
 from know_hf.cli import main
 from know_hf.evaluation import FineTuning
 from know_hf.evaluation.checkpoints import compare_checkpoints, compare_on_dataset
+from know_hf.local_paths import hide_paths
 
 QUICK = FineTuning((1e-3, 1e-2), steps=2, head_steps=2, labels_per_class=4)
 WORDS = ["good", "bad", "film", "a", "the"]
@@ -116,6 +117,8 @@ def test_models_that_do_not_classify_are_refused(kind):
 def test_a_checkpoint_that_does_not_exist(tmp_path, test):
     with pytest.raises(FileNotFoundError, match="nosuch"):
         compare_checkpoints(tmp_path / "nosuch", make_resnet(), test=test)
+    with pytest.raises(FileNotFoundError, match=r"no config\.json.* adapter"):
+        compare_checkpoints(tmp_path, make_resnet(), test=test)
 
 
 def test_adapters_are_merged(tmp_path):
@@ -134,6 +137,11 @@ def test_adapters_are_merged(tmp_path):
     accuracy = compare_checkpoints(trajectory.path, tmp_path / "adapter", test=test).scores[0]
     assert accuracy.a == pytest.approx(1 / 3)  # always class 0
     assert accuracy.b == pytest.approx(float((predicted == test["labels"]).double().mean()))
+    hide_paths(tmp_path / "adapter")  # as those that a prediction writes
+    with pytest.raises(ValueError, match=r"\.\.\./base .*base_model="):
+        compare_checkpoints(trajectory.path, tmp_path / "adapter", test=test)
+    given = compare_checkpoints(trajectory.path, tmp_path / "adapter", test=test, base_model=base)
+    assert given.scores[0] == accuracy
 
 
 def make_bert(folder, seed, words=WORDS, num_labels=2):
@@ -191,10 +199,8 @@ def test_other_classes_get_new_heads_and_other_tokenizers_are_refused(tmp_path, 
 
 @pytest.mark.usefixtures("reviews")  # their cache
 def test_classes_are_found_in_the_models_by_name(tmp_path):
-    (tmp_path / "data").mkdir()
     rows = {"text": ["a good film"] * 12 + ["the bad bad film"] * 4, "label": ["good"] * 12 + ["bad"] * 4}
-    for split in ("train", "test"):
-        datasets.Dataset.from_dict(rows).to_csv(tmp_path / f"data/{split}.csv")
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data/test.parquet")
     base, folders = make_bert(tmp_path / "base", 0), [tmp_path / name for name in ("a", "b", "c")]
     model = BertForSequenceClassification.from_pretrained(base)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
@@ -220,6 +226,7 @@ def test_classes_are_found_in_the_models_by_name(tmp_path):
         ("compare a b --dataset d --arms naive", "--arms needs a suite"),
         ("compare a b --dataset d --model x=y", "--model needs a suite"),
         ("compare digits --output-dir out --dataset d", "--dataset needs two checkpoints"),
+        ("compare digits --output-dir out --base-model b", "--base-model needs two checkpoints"),
     ],
 )
 def test_flags_of_the_other_form_are_refused(command, words, capsys):

@@ -438,6 +438,7 @@ def test_errors_come_early_and_leave_nothing_behind(trajectory, tmp_path):
     [
         ({}, "exactly one of compute_loss and dataset"),
         ({"compute_loss": len, "dataset": [1]}, "exactly one"),
+        ({"compute_loss": [1]}, "compute_loss .*list.*dataset="),
         ({"dataset": [1], "batch_size": 0}, "batch_size.*0"),
         ({"dataset": [1], "level": 0.0}, "level.*0.0"),
         ({"dataset": [1], "screening": 1.0}, "screening.*1.0"),

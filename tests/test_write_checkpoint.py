@@ -254,7 +254,7 @@ def test_inputs_and_trajectories_are_no_output(trajectory_copy, tmp_path, overwr
 def test_the_base_model_of_a_gate_is_no_output(trajectory, tmp_path):
     base = make_resnet()
     base.config.name_or_path = str(tmp_path)
-    gate = Gate([{"pixel_values": torch.zeros(1, 8, 8), "labels": 0}], base_model=base)
+    gate = Gate(lambda model: [0.0] * 10, base_model=base)
     with pytest.raises(ValueError, match="input"):
         predict_overflowed_weights(trajectory, predictor="shrink", gate=gate, output_dir=tmp_path / "out")
 

@@ -179,7 +179,7 @@ def compare(args: argparse.Namespace) -> Result:
         return _compare_two(args)
     if len(args.compared) != 1 or args.output_dir is None:
         raise ValueError("give SUITE and --output-dir, or A B and --dataset; see know-hf compare --help")
-    for name in ("dataset", "train_split", "test_split", "draws"):
+    for name in ("dataset", "train_split", "test_split", "draws", "base_model"):
         if getattr(args, name) is not None:
             raise ValueError(f"{flag(name)} needs two checkpoints; a suite has its own data and draws")
     given = {name: dict(getattr(args, name) or ()) for name in ("data", "model", "known")}
@@ -208,14 +208,15 @@ def _compare_two(args: argparse.Namespace) -> Result:
     for name in ("arms", "seeds", "plan", "max_minutes", "data", "model", "known"):
         if getattr(args, name) is not None:
             raise ValueError(f"{flag(name)} needs a suite")
-    check_folders({"A and B": args.compared, "--dataset": args.dataset})
+    check_folders({"A and B": args.compared, "--dataset": args.dataset, "--base-model": args.base_model})
     from ..checkpoint import write_json
     from ..evaluation.checkpoints import compare_on_dataset
 
     options: dict[str, Any] = {} if args.draws is None else {"draws": args.draws}
     options |= {"train_split": None if args.train_split == "none" else args.train_split or "train"}
     a, b = args.compared
-    result = compare_on_dataset(a, b, args.dataset, test_split=args.test_split, **options)
+    options |= {"test_split": args.test_split, "base_model": args.base_model}
+    result = compare_on_dataset(a, b, args.dataset, **options)
     if args.output_dir is not None:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_json(Path(args.output_dir) / "comparison.json", result.to_dict())

@@ -173,6 +173,8 @@ def _add_compare(parsers: Any) -> None:
     add("--train-split", metavar="NAME", help="split to fine-tune on; none: no fine-tuning (default: train)")
     add("--test-split", metavar="NAME", help="split to test on (default: test, else validation)")
     add("--draws", type=int, metavar="N", help="number of fine-tunings of each checkpoint (default: 10)")
+    base = "with two checkpoints: Hub id or folder of the base model of adapters (default: the one that they name)"
+    add("--base-model", metavar="ID", help=base)
     add("--arms", nargs="+", metavar="ARM", help="arms to compare instead of the suite's, for example naive random")
     add("--seeds", type=int, nargs="+", metavar="N", help="trajectory seeds instead of the suite's")
     processes = "number of worker processes (default: 1)"

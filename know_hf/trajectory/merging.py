@@ -131,15 +131,15 @@ def merge_adapters(
     return WeightTrajectory(output_dir)
 
 
-def load_merged(checkpoint: Path) -> Any:
-    """Load an adapter in a folder, or Θ0 of a trajectory of adapters, merged in float32 into its recorded base model.
+def load_merged(checkpoint: Path, base_model: str | Path | None = None) -> Any:
+    """Load an adapter in a folder, or Θ0 of a trajectory of adapters, merged in float32 into its base model.
 
     Raises:
         `ValueError` or `OSError`: as [`merge_adapters`].
     """
     is_trajectory = WeightTrajectory.exists(checkpoint)
     adapters = WeightTrajectory(checkpoint) if is_trajectory else AdapterFolder(checkpoint)
-    return _merge(_Base.of(adapters, None, torch.float32).fresh(), adapters, "state-0")
+    return _merge(_Base.of(adapters, base_model, torch.float32).fresh(), adapters, "state-0")
 
 
 def load_base(trajectory: WeightTrajectory) -> Any:

@@ -15,13 +15,15 @@ from ...trajectory.merging import load_merged
 from ..fine_tuning import Examples
 
 
-def load_checkpoint(checkpoint: str | Path | PreTrainedModel) -> PreTrainedModel:
+def load_checkpoint(checkpoint: str | Path | PreTrainedModel, base_model: str | Path | None = None) -> PreTrainedModel:
     """Load a folder, a Hub id or Θ0 of a trajectory, adapters merged; a model is returned as it is."""
     if isinstance(checkpoint, PreTrainedModel):
         return checkpoint
     folder = local_folder(checkpoint)
     if any((folder / part / "adapter_config.json").exists() for part in ("", "state-0")):
-        return load_merged(folder)
+        return load_merged(folder, base_model)
+    if not (WeightTrajectory.exists(folder) or (folder / "config.json").exists()):
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a model, adapter or trajectory")
     model: Any = WeightTrajectory(folder).load_model() if WeightTrajectory.exists(folder) else load_pretrained(folder)
     return model.float()
 

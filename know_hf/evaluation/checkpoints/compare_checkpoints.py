@@ -130,6 +130,7 @@ def compare_checkpoints(
     data_collator: Callable[[list[Any]], Any] | None = None,
     draws: int = 10,
     protocol: FineTuning | None = None,
+    base_model: str | Path | None = None,
 ) -> CheckpointComparison:
     """Compare two checkpoints of a classifier on the same data, for example Θ0 and an enhanced checkpoint.
 
@@ -157,6 +158,8 @@ def compare_checkpoints(
         protocol ([`FineTuning`], *optional*):
             Learning rates, steps and number of labels per class; by default four rates from 1e-5 to 1e-2, 20 steps,
             and 20 labels per class or half of the smallest class.
+        base_model (`str` or `Path`, *optional*):
+            Hub id or folder of the base model of adapters; by default the one that they name.
 
     Raises:
         `ValueError`: If the models are not classifiers with the classes of `test`, `test` has fewer than 10 examples,
@@ -169,7 +172,7 @@ def compare_checkpoints(
         raise ValueError(f"num_labels={num_labels} needs new heads, which must be trained; pass train as well")
     if train is not None and draws < 2:
         raise ValueError(f"draws must be at least 2, got {draws}")
-    models = [load_checkpoint(checkpoint).to(device()) for checkpoint in (a, b)]
+    models = [load_checkpoint(checkpoint, base_model).to(device()) for checkpoint in (a, b)]
     first, second = (type(x).__name__ if isinstance(x, PreTrainedModel) else str(x) for x in (a, b))
     tested = as_examples(test, models[0], data_collator)
     trained = tested if train is None else as_examples(train, models[0], data_collator)

@@ -21,6 +21,7 @@ def compare_on_dataset(
     train_split: str | None = "train",
     test_split: str | None = None,
     max_examples: int = 1000,
+    base_model: str | Path | None = None,
     **options: Any,
 ) -> CheckpointComparison:
     """Compare two checkpoints on a dataset, prepared by their tokenizer or image processor.
@@ -39,6 +40,8 @@ def compare_on_dataset(
             Split to test on; test or else validation by default.
         max_examples (`int`, *optional*, defaults to `1000`):
             Use so many rows of each split, drawn at random.
+        base_model (`str` or `Path`, *optional*):
+            See [`compare_checkpoints`].
         options (*optional*):
             `draws` and `protocol` of [`compare_checkpoints`].
 
@@ -50,8 +53,8 @@ def compare_on_dataset(
     """
     from ...tasks.validation_data import class_numbers
 
-    models = [load_checkpoint(checkpoint) for checkpoint in (a, b)]
-    args: dict[str, Any] = {"dataset": dataset, "train_split": train_split or "train", "output_dir": ""}
+    models = [load_checkpoint(checkpoint, base_model) for checkpoint in (a, b)]
+    args: dict[str, Any] = {"dataset": dataset, "train_split": train_split or "", "output_dir": ""}
     args |= {"eval_split": test_split, "max_examples": max_examples, "max_eval_examples": max_examples}
     (train, test, classes), other = (
         _examples(checkpoint, model, args, train_split) for checkpoint, model in zip((a, b), models, strict=True)
@@ -71,7 +74,8 @@ def compare_on_dataset(
     elif train_split is None:
         raise ValueError(f"{dataset} has {num_labels} classes, but not the heads; give a split to train new heads on")
     trained = None if train_split is None else train
-    return compare_checkpoints(a, b, train=trained, test=test, num_labels=num_labels, **options)
+    options |= {"num_labels": num_labels, "base_model": base_model}
+    return compare_checkpoints(a, b, train=trained, test=test, **options)
 
 
 def _examples(
@@ -83,11 +87,12 @@ def _examples(
     task = "image-classification" if model.main_input_name == "pixel_values" else "text-classification"
     args = RecordArguments(task=task, model=str(local_folder(checkpoint)), **options)
     split = args.eval_split or find_split(args, ("test", *VALIDATION_SPLITS))
-    if train_split is not None and split is not None and overlap(args, split):
-        raise ValueError(f"splits {train_split} and {split} of {args.dataset} share rows; test on other rows")
-    train, test, classes = load_splits(replace(args, eval_split=split))
-    if test is None or classes is None:
+    if split is None:
         raise ValueError(f"{args.dataset} has no split to test on; name both, such as train[:80%] and train[80%:]")
+    if train_split is not None and overlap(args, split):
+        raise ValueError(f"splits {train_split} and {split} of {args.dataset} share rows; test on other rows")
+    train, test, classes = load_splits(replace(args, train_split=train_split or split, eval_split=split))
+    assert test is not None and classes is not None
     data = load_preprocessing(args, model.config)
     trained, tested = (as_examples(data.prepare(rows), model, data.collator) for rows in (train, test))
     return trained, tested, classes

@@ -102,9 +102,9 @@ class Gate:
             Number of candidates that are tested after the screening.
 
     Raises:
-        `ValueError`: if both or neither of `compute_loss` and `dataset` are given, a number is out of range, a
-            dataset with a length gives fewer than 10 batches (one is enough with a `margin`), or a candidate is
-            invalid (see [`Candidate`]).
+        `ValueError`: if both or neither of `compute_loss` and `dataset` are given, `compute_loss` is not callable, a
+            number is out of range, a dataset with a length gives fewer than 10 batches (one is enough with a
+            `margin`), or a candidate is invalid (see [`Candidate`]).
     """
 
     compute_loss: Callable[[Any], float | Sequence[float]] | None = None
@@ -125,6 +125,9 @@ class Gate:
     def __post_init__(self) -> None:
         if (self.compute_loss is None) == (self.dataset is None):
             raise ValueError("pass exactly one of compute_loss and dataset (the validation data)")
+        if not (self.compute_loss is None or callable(self.compute_loss)):
+            given = type(self.compute_loss).__name__
+            raise ValueError(f"compute_loss must be a function of the model, got a {given}; pass data as dataset=")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         check_rule(self.level, self.margin)
