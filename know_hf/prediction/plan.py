@@ -309,7 +309,8 @@ def check_snapshots(trajectory: WeightTrajectory, predictor: Predictor) -> list[
     if len(snapshots) < needed:
         raise MissingSnapshotsError(
             f"{trajectory.path} has {len(snapshots)} state{'s' if len(snapshots) > 1 else ''},"
-            f" {_short_name(predictor)} needs {needed} states; record with ForgettingSchedule(num_states={needed})"
+            f" {_short_name(predictor)} needs {needed} states; record with ForgettingSchedule(num_states={needed}), or"
+            " choose another predictor= or candidates of a gate with validation data (gate=, --validation)"
         )
     return snapshots
 

@@ -24,14 +24,14 @@ def range_warnings(role: str, tensors: Mapping[str, ResidualReport], trained_on:
             f" predictor was trained on (values up to {trained_on['largest_weight']:.3g}, moves up to"
             f" {trained_on['largest_displacement']:.3g}), most of them in {worst!r} (values up to"
             f" {tensors[worst].largest_weight:.3g}, moves up to {tensors[worst].largest_move:.3g}). Check the"
-            " prediction with gate=Gate(validation_set)"
+            " prediction with gate=Gate(dataset=validation_set)"
         )
     mean = trained_on["mean_displacement"]
     if total.predicted and total.mean_move < FAR_SMALLER * mean:
         warnings.append(
             f"{role}: the weights moved by only {total.mean_move:.2g} on average between the last two states; the"
             f" predictor was trained on moves of {mean:.2g}. It then mostly sees the size of the weights: train each"
-            " stage for longer, or check the prediction with gate=Gate(validation_set)"
+            " stage for longer, or check the prediction with gate=Gate(dataset=validation_set)"
         )
     return warnings
 
