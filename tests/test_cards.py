@@ -189,6 +189,20 @@ def test_card_of_an_adapter(tmp_path):
         assert_readable(str(each))
 
 
+@pytest.mark.parametrize(("num_states", "has_tail", "expected"), [(1, True, 0.5), (2, False, 1.5)])
+def test_the_code_in_the_card_of_a_short_trajectory_runs(tmp_path, monkeypatch, num_states, has_tail, expected):
+    trajectory, model = WeightTrajectory.create(tmp_path / "trajectory"), tiny_bert()
+    if has_tail:
+        trajectory.record_tail(model, 0, 1)
+    for state in range(num_states):
+        model.classifier.bias.data += 1
+        trajectory.record(model, num_examples=8 >> state, steps=2)
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(str(trajectory_card(WeightTrajectory("trajectory"))), "python")
+    exec(code, values := {})
+    assert torch.equal(values["enhanced"].load_model().classifier.bias, torch.full((2,), expected))
+
+
 def test_card_shows_the_arguments_of_the_recording(trajectory_copy, prediction, shipped):
     record = {"task": "image-classification", "model": "microsoft/resnet-18", "dataset": "ylecun/mnist"}
     record |= {"output_dir": "/home/me/out", "model_revision": "v1", "dataset_revision": "v2", "epochs": 2.0}

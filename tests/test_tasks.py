@@ -16,6 +16,8 @@ from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     CodeGenConfig,
     CodeGenForCausalLM,
     ViTImageProcessorPil,
@@ -26,7 +28,7 @@ from know_hf import RecordArguments, record_task
 from know_hf.tasks import LoraArguments
 from know_hf.tasks.record import _check_or_write_arguments, read_arguments
 from know_hf.tasks.recording_plan import plan_task
-from know_hf.tasks.trainer_parts import prepare_task
+from know_hf.tasks.trainer_parts import load_model, prepare_task
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -174,6 +176,16 @@ def test_language_modelling_in_steps_and_from_current_weights(lm_arguments):
     assert [state.steps for state in trajectory.states] == [0, 4, 2]
     before = AutoModelForCausalLM.from_pretrained(args.model).state_dict()["model.embed_tokens.weight"]
     assert torch.equal(trajectory.tensor("model.embed_tokens.weight"), before)
+
+
+def test_current_weights_need_the_classes_in_their_own_order(text_arguments, tmp_path):
+    names = {"id2label": {0: "good", 1: "bad"}, "label2id": {"good": 0, "bad": 1}}
+    config = BertConfig.from_pretrained(text_arguments.model, **names)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    args = replace(text_arguments, model=str(tmp_path / "model"), start="current")
+    with pytest.raises(ValueError, match=r"good, bad.* bad, good.*ClassLabel"):
+        load_model(args, ["bad", "good"], None)
+    assert load_model(args, ["good", "bad"], None)[1] == []
 
 
 def test_a_config_without_a_padding_token_gets_that_of_the_tokenizer(lm_arguments, tmp_path):

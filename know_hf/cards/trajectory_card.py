@@ -6,10 +6,14 @@ from typing import Any, ClassVar, Unpack
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..config_files import check_keys
+from ..known import KNOWNConfig
 from ..markdown import Table, python
+from ..prediction import SHIPPED_KNOWN
 from ..trajectory import WeightTrajectory
 from ..trajectory.summary import TrajectorySummary
 from .recorded_card import About, RecordedCard, recorded_fields
+
+_PREDICTORS = {"tail": "tail_average", "branch": "branch_average", "start": "start_interpolation"}  # of Θ0 and others
 
 
 @dataclass(kw_only=True)
@@ -65,13 +69,23 @@ class TrajectoryCard(RecordedCard):
         if self.repo_id is not None:
             trajectory = f"WeightTrajectory.from_hub({python(self.repo_id)})"
         base = "" if self.adapter_type is None else ", base_model=base_model"
+        comment = "  # the most forgotten state" if len(self.states) > 1 else ""
+        how = "steps=1" if self._predictor is None else f"predictor={python(self._predictor)}"
         return f"""\
 from know_hf import WeightTrajectory, predict_overflowed_weights
 
 trajectory = {trajectory}
 history = trajectory.history(trajectory.names[0])  # (S, *shape), most forgotten state first
-model = trajectory.load_model({len(self.states) - 1}{base})  # the most forgotten state
-enhanced = predict_overflowed_weights(trajectory, steps=1, output_dir="enhanced/")"""
+model = trajectory.load_model({len(self.states) - 1}{base}){comment}
+enhanced = predict_overflowed_weights(trajectory, {how}, output_dir="enhanced/")"""
+
+    @property
+    def _predictor(self) -> str | None:
+        """A predictor that the snapshots suffice for; `None` for KNOWN."""
+        if len(self.states) >= KNOWNConfig.from_pretrained(SHIPPED_KNOWN).num_states:
+            return None
+        kinds = {other["name"].partition(" ")[0] for other in self.others} if len(self.states) == 1 else set()
+        return next((name for kind, name in _PREDICTORS.items() if kind in kinds), "average")
 
     def data(self) -> ModelCardData:
         return self.front_matter(["weight-trajectory"], "know_hf")

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from transformers import BaseImageProcessor, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..schedule import ForgettingSchedule
@@ -92,6 +92,21 @@ def overlap(args: RecordArguments, split: str) -> bool:
     sizes = {name: len(_load(args, name)) for expression in both for name in splits_in(expression)}
     trained, other = (datasets.ReadInstruction.from_spec(expression).to_absolute(sizes) for expression in both)
     return any(a.splitname == b.splitname and max(a.from_, b.from_) < min(a.to, b.to) for a in trained for b in other)
+
+
+def class_numbers(names: list[str], config: PreTrainedConfig, source: str) -> list[int]:
+    """Return the number of each class in a model: by its name, else the number that is its name, else its position."""
+    known = config.label2id or {}
+    if all(name in known for name in names):
+        return [known[name] for name in names]
+    if all(name.isdecimal() and int(name) < config.num_labels for name in names):
+        return [int(name) for name in names]
+    if len(names) != config.num_labels:
+        raise ValueError(
+            f"{source} has the classes {first_names(names, 10)}, and the model has {config.num_labels}:"
+            f" {first_names(list(known), 10)}; name a dataset with the classes of the model"
+        )
+    return list(range(len(names)))
 
 
 def tokenize(

@@ -21,11 +21,12 @@ from transformers import (
     set_seed,
 )
 
-from ..checkpoint.safe_loading import from_safetensors
+from ..checkpoint.safe_loading import from_safetensors, load_config
 from ..config_files import check_keys, check_types
+from ..terminal import first_names
 from .arguments import IMAGE, LABELS, LM, TEXT, LoraArguments, RecordArguments
 from .preprocessing import Processor, load_preprocessing
-from .task_data import load_splits
+from .task_data import class_numbers, load_splits
 
 _AUTO_MODELS = {
     TEXT: AutoModelForSequenceClassification,
@@ -113,6 +114,14 @@ def load_model(
             f"start='current' needs a model trained on the task, but {args.model} has no {new_tensors[0]!r} for"
             f" {args.task}; use start='train'"
         )
+    if classes is not None and args.start == "current":
+        own = load_config(args.model, args.model_revision)
+        if class_numbers(classes, own, args.dataset) != list(range(len(classes))):
+            raise ValueError(
+                f"the classes of {args.model} are {first_names(list(own.label2id), 10)}, those of {args.dataset}"
+                f" {first_names(classes, 10)}; start='current' needs one order: cast the labels to a ClassLabel with"
+                " the names in the order of the model"
+            )
     text_config = model.config.get_text_config()
     if isinstance(processor, PreTrainedTokenizerBase) and getattr(text_config, "pad_token_id", None) is None:
         text_config.pad_token_id = processor.pad_token_id

@@ -8,19 +8,18 @@ from typing import Any
 
 import datasets
 from accelerate import PartialState
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoint.safe_loading import load_config
 from ..data.subsets import divide
 from ..prediction import CrossFit, Gate
 from ..prediction.selection import MINIMUM_VALUES
-from ..terminal import first_names
 from ..trajectory import WeightTrajectory
 from ..trajectory.merging import load_base
 from .arguments import IMAGE, LABELS, LM, TEXT, RecordArguments
 from .preprocessing import load_preprocessing
 from .record import read_arguments
-from .task_data import VALIDATION_SPLITS, find_split, load_splits, overlap, split_names, splits_in
+from .task_data import VALIDATION_SPLITS, class_numbers, find_split, load_splits, overlap, split_names, splits_in
 from .trainer_parts import load_model
 
 RECORDED = "recorded"
@@ -138,21 +137,6 @@ def _for_model(
         rows = rows.remove_columns(LABELS).add_column(LABELS, labels)
     preprocessing = load_preprocessing(args, config)
     return ValidationData(preprocessing.prepare(rows), preprocessing.collator, base)
-
-
-def class_numbers(names: list[str], config: PreTrainedConfig, source: str) -> list[int]:
-    """Return the number of each class in a model: by its name, else the number that is its name, else its position."""
-    known = config.label2id or {}
-    if all(name in known for name in names):
-        return [known[name] for name in names]
-    if all(name.isdecimal() and int(name) < config.num_labels for name in names):
-        return [int(name) for name in names]
-    if len(names) != config.num_labels:
-        raise ValueError(
-            f"{source} has the classes {first_names(names, 10)}, and the model has {config.num_labels}:"
-            f" {first_names(list(known), 10)}; name a dataset with the classes of the model"
-        )
-    return list(range(len(names)))
 
 
 def _prepare(

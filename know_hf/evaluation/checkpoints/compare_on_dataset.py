@@ -51,7 +51,7 @@ def compare_on_dataset(
             differently, and as [`compare_checkpoints`].
         `FileNotFoundError`: If a checkpoint does not exist.
     """
-    from ...tasks.validation_data import class_numbers
+    from ...tasks.task_data import class_numbers
 
     models = [load_checkpoint(checkpoint, base_model) for checkpoint in (a, b)]
     args: dict[str, Any] = {"dataset": dataset, "train_split": train_split or "", "output_dir": ""}
