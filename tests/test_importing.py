@@ -25,6 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     arguments = {"max_steps": 24, "save_strategy": "steps", "save_steps": 8, "eval_strategy": "steps", "eval_steps": 8}
     make_trainer(folder / "out", **arguments).train()
+    (folder / "out/checkpoint-best").mkdir()  # of a script
     return folder / "out"
 
 

@@ -181,12 +181,17 @@ class _Writer:
 
 def _listed(checkpoints: Checkpoints, kind: ImportKind) -> list[str | Path]:
     """Replace an output folder of a `Trainer` by its checkpoints, and sort checkpoints of one folder by step."""
+
+    def step(item: str | Path) -> int:
+        match = re.fullmatch(r"checkpoint-(\d+)", Path(item).name)
+        return int(match[1]) if match else -1  # checkpoint-best
+
     items = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
-    if len(items) == 1 and (inside := list(Path(items[0]).glob("checkpoint-*"))):
-        items = [*inside]
-    steps = [re.fullmatch(r"checkpoint-(\d+)", Path(item).name) for item in items]
-    if kind == "tail" and all(steps) and len({Path(item).parent for item in items}) == 1:
-        items = sorted(items, key=lambda item: int(Path(item).name.removeprefix("checkpoint-")))
+    if len(items) == 1 and (inside := [path for path in Path(items[0]).glob("checkpoint-*") if step(path) >= 0]):
+        return [*sorted(inside, key=step)]
+    is_of_one_folder = len({Path(item).parent for item in items}) == 1
+    if kind == "tail" and is_of_one_folder and all(step(item) >= 0 for item in items):
+        return sorted(items, key=step)
     return items
 
 
