@@ -8,10 +8,12 @@ from pathlib import Path
 import datasets
 import pytest
 from doubles.task_fixtures import QUICK, make_texts
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from know_hf import RecordArguments, WeightTrajectory, record_task
 from know_hf.cli import main
+from know_hf.evaluation.checkpoints import compare_on_dataset
 from know_hf.tasks import LoraArguments
 from know_hf.tasks.task_data import overlap
 from know_hf.tasks.validation_data import load_cross_fit, load_validation_data
@@ -210,6 +212,16 @@ def test_models_of_other_tasks_are_named(tmp_path, reviews):
     trajectory.record(BertForSequenceClassification(BertConfig(vocab_size=9, **sizes)), num_examples=2, steps=1)
     with pytest.raises(ValueError, match="no tokenizer"):
         load_validation_data(trajectory, reviews, split="test")
+
+
+def test_adapters_without_a_tokenizer_take_that_of_their_base_model(bert, reviews, tmp_path):
+    base = shutil.copytree(bert, tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    trajectory = WeightTrajectory.create(tmp_path / "trajectory")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    trajectory.record(adapted, num_examples=2, steps=1)
+    assert "input_ids" in load_validation_data(trajectory, reviews, split="test").dataset.column_names
+    assert compare_on_dataset(*[trajectory.path] * 2, reviews, train_split=None).notes  # of equal weights
 
 
 @pytest.mark.parametrize("task", ["image", "lm"])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
@@ -12,11 +13,13 @@ from transformers import (
     BaseImageProcessor,
     DataCollatorWithPadding,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     default_data_collator,
 )
 
 from ..checkpoint.safe_loading import load_config
+from ..local_paths import loaded_from
 from .arguments import IMAGE, LM, RecordArguments
 from .task_data import CausalCollator, process_images, tokenize
 
@@ -52,6 +55,12 @@ def load_preprocessing(args: RecordArguments, config: PreTrainedConfig | None = 
     length = _max_length(args, tokenizer, config)
     prepare = partial(tokenize, tokenizer=tokenizer, max_length=length, causal=causal, pack=args.pack)
     return Preprocessing(tokenizer, prepare, (CausalCollator if causal else DataCollatorWithPadding)(tokenizer))
+
+
+def processor_source(folder: Path, base: PreTrainedModel | None) -> str:
+    """Return the folder of a checkpoint, or the base model of its adapter if only that has a processor."""
+    has_own = any((folder / name).exists() for name in ("tokenizer_config.json", "preprocessor_config.json"))
+    return str(folder) if has_own or base is None else loaded_from(base) or str(folder)
 
 
 def _load_tokenizer(args: RecordArguments) -> PreTrainedTokenizerBase:

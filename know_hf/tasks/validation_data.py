@@ -17,7 +17,7 @@ from ..prediction.selection import MINIMUM_VALUES
 from ..trajectory import WeightTrajectory
 from ..trajectory.merging import load_base
 from .arguments import IMAGE, LABELS, LM, TEXT, RecordArguments
-from .preprocessing import load_preprocessing
+from .preprocessing import load_preprocessing, processor_source
 from .record import read_arguments
 from .task_data import VALIDATION_SPLITS, class_numbers, find_split, load_splits, overlap, split_names, splits_in
 from .trainer_parts import load_model
@@ -55,7 +55,7 @@ def load_validation_data(
 
     For a trajectory of `know-hf record`, task, columns, classes and preprocessing are those of the recording. For
     others, the class of the model tells the task, columns are detected by name, classes are those of the model's
-    config, and tokenizer or image processor come with the trajectory.
+    config, and tokenizer or image processor come with the trajectory or with the base model of its adapters.
 
     Args:
         trajectory ([`WeightTrajectory`], `str` or `Path`):
@@ -127,7 +127,8 @@ def _for_model(
     task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
     if task is None:
         raise ValueError(f"{trajectory.path} has a {name}, for which know_hf prepares no data; {in_python}")
-    args = RecordArguments(task, str(trajectory.path), dataset, output_dir="", train_split="")
+    source = processor_source(trajectory.path, base)
+    args = RecordArguments(task, source, dataset, output_dir="", train_split="")
     split = _other(args, dataset, split).eval_split or ""
     args = replace(args, train_split=split, eval_split=None, max_examples=max_examples)
     rows, _, classes = load_splits(args)

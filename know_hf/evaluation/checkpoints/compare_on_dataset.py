@@ -81,11 +81,13 @@ def compare_on_dataset(
 def _examples(
     checkpoint: str | Path, model: Any, options: dict[str, Any], train_split: str | None
 ) -> tuple[Examples, Examples, list[str]]:
-    from ...tasks.preprocessing import load_preprocessing
+    from ...tasks.preprocessing import load_preprocessing, processor_source
     from ...tasks.task_data import VALIDATION_SPLITS, find_split, load_splits, overlap
 
     task = "image-classification" if model.main_input_name == "pixel_values" else "text-classification"
-    args = RecordArguments(task=task, model=str(local_folder(checkpoint)), **options)
+    folder = local_folder(checkpoint)
+    base = model if (folder / "adapter_config.json").exists() else None
+    args = RecordArguments(task=task, model=processor_source(folder, base), **options)
     split = args.eval_split or find_split(args, ("test", *VALIDATION_SPLITS))
     if split is None:
         raise ValueError(f"{args.dataset} has no split to test on; name both, such as train[:80%] and train[80%:]")
