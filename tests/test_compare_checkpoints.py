@@ -34,7 +34,7 @@ def test():
 
 
 def test_a_trajectory_and_a_model(trajectory, test):
-    result = compare_checkpoints(trajectory.path, make_resnet(7), test=test)
+    result = compare_checkpoints(trajectory, make_resnet(7), test=test)
     accuracy, loss, calibrated = result.scores
     right = []
     for model in (trajectory.load_model(0), make_resnet(7)):
@@ -137,6 +137,7 @@ def test_adapters_are_merged(tmp_path):
     accuracy = compare_checkpoints(trajectory.path, tmp_path / "adapter", test=test).scores[0]
     assert accuracy.a == pytest.approx(1 / 3)  # always class 0
     assert accuracy.b == pytest.approx(float((predicted == test["labels"]).double().mean()))
+    assert compare_checkpoints(trajectory, model, test=test).scores == ()  # equal weights
     hide_paths(tmp_path / "adapter")  # as those that a prediction writes
     with pytest.raises(ValueError, match=r"\.\.\./base .*base_model="):
         compare_checkpoints(trajectory.path, tmp_path / "adapter", test=test)

@@ -1,14 +1,17 @@
 """Models and examples for [`compare_checkpoints`], from folders, the Hub or memory."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
+from ...model_tensors import is_adapter
 from ...trajectory import WeightTrajectory, load_pretrained
 from ...trajectory.importing import local_folder
 from ...trajectory.merging import load_merged
@@ -16,9 +19,12 @@ from ..fine_tuning import Examples
 
 
 def load_checkpoint(checkpoint: str | Path | PreTrainedModel, base_model: str | Path | None = None) -> PreTrainedModel:
-    """Load a folder, a Hub id or Θ0 of a trajectory, adapters merged; a model is returned as it is."""
+    """Load a folder, a Hub id or Θ0 of a trajectory, or return a model as it is; adapters are merged."""
     if isinstance(checkpoint, PreTrainedModel):
         return checkpoint
+    if isinstance(checkpoint, nn.Module) and is_adapter(checkpoint):
+        adapted: Any = copy.deepcopy(checkpoint)
+        return adapted.merge_and_unload(safe_merge=True)
     folder = local_folder(checkpoint)
     if any((folder / part / "adapter_config.json").exists() for part in ("", "state-0")):
         return load_merged(folder, base_model)

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ...prediction import PredictionResult
 from ...prediction.choosing.batch_losses import CALIBRATED, inverse_temperature
 from ...prediction.selection import MINIMUM_VALUES, REFERENCE, choose
 from ...terminal import aligned
+from ...trajectory import WeightTrajectory
 from ..comparison import ACCURACY, ALPHA, LOSS, Measure
 from ..fine_tuning import Examples, batches, evaluate_classifier, inputs_of, order_by_length
 from ..measure import device
@@ -121,8 +123,8 @@ class CheckpointComparison:
 
 
 def compare_checkpoints(
-    a: str | Path | PreTrainedModel,
-    b: str | Path | PreTrainedModel,
+    a: str | Path | WeightTrajectory | PredictionResult | PreTrainedModel,
+    b: str | Path | WeightTrajectory | PredictionResult | PreTrainedModel,
     *,
     test: Any,
     train: Any = None,
@@ -144,8 +146,9 @@ def compare_checkpoints(
     ```
 
     Args:
-        a, b (`str`, `Path` or `PreTrainedModel`):
-            A folder, a Hub id such as `"me/model@revision"`, the folder of a trajectory (its Θ0) or a model.
+        a, b (`str`, `Path`, [`WeightTrajectory`], [`PredictionResult`] or `PreTrainedModel`):
+            A folder, a Hub id such as `"me/model@revision"`, a trajectory (its Θ0) or its folder, a prediction, or a
+            model, which may have an adapter.
         test, train (mapping of tensors or `torch.utils.data.Dataset`):
             Examples with `labels`. `train` is *optional*.
         num_labels (`int`, *optional*):
@@ -172,8 +175,9 @@ def compare_checkpoints(
         raise ValueError(f"num_labels={num_labels} needs new heads, which must be trained; pass train as well")
     if train is not None and draws < 2:
         raise ValueError(f"draws must be at least 2, got {draws}")
-    models = [load_checkpoint(checkpoint, base_model).to(device()) for checkpoint in (a, b)]
-    first, second = (type(x).__name__ if isinstance(x, PreTrainedModel) else str(x) for x in (a, b))
+    given = [x.path if isinstance(x, WeightTrajectory | PredictionResult) else x for x in (a, b)]
+    models = [load_checkpoint(checkpoint, base_model).to(device()) for checkpoint in given]
+    first, second = (str(x) if isinstance(x, str | Path) else type(x).__name__ for x in given)
     tested = as_examples(test, models[0], data_collator)
     trained = tested if train is None else as_examples(train, models[0], data_collator)
     for name, model in zip((first, second), models, strict=True):
