@@ -40,8 +40,10 @@ def main(args: argparse.Namespace) -> None:
 
     train, test = load(args.train_split, args.num_train), load(args.test_split, args.num_test)
     set_seed(args.seed)
-    num_labels = len(set(train["label"]))
-    model = from_safetensors(AutoModelForSequenceClassification, args.model, num_labels=num_labels)
+    # a small draw may lack a class
+    num_labels = getattr(train.features["label"], "num_classes", None) or max(*train["label"], *test["label"]) + 1
+    options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a head for other classes is replaced
+    model = from_safetensors(AutoModelForSequenceClassification, args.model, **options)
     training_args = TrainingArguments(
         output_dir=str(output_dir / "trainer"),
         num_train_epochs=args.epochs,
