@@ -135,6 +135,7 @@ def test_malformed_flags_are_refused(command, words, capsys):
         (["--report", "missing/report.json"], "missing/report.json"),
         (["--metric", "accuracy"], "--metric needs --validation"),
         (["--max-validation", "9"], "--max-validation needs --validation"),
+        (["--base-model", "b"], "--base-model needs --validation"),
     ],
 )
 def test_predict_checks_flags_before_the_work(recorded, tmp_path, capsys, flags, message):

@@ -222,6 +222,8 @@ def test_adapters_without_a_tokenizer_take_that_of_their_base_model(bert, review
     trajectory.record(adapted, num_examples=2, steps=1)
     assert "input_ids" in load_validation_data(trajectory, reviews, split="test").dataset.column_names
     assert compare_on_dataset(*[trajectory.path] * 2, reviews, train_split=None).notes  # of equal weights
+    moved = base.rename(tmp_path / "moved")
+    assert load_validation_data(trajectory, reviews, split="test", base_model=moved).base_model is not None
 
 
 @pytest.mark.parametrize("task", ["image", "lm"])

@@ -119,8 +119,8 @@ def predict(args: argparse.Namespace) -> Result | None:
     _check_needs(args, "push_to_hub", push_options)
     if args.cross_fit and args.validation is not None:
         raise ValueError("--cross-fit chooses without --validation; remove one of them")
-    _check_needs(args, "validation", ("split", "max_examples", "metric"))
-    check_folders({flag(name): getattr(args, name) for name in ("known", "validation")})
+    _check_needs(args, "validation", ("split", "max_examples", "metric", "base_model"))
+    check_folders({flag(name): getattr(args, name) for name in ("known", "validation", "base_model")})
     if not args.dry_run:
         _check_output_dir(args)
         _check_report(args)
@@ -163,7 +163,7 @@ def _make_gate(args: argparse.Namespace) -> Any:
 
     if args.cross_fit:
         return load_cross_fit(args.trajectory)
-    options = {"split": args.split, "max_examples": args.max_examples}
+    options = {name: getattr(args, name) for name in ("split", "max_examples", "base_model")}
     data = load_validation_data(args.trajectory, args.validation, **options)
     metrics = {"calibrated-loss": CALIBRATED, "loss": LOSS, "accuracy": ACCURACY}
     return data.make_gate(metric=metrics.get(args.metric))

@@ -50,6 +50,7 @@ def load_validation_data(
     *,
     split: str | None = None,
     max_examples: int | None = None,
+    base_model: str | Path | None = None,
 ) -> ValidationData:
     """Load validation data for a trajectory, preprocessed for its model.
 
@@ -66,6 +67,8 @@ def load_validation_data(
         split, max_examples (*optional*):
             Split of `dataset`; slices work. By default its validation split, or its only one. Rows are drawn with the
                 seed of the recording; by default all, or as many as the recording drew.
+        base_model (`str` or `Path`, *optional*):
+            Hub id or folder of the base model of adapters; by default the recorded one.
 
     Raises:
         `FileNotFoundError`: if `dataset` is `"recorded"` and there is no `record.json` beside the trajectory.
@@ -78,8 +81,10 @@ def load_validation_data(
     trajectory = trajectory if isinstance(trajectory, WeightTrajectory) else WeightTrajectory(trajectory)
     if dataset != RECORDED and not _record_path(trajectory).is_file():
         with PartialState().main_process_first():
-            return _for_model(trajectory, dataset, split, max_examples)
+            return _for_model(trajectory, dataset, split, max_examples, base_model)
     args = _recording(trajectory)
+    if base_model is not None:
+        args = replace(args, model=str(base_model), model_revision=None)
     with PartialState().main_process_first():
         validation = _recorded(args, split) if dataset == RECORDED else _other(args, dataset, split)
         if max_examples is not None:
@@ -114,14 +119,18 @@ def _recording(trajectory: WeightTrajectory, instead: str = "name a dataset") ->
 
 
 def _for_model(
-    trajectory: WeightTrajectory, dataset: str, split: str | None, max_examples: int | None
+    trajectory: WeightTrajectory,
+    dataset: str,
+    split: str | None,
+    max_examples: int | None,
+    base_model: str | Path | None,
 ) -> ValidationData:
     """Load a dataset for the model of a trajectory that `know-hf record` did not make."""
     in_python = "call predict_overflowed_weights(..., gate=Gate(dataset=validation_set)) in Python"
     try:
-        base = load_base(trajectory) if trajectory.is_adapter else None
+        base = load_base(trajectory, base_model) if trajectory.is_adapter else None
     except ValueError as error:
-        raise ValueError(f"{error}; or {in_python}, with base_model in the gate") from error
+        raise ValueError(f"{error}; or {in_python}, with the base model in the gate") from error
     config = load_config(str(trajectory.path), "main") if base is None else base.config
     name = type(base).__name__ if base is not None else (config.architectures or ["unknown"])[0]
     task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)

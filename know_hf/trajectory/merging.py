@@ -142,13 +142,13 @@ def load_merged(checkpoint: Path, base_model: str | Path | None = None) -> Any:
     return _merge(_Base.of(adapters, base_model, torch.float32).fresh(), adapters, "state-0")
 
 
-def load_base(trajectory: WeightTrajectory) -> Any:
-    """Load the recorded base model of a trajectory of adapters, with the head and the vocabulary of the adapters.
+def load_base(trajectory: WeightTrajectory, base_model: str | Path | None = None) -> Any:
+    """Load the base model of a trajectory of adapters, with the head and the vocabulary of the adapters.
 
     Raises:
         `ValueError` or `OSError`: as [`merge_adapters`].
     """
-    model = _Base.of(trajectory, None, torch.float32).fresh()
+    model = _Base.of(trajectory, base_model, torch.float32).fresh()
     _fit_vocabulary(model, trajectory)
     _fit_head(model, trajectory)
     return model
