@@ -175,7 +175,9 @@ def compare_checkpoints(
         raise ValueError(f"num_labels={num_labels} needs new heads, which must be trained; pass train as well")
     if train is not None and draws < 2:
         raise ValueError(f"draws must be at least 2, got {draws}")
-    given = [x.path if isinstance(x, WeightTrajectory | PredictionResult) else x for x in (a, b)]
+    given: list[str | Path | PreTrainedModel] = [
+        x.path if isinstance(x, WeightTrajectory | PredictionResult) else x for x in (a, b)
+    ]
     models = [load_checkpoint(checkpoint, base_model).to(device()) for checkpoint in given]
     first, second = (str(x) if isinstance(x, str | Path) else type(x).__name__ for x in given)
     tested = as_examples(test, models[0], data_collator)
