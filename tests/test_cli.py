@@ -167,7 +167,7 @@ def test_predict_checks_flags_before_the_work(recorded, tmp_path, capsys, flags,
 )  # fmt: skip
 def test_commands_call_their_function(monkeypatch, capsys, target, command, args, options):
     calls = []
-    result = SimpleNamespace(num_states=2, path="the result")
+    result = SimpleNamespace(num_states=2, path="the result", start=None, states=(), tail=(), branches=())
     monkeypatch.setattr(target, lambda *args, **options: calls.append((args, options)) or result)
     assert main(command.split()) == 0
     assert "the result" in capsys.readouterr().out

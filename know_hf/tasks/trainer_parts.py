@@ -116,9 +116,10 @@ def load_model(
         )
     if classes is not None and args.start == "current":
         own = load_config(args.model, args.model_revision)
+        names = [own.id2label[index] for index in sorted(own.id2label)]
         if class_numbers(classes, own, args.dataset) != list(range(len(classes))):
             raise ValueError(
-                f"the classes of {args.model} are {first_names(list(own.label2id), 10)}, those of {args.dataset}"
+                f"the classes of {args.model} are {first_names(names, 10)}, those of {args.dataset}"
                 f" {first_names(classes, 10)}; start='current' needs one order: cast the labels to a ClassLabel with"
                 " the names in the order of the model"
             )
