@@ -121,15 +121,17 @@ def test_a_recorded_adapter_over_a_random_base_is_not_loaded(record_states):
         trajectory.load_model(base_model=llama())
 
 
-def test_a_base_model_that_has_an_adapter_is_refused(record_states):
-    trajectory, base = record_states(adapted(**TARGETS), 2), llama()
+def test_a_base_model_with_an_adapter_in_training_is_refused(record_states):
+    model = adapted(**TARGETS)
+    trajectory, base = record_states(model, 2), llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     loaded = trajectory.load_model(base_model=base)
-    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
-    for model in (base, loaded):  # get_peft_model leaves the same
-        with pytest.raises(TrajectoryError, match=r"already has an adapter.*unload\(\)"):
-            trajectory.load_model(1, base_model=model)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
-    assert isinstance(trajectory.load_model(1, base_model=loaded.unload()), PeftModel)
+    for other in (model, model.get_base_model(), loaded):
+        with pytest.raises(TrajectoryError, match=r"has an adapter.*unload\(\)"):
+            trajectory.load_model(1, base_model=other)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    expected = logits(trajectory.load_model(1, base_model=llama()))
+    assert torch.equal(logits(trajectory.load_model(1, base_model=base)), expected)  # in the place of state 0
 
 
 def test_a_subclass_of_peft_model_is_an_adapter(record_states):

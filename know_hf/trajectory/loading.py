@@ -49,7 +49,7 @@ def load_pretrained(
 
     Raises:
         `TrajectoryError`: when the class or the base model is unknown, model and checkpoint differ in tensors or
-            shapes, the base model already has an adapter, or peft changed the base of the adapter at random.
+            shapes, the base model has an adapter in training, or peft changed the base of the adapter at random.
     """
     if (folder / "adapter_config.json").exists():
         return _load_adapter(folder, base_model)
@@ -121,11 +121,12 @@ def _load_adapter(folder: Path, base_model: PreTrainedModel | None) -> Any:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    # get_peft_model and loading put an adapter into the model they are given; peft would replace it or ignore this one
-    if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
+    # peft replaces the adapter of its base model, also one that is trained, and ignores this one if given a PeftModel
+    layers = [module for module in base_model.modules() if isinstance(module, BaseTunerLayer)]
+    if isinstance(base_model, PeftModel) or any(p.requires_grad for layer in layers for p in layer.parameters()):
         raise TrajectoryError(
-            f"the base model, a {type(base_model).__name__}, already has an adapter, as get_peft_model and load_model"
-            " leave it; load it again and pass that as base_model=, or pass what unload() of the adapted model returns"
+            f"the base model, a {type(base_model).__name__}, has an adapter, as get_peft_model leaves it; load the"
+            " base model again and pass it as base_model=, or pass what unload() of the adapted model returns"
         )
     check_weight_files(folder)
     try:

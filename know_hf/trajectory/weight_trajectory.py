@@ -226,8 +226,8 @@ class WeightTrajectory(SnapshotTensors):
                 Class of the model; by default the architecture in `config.json`. The class may lack weights of the
                 state, such as the head, but may not have additional ones.
             base_model (`PreTrainedModel`, *optional*):
-                For a trajectory of adapters, the model they belong to. The adapter is put into it, so load the base
-                model again for another state.
+                For a trajectory of adapters, the model they belong to. The adapter is put into it: the next state
+                that is loaded with the same object replaces it.
 
         Raises:
             `TrajectoryError`: when the state does not exist, or when a model built from the config differs from the
