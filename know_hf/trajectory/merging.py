@@ -149,8 +149,7 @@ def load_base(trajectory: WeightTrajectory, base_model: str | Path | None = None
         `ValueError` or `OSError`: as [`merge_adapters`].
     """
     model = _Base.of(trajectory, base_model, torch.float32).fresh()
-    _fit_vocabulary(model, trajectory)
-    _fit_head(model, trajectory)
+    _fit(model, trajectory)
     return model
 
 
@@ -300,8 +299,7 @@ def _check_not_quantised(config: Any, name: str) -> None:
 def _merge(model: Any, trajectory: Adapters, state: StateName) -> nn.Module:
     from peft import get_peft_model_state_dict
 
-    _fit_vocabulary(model, trajectory)
-    _fit_head(model, trajectory)
+    _fit(model, trajectory)
     unfit = f"does not fit its base model, a {type(model).__name__}; pass the model of the training as base_model=."
     try:
         adapted: Any = trajectory.load_model(state, base_model=model)
@@ -314,6 +312,12 @@ def _merge(model: Any, trajectory: Adapters, state: StateName) -> nn.Module:
     if differing := (in_model - recorded) | (recorded - in_model - own):
         raise ValueError(f"tensor {min(differing)!r} of {trajectory.path} {unfit}")
     return merge_adapter(adapted, trajectory)
+
+
+def _fit(model: Any, trajectory: Adapters) -> None:
+    """Give a base model the vocabulary and the number of labels of the adapters."""
+    _fit_vocabulary(model, trajectory)
+    _fit_head(model, trajectory)
 
 
 def _fit_vocabulary(model: Any, trajectory: Adapters) -> None:

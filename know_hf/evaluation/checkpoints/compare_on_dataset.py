@@ -68,7 +68,7 @@ def compare_on_dataset(
     if num_labels is None:
         of_a, of_b = (torch.tensor(class_numbers(classes, model.config, dataset)) for model in models)
         if not torch.equal(of_a, of_b):
-            raise ValueError(f"{a} and {b} number the classes of {dataset} differently, by label2id of their configs")
+            raise ValueError(f"{a} and {b} number the classes of {dataset} differently; give both one label2id")
         train, test = ({**examples, "labels": of_a[examples["labels"]]} for examples in (train, test))
     elif train_split is None:
         raise ValueError(f"{dataset} has {num_labels} classes, but not the heads; give a split to train new heads on")
