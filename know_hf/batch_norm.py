@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from .model_tensors import restored_modes
+
 
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     """Recompute running means and variances in place, as the average over all batches.
@@ -33,15 +35,13 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Mapping[str, Any]
     first = next(remaining, None)
     if first is None:
         raise ValueError(f"no batch for the statistics of {len(norms)} BatchNorm layers; pass at least one batch")
-    modes = [(module, module.training) for module in model.modules()]
-    momenta = [(norm, norm.momentum) for norm in norms]
-    try:
-        update_bn(chain([first], remaining), _Keywords(model, norms))
-    finally:
-        for norm, momentum in momenta:
-            norm.momentum = momentum
-        for module, is_training in modes:
-            module.training = is_training
+    momenta = [norm.momentum for norm in norms]
+    with restored_modes(model):
+        try:
+            update_bn(chain([first], remaining), _Keywords(model, norms))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 class _Keywords(nn.Module):

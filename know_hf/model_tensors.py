@@ -1,7 +1,8 @@
 """Names, shapes and ties of the tensors of a model, in memory and on disk."""
 
 import sys
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +32,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
     plain = object.__new__(type(model))
     vars(plain).update(attributes)
     return plain
+
+
+@contextmanager
+def restored_modes(model: nn.Module) -> Iterator[None]:
+    """Give every module its training mode back after the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
 
 
 def is_adapter(model: nn.Module) -> bool:

@@ -17,7 +17,6 @@ import numpy as np
 
 Values = Sequence[Any] | np.ndarray
 
-
 _MOST_STATES = 1000
 _MOST_EPOCHS = 1_000_000
 
@@ -75,13 +74,12 @@ class ForgettingSchedule:
     branch_from: Literal["state-0", "start"] = "state-0"
 
     def __post_init__(self) -> None:
-        _check_number("ratio", self.ratio, "between 0 and 1")
-        _check_number("epochs_per_stage", self.epochs_per_stage, "above 0")
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must be between 0 and 1 (exclusive), got {self.ratio}; try 0.5 or 0.33")
-        if not 0 < self.epochs_per_stage <= _MOST_EPOCHS:
+        ratio, epochs = self.ratio, self.epochs_per_stage
+        if not (isinstance(ratio, Real) and 0 < ratio < 1):
+            raise ValueError(f"ratio must be a number between 0 and 1 (exclusive), got {ratio!r:.60}; try 0.5 or 0.33")
+        if not (isinstance(epochs, Real) and 0 < epochs <= _MOST_EPOCHS):
             raise ValueError(
-                f"epochs_per_stage must be positive and at most {_MOST_EPOCHS:,}, got {self.epochs_per_stage!r:.60}"
+                f"epochs_per_stage must be a number above 0, at most {_MOST_EPOCHS:,}, got {epochs!r:.60}"
             )
         if self.steps_per_stage is not None and self.epochs_per_stage != 1:
             lengths = f"steps_per_stage={self.steps_per_stage} and epochs_per_stage={self.epochs_per_stage}"
@@ -266,11 +264,6 @@ def size_in_words(num_examples: int | None, fraction: float | None) -> str:
     if num_examples is not None:
         return f"{num_examples} examples"
     return "a stream" if fraction is None else f"{fraction:.3g} of the stream" if fraction < 1 else "the full stream"
-
-
-def _check_number(name: str, value: Any, bounds: str) -> None:
-    if not isinstance(value, Real):
-        raise ValueError(f"{name} must be a number {bounds}, got {value!r}")
 
 
 def _integer(name: str, value: Any, minimum: int, maximum: int = 2**32 - 1) -> int:

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
 from know_hf import KNOWNConfig, KNOWNModel, WeightTrajectory, predict_overflowed_weights
@@ -211,12 +212,13 @@ def test_interrupted_push_of_a_trajectory_resumes(hub: LoopbackHub, recorded: Pa
     WeightTrajectory(pull("me/t", tmp_path / "pulled")).verify()
 
 
-def test_adapters_and_plain_modules(
-    hub: LoopbackHub, record_states: Callable[..., WeightTrajectory], tmp_path: Path
-) -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["convolution"], r=2, modules_to_save=["classifier"])
-    adapters = record_states(peft.get_peft_model(make_resnet(), config), 5)
+@pytest.fixture
+def adapters(record_states: Callable[..., WeightTrajectory]) -> WeightTrajectory:
+    config = LoraConfig(target_modules=["convolution"], r=2, modules_to_save=["classifier"])
+    return record_states(get_peft_model(make_resnet(), config), 5)
+
+
+def test_adapters(hub: LoopbackHub, adapters: WeightTrajectory, tmp_path: Path) -> None:
     predict_overflowed_weights(adapters, output_dir=tmp_path / "enhanced")
     push(adapters.path, "me/t")
     push(tmp_path / "enhanced", "me/lora")
@@ -229,6 +231,8 @@ def test_adapters_and_plain_modules(
     for name, weight in adapters.load_model(1, base_model=make_resnet()).state_dict().items():
         assert torch.equal(loaded[name], weight)
 
+
+def test_plain_modules(hub: LoopbackHub, record_states: Callable[..., WeightTrajectory]) -> None:
     plain = record_states(torch.nn.Linear(3, 2), 2, name="plain")
     push(plain.path, "me/plain")
     remote = WeightTrajectory.from_hub("me/plain")
@@ -236,14 +240,9 @@ def test_adapters_and_plain_modules(
     assert torch.equal(module.weight, plain.tensor("weight", 1)) and remote.model_files == []
 
 
-def test_local_paths_are_not_pushed(
-    hub: LoopbackHub, record_states: Callable[..., WeightTrajectory], tmp_path: Path
-) -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["convolution"], r=2, modules_to_save=["classifier"])
-    folder = record_states(peft.get_peft_model(make_resnet(), config), 5).path
-    record_path(folder, "/home/secretuser/resnet")
-    adapters = WeightTrajectory(folder)
+def test_local_paths_are_not_pushed(hub: LoopbackHub, adapters: WeightTrajectory, tmp_path: Path) -> None:
+    record_path(adapters.path, "/home/secretuser/resnet")
+    adapters = WeightTrajectory(adapters.path)
     before = contents(adapters.path)
     push(adapters.path, "me/t")
     predict_overflowed_weights(adapters, output_dir=tmp_path / "enhanced")

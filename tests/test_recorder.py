@@ -42,12 +42,6 @@ def test_a_refused_or_interrupted_state_is_recorded_later(record_states):
     assert torch.equal(again.tensor(NAME, 2), make_resnet(seed=3).classifier[1].weight)
 
 
-def test_a_folder_with_a_model_is_not_recorded_to(tmp_path):
-    make_resnet().save_pretrained(tmp_path)
-    with pytest.raises(FileExistsError, match=r"config\.json"):
-        WeightTrajectory.create(tmp_path)
-
-
 def test_metrics_can_be_added_later(record_states):
     trajectory = record_states(nn.Linear(2, 2), num_states=2)
     trajectory.update_metrics(0, {"eval_loss": 0.5})

@@ -8,15 +8,7 @@ from accelerate.data_loader import IterableDatasetShard
 from conftest import NUM_EXAMPLES, SCHEDULE, make_images, make_resnet, make_trainer
 from datasets import Dataset
 from doubles.small_trainers import BALANCED, StopAfter, assert_same_states
-from torch import nn
-from torch.utils.data import TensorDataset
-from transformers import (
-    AutoModelForImageClassification,
-    Trainer,
-    TrainerCallback,
-    ViTImageProcessorPil,
-    default_data_collator,
-)
+from transformers import Trainer, TrainerCallback, ViTImageProcessorPil, default_data_collator
 
 from know_hf import ForgettingSchedule, WeightTransitionCallback, induce_forgetting
 from know_hf.data.subsets import divide
@@ -167,22 +159,6 @@ def test_states_can_be_stored_in_a_smaller_dtype(tmp_path, trajectory):
     assert stored.load_model(1).num_labels == 4
 
 
-def test_frozen_weights_are_stored_once(tmp_path):
-    model = make_resnet()
-    model.resnet.requires_grad_(False)
-    trajectory = induce_forgetting(make_trainer(tmp_path, model), BALANCED, tmp_path / "trajectory")
-    name = "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
-    assert trajectory.states[2].unchanged[name] == 0
-    assert trajectory.is_unchanged(name) and not trajectory.is_unchanged(WEIGHT)
-    sizes = [sum(path.stat().st_size for path in trajectory.path.glob(f"state-{k}/*.safetensors")) for k in range(3)]
-    assert sizes[1] == sizes[2] < sizes[0] / 3
-    for state in range(3):
-        model = AutoModelForImageClassification.from_pretrained(trajectory.path, subfolder=f"state-{state}")
-        for weights in (trajectory.load_model(state).state_dict(), model.state_dict()):
-            assert all(torch.equal(weights[key], trajectory.tensor(key, state)) for key in trajectory.names)
-    trajectory.verify()
-
-
 def test_processor_finite_metrics_and_classes_of_strings(tmp_path, monkeypatch, caplog):
     trainer = make_trainer(tmp_path / "out", num_train_epochs=1)
     columns = {**make_images().with_format(None)[:], "kind": ["even", "odd"] * 32}
@@ -214,39 +190,3 @@ def test_the_callback_alone_records_a_stream_with_the_shares_of_the_schedule(tmp
         Trainer(model, args, train_dataset=subset.dataset, callbacks=[alone]).train()
     shard = IterableDatasetShard(stream, batch_size=2, num_processes=2)
     assert num_examples(SimpleNamespace(dataset=shard)) is None
-
-
-def test_a_stage_that_restarts_with_a_smaller_batch_is_recorded(tmp_path):
-    trainer, failed = make_trainer(tmp_path, auto_find_batch_size=True, dataloader_drop_last=True), []
-
-    class OutOfMemory(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if not failed:
-                failed.append(state.train_batch_size)
-                raise RuntimeError("CUDA out of memory.")
-
-    trainer.add_callback(OutOfMemory())
-    assert induce_forgetting(trainer, BALANCED, tmp_path / "trajectory").num_states == 3
-    assert failed == [4]
-
-
-def test_a_torch_dataset_and_a_plain_module(tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3, 2)
-
-        def forward(self, x, labels):
-            logits = self.linear(x)
-            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-    class Rows(TensorDataset):
-        def __getitem__(self, index):
-            return dict(zip(("x", "labels"), super().__getitem__(index), strict=True))
-
-    data = Rows(torch.randn(64, 3), torch.arange(64) % 2)
-    trainer = Trainer(Net(), make_trainer(tmp_path).args, train_dataset=data)
-    trajectory = induce_forgetting(trainer, BALANCED, tmp_path / "trajectory")
-    assert trajectory.names == ["linear.bias", "linear.weight"]
-    assert [state.num_examples for state in trajectory.states] == [64, 32, 16]
-    assert torch.equal(trainer.model.linear.weight, trajectory.tensor("linear.weight", 0))

@@ -92,6 +92,11 @@ class Cached(Trainer):
         return self.cached
 
 
+class Decorated(Trainer):
+    def create_optimizer(self, *args, **kwargs):
+        return super().create_optimizer(*args, **kwargs)
+
+
 class Layerwise(Trainer):
     def create_optimizer(self, *args, **kwargs):
         self.optimizer = LayerWiseDummyOptimizer({})
@@ -122,20 +127,22 @@ def groups(model: Net):
 
 
 @pytest.mark.parametrize(
-    "create",
+    ("create", "kind"),
     [
-        lambda model: adamw(model.head.parameters()),  # the Trainer's class and defaults
-        lambda model: adamw(groups(model)),
-        lambda model: adamw(model.parameters()),  # decays the norm weights and biases, which the Trainer's does not
-        lambda model: adamw(Net().parameters()),
-        lambda model: Wrapped(SGD(model.parameters(), lr=0.1)),
+        (lambda model: adamw(model.head.parameters()), Trainer),  # the Trainer's class and defaults
+        (lambda model: adamw(groups(model)), Trainer),
+        (lambda model: adamw(model.parameters()), Trainer),  # decays norm weights and biases too
+        (lambda model: adamw(Net().parameters()), Trainer),
+        (lambda model: Wrapped(SGD(model.parameters(), lr=0.1)), Trainer),
+        (lambda model: SGD(model.parameters(), lr=0.1), Decorated),
     ],
 )
-def test_a_given_optimizer_is_refused(tmp_path, create):
+def test_a_given_optimizer_is_refused(tmp_path, create, kind):
     model = Net()
     optimizer = create(model)
-    trainer = make(tmp_path, model=model, optimizers=(optimizer, None))
-    assert_refused(trainer, tmp_path / "states", ValueError, f"{type(optimizer).__name__}.*optimizer", SCHEDULE)
+    trainer = make(tmp_path, kind, model, optimizers=(optimizer, None))
+    match = f"{type(optimizer).__name__}.*optimizer_cls_and_kwargs"
+    assert_refused(trainer, tmp_path / "states", ValueError, match, SCHEDULE)
     assert trainer.optimizer is optimizer
 
 

@@ -18,7 +18,7 @@ from doubles.small_trainers import (
     make_adapter,
     make_case,
 )
-from peft import LoraConfig, PeftModel, PromptTuningConfig, ShiraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import (
     BertConfig,
@@ -254,20 +254,6 @@ def test_new_tokens_beside_an_adapter_are_recorded_and_loaded(tmp_path, tied):
     moved = first.model.get_input_embeddings().weight
     names = [name for name in trajectory.names if name.endswith("embed_tokens.weight")]
     assert [torch.equal(trajectory.tensor(name), moved) for name in names] == [True]
-
-
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
-def test_adapter_tensors_outside_of_the_state_dict(tmp_path):
-    def adapted():
-        torch.manual_seed(1)
-        return get_peft_model(make_resnet(), ShiraConfig(r=1, target_modules=["classifier.1"]))
-
-    _, trajectory = record(tmp_path, adapted())
-    assert [name for name in trajectory.names if "shira_indices" in name]
-    other = adapted()
-    trajectory.load_into(other, 1)
-    loaded = get_peft_model_state_dict(other)
-    assert all(torch.equal(loaded[name], trajectory.tensor(name, 1)) for name in trajectory.names)
 
 
 def test_an_adapter_needs_its_own_base(record_states):

@@ -14,7 +14,6 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     ResNetForImageClassification,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -49,11 +48,6 @@ SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_
         (lambda t: setattr(t.model, "_hf_peft_config_loaded", True), ValueError, "get_peft_model"),
         (lambda t: t.model.requires_grad_(False) and None, ValueError, "requires_grad"),
         (lambda t: t.model.register_buffer("wide", torch.ones(1).expand(4)), ValueError, r"'wide'.*clone"),
-        (
-            lambda t: setattr(t, "optimizer", torch.optim.SGD(t.model.parameters(), lr=0.1)),
-            ValueError,
-            r"SGD.*optimizer_cls_and_kwargs",
-        ),
     ],
 )
 def test_bad_arguments_are_refused_before_training(tmp_path, change, error, match):
@@ -61,18 +55,6 @@ def test_bad_arguments_are_refused_before_training(tmp_path, change, error, matc
     options = {"trainer": trainer, "folder": tmp_path / "trajectory", **(change(trainer) or {})}
     assert_refused(error=error, match=match, **options)
     assert not (tmp_path / "trajectory").exists()
-
-
-def test_an_optimizer_given_to_a_subclass_that_creates_its_own_is_refused(tmp_path):
-    class Decorated(Trainer):
-        def create_optimizer(self, *args, **kwargs):
-            return super().create_optimizer(*args, **kwargs)
-
-    template = make_trainer(tmp_path)
-    given = torch.optim.SGD(template.model.parameters(), lr=0.1)
-    trainer = Decorated(template.model, template.args, train_dataset=template.train_dataset, optimizers=(given, None))
-    assert_refused(trainer, tmp_path / "trajectory", ValueError, r"SGD.*optimizer_cls_and_kwargs")
-    assert trainer.optimizer is given
 
 
 def test_the_callback_alone_refuses_the_same_arguments(tmp_path):
@@ -99,9 +81,6 @@ def test_folders_and_disks_that_cannot_be_used_are_refused(tmp_path, monkeypatch
         ({"per_device_train_batch_size": 2}, r"examples_per_step=4.*2"),
         ({"num_train_epochs": 3}, r"num_train_epochs=2.*3"),
         ({"lr_scheduler_type": "cosine"}, r"lr_scheduler_type=linear.*cosine"),
-        ({"seed": 43}, r"seed=42.*43"),
-        ({"data_seed": 1}, "data_seed=None.*1"),
-        ({"bf16": True}, "mixed_precision=no.*bf16"),
     ],
 )
 def test_resuming_with_other_arguments_is_refused(tmp_path, recorded, change, match):
@@ -202,9 +181,7 @@ def test_samplers_that_follow_the_subsets_are_accepted(tmp_path):
             return endless(self.dataset)
 
     weighted = make_trainer(tmp_path)
-    weighted._get_train_sampler = lambda data: WeightedRandomSampler(
-        [1.0] * len(data), 64
-    )  # of the same size each time
+    weighted._get_train_sampler = lambda data: WeightedRandomSampler([1.0] * len(data), 64)  # always of size 64
     check_loader(weighted, divide(weighted.train_dataset, SHORT))
     trainer = make_trainer(tmp_path)
     trainer._get_train_sampler = Endless

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_resnet
 from doubles.constant_predictor import Constant
-from test_predict import BIAS, CONV
+from test_predict import BIAS
 from torch import nn
 
 from know_hf import KNOWNConfig, KNOWNModel, predict_overflowed_weights
@@ -178,15 +178,3 @@ def test_code_is_missing_unless_a_repository_is_named(configs, files):
     warnings = code_warnings(configs, None)
     assert len(warnings) == len(files)
     assert all(f"({names})" in text for names, text in zip(files, warnings, strict=True))
-
-
-def test_there_is_a_report_of_every_tensor(trajectory, tmp_path):
-    result = predict_overflowed_weights(
-        trajectory, predictor="shrink", predictor_options={"factor": 0.5}, output_dir=tmp_path / "out"
-    )
-    assert list(result.tensors) == trajectory.names
-    report = result.to_dict()
-    assert report["tensors"][CONV]["role"] == "conv"
-    assert report["tensors"][CONV]["shrink_factor"] == pytest.approx(0.5)
-    assert report["roles"]["conv"]["tensors"] == 5
-    assert result.report["fc"].shrink_share == pytest.approx(1)

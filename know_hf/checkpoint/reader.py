@@ -10,6 +10,7 @@ from .files import parse_json
 from .header import DTYPES, CheckpointError, TensorEntry, read_header
 
 WEIGHTS_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 

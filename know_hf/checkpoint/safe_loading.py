@@ -14,13 +14,12 @@ from transformers.initialization import meta_device_safe_creation_ops, no_init_w
 from transformers.utils import cached_file, has_file
 
 from .files import read_json_object
-from .reader import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
+from .reader import ADAPTER_NAME, INDEX_NAME, WEIGHTS_NAME, CheckpointReader
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _LOADING_OPTIONS = {"dtype", "ignore_mismatched_sizes", "output_loading_info"}  # the others belong to the config
 _UNLOADABLE = (ArithmeticError, AttributeError, KeyError, MemoryError, RuntimeError, TypeError)
 _MOST_NEW = 10**8  # elements of a model that are not in its files, such as those of a new head
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def from_safetensors(model_class: Any, source: str | Path, revision: str | None = None, **options: Any) -> Any:
@@ -68,9 +67,10 @@ def check_weight_files(source: str | Path, revision: str | None = None) -> None:
             raise ValueError(f"config.json of {source} is not a model config ({error!r:.200})") from error
         if name is not None and not str(name).endswith((".safetensors", ".safetensors.index.json")):
             raise ValueError(f"config.json of {source} has transformers_weights={name!r:.100}, not safetensors")
-        adapter, weights = (_find(source, file, revision) for file in _ADAPTER)
-        if adapter is not None and weights is None:
-            raise ValueError(f"{source} has an {_ADAPTER[0]} without {_ADAPTER[1]}; save the adapter as safetensors")
+        if _find(source, "adapter_config.json", revision) and not _find(source, ADAPTER_NAME, revision):
+            raise ValueError(
+                f"{source} has an adapter_config.json without {ADAPTER_NAME}; save the adapter as safetensors"
+            )
         if name is None and _find(source, WEIGHTS_NAME, revision) is None:
             name = INDEX_NAME
         if name is not None and name.endswith(".json") and (index := _find(source, name, revision)):

@@ -9,9 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from .files import check_free_disk, fsync, write_json
 from .header import TensorEntry, TensorSpec, make_header
-from .reader import INDEX_NAME, WEIGHTS_NAME
+from .reader import ADAPTER_NAME, INDEX_NAME, WEIGHTS_NAME
 
-ADAPTER_NAME = "adapter_model.safetensors"
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
 

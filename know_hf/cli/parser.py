@@ -25,17 +25,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="know-hf", description=description)
     parser.add_argument("--version", action="version", version=f"know_hf {__version__}")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        _add_quickstart,
-        _add_record,
-        _add_import,
-        _add_inspect,
-        _add_merge,
-        _add_predict,
-        _add_compare,
-        _add_push_pull,
-    ):
+    for add in (_add_quickstart, _add_record, _add_import, _add_inspect, _add_merge, _add_predict, _add_compare):
         add(parsers)
+    _add_push_pull(parsers)
     return parser
 
 
@@ -100,10 +92,8 @@ def _add_import(parsers: Any) -> None:
 
 def _add_merge(parsers: Any) -> None:
     example = "merge outputs/lora/trajectory --output-dir outputs/lora/merged"
-    summary, offline = (
-        "merge a trajectory of adapters into one of full models",
-        "give a local folder with --base-model",
-    )
+    summary = "merge a trajectory of adapters into one of full models"
+    offline = "give a local folder with --base-model"
     add = _add_command(parsers, commands.merge, example, summary, offline=offline).add_argument
     add("trajectory", **_TRAJECTORY)
     add("--base-model", metavar="ID", help="Hub id or folder (default: the base model that was recorded)")

@@ -89,27 +89,20 @@ def _divide_sized(dataset: Any, schedule: ForgettingSchedule, batch_size: int) -
         raise ValueError(f"key_column={schedule.key_column!r} is for streams, but this {kind} has a length; remove it")
     labels = None if schedule.stratify_by is None else np.asarray(labels_of(dataset, schedule.stratify_by))
     groups = None if schedule.group_by is None else groups_of(dataset, schedule.group_by)
-    members = schedule.indices(len(dataset), labels, batch_size, groups)
-    if schedule.kind == "complementary":
+    members, is_halved = schedule.indices(len(dataset), labels, batch_size, groups), schedule.kind == "complementary"
+    if is_halved:
         members += schedule.halves(len(dataset), labels, batch_size)
     content = str(len(dataset)).encode() + _content(dataset)
     subsets = []
-    is_halved = schedule.kind == "complementary"
     for state, indices in enumerate(members):
-        # fixed order and bytes: recorded trajectories could not resume with others
-        digest = hashlib.sha256(indices.astype("<i8").tobytes() + content)
         part = dataset
         if state:
             is_hub = isinstance(dataset, datasets.Dataset)
             part = dataset.select(indices) if is_hub else TorchSubset(dataset, indices.tolist())
-        subsets.append(
-            Subset(
-                part,
-                len(indices),
-                schedule.ratio ** min(state, 1) if is_halved else schedule.ratio**state,
-                digest.hexdigest()[:16],
-            )
-        )
+        fraction = schedule.ratio ** (min(state, 1) if is_halved else state)
+        # fixed order and bytes: recorded trajectories could not resume with others
+        digest = hashlib.sha256(indices.astype("<i8").tobytes() + content)
+        subsets.append(Subset(part, len(indices), fraction, digest.hexdigest()[:16]))
     return subsets
 
 

@@ -12,10 +12,11 @@ from transformers.utils import logging
 
 from ..checkpoint import atomic_folder, check_empty, check_free_disk, check_output
 from ..hub_client import HubError, RemoteRepo, Token, call_hub
+from ..terminal import first_names
 from ..trajectory import WeightTrajectory
 from ..trajectory.manifest import MANIFEST_NAME
 from ..trajectory.store import HubStore
-from .repo_contents import checkpoint_files, first_names, is_card_file, is_expected, is_weights, kind_of
+from .repo_contents import checkpoint_files, is_card_file, is_expected, is_weights, kind_of
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +63,7 @@ def pull_checkpoint(repo_id: str, output_dir: str | Path, *, revision: str | Non
     if not any(is_weights(name) for name in names):
         raise HubError(f"{repo_id} has no safetensors weights at commit {repo.commit[:8]}")
     if skipped := sorted(repo.files.keys() - names - {".gitattributes"}):
-        logger.warning(f"Skipping files that are not part of a checkpoint: {first_names(skipped)}")
+        logger.warning(f"Skipping files that are not part of a checkpoint: {first_names(skipped, 5)}")
     return _download(repo, names, output_dir, token, checkpoint_files)
 
 

@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ..checkpoint import CheckpointReader
+from ..checkpoint import ADAPTER_NAME, CheckpointReader
 from ..local_paths import public_config
+from ..terminal import first_names
 from ..trajectory.manifest import MANIFEST_NAME
 
 Kind = Literal["checkpoint", "adapter", "trajectory"]
@@ -28,7 +29,7 @@ def kind_of(names: Collection[str]) -> Kind | None:
     """Return the kind of a folder or repo from its file names, or None if it has neither weights nor a config."""
     if MANIFEST_NAME in names or any(_STATE_FOLDER.match(name) for name in names):
         return "trajectory"
-    if "adapter_config.json" in names or "adapter_model.safetensors" in names:
+    if "adapter_config.json" in names or ADAPTER_NAME in names:
         return "adapter"
     if any(name == "config.json" or is_weights(name) or name.startswith("pytorch_model") for name in names):
         return "checkpoint"
@@ -68,9 +69,9 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     weights = [name for name in names if is_weights(name) and name.endswith(".safetensors")]
     if not weights:
-        raise FileNotFoundError(f"{folder} has no model.safetensors, no shards and no adapter_model.safetensors")
+        raise FileNotFoundError(f"{folder} has no model.safetensors, no shards and no {ADAPTER_NAME}")
     if unexpected := [name for name in names if not is_expected(name)]:
-        raise ValueError(f"{folder} contains files other than a checkpoint: {first_names(unexpected)}; delete them")
+        raise ValueError(f"{folder} contains files other than a checkpoint: {first_names(unexpected, 5)}; delete them")
     if any(name.endswith(".index.json") for name in names):
         CheckpointReader.from_folder(folder)  # detects missing shards
     CheckpointReader([folder / name for name in weights])
@@ -86,11 +87,6 @@ def public_files(files: Mapping[str, Path], temporary: Path) -> dict[str, Path]:
             public[name].parent.mkdir(parents=True, exist_ok=True)
             public[name].write_text(text, encoding="utf-8")
     return public
-
-
-def first_names(names: Sequence[str]) -> str:
-    """Return the first five names for a message."""
-    return ", ".join(names[:5]) + " …" * (len(names) > 5)
 
 
 def read_config(config: Path) -> dict[str, Any]:

@@ -56,9 +56,8 @@ def plot_forgetting_panels(
                 f"scores must have one column for each of the {len(num_examples)} states, got {np.shape(panel.scores)}"
             )
     figure = new_figure(7.5 if len(panels) == 1 else 5.5 * len(panels), 4.5)
-    for number, (axes, panel) in enumerate(
-        zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True)
-    ):
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for number, (axes, panel) in enumerate(zip(grid, panels, strict=True)):
         _draw_panel(axes, panel)
         axes.set_xticks(range(len(num_examples)), [_state_label(*item) for item in enumerate(num_examples)])
         axes.set_xlim(-0.4, len(num_examples) - 0.6)
@@ -113,9 +112,8 @@ def _draw_panel(axes: "Axes", panel: ForgettingPanel) -> None:
             fontweight="bold",
         )
     if panel.chance is not None:
-        axes.axhline(
-            panel.chance, color=MUTED, linestyle="--", linewidth=1, label=f"guessing: {panel.chance:.{panel.digits}f}"
-        )
+        guessing = f"guessing: {panel.chance:.{panel.digits}f}"
+        axes.axhline(panel.chance, color=MUTED, linestyle="--", linewidth=1, label=guessing)
     axes.margins(y=0.15)
     low, high = axes.get_ylim()
     if (missing := panel.min_span - (high - low)) > 0:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,7 +33,6 @@ def plot_landscape(
     points: Sequence[LandscapePoint],
     loss_name: str = "loss",
     explained: Sequence[float] | None = None,
-    title: str = "",
 ) -> "Figure":
     """Plot the loss on a grid, the states joined in order, other weights as diamonds.
 
@@ -63,19 +62,12 @@ def plot_landscape(
     path = [point.x for point in states], [point.y for point in states]
     axes.plot(*path, color=PAPER, linewidth=3.2, zorder=2)
     axes.plot(*path, color=INK, marker="o", linewidth=1.2, zorder=3, label="states, in order", clip_on=False)
-    diamonds: dict[str, Any] = {
-        "marker": "D",
-        "color": VERMILION,
-        "markeredgecolor": PAPER,
-        "markersize": 8,
-        "linewidth": 0,
-    }
-    label = "other weights, projected on the plane"
-    axes.plot([point.x for point in arms], [point.y for point in arms], zorder=4, label=label, **diamonds)
+    xs, ys, label = [point.x for point in arms], [point.y for point in arms], "other weights, projected on the plane"
+    axes.plot(xs, ys, "D", color=VERMILION, markeredgecolor=PAPER, markersize=8, zorder=4, label=label)
     legend(figure, ncols=2)
     first, second = ["", ""] if explained is None else [f" ({share:.0%} of the variance)" for share in explained]
     labels = f"first principal component of the states{first}", f"second{second}"
-    style_axes(axes, title, *labels, "both")
+    style_axes(axes, "", *labels, "both")
     axes.grid(False)
     axes.set_aspect("equal")
     _label_points(axes, points)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MOST_COLUMNS = 4
+
 
 @dataclass(frozen=True)
 class RateCurve:
@@ -35,8 +37,6 @@ def plot_learning_rates(
     panels: Sequence[RatePanel],
     naive: RateCurve,
     score_name: str,
-    title: str = "",
-    columns: int = 4,
     x_name: str = "learning rate",
     ticks: Sequence[int] = (),
 ) -> "Figure":
@@ -50,7 +50,7 @@ def plot_learning_rates(
     """
     if not panels:
         raise ValueError("the learning rate plot has no panels; give at least one arm besides naive")
-    columns = min(columns, len(panels))
+    columns = min(_MOST_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(max(1.9 * columns, 3.2), 0.75 + 1.45 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -70,7 +70,6 @@ def plot_learning_rates(
     shaded = "; shaded: 95% interval" if len(naive.intervals) else ""
     figure.supxlabel(f"{x_name} (grey: naive{shaded})", fontsize=9.5, color=INK)
     figure.supylabel(plain(score_name), fontsize=9.5, color=INK)
-    figure.suptitle(plain(title), fontsize=11, color=INK)
     return figure
 
 

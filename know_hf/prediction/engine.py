@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..distributed import on_main_process
+from ..markdown import quantity
 from ..predictors import DepthPredictor, KNOWNPredictor, Predictor, SnapshotPredictor, relative_depths
 from ..trajectory.summary import loss_names
 from .pieces import Piece, pieces_of
@@ -81,7 +82,7 @@ class PredictedTensors(TensorSource):
     def __init__(self, plan: PredictionPlan) -> None:
         self.plan = plan
         self.trajectory = plan.trajectory
-        self.description = f"Predicting {plan.steps} step{'s' if plan.steps > 1 else ''}"
+        self.description = f"Predicting {quantity(plan.steps, 'step')}"
         self._device = getattr(plan.predictor, "device", torch.device("cpu"))
         predictor = plan.predictor.prepared() if isinstance(plan.predictor, KNOWNPredictor) else plan.predictor
         self._predictors: dict[str, Predictor] = dict.fromkeys(plan.tensors, predictor)
@@ -106,11 +107,9 @@ class PredictedTensors(TensorSource):
         read = partial(self.trajectory.read, piece.name, piece.start, piece.stop, self._theta0)
         tensor = self.plan.tensors[piece.name]
         if not tensor.network:
-            return (
-                read(),
-                None,
-                count_differences(self.trajectory, piece, self.plan.snapshots) if tensor.is_kept_by_dtype else 0,
-            )
+            is_kept = tensor.is_kept_by_dtype
+            kept = count_differences(self.trajectory, piece, self.plan.snapshots) if is_kept else 0
+            return read(), None, kept
         history = self._history(piece)
         if not self._tensor_changes(piece, history):
             return read(), None, 0

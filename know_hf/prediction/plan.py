@@ -14,7 +14,7 @@ from ..checkpoint import TensorSpec, parse_json
 from ..checkpoint.header import make_header
 from ..known import KNOWNConfig, KNOWNModel
 from ..known.kernels import KERNELS
-from ..markdown import size
+from ..markdown import quantity, size
 from ..predictors import (
     Composition,
     KNOWNCombination,
@@ -119,7 +119,7 @@ class PredictionPlan:
         name = " + ".join(map(_short_name, (self.predictor, *self.members[1:])))
         if self.steps == 1 and not isinstance(self.predictor, KNOWNPredictor | KNOWNCombination):
             return name
-        return f"{name}, {self.steps} step{'s' if self.steps > 1 else ''}"
+        return f"{name}, {quantity(self.steps, 'step')}"
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -308,9 +308,9 @@ def check_snapshots(trajectory: WeightTrajectory, predictor: Predictor) -> list[
     needed = predictor.num_states or (1 if trajectory.tail or trajectory.branches else 2)
     if len(snapshots) < needed:
         raise MissingSnapshotsError(
-            f"{trajectory.path} has {len(snapshots)} state{'s' if len(snapshots) > 1 else ''},"
-            f" {_short_name(predictor)} needs {needed} states; record with ForgettingSchedule(num_states={needed}), or"
-            " choose another predictor= or candidates of a gate with validation data (gate=, --validation)"
+            f"{trajectory.path} has {quantity(len(snapshots), 'state')}, {_short_name(predictor)} needs {needed}"
+            f" states; record with ForgettingSchedule(num_states={needed}), or choose another predictor= or candidates"
+            " of a gate with validation data (gate=, --validation)"
         )
     return snapshots
 

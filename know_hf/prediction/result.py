@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader
+from ..markdown import quantity
 from ..predictors import Predictor, Rescaling
 from ..trajectory import load_into, load_pretrained
 from .residuals import ResidualReport
@@ -106,7 +107,7 @@ class PredictionResult:
         parts = [self.sentence]
         if self.gate is not None:
             screened = len(self.gate.screened)
-            others = f"\n{screened} more candidate{'s' if screened > 1 else ''} screened out" if screened else ""
+            others = f"\n{quantity(screened, 'more candidate')} screened out" if screened else ""
             parts.append(f"{self.gate.table}{others}\n{self.gate.short_rule}")
         if self.rescaling is not None:
             parts.append(f"rescaled: {self.rescaling}")

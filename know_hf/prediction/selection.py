@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..markdown import quantity
 from ..terminal import aligned
 
 REFERENCE = "Θ0"
@@ -135,8 +136,7 @@ class GateResult:
     def reason(self) -> str:
         """Why it was chosen, in a sentence or two, and how the requested prediction compares with Θ0."""
         others = self.candidates[1:]
-        count = len(others) + len(self.screened)
-        number = f"{count} candidate{'s' if count > 1 else ''}"
+        number = quantity(len(others) + len(self.screened), "candidate")
         finite = [candidate for candidate in others if candidate.loss is not None]
         if not finite:
             return f"no other candidate has a finite {self.metric}."

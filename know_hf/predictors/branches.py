@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..markdown import quantity
 from .protocol import check_finite, register_predictor
 from .snapshot_predictor import SnapshotPredictor, TensorSnapshots
 
@@ -228,5 +229,5 @@ def _noise(branches: Sequence[torch.Tensor]) -> float:
 
 def _stacked(branches: Sequence[torch.Tensor], least: int) -> torch.Tensor:
     if len(branches) < least:
-        raise ValueError(f"at least {least} branch{'es' if least > 1 else ''} needed, got {len(branches)}")
+        raise ValueError(f"at least {quantity(least, 'branch', 'branches')} needed, got {len(branches)}")
     return torch.stack([branch.float() for branch in branches])

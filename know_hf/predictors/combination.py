@@ -13,9 +13,7 @@ from .snapshot_predictor import SnapshotPredictor
 class Combination(ABC):
     """Weighted sum of differences to Θ0, `Σ_k w_k (Θk - Θ0)`, which is exactly zero where no state moved."""
 
-    @property
-    def num_states(self) -> None:
-        return None
+    num_states = None  # any number
 
     @abstractmethod
     def weights(self, num_states: int) -> Sequence[float]:

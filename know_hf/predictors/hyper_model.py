@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 
 
 class PreparedKNOWN:
-    """A [`KNOWNPredictor`] that does not notice when the weights of its model change.
-
-    Args:
-        predictor ([`KNOWNPredictor`]):
-            The predictor.
-    """
+    """A [`KNOWNPredictor`] that does not notice when the weights of its model change."""
 
     def __init__(self, predictor: "KNOWNPredictor") -> None:
         self.num_states = predictor.num_states

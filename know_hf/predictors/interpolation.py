@@ -51,15 +51,12 @@ class Shrink:
             Factor of each weight.
     """
 
+    num_states: ClassVar[None] = None
     reads_theta0_alone: ClassVar[bool] = True
     factor: float = 0.8
 
     def __post_init__(self) -> None:
         check_finite(factor=self.factor)
-
-    @property
-    def num_states(self) -> None:
-        return None
 
     def residual(self, history: torch.Tensor, role: str) -> torch.Tensor:
         return (self.factor - 1) * history[:, -1].float()

@@ -38,10 +38,7 @@ class TensorSnapshots:
 class SnapshotPredictor(ABC):
     """A predictor of complete tensors, in [`predict_overflowed_weights`] like any [`Predictor`] but with one step."""
 
-    @property
-    def num_states(self) -> int | None:
-        """1: no state but Θ0 is read."""
-        return 1
+    num_states = 1  # no state but Θ0 is read
 
     @abstractmethod
     def reads(self) -> Mapping[str, int]:

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ..markdown import quantity
+
 
 @dataclass(frozen=True)
 class TensorFactor:
@@ -56,8 +58,7 @@ class Rescaling:
         return Rescaling(factors, self.deviation + other.deviation)
 
     def __str__(self) -> str:
-        count = len(self.factors)
-        return f"{count} tensor{'s' if count > 1 else ''}; outputs of Θ0 differ by {self.deviation:.2g} of the largest"
+        return f"{quantity(len(self.factors), 'tensor')}; outputs of Θ0 differ by {self.deviation:.2g} of the largest"
 
     def to_dict(self) -> dict[str, Any]:
         """Return deviation and factors as JSON values; of channels, the geometric mean of their factors."""

@@ -103,9 +103,8 @@ class WeightTransitionCallback(TrainerCallback):
         self.dtype = dtype
         self.start_weights = start_weights
         self._trainings = 0
-        trained = (*self.trajectory.states, *self.trajectory.branches)
-        self._sizes = [state.num_examples for state in trained]
-        self._stage = len(trained)  # known on every process, unlike _sizes
+        self._sizes = [state.num_examples for state in self.trajectory.trained]
+        self._stage = len(self._sizes)  # known on every process, unlike _sizes
         self._stepped = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:

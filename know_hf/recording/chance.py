@@ -18,11 +18,7 @@ _CLEARLY_BELOW = 0.95  # of the loss of guessing
 def chance_warning(trainer: Trainer, metrics: Mapping[str, float]) -> str | None:
     """Return a warning if the metrics of Θ0 are about those of guessing from the frequencies of the classes.
 
-    Args:
-        trainer (`Trainer`):
-            Its model and evaluation data; only a classifier and a `datasets.Dataset` with a class per row are judged.
-        metrics (`Mapping[str, float]`):
-            Metrics of Θ0 by name.
+    Only a classifier that is evaluated on a `datasets.Dataset` with a class per row is judged.
     """
     labels = _classes(trainer)
     loss, accuracy = metrics.get("eval_loss"), metrics.get("eval_accuracy")

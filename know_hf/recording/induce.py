@@ -121,12 +121,12 @@ def induce_forgetting(
             check_same_recording(trajectory, subsets, arguments, of_trainer)
             trajectory.check_base(trainer.model)
             _check_missing_states(trajectory, trainer, schedule, dtype, start_weights)
-            return len(trajectory.states) + len(trajectory.branches)
+            return len(trajectory.trained)
 
         num_recorded = on_main_process(trainer.accelerator, begin)
         check_shared(trainer.accelerator, trajectory.path)
         use_evaluated_weights(trainer.optimizer, trainer.args, trainer.state)
-        last = [*trajectory.states, *trajectory.branches][-1:]
+        last = trajectory.trained[-1:]
         if num_recorded:
             trajectory.load_into(trainer.model, last[0].name)
         stack.enter_context(_restored(trainer))
@@ -138,9 +138,10 @@ def induce_forgetting(
             callback.begin(index, subsets[index])
             progress.begin(index, subsets[index])
             if index == 0 and start == "current":
-                callback.record_current(trainer)
+                callback.record_current()
             else:
-                callback.record_first(trainer, index)
+                if index == 0 and start_weights != "none":
+                    callback.record_before_training()
                 callback.training = recorded_arguments(arguments[index], of_trainer)
                 _train_stage(trainer, arguments[index], subsets[index], callback)
             on_main_process(trainer.accelerator, callback.raise_failure)
@@ -154,6 +155,7 @@ def induce_forgetting(
 class _StageCallback(WeightTransitionCallback):
     """The callback of [`induce_forgetting`]: records the subset, and keeps errors to raise them on all processes."""
 
+    trainer: Trainer
     subset: Subset
     training: dict[str, str]
     on_written: Callable[[StateRecord], object]
@@ -173,7 +175,7 @@ class _StageCallback(WeightTransitionCallback):
         details |= {"subset_fingerprint": self.subset.fingerprint, "on_written": self.on_written}
         # from the start of the stage: auto_find_batch_size may change the arguments
         details |= {"training": self.training if details["steps"] else {}}
-        self.weights = None if self.trainer is None else weights_checksum(self.trainer)
+        self.weights = weights_checksum(self.trainer)
         try:
             super().record(model, **details)
         except Exception as error:
@@ -183,15 +185,14 @@ class _StageCallback(WeightTransitionCallback):
         """Take the subset of a stage, and the weights that it begins from into the model if it is a branch."""
         self._stage, self.subset = stage, subset
         schedule = self.trajectory.schedule
-        if stage and self.trainer is not None and schedule is not None and schedule.kind == "complementary":
+        if stage and schedule is not None and schedule.kind == "complementary":
             on_main_process(self.trainer.accelerator, lambda: self.trajectory.check(wait=True))
             WeightTrajectory(self.trajectory.path).load_into(self.trainer.model, schedule.branch_from)
             self.weights = weights_checksum(self.trainer)
 
-    def record_first(self, trainer: Trainer, index: int) -> None:
-        """Record the weights of the trainer's model as the start, before the training of state 0."""
-        if index or self.start_weights == "none":
-            return
+    def record_before_training(self) -> None:
+        """Record the weights of the trainer's model as the start, on every process."""
+        trainer = self.trainer
 
         def write() -> None:
             with gathering(trainer.model) as state_dict:
@@ -200,8 +201,9 @@ class _StageCallback(WeightTransitionCallback):
 
         on_every_process(trainer.accelerator, write)
 
-    def record_current(self, trainer: Trainer) -> None:
+    def record_current(self) -> None:
         """Record the current weights as state 0, without training."""
+        trainer = self.trainer
         with gathering(trainer.model) as state_dict:
             if trainer.accelerator.is_main_process:
                 self.record(trainer.model, state_dict=state_dict, steps=0, processing_class=trainer.processing_class)
@@ -228,7 +230,7 @@ def _check_missing_states(
     dtype: torch.dtype | None,
     start_weights: StartWeights,
 ) -> None:
-    missing = schedule.num_stages - trajectory.num_states - len(trajectory.branches)
+    missing = schedule.num_stages - len(trajectory.trained)
     if not missing:
         logger.warning(f"{trajectory.path} is complete; nothing is trained")
     if not trajectory.num_states:

@@ -27,20 +27,14 @@ _TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 
 
 class Progress:
-    """Show, evaluate and log the stages of a recording.
+    """Shows, evaluates and logs the stages of a recording of `num_states` states.
 
-    Args:
-        trainer (`Trainer`):
-            Evaluates the states; its loggers get the values under `forgetting/`.
-        trajectory ([`WeightTrajectory`]):
-            The trajectory that is recorded.
-        num_states (`int`):
-            Number of states to record.
+    The trainer evaluates the states; its loggers get the values under `forgetting/`.
     """
 
     def __init__(self, trainer: Trainer, trajectory: WeightTrajectory, num_states: int) -> None:
         self._trainer, self._trajectory = trainer, trajectory
-        self._steps = [state.steps for state in (*trajectory.states, *trajectory.branches)]
+        self._steps = [state.steps for state in trajectory.trained]
         self._metrics: dict[int, dict[str, float]] = {}
         self._written: dict[int, dict[str, float]] = {}
         self._last_move = ""
@@ -71,11 +65,7 @@ class Progress:
     def evaluate(self, index: int, weights: list[int] | None = None) -> None:
         """Evaluate the state that the model holds, while it is written, and record its finite metrics.
 
-        Args:
-            index (`int`):
-                The state.
-            weights (`list[int]`, *optional*):
-                [`weights_checksum`] of the state. By default, the model is known to hold it.
+        `weights` is the [`weights_checksum`] of the state; by default, the model is known to hold it.
         """
         if self._trainer.eval_dataset is None:
             return
@@ -104,13 +94,9 @@ class Progress:
             else:
                 metrics[name] = number
         self._metrics[index] = metrics
-        if (
-            index == 0
-            and self._is_main
-            and not has_diverged
-            and (text := chance_warning(self._trainer, metrics)) is not None
-        ):
-            logger.warning(text)
+        if index == 0 and self._is_main and not has_diverged:
+            if text := chance_warning(self._trainer, metrics):
+                logger.warning(text)
         on_main_process(self._trainer.accelerator, lambda: self._trajectory.update_metrics(self._name(index), metrics))
         self._log()
 
@@ -182,11 +168,7 @@ def other_checksums(trainer: Trainer) -> dict[str, int]:
 def warn_about_others(trainer: Trainer, before: Mapping[str, int]) -> bool:
     """Warn when a training changed modules beside the model, of which no state holds the tensors.
 
-    Args:
-        trainer (`Trainer`):
-            The trainer after the training.
-        before (`Mapping[str, int]`):
-            Its [`other_checksums`] before the training.
+    `before` has the [`other_checksums`] before the training.
     """
     after = other_checksums(trainer) if before else {}
     changed = [name for name, checksum in before.items() if after.get(name) != checksum]

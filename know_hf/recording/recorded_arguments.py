@@ -69,13 +69,9 @@ def trainer_arguments(trainer: Trainer) -> dict[str, Any]:
 
 
 def recorded_arguments(args: TrainingArguments, of_trainer: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Return the training arguments to record: those that differ from their defaults, and the usual ones.
+    """Return the training arguments of a stage to record: those that differ from their defaults, and the usual ones.
 
-    Args:
-        args (`TrainingArguments`):
-            The arguments of a stage.
-        of_trainer (`Mapping[str, Any]`, *optional*):
-            The [`trainer_arguments`].
+    `of_trainer` has the [`trainer_arguments`].
     """
     texts, always = compared_arguments(args, of_trainer), _ALWAYS | _WITHOUT_DEFAULT
     recorded = {name: text for name, (text, default) in texts.items() if name in always or text != default}

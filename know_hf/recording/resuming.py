@@ -17,7 +17,7 @@ def check_same_recording(
     of_trainer: Mapping[str, Any],
 ) -> None:
     """Raise a `ValueError` for the first recorded state with other data or training arguments than its stage has."""
-    for state, subset, args in zip((*trajectory.states, *trajectory.branches), subsets, stage_arguments, strict=False):
+    for state, subset, args in zip(trajectory.trained, subsets, stage_arguments, strict=False):
         if state.subset_fingerprint != subset.fingerprint:
             raise ValueError(
                 f"{state.label} of {trajectory.path} was trained on other data: {state.size} with fingerprint"

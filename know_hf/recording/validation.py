@@ -93,14 +93,14 @@ def check_reloadable(model: nn.Module) -> None:
 
 def _warn_about_ties(kind: str, tied: dict[str, str], tied_by_config: dict[str, str]) -> None:
     """Warn about weights that are tied by hand, of which a state holds one."""
-    for name in sorted(tied.keys() - tied_by_config.keys()):
+    if by_hand := tied.keys() - tied_by_config.keys():
+        name = min(by_hand)
         logger.warning(
             f"{name!r} is tied to {tied[name]!r}, but the config of this {kind} does not tie them: a state holds one,"
             " and from_pretrained would initialise the other at random. If they are the embeddings, set"
             " model.config.tie_word_embeddings=True before recording; otherwise build the model in the same way and"
             " call load_into(model) of the trajectory or the prediction result"
         )
-        return
 
 
 def warn_about_warmup(args: TrainingArguments, state: TrainerState) -> None:

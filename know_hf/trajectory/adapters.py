@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..checkpoint import CheckpointReader
+from ..checkpoint import ADAPTER_NAME, CheckpointReader
 from ..model_tensors import computed_names, is_adapter, memory_key, names_on_disk, recorded_adapter, unwrapped
 
 logger = logging.get_logger(__name__)
@@ -70,7 +70,7 @@ def read_adapter_config(folder: Path) -> Any:
         config = PeftConfig.from_pretrained(str(folder))
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the config of an adapter ({error!r:.200}); restore it from a copy") from error
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / ADAPTER_NAME
     if weights.exists():
         reader = CheckpointReader([weights])
         largest = max((size for name in reader.names for size in reader.shape(name)), default=0)

@@ -5,14 +5,15 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import snapshot_download
 
-from ..checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader, atomic_folder, read_json_object
+from ..checkpoint import ADAPTER_NAME, INDEX_NAME, WEIGHTS_NAME, CheckpointReader, atomic_folder, read_json_object
 from ..hub_client import call_hub
 from ..local_paths import hide_paths, name_beside
 from ..model_tensors import names_on_disk
@@ -27,7 +28,6 @@ ImportKind = Literal["tail", "branches", "ordered"]
 Checkpoints = str | Path | Sequence[str | Path]
 
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
-_ADAPTER = "adapter_model.safetensors"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -92,8 +92,8 @@ class _Checkpoint:
     @classmethod
     def open(cls, name: str | Path) -> "_Checkpoint":
         folder = local_folder(name)
-        if (folder / _ADAPTER).exists():
-            return cls(str(name), folder, (folder / _ADAPTER,), CheckpointReader([folder / _ADAPTER]))
+        if (folder / ADAPTER_NAME).exists():
+            return cls(str(name), folder, (folder / ADAPTER_NAME,), CheckpointReader([folder / ADAPTER_NAME]))
         if not (folder / INDEX_NAME).exists() and not (folder / WEIGHTS_NAME).exists():
             for pickle in _PICKLES:
                 if (folder / pickle).exists():
@@ -103,7 +103,7 @@ class _Checkpoint:
                     )
             inside = sorted(path.parent.name for path in folder.glob("*/*.safetensors"))
             hint = f"; give a checkpoint in it, such as {Path(name) / inside[-1]}" if inside else ""
-            raise FileNotFoundError(f"{name} has no {WEIGHTS_NAME}, {INDEX_NAME} or {_ADAPTER}{hint}")
+            raise FileNotFoundError(f"{name} has no {WEIGHTS_NAME}, {INDEX_NAME} or {ADAPTER_NAME}{hint}")
         reader = CheckpointReader.from_folder(folder)
         files = {Path(reader.file(tensor)) for tensor in reader.names}
         return cls(str(name), folder, tuple(sorted(files)), reader)
@@ -144,14 +144,14 @@ class _Writer:
         folder.mkdir()
         for path in source.weights:
             self._place(path, folder / path.name)
-        if len(source.weights) > 1 or source.weights[0].name not in (WEIGHTS_NAME, _ADAPTER):
+        if len(source.weights) > 1 or source.weights[0].name not in (WEIGHTS_NAME, ADAPTER_NAME):
             shutil.copyfile(source.folder / INDEX_NAME, folder / INDEX_NAME)
         for name in _CONFIGS:
             if (self._first.folder / name).exists():
                 shutil.copyfile(self._first.folder / name, folder / name)
         hide_paths(folder)
         files = tuple(FileRecord.of(folder / name, f"{record.name}/{name}") for name in recordable(folder))
-        return StateRecord(index, size, steps, files, metrics=metrics, kind=kind)
+        return replace(record, files=files)
 
     def add_model_files(self) -> tuple[FileRecord, ...]:
         """Copy config, tokenizer and processor files."""
@@ -171,12 +171,11 @@ class _Writer:
 
     def _place(self, source: Path, target: Path) -> None:
         source = source.resolve()  # the Hub cache has links
-        try:
-            if self._copy:
-                raise OSError("a copy was asked for")
-            os.link(source, target)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(source, target)
+        if not self._copy:
+            with suppress(OSError):  # another file system, or one without links
+                os.link(source, target)
+                return
+        shutil.copyfile(source, target)
 
 
 def _listed(checkpoints: Checkpoints, kind: ImportKind) -> list[str | Path]:

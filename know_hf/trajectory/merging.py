@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint import CheckpointReader, atomic_folder, check_free_disk, check_holds_no_trajectory
+from ..checkpoint import ADAPTER_NAME, CheckpointReader, atomic_folder, check_free_disk, check_holds_no_trajectory
 from ..checkpoint.safe_loading import from_safetensors
 from ..local_paths import is_unknown, loaded_from, resolved_name
 from ..model_tensors import unwrapped
@@ -185,7 +185,7 @@ class AdapterFolder:
     base_model = base_revision = None
 
     def __init__(self, path: Path) -> None:
-        reader = CheckpointReader([path / "adapter_model.safetensors"])
+        reader = CheckpointReader([path / ADAPTER_NAME])
         self.path, self.names, self.shape = path, reader.names, reader.shape
 
     def load_model(self, state: StateName, *, base_model: Any) -> Any:

@@ -57,12 +57,7 @@ class Stage(TypedDict):
 
 
 class Recorder:
-    """Adds states to a trajectory in a local folder.
-
-    Args:
-        store ([`Store`]):
-            The finished states. Entering a state changes them.
-    """
+    """Adds states to a trajectory in a local folder, and enters them in its [`Store`]."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -144,12 +139,11 @@ class Recorder:
         with self.recording(), atomic_folder(self._path / record.name, overwrite=True) as work:
             snapshot.save(work)
             hide_paths(work)
-        # a training that starts again, with a smaller batch, replaces the tail states of the first attempt
-        names = {record.name} if record.kind == "start" or record.index else {"tail-0", *self._names_of_tail()}
-        self._early = [early for early in self._early if early.name not in names] + [record]
-
-    def _names_of_tail(self) -> list[str]:
-        return [record.name for record in self._early if record.kind == "tail"]
+        self._early = [early for early in self._early if early.name != record.name]
+        if record.kind == "tail" and record.index == 0:
+            # a training that starts again, with a smaller batch, replaces the tail states of the first attempt
+            self._early = [early for early in self._early if early.kind != "tail"]
+        self._early.append(record)
 
     def check_base(self, model: nn.Module) -> None:
         """Raise a `TrajectoryError` when an adapter is on another base model than in the recorded states."""
@@ -274,13 +268,7 @@ class Recorder:
 def check_savable(path: Path, model: nn.Module, processing_class: Any) -> None:
     """Raise the error that saving everything but the weights as state 0 would raise, before a training.
 
-    Args:
-        path (`Path`):
-            Folder of the trajectory.
-        model (`nn.Module`):
-            The model; its generation config must be valid, and the name of its base model plain text.
-        processing_class (*any*):
-            Tokenizer or processor to save, or `None`.
+    The generation config must be valid, the name of the base model plain text, and the processing class savable.
     """
     model = unwrapped(model)
     base_model, base_revision = _base_of(model, path)

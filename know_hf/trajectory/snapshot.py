@@ -98,11 +98,7 @@ class Snapshot:
     def check_finite(self, state: str, earlier: Path | None) -> None:
         """Raise a `TrajectoryError` for a tensor that is not finite. Buffers, such as masks, may be infinite.
 
-        Args:
-            state (`str`):
-                Name of the state.
-            earlier (`Path`, *optional*):
-                Folder of earlier states.
+        The message names the state, and the folder of earlier states if there are any.
         """
         kept = "" if earlier is None else f" Earlier states are kept in {earlier}."
         for name, tensor in self.state_dict.items():

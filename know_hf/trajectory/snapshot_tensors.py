@@ -37,6 +37,11 @@ class SnapshotTensors:
         return self._store.manifest.branches
 
     @property
+    def trained(self) -> tuple[StateRecord, ...]:
+        """States and branches: one for each finished training, in their order."""
+        return (*self.states, *self.branches)
+
+    @property
     def num_states(self) -> int:
         return len(self.states)
 

@@ -125,7 +125,8 @@ def _cached(repo_id: str, commit: str, names: Sequence[str]) -> list[Path] | Non
         paths = [try_to_load_from_cache(repo_id, name, revision=commit) for name in names]
     except HFValidationError:  # a folder
         return None
-    return [Path(path) for path in paths if isinstance(path, str)] if all(isinstance(p, str) for p in paths) else None
+    cached = [Path(path) for path in paths if isinstance(path, str)]
+    return cached if len(cached) == len(paths) else None
 
 
 def _write_part(folder: Path, tensors: Mapping[str, torch.Tensor], hub: HubTensors | None) -> None:

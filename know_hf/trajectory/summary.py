@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..terminal import aligned
 from .records import StateRecord
 from .store import StateName
 from .weight_trajectory import WeightTrajectory
@@ -55,7 +56,7 @@ class TrajectorySummary:
             values = [f"{record.metrics[name]:z.4f}" if name in record.metrics else "–" for name in metrics]
             distances = ["–"] * len(roles) if record.kind == "start" else [f"{d:.4f}" for d in next(moved, ())]
             rows.append([record.symbol, record.examples, f"{record.steps:,}", *values, *distances])
-        parts = [_table(rows)]
+        parts = [aligned(rows)]
         if roles:
             parts[0] += "\nmoved: distance from Θ0, relative to its norm"
         if self.forgetting:
@@ -63,7 +64,7 @@ class TrajectorySummary:
             parts[0] += f"\nper halving of the examples: {changes}"
         if self.tensors:
             counts = [[role, f"{self.tensors[role]:,}", f"{self.parameters[role]:,}"] for role in self.tensors]
-            parts.append(_table([["role", "tensors", "parameters"], *counts]))
+            parts.append(aligned([["role", "tensors", "parameters"], *counts]))
         return "\n\n".join(parts)
 
 
@@ -145,8 +146,3 @@ def _forgetting(trajectory: WeightTrajectory) -> dict[str, float]:
 
     rate = ForgettingRate()
     return {name: rate.of_trajectory(trajectory, name)["forgetting_rate"] for name in names}
-
-
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

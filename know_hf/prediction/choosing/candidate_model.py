@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...distributed import on_main_process
-from ...model_tensors import names_in_memory
+from ...model_tensors import names_in_memory, restored_modes
 from ...trajectory import WeightTrajectory, load_pretrained
 from ...trajectory.loading import without_loading_bars
 from ..tensor_sources import TensorSource, cast
@@ -105,12 +105,10 @@ def unchanged(model: PreTrainedModel | None) -> Iterator[None]:
         return
     device = model.device
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        model.to(device)
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-        for module, is_training in modes:
-            module.training = is_training
+    with restored_modes(model):
+        try:
+            yield
+        finally:
+            model.to(device)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)

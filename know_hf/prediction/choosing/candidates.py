@@ -6,6 +6,7 @@ from typing import Any
 
 from ...predictors import Average, Composition, Predictor, Rescaler, get_predictor
 from ...trajectory import WeightTrajectory
+from ...trajectory.summary import other_snapshots
 from ..engine import PredictedTensors
 from ..plan import PredictionPlan
 from ..selection import REFERENCE
@@ -152,8 +153,7 @@ def plan_candidates(
         planned.append(_state(plan, 0, f"{REFERENCE}, BatchNorm recalibrated", recalibrated=True))
     if given is None:
         planned += [_state(plan, index, f"Θ{index}", recalibrates) for index in range(1, trajectory.num_states)]
-        others = [record.name for record in (trajectory.start, *trajectory.tail, *trajectory.branches) if record]
-        planned += [_state(plan, name, name, recalibrates) for name in others]
+        planned += [_state(plan, other.name, other.name, recalibrates) for other in other_snapshots(trajectory)]
     can_predict = with_requested and (len(plan.snapshots) > 1 or plan.rescaling is not None)
     for steps in range(1, plan.steps + 1) if can_predict else ():
         fewer = replace(plan, steps=steps)

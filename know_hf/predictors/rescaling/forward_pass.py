@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...model_tensors import restored_modes
+
 _SIZE, _TOKENS, _EXAMPLES = 64, 8, 2
 
 
@@ -30,15 +32,10 @@ def evaluated(
     kwargs = {name: _fitting(value, parameter) for name, value in kwargs.items() if name != "labels"}
     accepted = inspect.signature(_innermost(model).forward).parameters
     kwargs |= {"use_cache": False} if "use_cache" in accepted else {}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng(), torch.no_grad(), context or nullcontext():
-            torch.manual_seed(0)  # some models draw masks in evaluation mode too
-            outputs = torch.func.functional_call(model, dict(tensors or {}), args, kwargs)
-    finally:
-        for module, is_training in modes:
-            module.training = is_training
+    with restored_modes(model), torch.random.fork_rng(), torch.no_grad(), context or nullcontext():
+        model.eval()
+        torch.manual_seed(0)  # some models draw masks in evaluation mode too
+        outputs = torch.func.functional_call(model, dict(tensors or {}), args, kwargs)
     return list(_outputs(outputs))
 
 

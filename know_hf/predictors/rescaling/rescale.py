@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -54,6 +54,7 @@ class Rescale:
             It is left unchanged.
     """
 
+    num_states: ClassVar[None] = None
     factor: float | None = None
     equalise: Literal["layers", "channels"] | None = None
     tolerance: float = 1e-3
@@ -69,10 +70,6 @@ class Rescale:
         check_finite(tolerance=self.tolerance, factor=_FACTOR if self.factor is None else self.factor)
         if self.factor is not None and self.factor <= 0:
             raise ValueError(f"factor must be positive, got {self.factor!r}")
-
-    @property
-    def num_states(self) -> None:
-        return None
 
     def residual(self, history: torch.Tensor, role: str) -> torch.Tensor:
         return torch.zeros_like(history[:, -1])
