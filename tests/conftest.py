@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import gc
 import json
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,22 @@ def stored_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             model.classifier[1].weight += 1
     return trajectory.path
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Runs a script of the recipes and returns what it prints; an exit code other than 0 is an error."""
+
+    def run(path: Path, *arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments)])
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture

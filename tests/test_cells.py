@@ -56,18 +56,6 @@ def test_an_identity_tells_no_local_folder(tmp_path):
     CellStore(store.path, {"task": {"data": "/elsewhere/data"}})
 
 
-def test_one_comparison_at_a_time(tmp_path):
-    store = CellStore(tmp_path, {"seed": 1})
-    with (
-        store.locked(),
-        pytest.raises(BlockingIOError, match=tmp_path.name),
-        CellStore(tmp_path, {"seed": 1}).locked(),
-    ):
-        pass
-    with store.locked():
-        pass
-
-
 def test_cells_wait_for_others_and_none_starts_that_would_end_after_the_deadline():
     done, times = [], CellTimes()
 

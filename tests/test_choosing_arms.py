@@ -1,6 +1,5 @@
 """Arms that choose: a gate on source data, or settings that are different predictions; and what arms cost."""
 
-import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,7 +116,7 @@ def test_training_costs_are_steps_relative_to_those_of_theta_0(sources):
     assert RANDOM.training_cost(sources.trajectory) == 0
 
 
-def test_protocols_of_one_target_stand_side_by_side(recorded, tmp_path, monkeypatch):
+def test_protocols_of_one_target_stand_side_by_side(recorded, tmp_path, run_script):
     """The tuned protocol with two rates, with one shared rate, and a fixed recipe with one trial."""
     shared = FineTuning((1e-3, 1e-2), steps=2, head_steps=2, name="few-shot-one-rate")
     protocols = (
@@ -149,12 +148,10 @@ def test_protocols_of_one_target_stand_side_by_side(recorded, tmp_path, monkeypa
     assert costs["gate"][1] == f"{20 * choice['num_candidates']}" and costs["random"] == ["0", "–"]
     assert choices_table(content).rows == [["gate", f"{choice['chosen']} (1)"]]
     assert "What the gates chose" in (tmp_path / "out" / "report.md").read_text()
-    figure = ["--protocol", "few-shot-one-rate", "--arms", "shrink", "--figure", str(tmp_path / "rates.svg")]
-    monkeypatch.setattr("sys.argv", ["summary.py", str(tmp_path / "out"), *figure])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(RECIPE / "summary.py"), run_name="__main__")
+    figure = ["--protocol", "few-shot-one-rate", "--arms", "shrink", "--figure", tmp_path / "rates.svg"]
+    run_script(RECIPE / "summary.py", tmp_path / "out", *figure)
     drawn = (tmp_path / "rates.svg").read_text()
-    assert ended.value.code == 0 and "shrink" in drawn and "random" not in drawn
+    assert "shrink" in drawn and "random" not in drawn
     old = {**content, "cells": [{"arm": "naive", "seed": 0}]}
     assert costs_table(old) is None and choices_table(old) is None
 

@@ -6,8 +6,8 @@ import datasets
 import pytest
 import torch
 from conftest import make_images, make_resnet
+from doubles.task_fixtures import SIZES, write_bert
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -15,7 +15,6 @@ from transformers import (
     BertModel,
     DataCollatorWithPadding,
     PreTrainedTokenizerFast,
-    set_seed,
 )
 
 from know_hf import WeightTrajectory
@@ -107,8 +106,7 @@ def test_what_cannot_be_compared_is_named(test, options, words):
 
 @pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM, BertForSequenceClassification])
 def test_models_that_do_not_classify_are_refused(kind):
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = kind(BertConfig(vocab_size=9, num_labels=1, **sizes))
+    model = kind(BertConfig(vocab_size=9, num_labels=1, **SIZES))
     test = {"input_ids": torch.ones(12, 3, dtype=torch.int64), "labels": torch.arange(12) % 2}
     with pytest.raises(ValueError, match=f"{kind.__name__}.*classifier"):
         compare_checkpoints(model, model, test=test)
@@ -146,16 +144,7 @@ def test_adapters_are_merged(tmp_path):
 
 
 def make_bert(folder, seed, words=WORDS, num_labels=2):
-    vocabulary = {word: index for index, word in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", *words])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
-    set_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=9, max_position_embeddings=16, num_labels=num_labels, pad_token_id=1, **sizes)
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return str(folder)
+    return write_bert(folder, words, seed, BertForSequenceClassification, num_labels=num_labels, pad_token_id=1)
 
 
 @pytest.fixture(scope="module")

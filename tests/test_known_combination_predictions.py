@@ -7,6 +7,7 @@ import torch
 from conftest import make_resnet
 from doubles.constant_predictor import weights
 from doubles.small_trainers import PEFT_WARNING
+from doubles.task_fixtures import SIZES
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -132,9 +133,8 @@ def test_a_new_model_and_unmoved_tensors_keep_theta0(trajectory, record_states, 
 
 @PEFT_WARNING
 def test_adapters_by_their_products(record_states, tmp_path):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
-    model = get_peft_model(BertForSequenceClassification(BertConfig(vocab_size=32, **sizes)), config)
+    model = get_peft_model(BertForSequenceClassification(BertConfig(vocab_size=32, **SIZES)), config)
     nn.init.normal_(next(p for name, p in model.named_parameters() if "lora_B" in name))
     trajectory = record_states(model, 3)
 

@@ -60,16 +60,16 @@ def test_the_plane_contains_the_states_and_keeps_distances():
 
 
 def test_the_grid_has_the_loss_of_its_coordinates_for_any_size_of_pieces(monkeypatch):
-    result = compute(resolution=7, margin=0.5)
+    result = compute(resolution=7)
     expected = np.square(result["y"])[:, None] + np.square(result["x"])[None]
     np.testing.assert_allclose(result["loss"], expected, rtol=1e-4, atol=1e-4)
     x, y = coordinates(result).T
-    assert (result["x"][0], result["x"][-1]) == pytest.approx((x.min() - 0.5 * np.ptp(x), x.max() + 0.5 * np.ptp(x)))
+    assert (result["x"][0], result["x"][-1]) == pytest.approx((x.min() - 0.25 * np.ptp(x), x.max() + 0.25 * np.ptp(x)))
     assert np.ptp(y) < 0.5 * np.ptp(x), "the points are flatter than the grid may be"
     assert np.ptp(result["y"]) == pytest.approx(0.5 * np.ptp(result["x"]))
     assert np.mean(result["y"]) == pytest.approx((y.min() + y.max()) / 2)
     monkeypatch.setattr(landscape, "_PIECE", 3)
-    in_pieces = compute(resolution=7, margin=0.5)
+    in_pieces = compute(resolution=7)
     np.testing.assert_allclose(in_pieces["loss"], result["loss"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(in_pieces["x"], result["x"], rtol=1e-6)
 

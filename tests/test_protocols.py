@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from conftest import make_resnet
+from doubles.task_fixtures import SIZES
 from quadrants import quadrants
 from transformers import (
     BertConfig,
@@ -30,7 +31,7 @@ from know_hf.evaluation.comparison import ACCURACY, Measure
 from know_hf.evaluation.linear_probe import features
 from know_hf.evaluation.protocols import choose, first_of_each_class, refined
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+TINY = {**SIZES, "vocab_size": 20}
 
 
 def make_examples(count=48, seed=0):

@@ -2,8 +2,8 @@ import base64
 import copy
 import json
 import re
-import runpy
 import shutil
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.dom import minidom
@@ -21,6 +21,7 @@ RECIPE = Path(__file__).parents[1] / "recipes/compare/summary.py"
 COMMAND = "know-hf compare simulated\n  --seeds 10"
 NASTY = '<script>alert("1")</script>&$x_{$|`**\n\x07\u202e\ud800'
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FAILED = {**ARMS, "random": ("reference", "fresh", [{}], 0.0)}  # as good as naive: the positive control fails
 NUM_FIGURES = 4 + 1 + 1 + 1 + 1  # results, learning rates and budget of the tuned protocol, forgetting, landscape
 
 
@@ -174,7 +175,7 @@ def test_chosen_table_and_the_edge_of_the_grid(report):
 
 
 def test_failed_positive_control_comes_before_any_number(tmp_path):
-    failed = simulated_report(arms={**ARMS, "random": ("reference", "fresh", [{}], 0.0)})
+    failed = simulated_report(arms=FAILED)
     assert failed["results"][0]["valid"] is False
     files = write_report(failed, tmp_path)
     body = Page(files.html).text
@@ -279,20 +280,15 @@ def test_verdict_names_the_control_that_a_method_does_not_beat():
     assert alike.endswith("trivial control: known-1 (against shrink).")
 
 
-def test_summary_shows_reports_side_by_side(report, tmp_path, capsys, monkeypatch):
-    failed = {**ARMS, "random": ("reference", "fresh", [{}], 0.0), "known-2": ("method", "predicted", [{}], 0.0)}
-    for name, arms in (("simulated", ARMS), ("failed", failed)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "report.json").write_text(json.dumps(simulated_report(name, arms)))
+def write_reports(folder, arms):
+    for name, of_report in arms.items():
+        (folder / name).mkdir()
+        (folder / name / "report.json").write_text(json.dumps(simulated_report(name, of_report)))
 
-    def summary(*arguments):
-        monkeypatch.setattr("sys.argv", ["summary.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(RECIPE), run_name="__main__")
-        if end.value.code:
-            raise end.value
-        return capsys.readouterr().out
 
+def test_summary_shows_reports_side_by_side(report, tmp_path, capsys, run_script):
+    failed, summary = {**FAILED, "known-2": ("method", "predicted", [{}], 0.0)}, partial(run_script, RECIPE)
+    write_reports(tmp_path, {"simulated": ARMS, "failed": failed})
     condensed = tmp_path / "comparisons.json"
     printed = summary(tmp_path / "simulated", tmp_path / "failed", "--output", condensed)
     assert summary(condensed) == printed
@@ -324,34 +320,25 @@ def test_summary_shows_reports_side_by_side(report, tmp_path, capsys, monkeypatc
     assert tally(reports, "few-shot", "known-1")["better"] == ["simulated"]
 
 
-def test_summary_averages_over_suites(report, tmp_path, capsys, monkeypatch):
-    names = ("a", "b", "failed")
-    failed = {**ARMS, "random": ("reference", "fresh", [{}], 0.0)}
-    for name in names:
-        (tmp_path / name).mkdir()
-        content = simulated_report(name, failed if name == "failed" else ARMS)
-        (tmp_path / name / "report.json").write_text(json.dumps(content))
-    folders = [str(tmp_path / name) for name in names]
+def test_summary_averages_over_suites(report, tmp_path, run_script):
+    write_reports(tmp_path, arms := {"a": ARMS, "b": ARMS, "failed": FAILED})
     options = ["--protocol", "few-shot", "--arms", "known-1", "--mean", "only"]
 
     def last_line(*others):
-        monkeypatch.setattr("sys.argv", ["summary.py", *folders, *options, *others])
-        with pytest.raises(SystemExit, match=r"^0$"):
-            runpy.run_path(str(RECIPE), run_name="__main__")
-        return capsys.readouterr().out.splitlines()[-1]
+        return run_script(RECIPE, *others, *options).splitlines()[-1]
 
-    last = last_line("--output", str(tmp_path / "results.json"))
+    last = last_line(*(tmp_path / name for name in arms), "--output", tmp_path / "results.json")
     (low, high), count = report["results"][0]["arms"]["known-1"]["minus_naive"]["ci95"], len(report["seeds"])
     # two equal suites: half of the variance, twice the degrees of freedom
     shrunk = stats.t.ppf(0.975, 2 * (count - 1)) / stats.t.ppf(0.975, count - 1) / 2**0.5
     middle, half = 50 * (low + high), 50 * (high - low) * shrunk
     assert last == f"| known-1 | {middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}] (2) |"
     known, shrink = (np.array(report["results"][0]["arms"][arm]["per_seed"]) for arm in ("known-1", "shrink"))
-    folders = [str(tmp_path / "results.json")]
-    assert last_line("--minus", "shrink").startswith(f"| known-1 | {100 * (known - shrink).mean():+.1f} [")
+    minus_shrink = last_line(tmp_path / "results.json", "--minus", "shrink")
+    assert minus_shrink.startswith(f"| known-1 | {100 * (known - shrink).mean():+.1f} [")
 
 
-def test_summary_averages_draws_of_one_trajectory(tmp_path, capsys, monkeypatch):
+def test_summary_averages_draws_of_one_trajectory(tmp_path, run_script):
     difference = {"mean": 0.1, "ci95": [0.0, 0.2]}
     arms = {"naive": {"mean": 0.5, "ci95": [0.4, 0.6]}, "known-1": {"minus_naive": difference}}
     measure = {"name": "accuracy", "scale": 100, "digits": 1}
@@ -359,11 +346,8 @@ def test_summary_averages_draws_of_one_trajectory(tmp_path, capsys, monkeypatch)
     report = {"seeds": [0], "draws": 3, "results": [{**result, "better": [], "worse": []}]}
     file = tmp_path / "reports.json"
     file.write_text(json.dumps([{**report, "name": name} for name in "ab"]))
-    monkeypatch.setattr("sys.argv", ["summary.py", str(file), "--mean"])
-    with pytest.raises(SystemExit, match=r"^0$"):
-        runpy.run_path(str(RECIPE), run_name="__main__")
     half = 10 / stats.t.ppf(0.975, 2) * stats.t.ppf(0.975, 4) / 2**0.5
-    assert f"{10 - half:+.1f}, {10 + half:+.1f}] (2) |" in capsys.readouterr().out
+    assert f"{10 - half:+.1f}, {10 + half:+.1f}] (2) |" in run_script(RECIPE, file, "--mean")
 
 
 @pytest.mark.skipif(not CHROMIUM or not CHROMEDRIVER, reason="needs chromium and chromedriver")

@@ -56,6 +56,7 @@ def test_published_pieces(tmp_path, monkeypatch):
         ({"FCWeights": np.zeros((3, 7)), "Bias": np.zeros((3, 6))}, "'FCWeights': 7, 'Bias': 6"),
         ({"Bias": np.array([[np.nan, 0, 0, 0, 0, 0, 0]])}, "'Bias' of state 6"),
         ({"Bias": np.zeros((3, 5))}, "5 states"),
+        ({"Bias": h5py.ExternalLink("b.h5", "Bias")}, r"'Bias' of .*net\.h5 is a link"),
         (None, r"net\.h5 .*HDF5"),
     ],
 )
@@ -65,7 +66,10 @@ def test_damaged_published_files(tmp_path, arrays, message):
     else:
         with h5py.File(tmp_path / "net.h5", "w") as file:
             for name, array in arrays.items():
-                file.create_group(name) if array is None else file.create_dataset(name, data=array)
+                if array is None:
+                    file.create_group(name)
+                else:
+                    file[name] = array
     with pytest.raises(ValueError, match=message):
         TransitionDataset([tmp_path / "net.h5"], progress=False)
 
@@ -98,18 +102,3 @@ def test_trajectories_of_adapters(tmp_path):
         ("fc", "lora_A"),
         ("fc", "lora_B"),
     }
-
-
-def test_declared_states_that_are_not_stored_are_refused(tmp_path):
-    """A file of a few kilobytes that declares 10**9 states must not be read."""
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_dataset("FCWeights", (3, 10**9), "f4", chunks=(1, 1000))
-    with pytest.raises(ValueError, match=r"'FCWeights' of .*a\.h5 needs 12,000,000,000 bytes"):
-        TransitionDataset([tmp_path / "a.h5"], progress=False)
-
-
-def test_external_links_are_refused_without_opening_their_file(tmp_path):
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["Bias"] = h5py.ExternalLink(str(tmp_path / "b.h5"), "Bias")
-    with pytest.raises(ValueError, match=r"'Bias' of .*a\.h5 is a link"):
-        TransitionDataset([tmp_path / "a.h5"], progress=False)

@@ -3,7 +3,6 @@
 import json
 import pickle
 import re
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,7 @@ from know_hf.evaluation.suites.suite_data import Inputs, Side, class_turns, digi
 from know_hf.evaluation.suites.suite_task import SuiteTask
 from know_hf.prediction import SHIPPED_KNOWN
 
-ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "compare"
+RECIPE = Path(__file__).parents[1] / "recipes" / "compare"
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +47,10 @@ def test_a_known_outcome_is_reported(finished):
     assert data["states"]["measures"]["accuracy"]["mean"][0] == means["naive"]
 
 
-def test_the_metrics_of_a_gate_are_compared(finished, capsys, monkeypatch):
+def test_the_metrics_of_a_gate_are_compared(finished, run_script):
     folder, _ = finished
-    monkeypatch.setattr("sys.argv", ["gate_metrics.py", str(folder / "suite.yaml"), str(folder / "out")])
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(RECIPE / "gate_metrics.py"), run_name="__main__")
-    rows = [row.split(" | ") for row in capsys.readouterr().out.strip().splitlines()]
+    printed = run_script(RECIPE / "gate_metrics.py", folder / "suite.yaml", folder / "out")
+    rows = [row.split(" | ") for row in printed.strip().splitlines()]
     assert [row[0].lstrip("| ") for row in rows[2:]] == ["calibrated loss", "validation loss", "accuracy"]
     for _, kept, *changes in rows[2:]:
         assert kept != "4 of 4" or all(change.startswith("+0.0") for change in changes)
@@ -108,7 +104,7 @@ def test_rescale_runs_with_a_model_class_that_transformers_lacks(finished):
     assert source["rescale-0.5"].per_seed == pytest.approx(source["naive"].per_seed, abs=0.005)
 
 
-def test_the_command_and_the_recipe_run_a_suite(finished, capsys, monkeypatch):
+def test_the_command_and_the_recipe_run_a_suite(finished, capsys, run_script):
     suite, folder = finished[0] / "suite.yaml", finished[0] / "out"  # all cells exist
     arguments = [str(suite), "--output-dir", str(folder), *"--arms naive random --seeds 0 1".split()]
     assert main(["compare", *arguments]) == 0
@@ -117,10 +113,7 @@ def test_the_command_and_the_recipe_run_a_suite(finished, capsys, monkeypatch):
     data = json.loads((folder / "report.json").read_text())
     assert list(data["arms"]) == ["naive", "random"] and data["seeds"] == [0, 1]
     assert (folder / "report.html").exists()
-    monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(RECIPE / "compare.py"), run_name="__main__")
-    assert ended.value.code == 0 and capsys.readouterr().out == printed
+    assert run_script(RECIPE / "compare.py", *arguments) == printed
 
 
 def fingerprints(examples):
@@ -289,19 +282,6 @@ def test_variants_and_scientific_notation(tmp_path):
     assert (large.seeds, large.draws, large.name) == (9, 3, "known-truth:large")
     with pytest.raises(ValueError, match=r"'huge'.*small, large"):
         load_suite(f"{path}:huge")
-
-
-README = (RECIPE / "README.md").read_text(encoding="utf-8")
-PRINTED = [line for line in README.splitlines() if re.search(r"^python \S+summary.py \S+\.json( --mean)?$", line)]
-
-
-@pytest.mark.parametrize("command", PRINTED)
-def test_the_tables_of_the_recipe_are_the_output_of_its_commands(command, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", command.split()[1:])
-    with pytest.raises(SystemExit, match=r"^0$"):
-        runpy.run_path(str(RECIPE / "summary.py"), run_name="__main__")
-    assert len(PRINTED) == 1 and f"{command}\n```\n\n{capsys.readouterr().out}" in README
 
 
 SUITES = [

@@ -7,13 +7,11 @@ import pytest
 import torch
 import yaml
 from doubles.small_suites import make_task, write_suite
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedTokenizerFast
+from doubles.task_fixtures import write_bert
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 from know_hf import WeightTrajectory
-from know_hf.evaluation import batches, run_suite
+from know_hf.evaluation import run_suite
 from know_hf.evaluation.fine_tuning import evaluate_next_token
 from know_hf.evaluation.linear_probe import features
 from know_hf.evaluation.suites import Suite
@@ -114,16 +112,7 @@ def texts(tmp_path_factory):
         texts = [random.choice([*words[row % 2], "film", "plot"], random.randint(2, 7)) for row in range(120)]
         lines = [f"{' '.join(text)},{row % 2}" for row, text in enumerate(texts)]
         (folder / "data" / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "film", "plot", *words[0], *words[1]]
-    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = Whitespace()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder / "bert")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **sizes)).save_pretrained(
-        folder / "bert"
-    )
+    write_bert(folder / "bert", ["film", "plot", *words[0], *words[1]], pad_token_id=1)
     return folder
 
 
@@ -228,15 +217,11 @@ def test_texts_of_a_language_model_are_joined_and_cut(texts):
     assert torch.equal(examples["labels"], examples["input_ids"])
 
 
-def test_batches_are_trimmed_to_their_longest_text(texts):
+def test_features_are_computed_in_order_of_length(texts):
     side = Side("someone/texts", 8, 4)
     prepared = prepare(side, "train", Inputs(max_length=16), {side.dataset: str(texts / "data")}, str(texts / "bert"))
     examples = prepared.take(prepared.rows([0])[:20])
     assert examples["input_ids"].shape == (20, 16)
-    for batch in batches(examples, 4):
-        longest = int(batch["attention_mask"].sum(dim=1).max())
-        assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, longest)
-        assert batch["labels"].shape == (4,)
     model = AutoModelForSequenceClassification.from_pretrained(texts / "bert").eval()
     lengths = []
     model.base_model.register_forward_pre_hook(

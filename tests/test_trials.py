@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_resnet
+from doubles.task_fixtures import SIZES
 from quadrants import quadrants
 from torch.nn.functional import cross_entropy, one_hot
 from transformers import BertConfig, BertForSequenceClassification, get_cosine_schedule_with_warmup
@@ -28,7 +29,7 @@ from know_hf.evaluation.trials import (
     with_features,
 )
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+TINY = {**SIZES, "vocab_size": 20}
 
 
 def make_cnn(batch_norm=False):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from doubles.task_fixtures import QUICK, make_texts
+from doubles.task_fixtures import QUICK, SIZES, make_texts
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
@@ -201,15 +201,14 @@ def test_classes_of_other_trainings_are_those_of_the_model(recording, tmp_path, 
 
 
 def test_models_of_other_tasks_are_named(tmp_path, reviews):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     trajectory = WeightTrajectory.create(tmp_path / "trajectory")
-    trajectory.record(BertForMaskedLM(BertConfig(vocab_size=9, **sizes)), num_examples=2, steps=1)
+    trajectory.record(BertForMaskedLM(BertConfig(vocab_size=9, **SIZES)), num_examples=2, steps=1)
     with pytest.raises(ValueError, match=r"BertForMaskedLM.*gate=Gate\(dataset="):
         load_validation_data(trajectory, reviews, split="test")
     with pytest.raises(FileNotFoundError, match=r"record.json .*gate=CrossFit\(dataset="):
         load_cross_fit(trajectory)
     trajectory = WeightTrajectory.create(tmp_path / "classifier")
-    trajectory.record(BertForSequenceClassification(BertConfig(vocab_size=9, **sizes)), num_examples=2, steps=1)
+    trajectory.record(BertForSequenceClassification(BertConfig(vocab_size=9, **SIZES)), num_examples=2, steps=1)
     with pytest.raises(ValueError, match="no tokenizer"):
         load_validation_data(trajectory, reviews, split="test")
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, default_data_collator
 
 from ..batch_norm import recalibrate_batch_norm
@@ -17,7 +16,7 @@ from ..prediction import PredictionPlan, PredictionResult, TensorSource, WriteOp
 from ..prediction.choosing import CrossFit, Gate
 from ..prediction.choosing.batch_losses import batch_losses
 from ..prediction.choosing.cross_fit import write_cross_fitted
-from ..prediction.choosing.gate import write_best_candidate
+from ..prediction.choosing.gate import gate_batch_size, write_best_candidate
 from ..prediction.engine import PredictedTensors
 from ..prediction.selection import MINIMUM_VALUES
 from ..prediction.tensor_sources import full_tensors
@@ -26,10 +25,9 @@ from ..predictors import Rescale
 from ..roles import PREDICTED_DTYPES
 from ..trajectory import WeightTrajectory, load_pretrained
 from ..trajectory.merging import merge_adapter
-from .fine_tuning import Examples, batches, trimmed
+from .fine_tuning import Examples, batches, rows_of, trimmed
 
 LARGEST_SIDE = 4096  # of matrices to decompose; larger ones would take hours
-_GATE_BATCH = 8  # as a gate's own
 _SHUFFLING_SEED = 20250805
 
 
@@ -171,7 +169,7 @@ def chosen_by_gate(
 
     def losses(model: Any) -> list[float]:
         sources.recalibrate(model)
-        return batch_losses(model, batches(examples, _gate_batch(count)))[1]
+        return batch_losses(model, batches(examples, gate_batch_size(count)))[1]
 
     gate = Gate(losses, base_model=sources.base(), device=sources.device)
     result = write_best_candidate(gate, plan, folder, _options(sources))
@@ -187,9 +185,9 @@ def chosen_by_cross_fit(
     assert sources.train is not None
     count = len(sources.train["labels"]) // 2
     cross_fit = CrossFit(
-        _Rows(sources.train),
+        rows_of(sources.train),
         lambda rows: trimmed(default_data_collator(rows)),
-        _gate_batch(count),
+        gate_batch_size(count),
         base_model=sources.base(),
         device=sources.device,
     )
@@ -265,21 +263,6 @@ def _written(
     """Write tensors as a float32 checkpoint and load it."""
     write_checkpoint(sources.trajectory, tensors, folder, _options(sources))
     return _loaded(sources, folder)
-
-
-class _Rows(Dataset[dict[str, Tensor]]):
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples["labels"])
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: tensor[index] for name, tensor in self.examples.items()}
-
-
-def _gate_batch(count: int) -> int:
-    return max(1, min(_GATE_BATCH, count // MINIMUM_VALUES))
 
 
 def _choice(result: PredictionResult, count: int) -> dict[str, Any]:

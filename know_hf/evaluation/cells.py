@@ -124,10 +124,6 @@ class CellTimes:
         known = self._seconds.get(name, [] if name == TRAJECTORY else arms)
         return sum(known) / len(known) if known else None
 
-    def count(self, name: str | None = None) -> int:
-        """Return the number of finished cells of an arm or of [`TRAJECTORY`]; by default of all arms."""
-        return sum(len(of) for key, of in self._seconds.items() if (key == name if name else key != TRAJECTORY))
-
 
 @dataclass(frozen=True)
 class Order:

@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,13 +48,11 @@ def fine_tune(
     """
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     trained = list(trainable) if parameters is None else parameters
-    groups = [{"params": trained, "lr": learning_rate}]
-    if head_learning_rate is not None:
-        head = {parameter for _, parameter in head_parameters(model)}
-        groups = [
-            {"params": [parameter for parameter in trained if parameter not in head], "lr": learning_rate},
-            {"params": [parameter for parameter in trained if parameter in head], "lr": head_learning_rate},
-        ]
+    head = set() if head_learning_rate is None else {parameter for _, parameter in head_parameters(model)}
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trained if parameter not in head], "lr": learning_rate},
+        {"params": [parameter for parameter in trained if parameter in head], "lr": head_learning_rate},
+    ]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=steps)
     with torch.random.fork_rng(devices=[]):
@@ -154,6 +154,11 @@ def inputs_of(examples: Examples) -> Examples:
     return {name: tensor for name, tensor in examples.items() if name != "labels"}
 
 
+def rows_of(examples: Examples) -> list[dict[str, Tensor]]:
+    """Return one mapping per example, as the dataset of a gate."""
+    return [{name: tensor[row] for name, tensor in examples.items()} for row in range(len(examples["labels"]))]
+
+
 def accuracy(model: PreTrainedModel, examples: Examples, batch_size: int | None = None) -> float:
     """Compute the accuracy in [0, 1] of a classifier.
 
@@ -171,17 +176,13 @@ def accuracy(model: PreTrainedModel, examples: Examples, batch_size: int | None 
 @torch.inference_mode()
 def evaluate_classifier(model: PreTrainedModel, examples: Examples, batch_size: int | None = None) -> Scores:
     """Compute `"accuracy"`, as [`accuracy`], and `"loss"`, the mean loss per example."""
-    training = model.training
-    model.eval()
     order = order_by_length(examples)
     correct, loss, count = 0, 0.0, len(examples["labels"])
-    try:
+    with evaluation_mode(model):
         for batch in batches(examples, batch_size or (256 if order is None else 64), order, model.device):
             output = model(**batch)
             correct += int((output.logits.argmax(dim=-1) == batch["labels"]).sum())
             loss += float(output.loss) * len(batch["labels"])
-    finally:
-        model.train(training)
     return {"accuracy": correct / count, "loss": loss / count}
 
 
@@ -190,17 +191,24 @@ def evaluate_next_token(model: PreTrainedModel, examples: Examples, batch_size: 
     """Compute the mean `"loss"` per token of a causal language model, and the `"accuracy"` of its best next token, of
     examples with labels `(N, T)`, without padding.
     """
-    training = model.training
-    model.eval()
     correct, loss, count = 0.0, 0.0, len(examples["labels"])
-    try:
+    with evaluation_mode(model):
         for batch in batches(examples, batch_size, device=model.device):
             output, labels = model(**batch), batch["labels"][:, 1:]
             correct += float((output.logits[:, :-1].argmax(dim=-1) == labels).float().mean()) * len(labels)
             loss += float(output.loss) * len(labels)
+    return {"accuracy": correct / count, "loss": loss / count}
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode during a `with` block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(training)
-    return {"accuracy": correct / count, "loss": loss / count}
 
 
 def order_by_length(examples: Examples) -> Tensor | None:

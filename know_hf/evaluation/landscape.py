@@ -27,6 +27,7 @@ from .measure import arm_sources
 
 _PIECE = 2**20  # weights read at a time
 _MIN_ASPECT = 0.5  # of the height of the grid to its width, or the reverse
+_MARGIN = 0.25  # of the grid around the outermost points, as a share of their distance
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,12 @@ def loss_landscape(
     *,
     recalibrate_with: Sequence[Mapping[str, torch.Tensor]] = (),
     resolution: int = 15,
-    margin: float = 0.25,
 ) -> dict[str, Any]:
     """Compute the loss on a grid of the plane, of the states and of other weights.
 
     `states` has at least three different ones, full data first. `compute_loss` gets models in evaluation mode, without
     gradients. BatchNorm statistics are recomputed before each loss on the batches of `recalibrate_with`; without them,
-    the grid has those of Θ0. The margin of the grid is a share of the distance of the outermost points.
+    the grid has those of Θ0.
 
     Returns:
         `dict`, JSON values only: `explained`, the share of the states' squared distances to Θ0 along each axis; `x`
@@ -113,7 +113,7 @@ def loss_landscape(
         coordinates = gram[:, : len(states)] @ coefficients  # (points, 2)
         off_plane = np.sqrt(np.maximum(np.diag(gram) - (coordinates**2).sum(axis=1), 0))
         weights.keep_directions(coefficients)
-        x, y = _axes(coordinates, resolution, margin)
+        x, y = _axes(coordinates, resolution)
         grid: list[list[float | None]] = [[None] * resolution for _ in y]
         model = states[0]()
         for row, column in tqdm(list(np.ndindex(resolution, resolution)), desc="loss landscape", unit="point"):
@@ -198,9 +198,9 @@ def _directions(gram: np.ndarray) -> tuple[np.ndarray, list[float]]:
     return vectors * signs / np.sqrt(values), (values / np.trace(gram)).tolist()
 
 
-def _axes(coordinates: np.ndarray, resolution: int, margin: float) -> tuple[list[float], list[float]]:
+def _axes(coordinates: np.ndarray, resolution: int) -> tuple[list[float], list[float]]:
     low, high = coordinates.min(axis=0), coordinates.max(axis=0)
-    spans = np.maximum(high - low, _MIN_ASPECT * (high - low).max()) * (1 + 2 * margin)
+    spans = np.maximum(high - low, _MIN_ASPECT * (high - low).max()) * (1 + 2 * _MARGIN)
     centres = (low + high) / 2
     x, y = np.linspace(centres - spans / 2, centres + spans / 2, resolution, axis=1).tolist()
     return x, y

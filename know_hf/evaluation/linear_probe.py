@@ -1,6 +1,7 @@
 """Linear probe: a linear classifier on frozen features."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from .fine_tuning import Examples, Scores, batches, inputs_of, order_by_length
+from .fine_tuning import Examples, Scores, batches, evaluation_mode, inputs_of, order_by_length
 from .protocols import Trial, check_rates, first_of_each_class, labels_in_words, refined
 from .splits import Split, check_labels
 from .trials import Heads, adam_heads, logistic_heads, logits, ridge_heads
@@ -148,17 +149,12 @@ def features(model: PreTrainedModel, examples: Examples, batch_size: int = 256) 
 
     if (order := order_by_length(examples)) is not None:
         batch_size = min(batch_size, _TEXTS)
-    training = model.training
-    hooks = [layer.register_forward_pre_hook(store) for layer in layers]
-    model.eval()
-    try:
+    with evaluation_mode(model), ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(store))
         for batch in batches(inputs_of(examples), batch_size, order, model.device):
             before = len(inputs)
             model(**batch)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
     shape = tuple(inputs[0].shape[1:])
     if len(shape) != 1:
         raise ValueError(f"the head of {type(model).__name__} takes {shape} values per example; leave out the probe")

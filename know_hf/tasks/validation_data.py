@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.safe_loading import load_config
 from ..data.subsets import divide
 from ..prediction import CrossFit, Gate
-from ..prediction.selection import MINIMUM_VALUES
+from ..prediction.choosing.gate import gate_batch_size
 from ..trajectory import WeightTrajectory
 from ..trajectory.merging import load_base
 from .arguments import IMAGE, LABELS, LM, TEXT, RecordArguments
@@ -41,7 +41,7 @@ class ValidationData:
 
     def make_gate(self, **options: Any) -> Gate:
         """Return a [`Gate`] on the data, with batches of 8 examples, or fewer so that there are enough."""
-        return Gate(**{"batch_size": _batch_size(len(self.dataset)), **vars(self), **options})
+        return Gate(**{"batch_size": gate_batch_size(len(self.dataset)), **vars(self), **options})
 
 
 def load_validation_data(
@@ -104,7 +104,7 @@ def load_cross_fit(trajectory: WeightTrajectory | str | Path, **options: Any) ->
     with PartialState().main_process_first():
         rows, _, classes = load_splits(args)
         data = _prepare(trajectory, args, rows, classes)
-    return CrossFit(**{"batch_size": _batch_size(len(data.dataset) // 2), **vars(data), **options})
+    return CrossFit(**{"batch_size": gate_batch_size(len(data.dataset) // 2), **vars(data), **options})
 
 
 def _record_path(trajectory: WeightTrajectory) -> Path:
@@ -155,10 +155,6 @@ def _prepare(
     preprocessing = load_preprocessing(args)
     base = load_model(args, classes, preprocessing.processor)[0] if trajectory.is_adapter else None
     return ValidationData(preprocessing.prepare(rows), preprocessing.collator, base)
-
-
-def _batch_size(num_examples: int) -> int:
-    return max(1, min(Gate.batch_size, num_examples // MINIMUM_VALUES))
 
 
 def _check_unchanged(trajectory: WeightTrajectory, args: RecordArguments, train_dataset: datasets.Dataset) -> None:

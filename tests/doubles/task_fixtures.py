@@ -33,9 +33,9 @@ def own_cache(tmp_path_factory):
         yield
 
 
-def make_tokenizer(**tokens):
+def make_tokenizer(words=WORDS, **tokens):
     special = list(dict.fromkeys(tokens.values()))
-    vocabulary = {word: index for index, word in enumerate(special + WORDS)}
+    vocabulary = {word: index for index, word in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=tokens["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
@@ -80,10 +80,13 @@ def bert(tmp_path_factory):
     return write_bert(tmp_path_factory.mktemp("bert"))
 
 
-def write_bert(folder):
-    tokenizer = make_tokenizer(unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
-    set_seed(0)
-    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **SIZES)).save_pretrained(folder)
+def write_bert(folder, words=WORDS, seed=0, model_class=BertModel, **options):
+    """Write a BERT with a tokenizer that knows some words."""
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = make_tokenizer(words, **special)
+    set_seed(seed)
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **SIZES, **options)
+    model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

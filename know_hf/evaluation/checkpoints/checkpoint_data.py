@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
@@ -47,4 +47,9 @@ def as_examples(dataset: Any, model: PreTrainedModel, data_collator: Callable[[l
             f"cannot collate {len(dataset)} examples of {type(dataset).__name__} ({error}); pass data_collator=, for"
             " example DataCollatorWithPadding(tokenizer)"
         ) from error
-    return {name: value for name, value in dict(examples).items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in dict(examples).items() if isinstance(value, Tensor)}
+
+
+def are_equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of examples, or two state dicts, are equal."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -25,7 +25,7 @@ from ..protocols import FineTuning, Trial, first_of_each_class, or_none
 from ..protocols import choose as choose_trial
 from ..splits import Split, check_split
 from ..statistics import Estimate, paired_difference, scipy_stats
-from .checkpoint_data import as_examples, load_checkpoint
+from .checkpoint_data import are_equal, as_examples, load_checkpoint
 
 _MOST_LABELS, _MOST_VALIDATION = 20, 200  # labels per class, examples
 _RATES = (1e-5, 1e-4, 1e-3, 1e-2)  # wide, for models of any size
@@ -187,7 +187,7 @@ def compare_checkpoints(
     if train is not None:
         count = _labels_per_class(trained, protocol)
         protocol = protocol or FineTuning(_RATES, 20, 0 if num_labels is None else 100, labels_per_class=count)
-    if _have_equal_weights(*models):
+    if are_equal(*(model.state_dict() for model in models)):
         return CheckpointComparison(first, second, (), (_EQUAL,))
     scores: list[PairedScore] = []
     notes: list[str] = []
@@ -201,11 +201,6 @@ def compare_checkpoints(
         scores.append(score)
         notes.append(note)
     return CheckpointComparison(first, second, tuple(scores), (*notes, _LIMITS))
-
-
-def _have_equal_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
-    weights, others = a.state_dict(), b.state_dict()
-    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def _zero_shot(models: Sequence[PreTrainedModel], names: Sequence[str], test: Examples) -> list[PairedScore]:
@@ -248,13 +243,12 @@ def _fine_tuned(
     score = PairedScore(what, ACCURACY, mean(a), mean(b), d.mean, d.low, d.high, d.p_value, test_of)
     medians = [median_low(trial.learning_rate or 0.0 for trial in of_model) for of_model in chosen]
     grid, (a_rate, b_rate) = protocol.learning_rates, (f"{rate:g}" for rate in medians)
-    at_edge = len(grid) > 1 and {min(grid), max(grid)} & {*medians}
-    wider = (
-        f" They are at the edge of the grid, {min(grid):g} to {max(grid):g}: a rate outside may be better. In Python,"
-        " compare_checkpoints(protocol=FineTuning(learning_rates=…)) evaluates other rates."
-        if at_edge
-        else ""
-    )
+    wider = ""
+    if len(grid) > 1 and {min(grid), max(grid)} & {*medians}:
+        wider = (
+            f" They are at the edge of the grid, {min(grid):g} to {max(grid):g}: a rate outside may be better. In"
+            " Python, compare_checkpoints(protocol=FineTuning(learning_rates=…)) evaluates other rates."
+        )
     head = "" if splits[0].num_labels is None else ", of the new head"
     note = (
         f"{what}: the interval is over {len(splits)} draws of the examples{head} and of their order, the same for"

@@ -9,7 +9,7 @@ import torch
 from ...tasks import RecordArguments
 from ...trajectory.importing import local_folder
 from ..fine_tuning import Examples
-from .checkpoint_data import as_examples, load_checkpoint
+from .checkpoint_data import are_equal, as_examples, load_checkpoint
 from .compare_checkpoints import CheckpointComparison, compare_checkpoints
 
 
@@ -59,7 +59,7 @@ def compare_on_dataset(
     (train, test, classes), other = (
         _examples(checkpoint, model, args, train_split) for checkpoint, model in zip((a, b), models, strict=True)
     )
-    if not _equal(test, other[1]):
+    if not are_equal(test, other[1]):
         raise ValueError(
             f"{a} and {b} prepare the examples of {dataset} differently, with another tokenizer or image processor;"
             " compare checkpoints of one base model"
@@ -97,7 +97,3 @@ def _examples(
     data = load_preprocessing(args, model.config)
     trained, tested = (as_examples(data.prepare(rows), model, data.collator) for rows in (train, test))
     return trained, tested, classes
-
-
-def _equal(a: Examples, b: Examples) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

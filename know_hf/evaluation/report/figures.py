@@ -1,6 +1,6 @@
 """Figures of a report, from the content of `report.json`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -69,24 +69,17 @@ def forest_figure(report: Report, number: int) -> ReportFigure | None:
 
 def rates_figure(report: Report, protocol: str) -> ReportFigure | None:
     """Draw the first measure against the learning rate; `None` for a protocol without tuning."""
-    measure = next((result["measure"] for result in report["results"] if result["protocol"] == protocol), None)
+    measure = measure_of(report, protocol)
     curves: dict[str, list[RateCurve]] = {}
     for curve in report["curves"]:
         if curve["protocol"] == protocol and measure is not None:
-            values, scale = curve["measures"][measure["name"]], measure["scale"]
-            intervals = [[_scaled(scale, end) for end in ends or (None, None)] for ends in values["test_ci95"]]
-            test = [_scaled(scale, value) for value in values["test"]]
-            label = options_text(curve["options"])
-            curves.setdefault(curve["arm"], []).append(RateCurve(curve["learning_rates"], test, intervals, label))
+            values, label = curve["measures"][measure["name"]], options_text(curve["options"])
+            drawn = _rate_curve(curve["learning_rates"], values["test"], values["test_ci95"], measure["scale"], label)
+            curves.setdefault(curve["arm"], []).append(drawn)
     naive = curves.pop("naive", None)
     if measure is None or naive is None or not curves:
         return None
-    panels = [
-        RatePanel(name, role, curves[name])
-        for role in ROLES
-        for name, arm in report["arms"].items()
-        if arm["role"] == role and name in curves
-    ]
+    panels = _panels(report, curves)
     return ReportFigure(
         f"learning-rates-{list(report['protocols']).index(protocol) + 1}",
         plot_learning_rates(panels, naive[0], f"{measure['name']} on test data{_unit(measure)}"),
@@ -103,24 +96,28 @@ def budget_figure(report: Report, protocol: str) -> ReportFigure | None:
     budgets = budgets_of(report, protocol)
     if budgets is None or len(budgets["arms"]) < 2:
         return None
-    measure = next(result["measure"] for result in report["results"] if result["protocol"] == protocol)
-    scale, curves = measure["scale"], {}
-    for name, arm in budgets["arms"].items():
-        intervals = [[_scaled(scale, end) for end in ends or (None, None)] for ends in arm["ci95"]]
-        values = [_scaled(scale, mean) for mean in arm["mean"]]
-        curves[name] = RateCurve(budgets["trials"][: len(values)], values, intervals)
-    naive = curves.pop("naive")
-    roles = {name: report["arms"][name]["role"] for name in curves}
-    panels = [RatePanel(name, role, [curves[name]]) for role in ROLES for name in curves if roles[name] == role]
+    measure, trials = measure_of(report, protocol), budgets["trials"]
+    assert measure is not None
+    curves = {
+        name: [_rate_curve(trials, arm["mean"], arm["ci95"], measure["scale"])]
+        for name, arm in budgets["arms"].items()
+    }
+    (naive,) = curves.pop("naive")
+    panels = _panels(report, curves)
     score = f"{measure['name']} on test data{_unit(measure)}"
     return ReportFigure(
         f"budget-{list(report['protocols']).index(protocol) + 1}",
-        plot_learning_rates(panels, naive, score, x_name="tuning trials", ticks=budgets["trials"]),
+        plot_learning_rates(panels, naive, score, x_name="tuning trials", ticks=trials),
         f"{measure['name']} against the number of tuning trials in {report['protocols'][protocol]['what']}:"
         f" {len(panels)} panels, one per arm, with naive in grey. The table below lists all numbers.",
         "Expected score of the best of b random trials by validation. An arm that is above naive only on the left"
         " saves tuning trials; one that is above it everywhere has better weights.",
     )
+
+
+def measure_of(report: Report, protocol: str) -> Mapping[str, Any] | None:
+    """Return the first measure of a protocol; `None` if no result is of it."""
+    return next((result["measure"] for result in report["results"] if result["protocol"] == protocol), None)
 
 
 def budgets_of(report: Report, protocol: str) -> Mapping[str, Any] | None:
@@ -184,9 +181,20 @@ def _num_source_classes(report: Report) -> int:
     return len(source.get("classes") or ()) if isinstance(source, Mapping) else 0
 
 
-def _scaled(scale: float, value: float | None) -> float:
-    """Return NaN, a gap in the curve, for a training that diverged."""
-    return float("nan") if value is None else scale * value
+def _rate_curve(x: Any, values: Any, intervals: Any, scale: float, label: str = "") -> RateCurve:
+    """Scale a curve; it has a gap, NaN, where a training diverged."""
+
+    def scaled(value: float | None) -> float:
+        return float("nan") if value is None else scale * value
+
+    ends = [list(map(scaled, interval or (None, None))) for interval in intervals]
+    return RateCurve(x[: len(values)], list(map(scaled, values)), ends, label)
+
+
+def _panels(report: Report, curves: Mapping[str, Sequence[RateCurve]]) -> list[RatePanel]:
+    """Return a panel for each arm with curves, in the order of the roles."""
+    roles = {name: report["arms"][name]["role"] for name in curves}
+    return [RatePanel(name, role, curves[name]) for role in ROLES for name in curves if roles[name] == role]
 
 
 def _unit(measure: Mapping[str, Any]) -> str:

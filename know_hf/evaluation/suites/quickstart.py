@@ -13,6 +13,7 @@ from ...predict import predict_overflowed_weights
 from ...prediction import Gate
 from ...trajectory import WeightTrajectory
 from ..comparison_task import trajectory_folder
+from ..fine_tuning import rows_of
 from ..measure import recalibration_batches
 from ..protocols import FineTuning
 from ..report.comparison_report import ComparisonReport
@@ -115,12 +116,11 @@ def run_quickstart(output_dir: str | Path, seed: int = 0, *, num_processes: int 
     for state, scores in enumerate(comparison.trajectories[0]["states"]):
         trajectory.update_metrics(state, {"unseen_accuracy": scores["accuracy"]})
     split = SuiteTask(suite).source_split(seed)
-    rows = range(len(split.validation["labels"]))
     enhanced = predict_overflowed_weights(
         trajectory,
         steps=STEPS,
         output_dir=output_dir / "enhanced",
-        gate=Gate(dataset=[{name: values[row] for name, values in split.validation.items()} for row in rows]),
+        gate=Gate(dataset=rows_of(split.validation)),
         recalibrate_with=recalibration_batches(split.train),
         model_class=suite.model.model_class,
         overwrite=True,

@@ -239,8 +239,8 @@ def prepare(
     classes = tuple(present) if side.classes is None else side.classes
     if side.classes is None and present[0] < 0:
         raise ValueError(f"{name} has unlabelled examples (class {present[0]}); list the classes to use")
-    if missing := set(classes) - set(present):
-        raise ValueError(f"{name} has no example of class {min(missing)}; its classes are {present}")
+    if absent := set(classes) - set(present):
+        raise ValueError(f"{name} has no example of class {min(absent)}; its classes are {present}")
     return PreparedSplit(path, classes, inputs)
 
 

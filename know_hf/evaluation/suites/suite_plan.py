@@ -19,11 +19,11 @@ from ...tasks.recording_plan import steps_per_epoch
 from ..arms import Arm
 from ..cells import TRAJECTORY, CellStore
 from ..compare import ComparisonRun, cell_times
-from ..comparison_checks import make_design
+from ..comparison_checks import Design, make_design
 from ..fine_tuning import Evaluate, Examples, with_new_head
 from ..linear_probe import LinearProbe
 from ..measure import device
-from ..protocols import FineTuning, MeasuringProtocol, first_of_each_class
+from ..protocols import FineTuning, first_of_each_class
 from ..trials import Start, Training, measure_trained
 from .suite import Suite
 from .suite_run import suite_arguments
@@ -125,15 +125,14 @@ def plan_suite(
         stored = {seed: store.read(f"seed-{seed}.{TRAJECTORY}") for seed in design.seeds}
         recorded = {seed: entry for seed, entry in stored.items() if entry is not None}
     times = cell_times(finished, recorded)
-    is_known = times.count() > 0
-    if not is_known or not recorded:
-        trial = _Trial(suite_task, task.evaluate, design.seeds[0])
+    if not finished or not recorded:
+        trial = _Trial(suite_task, task.evaluate, design)
         if not recorded:
             times.add(TRAJECTORY, trial.trajectory_seconds())
-        if not is_known:
+        if not finished:
             for arm in design.arms:
-                times.add(arm.name, trial.arm_seconds(arm, design.protocols, design.draws, design.trials_per_rate))
-    cells = [arm.name for seed, arm in run.cells if (seed, arm.name) not in finished]
+                times.add(arm.name, trial.arm_seconds(arm))
+    cells = [times.expected(arm.name) or 0.0 for seed, arm in run.cells if (seed, arm.name) not in finished]
     return ComparisonPlan(
         name=arguments["name"],
         trajectories=len(design.seeds) - len(recorded),
@@ -142,20 +141,21 @@ def plan_suite(
         arms=len(design.arms),
         draws=design.draws,
         trajectory_seconds=times.expected(TRAJECTORY) or 0.0,
-        cell_seconds=_mean([times.expected(name) or 0.0 for name in cells]),
+        cell_seconds=sum(cells) / max(len(cells), 1),
         memory=_peak_memory(),
         num_processes=num_processes,
-        based_on="finished cells" if is_known else "trial",
+        based_on="finished cells" if finished else "trial",
     )
 
 
 class _Trial:
     """Times of single optimizer steps and examples."""
 
-    def __init__(self, task: SuiteTask, evaluate: Evaluate, seed: int) -> None:
-        self.task, self.evaluate, self.seed, self.suite = task, evaluate, seed, task.suite
-        self.model = task.start(seed).to(device())
-        self.source, self.target = task.source_split(seed), task.target_split(seed, 0)
+    def __init__(self, task: SuiteTask, evaluate: Evaluate, design: Design) -> None:
+        self.task, self.evaluate, self.design, self.suite = task, evaluate, design, task.suite
+        self.seed = design.seeds[0]
+        self.model = task.start(self.seed).to(device())
+        self.source, self.target = task.source_split(self.seed), task.target_split(self.seed, 0)
         with tempfile.TemporaryDirectory() as folder:
             self.recording_step = self._recording_step(Path(folder))
         self.source_example = self._seconds_of_example(self.source.test)
@@ -166,21 +166,22 @@ class _Trial:
         states = len(self._recording_steps()) * len(self.source.test["labels"]) * self.source_example
         return sum(self._recording_steps()) * self.recording_step + states
 
-    def arm_seconds(self, arm: Arm, protocols: Sequence[MeasuringProtocol], draws: int, trials_per_rate: int) -> float:
+    def arm_seconds(self, arm: Arm) -> float:
         _, *later = self._recording_steps()
         steps = {"oracle": self._steps(self.task.oracle_size), "trained_on": sum(later)}.get(arm.kind, 0)
-        seconds, settings = steps * self.recording_step, len(arm.settings)
-        for protocol in protocols:
+        seconds, draws = steps * self.recording_step, self.design.draws
+        for protocol in self.design.protocols:
+            settings, trials = self.design.trials(protocol, arm)
             if isinstance(protocol, FineTuning):
                 rates = len(protocol.learning_rates) * len(protocol.head_rates or (None,))
-                trainings = draws * (1 if protocol.one_trial else rates * trials_per_rate)
                 of_training = protocol.steps * self._target_step(protocol) + self._unseen("target")
-                seconds += trainings * of_training
+                seconds += draws * len(settings) * trials * rates * of_training
             elif isinstance(protocol, LinearProbe):
                 train = first_of_each_class(self.target.train, protocol.labels_per_class)
-                seconds += settings * draws * (self._unseen("target") + len(train["labels"]) * self.target_example)
+                of_draw = self._unseen("target") + len(train["labels"]) * self.target_example
+                seconds += draws * len(settings) * of_draw
             else:
-                seconds += settings * self._unseen("source")
+                seconds += len(settings) * self._unseen("source")
         return seconds
 
     def _unseen(self, side: Literal["source", "target"]) -> float:
@@ -257,7 +258,3 @@ def _peak_memory() -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

@@ -71,25 +71,14 @@ class SuiteTask:
 
     def source_split(self, seed: int) -> Split:
         """Return training, validation and test examples of the source task."""
-        side = self.suite.source
-        pool, unseen = self._splits(side)
-        rows = pool.rows([seed, _SOURCE])
-        used = self.oracle_size
-        _check_size("the oracle", used, side, rows)
-        rest = rows[used:] if unseen == pool else unseen.rows([seed, _SOURCE, 1])
-        validation, test = _divide(side, rest)
-        return Split(pool.take(rows[: side.train]), unseen.take(validation), unseen.take(test))
+        return self._split(self.suite.source, [seed, _SOURCE], "the oracle", self.oracle_size)
 
     def target_split(self, seed: int, draw: int) -> Split:
         """Return the examples of a downstream draw."""
         side = self.suite.target
-        pool, unseen = self._splits(side)
-        rows = pool.rows([seed, _TARGET, draw])
-        _check_size("target", side.train, side, rows)
-        rest = rows[side.train :] if unseen == pool else unseen.rows([seed, _TARGET, draw, 1])
-        validation, test = _divide(side, rest)
-        num_labels = len(pool.classes) or None
-        return Split(pool.take(rows[: side.train]), unseen.take(validation), unseen.take(test), num_labels)
+        pool, _ = self._splits(side)
+        split = self._split(side, [seed, _TARGET, draw], "target", side.train)
+        return replace(split, num_labels=len(pool.classes) or None)
 
     def record(self, seed: int, folder: Path) -> WeightTrajectory:
         """Record the trajectory of a seed, or resume it."""
@@ -146,6 +135,17 @@ class SuiteTask:
         """Number of training examples of the oracle."""
         return round(self.suite.source.train / ForgettingSchedule(**self.suite.schedule).ratio)
 
+    def _split(self, side: Side, seed: list[int], trained: str, num_trained: int) -> Split:
+        """Shuffle the examples of a side; none of the pool that `trained` trains on are unseen."""
+        pool, unseen = self._splits(side)
+        rows = pool.rows(seed)
+        if num_trained > len(rows):
+            split = f"split {side.pool!r} of {side.dataset} has {len(rows)} of the classes"
+            raise ValueError(f"{trained} trains on {num_trained} examples, but {split}; lower train")
+        rest = rows[num_trained:] if unseen == pool else unseen.rows([*seed, 1])
+        validation, test = _divide(side, rest)
+        return Split(pool.take(rows[: side.train]), unseen.take(validation), unseen.take(test))
+
     def _splits(self, side: Side) -> tuple[PreparedSplit, PreparedSplit]:
         return self._prepared[side]
 
@@ -200,12 +200,6 @@ class SuiteTask:
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
-
-
-def _check_size(name: str, needed: int, side: Side, rows: np.ndarray) -> None:
-    if needed > len(rows):
-        split = f"split {side.pool!r} of {side.dataset} has {len(rows)} of the classes"
-        raise ValueError(f"{name} trains on {needed} examples, but {split}; lower train")
 
 
 def _divide(side: Side, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..fine_tuning import Examples, inputs_of, trimmed
+from ..fine_tuning import Examples, evaluation_mode, inputs_of, trimmed
 
 _PREFIX = "body."  # of the outputs of the body among the examples
 _LARGEST = 2**28  # bytes of cached outputs of one model and split
@@ -55,11 +55,10 @@ def with_features(model: PreTrainedModel, examples: Examples) -> tuple[HeadOnFea
     """
     outputs: list[Any] = []
     examples = trimmed(dict(examples))
-    inputs, training = inputs_of(examples), model.training
+    inputs = inputs_of(examples)
     length, parts, size, logits = len(next(iter(inputs.values()))), [], 0, None
     hook = model.base_model.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
-    model.eval()
-    try:
+    with evaluation_mode(model), hook:
         for start in range(0, length, _BATCH_SIZE):  # all outputs have the same shape
             batch = {key: value[start : start + _BATCH_SIZE].to(model.device) for key, value in inputs.items()}
             outputs.clear()
@@ -72,9 +71,6 @@ def with_features(model: PreTrainedModel, examples: Examples) -> tuple[HeadOnFea
         head = HeadOnFeatures(model, type(outputs[0]))
         if logits is None or not _computes(head, {**batch, **parts[-1]}, logits):
             return None
-    finally:
-        hook.remove()
-        model.train(training)
     return head, {**examples, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}}
 
 

@@ -20,16 +20,7 @@ def in_chunks(forward: Callable[[torch.Tensor], torch.Tensor], device: torch.dev
 
     Every chunk is padded to the same number of rows: matrix products of another height may sum in another order, so
     that the result of a row would depend on the number of rows.
-
-    Args:
-        forward (`Callable[[torch.Tensor], torch.Tensor]`):
-            Function from a history `(rows, S)`, float32, on `device` to a residual `(rows,)`.
-        device (`torch.device`):
-            Device on which `forward` computes.
-
-    Returns:
-        `Callable[[torch.Tensor], torch.Tensor]`: Function from a history `(N, S)` of any dtype and device to the
-        residual `(N,)`, float32, on its device.
+    `forward` maps a history `(rows, S)`, float32, on `device` to a residual `(rows,)`.
     """
     rows = CPU_ROWS if device.type == "cpu" else GPU_ROWS
 

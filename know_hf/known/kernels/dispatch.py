@@ -76,25 +76,13 @@ def residual(model: KNOWNModel, history: torch.Tensor, role: str, kernel: str = 
 
 def prepare(model: KNOWNModel, role: str, kernel: str = "auto") -> ResidualFunction:
     """
-    Prepare a kernel from the current weights.
+    Prepare a kernel from the current weights. Arguments and errors as [`residual`].
 
     The prepared kernel keeps these weights, except for `"eager"`, which calls the model. It does not check its input.
-
-    Args:
-        model ([`KNOWNModel`]):
-            Model with the networks of the three roles.
-        role (`str`):
-            Network to apply: `"conv"`, `"fc"` or `"bias"`.
-        kernel (`str`, *optional*, defaults to `"auto"`):
-            Name of the kernel, see [`residual`].
 
     Returns:
         `Callable[[torch.Tensor], torch.Tensor]`: Function from a history `(N, S)` to its residual `(N,)`, float32, on
         the device of the history.
-
-    Raises:
-        `ValueError`: If the role or kernel is unknown, or the kernel does not run on the device of the model.
-        `ImportError`: If the kernel needs a package that is not installed.
     """
     model.check_role(role)
     kernel = _select(model, kernel)

@@ -33,18 +33,10 @@ class _Folded:
 
 @dataclass(frozen=True)
 class FoldedLayer(_Folded):
-    """
-    Linear layer `x @ weight.T + bias`.
+    """Linear layer `x @ weight.T + bias`."""
 
-    Attributes:
-        weight (`torch.Tensor` of shape `(outputs, inputs)`):
-            Weight of the layer.
-        bias (`torch.Tensor` of shape `(outputs,)`):
-            Bias of the layer.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
+    weight: torch.Tensor  # (outputs, inputs)
+    bias: torch.Tensor  # (outputs,)
 
     @classmethod
     def from_linear(cls, layer: nn.Linear) -> "FoldedLayer":
@@ -80,25 +72,13 @@ class FoldedStream(_Folded):
     """
     Stream of KNOWN: `leaky_relu(shift(z) + (scale(z) * expm1(exponent(z) * expand(x))) @ contract.T)` with
     `z = relu(squeeze(x))`.
-
-    Attributes:
-        first ([`FoldedLayer`]):
-            `expand` and `squeeze`, concatenated.
-        exponent ([`FoldedLayer`]):
-            From the bottleneck to the hidden units.
-        scale ([`FoldedLayer`]):
-            From the bottleneck to the hidden units.
-        shift ([`FoldedLayer`]):
-            From the bottleneck to the outputs of `contract`.
-        contract (`torch.Tensor` of shape `(stream, hidden)`):
-            Weight of the last layer; its bias is part of `shift`.
     """
 
-    first: FoldedLayer
-    exponent: FoldedLayer
-    scale: FoldedLayer
-    shift: FoldedLayer
-    contract: torch.Tensor
+    first: FoldedLayer  # `expand` and `squeeze`, concatenated
+    exponent: FoldedLayer  # from the bottleneck to the hidden units
+    scale: FoldedLayer  # from the bottleneck to the hidden units
+    shift: FoldedLayer  # from the bottleneck to the outputs of `contract`, with the bias of `contract`
+    contract: torch.Tensor  # weight of the last layer, (stream, hidden)
 
     @property
     def expand(self) -> FoldedLayer:
@@ -131,21 +111,11 @@ class FoldedStream(_Folded):
 
 @dataclass(frozen=True)
 class FoldedNetwork(_Folded):
-    """
-    Network of one role.
+    """Network of one role."""
 
-    Attributes:
-        history_stream ([`FoldedStream`]):
-            Stream of the history, S inputs.
-        difference_stream ([`FoldedStream`]):
-            Stream of the differences, S - 1 inputs.
-        head ([`FoldedLayer`]):
-            From the outputs of both streams to the argument of the tanh.
-    """
-
-    history_stream: FoldedStream
-    difference_stream: FoldedStream
-    head: FoldedLayer
+    history_stream: FoldedStream  # S inputs
+    difference_stream: FoldedStream  # S - 1 inputs
+    head: FoldedLayer  # from the outputs of both streams to the argument of the tanh
 
     @classmethod
     def fold(cls, model: KNOWNModel, role: str) -> "FoldedNetwork":

@@ -7,6 +7,7 @@ assembled from bits and `2^f - 1` a near-minimax polynomial of degree 6, whose r
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -20,33 +21,20 @@ FLOAT, INDEX, POINTER = ir.FloatType(), ir.IntType(64), ir.PointerType()
 _ROUNDER = 1.5 * 2**23 + 127
 
 
+@dataclass
 class Loop:
     """
-    Loop under construction.
+    Loop under construction: the number of the iteration, from 0, and the values that one iteration passes to the next.
 
-    Attributes:
-        index (`llvmlite.ir.Value`):
-            Number of the iteration, from 0.
-        carried (`list[llvmlite.ir.Value]`):
-            Values that one iteration passes to the next: inside the loop, those of the previous iteration until they
-            are assigned; after the loop, those of the last one.
+    Inside the loop, these are the values of the previous iteration until they are assigned; after it, of the last one.
     """
 
-    def __init__(self, index: ir.Value, carried: Sequence[ir.Value]):
-        self.index = index
-        self.carried = list(carried)
+    index: ir.Value
+    carried: list[ir.Value]
 
 
 class VectorCode:
-    """
-    Builder of a function body.
-
-    Args:
-        function (`llvmlite.ir.Function`):
-            Function without a body.
-        lanes (`int`):
-            Floats per vector.
-    """
+    """Builder of the body of a function, with vectors of `lanes` floats."""
 
     def __init__(self, function: ir.Function, lanes: int):
         self.builder = ir.IRBuilder(function.append_basic_block())
@@ -122,7 +110,7 @@ class VectorCode:
         index = builder.phi(INDEX)
         index.add_incoming(INDEX(0), before)
         entering = [builder.phi(value.type) for value in carried]
-        loop = Loop(index, entering)
+        loop = Loop(index, list(entering))
         yield loop
         following = builder.add(index, INDEX(1))
         index.add_incoming(following, builder.block)

@@ -40,24 +40,13 @@ class NetworkSizes:
 @dataclass(frozen=True)
 class MachineCode:
     """
-    Compiled network.
-
-    Attributes:
-        function (`Callable`):
-            Function of `(history, row_stride, state_stride, rows, weights, scratch, residual)`: addresses, strides in
-            floats, and at least one row. `llvm_kernel` packs the weights. It releases the GIL.
-        block_rows (`int`):
-            Rows that pass through the network at once.
-        scratch_size (`int`):
-            Floats of scratch memory that a call needs.
-        engine (`llvmlite.binding.ExecutionEngine`):
-            Owner of the code.
+    Compiled network: a function of `(history, row_stride, state_stride, rows, weights, scratch, residual)`, which are
+    addresses, strides in floats, and at least one row. `llvm_kernel` packs the weights. It releases the GIL.
     """
 
     function: Callable[..., None]
-    block_rows: int
-    scratch_size: int
-    engine: llvm.ExecutionEngine
+    scratch_size: int  # floats of scratch memory that a call needs
+    engine: llvm.ExecutionEngine  # owner of the code
 
 
 @lru_cache
@@ -76,7 +65,7 @@ def compile_network(sizes: NetworkSizes) -> MachineCode:
     engine.finalize_object()
     arguments = [ctypes.c_void_p, *3 * [ctypes.c_int64], *3 * [ctypes.c_void_p]]
     function = ctypes.CFUNCTYPE(None, *arguments)(engine.get_function_address("residual"))
-    return MachineCode(function, network.block_rows, network.scratch_size, engine)
+    return MachineCode(function, network.scratch_size, engine)
 
 
 def vector_shape(triple: str, features: dict[str, bool]) -> tuple[int, int]:

@@ -196,6 +196,11 @@ class Gate:
                 yield batch
 
 
+def gate_batch_size(num_examples: int) -> int:
+    """Return the default batch size of a [`Gate`], or a smaller one that gives enough batches."""
+    return max(1, min(Gate.batch_size, num_examples // MINIMUM_VALUES))
+
+
 def write_best_candidate(
     gate: Gate,
     plan: PredictionPlan,
