@@ -155,7 +155,7 @@ def test_loading_code_runs(record_states, tmp_path, shipped, make_model, line):
         ({"load_with": None}, "model = ResNetForImageClassification.from_pretrained("),
         ({"load_with": None, "architecture": None, "repo_id": "me/x"}, 'hf_hub_download("me/x", "model.safetensors")'),
         ({"norm": "predict", "dtype": "bfloat16"}, 'steps=2, norm="predict", dtype=torch.bfloat16, output_dir='),
-        ({"norm": "predict", "dtype": "bfloat16"}, "--steps 2 --norm predict --dtype bfloat16 --output-dir"),
+        ({"norm": "predict", "dtype": "bfloat16"}, "--predictor known --norm predict --dtype bfloat16 --output-dir"),
     ],
 )
 def test_code_of_fixed_fields(changes, line):

@@ -232,7 +232,7 @@ def test_wrong_arguments_of_record_are_one_line(tmp_path, config, capsys, flags,
 
 
 def test_record_prints_the_next_command(config, recorded, monkeypatch, capsys):
-    monkeypatch.setattr("know_hf.tasks.record.record_and_count", lambda args: (WeightTrajectory(recorded), 9))
+    monkeypatch.setattr("know_hf.tasks.record.record_task", lambda args: WeightTrajectory(recorded))
     assert main(["record", "--config", config]) == 0
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first == f"Recorded in {recorded}; next:"
@@ -242,9 +242,8 @@ def test_record_prints_the_next_command(config, recorded, monkeypatch, capsys):
 
 def test_record_reports_a_busy_folder(config, tmp_path, monkeypatch, capsys):
     busy, free = (WeightTrajectory.create(tmp_path / "trajectory") for _ in range(2))
-    monkeypatch.setattr(
-        "know_hf.tasks.record.record_and_count", lambda args: free.record(make_resnet(), num_examples=1, steps=1)
-    )
+    model = make_resnet()
+    monkeypatch.setattr("know_hf.tasks.record.record_task", lambda _: free.record(model, num_examples=1, steps=1))
     with busy.recording():
         assert main(["record", "--config", config]) == 1
     error = one_line(capsys, "record")
@@ -254,7 +253,7 @@ def test_record_reports_a_busy_folder(config, tmp_path, monkeypatch, capsys):
 def test_record_can_only_plan(config, monkeypatch, capsys):
     plan = RecordingPlan([100, 50], [20, 5], [2, 1], 250, 1.5, 3_000_000, 12_000_000, 10**9)
     monkeypatch.setattr("know_hf.tasks.recording_plan.plan_task", lambda args: plan)
-    monkeypatch.setattr("know_hf.tasks.record.record_and_count", None)
+    monkeypatch.setattr("know_hf.tasks.record.record_task", None)
     assert main(["record", "--config", config, "--plan"]) == 0
     out = capsys.readouterr().out
     assert [line.split() for line in out.splitlines()[1:3]] == [["0", "100", "2", "20"], ["1", "50", "1", "5"]]

@@ -94,7 +94,7 @@ def test_json_of_record(recorded, monkeypatch, capsys):
     monkeypatch.setattr("know_hf.tasks.recording_plan.plan_task", lambda args: plan)
     assert main([*flags, "--plan"]) == 0
     assert document(capsys)["bytes_needed"] == 36_000_000
-    monkeypatch.setattr("know_hf.tasks.record.record_and_count", lambda args: (WeightTrajectory(recorded), 9))
+    monkeypatch.setattr("know_hf.tasks.record.record_task", lambda args: WeightTrajectory(recorded))
     assert main(flags) == 0
     result = document(capsys)
     assert result["path"] == str(recorded) and result["next"].startswith("know-hf predict ")

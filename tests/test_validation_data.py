@@ -16,7 +16,7 @@ from know_hf.cli import main
 from know_hf.evaluation.checkpoints import compare_on_dataset
 from know_hf.tasks import LoraArguments
 from know_hf.tasks.task_data import overlap
-from know_hf.tasks.validation_data import load_cross_fit, load_validation_data
+from know_hf.tasks.validation_data import has_validation_split, load_cross_fit, load_validation_data
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -51,7 +51,7 @@ def test_the_last_line_of_record_is_a_gated_prediction(bert, reviews, tmp_path, 
     flags += " --training " + " ".join(f"{key}={value}" for key, value in QUICK.items())
     assert main(["record", *flags.split(), "--output-dir", str(out)]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert command[:5] == ["know-hf", "predict", str(out / "trajectory"), "--validation", "recorded"]
+    assert command == ["know-hf", "predict", str(out / "trajectory"), "--output-dir", str(out / "enhanced")]
     assert main(command[1:]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert all(any(line.startswith(f"{name} ") for line in printed) for name in ("candidate", "Θ0"))
@@ -75,6 +75,19 @@ def test_the_held_out_rows_are_evaluated_as_in_the_recording(recording):
     assert len(load_validation_data(recording, max_examples=10).dataset) == 10
     flags = ["--validation", "recorded", "--dry-run", "--output-dir", str(recording.with_name("none"))]
     assert main(["predict", str(recording), *flags]) == 0  # of two states, too few for KNOWN
+
+
+def test_predict_chooses_on_the_recorded_split_unless_a_predictor_is_named(recording, recorded, tmp_path, capsys):
+    assert has_validation_split(recording) and not has_validation_split(recorded)
+    command = ["predict", str(recording), "--overwrite", "--output-dir", str(tmp_path / "out")]
+    assert main([*command, "--metric", "accuracy", "--max-validation", "10"]) == 0
+    assert "error rate" in capsys.readouterr().out
+    assert main([*command, "--predictor", "average"]) == 0
+    assert "Wrote Average" in capsys.readouterr().out
+    for trajectory, flags in ((recording, ["--predictor", "average"]), (recorded, [])):
+        refused = ["predict", str(trajectory), *flags, "--metric", "accuracy", "--output-dir", str(tmp_path / "none")]
+        assert main(refused) == 1
+        assert "--metric needs --validation" in capsys.readouterr().err
 
 
 def test_the_code_of_the_readme_runs(recording, tmp_path, monkeypatch):
@@ -120,6 +133,7 @@ def test_recordings_without_a_validation_split_name_a_way_out(text_arguments, re
     trajectory = record_task(args)  # evaluated on the test split
     with pytest.raises(ValueError, match="test split"):
         load_validation_data(trajectory)
+    assert not has_validation_split(trajectory)
     record = trajectory.path.with_name("record.json")
     record.write_text(record.read_text().replace('"eval_split": "test"', '"eval_split": null'))
     with pytest.raises(ValueError, match="no validation split"):

@@ -220,8 +220,8 @@ class CheckpointCard(RecordedCard):
             words += ["--predictor-options", json.dumps(predictor["options"])] if predictor["options"] else []
         elif known["revision"] is not None:
             return None
-        elif not known["shipped"]:
-            words += ["--known", known["name"]]
+        else:
+            words += ["--predictor", "known"] if known["shipped"] else ["--known", known["name"]]
         for flag, value in (("--norm", self._norm), ("--dtype", self.dtype)):
             words += [flag, value] if value else []
         return shlex.join([*words, "--output-dir", self.folder])

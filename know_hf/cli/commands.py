@@ -50,20 +50,18 @@ def record(args: argparse.Namespace) -> Result | None:
 
     from accelerate import PartialState
 
-    from ..prediction.selection import MINIMUM_VALUES
-    from ..tasks.record import record_and_count
+    from ..tasks.record import record_task
     from ..tasks.recording_plan import plan_task
     from ..trajectory.summary import metrics_summary
 
     if args.plan:
         plan = plan_task(arguments)
         return plan if PartialState().is_main_process else None
-    trajectory, num_validation = record_and_count(arguments)
+    trajectory = record_task(arguments)
     if not PartialState().is_main_process:
         return None
     enhanced = trajectory.path.with_name("enhanced")
-    gate = ["--validation", "recorded"] if num_validation >= MINIMUM_VALUES else []
-    command = shlex.join(["know-hf", "predict", str(trajectory.path), *gate, "--output-dir", str(enhanced)])
+    command = shlex.join(["know-hf", "predict", str(trajectory.path), "--output-dir", str(enhanced)])
     text = f"Recorded in {trajectory.path}; next:\n\n{command}"  # the command on a line of its own, to copy
     return Printed(text, {"path": str(trajectory.path), **metrics_summary(trajectory).to_dict(), "next": command})
 
@@ -119,7 +117,8 @@ def predict(args: argparse.Namespace) -> Result | None:
     _check_needs(args, "push_to_hub", push_options)
     if args.cross_fit and args.validation is not None:
         raise ValueError("--cross-fit chooses without --validation; remove one of them")
-    _check_needs(args, "validation", ("split", "max_examples", "metric", "base_model"))
+    if args.cross_fit or args.predictor or args.known:
+        _check_validation_flags(args)
     check_folders({flag(name): getattr(args, name) for name in ("known", "validation", "base_model")})
     if not args.dry_run:
         _check_output_dir(args)
@@ -156,15 +155,18 @@ def predict(args: argparse.Namespace) -> Result | None:
 
 def _make_gate(args: argparse.Namespace) -> Any:
     """Return what chooses the weights to write, or `None`."""
-    if args.validation is None and not args.cross_fit:
+    if args.validation is None and not args.cross_fit and (args.predictor or args.known):
         return None
     from ..prediction.choosing.batch_losses import ACCURACY, CALIBRATED, LOSS
-    from ..tasks.validation_data import load_cross_fit, load_validation_data
+    from ..tasks.validation_data import RECORDED, has_validation_split, load_cross_fit, load_validation_data
 
     if args.cross_fit:
         return load_cross_fit(args.trajectory)
+    if args.validation is None and not has_validation_split(args.trajectory):
+        _check_validation_flags(args)
+        return None
     options = {name: getattr(args, name) for name in ("split", "max_examples", "base_model")}
-    data = load_validation_data(args.trajectory, args.validation, **options)
+    data = load_validation_data(args.trajectory, args.validation or RECORDED, **options)
     metrics = {"calibrated-loss": CALIBRATED, "loss": LOSS, "accuracy": ACCURACY}
     return data.make_gate(metric=metrics.get(args.metric))
 
@@ -250,6 +252,10 @@ def _check_output_dir(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     if not args.overwrite and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; choose another folder or pass --overwrite")
+
+
+def _check_validation_flags(args: argparse.Namespace) -> None:
+    _check_needs(args, "validation", ("split", "max_examples", "metric", "base_model"))
 
 
 def _check_needs(args: argparse.Namespace, needed: str, names: Iterable[str]) -> None:

@@ -106,7 +106,7 @@ def _add_predict(parsers: Any) -> None:
     parser = _add_command(
         parsers,
         commands.predict,
-        "predict outputs/imdb/trajectory --validation recorded --output-dir outputs/imdb/enhanced",
+        "predict outputs/imdb/trajectory --output-dir outputs/imdb/enhanced",
         "predict weights from a trajectory and write the enhanced checkpoint",
         "from_pretrained loads the checkpoint. --dry-run shows what the command would predict, and the memory, disk"
         " and time that it needs.",
@@ -118,12 +118,13 @@ def _add_predict(parsers: Any) -> None:
     add("--steps", type=int, default=1, metavar="N", help=steps)
     add("--output-dir", required=True, metavar="DIR", help="folder for the enhanced checkpoint")
     add("--known", metavar="ID", help="folder or Hub id of KNOWN weights (default: the ones shipped with know_hf)")
-    predictor = f"one of {', '.join(PREDICTORS)}; or several, such as average+rescale (default: known)"
-    add("--predictor", type=_predictor, metavar="NAME", help=predictor)
+    predictor = f"one of {', '.join(PREDICTORS)}; or several, such as average+rescale (default: known, unless a gate"
+    add("--predictor", type=_predictor, metavar="NAME", help=f"{predictor} chooses)")
     options = "options of the predictor, for example '{\"factor\": 0.9}'"
     add("--predictor-options", type=_json_object, metavar="JSON", help=options)
     data = "write the candidate that is best on this dataset, or the recorded weights: Hub id, folder or"
-    add("--validation", metavar="DATASET", help=f"{data} 'recorded' for the validation split of know-hf record")
+    recorded = "'recorded' for the validation split of know-hf record (the default if there is one, without"
+    add("--validation", metavar="DATASET", help=f"{data} {recorded} --predictor and --known)")
     split = "split of DATASET (default: its validation split, or its only one)"
     add("--validation-split", dest="split", metavar="NAME", help=split)
     rows = "use only this many rows of DATASET, drawn at random"

@@ -18,7 +18,7 @@ from ..plotting import forgetting_picture, save_figure
 from ..recording import induce_forgetting
 from ..trajectory import WeightTrajectory
 from .arguments import RecordArguments
-from .task_data import VALIDATION_SPLITS, find_split, splits_in
+from .task_data import VALIDATION_SPLITS, find_split
 from .trainer_parts import prepare_task, training_arguments
 
 _TRAJECTORY_NAME = "trajectory"
@@ -38,11 +38,6 @@ def record_task(args: RecordArguments) -> WeightTrajectory:
             recorded with different arguments.
         `FileExistsError`: when the folder has a `record.json` or `forgetting.png` from another program.
     """
-    return record_and_count(args)[0]
-
-
-def record_and_count(args: RecordArguments) -> tuple[WeightTrajectory, int]:
-    """Record as [`record_task`]; also return the number of validation examples, which is 0 if there are none."""
     output_dir = Path(args.output_dir)
     training = training_arguments(args)
     with training.main_process_first(desc="arguments"):
@@ -57,8 +52,7 @@ def record_and_count(args: RecordArguments) -> tuple[WeightTrajectory, int]:
     )
     if trainer.is_world_process_zero() and (picture := forgetting_picture(trajectory)) is not None:
         save_figure(picture, output_dir / _PICTURE_NAME)
-    validation: Any = None if "test" in splits_in(args.eval_split) else trainer.eval_dataset
-    return trajectory, 0 if validation is None else len(validation)
+    return trajectory
 
 
 def read_arguments(path: Path) -> RecordArguments:

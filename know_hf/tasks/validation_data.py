@@ -14,6 +14,7 @@ from ..checkpoint.safe_loading import load_config
 from ..data.subsets import divide
 from ..prediction import CrossFit, Gate
 from ..prediction.choosing.gate import gate_batch_size
+from ..prediction.selection import MINIMUM_VALUES
 from ..trajectory import WeightTrajectory
 from ..trajectory.merging import load_base
 from .arguments import IMAGE, LABELS, LM, TEXT, RecordArguments
@@ -95,6 +96,16 @@ def load_validation_data(
         if dataset == RECORDED:
             _check_unchanged(trajectory, args, load_preprocessing(args).prepare(trained))
         return _prepare(trajectory, args, rows, classes)
+
+
+def has_validation_split(trajectory: WeightTrajectory | str | Path) -> bool:
+    """Whether `know-hf record` evaluated the states on enough rows to choose, not of the test split."""
+    trajectory = trajectory if isinstance(trajectory, WeightTrajectory) else WeightTrajectory(trajectory)
+    if not _record_path(trajectory).is_file() or "eval_loss" not in trajectory.states[0].metrics:
+        return False
+    args = _recording(trajectory)
+    limit = args.max_eval_examples
+    return "test" not in splits_in(args.eval_split) and (limit is None or limit >= MINIMUM_VALUES)
 
 
 def load_cross_fit(trajectory: WeightTrajectory | str | Path, **options: Any) -> CrossFit:
