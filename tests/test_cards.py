@@ -10,6 +10,7 @@ import yaml
 from conftest import make_resnet
 from doubles.card_fields import COMPARISON, FIXED, FIXED_CHECKPOINT, GATE, assert_readable, blocks
 from huggingface_hub import ModelCardData
+from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from know_hf import KNOWNConfig, WeightTrajectory, predict_overflowed_weights
@@ -165,10 +166,9 @@ def test_code_of_fixed_fields(changes, line):
 
 
 def test_card_of_an_adapter(tmp_path):
-    peft = pytest.importorskip("peft")
     tiny_bert().save_pretrained(tmp_path / "base")
     model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     trajectory = WeightTrajectory.create(tmp_path / "trajectory")
     for state in range(5):
         trajectory.record(adapted, num_examples=64 >> state, steps=1)

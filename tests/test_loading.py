@@ -9,8 +9,6 @@ import torch
 from conftest import make_resnet
 from torch import nn
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     MarianConfig,
     MarianMTModel,
     MixtralConfig,
@@ -141,15 +139,6 @@ def test_a_plain_module(record_states):
     assert torch.equal(module[2].weight, trajectory.tensor("1.weight", 0))
     with pytest.raises(TrajectoryError, match=r"config\.json.*load_into"):
         trajectory.load_model()
-
-
-def test_tied_weights_are_stored_once(record_states):
-    config = LlamaConfig(vocab_size=20, tie_word_embeddings=True, **SIZES)
-    trajectory = record_states(LlamaForCausalLM(config), num_states=2)
-    assert "lm_head.weight" not in trajectory.names
-    assert trajectory.tied_weights == {"lm_head.weight": "model.embed_tokens.weight"}
-    model = trajectory.load_model(1)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_a_trajectory_of_0_1_is_continued(tmp_path):

@@ -11,7 +11,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..local_paths import public_name
-from ..markdown import code, fenced, link, markdown, python, size, table, url
+from ..markdown import code, fenced, link, markdown, python, quantity, size, table, url
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -69,6 +69,6 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {f.__name__: f for f in (code, fenced, link, python, size, table, url)}
+    environment.filters |= {f.__name__: f for f in (code, fenced, link, python, quantity, size, table, url)}
     environment.filters["yaml"] = partial(yaml_dump, sort_keys=False)
     return environment

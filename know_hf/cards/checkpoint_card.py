@@ -242,36 +242,33 @@ class CheckpointCard(RecordedCard):
 
     @property
     def _predicting_code(self) -> str:
-        lines = self._opening
-        arguments = ["trajectory" if lines else python(self.trajectory_folder)]
-        predictor, known, imports = self.predictor, self.known, []
-        options: dict[str, Any] = {}
-        if "members" in predictor:
-            calls = []
-            for member in predictor["members"]:
-                name, module, fields_given = member["name"], member["module"], member["options"]
-                imports += [] if module is None else [f"from {module} import {name}"]
-                calls.append(python(name) if module is None else python_call(name, fields_given))
-            arguments.append(f"predictor=[{', '.join(calls)}]")
-        elif known is not None and known["revision"] is not None:
-            revision = python(known["revision"])
-            lines.append(f"known = KNOWNModel.from_pretrained({python(known['name'])}, revision={revision})")
-            arguments.append("known")
-        elif known is not None:
-            arguments += [] if known["shipped"] else [python(known["name"])]
-        elif predictor["module"] is not None:
-            imports.append(f"from {predictor['module']} import {predictor['name']}")
-            arguments.append(f"predictor={python_call(predictor['name'], predictor['options'])}")
-        else:
-            options = {"predictor": predictor["name"], "predictor_options": predictor["options"]}
-        options |= {"steps": self.steps, "norm": self._norm}
-        arguments += [f"{key}={python(value)}" for key, value in options.items() if value]
+        lines, (before, chosen) = self._opening, self._predictor_code
+        arguments = ["trajectory" if lines else python(self.trajectory_folder), *chosen]
+        lines += before
+        arguments += _keywords({"steps": self.steps, "norm": self._norm})
         arguments += [] if self.dtype is None else [f"dtype=torch.{self.dtype}"]
         if self.recalibrated:
             lines.append(_BATCHES_COMMENT)
             arguments.append("recalibrate_with=batches")
         arguments.append(f"output_dir={python(self.folder)}")
+        members = self.predictor.get("members", [self.predictor])
+        imports = [f"from {one['module']} import {one['name']}" for one in members if one["module"] is not None]
         return _with_imports([*lines, f"predict_overflowed_weights({', '.join(arguments)})"], imports)
+
+    @property
+    def _predictor_code(self) -> tuple[list[str], list[str]]:
+        """Return the lines that load the predictor, and the arguments that name it; none for the shipped weights."""
+        predictor, known = self.predictor, self.known
+        if "members" in predictor:
+            return [], [f"predictor=[{', '.join(map(_predictor_call, predictor['members']))}]"]
+        if known is not None and known["revision"] is not None:
+            revision = python(known["revision"])
+            return [f"known = KNOWNModel.from_pretrained({python(known['name'])}, revision={revision})"], ["known"]
+        if known is not None:
+            return [], [] if known["shipped"] else [python(known["name"])]
+        if predictor["module"] is not None:
+            return [], [f"predictor={_predictor_call(predictor)}"]
+        return [], _keywords({"predictor": predictor["name"], "predictor_options": predictor["options"]})
 
     @property
     def _saving_code(self) -> str:
@@ -339,6 +336,17 @@ def _chosen_state(gate: Mapping[str, Any] | None) -> int | str | None:
 
 def _state_name(state: Any) -> str:
     return f"Θ{state}" if isinstance(state, int) else f"`{state}`"
+
+
+def _keywords(values: Mapping[str, Any]) -> list[str]:
+    """Return keyword arguments, without those that are empty."""
+    return [f"{key}={python(value)}" for key, value in values.items() if value]
+
+
+def _predictor_call(predictor: Mapping[str, Any]) -> str:
+    """Return the code of a predictor: its name, or the call of its class."""
+    name = predictor["name"]
+    return python(name) if predictor["module"] is None else python_call(name, predictor["options"])
 
 
 def _with_imports(lines: Sequence[str], imports: Sequence[str] = ()) -> str:
