@@ -218,33 +218,40 @@ class Recorder:
             reader = CheckpointReader([work / name for name in names if name.endswith(".safetensors")], elsewhere)
             if not is_first:
                 check_same_tensors(self._path, state.label, reader, readers[0])
-        if is_first:
-            roles, tied_weights = roles_on_disk(snapshot, reader)
-            base_model, base_revision = _base_of(snapshot.model, self._path)
-            model_files = _write_model_files(self._path, folder, processing_class)
-            manifest = Manifest(
-                (),
-                schedule=manifest.schedule,
-                base_model=base_model,
-                base_revision=base_revision,
-                base_fingerprint=self._base_fingerprint,
-                roles=roles,
-                tied_weights=tied_weights,
-                files=model_files,
-                library_versions=library_versions(),
-            )
         state = replace(state, files=files, unchanged=unchanged)
         if is_first:
-            early = [self._finish(record, snapshot.model, manifest, state) for record in self._early]
-            finished = [record for record in early if record is not None]
-            start = next((record for record in finished if record.kind == "start"), None)
-            tail = tuple(record for record in finished if record.kind == "tail")
-            manifest = replace(manifest, start=start, tail=tail)
+            manifest = self._first_manifest(snapshot, state, reader, processing_class)
         self._store.enter(manifest.with_snapshot(state))
         return state
 
+    def _first_manifest(
+        self, snapshot: Snapshot, state: StateRecord, reader: CheckpointReader, processing_class: Any
+    ) -> Manifest:
+        """Return the manifest that gets state 0: what all states share, the start and the tail states."""
+        roles, tied_weights = roles_on_disk(snapshot, reader)
+        base_model, base_revision = _base_of(snapshot.model, self._path)
+        model_files = _write_model_files(self._path, self._path / state.name, processing_class)
+        base = None
+        if self._start == "reference" and base_model and base_revision:
+            base = (base_model, base_revision, getattr(snapshot.model, "base_model_prefix", ""))
+        early = [self._finish(record, state, base if record.kind == "start" else None) for record in self._early]
+        finished = [record for record in early if record is not None]
+        return Manifest(
+            (),
+            schedule=self._store.manifest.schedule,
+            base_model=base_model,
+            base_revision=base_revision,
+            base_fingerprint=self._base_fingerprint,
+            roles=roles,
+            tied_weights=tied_weights,
+            files=model_files,
+            library_versions=library_versions(),
+            start=next((record for record in finished if record.kind == "start"), None),
+            tail=tuple(record for record in finished if record.kind == "tail"),
+        )
+
     def _finish(
-        self, record: StateRecord, model: nn.Module, manifest: Manifest, state: StateRecord
+        self, record: StateRecord, state: StateRecord, base: tuple[str, str, str] | None
     ) -> StateRecord | None:
         """Store the start or a tail state without what state 0 and the Hub hold; `None` if tensors were replaced."""
         folder = self._path / record.name
@@ -257,11 +264,6 @@ class Recorder:
             logger.warning(f"{record.name} is not recorded: {error}")
             shutil.rmtree(folder)
             return None
-        base = None
-        is_start = record.kind == "start"
-        if is_start and self._start == "reference" and manifest.base_model and manifest.base_revision:
-            prefix = getattr(model, "base_model_prefix", "")
-            base = (manifest.base_model, manifest.base_revision, prefix)
         return store_early(folder, first, state, record, base)
 
 
