@@ -119,7 +119,3 @@ def test_at_most_max_per_tensor_scalars_drawn_by_seed(tmp_path):
     assert all((row == all_rows).all(dim=1).any() for row in drawn)
     assert all(torch.equal(some[i]["history"], again[i]["history"]) for i in range(len(some)))
     assert not torch.equal(drawn, other.block(other.blocks[0])[0])
-
-
-def identity(batch):
-    return batch

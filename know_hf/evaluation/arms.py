@@ -34,6 +34,7 @@ by training; a gate chooses on the *source* task, by forward passes.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -41,7 +42,7 @@ from transformers import PreTrainedModel
 
 from ..config_files import build
 from ..prediction import PredictionPlan, plan_prediction
-from ..predictors import get_predictor
+from ..predictors import Predictor, get_predictor
 from ..trajectory import WeightTrajectory
 from .arm_weights import (
     ArmSources,
@@ -125,17 +126,17 @@ class Arm:
 
     def check_options(self) -> None:
         """Raise a `ValueError` if the predictor of a setting does not take its options."""
-        for setting in self.settings if self.kind in _PLANNED else ():
-            options = {**self.options, **setting}
-            if self.kind == "gate":
-                options.pop("examples", None)
-            name = options.pop("predictor", self.predictor)
-            if "state" in options or (name == "known" and not options):
-                continue
-            try:
-                get_predictor(name, **options)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"arm {self.name!r}: {error}") from error
+        for arm in map(self.with_setting, self.settings):
+            if arm.kind in _PLANNED:
+                try:
+                    arm.make_predictor()
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"arm {self.name!r}: {error}") from error
+
+    def make_predictor(self) -> Predictor | None:
+        """Return the predictor with its options; `None` for KNOWN without options, whose weights are given apart."""
+        options = {name: value for name, value in self.options.items() if (self.kind, name) != ("gate", "examples")}
+        return get_predictor(self.predictor, **options) if options or self.predictor != "known" else None
 
     @property
     def role(self) -> Literal["method", "control", "reference"]:
@@ -153,6 +154,13 @@ class Arm:
         """Settings to evaluate; one empty setting without tuned options."""
         return self.tuned or ({},)
 
+    def with_setting(self, setting: Mapping[str, Any]) -> "Arm":
+        """Return the arm without tuned options that one of `settings` stands for."""
+        options = {**self.options, **setting}
+        if "state" in options:
+            return replace(self, kind="state", state=options["state"], options={}, tuned=())
+        return replace(self, predictor=options.pop("predictor", self.predictor), options=options, tuned=())
+
     @property
     def needs(self) -> tuple[str, ...]:
         """Names of what the weights are made with, of the sources and of the task."""
@@ -164,8 +172,8 @@ class Arm:
             return ("train_further",)
         if self.kind in _MODELS:
             return (_MODELS[self.kind],)
-        settings = [replace(self, predictor=s["predictor"], tuned=()) for s in self.tuned if "predictor" in s]
-        return ("branch_trajectory",) if any(arm.uses_branches for arm in (self, *settings)) else ()
+        arms = (self, *map(self.with_setting, self.tuned))
+        return ("branch_trajectory",) if any(arm.uses_branches for arm in arms) else ()
 
     @property
     def uses_branches(self) -> bool:
@@ -222,20 +230,17 @@ class Arm:
         for needed in self.needs:
             if getattr(sources, needed) is None:
                 raise ValueError(f"arm {self.name!r} needs {needed} of the sources; pass it, or leave out the arm")
-        options, choice = {**self.options, **(setting or {})}, None
-        if "state" in options:
-            return replace(self, kind="state", state=options.pop("state"), options={}).initial_weights(sources)
-        if "predictor" in options:
-            return replace(self, predictor=options.pop("predictor"), options=options).initial_weights(sources)
+        if (arm := self.with_setting(setting or {})) != self:
+            return arm.initial_weights(sources)
+        choice, folder = None, sources.output_dir / self.name
         sources = replace(sources, trajectory=self.recording(sources))
-        folder = sources.output_dir / self.name
         if self.kind == "cross_fit":
-            model, choice = chosen_by_cross_fit(sources, folder, self._plan(sources, options))
+            model, choice = chosen_by_cross_fit(sources, folder, self._plan(sources))
         elif self.kind == "gate":
-            few = options.pop("examples", "all") == "few"
-            model, choice = chosen_by_gate(sources, folder, self._plan(sources, options), few)
+            few = self.options.get("examples") == "few"
+            model, choice = chosen_by_gate(sources, folder, self._plan(sources), few)
         else:
-            model = self._weights(sources, options)
+            model = self._weights(sources, folder)
         sources.recalibrate(model)
         return model, choice
 
@@ -244,8 +249,7 @@ class Arm:
         required, default = ("name", "kind", "description"), vars(Arm(self.name, self.kind, self.description))
         return {key: value for key, value in vars(self).items() if key in required or value != default[key]}
 
-    def _weights(self, sources: ArmSources, options: Mapping[str, Any]) -> PreTrainedModel:
-        folder = sources.output_dir / self.name
+    def _weights(self, sources: ArmSources, folder: Path) -> PreTrainedModel:
         if self.kind == "state":
             if self.state >= sources.trajectory.num_states:
                 raise ValueError(f"arm {self.name!r} needs state {self.state}, which {sources.trajectory} lacks")
@@ -253,23 +257,24 @@ class Arm:
         if self.kind in _MODELS:
             return sources.merged(getattr(sources, _MODELS[self.kind])())
         if self.kind == "task_singular_vectors":
-            return moved_by_singular_vectors(sources, folder, options.get("scale", 1.0))
+            return moved_by_singular_vectors(sources, folder, self.options.get("scale", 1.0))
         if self.kind in ("shuffled", "trained_on"):
             return (shuffled if self.kind == "shuffled" else trained_on)(sources)
         first, _, last = self.predictor.rpartition("+")
         if self.kind == "predicted" and last == "rescale":
-            arm = replace(self, predictor=first, options=options.get(first, {})) if first else NAIVE
-            return rescaled(sources, arm.initial_model(sources), options.get(last, {}) if first else options)
+            arm = replace(self, predictor=first, options=self.options.get(first, {})) if first else NAIVE
+            options = self.options.get(last, {}) if first else self.options
+            return rescaled(sources, arm.initial_model(sources), options)
         make = matched_shrink if self.kind == "matched_shrink" else predicted
-        return make(sources, folder, self._plan(sources, options))
+        return make(sources, folder, self._plan(sources))
 
-    def _plan(self, sources: ArmSources, options: Mapping[str, Any]) -> PredictionPlan:
-        is_known = self.predictor == "known" and not options
+    def _plan(self, sources: ArmSources) -> PredictionPlan:
+        predictor = self.make_predictor()
         return plan_prediction(
             sources.trajectory,
-            (self.known or sources.known) if is_known else None,
+            (self.known or sources.known) if predictor is None else None,
             self.steps,
-            predictor=None if is_known else get_predictor(self.predictor, **options),
+            predictor=predictor,
             norm=self.norm,
             dtype=torch.float32,
             estimate_time=False,

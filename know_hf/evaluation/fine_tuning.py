@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from ..batch_norm import recalibrate_batch_norm
+from ..model_tensors import restored_modes
 
 Examples = Mapping[str, Tensor]
 Scores = dict[str, float]
@@ -178,7 +178,8 @@ def evaluate_classifier(model: PreTrainedModel, examples: Examples, batch_size: 
     """Compute `"accuracy"`, as [`accuracy`], and `"loss"`, the mean loss per example."""
     order = order_by_length(examples)
     correct, loss, count = 0, 0.0, len(examples["labels"])
-    with evaluation_mode(model):
+    with restored_modes(model):
+        model.eval()
         for batch in batches(examples, batch_size or (256 if order is None else 64), order, model.device):
             output = model(**batch)
             correct += int((output.logits.argmax(dim=-1) == batch["labels"]).sum())
@@ -192,23 +193,13 @@ def evaluate_next_token(model: PreTrainedModel, examples: Examples, batch_size: 
     examples with labels `(N, T)`, without padding.
     """
     correct, loss, count = 0.0, 0.0, len(examples["labels"])
-    with evaluation_mode(model):
+    with restored_modes(model):
+        model.eval()
         for batch in batches(examples, batch_size, device=model.device):
             output, labels = model(**batch), batch["labels"][:, 1:]
             correct += float((output.logits[:, :-1].argmax(dim=-1) == labels).float().mean()) * len(labels)
             loss += float(output.loss) * len(labels)
     return {"accuracy": correct / count, "loss": loss / count}
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode during a `with` block."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def order_by_length(examples: Examples) -> Tensor | None:

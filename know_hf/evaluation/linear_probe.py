@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from .fine_tuning import Examples, Scores, batches, evaluation_mode, inputs_of, order_by_length
+from ..model_tensors import restored_modes
+from .fine_tuning import Examples, Scores, batches, inputs_of, order_by_length
 from .protocols import Trial, check_rates, first_of_each_class, labels_in_words, refined
 from .splits import Split, check_labels
 from .trials import Heads, adam_heads, logistic_heads, logits, ridge_heads
@@ -149,7 +150,8 @@ def features(model: PreTrainedModel, examples: Examples, batch_size: int = 256) 
 
     if (order := order_by_length(examples)) is not None:
         batch_size = min(batch_size, _TEXTS)
-    with evaluation_mode(model), ExitStack() as hooks:
+    with restored_modes(model), ExitStack() as hooks:
+        model.eval()
         for layer in layers:
             hooks.enter_context(layer.register_forward_pre_hook(store))
         for batch in batches(inputs_of(examples), batch_size, order, model.device):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from conftest import make_resnet, make_trainer
+from doubles.deaths import count_changes
 from doubles.small_trainers import BALANCED
 from torch import nn
 from transformers import TrainerCallback
@@ -120,25 +121,6 @@ TASKS: dict[str, Callable[[Request], None]] = {
     "large": lambda request: record_in_a_loop(request, large_module(), (8, 4, 2)),
 }
 TROUBLES = {"limit_file_size": limit_file_size, "fill_disk": fill_disk, "pause": pause}
-CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
-
-
-def count_changes(request: Request) -> Callable[[], int]:
-    """Counts the changes to files in the folder, by all threads, and dies before the one that was asked for."""
-    changes = 0
-    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-
-    def hook(event: str, args: tuple) -> None:
-        nonlocal changes
-        is_change = bool(args[2] & writing) if event == "open" else event in CHANGES
-        path = os.fsdecode(args[0]) if is_change else ""
-        if path.startswith(request.folder + "/") and not path.endswith(".lock"):
-            changes += 1
-            if changes == request.kill_at:
-                os.kill(os.getpid(), request.signal)
-
-    sys.addaudithook(hook)
-    return lambda: changes
 
 
 def child(request: Request) -> None:
@@ -146,7 +128,7 @@ def child(request: Request) -> None:
     output = os.open(request.note("output"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    changes = count_changes(request)
+    changes = count_changes(request.folder, request.kill_at, request.signal)
     TASKS[request.task](request)
     request.note("changes").write_text(str(changes()))
 

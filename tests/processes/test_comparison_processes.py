@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from doubles.deaths import count_changes
 from quadrants import source, target
 
 from know_hf.evaluation import ComparisonTask, LinearProbe, ZeroShot, compare_arms, run_cells
@@ -135,27 +136,14 @@ def test_a_killed_comparison_resumes_to_the_same_results(recorded, tmp_path):
     assert [cell["measured"] for cell in resumed.cells] == [cell["measured"] for cell in uninterrupted.cells]
 
 
-CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-
-
 def fork(function, *arguments, kill_at=None):
     """Run a function in a fork, killed before a change to the folder `arguments[1]`; return code and changes."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
-        changes = 0
-
-        def hook(event, args):
-            nonlocal changes
-            is_change = event in CHANGES or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-            if is_change and str(args[0]).startswith(str(arguments[1])):
-                changes += 1
-                if changes == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
+        changes = count_changes(arguments[1], kill_at)
         try:
             function(*arguments)
-            os.write(writing, str(changes).encode())
+            os.write(writing, str(changes()).encode())
         except BaseException:
             traceback.print_exc()
             os._exit(1)

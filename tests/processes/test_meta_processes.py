@@ -7,11 +7,11 @@ import random
 import shutil
 import signal
 import socket
-import sys
 from dataclasses import asdict, dataclass, replace
 
 import pytest
 from accelerate.state import AcceleratorState
+from doubles.deaths import count_changes
 from doubles.toy_trajectories import record_lines
 
 from know_hf import KNOWNConfig, KNOWNModel
@@ -161,18 +161,7 @@ def kill(root, folder, before_step=None, before_change=None):
     """Train in a forked process that dies before a step, or before a change in the checkpoint folder."""
 
     def child():
-        changes = 0
-
-        def hook(event, arguments):
-            nonlocal changes
-            counts = event in ("os.mkdir", "os.rename", "os.rmdir", "os.remove")
-            counts = counts or (event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR)))
-            if counts and os.fsdecode(arguments[0]).startswith(f"{folder}/"):
-                changes += 1
-                if changes == before_change:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
+        count_changes(folder, before_change)
         train(root, replace(FEW_STEPS, checkpoint_dir=str(folder)), before_step)
 
     (code,) = run(child)

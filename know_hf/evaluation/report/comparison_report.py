@@ -232,20 +232,15 @@ class ComparisonReport:
         ]
 
     def _chosen(self, protocol: str) -> dict[str, list[dict[str, Any]]]:
-        return {
-            arm: [
-                {
-                    "seed": seed,
-                    "draw": draw["draw"],
-                    "options": trial["options"],
-                    **{key: trial[key] for key in ("learning_rate", "head_learning_rate") if key in trial},
-                }
-                for seed, draws in zip(self.seeds, self._draws(protocol, arm), strict=True)
-                for draw in draws
-                for trial in (draw["trials"][draw["chosen"]],)
-            ]
-            for arm in self.arms
-        }
+        chosen: dict[str, list[dict[str, Any]]] = {arm: [] for arm in self.arms}
+        keys = ("options", "learning_rate", "head_learning_rate")
+        for arm, of_arm in chosen.items():
+            for seed, draws in zip(self.seeds, self._draws(protocol, arm), strict=True):
+                for draw in draws:
+                    trial = draw["trials"][draw["chosen"]]
+                    settings = {key: trial[key] for key in keys if key in trial}
+                    of_arm.append({"seed": seed, "draw": draw["draw"], **settings})
+        return chosen
 
     def _curves(self) -> list[dict[str, Any]]:
         return [

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..fine_tuning import Examples, evaluation_mode, inputs_of, trimmed
+from ...model_tensors import restored_modes
+from ..fine_tuning import Examples, inputs_of, trimmed
 
 _PREFIX = "body."  # of the outputs of the body among the examples
 _LARGEST = 2**28  # bytes of cached outputs of one model and split
@@ -58,7 +59,8 @@ def with_features(model: PreTrainedModel, examples: Examples) -> tuple[HeadOnFea
     inputs = inputs_of(examples)
     length, parts, size, logits = len(next(iter(inputs.values()))), [], 0, None
     hook = model.base_model.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
-    with evaluation_mode(model), hook:
+    with restored_modes(model), hook:
+        model.eval()
         for start in range(0, length, _BATCH_SIZE):  # all outputs have the same shape
             batch = {key: value[start : start + _BATCH_SIZE].to(model.device) for key, value in inputs.items()}
             outputs.clear()
