@@ -51,6 +51,11 @@ def is_adapter(model: nn.Module) -> bool:
     return peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel)
 
 
+def without_adapter(model: Any) -> Any:
+    """Return the base model in a `PeftModel`, and other models as they are."""
+    return model.get_base_model() if is_adapter(model) else model
+
+
 def recorded_adapter(model: nn.Module) -> str:
     """Return the adapter of a `PeftModel` that is recorded: the one that trains, else the active one."""
     peft_model: Any = model

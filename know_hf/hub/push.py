@@ -190,8 +190,10 @@ def _public_trajectory(folder: Path, temporary: Path) -> tuple[Manifest, dict[st
     files = public_files({record.path: folder / record.path for record in manifest.all_files}, temporary)
 
     def public(records: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
-        is_changed = {record: files[record.path] != folder / record.path for record in records}
-        return tuple(FileRecord.of(files[r.path], r.path) if is_changed[r] else r for r in records)
+        return tuple(
+            record if files[record.path] == folder / record.path else FileRecord.of(files[record.path], record.path)
+            for record in records
+        )
 
     def public_states(states: Iterable[StateRecord]) -> tuple[StateRecord, ...]:
         return tuple(replace(s, files=public(s.files), training=public_values(s.training)) for s in states)

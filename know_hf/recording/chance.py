@@ -9,7 +9,7 @@ import numpy as np
 from transformers import Trainer
 
 from ..data.rows import labels_of
-from ..model_tensors import is_adapter
+from ..model_tensors import without_adapter
 
 _CLASSIFIERS = tuple(f"For{kind}Classification" for kind in ("Sequence", "Image", "Audio", "Video"))
 _CLEARLY_BELOW = 0.95  # of the loss of guessing
@@ -44,7 +44,7 @@ def chance_warning(trainer: Trainer, metrics: Mapping[str, float]) -> str | None
 def _classes(trainer: Trainer) -> list[Any]:
     """Return the class of each evaluated row; empty if there is none."""
     model, dataset = trainer.accelerator.unwrap_model(trainer.model), trainer.eval_dataset
-    name = type(model.get_base_model() if is_adapter(model) else model).__name__
+    name = type(without_adapter(model)).__name__
     if not name.endswith(_CLASSIFIERS) or not isinstance(dataset, datasets.Dataset):
         return []
     for column in sorted({*(trainer.label_names or ()), "label", "labels"} & dataset.features.keys()):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
 from ...distributed import on_main_process
-from ...model_tensors import is_adapter
+from ...model_tensors import without_adapter
 from ...predictors import Predictor
 from ..engine import prediction_result
 from ..plan import PredictionPlan
@@ -171,7 +171,7 @@ class Gate:
     def _batches(self, model: Any, batches: Sequence[int] | None) -> Iterator[Any]:
         collate: Any = self.data_collator or _default_collate
         if self.remove_unused_columns:
-            accepted = inspect.signature((model.get_base_model() if is_adapter(model) else model).forward).parameters
+            accepted = inspect.signature(without_adapter(model).forward).parameters
             collate = RemoveColumnsCollator(collate, {*accepted, "label", "label_ids"})
         return self._loader(collate, batches)
 
