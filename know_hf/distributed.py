@@ -32,13 +32,8 @@ def on_main_process(accelerator: Accelerator | None, action: Callable[[], T]) ->
 def on_every_process(accelerator: Accelerator | None, action: Callable[[], T]) -> list[T]:
     """Run an action on every process and return all results, by rank, on every process.
 
-    Processes wait for the others up to a day, whatever the timeout of the process group is.
-
-    Args:
-        accelerator (`Accelerator`, *optional*):
-            The accelerator of the run. By default there is one process.
-        action (`Callable[[], T]`):
-            The action. Its result must be picklable.
+    Processes wait for the others up to a day, whatever the timeout of the process group is. Results must be picklable.
+    Without an accelerator there is one process.
 
     Raises:
         The error of the action on the processes where it failed, a `RuntimeError` with the text of the first error on

@@ -28,17 +28,9 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a new folder that is renamed to `target` when the block ends without an error.
 
-    Its files and folders get the permissions of the umask. A target that is the working directory is entered again.
-
-    Args:
-        target (`Path`):
-            The final folder. A link is followed.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether an existing folder may be replaced.
-        sources (sequence of `str` or `Path`, *optional*):
-            What is read meanwhile; see [`check_output`].
-        resume (`bool`, *optional*, defaults to `False`):
-            Whether to keep the unfinished folder after an error or a crash and to yield it the next time.
+    Its files and folders get the permissions of the umask. A target that is a link is followed, and one that is the
+    working directory is entered again. `sources` are what is read meanwhile, see [`check_output`]. With `resume`, the
+    unfinished folder is kept after an error or a crash, and yielded the next time.
 
     Raises:
         `FileExistsError`: if `target` is a file, or is not empty and `overwrite` is off, or another program changed it

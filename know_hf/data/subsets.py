@@ -50,16 +50,8 @@ def divide(dataset: Any, schedule: ForgettingSchedule, batch_size: int = 1) -> l
     read twice with different seeds: the content counts if it is equal, else the keys if they are, else neither, so a
     stream shuffled without a seed has another fingerprint in every process.
 
-    Args:
-        dataset (*any*):
-            The `train_dataset`; it is not changed. A stream is read from its start.
-        schedule ([`ForgettingSchedule`]):
-            Sizes and members of the subsets.
-        batch_size (`int`, *optional*, defaults to `1`):
-            Examples of one optimizer step on all processes.
-
-    Returns:
-        `list[Subset]`: `schedule.num_states` subsets; the first holds `dataset` itself.
+    `batch_size` is the number of examples of one optimizer step on all processes. The first subset holds the dataset
+    itself, which is not changed.
 
     Raises:
         `ValueError`: if the dataset is missing, empty, or neither sized nor a stream; a column of the schedule is

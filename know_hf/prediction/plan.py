@@ -43,26 +43,13 @@ _RANGE = {"largest_weight", "largest_displacement", "mean_displacement"}
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the checkpoint.
+    """One tensor of the checkpoint."""
 
-    Attributes:
-        spec ([`TensorSpec`]):
-            Dtype and shape in the checkpoint.
-        role (`str`):
-            Role of the tensor.
-        network (`str`, *optional*):
-            Role whose network predicts it; `None` if it is copied.
-        is_kept_by_dtype (`bool`):
-            Whether it is copied because its dtype cannot be predicted (complex, float8).
-        is_unchanged (`bool`):
-            Whether the manifest lists it as equal in all snapshots that the predictor reads.
-    """
-
-    spec: TensorSpec
+    spec: TensorSpec  # dtype and shape in the checkpoint
     role: str
-    network: str | None
-    is_kept_by_dtype: bool = False
-    is_unchanged: bool = False
+    network: str | None  # role whose network predicts it; None if it is copied
+    is_kept_by_dtype: bool = False  # copied because its dtype cannot be predicted (complex, float8)
+    is_unchanged: bool = False  # the manifest lists it as equal in all snapshots that the predictor reads
 
 
 @dataclass

@@ -18,7 +18,7 @@ _LARGEST, _HALVINGS = 1e30, 40  # factors from 1e-30 to 1e30
 def batch_losses(
     model: Any, batches: Iterable[Mapping[str, Any]], metric: str | None = None
 ) -> tuple[str, list[float]]:
-    """Return what is compared and its value for each batch; lower is better.
+    """Return what is compared and its value for each labelled batch, with a model in evaluation mode; lower is better.
 
     - `"validation loss"` is the model's loss.
     - `"accuracy"` gives the error rate.
@@ -28,14 +28,8 @@ def batch_losses(
       Refine, Then Calibrate*, arXiv 2501.19195). Weights that only make an overconfident model less confident have a
       lower loss, but no lower calibrated loss.
 
-    Args:
-        model (`PreTrainedModel`):
-            A model in evaluation mode.
-        batches (iterable of mappings):
-            Batches with labels.
-        metric (`str`, *optional*):
-            By default the calibrated loss if the model's loss is the cross-entropy of one class per example in every
-            batch, else the loss.
+    By default, it is the calibrated loss if the model's loss is the cross-entropy of one class per example in every
+    batch, else the loss.
 
     Raises:
         `ValueError`: if the model returns no loss, or the metric needs one class per example and there is none.
