@@ -11,7 +11,14 @@ from conftest import make_resnet
 from doubles.card_fields import COMPARISON, FIXED, FIXED_CHECKPOINT, GATE, assert_readable, blocks
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from know_hf import KNOWNConfig, WeightTrajectory, predict_overflowed_weights
 from know_hf.cards import CheckpointCard, TrajectoryCard, checkpoint_card, known_card, trajectory_card
@@ -31,6 +38,12 @@ def tiny_bert():
 
 def tiny_llama():
     return LlamaForCausalLM(LlamaConfig(**TINY))
+
+
+def tiny_bart():
+    sizes = {f"{part}_{size}": 2 for part in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 16}
+    return BartForConditionalGeneration(BartConfig(d_model=8, max_position_embeddings=8, **tokens, **sizes))
 
 
 def full_card():
@@ -129,9 +142,10 @@ def test_license_is_inherited_from_the_base_model(opened, prediction, tmp_path, 
     [
         (tiny_bert, "model = AutoModelForSequenceClassification.from_pretrained"),
         (tiny_llama, "model = AutoModelForCausalLM.from_pretrained"),
+        (tiny_bart, "model = AutoModelForSeq2SeqLM.from_pretrained"),
         (lambda: torch.nn.Linear(3, 2), 'load_file("enhanced/model.safetensors")'),
     ],
-    ids=["bert", "llama", "module"],
+    ids=["bert", "llama", "bart", "module"],
 )
 def test_loading_code_runs(record_states, tmp_path, shipped, make_model, line):
     trajectory = record_states(make_model())

@@ -112,6 +112,13 @@ def test_models_that_do_not_classify_are_refused(kind):
         compare_checkpoints(model, model, test=test)
 
 
+def test_a_head_for_several_labels_per_example_is_refused(test):
+    model = make_resnet()
+    model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match="ResNetForImageClassification is for multi_label_classification"):
+        compare_checkpoints(make_resnet(), model, test=test)
+
+
 def test_a_checkpoint_that_does_not_exist(tmp_path, test):
     with pytest.raises(FileNotFoundError, match="nosuch"):
         compare_checkpoints(tmp_path / "nosuch", make_resnet(), test=test)
@@ -166,6 +173,7 @@ def test_the_command_compares_two_checkpoints(tmp_path, reviews, capsys):
     assert main(["compare", a, b, "--dataset", reviews, "--draws", "2", "--output-dir", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"A: {a}" in printed and "Zero-shot" in printed and "12 draws" not in printed
+    assert "A has no class 'bad' in its config" in printed
     scores = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["scores"]
     assert [score["what"].split()[0] for score in scores] == [*["Zero-shot"] * 3, "Few-shot"]
     assert [score["difference"] for score in scores[:3]] == pytest.approx([0, 0, 0], abs=1e-6)
@@ -200,8 +208,9 @@ def test_classes_are_found_in_the_models_by_name(tmp_path):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     a, b, c = folders
-    accuracy = compare_on_dataset(a, b, str(tmp_path / "data"), train_split=None).scores[0]
-    assert (accuracy.a, accuracy.b) == (0.75, 0.75)
+    comparison = compare_on_dataset(a, b, str(tmp_path / "data"), train_split=None)
+    assert (comparison.scores[0].a, comparison.scores[0].b) == (0.75, 0.75)
+    assert not any("by position" in note for note in comparison.notes)
     with pytest.raises(ValueError, match="label2id"):
         compare_on_dataset(a, c, str(tmp_path / "data"), train_split=None)
 
@@ -215,6 +224,7 @@ def test_classes_are_found_in_the_models_by_name(tmp_path):
         ("compare a b", "--dataset"),
         ("compare a b --dataset d --arms naive", "--arms needs a suite"),
         ("compare a b --dataset d --model x=y", "--model needs a suite"),
+        ("compare a b --dataset d --processes 2", "--processes needs a suite"),
         ("compare digits --output-dir out --dataset d", "--dataset needs two checkpoints"),
         ("compare digits --output-dir out --base-model b", "--base-model needs two checkpoints"),
     ],

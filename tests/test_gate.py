@@ -1,5 +1,8 @@
 """The gate: evaluating candidates and writing the best."""
 
+import math
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -286,6 +289,27 @@ def test_every_model_sees_the_same_random_numbers_and_no_gradient(trajectory):
     assert gate.losses(model) == gate.losses(model.train()) == [1.0] * 10
     assert seen[0] == seen[1] == (seen[0][0], False, False)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Masking:
+    """A collator with a generator of its own, as that for masked language modelling."""
+
+    seed, generator = 1, None
+
+    def __call__(self, rows):
+        batch = default_data_collator(rows)
+        self.generator = self.generator or torch.Generator().manual_seed(self.seed)
+        factors = torch.rand(1, generator=self.generator), torch.rand(1), np.random.rand(), random.random()
+        return {**batch, "pixel_values": batch["pixel_values"] * math.prod(factors)}
+
+
+def test_every_candidate_gets_the_same_random_masks():
+    gate = Gate(dataset=make_images(40, seed=3), batch_size=4, data_collator=Masking(), seed=-1)
+    model = make_resnet()
+    losses, some = gate.losses(model), gate.losses(model, [3, 5])
+    before = random.getstate()
+    assert gate.losses(model) == losses and gate.losses(model, [3, 5]) == some
+    assert random.getstate() == before
 
 
 def test_the_card_names_the_chosen_candidate(trajectory, tmp_path):

@@ -101,6 +101,7 @@ def test_meta_train_compares_with_the_published_weights(meta_train):
     [
         (["--predictors", "linaer"], ValueError, "'linaer'"),
         (["--predictors", "linear", "lines"], ValueError, r"'lines' .*depth"),
+        (["--predictors", "model_stock"], ValueError, r"'model_stock' needs complete tensors"),
         (["--predictors", "long"], ValueError, r"'long' .*9 states.*num_states=5"),
         (["--published_weights", "nowhere"], FileNotFoundError, r"nowhere/KNOWN_Conv\.h5"),
         (["--validation-share", "1"], ValueError, "validation_share.*1"),

@@ -109,6 +109,13 @@ def test_buffers_may_be_infinite_but_not_nan(created):
         created.record(module, num_examples=2, steps=1)
 
 
+def test_values_beyond_float16_are_named(created):
+    model = make_resnet()
+    model.classifier[1].bias.data[0] = 1e6
+    with pytest.raises(TrajectoryError, match=r"'classifier\.1\.bias' .*float16 is too narrow"):
+        created.record(model, dtype=torch.float16, num_examples=2, steps=1)
+
+
 def test_a_second_recorder_is_refused(created):
     second = WeightTrajectory.create(created.path)
     with created.recording():

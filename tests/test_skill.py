@@ -77,3 +77,5 @@ def test_skill_where_nothing_moved(tmp_path):
 def test_another_number_of_states(held_out):
     with pytest.raises(ValueError, match=r"KNOWNPredictor takes 3 states.*num_states=5"):
         retrodiction_skill(KNOWNModel(KNOWNConfig(num_states=3)), held_out)
+    with pytest.raises(ValueError, match="ModelStock computes complete tensors"):
+        retrodiction_skill("model_stock", held_out)

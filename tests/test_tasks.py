@@ -188,6 +188,16 @@ def test_current_weights_need_the_classes_in_their_own_order(text_arguments, tmp
     assert load_model(args, ["good", "bad"], None)[1] == []
 
 
+@pytest.mark.parametrize(("problem", "num_labels"), [("regression", 1), ("multi_label_classification", 2)])
+def test_models_for_other_labels_become_classifiers(text_arguments, tmp_path, problem, num_labels):
+    config = BertConfig.from_pretrained(text_arguments.model, problem_type=problem, num_labels=num_labels)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    model, _ = load_model(replace(text_arguments, model=str(tmp_path / "model")), ["bad", "good"], None)
+    ids, labels = torch.ones(3, 2, dtype=torch.int64), torch.tensor([0, 1, 1])
+    outputs = model.eval()(ids, labels=labels)
+    assert torch.equal(outputs.loss, torch.nn.functional.cross_entropy(outputs.logits, labels))
+
+
 def test_a_config_without_a_padding_token_gets_that_of_the_tokenizer(lm_arguments, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(lm_arguments.model)
     sizes = {"n_positions": 32, "n_ctx": 32, "n_embd": 16, "n_layer": 1, "n_head": 4, "rotary_dim": 4}

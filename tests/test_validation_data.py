@@ -15,7 +15,7 @@ from know_hf import RecordArguments, WeightTrajectory, record_task
 from know_hf.cli import main
 from know_hf.evaluation.checkpoints import compare_on_dataset
 from know_hf.tasks import LoraArguments
-from know_hf.tasks.task_data import overlap
+from know_hf.tasks.task_data import class_numbers, overlap
 from know_hf.tasks.validation_data import has_validation_split, load_cross_fit, load_validation_data
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -225,6 +225,9 @@ def test_models_of_other_tasks_are_named(tmp_path, reviews):
     trajectory.record(BertForSequenceClassification(BertConfig(vocab_size=9, **SIZES)), num_examples=2, steps=1)
     with pytest.raises(ValueError, match="no tokenizer"):
         load_validation_data(trajectory, reviews, split="test")
+    config = BertConfig(problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match=r"split test has one class per example.* multi_label_classification"):
+        class_numbers(["0", "1"], config, "split test")
 
 
 def test_adapters_without_a_tokenizer_take_that_of_their_base_model(bert, reviews, tmp_path):

@@ -19,7 +19,6 @@ _AUTO_CLASSES = (
     ("AutoModelForCausalLM", "FOR_CAUSAL_LM", "text-generation"),
     ("AutoModelForTokenClassification", "FOR_TOKEN_CLASSIFICATION", "token-classification"),
     ("AutoModelForQuestionAnswering", "FOR_QUESTION_ANSWERING", "question-answering"),
-    ("AutoModelForMaskedLM", "FOR_MASKED_LM", "fill-mask"),
     ("AutoModelForSpeechSeq2Seq", "FOR_SPEECH_SEQ_2_SEQ", "automatic-speech-recognition"),
     ("AutoModelForCTC", "FOR_CTC", "automatic-speech-recognition"),
     ("AutoModelForAudioClassification", "FOR_AUDIO_CLASSIFICATION", "audio-classification"),
@@ -27,6 +26,7 @@ _AUTO_CLASSES = (
     ("AutoModelForObjectDetection", "FOR_OBJECT_DETECTION", "object-detection"),
     ("AutoModelForSemanticSegmentation", "FOR_SEMANTIC_SEGMENTATION", "image-segmentation"),
     ("AutoModelForSeq2SeqLM", "FOR_SEQ_TO_SEQ_CAUSAL_LM", None),
+    ("AutoModelForMaskedLM", "FOR_MASKED_LM", "fill-mask"),  # last: it lists BART, an encoder-decoder
     ("AutoModel", "", None),
 )
 

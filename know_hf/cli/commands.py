@@ -190,7 +190,8 @@ def compare(args: argparse.Namespace) -> Result:
     from ..evaluation.suites import load_suite
 
     options: dict[str, Any] = {"data": given["data"], "models": given["model"], "known": given["known"]}
-    options |= {"arms": args.arms, "seeds": args.seeds, "num_processes": args.num_processes}
+    chosen = {name: getattr(args, name) for name in ("arms", "seeds", "num_processes")}
+    options |= {name: value for name, value in chosen.items() if value is not None}
     if args.plan:
         return plan_suite(args.compared[0], args.output_dir, **options)
     command = shlex.join(["know-hf", *sys.argv[1:]])
@@ -207,9 +208,9 @@ def compare(args: argparse.Namespace) -> Result:
 def _compare_two(args: argparse.Namespace) -> Result:
     if args.dataset is None:
         raise ValueError("two checkpoints need --dataset, a Hub id or a folder")
-    for name in ("arms", "seeds", "plan", "max_minutes", "data", "model", "known"):
+    for name in ("arms", "seeds", "num_processes", "plan", "max_minutes", "data", "model", "known"):
         if getattr(args, name) is not None:
-            raise ValueError(f"{flag(name)} needs a suite")
+            raise ValueError(f"{name}= needs a suite")  # main names the flags
     check_folders({"A and B": args.compared, "--dataset": args.dataset, "--base-model": args.base_model})
     from ..checkpoint import write_json
     from ..evaluation.checkpoints import compare_on_dataset

@@ -171,7 +171,7 @@ def _add_compare(parsers: Any) -> None:
     add("--arms", nargs="+", metavar="ARM", help="arms to compare instead of the suite's, for example naive random")
     add("--seeds", type=int, nargs="+", metavar="N", help="trajectory seeds instead of the suite's")
     processes = "number of worker processes (default: 1)"
-    add("--processes", dest="num_processes", type=int, default=1, metavar="N", help=processes)
+    add("--processes", dest="num_processes", type=int, metavar="N", help=processes)
     add("--plan", action="store_true", default=None, help="print cells, minutes and memory without running them")
     limit = "start no cell that would end later, and report the complete seeds; run again to continue"
     add("--max-minutes", type=float, metavar="M", help=limit)

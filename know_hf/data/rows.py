@@ -1,4 +1,4 @@
-"""Read rows and columns of any dataset with a length."""
+"""Read rows and columns of any dataset with a length, and repeat the random numbers of its transforms."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -33,7 +33,7 @@ def random_seeds(seed: int) -> Iterator[None]:
     """Seed the global generators of Python, NumPy and torch (CPU), and restore their states afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     try:
         yield
@@ -41,6 +41,12 @@ def random_seeds(seed: int) -> Iterator[None]:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+def restart_collator(collator: Any) -> None:
+    """Let a collator that draws from a generator of its own, such as masks with `seed`, begin from its seed again."""
+    if getattr(collator, "generator", None) is not None and hasattr(collator, "seed"):
+        collator.generator = None
 
 
 def _scalars(dataset: Any, column: str, verb: str) -> list[Any]:

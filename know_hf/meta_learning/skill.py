@@ -10,7 +10,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
 from ..known.modeling_known import KNOWNModel
-from ..predictors import KNOWNPredictor, Predictor, get_predictor
+from ..predictors import KNOWNPredictor, Predictor, SnapshotPredictor, get_predictor
 from .dataset import TransitionBlock, TransitionDataset
 
 
@@ -66,13 +66,14 @@ def retrodiction_skill(
         `dict[str, RoleSkill]`: Skill of each role of the dataset.
 
     Raises:
-        `ValueError`: If the predictor and the dataset differ in the length of a history.
+        `ValueError`: If the predictor and the dataset differ in the length of a history, or the predictor reads
+            complete tensors.
     """
     if isinstance(predictor, KNOWNModel):
         predictor = KNOWNPredictor(predictor)
     elif isinstance(predictor, str):
         predictor = get_predictor(predictor)
-    if predictor.num_states not in (None, dataset.num_states):
+    if not isinstance(predictor, SnapshotPredictor) and predictor.num_states not in (None, dataset.num_states):
         raise ValueError(
             f"{type(predictor).__name__} takes {predictor.num_states} states, but the dataset has num_states="
             f"{dataset.num_states}; create the dataset with num_states={predictor.num_states}"

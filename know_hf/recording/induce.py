@@ -13,6 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..checkpoint import check_free_disk, check_output
+from ..data.rows import restart_collator
 from ..data.subsets import Subset, divide
 from ..distributed import check_shared, gathering, on_every_process, on_main_process, reshard, unmark_prepared
 from ..local_paths import loaded_from
@@ -21,7 +22,7 @@ from ..trajectory import StateRecord, WeightTrajectory, state_nbytes
 from ..trajectory.recorder import check_savable
 from ..trajectory.start import StartWeights
 from .callback import WeightTransitionCallback
-from .loaders import check_loader, restart_collator
+from .loaders import check_loader
 from .optimizers import use_evaluated_weights
 from .progress import Progress, other_checksums, warn_about_others, weights_checksum
 from .recorded_arguments import examples_per_step, recorded_arguments, trainer_arguments
@@ -280,7 +281,7 @@ def _train_stage(trainer: Trainer, args: TrainingArguments, subset: Subset, call
         )
     trainer.add_callback(callback)
     set_seed(args.seed)
-    restart_collator(trainer)
+    restart_collator(trainer.data_collator)  # as in a resumed run
     others = {} if callback.has_warned_about_others else other_checksums(trainer)
     try:
         trainer.train()

@@ -21,15 +21,6 @@ def num_examples(loader: Any) -> int | None:
         return None
 
 
-def restart_collator(trainer: Trainer) -> None:
-    """Let a collator that draws from a generator of its own, such as masks with `seed`, begin from its seed again.
-
-    A resumed run then draws the same numbers as an uninterrupted one.
-    """
-    if getattr(trainer.data_collator, "generator", None) is not None and hasattr(trainer.data_collator, "seed"):
-        trainer.data_collator.generator = None
-
-
 def check_loader(trainer: Trainer, subsets: list[Subset]) -> None:
     """Raise a `ValueError` if the trainer's loader or sampler reads other data than its `train_dataset`.
 

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
+from ..data.rows import random_seeds, restart_collator
 from ..data.subsets import Subset
 from ..distributed import is_sharded, on_main_process, share_buffers
 from ..markdown import percent
@@ -18,7 +19,6 @@ from ..model_tensors import memory_key
 from ..trajectory import StateRecord, WeightTrajectory
 from ..trajectory.summary import displacement, metrics_summary
 from .chance import chance_warning
-from .loaders import restart_collator
 
 logger = logging.get_logger(__name__)
 
@@ -73,9 +73,10 @@ class Progress:
         evaluated = _EvaluatedWeights(self._trainer)
         weights = weights_checksum(self._trainer) if weights is None else weights
         self._trainer.add_callback(evaluated)
-        restart_collator(self._trainer)
+        restart_collator(self._trainer.data_collator)
         try:
-            results: Mapping[str, Any] = self._trainer.evaluate()
+            with random_seeds(self._trainer.args.seed):  # the same masks for every state
+                results: Mapping[str, Any] = self._trainer.evaluate()
         finally:
             self._trainer.remove_callback(evaluated)
         if evaluated.checksum not in (None, weights):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TEXT, IMAGE, LM = TASKS = ("text-classification", "image-classification", "causal-lm")
 LABELS = "labels"
+SINGLE_LABEL = "single_label_classification"  # problem_type of transformers
 
 # Keys of TrainingArguments that another argument sets.
 _RESERVED = {

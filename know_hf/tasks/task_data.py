@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..schedule import ForgettingSchedule
 from ..terminal import first_names
-from .arguments import IMAGE, LABELS, LM, RecordArguments
+from .arguments import IMAGE, LABELS, LM, SINGLE_LABEL, RecordArguments
 
 logger: python_logging.Logger = logging.get_logger(__name__)
 
@@ -95,7 +95,16 @@ def overlap(args: RecordArguments, split: str) -> bool:
 
 
 def class_numbers(names: list[str], config: PreTrainedConfig, source: str) -> list[int]:
-    """Return the number of each class in a model: by its name, else the number that is its name, else its position."""
+    """Return the number of each class in a model: by its name, else the number that is its name, else its position.
+
+    Raises:
+        `ValueError`: when the model is for another problem than one class per example, or has other classes.
+    """
+    if config.problem_type not in (None, SINGLE_LABEL):
+        raise ValueError(
+            f"{source} has one class per example, and the model is for {config.problem_type} (problem_type in its"
+            " config); use a model for one class per example"
+        )
     known = config.label2id or {}
     if all(name in known for name in names):
         return [known[name] for name in names]
@@ -252,7 +261,8 @@ def _encode_classes(splits: list[datasets.Dataset], sources: list[str]) -> tuple
         if not isinstance(labels[0][0], str | int):
             raise ValueError(
                 f"{sources[0]}: the label {labels[0][0]!r} is not a class; set label_column to a column of integers or"
-                " strings"
+                " strings. For regression and several labels per example, use your own Trainer, induce_forgetting and"
+                " Gate in Python"
             )
         classes = sorted({label for label in labels[0] if label is not None})
         names, index_of = [str(label) for label in classes], {label: index for index, label in enumerate(classes)}

@@ -24,7 +24,7 @@ from transformers import (
 from ..checkpoint.safe_loading import from_safetensors, load_config
 from ..config_files import check_keys, check_types
 from ..terminal import first_names
-from .arguments import IMAGE, LABELS, LM, TEXT, LoraArguments, RecordArguments
+from .arguments import IMAGE, LABELS, LM, SINGLE_LABEL, TEXT, LoraArguments, RecordArguments
 from .preprocessing import Processor, load_preprocessing
 from .task_data import class_numbers, load_splits
 
@@ -100,6 +100,7 @@ def load_model(
         label2id = {name: index for index, name in enumerate(classes)}
         options |= {"num_labels": len(classes), "id2label": dict(enumerate(classes)), "label2id": label2id}
         options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced
+        options["problem_type"] = SINGLE_LABEL  # not that of a checkpoint for regression or several labels
     set_seed(args.seed)
     dtype = args.dtype or ("float32" if args.lora is None else "auto")
     options |= {"dtype": dtype, "output_loading_info": True}

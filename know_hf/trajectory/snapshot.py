@@ -107,10 +107,10 @@ class Snapshot:
             values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
             is_buffer = name in self.roles and self.roles[name].role == "copied"
             if values.isnan().any() if is_buffer else not values.isfinite().all():
-                raise TrajectoryError(
-                    f"tensor {name!r} contains NaN or infinite values in {state}: the training diverged; lower"
-                    f" the learning rate.{kept}"
-                )
+                reason = "the training diverged; lower the learning rate"
+                if tensor.dtype == torch.float16:
+                    reason = "float16 is too narrow; train and record float32 weights, with fp16=True for speed"
+                raise TrajectoryError(f"tensor {name!r} contains NaN or infinite values in {state}: {reason}.{kept}")
 
     def save(self, folder: Path, previous: CheckpointReader | None = None) -> set[str]:
         """Write config and weights as `save_pretrained` does into an empty folder beside that of the previous state.

@@ -121,15 +121,16 @@ def load_baselines(args: ScriptArguments, config: "KNOWNConfig") -> "dict[str, K
         `ValueError` or `TypeError`: If a predictor cannot be created, or takes another number of states.
     """
     from know_hf import KNOWNModel
-    from know_hf.predictors import DepthPredictor, get_predictor
+    from know_hf.predictors import DepthPredictor, SnapshotPredictor, get_predictor
 
     baselines: dict[str, KNOWNModel | Predictor] = {}
     if args.published_weights is not None:
         baselines["published"] = KNOWNModel.from_keras(args.published_weights, config)
     for name in args.predictors:
         predictor = get_predictor(name)
-        if isinstance(predictor, DepthPredictor):
-            raise ValueError(f"predictor {name!r} needs the depth of each layer, which transitions lack; remove it")
+        if isinstance(predictor, DepthPredictor | SnapshotPredictor):
+            needs = "the depth of each layer" if isinstance(predictor, DepthPredictor) else "complete tensors"
+            raise ValueError(f"predictor {name!r} needs {needs}, which transitions lack; remove it")
         if predictor.num_states not in (None, config.num_states):
             raise ValueError(
                 f"predictor {name!r} takes {predictor.num_states} states, but num_states={config.num_states}; remove "

@@ -301,4 +301,6 @@ def _check(train: Examples, test: Examples, model: PreTrainedModel, name: str, n
     logits = getattr(output, "logits", None)
     if logits is None or logits.ndim != 2 or logits.shape[-1] < 2:
         raise ValueError(f"{name} is a {type(model).__name__}, which gives no score per class; give a classifier")
+    if num_labels is None and (problem := model.config.problem_type) not in (None, "single_label_classification"):
+        raise ValueError(f"{name} is for {problem} (problem_type in its config), not for one class per example")
     check_split(Split(train, train, test, num_labels or logits.shape[-1]), f"the data for {name}", classifies=True)

@@ -27,7 +27,8 @@ def compare_on_dataset(
     """Compare two checkpoints on a dataset, prepared by their tokenizer or image processor.
 
     The heads are new if they do not have as many classes as the dataset. Otherwise, classes are found in the models by
-    name (`label2id`), or by position if they have other names.
+    name (`label2id`), or by position if they have other names, which a note says. Of adapters, the names are those of
+    their base model.
 
     Args:
         a, b (`str` or `Path`):
@@ -65,16 +66,22 @@ def compare_on_dataset(
             " compare checkpoints of one base model"
         )
     num_labels = None if {model.config.num_labels for model in models} == {len(classes)} else len(classes)
+    notes: list[str] = []
     if num_labels is None:
         of_a, of_b = (torch.tensor(class_numbers(classes, model.config, dataset)) for model in models)
         if not torch.equal(of_a, of_b):
             raise ValueError(f"{a} and {b} number the classes of {dataset} differently; give both one label2id")
         train, test = ({**examples, "labels": of_a[examples["labels"]]} for examples in (train, test))
+        for name, model in zip("AB", models, strict=True):
+            known = model.config.label2id or {}
+            if unnamed := [label for label in classes if label not in known and not label.isdecimal()]:
+                notes.append(f"{name} has no class {unnamed[0]!r} in its config; its classes are taken by position.")
     elif train_split is None:
         raise ValueError(f"{dataset} has {num_labels} classes, but not the heads; give a split to train new heads on")
     trained = None if train_split is None else train
     options |= {"num_labels": num_labels, "base_model": base_model}
-    return compare_checkpoints(a, b, train=trained, test=test, **options)
+    result = compare_checkpoints(a, b, train=trained, test=test, **options)
+    return replace(result, notes=(*notes, *result.notes))
 
 
 def _examples(

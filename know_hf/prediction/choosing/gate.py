@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
+from ...data.rows import random_seeds, restart_collator
 from ...distributed import on_main_process
 from ...model_tensors import without_adapter
 from ...predictors import Predictor
@@ -90,7 +91,8 @@ class Gate:
         device (`torch.device` or `str`, *optional*):
             Device of the evaluation; by default the accelerator's, or the CPU.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap, and of torch in each evaluation.
+            Seed of the bootstrap, and of Python, NumPy and torch in each evaluation. A collator that masks at random,
+            such as `DataCollatorForLanguageModeling`, gives every candidate the same batches.
         remove_unused_columns (`bool`, *optional*, defaults to `True`):
             Whether to drop columns that the model does not accept before `data_collator`, as in `Trainer`.
         candidates (sequence of `int`, `str`, [`Predictor`] or [`Candidate`], *optional*):
@@ -158,8 +160,8 @@ class Gate:
     def measure(self, model: Any, batches: Sequence[int] | None = None) -> tuple[str, float | list[float]]:
         """Return the metric and its values, see [`Gate.losses`]."""
         model.eval()
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+        with torch.random.fork_rng(), random_seeds(self.seed):
+            torch.manual_seed(self.seed)  # also of accelerators
             if self.compute_loss is None:
                 return batch_losses(model, self._batches(model, batches), self.metric)
             values = self.compute_loss(model)
@@ -170,6 +172,7 @@ class Gate:
 
     def _batches(self, model: Any, batches: Sequence[int] | None) -> Iterator[Any]:
         collate: Any = self.data_collator or _default_collate
+        restart_collator(collate)
         if self.remove_unused_columns:
             accepted = inspect.signature(without_adapter(model).forward).parameters
             collate = RemoveColumnsCollator(collate, {*accepted, "label", "label_ids"})
@@ -187,9 +190,9 @@ class Gate:
             loader = DataLoader(self.dataset, batch_sampler=rows, collate_fn=collate)
         wanted, iterator = None if batches is None else set(batches), iter(loader)
         for number in numbers:
-            torch.manual_seed(self.seed + number)
             try:
-                batch = next(iterator)
+                with random_seeds(self.seed + number):
+                    batch = next(iterator)
             except StopIteration:
                 return
             if wanted is None or number in wanted:
