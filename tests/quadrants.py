@@ -1,8 +1,19 @@
 """A tiny task: images of four classes, each a bright quadrant."""
 
+from functools import partial
+
 import torch
 
-from know_hf.evaluation import Split
+from know_hf.evaluation import FineTuning, LinearProbe, Split, ZeroShot
+from know_hf.evaluation import compare_arms as compare_arms_with_pages
+
+compare_arms = partial(compare_arms_with_pages, pages=False)  # figures take longer than everything else
+
+PROTOCOLS = (
+    FineTuning((1e-3, 1e-2), steps=1, head_steps=1, head_learning_rate=(1e-2, 1e-1), labels_per_class=2),
+    LinearProbe((1e-2, 1e-1), steps=5),
+    ZeroShot(),
+)
 
 
 def quadrants(count, seed, noise=1.0, signal=1.0):

@@ -149,12 +149,10 @@ def merged_moves(history, scale):
     ("arm", "setting", "names", "expected"),
     [
         (make_arm("shrink"), {"factor": 0.5}, [HEAD], lambda history: 0.5 * history[-1]),
-        (shrink_arm(0.25), None, [HEAD], lambda history: 0.25 * history[-1]),
         (make_arm("task-vector"), {"scale": -1.0}, [HEAD, CONVOLUTION, NORM], lambda history: history[0]),
         (make_arm("average"), None, [HEAD, NORM], lambda history: history.mean(dim=0)),
         (Arm("m", "matched_shrink", "", "shrink", {"factor": 0.7}), None, [HEAD], lambda history: 0.7 * history[-1]),
         (make_arm("task-singular-vectors"), {"scale": -0.5}, [HEAD], lambda history: merged_moves(history, -0.5)),
-        (make_arm("task-singular-vectors"), {"scale": 1.0}, [HEAD], lambda history: merged_moves(history, 1.0)),
     ],
 )
 def test_weights_of_arms(sources, arm, setting, names, expected):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import make_resnet
-from quadrants import source, target
+from quadrants import PROTOCOLS, compare_arms, source, target
 
 from know_hf import WeightTrajectory
 from know_hf.checkpoint import locked_folder
@@ -24,13 +24,6 @@ from know_hf.evaluation.comparison_checks import default_arms
 from know_hf.evaluation.measure import measure_arm, measure_trajectory
 from know_hf.evaluation.protocols import refined
 
-compare_arms = partial(compare_arms_with_pages, pages=False)  # figures take longer than everything else
-
-PROTOCOLS = (
-    FineTuning((1e-3, 1e-2), steps=1, head_steps=1, head_learning_rate=(1e-2, 1e-1), labels_per_class=2),
-    LinearProbe((1e-2, 1e-1), steps=5),
-    ZeroShot(),
-)
 ARMS = ["naive", "random", "known-step-1", "shrink", "shuffled"]
 OPTIONS = {"protocols": PROTOCOLS, "arms": ARMS, "draws": 2}
 
@@ -363,19 +356,6 @@ def test_invalid_arguments_are_errors_before_the_work(task, tmp_path, of_task, o
     with pytest.raises(ValueError, match=message):
         compare_arms(replace(task, **of_task), tmp_path / "out", **{**OPTIONS, **options})
     assert not (tmp_path / "out").exists()
-
-
-def test_draws_of_one_trajectory_are_counted_with_a_warning(recorded, tmp_path):
-    task = ComparisonTask(recorded, target, source)
-    report = compare_arms(task, tmp_path / "out", protocols=PROTOCOLS[1:], arms=["naive", "average"], draws=3)
-    assert report.counted == "draws of one trajectory"
-    assert "one trajectory" in report.warnings[0]
-    comparison = report.comparisons["linear-probe", "accuracy"]
-    assert comparison.num_seeds == 3 and ("source", "accuracy") not in report.comparisons
-    assert "over 3 draws of one trajectory" in comparison.verdict()
-    data = report.to_dict()
-    assert len(data["curves"][0]["measures"]["accuracy"]["test_ci95"]) == 8
-    assert data["cells"][0]["measured"]["source"][0]["trials"][0]["test"]["accuracy"] <= 1
 
 
 def test_a_missing_scipy_is_an_error_before_the_work(task, tmp_path, monkeypatch):

@@ -3,27 +3,17 @@
 import json
 import re
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_images
-from quadrants import source, target
+from quadrants import PROTOCOLS, compare_arms, source, target
 from transformers import T5Config, T5ForConditionalGeneration
 
-from know_hf.evaluation import ComparisonTask, FineTuning, LinearProbe, Split, ZeroShot
-from know_hf.evaluation import compare_arms as compare_arms_with_pages
+from know_hf.evaluation import ComparisonTask, FineTuning, Split, ZeroShot
 from know_hf.evaluation.comparison import Measure
 from know_hf.evaluation.measure import check_head
-
-compare_arms = partial(compare_arms_with_pages, pages=False)  # figures take longer than everything else
-
-PROTOCOLS = (
-    FineTuning((1e-3, 1e-2), steps=1, head_steps=1, head_learning_rate=(1e-2, 1e-1), labels_per_class=2),
-    LinearProbe((1e-2, 1e-1), steps=5),
-    ZeroShot(),
-)
 
 
 @pytest.fixture

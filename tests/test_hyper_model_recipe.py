@@ -1,8 +1,6 @@
 """recipes/hyper_model on toy tasks."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,14 +36,10 @@ parts:
 
 
 @pytest.fixture
-def recipe(monkeypatch):
+def recipe(monkeypatch, load_script):
     """The modules of the recipe by name."""
-    modules = {}
-    for name in ("meta_tasks", "objective", "record", "search", "gradient", "report"):
-        spec = importlib.util.spec_from_file_location(name, RECIPE / f"{name}.py")
-        modules[name] = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, modules[name])
-        spec.loader.exec_module(modules[name])
+    names = ("meta_tasks", "objective", "record", "search", "gradient", "report")
+    modules = {name: load_script(RECIPE / f"{name}.py") for name in names}
     monkeypatch.setattr(modules["meta_tasks"], "_TARGET_VALIDATION", 6)
     return SimpleNamespace(**modules)
 

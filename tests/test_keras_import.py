@@ -81,6 +81,9 @@ def test_damaged_files_are_named(keras_folder):
     folder, _ = keras_folder
     path = folder / "KNOWN_FC.h5"
     content = path.read_bytes()
+    path.write_bytes(content[:-1000])
+    with pytest.raises(ValueError, match=r"KNOWN_FC\.h5 "):
+        KNOWNModel.from_keras(folder)
     refused = 0
     for place in range(0, len(content), 701):
         path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
@@ -180,14 +183,10 @@ def test_sizes_are_compared_with_the_file(keras_folder, options):
         KNOWNModel.from_keras(folder)
 
 
-def test_compressed_and_truncated_files(keras_folder):
+def test_a_compressed_file_is_read(keras_folder):
     folder, weights = keras_folder
     with h5py.File(folder / "KNOWN_FC.h5", "a") as file:
         del file["dense/dense/kernel:0"]
         file.create_dataset("dense/dense/kernel:0", data=weights["fc"][0][0], compression="gzip")
     expand = KNOWNModel.from_keras(folder).networks["fc"].history_stream.expand
     assert torch.equal(expand.weight, torch.from_numpy(weights["fc"][0][0].T))
-    path = folder / "KNOWN_FC.h5"
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"KNOWN_FC\.h5 "):
-        KNOWNModel.from_keras(folder)

@@ -1,6 +1,5 @@
 """recipes/meta_train and recipes/ablations on trajectories of a toy network."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -20,14 +19,6 @@ KNOWN_BASE = RECIPES / "meta_train" / "known_base.yaml"
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
 
-def load(monkeypatch, path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, path.stem, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
     folder = tmp_path_factory.mktemp("collection")
@@ -41,13 +32,13 @@ def collection(tmp_path_factory):
 
 
 @pytest.fixture
-def meta_train(monkeypatch):
-    return load(monkeypatch, RECIPES / "meta_train" / "meta_train.py")
+def meta_train(load_script):
+    return load_script(RECIPES / "meta_train" / "meta_train.py")
 
 
 @pytest.fixture
-def ablations(monkeypatch):
-    return load(monkeypatch, RECIPES / "ablations" / "ablations.py")
+def ablations(load_script):
+    return load_script(RECIPES / "ablations" / "ablations.py")
 
 
 def parse(ablations, *flags):

@@ -96,21 +96,6 @@ def test_round_trip_is_bit_equal_also_through_auto_classes(known, tmp_path):
     assert KNOWNModel.from_pretrained(tmp_path)(history=torch.randn(4, 3), role="bias").residual.shape == (4,)
 
 
-def test_learns_linear_motion():
-    torch.manual_seed(0)
-    known = KNOWNModel(KNOWNConfig()).train()
-    start, slope = 0.1 * torch.randn(256, 1), 0.02 * torch.randn(256, 1)
-    states = start + slope * torch.arange(6)
-    history, labels = states[:, :5], states[:, 5]
-    no_change = (history[:, -1] - labels).abs().mean().item()
-    optimizer = torch.optim.Adam(known.networks["conv"].parameters(), lr=3e-3)
-    for _ in range(150):
-        optimizer.zero_grad()
-        (known(history=history, role="conv", labels=labels).loss + known.regularization("conv")).backward()
-        optimizer.step()
-    assert known(history=history, role="conv", labels=labels).loss.item() < 0.25 * no_change
-
-
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [

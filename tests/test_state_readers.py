@@ -74,11 +74,6 @@ def test_damaged_published_files(tmp_path, arrays, message):
         TransitionDataset([tmp_path / "net.h5"], progress=False)
 
 
-def test_missing_published_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"missing\.h5"):
-        TransitionDataset([tmp_path / "missing.h5"], progress=False)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_trajectories_of_half_precision(tmp_path, dtype):
     record_walk(tmp_path / "a", num_states=6, dtype=dtype)

@@ -63,13 +63,6 @@ def test_the_minimum_detectable_effect_agrees_with_tables(n, expected):
     assert minimum_detectable_effect(n, 0.05 / 18) > expected
 
 
-def test_the_minimum_detectable_effect_has_its_power():
-    random, n, level = np.random.RandomState(0), 12, 0.05 / 18
-    effect = minimum_detectable_effect(n, level)
-    detected = [paired_difference(list(v), [0.0] * n).p_value < level for v in random.randn(1000, n) + effect]
-    assert np.mean(detected) == pytest.approx(0.8, abs=0.04)
-
-
 def test_variance_components_by_hand():
     components = variance_components([[1.0, 3.0], [5.0, 7.0], [9.0, 11.0]])
     assert (components.within, components.draws) == (2, 2)

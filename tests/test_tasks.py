@@ -1,6 +1,5 @@
 """Recordings of the common tasks, on small models and datasets in folders."""
 
-import importlib.util
 import json
 import pickle
 from dataclasses import replace
@@ -266,19 +265,15 @@ def test_accumulated_batches_are_averaged(text_arguments, lora):
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # on CPUs
-def test_the_text_classification_recipe(bert, tmp_path, capsys):
+def test_the_text_classification_recipe(bert, tmp_path, run_script):
     for split, size in (("train", 64), ("test", 8)):
         rows = make_texts(size).rename_columns({"text": "review", "label": "kind"})
         rows.to_parquet(tmp_path / f"reviews/{split}.parquet")
-    path = RECIPES / "text_classification/text_classification.py"
-    spec = importlib.util.spec_from_file_location("text_classification", path)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
     flags = f"--output-dir {tmp_path}/out --model {bert} --dataset {tmp_path}/reviews --text-column review"
     flags += " --label-column kind --epochs 1 --batch-size 4 --max-length 8"
-    recipe.main(recipe.make_parser().parse_args(flags.split()))
+    printed = run_script(RECIPES / "text_classification/text_classification.py", *flags.split())
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     states = [f"state {index} ({size} examples)" for index, size in enumerate((64, 32, 16, 8, 4))]
     assert list(results) == [*states, "known-1", "known-2", "known-3", "average"]
     assert all(0 <= result["eval_accuracy"] <= 1 and result["eval_loss"] > 0 for result in results.values())
-    assert "weights" in capsys.readouterr().out
+    assert "weights" in printed

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,12 @@ from know_hf.meta_learning.objective import MetaObjective
 README = Path(__file__).parents[1] / "recipes/meta_train/README.md"
 
 
+def fit(train, known=None, held_out=None, validation=None, **arguments):
+    """Train for two steps by default."""
+    args = MetaTrainingArguments(**{"steps": 2, "batch_size": 8, **arguments})
+    return meta_train(known, train, held_out, validation=validation, args=args, progress=False)
+
+
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for index in range(3):
@@ -38,8 +43,8 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_beats_no_change_on_held_out_trajectories_and_is_reproducible(train, held_out):
-    args = MetaTrainingArguments(steps=60, batch_size=128, learning_rate=5e-3, warmup_steps=10, log_every=25)
-    result = meta_train(None, train, held_out, args=args, progress=False)
+    options = {"steps": 60, "batch_size": 128, "learning_rate": 5e-3, "warmup_steps": 10, "log_every": 25}
+    result = fit(train, held_out=held_out, **options)
     assert list(result.held_out_skill) == ["held_out"]
     assert (result.num_processes, result.validation) == (1, [])
     for skills in (result.held_out_skill["held_out"], result.train_skill):
@@ -57,7 +62,7 @@ def test_beats_no_change_on_held_out_trajectories_and_is_reproducible(train, hel
     assert "KNOWNModel(" not in repr(result)
 
     torch.manual_seed(99)
-    again = meta_train(KNOWNConfig(), train, args=args, progress=False)
+    again = fit(train, KNOWNConfig(), **options)
     assert again.held_out_skill == {}
     weights = again.model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in result.model.state_dict().items())
@@ -66,7 +71,7 @@ def test_beats_no_change_on_held_out_trajectories_and_is_reproducible(train, hel
 def test_trains_a_given_model_in_place(train):
     model = KNOWNModel(KNOWNConfig())
     before = model.state_dict()["networks.fc.head.weight"].clone()
-    result = meta_train(model, train, args=MetaTrainingArguments(steps=2, batch_size=8), progress=False)
+    result = fit(train, model)
     assert result.model is model and not torch.equal(model.state_dict()["networks.fc.head.weight"], before)
 
 
@@ -75,8 +80,7 @@ def test_objective_includes_the_bias_regularizer(train):
         model = KNOWNModel(KNOWNConfig())
         for network in model.networks.values():
             nn.init.constant_(network.history_stream.expand.bias, 0.5)
-        args = MetaTrainingArguments(steps=30, batch_size=16, learning_rate=1e-2, warmup_steps=0, bias_l1=bias_l1)
-        meta_train(model, train, args=args, progress=False)
+        fit(train, model, steps=30, batch_size=16, learning_rate=1e-2, warmup_steps=0, bias_l1=bias_l1)
         return torch.stack([n.history_stream.expand.bias.abs().mean() for n in model.networks.values()])
 
     assert (outer_biases(0.1) < outer_biases(0.0) - 0.05).all()
@@ -102,16 +106,14 @@ def test_relative_loss_divides_by_the_error_of_each_tensor(tmp_path):
     assert losses["none", "far"] == pytest.approx(far.no_change) == pytest.approx(1e3 * near.no_change, rel=1e-3)
     mean = (far.no_change + near.no_change) / 2
     assert losses["relative", "far"] == pytest.approx(mean) == pytest.approx(losses["relative", "ear"])
-    args = MetaTrainingArguments(steps=2, batch_size=8, loss_weighting="relative")
-    assert meta_train(None, dataset, args=args, progress=False).losses[-1]["fc"] > 0
+    assert fit(dataset, loss_weighting="relative").losses[-1]["fc"] > 0
 
 
 def test_relative_loss_needs_something_that_moves(tmp_path):
     record_lines(tmp_path / "a", moves_until={"fc.bias": 1, "conv.bias": 1})
     dataset = TransitionDataset([tmp_path / "a"], progress=False)
-    args = MetaTrainingArguments(steps=2, batch_size=8, loss_weighting="relative")
     with pytest.raises(ValueError, match=r"bias.*loss_weighting"):
-        meta_train(None, dataset, args=args, progress=False)
+        fit(dataset, loss_weighting="relative")
 
 
 @pytest.fixture
@@ -128,8 +130,8 @@ def validate(train, held_out, monkeypatch):
             return {role: RoleSkill(value, 0.0, 0.0, 0) for role, value in next(given).items()}
 
         monkeypatch.setattr(training, "retrodiction_skill", skill)
-        args = MetaTrainingArguments(**{"steps": 100, "batch_size": 8, "eval_every": 2, "patience": 2, **arguments})
-        return meta_train(None, train, validation=held_out, args=args, progress=False), weights
+        arguments = {"steps": 100, "eval_every": 2, "patience": 2, **arguments}
+        return fit(train, validation=held_out, **arguments), weights
 
     return run
 
@@ -140,9 +142,8 @@ def test_early_stopping_returns_the_best_weights_on_the_validation_split(validat
     assert result.validation == [{"step": 2 * n, "conv": s} for n, s in enumerate([0.1, 0.2, 0.5, 0.4, 0.3], start=1)]
     assert result.losses[-1]["step"] == result.steps_done == 10 and result.best_step == 6
     assert all(torch.equal(tensor, weights[2][name]) for name, tensor in result.model.state_dict().items())
-    args = MetaTrainingArguments(steps=2, batch_size=8, patience=2)
     with pytest.raises(ValueError, match=r"patience=2.*validation"):
-        meta_train(None, train, held_out, args=args, progress=False)
+        fit(train, held_out=held_out, patience=2)
 
 
 def test_validation_ignores_roles_that_do_not_move(validate, tmp_path):
@@ -162,11 +163,11 @@ def test_without_a_finite_validation_skill_the_last_weights_are_returned(validat
 
 
 def test_workers_change_nothing_and_bfloat16_little(train):
-    args = MetaTrainingArguments(steps=20, batch_size=64, log_every=20)
-    expected = meta_train(None, train, args=args, progress=False).losses[-1]
-    assert meta_train(None, train, args=replace(args, num_workers=1), progress=False).losses[-1] == expected
+    options = {"steps": 20, "batch_size": 64, "log_every": 20}
+    expected = fit(train, **options).losses[-1]
+    assert fit(train, num_workers=1, **options).losses[-1] == expected
     AcceleratorState._reset_state()
-    half = meta_train(None, train, args=replace(args, mixed_precision="bf16"), progress=False).losses[-1]
+    half = fit(train, mixed_precision="bf16", **options).losses[-1]
     AcceleratorState._reset_state()
     assert half != expected and half == pytest.approx(expected, rel=0.05)
 
@@ -175,9 +176,8 @@ def test_trackers_receive_losses_and_skills(train, held_out, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    args = MetaTrainingArguments(steps=4, batch_size=8, log_every=2, eval_every=2, report_to=["tensorboard"])
-    args = replace(args, logging_dir=str(tmp_path))
-    result = meta_train(None, train, validation=held_out, args=args, progress=False)
+    options = {"steps": 4, "log_every": 2, "eval_every": 2, "report_to": ["tensorboard"]}
+    result = fit(train, validation=held_out, logging_dir=str(tmp_path), **options)
     (folder,) = {path.parent for path in tmp_path.rglob("events*") if path.parent.name == "know_hf-meta_train"}
     events = EventAccumulator(str(folder)).Reload()
     assert [round(event.value, 7) for event in events.Scalars("loss/fc")] == [
@@ -188,9 +188,8 @@ def test_trackers_receive_losses_and_skills(train, held_out, tmp_path):
 
 
 def test_tracker_that_is_not_installed(train):
-    args = MetaTrainingArguments(steps=1, batch_size=8, report_to=["swanlab"])
     with pytest.raises(ImportError, match="pip install swanlab"):
-        meta_train(None, train, args=args, progress=False)
+        fit(train, report_to=["swanlab"])
 
 
 @pytest.mark.parametrize(
@@ -207,12 +206,11 @@ def test_processes_that_would_train_alone(train, monkeypatch, variables, message
     with pytest.raises(RuntimeError, match=message):
         start_processes()
     with pytest.raises(RuntimeError, match="ACCELERATE_USE_CPU=1 torchrun"):
-        meta_train(None, train, args=MetaTrainingArguments(steps=1, batch_size=8), progress=False)
+        fit(train)
 
 
 def test_damaged_checkpoints_are_named(train, tmp_path):
-    args = MetaTrainingArguments(steps=2, batch_size=8, checkpoint_dir=str(tmp_path))
-    meta_train(None, train, args=args, progress=False)
+    fit(train, checkpoint_dir=str(tmp_path))
     folder = tmp_path / "step-00000002"
     run = (folder / "run.json").read_text()
     for name, content in (
@@ -225,7 +223,7 @@ def test_damaged_checkpoints_are_named(train, tmp_path):
         (folder / "run.json").write_text(run)
         (folder / name).write_text(content)
         with pytest.raises(ValueError, match=f"{folder}.*delete {folder} to resume"):
-            meta_train(None, train, args=args, progress=False)
+            fit(train, checkpoint_dir=str(tmp_path))
 
 
 def test_role_without_transitions_keeps_its_network(tmp_path):
@@ -233,7 +231,7 @@ def test_role_without_transitions_keeps_its_network(tmp_path):
     dataset = TransitionDataset([tmp_path / "a"], progress=False)
     model = KNOWNModel(KNOWNConfig())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = meta_train(model, dataset, args=MetaTrainingArguments(steps=2, batch_size=8), progress=False)
+    result = fit(dataset, model)
     assert list(result.train_skill) == ["fc", "bias"]
     unchanged = {name for name, tensor in result.model.state_dict().items() if torch.equal(tensor, before[name])}
     assert {name for name in before if name.startswith("networks.conv.")} <= unchanged
@@ -243,13 +241,13 @@ def test_role_without_transitions_keeps_its_network(tmp_path):
 
 def test_errors(train):
     with pytest.raises(ValueError, match=r"a0 .*train.*held_out"):
-        meta_train(None, train, TransitionDataset(train.trajectories[:1], progress=False), progress=False)
+        fit(train, held_out=TransitionDataset(train.trajectories[:1], progress=False))
     with pytest.raises(ValueError, match=r"num_states=5.* 3 states"):
-        meta_train(KNOWNConfig(num_states=3), train, progress=False)
+        fit(train, KNOWNConfig(num_states=3))
     broken = KNOWNModel(KNOWNConfig())
     nn.init.constant_(broken.networks["fc"].head.bias, float("nan"))
     with pytest.raises(FloatingPointError, match=r"'fc' is nan .* 2;.*learning_rate"):
-        meta_train(broken, train, args=MetaTrainingArguments(steps=2, batch_size=8), progress=False)
+        fit(train, broken)
 
 
 @pytest.mark.parametrize(

@@ -33,54 +33,27 @@ _SHUFFLING_SEED = 20250805
 
 @dataclass(frozen=True)
 class ArmSources:
-    """What the arms of one seed are made from.
+    """What the arms of one seed are made from: a [`ComparisonTask`], whose callables are given the seed, and its data.
 
-    Args:
-        trajectory ([`WeightTrajectory`]):
-            The recorded states.
-        output_dir (`Path`):
-            Folder of the predicted checkpoints, one subfolder per arm.
-        batches (sequence of mappings):
-            Source training data to compute the BatchNorm statistics of every arm on.
-        fresh_model, oracle_model, pretrained_model (`Callable`, *optional*):
-            Return a newly initialised model, a model trained on more data, and the model that the recording started
-            from.
-        known ([`KNOWNModel`], `str` or `Path`, *optional*):
-            KNOWN weights; the shipped ones by default.
-        train_further (`Callable`, *optional*):
-            `train_further(model, steps)` trains a model on all source data as the stages of the trajectory were
-            trained, with the optimizer steps of each stage, and returns it.
-        branch_trajectory (`Callable`, *optional*):
-            Returns the trajectory of branches, with the same Θ0.
-        base_model (`Callable`, *optional*):
-            Returns the base model of a trajectory of adapters; they are merged into it.
-        model_class (`type`, *optional*):
-            Class of the model, if transformers does not have it.
-        device (`torch.device`, *optional*):
-            Device of the models; the CPU by default.
-        source (mapping of tensors, *optional*):
-            Validation examples of the source task, for a gate. Never those that arms are tested on.
-        train (mapping of tensors, *optional*):
-            Training examples of the source task, in the order in which the trainings get them, for cross-fitting.
-        target (mapping of tensors, *optional*):
-            Training examples of the target task: `gate-few` uses as many of `source`.
+    `source` has validation examples of the source task, never those that arms are tested on. `train` has its training
+    examples in the order in which the trainings get them.
     """
 
     trajectory: WeightTrajectory
-    output_dir: Path
-    batches: Sequence[Mapping[str, Tensor]]
+    output_dir: Path  # of the predicted checkpoints, one subfolder per arm
+    batches: Sequence[Mapping[str, Tensor]]  # source training data for the BatchNorm statistics of every arm
     fresh_model: Callable[[], PreTrainedModel] | None = None
     oracle_model: Callable[[], PreTrainedModel] | None = None
     known: KNOWNModel | str | Path | None = None
     pretrained_model: Callable[[], PreTrainedModel] | None = None
     train_further: Callable[[PreTrainedModel, list[int]], PreTrainedModel] | None = None
     branch_trajectory: Callable[[], WeightTrajectory] | None = None
-    base_model: Callable[[], PreTrainedModel] | None = None
+    base_model: Callable[[], PreTrainedModel] | None = None  # adapters are merged into it
     model_class: type[PreTrainedModel] | None = None
-    device: torch.device | None = None
-    source: Examples | None = None
-    train: Examples | None = None
-    target: Examples | None = None
+    device: torch.device | None = None  # the CPU by default
+    source: Examples | None = None  # for a gate
+    train: Examples | None = None  # for cross-fitting
+    target: Examples | None = None  # training examples of the target task: `gate-few` uses as many of `source`
 
     def recalibrate(self, model: PreTrainedModel) -> None:
         """Compute BatchNorm statistics on the source data, in place.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import patch_environment
 from tqdm.auto import tqdm
 
 from ..checkpoint import locked_folder, read_json_object, write_json
@@ -28,9 +29,6 @@ Result = TypeVar("Result")
 
 TRAJECTORY = "trajectory"  # the cell of each seed that is no arm
 
-# One thread per process: sums have the same order for any number of processes.
-_WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
 
 class CellStore:
     """A folder of a comparison with one JSON file per finished cell.
@@ -39,8 +37,8 @@ class CellStore:
         path (`str` or `Path`):
             The folder; it is created if missing.
         identity (`Mapping[str, Any]`):
-            Everything that the results depend on, JSON values only; stored in `identity.json`, of local paths only the
-            last part.
+            Everything that the results depend on, as JSON values. `identity.json` stores it, with only the last part
+            of local paths.
 
     Raises:
         `ValueError`: If the folder has results with another identity, names the difference; or if `identity.json` is
@@ -131,9 +129,10 @@ class Order:
 
     Args:
         is_ready (`Callable`, *optional*):
-            Whether a cell can start, asked again whenever another has finished; cells behind it start first.
+            Returns whether a cell can start. If not, later cells start first, and it is asked again whenever another
+            cell finishes.
         expected (`Callable`, *optional*):
-            From a cell to the seconds that it takes, `None` if unknown, for the time left and the deadline.
+            Returns the seconds that a cell takes, `None` if unknown; for the time left and the deadline.
         deadline (`float`, *optional*):
             Value of `time.monotonic()`; no cell starts that is expected to end later.
     """
@@ -169,7 +168,7 @@ def run_cells(
         description (`str`, *optional*, defaults to `"cells"`):
             Text of the progress bar.
         label (`Callable`, *optional*, defaults to `str`):
-            From a finished cell to its text behind the bar.
+            Returns what the bar shows of a finished cell.
         order ([`Order`], *optional*):
             Which cells wait for others, and the time limit.
 
@@ -218,7 +217,7 @@ class _Queue:
 def _run_here(function: Callable[[Cell], Result], queue: _Queue) -> Generator[tuple[int, Result], None, None]:
     while (entry := queue.pop()) is not None:
         index, cell = entry
-        with _one_thread_without_bars():
+        with one_thread_without_bars():
             result = function(cell)
         yield index, result
 
@@ -234,8 +233,9 @@ def _run_in_pool(
         while True:
             while len(running) < num_processes and (entry := queue.pop()) is not None:
                 index, cell = entry
-                # submitting starts a worker while there are too few
-                with _environment(_WORKER_ENVIRONMENT), _interrupts_blocked():
+                # submitting starts a worker while there are too few; on one thread, sums have the same order for any
+                # number of processes
+                with patch_environment(OMP_NUM_THREADS=1, MKL_NUM_THREADS=1), _interrupts_blocked():
                     running[executor.submit(_run_in_worker, function, index, cell)] = index
             if not running:
                 break
@@ -281,7 +281,8 @@ def _run_in_worker(function: Callable[[Cell], Result], index: int, cell: Cell) -
 
 
 @contextmanager
-def _one_thread_without_bars() -> Iterator[None]:
+def one_thread_without_bars() -> Iterator[None]:
+    """Run the block as a cell runs in this process: on one thread, without progress bars of loading."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -302,15 +303,3 @@ def _interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ[name] for name in variables if name in os.environ}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in variables:
-            del os.environ[name]
-        os.environ.update(before)

@@ -38,8 +38,8 @@ class ComparisonTask:
         oracle_model (`Callable`, *optional*):
             `oracle_model(seed, folder)` trains a model like Θ0 on 1/r times the data; it may write to the folder.
         train_further (`Callable`, *optional*):
-            `train_further(seed, model, steps, folder)` trains a model on all source data, for so many optimizer steps
-            per stage as in `steps`, each like that stage of the trajectory, and returns it.
+            `train_further(seed, model, steps, folder)` trains a model on all source data as the stages of the
+            trajectory were trained, with the optimizer steps of each stage in `steps`, and returns it.
         branch_trajectory (`Callable`, *optional*):
             `branch_trajectory(seed, folder, trajectory)` records a trajectory with the Θ0 of the given one, bit for
             bit, and branches, or opens the one that it has recorded. All arms of a seed that need it share the folder.

@@ -92,13 +92,7 @@ def head_parameters(model: PreTrainedModel) -> list[tuple[str, torch.nn.Paramete
 def with_new_head(model: PreTrainedModel, num_labels: int, seed: int) -> PreTrainedModel:
     """Return a model with the body of the given one and a new head that depends on the seed only.
 
-    Args:
-        model (`PreTrainedModel`):
-            A model with a head, such as `ResNetForImageClassification`; it is not changed.
-        num_labels (`int`):
-            Number of classes of the new head.
-        seed (`int`):
-            Seed of the weights of the head.
+    The given model, such as a `ResNetForImageClassification`, is not changed.
 
     Raises:
         `ValueError`: If the model is its own base model and so has no head.
@@ -118,17 +112,9 @@ def with_new_head(model: PreTrainedModel, num_labels: int, seed: int) -> PreTrai
 def batches(
     examples: Examples, batch_size: int, order: Tensor | None = None, device: torch.device | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Iterate over the examples once in batches, trimmed by [`trimmed`].
+    """Iterate over the examples once in batches, trimmed by [`trimmed`], on a device; the last may be smaller.
 
-    Args:
-        examples (mapping of tensors):
-            Tensors of the same length N.
-        batch_size (`int`):
-            Examples per batch; the last one may be smaller.
-        order (`torch.Tensor` of shape `(N,)`, *optional*):
-            Indices of the examples in their order.
-        device (`torch.device`, *optional*):
-            Device of the batches.
+    `order` `(N,)` has the indices of the N examples in another order.
     """
     length = len(next(iter(examples.values())))
     for start in range(0, length, batch_size):
@@ -160,15 +146,9 @@ def rows_of(examples: Examples) -> list[dict[str, Tensor]]:
 
 
 def accuracy(model: PreTrainedModel, examples: Examples, batch_size: int | None = None) -> float:
-    """Compute the accuracy in [0, 1] of a classifier.
+    """Compute the accuracy in [0, 1] of a classifier on examples with `"labels"` `(N,)`.
 
-    Args:
-        model (`PreTrainedModel`):
-            A classifier.
-        examples (mapping of tensors):
-            Keyword arguments of the model with `"labels"` `(N,)`.
-        batch_size (`int`, *optional*):
-            Examples per forward pass; 64 texts in order of length or 256 other examples by default.
+    By default, a forward pass has 64 texts in order of length, or 256 other examples.
     """
     return evaluate_classifier(model, examples, batch_size)["accuracy"]
 

@@ -34,7 +34,7 @@ class LinearProbe:
         steps (`int`, *optional*, defaults to `200`):
             Optimizer steps of Adam.
         labels_per_class (`int`, *optional*):
-            Use only that many training examples of each class, the first; all by default.
+            Number of training examples of each class to use, the first ones; all by default.
         batch_size (`int`, *optional*, defaults to `256`):
             Examples per forward pass for the features.
         name (`str`, *optional*, defaults to `"linear-probe"`):

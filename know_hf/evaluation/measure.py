@@ -63,8 +63,8 @@ def measure_trajectory(seed: int, *, task: ComparisonTask, output_dir: Path) -> 
 def measure_arm(cell: tuple[int, Arm], *, design: Design, output_dir: Path) -> dict[str, Any]:
     """Measure a cell, seed and arm, in every protocol with all of its trials; temporary files are deleted.
 
-    Results of a finished cell are taken over if its weights are the same: all arms without settings have the same
-    trials. Returns an entry of `cells` in `report.json`.
+    If a finished cell of the seed has the same weights, its results are reused: all arms without settings have the
+    same trials. Returns an entry of `cells` in `report.json`.
 
     Raises:
         `ValueError`: If all trials of a draw diverge, or the data cannot be used.

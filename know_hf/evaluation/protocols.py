@@ -123,12 +123,11 @@ class FineTuning:
         head_steps (`int`, *optional*, defaults to `100`):
             Optimizer steps for the head before, with the body frozen.
         head_learning_rate (`float` or `tuple[float, ...]`, *optional*, defaults to `1e-2`):
-            Learning rate for the head. Of several, the one that is best on validation data is used, for each arm,
-            setting and draw: arms differ in the size of their features.
+            Learning rate for the head. Of several, the best on validation data is used for each arm, setting and draw.
         batch_size (`int`, *optional*):
             Examples per step; all by default.
         labels_per_class (`int`, *optional*):
-            Use only that many training examples of each class, the first; all by default.
+            Number of training examples of each class to use, the first ones; all by default.
         name (`str`, *optional*, defaults to `"few-shot"`):
             Name in tables and reports.
         head_rates (`tuple[float, ...]`, *optional*):

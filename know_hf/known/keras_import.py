@@ -30,17 +30,9 @@ KERAS_LAYERS = (
 
 def read_keras_weights(folder: str | os.PathLike, model: nn.Module) -> dict[str, torch.Tensor]:
     """
-    Read `KNOWN_Conv.h5`, `KNOWN_FC.h5` and `KNOWN_Bias.h5`.
+    Read the three files of a folder as a float32 state dict for a model, which has the expected names and shapes.
 
-    Args:
-        folder (`str` or `os.PathLike`):
-            Folder with the three files.
-        model ([`KNOWNModel`]):
-            Model with the expected names and shapes; it is not changed.
-
-    Returns:
-        `dict[str, torch.Tensor]`: A float32 state dict for `model`. Keras kernels `(in, out)` are transposed to
-        `(out, in)`.
+    Keras kernels `(in, out)` are transposed to `(out, in)`.
 
     Raises:
         `ImportError`: If h5py is not installed.

@@ -64,10 +64,10 @@ def load_validation_data(
             The trajectory. `know-hf record` writes `record.json` beside it.
         dataset (`str`, *optional*, defaults to `"recorded"`):
             Hub id or folder of a dataset with the columns of the recording, or `"recorded"`: the split that the
-                recording evaluated its states on, such as the held-out tenth.
+            recording evaluated its states on, such as the held-out tenth.
         split, max_examples (*optional*):
             Split of `dataset`; slices work. By default its validation split, or its only one. Rows are drawn with the
-                seed of the recording; by default all, or as many as the recording drew.
+            seed of the recording; by default all, or as many as the recording drew.
         base_model (`str` or `Path`, *optional*):
             Hub id or folder of the base model of adapters; by default the recorded one.
 

@@ -40,7 +40,7 @@ def compare_on_dataset(
         test_split (`str`, *optional*):
             Split to test on; test or else validation by default.
         max_examples (`int`, *optional*, defaults to `1000`):
-            Use so many rows of each split, drawn at random.
+            Number of rows of each split to use, drawn at random.
         base_model (`str` or `Path`, *optional*):
             See [`compare_checkpoints`].
         options (*optional*):

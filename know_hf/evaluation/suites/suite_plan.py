@@ -17,7 +17,7 @@ from ...markdown import size as format_bytes
 from ...schedule import ForgettingSchedule
 from ...tasks.recording_plan import steps_per_epoch
 from ..arms import Arm
-from ..cells import TRAJECTORY, CellStore
+from ..cells import TRAJECTORY, CellStore, one_thread_without_bars
 from ..compare import ComparisonRun, cell_times
 from ..comparison_checks import Design, make_design
 from ..fine_tuning import Evaluate, Examples, with_new_head
@@ -34,36 +34,19 @@ _TRIAL_SECONDS, _MOST_STEPS, _EXAMPLES = 1.0, 100, 64  # of a trial
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """What a comparison will run. `str` gives a summary.
+    """What a comparison will run. `str` gives a summary."""
 
-    Attributes:
-        name (`str`):
-            Name of the suite.
-        trajectories, cells (`int`):
-            Trajectories to record, and arms of seeds to measure; finished ones are not counted.
-        seeds, arms, draws (`int`):
-            Number of seeds, arms and downstream draws of the comparison.
-        trajectory_seconds, cell_seconds (`float`):
-            Expected mean seconds of one of each.
-        memory (`int`):
-            Bytes that a process needs.
-        num_processes (`int`):
-            Number of processes.
-        based_on (`"trial"` or `"finished cells"`):
-            Where the seconds come from: a few optimizer steps on this machine, or the output folder.
-    """
-
-    name: str
-    trajectories: int
-    cells: int
+    name: str  # of the suite
+    trajectories: int  # to record; finished ones are not counted
+    cells: int  # arms of seeds to measure; finished ones are not counted
     seeds: int
     arms: int
-    draws: int
-    trajectory_seconds: float
-    cell_seconds: float
-    memory: int
+    draws: int  # downstream
+    trajectory_seconds: float  # expected mean
+    cell_seconds: float  # expected mean
+    memory: int  # bytes that a process needs
     num_processes: int
-    based_on: Literal["trial", "finished cells"]
+    based_on: Literal["trial", "finished cells"]  # a few optimizer steps on this machine, or the output folder
 
     @property
     def minutes(self) -> float:
@@ -241,14 +224,11 @@ def _seconds_of_step(train: Callable[[int], Any]) -> float:
 
 def _seconds(function: Callable[[], Any]) -> float:
     """Time a function as cells run, on one thread; on a CPU without the time of other programs."""
-    threads, clock = torch.get_num_threads(), time.process_time if device().type == "cpu" else time.perf_counter
-    torch.set_num_threads(1)
-    try:
+    clock = time.process_time if device().type == "cpu" else time.perf_counter
+    with one_thread_without_bars():
         started = clock()
         function()
         return clock() - started
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _peak_memory() -> int:

@@ -44,7 +44,7 @@ def residual(model: KNOWNModel, history: torch.Tensor, role: str, kernel: str = 
 
     Args:
         model ([`KNOWNModel`]):
-            Model with the networks of the three roles.
+            Model of the variant `"reference"`.
         history (`torch.Tensor` of shape `(N, S)`, floating point, any strides):
             One row per scalar weight: its value in every state, most forgotten first, full data last. Finite.
         role (`str`):
