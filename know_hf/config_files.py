@@ -4,7 +4,7 @@ import argparse
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -160,6 +160,11 @@ def build(cls: type[T], content: Mapping[str, Any], source: str) -> T:
             raise ValueError(f"{source}: missing {names}; pass them or set them in --config FILE") from None
         name = ".".join(map(str, error["loc"]))
         raise ValueError(f"{source}: {name}={error['input']!r:.200}: {error['msg']}") from None
+
+
+def default_of(field: Field[Any]) -> Any:
+    """Return the default of a field of a dataclass."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:

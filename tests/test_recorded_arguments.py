@@ -30,7 +30,7 @@ def make(optimizer: Any = None, of_trainer: Any = None, **changes: Any) -> tuple
 
 def resume(training: dict[str, str], args: TrainingArguments, of_trainer: Any, **state: Any) -> None:
     record = StateRecord(0, 8, 1, (), seed=42, subset_fingerprint="a", training=training, **state)
-    trajectory: Any = SimpleNamespace(states=[record], branches=(), path="states")
+    trajectory: Any = SimpleNamespace(trained=(record,), path="states")
     check_same_recording(trajectory, [Subset(None, 8, 1.0, "a")], [args], of_trainer)
 
 

@@ -3,7 +3,7 @@
 import logging as python_logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from ..config_files import default_of
 from ..local_paths import resolved_name
 from ..markdown import Table, clean, code, python_call
 from ..schedule import ForgettingSchedule
@@ -187,11 +188,8 @@ def _state(record: StateRecord) -> dict[str, Any]:
 
 
 def _without_defaults(instance: Any) -> dict[str, Any]:
-    return {
-        key.name: value
-        for key, value in zip(fields(instance), asdict(instance).values(), strict=True)
-        if value != (key.default if key.default_factory is MISSING else key.default_factory())
-    }
+    values = asdict(instance)
+    return {field.name: values[field.name] for field in fields(instance) if values[field.name] != default_of(field)}
 
 
 def _record_arguments(trajectory: Path) -> RecordArguments | None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import Trainer, TrainingArguments
 
+from ..config_files import default_of
 from .optimizers import own_optimizer
 
 ARGUMENTS_CLASS = "class"  # a keyword of Python, so no argument has this name
@@ -85,7 +86,7 @@ def compared_arguments(
     values: dict[str, tuple[Any, Any]] = {"examples_per_step": (examples_per_step(args), None)}
     for field in fields(args):
         if field.name not in _without_effect(args) and not field.name.endswith(_SECRETS):
-            values[field.name] = getattr(args, field.name), _default(field)
+            values[field.name] = getattr(args, field.name), default_of(field)
     values["mixed_precision"] = args.mixed_precision, "no"
     values["deepspeed"] = _deepspeed_parts(args.deepspeed), None
     values |= {name: (v, v if name in _WITHOUT_DEFAULT else None) for name, v in (of_trainer or {}).items()}
@@ -126,10 +127,6 @@ def _without_effect(args: TrainingArguments) -> frozenset[str]:
     return frozenset(names)
 
 
-def _default(field: Any) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
-
-
 def _deepspeed_parts(config: Any) -> dict[str, Any]:
     """The parts of a DeepSpeed config, or of its file, that replace the trainer's optimizer and scheduler."""
     if isinstance(config, str | os.PathLike) and Path(config).is_file():
@@ -150,7 +147,7 @@ def _stable(value: Any) -> Any:
     if isinstance(value, partial):
         return _stable([value.func, value.args, value.keywords])
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _stable(v) for f in fields(value) if (v := getattr(value, f.name)) != _default(f)}
+        return {f.name: _stable(v) for f in fields(value) if (v := getattr(value, f.name)) != default_of(f)}
     return _stable_scalar(value)
 
 
