@@ -6,13 +6,11 @@ import datasets
 import pytest
 import torch
 from conftest import make_images, make_resnet
+from doubles.small_models import small_model
 from doubles.task_fixtures import SIZES, write_bert
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
     BertForSequenceClassification,
-    BertModel,
     DataCollatorWithPadding,
     PreTrainedTokenizerFast,
 )
@@ -104,12 +102,16 @@ def test_what_cannot_be_compared_is_named(test, options, words):
         compare_checkpoints(make_resnet(), make_resnet(), **{"test": test, **options})
 
 
-@pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM, BertForSequenceClassification])
-def test_models_that_do_not_classify_are_refused(kind):
-    model = kind(BertConfig(vocab_size=9, num_labels=1, **SIZES))
-    test = {"input_ids": torch.ones(12, 3, dtype=torch.int64), "labels": torch.arange(12) % 2}
-    with pytest.raises(ValueError, match=f"{kind.__name__}.*classifier"):
+@pytest.mark.parametrize("name", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice"])
+def test_models_that_do_not_classify_are_refused(name):
+    model = small_model(f"Bert{name}", vocab_size=9, num_labels=1, **SIZES)
+    size = (12, 2, 3) if name == "ForMultipleChoice" else (12, 3)
+    test = {"input_ids": torch.ones(size, dtype=torch.int64), "labels": torch.arange(12) % 2}
+    with pytest.raises(ValueError, match=f"Bert{name}.*classifier"):
         compare_checkpoints(model, model, test=test)
+    other = {**test, "input_ids": test["input_ids"].float()}
+    with pytest.raises(ValueError, match=f"Bert{name}, which cannot evaluate test.*classifier"):
+        compare_checkpoints(model, model, test=other)
 
 
 def test_a_head_for_several_labels_per_example_is_refused(test):

@@ -297,10 +297,15 @@ def _check(train: Examples, test: Examples, model: PreTrainedModel, name: str, n
         raise ValueError("test needs 'labels', one class per example; compare_checkpoints compares classifiers")
     if len(labels) < MINIMUM_VALUES:
         raise ValueError(f"test has {len(labels)} examples; an interval needs at least {MINIMUM_VALUES}")
-    output = model.eval()(**next(batches(inputs_of(test), 1, device=model.device)))
+    kind = type(model).__name__
+    try:
+        output = model.eval()(**next(batches(inputs_of(test), 1, device=model.device)))
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # the model takes other inputs
+        raise ValueError(f"{name} is a {kind}, which cannot evaluate test ({error}); give a classifier") from error
     logits = getattr(output, "logits", None)
-    if logits is None or logits.ndim != 2 or logits.shape[-1] < 2:
-        raise ValueError(f"{name} is a {type(model).__name__}, which gives no score per class; give a classifier")
+    is_choice = kind.endswith("ForMultipleChoice")  # a score per choice
+    if logits is None or logits.ndim != 2 or logits.shape[-1] < 2 or is_choice:
+        raise ValueError(f"{name} is a {kind}, which gives no score per class; give a classifier")
     if num_labels is None and (problem := model.config.problem_type) not in (None, "single_label_classification"):
         raise ValueError(f"{name} is for {problem} (problem_type in its config), not for one class per example")
     check_split(Split(train, train, test, num_labels or logits.shape[-1]), f"the data for {name}", classifies=True)
