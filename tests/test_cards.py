@@ -29,6 +29,11 @@ from know_hf.trajectory.summary import inspect_trajectory
 
 GOLDEN = Path(__file__).parent / "cards"
 
+KNOWN = FIXED_CHECKPOINT["predictor"] | {
+    "known": FIXED_CHECKPOINT["predictor"]["known"] | {"shipped": False, "revision": "3f2b"}
+}
+RESCALE = {"name": "Rescale", "module": "know_hf.predictors", "options": {"factor": 0.5}, "known": None}
+RESCALED_KNOWN = KNOWN | {"name": "known+Rescale", "members": [KNOWN, RESCALE]}
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
 
 
@@ -171,6 +176,7 @@ def test_loading_code_runs(record_states, tmp_path, shipped, make_model, line):
         ({"load_with": None, "architecture": None, "repo_id": "me/x"}, 'hf_hub_download("me/x", "model.safetensors")'),
         ({"norm": "predict", "dtype": "bfloat16"}, 'steps=2, norm="predict", dtype=torch.bfloat16, output_dir='),
         ({"norm": "predict", "dtype": "bfloat16"}, "--predictor known --norm predict --dtype bfloat16 --output-dir"),
+        ({"predictor": RESCALED_KNOWN}, 'known, predictor=["known", Rescale(factor=0.5)], '),
     ],
 )
 def test_code_of_fixed_fields(changes, line):

@@ -259,16 +259,21 @@ class CheckpointCard(RecordedCard):
     def _predictor_code(self) -> tuple[list[str], list[str]]:
         """Return the lines that load the predictor, and the arguments that name it; none for the shipped weights."""
         predictor, known = self.predictor, self.known
-        if "members" in predictor:
-            return [], [f"predictor=[{', '.join(map(_predictor_call, predictor['members']))}]"]
+        lines: list[str] = []
+        arguments: list[str] = []
         if known is not None and known["revision"] is not None:
             revision = python(known["revision"])
-            return [f"known = KNOWNModel.from_pretrained({python(known['name'])}, revision={revision})"], ["known"]
-        if known is not None:
-            return [], [] if known["shipped"] else [python(known["name"])]
-        if predictor["module"] is not None:
-            return [], [f"predictor={_predictor_call(predictor)}"]
-        return [], _keywords({"predictor": predictor["name"], "predictor_options": predictor["options"]})
+            lines.append(f"known = KNOWNModel.from_pretrained({python(known['name'])}, revision={revision})")
+            arguments.append("known")
+        elif known is not None and not known["shipped"]:
+            arguments.append(python(known["name"]))
+        if "members" in predictor:
+            arguments.append(f"predictor=[{', '.join(map(_predictor_call, predictor['members']))}]")
+        elif predictor["module"] is not None:
+            arguments.append(f"predictor={_predictor_call(predictor)}")
+        elif known is None:
+            arguments += _keywords({"predictor": predictor["name"], "predictor_options": predictor["options"]})
+        return lines, arguments
 
     @property
     def _saving_code(self) -> str:
