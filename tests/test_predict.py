@@ -342,7 +342,7 @@ class Column(Constant):
         ({"dtype": "float16"}, r"torch\.float16, got 'float16'"),
         ({"known": 3}, "known must be a KNOWNModel.*got 3"),
         ({"kernel": "foo"}, "unknown kernel 'foo'.*eager"),
-        ({"known": SHIPPED_KNOWN, "predictor": "shrink"}, "either known or predictor"),
+        ({"known": SHIPPED_KNOWN, "predictor": "shrink"}, "'shrink' does not use KNOWN"),
         ({"predictor_options": {"factor": 1}}, "predictor_options=.*given by name"),
         ({"predictor": "shrnk"}, "'shrnk'"),
         ({"predictor": "known", "predictor_options": {"kernel": "eager"}}, "predictor_options.*KNOWN"),

@@ -135,12 +135,13 @@ def test_a_value_that_is_not_finite_is_named(trajectory_copy, predict):
 
 def test_known_and_rescale(trajectory, predict):
     _, known = predict(trajectory, None)
-    for predictor in (
-        "known+rescale",
-        ["known", Rescale()],
-        [KNOWNPredictor(KNOWNModel.from_pretrained(SHIPPED_KNOWN)), "rescale"],
+    model = KNOWNModel.from_pretrained(SHIPPED_KNOWN)
+    for predictor, given in (
+        ("known+rescale", None),
+        (["known", Rescale()], model),
+        ([KNOWNPredictor(model), "rescale"], None),
     ):
-        result, written = predict(trajectory, predictor)
+        result, written = predict(trajectory, predictor, known=given)
         torch.testing.assert_close(written[CONV], 0.5 * known[CONV], rtol=1e-6, atol=0)
         assert "KNOWN" in (result.path / "README.md").read_text()
     with pytest.raises(ValueError, match="Average"):

@@ -346,15 +346,18 @@ def _members(
 ) -> list[Predictor]:
     """Create the predictor and the rescalers that follow it."""
     fields = dict(options or {})
-    if predictor is not None and known is not None:
-        raise ValueError("give either known or predictor, not both: a predictor replaces KNOWN")
     if kernel not in ("auto", *KERNELS):
         raise ValueError(f"unknown kernel {kernel!r}; choose one of auto, {', '.join(KERNELS)}")
     if isinstance(predictor, Composition):
         predictor = predictor.members
     given: list[Any] = list(predictor) if isinstance(predictor, list | tuple) else [predictor]
     items = [item for value in given for item in (value.split("+") if isinstance(value, str) else [value])]
-    if kernel != "auto" and not {None, "known"} & {item for item in items if isinstance(item, str | None)}:
+    has_known = bool({None, "known"} & {item for item in items if isinstance(item, str | None)})
+    if known is not None and not has_known:
+        raise ValueError(
+            f"predictor={predictor!r:.60} does not use KNOWN, so known= has no effect; remove one of them"
+        )
+    if kernel != "auto" and not has_known:
         raise ValueError(f"kernel={kernel!r} applies to KNOWN only, and predictor={predictor!r} replaces it")
     names = [item for item in items if isinstance(item, str) and item != "known"]
     by_name = {items[0]: fields} if len(items) == 1 and names else fields
