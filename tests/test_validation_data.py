@@ -1,5 +1,6 @@
 """From a recording to a gated prediction: the validation data of a gate, by command and in Python."""
 
+import json
 import shlex
 import shutil
 from dataclasses import replace
@@ -84,6 +85,10 @@ def test_predict_chooses_on_the_recorded_split_unless_a_predictor_is_named(recor
     assert "error rate" in capsys.readouterr().out
     assert main([*command, "--predictor", "average"]) == 0
     assert "Wrote Average" in capsys.readouterr().out
+    moved = shutil.copytree(recording.parent, tmp_path / "moved") / "record.json"
+    moved.write_text(json.dumps(json.loads(moved.read_text()) | {"dataset": str(tmp_path / "gone")}))
+    assert main(["predict", str(moved.with_name("trajectory")), "--output-dir", str(tmp_path / "none")]) == 1
+    assert "gone" in (error := capsys.readouterr().err) and "--predictor known" in error
     for trajectory, flags in ((recording, ["--predictor", "average"]), (recorded, [])):
         refused = ["predict", str(trajectory), *flags, "--metric", "accuracy", "--output-dir", str(tmp_path / "none")]
         assert main(refused) == 1

@@ -12,6 +12,11 @@ from typing import Any, Protocol
 from ..config_files import flag, read_flags
 from ..tasks import RecordArguments
 
+_DEFAULT_GATE = (
+    "By default, predict chooses on the validation split of the recording. If the model or the dataset is elsewhere"
+    " now, pass --base-model or --validation; --predictor known writes the prediction without choosing."
+)
+
 # What can be a Hub id, of any revision, or an address; other names are paths.
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@.+)?|\w+://.+")
 
@@ -158,6 +163,7 @@ def _make_gate(args: argparse.Namespace) -> Any:
     if args.validation is None and not args.cross_fit and (args.predictor or args.known):
         return None
     from ..prediction.choosing.batch_losses import ACCURACY, CALIBRATED, LOSS
+    from ..prediction.selection import MINIMUM_VALUES
     from ..tasks.validation_data import RECORDED, has_validation_split, load_cross_fit, load_validation_data
 
     if args.cross_fit:
@@ -166,7 +172,14 @@ def _make_gate(args: argparse.Namespace) -> Any:
         _check_validation_flags(args)
         return None
     options = {name: getattr(args, name) for name in ("split", "max_examples", "base_model")}
-    data = load_validation_data(args.trajectory, args.validation or RECORDED, **options)
+    try:
+        data = load_validation_data(args.trajectory, args.validation or RECORDED, **options)
+    except (OSError, ValueError) as error:
+        if args.validation is None:
+            error.add_note(_DEFAULT_GATE)
+        raise
+    if args.validation is None and args.max_examples is None and len(data.dataset) < MINIMUM_VALUES:
+        return None
     metrics = {"calibrated-loss": CALIBRATED, "loss": LOSS, "accuracy": ACCURACY}
     return data.make_gate(metric=metrics.get(args.metric))
 

@@ -14,7 +14,6 @@ from ..checkpoint.safe_loading import load_config
 from ..data.subsets import divide
 from ..prediction import CrossFit, Gate
 from ..prediction.choosing.gate import gate_batch_size
-from ..prediction.selection import MINIMUM_VALUES
 from ..trajectory import WeightTrajectory
 from ..trajectory.merging import load_base
 from .arguments import IMAGE, LABELS, LM, TEXT, RecordArguments
@@ -99,13 +98,11 @@ def load_validation_data(
 
 
 def has_validation_split(trajectory: WeightTrajectory | str | Path) -> bool:
-    """Whether `know-hf record` evaluated the states on enough rows to choose, not of the test split."""
+    """Whether `know-hf record` evaluated the states on a split that is not the test split."""
     trajectory = trajectory if isinstance(trajectory, WeightTrajectory) else WeightTrajectory(trajectory)
     if not _record_path(trajectory).is_file() or "eval_loss" not in trajectory.states[0].metrics:
         return False
-    args = _recording(trajectory)
-    limit = args.max_eval_examples
-    return "test" not in splits_in(args.eval_split) and (limit is None or limit >= MINIMUM_VALUES)
+    return "test" not in splits_in(_recording(trajectory).eval_split)
 
 
 def load_cross_fit(trajectory: WeightTrajectory | str | Path, **options: Any) -> CrossFit:
