@@ -86,7 +86,10 @@ def test_predict_chooses_on_the_recorded_split_unless_a_predictor_is_named(recor
     assert main([*command, "--predictor", "average"]) == 0
     assert "Wrote Average" in capsys.readouterr().out
     moved = shutil.copytree(recording.parent, tmp_path / "moved") / "record.json"
-    moved.write_text(json.dumps(json.loads(moved.read_text()) | {"dataset": str(tmp_path / "gone")}))
+    arguments = json.loads(moved.read_text()) | {"model": str(tmp_path / "gone")}  # the trajectory has its tokenizer
+    moved.write_text(json.dumps(arguments))
+    assert len(load_validation_data(moved.with_name("trajectory")).dataset) == 12
+    moved.write_text(json.dumps(arguments | {"dataset": str(tmp_path / "gone")}))
     assert main(["predict", str(moved.with_name("trajectory")), "--output-dir", str(tmp_path / "none")]) == 1
     assert "gone" in (error := capsys.readouterr().err) and "--predictor known" in error
     for trajectory, flags in ((recording, ["--predictor", "average"]), (recorded, [])):

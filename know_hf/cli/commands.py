@@ -13,8 +13,8 @@ from ..config_files import flag, read_flags
 from ..tasks import RecordArguments
 
 _DEFAULT_GATE = (
-    "By default, predict chooses on the validation split of the recording. If the model or the dataset is elsewhere"
-    " now, pass --base-model or --validation; --predictor known writes the prediction without choosing."
+    "By default, predict chooses on the validation split of the recording. If its dataset or the base model of"
+    " adapters moved, pass --validation or --base-model; --predictor known writes the prediction without choosing."
 )
 
 # What can be a Hub id, of any revision, or an address; other names are paths.

@@ -129,7 +129,7 @@ def _add_predict(parsers: Any) -> None:
     add("--validation-split", dest="split", metavar="NAME", help=split)
     rows = "use only this many rows of DATASET, drawn at random"
     add("--max-validation", dest="max_examples", type=int, metavar="N", help=rows)
-    base = "fine-tuned model, or base model of adapters, if it is not where it was recorded: Hub id or folder"
+    base = "base model of adapters, if it is not where it was recorded: Hub id or folder"
     add("--base-model", metavar="ID", help=base)
     cross_fit = "choose how far to move from the start without validation data, after know-hf record --kind"
     add("--cross-fit", action="store_true", help=f"{cross_fit} complementary --branch-from start")

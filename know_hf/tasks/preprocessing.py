@@ -59,8 +59,12 @@ def load_preprocessing(args: RecordArguments, config: PreTrainedConfig | None = 
 
 def processor_source(folder: Path, base: PreTrainedModel | None) -> str:
     """Return the folder of a checkpoint, or the base model of its adapter if only that has a processor."""
-    has_own = any((folder / name).exists() for name in ("tokenizer_config.json", "preprocessor_config.json"))
-    return str(folder) if has_own or base is None else loaded_from(base) or str(folder)
+    return str(folder) if has_processor(folder) or base is None else loaded_from(base) or str(folder)
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a tokenizer or an image processor is saved in a folder."""
+    return any((folder / name).exists() for name in ("tokenizer_config.json", "preprocessor_config.json"))
 
 
 def _load_tokenizer(args: RecordArguments) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ from ..prediction.choosing.gate import gate_batch_size
 from ..trajectory import WeightTrajectory
 from ..trajectory.merging import load_base
 from .arguments import IMAGE, LABELS, LM, TEXT, RecordArguments
-from .preprocessing import load_preprocessing, processor_source
+from .preprocessing import has_processor, load_preprocessing, processor_source
 from .record import read_arguments
 from .task_data import VALIDATION_SPLITS, class_numbers, find_split, load_splits, overlap, split_names, splits_in
 from .trainer_parts import load_model
@@ -123,7 +123,10 @@ def _recording(trajectory: WeightTrajectory, instead: str = "name a dataset") ->
     path = _record_path(trajectory)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, so the data of {trajectory.path} is unknown; {instead}")
-    return read_arguments(path)
+    args = read_arguments(path)
+    if not trajectory.is_adapter and has_processor(trajectory.path):  # the model that was fine-tuned may be gone
+        args = replace(args, model=str(trajectory.path), model_revision=None)
+    return args
 
 
 def _for_model(
