@@ -52,7 +52,7 @@ def is_adapter(model: nn.Module) -> bool:
 
 
 def without_adapter(model: Any) -> Any:
-    """Return the base model in a `PeftModel`, and other models as they are."""
+    """Return the base model of a `PeftModel`; any other model is returned unchanged."""
     return model.get_base_model() if is_adapter(model) else model
 
 

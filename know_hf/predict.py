@@ -61,8 +61,8 @@ def predict_overflowed_weights(
             Output folder. It appears complete or not at all.
         predictor ([`Predictor`], `str` or sequence of them, *optional*):
             Predictor to use instead of KNOWN, by name or as an object. If there are several, the others rescale what
-            the first predicts: `"average+rescale"` or `["known", Rescale(factor=0.25)]`. `"known"`
-            has the weights of `known`.
+            the first predicts: `"average+rescale"` or `["known", Rescale(factor=0.25)]`. `"known"` uses the weights
+            given by `known`.
         gate ([`Gate`] or [`CrossFit`], *optional*):
             Validation data to choose with. Candidates are Θ0, the other states, the prediction at every number of
             steps up to `steps`, and a family of averages and moves between the states. Θ0 is written unless another

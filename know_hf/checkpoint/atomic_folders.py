@@ -29,7 +29,7 @@ def atomic_folder(
     """Yield a new folder that is renamed to `target` when the block ends without an error.
 
     Its files and folders get the permissions of the umask. A target that is a link is followed, and one that is the
-    working directory is entered again. `sources` are what is read meanwhile, see [`check_output`]. With `resume`, the
+    working directory is entered again. `sources` lists what is read, see [`check_output`]. With `resume`, the
     unfinished folder is kept after an error or a crash, and yielded the next time.
 
     Raises:

@@ -81,7 +81,8 @@ def _divide_sized(dataset: Any, schedule: ForgettingSchedule, batch_size: int) -
         raise ValueError(f"key_column={schedule.key_column!r} is for streams, but this {kind} has a length; remove it")
     labels = None if schedule.stratify_by is None else np.asarray(labels_of(dataset, schedule.stratify_by))
     groups = None if schedule.group_by is None else groups_of(dataset, schedule.group_by)
-    members, is_halved = schedule.indices(len(dataset), labels, batch_size, groups), schedule.kind == "complementary"
+    members = schedule.indices(len(dataset), labels, batch_size, groups)
+    is_halved = schedule.kind == "complementary"
     if is_halved:
         members += schedule.halves(len(dataset), labels, batch_size)
     content = str(len(dataset)).encode() + _content(dataset)

@@ -112,9 +112,9 @@ def with_new_head(model: PreTrainedModel, num_labels: int, seed: int) -> PreTrai
 def batches(
     examples: Examples, batch_size: int, order: Tensor | None = None, device: torch.device | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Iterate over the examples once in batches, trimmed by [`trimmed`], on a device; the last may be smaller.
+    """Iterate over the examples once in batches on a device, trimmed by [`trimmed`]. The last batch may be smaller.
 
-    `order` `(N,)` has the indices of the N examples in another order.
+    `order`, of shape `(N,)`, is the order of the N examples.
     """
     length = len(next(iter(examples.values())))
     for start in range(0, length, batch_size):

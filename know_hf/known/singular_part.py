@@ -14,7 +14,7 @@ def singular_part(matrix: torch.Tensor, norm: float) -> tuple[torch.Tensor, floa
     Donoho, *Optimal Shrinkage of Singular Values*, arXiv 1405.7511). s² is that of what the first few singular
     directions leave. These are found by the Lanczos method with a start that does not depend on the order of rows and
     columns, in some fifty operations per element; a complete decomposition needs about twenty times the smaller side.
-    A single row or column has no others to tell the noise from, and nothing of it is left.
+    The noise of a single row or column cannot be estimated, so nothing of it is kept.
 
     `norm` is the Frobenius norm of the matrix. Returns the shrunken matrix, and the stable rank `|matrix|² / σ₁²`, 0
     for a matrix of zeros.

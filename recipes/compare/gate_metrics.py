@@ -9,7 +9,7 @@ examples, minus those of Θ0, with 95% intervals over the recordings.
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,7 @@ def measure_candidates(
     from know_hf import Gate, predict_overflowed_weights
     from know_hf.batch_norm import recalibrate_batch_norm
     from know_hf.evaluation import batches
+    from know_hf.prediction.choosing.batch_losses import METRICS, batch_losses
 
     measured = []
     few = min(8, len(split.validation["labels"]) // 10)  # as the arm `gate`
@@ -77,8 +78,10 @@ def measure_candidates(
 
     def compute_loss(model: Any) -> list[float]:
         recalibrate_batch_norm(model, batches(inputs, 20))
-        parts = (split.validation, few), (split.test, len(split.test["labels"]))
-        of_both = [measure(model, batches(examples, size)) for examples, size in parts]
+        of_both = [
+            {metric: batch_losses(model, batches(examples, size), metric)[1] for metric in METRICS}
+            for examples, size in ((split.validation, few), (split.test, len(split.test["labels"])))
+        ]
         measured.append(of_both)
         return of_both[0]["validation loss"]
 
@@ -88,22 +91,6 @@ def measure_candidates(
         result = predict_overflowed_weights(trajectory, output_dir=output_dir, gate=gate, model_class=model_class)
     return {
         candidate.name: tuple(of_both) for candidate, of_both in zip(result.gate.candidates, measured, strict=True)
-    }
-
-
-def measure(model: Any, batches: Iterable[dict[str, Any]]) -> Measured:
-    """Return what a gate compares with each metric, from one pass over the batches."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from know_hf.prediction.choosing.batch_losses import ACCURACY, CALIBRATED, LOSS, inverse_temperature
-
-    pairs = [(model(**batch).logits.float(), batch["labels"]) for batch in batches]
-    scale = inverse_temperature(*map(torch.cat, zip(*pairs, strict=True)))
-    return {
-        LOSS: [float(cross_entropy(logits, labels)) for logits, labels in pairs],
-        ACCURACY: [float((logits.argmax(-1) != labels).double().mean()) for logits, labels in pairs],
-        CALIBRATED: [float(cross_entropy(scale * logits, labels)) for logits, labels in pairs],
     }
 
 

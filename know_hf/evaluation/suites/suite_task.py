@@ -136,7 +136,7 @@ class SuiteTask:
         return round(self.suite.source.train / ForgettingSchedule(**self.suite.schedule).ratio)
 
     def _split(self, side: Side, seed: list[int], trained: str, num_trained: int) -> Split:
-        """Shuffle the examples of a side; none of the pool that `trained` trains on are unseen."""
+        """Shuffle and divide the examples of a side; no unseen one is among those that `trained` trains on."""
         pool, unseen = self._splits(side)
         rows = pool.rows(seed)
         if num_trained > len(rows):
